@@ -18,7 +18,7 @@ from dis_scale.data.staging import MixedOrder
 from dis_scale.process.errors import UserError
 from dis_scale.process.progress import listing_words
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import REAL, Sweep, state
 from dis_scale.sweep.documents import Encoding, LatentsManifest
 from dis_scale.training import devices
 from pipelines.failures import WorkerFailure
@@ -50,7 +50,18 @@ class Encoder(Worker):
         """Return the VAE's identity and scale, the device and PyTorch's version. Needs no GPU."""
         from dis_scale.data.encode import encoding_of  # imported here because the driver does not need torch
 
-        return encoding_of(self._loaded(), self.sweep.recipe.data.resolution, self.device)
+        return encoding_of(self._loaded(), self.sweep.recipe.data, self.device)
+
+    def check(self) -> str:
+        """Compare latents of another program with the VAE, and write the grid of their images; return what was measured."""
+        from dis_scale.data import given
+        from dis_scale.evaluation.sampling import real_grid
+
+        recipe, source = self.sweep.recipe, open_source(self.sweep.recipe.data, self.sweep.store)
+        measured = given.require_own(source, self._loaded(), recipe.data)
+        images = given.as_images(source, self._loaded())
+        self.sweep.folder.write(REAL, real_grid(images, recipe.data.resolution))
+        return f"{measured}; look at {self.sweep.folder}/{REAL}"
 
     def encode(self, latents: Folder, encoding: Encoding, deal: Deal) -> None:
         """Write the shards that `deal` names. UserError if this worker would encode differently from `encoding`."""
@@ -61,11 +72,11 @@ class Encoder(Worker):
             raise UserError(
                 f"{latents}: this worker encodes with {ours}, the first one with {encoding}: use equal nodes"
             )
-        require_same_hardware(latents, self.device)
+        recipe, vae = self.sweep.recipe, self._loaded()
+        if recipe.data.given is None:  # copies are the same everywhere
+            require_same_hardware(latents, self.device)
         self.report(0)
-        vae = self._loaded()
         vae.net.to(devices.torch_device(self.device))
-        recipe = self.sweep.recipe
         setup = Setup(open_source(recipe.data, self.sweep.store), vae, recipe)
         self.emit("work")
         put_shards(setup, latents, iter(deal, None), self._count)
@@ -105,6 +116,13 @@ class RayEncoders:
         if self.device == "cpu":
             self.workers = [worker]
         return encoding
+
+    def check(self) -> str:
+        """Compare latents of another program with the VAE: `Encoder.check`."""
+        worker = spawn(self.job, Encoder, request_for("precompute", "cpu", 1), self.job.sweep, self.device)
+        (line,) = watch(self.job, [worker], [worker.check.remote()], policy=replace(SILENT, keep_logs=False))
+        ray.kill(worker)
+        return str(line)
 
     def encode(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
         """Encode the shards of these numbers, or parts to be mixed."""
@@ -158,7 +176,7 @@ def mixing_request(mixer: MixedOrder) -> Request:
 def precompute_latents(job: StageJob) -> None:
     """Make the shards that are missing and write the manifest last."""
     job.connect()
-    device, why = choose_device(job.recipe)
+    device, why = ("cpu", "latents are copied") if job.recipe.data.given else choose_device(job.recipe)
     job.say(f"encoding on {device} ({why})")
     find_or_make_latents(job, RayEncoders(job, device))
 
@@ -170,6 +188,8 @@ def find_or_make_latents(job: StageJob, encoders: Any) -> None:
     job.say(f"latents  {latents}")
     if LatentsManifest.find(latents) is None:
         source = open_source(job.recipe.data, job.sweep.store, listing_words(job.say))
+        if job.recipe.data.given:
+            job.say(f"given    {with_restarts(job, 'precompute', lambda _: encoders.check(), lambda: 0)}")
         encode, mix = (partial(work, latents, encoding, source) for work in (encoders.encode, encoders.mix))
         latent_set = LatentSet(job.recipe, latents, source, encoding, encode, mix, job.say, job.raise_if_stopped)
         latent_set.make(partial(retrying, job))

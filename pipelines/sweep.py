@@ -196,7 +196,7 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     if source.left_out:
         driver.board.say(f"left out {source.left_out}")
     driver.board.say(f"data     {price_reading(recipe, plan.shape, len(source))}")
-    if not driver.sweep.folder.exists(REAL):
+    if not (recipe.data.given or driver.sweep.folder.exists(REAL)):  # precompute decodes latents
         try:
             driver.sweep.folder.write(REAL, real_grid(source, recipe.data.resolution))
         except StorageError as error:

@@ -50,7 +50,7 @@ ablations = _group(
 data = _group(
     "data ",
     "Verify, repair, describe and delete latents.",
-    verify=stored.data_verify, repair=stored.data_repair, show=stored.data_show, gc=stored.data_gc,
+    verify=stored.data_verify, repair=stored.data_repair, show=stored.data_show, export=stored.data_export, gc=stored.data_gc,
 )  # fmt: skip
 recipe = _group(
     "recipe ",

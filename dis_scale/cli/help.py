@@ -30,6 +30,7 @@ EXAMPLES = {
     "ablate ema": "dis-scale ablate ema outputs/sweeps/digits dis-m --widths 0.05,0.07,0.1",
     "data verify": "dis-scale data verify outputs/sweeps/digits --fast",
     "data repair": "dis-scale data repair outputs/sweeps/digits",
+    "data export": "dis-scale data export outputs/sweeps/digits --layout edm2 --out latents-edm2",
     "data show": "dis-scale data show outputs/sweeps/digits --out latents.png",
     "node forgive": "dis-scale node forgive outputs/sweeps/digits node-7",
     "mlflow sync": "dis-scale mlflow sync outputs/sweeps/digits --uri sqlite:///mlflow.db",

@@ -1,7 +1,7 @@
 """Commands on stored files: `dis-scale verify`, `gc` and `delete` of a sweep; `dis-scale data verify`, `repair`, `show`, `gc`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from dis_scale.upkeep.retention import Unneeded
 
 Yes = Annotated[bool, typer.Option("--yes", help="Delete what is listed.")]
+
+Layout = Literal["edm2", "repa", "webdataset"]
 
 Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of latents; local or any fsspec URL.")]
 
@@ -162,6 +164,27 @@ def data_repair(
         )
         board.say(f"repaired {', '.join(repaired)}" if repaired else "nothing to repair: every shard is complete")
     show(as_json, {"repaired": repaired})
+
+
+def data_export(
+    url: Latents,
+    out: Annotated[str, typer.Option(help="The new folder; local or any fsspec URL.")],
+    layout: Annotated[Layout, typer.Option(help="Whose layout.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write latents for the code of EDM2, REPA (which needs its images beside them) or MaskDiT (`webdataset`).
+
+    Without those of mirror images, which these layouts do not have.
+    """
+    from dis_scale.data import given, maintenance
+    from dis_scale.process.progress import Board
+    from dis_scale.storage.folder import open_folder
+
+    with Board(console(stderr=as_json)) as board:
+        _, latents = maintenance.locate_latents(url)
+        folder = open_folder(out)
+        count = given.export(latents, layout, folder, lambda done, total: board.update("export", done, total, "shards"))
+    show(as_json, {"latents": count, "folder": folder.url}, f"exported {count:,} latents to {folder} as {layout}")
 
 
 def data_show(

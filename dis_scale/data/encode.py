@@ -8,7 +8,7 @@ processes, Ray tasks and Ray Data. Read next: shards.py, making.py, pipelines/pr
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from dis_scale.data.sources import Source, select_decodable
 from dis_scale.data.staging import MixedOrder
 from dis_scale.process.errors import DisScaleError, UndecodableImage, UserError
 from dis_scale.process.threads import batched, in_order, one_ahead
-from dis_scale.recipe import Precompute, Recipe
+from dis_scale.recipe import Data, Precompute, Recipe
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep.documents import Encoding, Hardware
 from dis_scale.vae import Vae
@@ -40,12 +40,14 @@ class Setup:
     vae: Vae
     recipe: Recipe
 
-    @property
+    @cached_property
     def mixer(self) -> MixedOrder:
         """Places of the source's entries in the mixed order."""
-        return MixedOrder(
-            len(self.source), self.recipe.precompute, self.vae.latent(self.recipe.data.resolution), self.vae.posterior
-        )
+        return MixedOrder.of(len(self.source), self.recipe.precompute, encoding_of(self.vae, self.recipe.data, ""))
+
+    def begin(self, arrays: Sequence[np.ndarray]) -> Callable[[], Iterable[np.ndarray]]:
+        """Begin to encode images (H, W, 3); the function waits for their moments. Latents of another program are these already."""
+        return (lambda: arrays) if self.recipe.data.given else begin_encoding(self.vae, arrays, self.recipe.precompute)
 
 
 class _DecodedRange(NamedTuple):
@@ -67,12 +69,12 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
-def encoding_of(vae: Vae, resolution: int, device: str) -> Encoding:
-    """Return the facts of encoding with this VAE in this process."""
-    shape = vae.latent(resolution)
+def encoding_of(vae: Vae, data: Data, device: str) -> Encoding:
+    """Return the facts of encoding with this VAE in this process, or of copying the latents that another program made with it."""
+    posterior = data.given.posterior if data.given else vae.posterior
     return Encoding(
-        identity=vae.identity, posterior=vae.posterior, shift=vae.shift, scale=vae.scale,
-        latent=shape, device=device, torch=str(torch.__version__),
+        identity=vae.identity, posterior=posterior, shift=vae.shift, scale=vae.scale,
+        latent=vae.latent(data.resolution), sides=data.sides, device=device, torch=str(torch.__version__),
     )  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def encode_mixed(setup: Setup, numbers: Iterable[int], refused: Collection[str])
             for batch in batched(encoded, settings.encode_images):
                 if not wanted.isdisjoint(batch):
                     pixels = [setup.source.pixels(n, setup.recipe.data.resolution) for n in batch]
-                    moments = begin_encoding(setup.vae, pixels, settings)()
+                    moments = setup.begin(pixels)()
                     samples |= {sample.position: sample for sample in _samples(setup, batch, moments)}
         yield EncodedShard(
             number, [samples[n] for n in entries if n in samples], [names[n] for n in entries if n not in samples]
@@ -178,7 +180,7 @@ def _encode_shard(
             yield from images
 
     batches = (tuple(zip(*batch, strict=True)) for batch in batched(decodable(), settings.encode_images))
-    begun = ((positions, begin_encoding(setup.vae, pixels, settings)) for positions, pixels in batches)
+    begun = ((positions, setup.begin(pixels)) for positions, pixels in batches)
     for positions, wait in one_ahead(begun):
         samples += _samples(setup, positions, wait())
         report(len(positions))
@@ -186,12 +188,17 @@ def _encode_shard(
 
 
 def _samples(setup: Setup, positions: Iterable[int], batch_moments: Iterable[np.ndarray]) -> list[Sample]:
-    samples = []
+    samples, mixer = [], setup.mixer
     for position, moments in zip(positions, batch_moments, strict=True):
         entry = setup.source.listing[position]
+        if moments.shape != mixer.moments_shape:
+            raise UserError(
+                f"latent {entry.name}: got {moments.shape}, expected {mixer.moments_shape} (images, values, height, width), which "
+                f"vae makes of {setup.recipe.data.resolution} pixels"
+            )
         if not np.isfinite(moments).all():
             raise DisScaleError(f"latents of image {entry.name} are not finite in float16: is this its VAE?")
-        samples.append(Sample(position, entry.name, int(entry.label), moments, setup.vae.posterior))
+        samples.append(Sample(position, entry.name, int(entry.label), moments, mixer.posterior))
     return samples
 
 

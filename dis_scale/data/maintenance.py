@@ -141,6 +141,8 @@ class Examples(NamedTuple):
 
     def originals(self, sweep: Sweep, report: ReportDone) -> np.ndarray:
         """Return the same images of the sweep's source, uint8 (N, H, W, 3); DisScaleError if it cannot be read."""
+        if sweep.recipe.data.given:
+            raise UserError("their source has latents")
         source = open_source(sweep.recipe.data, sweep.store, report)
         return np.stack([source.pixels(i, sweep.recipe.data.resolution) for i in self.positions])
 

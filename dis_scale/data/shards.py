@@ -42,7 +42,7 @@ _VARIES = np.r_[0:_KEY, 124:136, 148:156, _BLOCK : 2 * _BLOCK + _KEY, 2 * _BLOCK
 class Sample:
     """One image's posterior: `moments` is float16 (2, 2C, h, w), mean and log-variance of the image and of its horizontal flip.
 
-    Without a posterior, it is (2, C, h, w), the latents.
+    Without a posterior, it is (2, C, h, w), the latents. Latents of another program may lack the flip's: (1, ...).
     """
 
     position: int
@@ -53,7 +53,7 @@ class Sample:
 
 
 class Shard(NamedTuple):
-    """A shard in memory: `moments` float16 (n, 2, 2C or C, h, w), `labels` int64 (n)."""
+    """A shard in memory: `moments` float16 (n, 2 or 1, 2C or C, h, w), `labels` int64 (n)."""
 
     moments: np.ndarray
     labels: np.ndarray
@@ -98,9 +98,9 @@ def require_allowed(latents: Folder, data: Data) -> None:
         )
 
 
-def sample_bytes(shape: LatentShape, posterior: bool = True) -> int:
+def sample_bytes(shape: LatentShape, posterior: bool = True, sides: int = 2) -> int:
     """Return the bytes of a latent in a shard: two headers, the label, and the moments with numpy's header."""
-    npy = 128 + 2 * 2 * (1 + posterior) * shape.channels * shape.size**2
+    npy = 128 + 2 * sides * (1 + posterior) * shape.channels * shape.size**2
     return 3 * _BLOCK + -(-npy // _BLOCK) * _BLOCK
 
 

@@ -8,7 +8,7 @@ import csv
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib.metadata import distribution
 from typing import Literal, Protocol
@@ -16,13 +16,12 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from dis_scale.data import images, listing, parquet, tars
+from dis_scale.data import images, layouts, listing, parquet, tars
 from dis_scale.data.listing import Column, Contents, Entry, LeftOut, Listing, number_or_name
 from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError, nearest, printable
 from dis_scale.process.progress import ReportDone, some
-from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
-from dis_scale.recipe.data import Crop
+from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, LatentsSource, ParquetSource, TarSource
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep.documents import LeftOutByReason
@@ -36,7 +35,8 @@ LINE_CHARACTERS = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """Images; position i of the dataset is `names[i]`, of class `labels[i]`: 0 in all, without `label_names`, if unconditional."""
+    """Images, or latents; position i of the dataset is `names[i]`, of class `labels[i]`: 0 in all, without `label_names`, if
+    unconditional."""
 
     listing: Listing
     label_names: list[str]
@@ -46,9 +46,9 @@ class Source:
     """True if both entries, the second after the first, belong in one call of `read`."""
     mixed: bool
     """Whether positions are in the mixed order; otherwise latents are mixed after encoding (staging.py)."""
-    crop: Crop | None
-    """The square of each image that is used; None for the complete image."""
-    in_flight: images.InFlight = field(default_factory=images.InFlight)
+    decode: Callable[[bytes, str, int], np.ndarray]
+    """Makes an array of a file's bytes, its name and the resolution: an image, or a latent's moments; UndecodableImage."""
+    in_flight: images.InFlight
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -72,7 +72,10 @@ class Source:
         return Column(self.listing, lambda entry: int(entry.label))
 
     def pixels(self, i: int, resolution: int) -> np.ndarray:
-        """Return image i as uint8 (resolution, resolution, 3); UndecodableImage, or another StorageError if storage fails."""
+        """Return image i as uint8 (resolution, resolution, 3), or a latent's moments, float16 (sides, 2C or C, h, w).
+
+        UndecodableImage, or another StorageError if storage fails.
+        """
         (image,) = self.decoded(range(i, i + 1), resolution)
         if isinstance(image, UndecodableImage):
             raise image
@@ -91,7 +94,7 @@ class Source:
         try:
             if data is None:
                 return UndecodableImage(f"image {printable(name)}: {NOT_THERE}", NOT_THERE)
-            return images.decode(data, name, resolution, self.crop, self.in_flight)
+            return self.decode(data, name, resolution)
         except UndecodableImage as error:
             return error
 
@@ -139,7 +142,14 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
         opened = listing.in_memory(find(), report)
     else:
         opened = listing.stored(store, data.declared, find, check, report)
-    return Source(opened, _label_names(opened, data, kind.where), kind.read, kind.near, kind.mixed, data.crop)
+    names, in_flight = _label_names(opened, data, kind.where), images.InFlight()
+
+    def decode(file: bytes, name: str, resolution: int) -> np.ndarray:
+        if data.given:
+            return layouts.moments(data.given, data.mirror, file, name)
+        return images.decode(file, name, resolution, data.crop, in_flight)
+
+    return Source(opened, names, kind.read, kind.near, kind.mixed, decode, in_flight)
 
 
 def require_source(data: Data, store: Folder) -> None:
@@ -361,9 +371,48 @@ class _Parquet(_ManyInAFile):
         return self._reader.read(entries)
 
 
+class _LatentFiles(_OneFileEach):
+    """Latents of another program, a file each."""
+
+    def __init__(self, settings: LatentsSource, labelled: bool) -> None:
+        self._root, self._labelled = layouts.root_of(settings, open_folder(settings.url)), labelled
+        self.where = self._root.url
+        self.missing = f"no latents in {self._root}; expected {self._root}/{layouts.edm2_file(0)}"
+
+    def find(self) -> Contents:
+        return Contents(layouts.find_files(self._root, self._labelled))
+
+    def read_one(self, entry: Entry) -> bytes:
+        try:
+            return self._root.read(entry.name)
+        except FileNotFoundError as error:
+            raise _gone(f"latent {entry.name}") from error
+
+
+class _LatentsInFiles(_ManyInAFile):
+    """Latents of another program, many in a file."""
+
+    def __init__(self, layout: layouts.InFiles, settings: LatentsSource, data: Data) -> None:
+        super().__init__()
+        pattern = settings.files or f"*{layout.suffix}"
+        self.root, self._names = tars.files_of(open_folder(settings.url), pattern, layout.suffix)
+        self._layout, self._settings, self._data, self.near = layout, settings, data, layout.near
+        self.where, self.missing = self.root.url, f"no latents in the files {pattern} of {self.root}"
+
+    def find(self) -> Contents:
+        labelled = self._data.num_classes is not None
+        return self._layout.find(self.root, self._names, self._settings, labelled, self._data.mirror)
+
+    def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
+        return self._layout.read(self.root, entries)
+
+
 def _open_kind(data: Data) -> _Kind:
     labelled = data.num_classes is not None
     match data.source:
+        case LatentsSource():
+            layout = layouts.many_in_a_file(data.source)
+            return _LatentsInFiles(layout, data.source, data) if layout else _LatentFiles(data.source, labelled)
         case DigitsSource():
             return _Digits(labelled)
         case FolderSource():

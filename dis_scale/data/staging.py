@@ -51,10 +51,11 @@ class MixedOrder:
     settings: Precompute
     latent: LatentShape
     posterior: bool = True
+    sides: int = 2
 
     @classmethod
     def of(cls, images: int, settings: Precompute, encoding: Encoding) -> "MixedOrder":
-        return cls(images, settings, encoding.latent, encoding.posterior)
+        return cls(images, settings, encoding.latent, encoding.posterior, encoding.sides)
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -71,7 +72,7 @@ class MixedOrder:
     @property
     def moments_shape(self) -> tuple[int, ...]:
         channels, size = self.latent
-        return (2, (1 + self.posterior) * channels, size, size)
+        return (self.sides, (1 + self.posterior) * channels, size, size)
 
     @cached_property
     def shard_bytes(self) -> int:

@@ -75,7 +75,7 @@ class Plan:
 
 def price_reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
     """Return, in a line, the size of the latents, how much of them a node's cache holds, and what is read in an epoch."""
-    settings, set_bytes = recipe.reader, images * sample_bytes(shape, has_posterior(recipe.vae))
+    settings, set_bytes = recipe.reader, images * _latent_bytes(recipe, shape)
     size = f"{images:,} images, {set_bytes / 1e9:,.2f} GB of latents"
     if settings.memory_gib is not None and set_bytes <= settings.memory_gib * GIB:
         return f"{size}: kept in each worker's memory, and read once"
@@ -86,6 +86,12 @@ def price_reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
         f"{size}; from an object store, a node's cache ({settings.cache_gib:g} GiB) holds {cached:.0%} of them, "
         f"and each node reads {share_read(cached) * set_bytes / 1e9:,.2f} GB an epoch after the first"
     )
+
+
+def _latent_bytes(recipe: Recipe, shape: LatentShape) -> int:
+    """Return the bytes of an image's latents in a shard."""
+    given = recipe.data.given
+    return sample_bytes(shape, given.posterior if given else has_posterior(recipe.vae), recipe.data.sides)
 
 
 def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:
@@ -151,7 +157,7 @@ def derive(plan: Plan, source_images: int | None, source_unknown: str) -> Number
     counts = sum(len(recipe.train_of(name).publish_images) for name in plan.costs)
     return Numbers(
         latent=shape, source_images=source_images, source_unknown=source_unknown,
-        latent_bytes=source_images and source_images * sample_bytes(shape, has_posterior(recipe.vae)),
+        latent_bytes=source_images and source_images * _latent_bytes(recipe, shape),
         lane_images=recipe.train.lane_images, world_sizes=recipe.train.world_sizes, metric=recipe.evaluate.metric,
         evaluations=counts * len(recipe.evaluate.samplings),
         blocks=-(-recipe.evaluate.samples // recipe.evaluate.block_images), models=models,

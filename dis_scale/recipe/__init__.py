@@ -17,6 +17,7 @@ from dis_scale.recipe.data import (
     DigitsSource,
     ExportedVae,
     FolderSource,
+    LatentsSource,
     Normalise,
     NoVae,
     ParquetSource,
@@ -64,6 +65,7 @@ __all__ = [
     "InceptionExtractor",
     "Isoflop",
     "LatentShape",
+    "LatentsSource",
     "Model",
     "ModelTrain",
     "NoVae",
@@ -176,6 +178,20 @@ class Recipe(Settings):
             self._sampling_fits(f"evaluate.variants.{name}" if name else "evaluate", settings)
         if self.device != "auto":
             self.require_scan_on(self.device)
+        return self
+
+    @model_validator(mode="after")
+    def _latents_have_no_images(self) -> Self:
+        if not self.data.given:
+            return self
+        if self.vae.kind not in ("pretrained", "exported"):
+            raise ValueError(
+                f"vae.kind: got {self.vae.kind}, expected pretrained or exported: the autoencoder that made the latents"
+            )
+        if self.evaluate.reference is None:
+            raise ValueError("evaluate.reference: none, and latents have no images: give the .npz of ADM's reference")
+        if self.evaluate.floor:
+            raise ValueError("evaluate.floor: latents have no images to measure it with: set it to false")
         return self
 
     def _training_fits(self, model: str) -> None:

@@ -64,7 +64,22 @@ class CsvSource(StoredSource):
     """Column of classes, integers or names."""
 
 
-SourceSettings = DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource
+class LatentsSource(StoredSource):
+    """Latents that another program encoded with the autoencoder `vae`; their images are not needed. See docs/latents.md."""
+
+    kind: Literal["latents"]
+    layout: Literal["edm2", "repa", "webdataset", "safetensors"]
+    """How they are stored: EDM2's folder or zip, REPA's (the folder with `vae-sd/`), MaskDiT's tars or LightningDiT's files."""
+    files: str | None = None
+    """Tars or safetensors files of the folder to read, as a shell pattern; default: all."""
+
+    @property
+    def posterior(self) -> bool:
+        """Whether the layout has mean and variance; otherwise latents."""
+        return self.layout != "safetensors"
+
+
+SourceSettings = DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource | LatentsSource
 
 
 Normalise = Literal["vae", "channels"]
@@ -110,7 +125,26 @@ class Data(Settings):
     @property
     def declared(self) -> dict[str, Any]:
         """Declaration of the listed images, by which sweeps share a listing and latents."""
-        return self.source.model_dump(mode="json") | ({"labels": "none"} if self.num_classes is None else {})
+        sides = {"sides": self.sides} if self.given else {}
+        return self.source.model_dump(mode="json") | sides | ({"labels": "none"} if self.num_classes is None else {})
+
+    @property
+    def given(self) -> LatentsSource | None:
+        """The latents of another program, from which the sweep's are copied; None for images, which it encodes."""
+        return self.source if isinstance(self.source, LatentsSource) else None
+
+    @property
+    def sides(self) -> int:
+        """Latents of an image in a shard: its own and its mirror image's, unless those of another program have none."""
+        return 1 + (self.mirror or self.given is None)
+
+    @model_validator(mode="after")
+    def _latents_are_used_as_they_are(self) -> Self:
+        if self.given and self.crop:
+            raise ValueError("crop: latents cannot be cropped: leave it out")
+        if self.given and self.given.posterior and self.mirror:
+            raise ValueError(f"mirror: {self.given.layout} has no latents of mirror images: set it to false")
+        return self
 
 
 class TrainedVae(Settings):

@@ -266,6 +266,8 @@ class Encoding(EncodedBy):
     """VAE, kind of device and version of PyTorch that encode a set of latents."""
 
     latent: LatentShape
+    sides: int = 2
+    """Latents of an image: its own and, if 2, its mirror image's."""
     device: str
     torch: str
 

@@ -112,6 +112,9 @@ class OneEncoder:
     def encoding(self) -> Encoding:
         return Encoder(self.job.sweep, "cpu").encoding()
 
+    def check(self) -> str:
+        return Encoder(self.job.sweep, "cpu").check()
+
     def encode(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
         _obeying(self.job, Encoder(self.job.sweep, "cpu")).encode(latents, encoding, deal_of(left))
 

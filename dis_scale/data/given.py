@@ -1,0 +1,141 @@
+"""Latents of another program beside the sweep's autoencoder: are they its own, unscaled latents? And written in its layouts.
+
+The layouts themselves are in layouts.py.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from dis_scale.data import layouts, shards
+from dis_scale.data.sources import Source, select_decodable
+from dis_scale.process.errors import UserError
+from dis_scale.process.progress import ReportShare
+from dis_scale.process.threads import in_order
+from dis_scale.recipe import Data
+from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import read_verified
+from dis_scale.sweep.documents import LatentsManifest
+from dis_scale.vae import Vae
+
+CHECKED, DECODED = 64, 8
+"""Latents whose deviation is compared with the autoencoder's scale; and that are decoded and encoded again."""
+LEAST, MOST = 0.4, 2.5
+"""Deviation of scaled latents, which is near 1 for the autoencoder's own images."""
+WRITES_AT_ONCE = 16
+"""Files that an export writes at a time."""
+Exported = Literal["edm2", "repa", "webdataset"]
+
+
+def require_own(source: Source, vae: Vae, data: Data) -> str:
+    """Compare latents, evenly from the source, with the autoencoder; return a line with what was measured.
+
+    UserError if their shape is not its, if their scaled deviation is far from 1 (they are scaled already, or are not its latents),
+    or if what it encodes of their decoded images is farther from them than their mean is.
+    """
+    assert data.given is not None
+    where, (channels, size) = source.listing.where, vae.latent(data.resolution)
+    expected = data.sides, (1 + data.given.posterior) * channels, size, size
+    positions = np.unique(np.linspace(0, len(source) - 1, CHECKED).astype(int)).tolist()
+    arrays = [source.decoded(range(i, i + 1), data.resolution)[0] for i in positions]
+    moments = [each for _, each in select_decodable(positions, arrays, data.undecodable)[0]]
+    if not moments:
+        raise UserError(f"{where}: none of {len(positions)} latents can be read")
+    if wrong := next((each.shape for each in moments if each.shape != expected), None):
+        raise UserError(
+            f"{where}: latents are {wrong}, and vae makes {expected} (images, values, height, width) of {data.resolution} pixels: "
+            "set data.resolution and vae as they were made"
+        )
+    means_BCHW = np.stack([each[0, :channels] for each in moments]).astype(np.float32)
+    deviation = float(vae.scaling.apply(means_BCHW.copy()).std((0, 2, 3)).mean())
+    explained = _explained(vae, means_BCHW[:DECODED], channels)
+    measured = (
+        f"deviation {deviation:.2f} after the scale of vae, {explained:.0%} explained by encoding what it decodes"
+    )
+    if data.normalise == "vae" and not LEAST <= deviation <= MOST:
+        raise UserError(
+            f"{where}: {measured}; expected a deviation of about 1: are they scaled already, or another autoencoder's? If neither, "
+            "set data.normalise: channels"
+        )
+    if explained < 0:
+        raise UserError(f"{where}: {measured}; expected over 0%: are they scaled already, or another autoencoder's?")
+    return measured
+
+
+def _explained(vae: Vae, means_BCHW: np.ndarray, channels: int) -> float:
+    """Return the share of the latents' variance that is left when they are decoded and encoded again; 1 if they are restored."""
+    pixels = vae.decode(torch.from_numpy(vae.scaling.apply(means_BCHW.copy())))
+    again_BCHW = vae.encode(pixels)[:, :channels].float().cpu().numpy()
+    spread = np.square(means_BCHW - means_BCHW.mean((0, 2, 3), keepdims=True)).mean()
+    return float(1 - np.square(again_BCHW - means_BCHW).mean() / max(spread, np.finfo(np.float32).tiny))
+
+
+def as_images(source: Source, vae: Vae) -> Source:
+    """Return the source with each latent decoded, uint8 (H, W, 3)."""
+
+    def decode(file: bytes, name: str, resolution: int) -> np.ndarray:
+        moments, channels = source.decode(file, name, resolution), vae.latent(resolution).channels
+        mean_BCHW = moments[:1, :channels].astype(np.float32)
+        picture: np.ndarray = vae.decode(torch.from_numpy(vae.scaling.apply(mean_BCHW)))[0]
+        return picture
+
+    return replace(source, decode=decode)
+
+
+def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) -> int:
+    """Write the unflipped latents of a complete set in another program's layout; return their number.
+
+    UserError if the folder has files. An image's place in the source is the number in its file's name.
+    """
+    manifest = LatentsManifest.require(latents)
+    if next(out.walk(), None) is not None:
+        raise UserError(f"--out {out}: it has files: give a new folder")
+    write = _write_tar if layout == "webdataset" else _write_files
+    folder = out / layouts.REPA_FOLDER if layout == "repa" else out
+    labels = dict[str, int]()
+    for done, entry in enumerate(manifest.shards, 1):
+        data = read_verified(latents, entry.name, entry.digest)
+        shard = shards.unpack(data, f"{latents}/{entry.name}")
+        unflipped = zip(shards.positions(data), shard.moments[:, 0], shard.labels.tolist(), strict=True)
+        labels |= write(folder, entry.name, unflipped, manifest.encoding.posterior)
+        report(done, len(manifest.shards))
+    if layout != "webdataset":
+        classes = None if manifest.made_from.num_classes is None else sorted(labels.items())
+        folder.write(layouts.LABELS, json.dumps({"labels": classes}).encode())
+    return manifest.count
+
+
+_Unflipped = Iterator[tuple[int, np.ndarray, int]]
+"""Place in the source, moments (2C or C, h, w) and class of each latent."""
+
+
+def _write_files(folder: Folder, _: str, samples: _Unflipped, posterior: bool) -> dict[str, int]:
+    """Write a file for each latent; return their classes."""
+
+    def write(sample: tuple[int, np.ndarray, int]) -> tuple[str, int]:
+        position, moments, label = sample
+        name = layouts.edm2_file(position)
+        folder.write(name, layouts.mean_and_deviation(moments, posterior))
+        return name, label
+
+    return dict(in_order(samples, write, WRITES_AT_ONCE))
+
+
+def _write_tar(folder: Folder, shard: str, samples: _Unflipped, posterior: bool) -> dict[str, int]:
+    """Write a tar with the latents of a shard; their classes are in it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for position, moments, label in samples:
+            moments_file = layouts.mean_and_log_variance(moments, posterior)
+            for kind, data in (("latent", moments_file), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{position:07d}.{kind}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    folder.write(f"latents-{shard}", buffer.getvalue())
+    return {}

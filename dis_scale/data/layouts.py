@@ -1,0 +1,357 @@
+"""Latents in the layouts of other programs: read as a source, and written by `dis-scale data export`.
+
+| layout | a latent is | its class is |
+|---|---|---|
+| edm2 | `NNNNN/img-mean-std-NNNNNNNN.npy`, float32 (2C, h, w): mean, then deviation; in a folder or a `.zip` | in `dataset.json` |
+| repa | the same, below `vae-sd/` | in `vae-sd/dataset.json` |
+| webdataset | `<key>.latent` in tars, a pickled float32 array (2C, h, w): mean, then log-variance (MaskDiT's) | in `<key>.cls` |
+| safetensors | a row of `latents`, (N, C, h, w), and of `latents_flip` if there are mirror images (LightningDiT's) | in `labels` |
+
+Sources: NVlabs/edm2 `dataset_tool.py`, sihyun-yu/REPA `preprocessing/`, Anima-Lab/MaskDiT `lmdb2wds.py` and `utils.py`,
+hustvl/LightningDiT `datasets/img_latent_dataset.py`.
+"""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dis_scale.data import tars
+from dis_scale.data.images import ending
+from dis_scale.data.listing import Contents, Entry, LeftOut
+from dis_scale.process.errors import StorageError, UndecodableImage, UserError, printable
+from dis_scale.process.progress import some
+from dis_scale.recipe import LatentsSource, TarSource
+from dis_scale.storage import npy
+from dis_scale.storage.folder import Folder
+
+LABELS = "dataset.json"
+REPA_FOLDER = "vae-sd"
+NO_VARIANCE = float(np.finfo(np.float16).min)
+"""That of vae/interface.py, which imports PyTorch."""
+LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
+"""Bounds that Stable Diffusion's autoencoder, and each program that samples from stored moments, puts on them."""
+HEADER_BYTES = 2**26
+"""Most bytes of a safetensors file's header."""
+_LOCAL_HEADER = 30
+"""Bytes of a zip member's own header before its name."""
+_TYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "U8": "|u1",
+}
+
+
+class InFiles(NamedTuple):
+    """A layout with many latents in a file: the files' ending, and how they are listed and read."""
+
+    suffix: str
+    find: Callable[[Folder, list[str], LatentsSource, bool, bool], Contents]
+    read: Callable[[Folder, Sequence[Entry]], list[bytes]]
+    near: Callable[[Entry, Entry], bool]
+
+
+def root_of(source: LatentsSource, url: Folder) -> Folder:
+    """Return the folder of the latents: REPA's is beside that of its images."""
+    return url / REPA_FOLDER if source.layout == "repa" else url
+
+
+def many_in_a_file(source: LatentsSource) -> InFiles | None:
+    """Return how to read a layout with many latents in a file; None if each has a file of its own."""
+    if source.layout in ("edm2", "repa"):
+        return _ZIP if source.url.endswith(".zip") else None
+    return {"webdataset": _TARS, "safetensors": _SAFETENSORS}[source.layout]
+
+
+def find_files(root: Folder, labelled: bool) -> Iterator[Entry | LeftOut]:
+    """List EDM2's files of a folder. UserError if a file has no class, or a class has no file."""
+    labels = _labels(lambda: root.read(LABELS), f"{root}/{LABELS}") if labelled else None
+    return _labelled(((name, "", (0, 0)) for name in root.walk() if name != LABELS), labels, str(root))
+
+
+def moments(source: LatentsSource, mirror: bool, data: bytes, name: str) -> np.ndarray:
+    """Return a latent's moments as shards have them, float16 (1, 2C, h, w), or (2, C, h, w) with a mirror image and no variance.
+
+    UndecodableImage if the bytes are no latent.
+    """
+    try:
+        match source.layout:
+            case "edm2" | "repa":
+                return _of_mean_and_deviation(npy.read(data))
+            case "webdataset":
+                return _of_mean_and_log_variance(_NumpyUnpickler(io.BytesIO(data)).load())
+            case "safetensors":
+                return _finite(npy.read(data)[: 1 + mirror])
+    except (ValueError, TypeError, EOFError, OSError, pickle.UnpicklingError, AttributeError, IndexError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UndecodableImage(
+            f"latent {printable(name)} cannot be read: {why}; repair or remove it, or --set data.undecodable=skip", why
+        ) from error
+
+
+def edm2_file(position: int) -> str:
+    """Return EDM2's name of the file of a latent."""
+    return f"{position // 1000:05d}/img-mean-std-{position:08d}.npy"
+
+
+def mean_and_deviation(moments_XHW: np.ndarray, posterior: bool) -> bytes:
+    """Return EDM2's file of one latent's moments, float16 (2C, h, w); the deviation is 0 if they have no variance."""
+    mean, log_variance = _split(moments_XHW, posterior)
+    file = io.BytesIO()
+    np.save(file, np.concatenate([mean, np.exp(log_variance / 2)]).astype(np.float32))
+    return file.getvalue()
+
+
+def mean_and_log_variance(moments_XHW: np.ndarray, posterior: bool) -> bytes:
+    """Return MaskDiT's `.latent` of one latent's moments, float16 (2C, h, w)."""
+    return pickle.dumps(np.concatenate(_split(moments_XHW, posterior)).astype(np.float32))
+
+
+def _split(moments_XHW: np.ndarray, posterior: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and log-variance, float64."""
+    if not posterior:
+        return moments_XHW.astype(np.float64), np.full(moments_XHW.shape, NO_VARIANCE)
+    mean, log_variance = np.split(moments_XHW.astype(np.float64), 2)
+    return mean, log_variance
+
+
+def _of_mean_and_deviation(stored: np.ndarray) -> np.ndarray:
+    mean, deviation = _halves(stored)
+    if not (deviation >= 0).all():
+        raise ValueError("a deviation is negative or not a number: is it mean and deviation?")
+    with np.errstate(divide="ignore"):  # of 0 it is minus infinity
+        log_variance = np.maximum(2 * np.log(deviation), NO_VARIANCE)
+    return _finite(np.concatenate([mean, log_variance])[None])
+
+
+def _of_mean_and_log_variance(stored: Any) -> np.ndarray:
+    if not isinstance(stored, np.ndarray):
+        raise TypeError(f"it is a pickled {type(stored).__name__}, expected an array")
+    mean, log_variance = _halves(stored)
+    bounded = np.clip(log_variance, LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE)
+    bounded[log_variance <= NO_VARIANCE] = NO_VARIANCE
+    return _finite(np.concatenate([mean, bounded])[None])
+
+
+def _halves(stored: np.ndarray) -> list[np.ndarray]:
+    """Return the halves of an array (2C, h, w) in float64; axes of one element before it are dropped."""
+    if stored.ndim < 3 or stored.dtype.kind != "f" or int(np.prod(stored.shape[:-3])) != 1 or stored.shape[-3] % 2:
+        raise ValueError(f"an array of {stored.dtype}, {stored.shape}; expected floating point (2C, h, w)")
+    return np.split(stored.reshape(stored.shape[-3:]).astype(np.float64), 2)
+
+
+def _finite(moments: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        half = moments.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError("a value is not finite in float16")
+    return half
+
+
+_MAKES_ARRAYS = {
+    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer"),
+}  # fmt: skip
+"""Functions that a pickled array calls: of all protocols, and of both versions of NumPy."""
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Unpickles arrays: a pickle may name any function of any module, and only those that make an array are called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _MAKES_ARRAYS:
+            raise pickle.UnpicklingError(f"a pickle that calls {module}.{name}, expected an array of NumPy")
+        return super().find_class(module, name)
+
+
+def _labels(read: Callable[[], bytes], where: str) -> dict[str, int]:
+    """Return the classes of EDM2's `dataset.json` by file."""
+    try:
+        pairs = json.loads(read())["labels"]
+        labels = dict[str, Any](pairs or ())
+    except (FileNotFoundError, KeyError) as error:
+        raise UserError(
+            f"data.source.url: no classes in {where}; for latents without classes set data.num_classes: none"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{where}: expected {{"labels": [[file, class], ...]}}: {error}') from error
+    if not labels:
+        raise UserError(f"{where}: its labels are empty: set data.num_classes: none")
+    if bad := next(((n, y) for n, y in labels.items() if isinstance(y, bool) or not isinstance(y, int)), None):
+        raise UserError(f"{where}: {printable(bad[0])} has the class {bad[1]!r}, expected a number")
+    return labels
+
+
+def _labelled(
+    files: Iterable[tuple[str, str, tuple[int, int]]], labels: dict[str, int] | None, where: str, version: str = ""
+) -> Iterator[Entry | LeftOut]:
+    """Yield the latents among files, each a name, the file with its bytes, and where it is there, with their classes."""
+    left = dict(labels or ())
+    for name, file, location in files:
+        if not name.endswith(".npy"):
+            yield LeftOut(name, ending(name))
+            continue
+        label = left.pop(name, None) if labels is not None else 0
+        if label is None:
+            raise UserError(f"{where}: {printable(name)} has no class in {LABELS}: add it, or remove the file")
+        yield Entry(name, label, file, location, version)
+    if left:
+        raise UserError(
+            f"{where}: {len(left):,} files of {LABELS} are not there: {some([printable(name) for name in left])}; "
+            "copy them, or remove them from it"
+        )
+
+
+def _find_in_zips(root: Folder, names: list[str], _: LatentsSource, labelled: bool, __: bool) -> Contents:
+    (name,) = names
+    return Contents(_in_zip(root, name, labelled))
+
+
+def _in_zip(root: Folder, name: str, labelled: bool) -> Iterator[Entry | LeftOut]:
+    """Yield the latents of a zip; each is stored as it is, between its own header and the next member's."""
+    where, version = f"{root}/{name}", root.version(name)
+    try:
+        with root.open(name) as file, zipfile.ZipFile(file) as opened:
+            labels = _labels(lambda: opened.read(LABELS), f"{where}/{LABELS}") if labelled else None
+            members = sorted((m for m in opened.infolist() if not m.is_dir()), key=lambda m: m.header_offset)
+            end = opened.start_dir
+    except zipfile.BadZipFile as error:
+        raise StorageError(f"{where}: not a complete zip: {error}") from error
+    if packed := next((m.filename for m in members if m.compress_type and m.filename.endswith(".npy")), None):
+        raise UserError(
+            f"{where}: {printable(packed)} is compressed, and single latents are read: write it with zip -0"
+        )
+    ends = [member.header_offset for member in members[1:]] + [end]
+    files = (
+        (member.filename, name, (member.header_offset, end - member.header_offset))
+        for member, end in zip(members, ends, strict=True) if member.filename != LABELS
+    )  # fmt: skip
+    yield from _labelled(files, labels, where, version)
+
+
+def _read_zip(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
+    return [_without_header(member) for member in tars.read(root, entries)]
+
+
+def _without_header(member: bytes) -> bytes:
+    if len(member) < _LOCAL_HEADER or member[:4] != b"PK\3\4":
+        return b""
+    name, extra = struct.unpack("<HH", member[26:_LOCAL_HEADER])
+    return member[_LOCAL_HEADER + name + extra :]
+
+
+def _find_in_tars(root: Folder, names: list[str], source: LatentsSource, labelled: bool, _: bool) -> Contents:
+    settings = TarSource(kind="tar", url=source.url, image="latent", label="cls")
+    return tars.find(root, names, settings, labelled)
+
+
+class _Header(NamedTuple):
+    """A safetensors file: where its tensors begin, and type, shape and bytes of each."""
+
+    first: int
+    tensors: dict[str, Any]
+
+    def tensor(self, root: Folder, file: str, name: str) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+        """Return the type, the shape and the first byte of a tensor; UserError if it is missing or of another type."""
+        if name not in self.tensors:
+            more = "; set data.mirror: false" if name == "latents_flip" else ""
+            raise UserError(f"{root}/{file}: no tensor {name!r}, it has {some(sorted(self.tensors))}{more}")
+        facts = self.tensors[name]
+        if facts["dtype"] not in _TYPES:
+            raise UserError(f"{root}/{file}: {name} is {facts['dtype']}, expected one of {', '.join(_TYPES)}")
+        return np.dtype(_TYPES[facts["dtype"]]), tuple(facts["shape"]), self.first + facts["data_offsets"][0]
+
+
+def _header(root: Folder, file: str) -> _Header:
+    """Read the header of a safetensors file: its length, then JSON."""
+    try:
+        length = int.from_bytes(root.read(file, 0, 8), "little")
+        if not 0 < length <= HEADER_BYTES:
+            raise ValueError(f"a header of {length:,} bytes")
+        tensors = json.loads(root.read(file, 8, 8 + length))
+        tensors.pop("__metadata__", None)
+        return _Header(8 + length, tensors)
+    except (ValueError, AttributeError) as error:
+        raise StorageError(f"{root}/{file}: not a safetensors file: {error}") from error
+
+
+def _find_in_safetensors(root: Folder, names: list[str], _: LatentsSource, labelled: bool, mirror: bool) -> Contents:
+    return Contents(entry for name in names for entry in _rows(root, name, labelled, mirror))
+
+
+def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Entry]:
+    version, header = root.version(name), _header(root, name)
+    _, shape, _ = header.tensor(root, name, "latents")
+    if mirror and (flipped := header.tensor(root, name, "latents_flip")[1]) != shape:
+        raise UserError(f"{root}/{name}: latents are {shape}, latents_flip {flipped}, expected the same shape")
+    labels: Sequence[int] = [0] * shape[0]
+    if labelled:
+        dtype, (count, *_), first = header.tensor(root, name, "labels")
+        if dtype.kind not in "iu" or count != shape[0]:
+            raise UserError(
+                f"{root}/{name}: {count:,} labels of {dtype} for {shape[0]:,} latents, expected as many integers"
+            )
+        labels = np.frombuffer(root.read(name, first, first + dtype.itemsize * count), dtype).tolist()
+    for row, label in enumerate(labels):
+        yield Entry(f"{name}/{row:06d}", label, name, (row, 1), version)
+
+
+class _SafetensorsReader:
+    """Reads rows of safetensors files; a file's header once."""
+
+    def __init__(self) -> None:
+        self._header = cache(_header)
+
+    def read(self, root: Folder, entries: Sequence[Entry]) -> list[bytes]:
+        """Return each row as a `.npy`: (2, C, h, w) with its mirror image, else (1, C, h, w)."""
+        file, first, last = entries[0].file, entries[0].location[0], entries[-1].location[0] + 1
+        header = self._header(root, file)
+        sides = [
+            self._read_rows(root, file, header, name, first, last)
+            for name in ("latents", "latents_flip")
+            if name in header.tensors
+        ]
+        rows = np.stack(sides, axis=1)
+        return [_npy(rows[entry.location[0] - first]) for entry in entries]
+
+    def _read_rows(self, root: Folder, file: str, header: _Header, name: str, first: int, last: int) -> np.ndarray:
+        dtype, (_, *shape), start = header.tensor(root, file, name)
+        row_bytes = dtype.itemsize * int(np.prod(shape))
+        data = root.read(file, start + first * row_bytes, start + last * row_bytes)
+        if len(data) != (last - first) * row_bytes:
+            raise StorageError(f"{root}/{file}: it ends within {name}: restore it")
+        values = np.frombuffer(data, dtype).reshape(-1, *shape)
+        if header.tensors[name]["dtype"] == "BF16":  # the upper half of a float32
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+ROWS_AT_ONCE = 64
+"""Most rows of a safetensors file in one read."""
+
+
+def _rows_near(first: Entry, entry: Entry) -> bool:
+    return first.file == entry.file and entry.location[0] - first.location[0] < ROWS_AT_ONCE
+
+
+_ZIP = InFiles(".zip", _find_in_zips, _read_zip, tars.near)
+_TARS = InFiles(".tar", _find_in_tars, tars.read, tars.near)
+_SAFETENSORS = InFiles(".safetensors", _find_in_safetensors, _SafetensorsReader().read, _rows_near)

@@ -1,0 +1,375 @@
+"""Latents of other programs: each is read once with its class, what is not an autoencoder's own is refused, exports come back.
+
+The programs' own ways of reading are written out below from their sources; they know nothing of the project.
+"""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from PIL import Image
+
+from dis_scale.data import layouts, shards
+from dis_scale.data.latents import Latents
+from dis_scale.process.errors import StorageError, UndecodableImage, UserError
+from dis_scale.recipe import LatentsSource, reading
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import REAL, Sweep
+from dis_scale.sweep.documents import LatentsManifest
+from dis_scale.vae.interface import NO_VARIANCE
+from tests.conftest import TINY
+from tests.support.autoencoders import exported
+from tests.support.commands import invoke
+from tests.support.stages import make_latents
+
+IMAGES = 1797
+WITHOUT_IMAGES = [
+    "evaluate.extractor={kind: inception}", "evaluate.samples=5000", "evaluate.reference=adm.npz", "evaluate.floor=false",
+]  # fmt: skip
+SCALE = {"scale": 0.3, "shift": -0.2}
+
+
+def source(layout: str, url: Path | str = "/latents") -> LatentsSource:
+    return LatentsSource.model_validate({"kind": "latents", "layout": layout, "url": str(url)})
+
+
+def sweep_of(root: Path, vae: str, *more: str) -> Sweep:
+    recipe = reading.load(TINY, [f"vae={vae}", "precompute.shard_images=450", *more])
+    sweep = Sweep.below(open_folder(root), recipe)
+    sweep.save_recipe()
+    return sweep
+
+
+def given(root: Path, vae: str, layout: str, url: Path, *more: str) -> Sweep:
+    declared = f"data.source={{kind: latents, layout: {layout}, url: {url}}}"
+    return sweep_of(root, vae, declared, *WITHOUT_IMAGES, *more)
+
+
+def stored(latents: Folder) -> dict[int, tuple[bytes, int]]:
+    """Moments of the unflipped images and their classes by place in the source."""
+    everything = {}
+    for entry in LatentsManifest.require(latents).shards:
+        data = latents.read(entry.name)
+        shard = shards.unpack(data, entry.name)
+        values = zip(shards.positions(data), shard.moments[:, 0], shard.labels.tolist(), strict=True)
+        everything |= {position: (moments.tobytes(), label) for position, moments, label in values}
+    return everything
+
+
+def as_edm2_reads(folder: Path) -> dict[str, tuple[np.ndarray, int]]:
+    """What EDM2's `ImageFolderDataset` returns: all `.npy` by name, shaped to three axes, and the class of `dataset.json`."""
+    labels = dict(json.loads((folder / "dataset.json").read_text())["labels"])
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.npy"))
+    arrays = [np.load(folder / name) for name in names]
+    return {n: (a.reshape(-1, *a.shape[-2:]), labels[n]) for n, a in zip(names, arrays, strict=True)}
+
+
+def as_maskdit_reads(folder: Path) -> dict[str, tuple[np.ndarray, int]]:
+    """What MaskDiT's loader returns of each sample: `latent` unpickled, `cls` as a number."""
+    found = dict[str, dict[str, bytes]]()
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                file = tar.extractfile(member)
+                assert file is not None
+                found.setdefault(key, {})[kind] = file.read()
+    return {key: (pickle.loads(each["latent"]), int(each["cls"].decode())) for key, each in found.items()}
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Folder]:
+    """An autoencoder with a variance, and the latents that it makes of the digits."""
+    root = tmp_path_factory.mktemp("encoded")
+    vae = exported(root / "vae", posterior=True, **SCALE).model_dump_json(exclude_none=True)
+    return vae, make_latents(sweep_of(root / "root", vae))
+
+
+def export(latents: Folder, layout: str, out: Path) -> Path:
+    code, output = invoke("data", "export", latents.url, "--layout", layout, "--out", str(out))
+    assert code == 0, output
+    assert f"exported {IMAGES:,} latents" in output
+    return out
+
+
+def zipped(folder: Path) -> Path:
+    """A zip as EDM2's tool writes it: members as they are, without folders of their own."""
+    out = folder.with_suffix(".zip")
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as file:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            file.write(path, path.relative_to(folder))
+    return out
+
+
+@pytest.mark.parametrize("layout", ["edm2", "edm2 in a zip", "repa", "webdataset"])
+def test_an_export_comes_back_to_the_bit(layout: str, encoded: tuple[str, Folder], tmp_path: Path) -> None:
+    vae, latents = encoded
+    kind = layout.split()[0]
+    out = export(latents, kind, tmp_path / "out")
+    original = stored(latents)
+    if kind == "webdataset":
+        theirs = as_maskdit_reads(out)
+        assert {int(key): y for key, (_, y) in theirs.items()} == {n: y for n, (_, y) in original.items()}
+        for key, (moments, _) in theirs.items():
+            assert moments.dtype == np.float32
+            assert moments.astype(np.float16).tobytes() == original[int(key)][0]
+    else:
+        theirs = as_edm2_reads(out / "vae-sd" if kind == "repa" else out)
+        assert {int(key[-12:-4]): y for key, (_, y) in theirs.items()} == {n: y for n, (_, y) in original.items()}
+        for key, (moments, _) in theirs.items():
+            mean, deviation = np.split(moments, 2)
+            assert moments.dtype == np.float32
+            assert (deviation == np.float32(np.exp(-2))).all()
+            assert mean.astype(np.float16).tobytes() == original[int(key[-12:-4])][0][: mean.size * 2]
+    sweep = given(tmp_path / "root", vae, kind, zipped(out) if "zip" in layout else out)
+    back = make_latents(sweep)
+    assert LatentsManifest.require(back).encoding.sides == 1
+    assert sorted(stored(back).values()) == sorted(original.values())
+    assert Image.open(io.BytesIO(sweep.folder.read(REAL))).width > 32
+    positions = np.arange(64)
+    moments, labels = Latents(back, seed=0).read(positions, np.zeros(64, np.int64))
+    assert moments.shape == (64, 24, 16, 16)
+    assert len(set(labels.tolist())) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mirror", ["false", "true"])
+def test_safetensors_have_mirror_images_if_the_recipe_uses_them(
+    dtype: torch.dtype, mirror: str, tmp_path: Path
+) -> None:
+    vae = exported(tmp_path / "vae", posterior=False, **SCALE).model_dump_json(exclude_none=True)
+    original = make_latents(sweep_of(tmp_path / "root", vae))
+    folder = tmp_path / "given"
+    folder.mkdir()
+    rows = list[bytes]()
+    for number, entry in enumerate(LatentsManifest.require(original).shards):
+        shard = shards.unpack(original.read(entry.name), entry.name)
+        image, flip = (torch.from_numpy(np.array(shard.moments[:, side])).to(dtype).contiguous() for side in (0, 1))
+        tensors = {"latents": image, "labels": torch.from_numpy(np.array(shard.labels))}
+        if mirror == "true":
+            tensors["latents_flip"] = flip
+            image = torch.stack([image, flip], 1)
+        safetensors.torch.save_file(tensors, folder / f"latents_rank00_shard{number:03d}.safetensors", {"format": "pt"})
+        rows += [
+            each.half().numpy().tobytes() + bytes([y]) for each, y in zip(image, shard.labels.tolist(), strict=True)
+        ]
+    back = make_latents(given(tmp_path / "root", vae, "safetensors", folder, f"data.mirror={mirror}"))
+    read = [shards.unpack(back.read(e.name), e.name) for e in LatentsManifest.require(back).shards]
+    sides = 1 + (mirror == "true")
+    assert {shard.moments.shape[1:] for shard in read} == {(sides, 12, 16, 16)}
+    got = [
+        m.tobytes() + bytes([y]) for shard in read for m, y in zip(shard.moments, shard.labels.tolist(), strict=True)
+    ]
+    assert sorted(got) == sorted(rows)
+    if mirror == "false":
+        with pytest.raises(UserError, match=r"no tensor 'latents_flip'.*set data.mirror: false"):
+            make_latents(given(tmp_path / "other", vae, "safetensors", folder, "data.mirror=true"))
+
+
+def test_each_float16_comes_back_through_a_deviation_but_for_those_next_to_one() -> None:
+    """A float32 deviation near 1 has no room for log-variances within 0.001 of 0, which no autoencoder of images has."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every) & (every >= -30) & (every <= 20)]
+    moments = np.concatenate([np.zeros_like(every), every]).reshape(2, 1, -1)
+    for layout, write in (("edm2", layouts.mean_and_deviation), ("webdataset", layouts.mean_and_log_variance)):
+        (back,) = layouts.moments(source(layout), False, write(moments, True), "x")
+        different = np.abs(back.view(np.uint16) != moments.view(np.uint16)) & (moments != 0)
+        if layout == "edm2":
+            assert different.any()
+            assert np.abs(moments[different]).max() < 0.001
+            assert np.abs(back.astype(float) - moments.astype(float)).max() < 2e-7
+        else:
+            assert not different.any()
+
+
+@pytest.mark.parametrize("layout", ["edm2", "webdataset"])
+def test_latents_without_variance_come_back(layout: str) -> None:
+    assert layouts.NO_VARIANCE == NO_VARIANCE
+    write = {"edm2": layouts.mean_and_deviation, "webdataset": layouts.mean_and_log_variance}[layout]
+    latent = np.random.default_rng(0).standard_normal((4, 8, 8)).astype(np.float16)
+    (back,) = layouts.moments(source(layout), False, write(latent, False), "x")
+    np.testing.assert_array_equal(back, np.concatenate([latent, np.full_like(latent, NO_VARIANCE)]))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/dis-scale-was-here",)
+
+
+def test_a_pickle_makes_an_array_or_nothing() -> None:
+    array = np.random.default_rng(0).standard_normal((8, 4, 4)).astype(np.float32)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (back,) = layouts.moments(source("webdataset"), False, pickle.dumps(array, protocol), "x")
+        np.testing.assert_array_equal(back, array.astype(np.float16))
+    assert (
+        layouts.moments(source("webdataset"), False, pickle.dumps(array * 1000), "x")[0, 4:].max() == 20
+    )  # as MaskDiT bounds
+    for bad in (Evil(), {"a": array}, array.astype(object), array[0, 0], array.astype(np.int32), array[:7]):
+        with pytest.raises(UndecodableImage, match="latent x cannot be read"):
+            layouts.moments(source("webdataset"), False, pickle.dumps(bad), "x")
+    assert not Path("/tmp/dis-scale-was-here").exists()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "it is empty"),
+        (npy(np.ones((8, 4, 4), np.float32))[:-1], "buffer size must be"),
+        (npy(np.ones((3, 4, 4), np.float32)), r"\(3, 4, 4\); expected floating point \(2C, h, w\)"),
+        (npy(np.ones((2, 8, 4, 4), np.float32)), r"expected floating point \(2C, h, w\)"),
+        (npy(np.ones((8, 4, 4), np.uint8)), "an array of uint8"),
+        (npy(-np.ones((8, 4, 4), np.float32)), "a deviation is negative"),
+        (npy(np.full((8, 4, 4), np.nan, np.float32)), "a deviation is negative or not a number"),
+        (npy(np.full((8, 4, 4), 1e6, np.float32)), "not finite in float16"),
+        (npy(np.full((8, 4, 4), None)), "expected numbers"),
+    ],
+)
+def test_a_damaged_latent_is_named(data: bytes, words: str) -> None:
+    with pytest.raises(UndecodableImage, match=f"latent a/b.npy cannot be read: .*(?:{words})"):
+        layouts.moments(source("edm2"), False, data, "a/b.npy")
+
+
+def rewrite(folder: Path, change: Callable[[list[Any]], Any]) -> None:
+    where = folder / "dataset.json"
+    labels = json.loads(where.read_text())
+    where.write_text(json.dumps({"labels": change(labels["labels"])}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda labels: labels[1:], r"00000/img-mean-std-00000000.npy has no class in dataset.json"),
+        (lambda labels: [*labels, ["00009/x.npy", 1]], r"1 files of dataset.json are not there: 00009/x.npy"),
+        (lambda labels: None, "its labels are empty: set data.num_classes: none"),
+        (lambda labels: [[name, [0.5]] for name, _ in labels], r"has the class \[0.5\], expected a number"),
+        (lambda labels: [[name, y + 1] for name, y in labels], "data.num_classes: got 10, but .* has labels up to 10"),
+        (lambda labels: 5, r"expected \{\"labels\": \[\[file, class\], ...\]\}"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused(
+    change: Callable[[list[Any]], Any], words: str, encoded: tuple[str, Folder], tmp_path: Path
+) -> None:
+    vae, latents = encoded
+    out = export(latents, "edm2", tmp_path / "out")
+    rewrite(out, change)
+    with pytest.raises(UserError, match=words):
+        make_latents(given(tmp_path / "root", vae, "edm2", out))
+
+
+def test_what_is_beside_latents_is_counted_and_unlabelled_ones_need_no_classes(
+    encoded: tuple[str, Folder], tmp_path: Path
+) -> None:
+    vae, latents = encoded
+    out = export(latents, "edm2", tmp_path / "out")
+    (out / "readme.txt").write_text("hello")
+    (out / "dataset.json").unlink()
+    with pytest.raises(
+        UserError, match=r"no classes in .*dataset.json; for latents without classes set data.num_classes: none"
+    ):
+        make_latents(given(tmp_path / "root", vae, "edm2", out))
+    unlabelled = given(
+        tmp_path / "root", vae, "edm2", out, "data.num_classes=none", "evaluate.guidance=1", "evaluate.variants={}"
+    )
+    manifest = LatentsManifest.require(make_latents(unlabelled))
+    assert manifest.count == IMAGES
+    assert manifest.labels == {"0": IMAGES}
+
+
+def scaled(out: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    for path in out.rglob("*.npy"):
+        np.save(path, change(np.load(path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "words"),
+    [
+        (lambda z: z * np.float32(0.3), [], "deviation 0.19 after the scale of vae, .* are they scaled already"),
+        (lambda z: z[:, ::2, ::2], [], r"latents are \(1, 24, 8, 8\), and vae makes \(1, 24, 16, 16\)"),
+        (lambda z: np.concatenate([z[:12] + 20, z[12:]]), [], "-[0-9]+% explained .* expected over 0%"),
+        (lambda z: z * np.nan, ["data.undecodable=skip"], "none of 64 latents can be read"),
+    ],
+)
+def test_latents_that_are_not_the_autoencoders_own_are_refused_before_any_is_copied(
+    change: Callable[[np.ndarray], np.ndarray], more: list[str], words: str, encoded: tuple[str, Folder], tmp_path: Path
+) -> None:
+    vae, latents = encoded
+    out = export(latents, "edm2", tmp_path / "out")
+    scaled(out, change)
+    sweep = given(tmp_path / "root", vae, "edm2", out, *more)
+    with pytest.raises(UserError, match=words):
+        make_latents(sweep)
+    assert not [name for name in (sweep.store / "latents").walk() if name.endswith(".tar")]
+
+
+def test_one_latent_of_another_shape_is_named(encoded: tuple[str, Folder], tmp_path: Path) -> None:
+    vae, latents = encoded
+    out = export(latents, "edm2", tmp_path / "out")
+    one = out / layouts.edm2_file(7)
+    np.save(one, np.load(one)[:, 1:, 1:])
+    with pytest.raises(UserError, match=r"latent 00000/img-mean-std-00000007.npy: got \(1, 24, 15, 15\), expected"):
+        make_latents(given(tmp_path / "root", vae, "edm2", out))
+
+
+def test_a_damaged_latent_is_skipped_if_the_recipe_says_so(encoded: tuple[str, Folder], tmp_path: Path) -> None:
+    vae, latents = encoded
+    out = export(latents, "edm2", tmp_path / "out")
+    (out / layouts.edm2_file(7)).write_bytes(b"no array")
+    with pytest.raises(UndecodableImage, match="img-mean-std-00000007"):
+        make_latents(given(tmp_path / "root", vae, "edm2", out))
+    back = make_latents(given(tmp_path / "other", vae, "edm2", out, "data.undecodable=skip"))
+    assert LatentsManifest.require(back).refused == (layouts.edm2_file(7),)
+
+
+def test_a_compressed_zip_and_a_damaged_one_are_refused(encoded: tuple[str, Folder], tmp_path: Path) -> None:
+    vae, latents = encoded
+    path = zipped(export(latents, "edm2", tmp_path / "out"))
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "packed.zip", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(UserError, match="is compressed, and single latents are read: write it with zip -0"):
+        make_latents(given(tmp_path / "root", vae, "edm2", tmp_path / "packed.zip"))
+    (tmp_path / "cut.zip").write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(StorageError, match=r"cut.zip: not a complete zip"):
+        make_latents(given(tmp_path / "root", vae, "edm2", tmp_path / "cut.zip"))
+
+
+def test_an_export_needs_a_new_folder(encoded: tuple[str, Folder], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, output = invoke("data", "export", encoded[1].url, "--layout", "edm2", "--out", str(tmp_path))
+    assert code == 2
+    assert "it has files: give a new folder" in output
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["data.mirror=true"], "mirror: edm2 has no latents of mirror images: set it to false"),
+        (["data.crop=[0, 0, 8]"], "crop: latents cannot be cropped"),
+        (["vae={kind: none}"], "vae.kind: got none, expected pretrained or exported"),
+        (["evaluate.reference=null"], "evaluate.reference: none, and latents have no images"),
+        (["evaluate.floor=true"], "evaluate.floor: latents have no images to measure it with"),
+        (["data.source={kind: latents, layout: edm3, url: /x}"], "edm3"),
+    ],
+)
+def test_settings_that_need_images_are_refused(settings: list[str], words: str) -> None:
+    good = ["data.source={kind: latents, layout: edm2, url: /x}", "vae={kind: pretrained, path: /y}", *WITHOUT_IMAGES]
+    assert reading.load(TINY, good).data.given is not None
+    with pytest.raises(UserError, match=words):
+        reading.load(TINY, [*good, *settings])
