@@ -48,17 +48,14 @@ class FlowMatching:
         """Mean squared error by sample: of what `loss` says, and as `mse` of the velocity."""
         t = per_sample(t_B, x0_BCHW).to(torch.promote_types(x0_BCHW.dtype, torch.float32))
         xt_BCHW = (1 - t) * x0_BCHW + t * noise_BCHW
-        out_BCHW = _output(model_fn, xt_BCHW, t_B)
-        v_BCHW = self._velocity(out_BCHW, xt_BCHW, t)
+        v_BCHW = self._velocity(_output(model_fn, xt_BCHW, t_B), xt_BCHW, t)  # of which sampling makes its steps
         mse_B = mean_flat((v_BCHW - (noise_BCHW - x0_BCHW)).square())
         loss = self.settings.loss
         if loss == "velocity":
             return Losses(mse_B, mse_B, torch.zeros_like(mse_B))
         ours_BCHW = xt_BCHW - t * v_BCHW if loss == "image" else xt_BCHW + (1 - t) * v_BCHW
-        error_BCHW = (out_BCHW if loss == self.settings.predicts else ours_BCHW) - (
-            x0_BCHW if loss == "image" else noise_BCHW
-        )
-        return Losses(mean_flat(error_BCHW.square()), mse_B, torch.zeros_like(mse_B))
+        exact_BCHW = x0_BCHW if loss == "image" else noise_BCHW
+        return Losses(mean_flat((ours_BCHW - exact_BCHW).square()), mse_B, torch.zeros_like(mse_B))
 
     def velocity(self, model_fn: ModelFn, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """The model's velocity at a time that all samples share, on the host; in the dtype of the images."""
