@@ -13,6 +13,8 @@ EPS = 1e-5
 @outside_graphs
 def gated_rms_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor, backend: str = "auto") -> Tensor:
     """The normalised y_BLE SiLU(z), computed in float32 or better, in y's type (Mamba-2's RMSNormGated, gate first)."""
+    if counts.active.get() and y_BLE.dtype != torch.float32:  # as on a GPU, whose kernel keeps its inputs alone
+        return counts.keeping(by_definition, y_BLE, z_BLE, weight_E)
     if not counts.active.get() and choose(backend, y_BLE.device).name == "triton":
         from dis_scale.scan import triton_norm  # here: Triton comes only with PyTorch's builds for Linux
 

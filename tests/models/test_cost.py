@@ -20,6 +20,7 @@ from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.settings import FamilySettings
 from dis_scale.recipe import LatentShape
+from dis_scale.scan.gated_norm import by_definition
 
 PARAMETERS = {
     "DiS-S368/2": 29_132_752, "DiS-S368/4": 29_115_184, "DiS-S368/8": 29_309_872,
@@ -283,6 +284,19 @@ def _left_bytes(model, batch):
         out = model(*inputs)
     assert out.requires_grad
     return sum(event.self_cpu_memory_usage for event in recorded.key_averages())
+
+
+def test_the_norm_behind_a_gate_keeps_its_inputs_alone_in_half_precision(monkeypatch):
+    """As its kernel does; PyTorch's operations would keep float32 copies of both, and the gate's."""
+    cost = cost_of("DiS2-S/2")
+    half, single = cost.activation_bytes("none", "bf16"), cost.activation_bytes()
+    monkeypatch.setattr(
+        duality, "gated_rms_norm", lambda y_BLE, z_BLE, weight_E, _: by_definition(y_BLE, z_BLE, weight_E)
+    )
+    by_operations = cost_of("DiS2-S/2")
+    more = by_operations.activation_bytes("none", "bf16") - half
+    assert more / (cost.settings.depth + 1) > 3 * 4 * 258 * 768  # bytes of three float32 tensors in each block
+    assert by_operations.activation_bytes() == single
 
 
 def test_checkpointing_keeps_one_block_and_the_boundaries():

@@ -131,6 +131,10 @@ def test_a_mixer_that_computes_wrongly_on_its_device_is_named(monkeypatch: pytes
     cpu, state = torch.device("cpu"), torch.get_rng_state()
     verify_mixer(settings, 66, "reference", cpu, torch.float32, True)
     verify_mixer(settings, 66, "reference", cpu, torch.bfloat16, True)
+    for combine in ("hydra", "sum"):  # of a single head the norm cancels the scale, and so nearly all of four gradients
+        one_head = settings.model_copy(update={"width": 32, "combine": combine})
+        for length in (35, 66, 258):
+            verify_mixer(one_head, length, "reference", cpu, torch.bfloat16, True)
     assert torch.equal(state, torch.get_rng_state())
 
     def forgets(x: Tensor, own: Tensor, earlier: Way, later: Way, exclusive: bool, backend: str) -> Tensor:
