@@ -74,6 +74,8 @@ def _require_possible(
         guidance = Autoguidance(by=by.model, images=by.images_seen, scale=value) if by else value
         if setting == GUIDANCE and (refusal := sweep.recipe.guidance_refusal(guidance)):
             raise UserError(f"{setting}: {refusal}")
+        if by and by.images_seen not in state.published_counts(sweep.run(by.model)):
+            raise UserError(f"{by}: its weights are not published, and cannot guide")
         if setting == WIDTH and known:
             misfit = ema.misfit(known, Snapshot(images_seen // train.batch_images, value))
             if misfit > LARGEST_MISFIT:

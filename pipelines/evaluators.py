@@ -66,9 +66,10 @@ class Evaluator(Worker):
             @cache
             def models() -> "tuple[Backbone, Backbone | None]":
                 """The model and the one that guides it, loaded for the first block only; never if no block is left."""
-                loaded = self.sampler.model(sampled.model, sampled.images_seen, settings), self.sampler.guide(settings)
+                guide = self.sampler.guide(settings)
+                model = self.sampler.model(sampled.model, sampled.images_seen, settings)
                 self.emit("work")
-                return loaded
+                return model, guide
 
             for number in iter(deal, None):
                 if self.stop_requested():

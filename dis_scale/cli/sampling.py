@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -88,7 +88,8 @@ def sample(
     if guide and sampling.scale == 1:
         raise UserError("--guide: at guidance 1 nothing guides: set --guidance, such as 2")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    aside(f"sampling {opened.located}: {sampling}, fp32 on {machine_name(device)}")
+    by = opened.guide_at if sampling.scale != 1 else None
+    aside(f"sampling {opened.located}: {sampling}{f' by {by}' if by else ''}, fp32 on {machine_name(device)}")
     parts = pictures.sample_pictures(opened, each_label, sampling=sampling, seed=seed, batch=batch, device=device)
     with Board(console(stderr=as_json)) as board:
         counted = _counted(parts, lambda n: board.update("sample", n, images, "images"))
@@ -97,7 +98,13 @@ def sample(
         else:
             names = pictures.column_names(opened, each_label, columns := grid_columns(each, images))
             out.write_bytes(grid(np.concatenate(list(counted)), columns, names))
-    how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.scale, "seed": seed}
+    how: dict[str, Any] = {
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "guidance": sampling.scale,
+        "seed": seed,
+    }
+    how |= {"guide": str(by)} if by else {}
     found = {"file": str(npz or out), "images": images, **how, "device": machine_name(device), "notes": opened.notes}
     show(as_json, found, f"{images} images in {npz or out}")
 

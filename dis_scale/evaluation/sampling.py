@@ -91,6 +91,8 @@ class BlockSampler:
     """Label of each sample, or its column in the grid if the models have no classes."""
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    _guides: dict[tuple[str, int], Backbone] = field(default_factory=dict)
+    """The last model that guided: it guides other checkpoints too."""
 
     @property
     def recipe(self) -> Recipe:
@@ -100,7 +102,11 @@ class BlockSampler:
         """Load the model that guides, if any: its exponential average; StorageError if it is not published, or damaged."""
         if settings.guide is None:
             return None
-        return self.model(settings.guide.by, settings.guide.images, settings.model_copy(update={"ema_width": None}))
+        at, average = (settings.guide.by, settings.guide.images), settings.model_copy(update={"ema_width": None})
+        if at not in self._guides:
+            self._guides.clear()
+            self._guides[at] = self.model(*at, average)
+        return self._guides[at]
 
     def model(self, name: str, images_seen: int, settings: Evaluate) -> Backbone:
         """Load a published model or one of its averages, as `settings` says; StorageError names a damaged one."""

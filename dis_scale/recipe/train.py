@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from dis_scale.process.settings import CHECKPOINTING, Count, Fraction, Precision, Settings, Width, extent, runtime
 
+Prediction = Literal["velocity", "image", "noise"]
+
 
 class Gaussian(Settings):
     """DDPM: noise prediction with a learned range variance (Nichol and Dhariwal 2021)."""
@@ -17,8 +19,9 @@ class Gaussian(Settings):
     steps: Count = 1000
     """Steps of the process, of which a sampler may use fewer."""
 
-
-Prediction = Literal["velocity", "image", "noise"]
+    @property
+    def prediction(self) -> Prediction:
+        return "noise"
 
 
 class Flow(Settings):
@@ -34,6 +37,10 @@ class Flow(Settings):
     arXiv 2511.13720)."""
     loss: Prediction = "velocity"
     """What the squared error is of; the output is converted to it."""
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.predicts
 
 
 RANGE = re.compile(r"[1-9]\d*\.\.[1-9]\d*")

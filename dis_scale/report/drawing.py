@@ -88,7 +88,9 @@ def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) ->
     looks = {
         families.of_curve(kind).marker: kind for kind in reversed(report.families)
     }  # curves of one family look alike
-    handles: list[Artist] = [key(kind) for kind in reversed(looks.values()) if len(looks) > 1]
+    handles: list[Artist] = [
+        key(kind, families.of_curve(kind).kind) for kind in reversed(looks.values()) if len(looks) > 1
+    ]
     handles += [line for line in axes.get_legend_handles_labels()[0] if not isinstance(line, ErrorbarContainer)]
     if handles and not axes.get_legend():
         axes.legend(handles=handles, fontsize=8, frameon=False)

@@ -403,7 +403,8 @@ class Backlog:
         """Whether the model that guides, if any, is published; or will never be: then to sample fails, with a reason."""
         if guide is None or (at := Sampled(guide.by, guide.images)) in self._published | self._guides:
             return True
-        if self.sweep.run(guide.by).published_at(guide.images).exists(manifest.NAME) or training_over(self.sweep):
+        there = self.sweep.run(guide.by).published_at(guide.images).exists(manifest.NAME)
+        if there or ended(self.sweep, guide.by) or training_over(self.sweep):
             self._guides.add(at)
         return at in self._guides
 

@@ -64,13 +64,14 @@ def _manifest(sweep: Sweep, published: Sampled) -> PublishedManifest | None:
 
 def _use(opened: OpenCheckpoint) -> str:
     labels, sampling = "class_labels=[0]" if opened.model.num_classes else "num_images=1", opened.sampling
+    guided = " The samples of the metrics are guided by another model of the sweep, the pipeline's are not."
     return (
         f"It runs the code of dis-scale {__version__}, which no package index has: `pip install -c constraints.txt .` in its "
         "repository, or install its wheel.\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)\n'
         f'pipeline({labels}, sampler="{sampling.sampler}", num_inference_steps={sampling.steps}, '
-        f"guidance_scale={1 if opened.guide else sampling.scale:g})"
-        ".images[0]\n```"
+        f"guidance_scale={1 if opened.guide_at else sampling.scale:g})"
+        f".images[0]\n```{guided if opened.guide_at and sampling.scale != 1 else ''}"
     )
 
 

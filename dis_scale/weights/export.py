@@ -119,6 +119,13 @@ class SamplingFacts:
         return cls.of(sweep.recipe, LatentsManifest.require(latents)) if latents else None
 
 
+def trained_for(model: Backbone, facts: SamplingFacts | None) -> Gaussian | Flow:
+    """Return the process that a model was trained for; of a public one, which has no facts, as published."""
+    if facts:
+        return facts.diffusion
+    return Flow(kind="flow") if model.process == "flow" else Gaussian(kind="gaussian")
+
+
 def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:
     """Settings, shape and number of classes as plain data, the input of `from_description`; and the sampling facts, if known."""
     if model.as_ours() is not model:

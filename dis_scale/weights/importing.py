@@ -45,6 +45,10 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
     settings, train = sweep.recipe.models[model], sweep.recipe.train_of(model)
     start = FileStart(kind="file", path=path, sha256=hash_of([path], "import"))
     source = from_file(start, settings, sweep.recipe.diffusion, "import")
+    if source.facts and source.facts.diffusion.kind != sweep.recipe.diffusion.kind:
+        raise UserError(
+            f"import of {path} as {model}: trained for a {source.facts.diffusion.kind} process: set diffusion.kind to it"
+        )
     with torch.device("meta"):
         empty = construct(settings, shape, sweep.recipe.data.num_classes)
     fitted = fit(source, empty, f"import of {path} as {model}")

@@ -5,6 +5,7 @@ Noise is a function of the seed and the sample's number, so the batch size does 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import PixelVae, Vae
 from dis_scale.weights.checkpoints import Located, find_checkpoint
-from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
+from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts, trained_for
 
 BESIDE = "vae"
 """Folder beside a copied file of weights, with the autoencoder of its latents."""
@@ -45,8 +46,18 @@ class OpenCheckpoint:
     recipe: Recipe | None
     """That of its sweep, None outside one."""
     located: Located
-    guide: Backbone | None = None
-    """A model that guides it, in place of the model without labels."""
+    guide_at: str | Path | None = None
+    """Path of the model that guides it, in place of the model without labels; opened where it is used."""
+
+    @cached_property
+    def guide(self) -> Backbone | None:
+        """The model that guides it; UserError if it is not there, or of other latents, classes, process or prediction."""
+        if self.guide_at is None:
+            return None
+        try:
+            return _opened_guide(self.guide_at, self)
+        except UserError as error:
+            raise UserError(f"{error}; it guides the samples: guidance 1 samples without") from error
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -61,7 +72,7 @@ class OpenCheckpoint:
         sampling = self.sampling.model_copy(
             update={name: value for name, value in changes.items() if value is not None}
         )
-        if self.guide is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
+        if self.guide_at is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")
         return sampling
 
@@ -102,7 +113,7 @@ def open_for_sampling(
     elif sweep:
         process, decoder = sweep.recipe.diffusion, vae.for_samples(sweep, decoder)
     else:
-        process = Flow(kind="flow") if model.process == "flow" else Gaussian(kind="gaussian")
+        process = trained_for(model, None)
         assumed = (
             f"linear flow: its variance is zero, as in {type(model).__name__}"
             if process.kind == "flow"
@@ -122,22 +133,32 @@ def open_for_sampling(
         notes.append(
             f"unguided its sweep guides it by {sampling.guide.by} at {sampling.guide.images:,} images: give that model to guide"
         )
-    guide = None if guide_at is None else _opened_guide(guide_at, model)
-    scale = sampling.scale if guide or not isinstance(sampling.guidance, Autoguidance) else 1.0
+    scale = sampling.scale if guide_at is not None or not isinstance(sampling.guidance, Autoguidance) else 1.0
     sampling = sampling.model_copy(update={"guidance": scale})
-    return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located, guide)
+    return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located, guide_at)
 
 
-def _opened_guide(at: str | Path, model: Backbone) -> Backbone:
-    """Open a model that guides another one; UserError unless it has the same latents and classes."""
-    located = find_checkpoint(str(at))
+def _opened_guide(at: str | Path, guided: OpenCheckpoint) -> Backbone:
+    """Open a model that guides another one; UserError unless it has the same latents, classes, process and prediction."""
+    located, model = find_checkpoint(str(at)), guided.model
     with located.fetched() as file:
-        guide = open_checkpoint(file)
+        guide, facts = open_checkpoint(file), sampling_facts(file)
     if (guide.shape, guide.num_classes) != (model.shape, model.num_classes):
         raise UserError(
             f"{located} cannot guide: it has latents {guide.shape} and {guide.num_classes} classes, expected {model.shape} "
             f"and {model.num_classes}"
         )
+    its_sweep = located.sweep
+    facts = facts or (SamplingFacts.of_sweep(its_sweep) if its_sweep else None)
+    theirs = its_sweep.recipe.diffusion if its_sweep and not facts else trained_for(guide, facts)
+    ours = guided.process
+    if (theirs.kind, theirs.prediction) != (ours.kind, ours.prediction):
+        raise UserError(
+            f"{located} cannot guide: it predicts the {theirs.prediction} of a {theirs.kind} process, expected the "
+            f"{ours.prediction} of a {ours.kind} process"
+        )
+    if facts and facts.vae.identity != guided.decoder.identity:
+        raise UserError(f"{located} cannot guide: its latents are of another autoencoder")
     return guide
 
 
@@ -246,7 +267,7 @@ def sample_pictures(
     """
     sampling, count = sampling or opened.sampling, labels if isinstance(labels, int) else len(labels)
     process, model = diffusion.build(opened.process, opened.model.shape), opened.model.to(device)
-    guide = opened.guide.to(device) if opened.guide else None
+    guide = opened.guide.to(device) if sampling.scale != 1 and opened.guide else None
     images = forward_images(batch_sizes(count, batch), sampling, guide is not None)
     for each in (model, guide) if guide else (model,):
         verify_kernels(each, torch.device(device), images, training=False)

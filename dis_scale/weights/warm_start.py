@@ -24,7 +24,7 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import Vae
 from dis_scale.vae.scaling import Scaling
-from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
+from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts, trained_for
 from dis_scale.weights.published import load_published
 
 
@@ -103,9 +103,18 @@ def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Fl
         raise UserError(
             f"{where}: {start.path} holds a {type(model).__name__}, which predicts velocities: expected diffusion.kind flow"
         )
+    _require_prediction(trained_for(model, facts), process, f"{where}: {start.path}")
     same = facts.diffusion == process if facts else process.kind == model.process
     notes = [] if same else ["warning: trained with another diffusion than this recipe's"]
     return StartWeights(model.settings, model.as_ours().state_dict(), notes, facts)
+
+
+def _require_prediction(theirs: Gaussian | Flow, ours: Gaussian | Flow, where: str) -> None:
+    """UserError if both processes are flows, and the models predict different things."""
+    if theirs.kind == ours.kind and theirs.prediction != ours.prediction:
+        raise UserError(
+            f"{where} predicts the {theirs.prediction}: set diffusion.predicts to it, got {ours.prediction}"
+        )
 
 
 def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
@@ -144,6 +153,7 @@ def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
             f"{where}.images: {start.model} of {sweep} has not published {start.images}, expected one of: {known}"
         )
     its = sweep.recipe
+    _require_prediction(its.diffusion, recipe.diffusion, f"{where}: {start.model} of {sweep}")
     notes = [] if its.diffusion == recipe.diffusion else ["warning: trained with another diffusion than this recipe's"]
     if its.data.source != recipe.data.source:
         notes.append("warning: trained on other images than this recipe's, whose classes may be others")

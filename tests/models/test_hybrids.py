@@ -77,6 +77,7 @@ def test_more_blocks_than_there_are_change_no_bit() -> None:
     x, t, y = torch.randn(2, 2, 4, 4), torch.tensor([3.0, 900.0]), torch.tensor([1, 10])
     assert dis(6).state_dict().keys() == dis(None).state_dict().keys()
     assert torch.equal(dis(6)(x, t, y), dis(None)(x, t, y))
+    assert [dis(every).settings.curve for every in (6, 5)] == ["dis", "dis + attention 5"]
 
 
 def test_the_cost_of_attention_is_counted() -> None:

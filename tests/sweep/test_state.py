@@ -56,6 +56,10 @@ def test_what_a_model_guides_waits_for_that_model(sweep: Sweep) -> None:
     assert {each.variant for each in backlog.left()} == {""}
     put_published(sweep.run("dit").published_at(320), b"", images=320)
     assert {each.variant for each in backlog.left()} == {"", "wide"}
+    ended = given(sweep, "evaluate.variants={wide: {guidance: {by: dis, images: 320, scale: 2}}}")
+    assert {each.variant for each in state.Backlog(ended).left()} == {""}
+    Ended(why="its loss was not finite").write(sweep.run("dis").folder)
+    assert {each.variant for each in state.Backlog(ended).left()} == {"", "wide"}
     guide = Sampled("dis-s", 24000)
     assert [state.parse_ablation_name(state.ablation_name(*each)) for each in (("guidance", guide), ("ema_width", None))] == [
         ("guidance", guide), ("ema_width", None),

@@ -140,12 +140,36 @@ def test_the_model_that_guides_a_sweep_guides_its_samples(tmp_path: Path) -> Non
     assert (opened.guide is not None, opened.sampling.scale) == (True, 3)
     own, plain = (dis_scale.open_weights(published).sample(classes=[1], steps=2, guidance=scale) for scale in (None, 1))
     assert np.asarray(own[0]).tolist() != np.asarray(plain[0]).tolist()
+    code, output = invoke(
+        "sample", "--checkpoint", published, "--out", f"{tmp_path}/y.png", "--steps", "2", "--classes", "1"
+    )
+    assert f"guidance 3 by {sweep.run('dis').published_at(160).url}" in output, output
     by_path = dis_scale.open_weights(published, guide=other).sample(classes=[1], steps=2, guidance=3)
     assert np.array_equal(np.asarray(by_path[0]), np.asarray(own[0]))
     code, output = invoke(
         "sample", "--checkpoint", published, "--guide", other, "--guidance", "1", "--out", f"{tmp_path}/x.png"
     )
     assert (code, "nothing guides" in output) == (2, True), output
+
+
+def test_a_guide_that_is_missing_or_does_not_fit_is_named_where_it_is_used(tmp_path: Path) -> None:
+    sweep = published_sweep(str(tmp_path), "evaluate.guidance={by: dis, images: 160, scale: 3}")
+    published, out = sweep.run("dis").published_at(320).url, str(tmp_path / "x.png")
+    code, output = invoke("sample", "--checkpoint", published, "--steps", "2", "--classes", "1", "--out", out)
+    assert code == 2
+    assert "000000000160" in output
+    assert "it guides the samples: guidance 1 samples without" in output
+    code, output = invoke(
+        "sample", "--checkpoint", published, "--steps", "2", "--classes", "1", "--out", out, "--guidance", "1"
+    )
+    assert code == 0, output
+    code, output = invoke("export", published, str(tmp_path / "export"))
+    assert code == 0, output
+    assert "guided by another model of the sweep, the pipeline's are not" in (tmp_path / "export/README.md").read_text()
+    of_images = published_sweep(str(tmp_path / "other"), "diffusion={kind: flow, predicts: image}")
+    other = of_images.run("dis").published_at(320).url
+    with pytest.raises(UserError, match="cannot guide: it predicts the image of a flow process, expected the velocity"):
+        _ = open_for_sampling(published, None, guide_at=other).guide
 
 
 def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_path: Path) -> None:

@@ -121,6 +121,9 @@ def test_a_public_sit_starts_a_flow_alone(tmp_path: Path) -> None:
     model.load_state_dict(warm_start.fit(warm_start.read_source(flow, "dit"), model, "here").weights)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3.5, 700.0]), torch.tensor([1, 10])
     torch.testing.assert_close(model(x, t, y), -source(x, 1 - t / 1000, y), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=r"sit.pt predicts the velocity: set diffusion.predicts to it, got image"):
+        of_images = "diffusion={kind: flow, predicts: image}"
+        warm_start.read_source(from_file(tmp_path / "sit.pt", of_images, "evaluate.sampler=heun"), "dit")
     with pytest.raises(UserError, match=r"models.dit.start.path: .* holds a SiT, which predicts velocities"):
         warm_start.read_source(from_file(tmp_path / "sit.pt"), "dit")
 

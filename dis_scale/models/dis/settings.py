@@ -10,6 +10,8 @@ from dis_scale.process.settings import Count, Fraction
 
 HEAD_SIZE = 64
 """Most channels of a head of attention."""
+LEAST_SSD_HEAD = 16
+"""Least channels of a head of `ssd`, whose products have no fewer."""
 
 
 PUBLISHED: dict[str, Any] = {
@@ -72,8 +74,19 @@ class Dis(FamilySettings):
             raise ValueError(f"attention_every needs a width that is a multiple of 4, got {self.width}")
         if self.mixer == "ssd" and self.width % 2:
             raise ValueError(f"mixer ssd needs an even width, got {self.width}")
+        if self.mixer == "ssd" and head_size(2 * self.width) < LEAST_SSD_HEAD:
+            raise ValueError(
+                f"mixer ssd: width {self.width} gives heads of {head_size(2 * self.width)} channels, expected at least "
+                f"{LEAST_SSD_HEAD}: choose a multiple of {LEAST_SSD_HEAD // 2}"
+            )
         if self.mixer == "s6" and self.combine != "sum":
             raise ValueError(f"combine: {self.combine} is of the mixer ssd, got mixer: s6: set mixer: ssd")
+        if self.mixer == "ssd" and self.init == "official":
+            raise ValueError("init: official is of the mixer s6, got mixer: ssd: leave it out")
+        if len(self.order) > 1 and len(set(self.order)) == 1:
+            raise ValueError(f"order: {self.order[0]} in each block is [{self.order[0]}]")
+        if self.attention_every == 1 and (self.mixer, self.order) != ("s6", ("raster",)):
+            raise ValueError("attention_every: 1 leaves no scan: leave mixer and order out")
         return self
 
     def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:
@@ -90,7 +103,9 @@ class Dis(FamilySettings):
     def curve(self) -> str:
         """Other mixers, attention and orders: `dis + ssd hydra`, `dis + attention 4`, `dis + raster column`."""
         options = [f"ssd {self.combine}"] if self.mixer == "ssd" else []
-        options += [f"attention {self.attention_every}"] if self.attention_every else []
+        options += (
+            [f"attention {self.attention_every}"] if (self.attention_every or self.depth + 2) < self.depth + 2 else []
+        )
         options += [" ".join(self.order)] if self.order != PUBLISHED["order"] else []
         return " + ".join([self.kind, *options])
 

@@ -52,7 +52,7 @@ class Dit(FamilySettings):
     @property
     def curve(self) -> str:
         """`dit + modern` with all parts, else with the parts' names."""
-        parts = "modern" if set(self.modern) == set(MODERN) else " ".join(self.modern)
+        parts = "modern" if set(self.modern) == set(MODERN) else " ".join(sorted(self.modern))
         return " + ".join([self.kind, parts] if parts else [self.kind])
 
     @property
