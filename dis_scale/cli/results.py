@@ -74,7 +74,8 @@ def compare(
 
         measured = collect(opened := Sweep.open(a), plan_of(opened))
         compared = within.comparisons(measured, *families)
-        show(as_json, [each.to_json() for each in compared], within.table(measured.sweep, compared))
+        lines = within.left_out(measured, *families)
+        show(as_json, [each.to_json() for each in compared], within.table(measured.sweep, compared), *lines)
         return
     if b is None:
         raise UserError("compare: expected two sweeps, or one with --families A B")

@@ -98,6 +98,6 @@ def _downloaded() -> str:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"Inception weights cannot be downloaded ({error}); "
-                f"get {PUBLISHED.url} and give its path as evaluate.extractor.weights"
+                f"get {PUBLISHED.url} and give its path as evaluate.extractor.weights, or as --weights to dis-scale measure"
             ) from error
     return str(path)

@@ -234,6 +234,16 @@ def comparisons(report: Report, ours: str, theirs: str) -> Sequence[Comparison |
     raise UserError(f"--families: no budget of {report.sweep} has a minimum of both {ours} and {theirs}")
 
 
+def left_out(report: Report, ours: str, theirs: str) -> list[str]:
+    """Return a line on the budgets of a study at which two families' losses cannot be compared; none if all can."""
+    if report.recipe.isoflop is None:
+        return []
+    compared = {each.budget for each in _at_budgets(report, HELD_OUT, ours, theirs)}
+    budgets = ", ".join(f"{budget:g}" for budget in report.recipe.isoflop.flops if budget not in compared)
+    why = f"where not both have a lowest {HELD_OUT} within their sizes"
+    return [f"{ours} and {theirs} are not compared at {budgets} FLOPs, {why}"] if budgets else []
+
+
 def _at_budgets(report: Report, metric: str, ours: str, theirs: str) -> list[AtBudget]:
     from dis_scale.report import isoflop  # here: scipy takes a second
 
@@ -282,7 +292,8 @@ def sentences(report: Report) -> list[str]:
     """
     first, *others = report.families or [""]
     if report.recipe.isoflop:
-        return [found[-1].sentence for other in others if (found := _at_budgets(report, HELD_OUT, first, other))]
+        said = [found[-1].sentence for other in others if (found := _at_budgets(report, HELD_OUT, first, other))]
+        return said + [line for other in others for line in left_out(report, first, other)]
     return [_comparison(report, report.metric, "Gflops", first, other).sentence for other in others]
 
 

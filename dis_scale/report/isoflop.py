@@ -120,13 +120,16 @@ class Laws:
 
 def runs_of(report: Report, metric: str) -> dict[str, Runs]:
     """Return the runs of each measured family. Each seed is a run."""
-    families = defaultdict[str, list[list[float]]](list)
+    families, trunks = defaultdict[str, list[list[float]]](list), dict[str, int]()
     for p in report.points:
         if p.variant == MAIN and p.budget is not None and 0 < p.values.get(metric, 0) < np.inf:
-            families[p.kind].append([p.cost.parameters, p.images_seen, p.budget, p.values[metric]])
+            branch = report.recipe.models[p.model].branch
+            trunk = trunks.setdefault(branch.of if branch else p.model, len(trunks))
+            families[p.kind].append([p.cost.parameters, p.images_seen, p.budget, p.values[metric], trunk])
     columns = {kind: np.array(rows).T for kind, rows in sorted(families.items())}
     return {
-        kind: Runs(N, D, budgets, values, report.unique_images) for kind, (N, D, budgets, values) in columns.items()
+        kind: Runs(N, D, budgets, values, report.unique_images, trunk)
+        for kind, (N, D, budgets, values, trunk) in columns.items()
     }
 
 

@@ -24,6 +24,8 @@ HALF_APART = 2**0.5
 """Half the distance of neighbours among them, as a factor."""
 ROBUST = 1.345
 """Residuals beyond as many standard deviations count less (Huber's loss, with 95 % of the efficiency of least squares)."""
+OF_TRUNKS = 3
+"""Coefficients that runs of one trunk do not determine between them: E, A and a."""
 RESAMPLES = 400
 STEPS = 60
 """Of the descent; most fits take about 20."""
@@ -47,18 +49,28 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of one family: parameters, images seen, budgets and values, each of the shape (runs,); `unique` images are different."""
+    """Runs of one family: parameters, images seen, budgets and values, each of the shape (runs,); `unique` images are different.
+
+    `trunks` has a number for each trunk, which its branches share; by default each run is complete.
+    """
 
     parameters: np.ndarray
     images: np.ndarray
     budgets: np.ndarray
     values: np.ndarray
     unique: int | None = None
+    trunks: np.ndarray | None = None
 
     def of(self, chosen: np.ndarray) -> Self:
         """Return some of the runs."""
         columns = {name: getattr(self, name)[chosen] for name in ("parameters", "images", "budgets", "values")}
-        return replace(self, **columns)
+        return replace(self, **columns, trunks=None if self.trunks is None else self.trunks[chosen])
+
+    @property
+    def independent(self) -> np.ndarray:
+        """For each run the number of its trunk, from 0."""
+        runs: np.ndarray = np.arange(len(self.values))
+        return runs if self.trunks is None else np.unique(self.trunks, return_inverse=True)[1]
 
     @property
     def repeated(self) -> bool:
@@ -94,8 +106,8 @@ class LossLaw:
 
     def estimate(self, samples: np.ndarray) -> Interval:
         """Return the first of the samples, and the interval of the others, which holds the first."""
-        runs = len(self.runs.values)
-        tail = bootstrap_tail(runs - 5 - self.runs.repeated, runs)
+        drawn, runs = int(self.runs.independent.max()) + 1, len(self.runs.values)
+        tail = bootstrap_tail(drawn - (OF_TRUNKS if drawn < runs else 5 + self.runs.repeated), drawn)
         low, high = np.quantile(samples[1:], [tail, 1 - tail], method="nearest").tolist()
         first = float(samples[0])
         return Interval(first, min(low, first), max(high, first))
@@ -161,12 +173,13 @@ def predict(runs: Runs, budget: float) -> Prediction | None:
 
 
 def fit(runs: Runs, resamples: int = RESAMPLES) -> LossLaw | None:
-    """Fit the law by Huber's loss of log losses, from 27 starts, and to runs that are drawn with replacement.
+    """Fit the law by Huber's loss of log losses, from 27 starts, and to trunks that are drawn with replacement, all runs of each.
 
-    None for too few runs, budgets or sizes, and if the runs do not determine it: an exponent is at a limit of those tried.
+    None for too few runs, budgets, sizes or trunks, and if the runs do not determine it: an exponent is at a limit of those tried.
     """
     apart = min(len(np.unique(runs.budgets)), len(np.unique(runs.parameters)))
-    if len(runs.values) < LEAST_RUNS or apart < LEAST_APART:
+    trunks = int(runs.independent.max(initial=-1)) + 1
+    if len(runs.values) < LEAST_RUNS or apart < LEAST_APART or trunks <= OF_TRUNKS:
         return None
     count, tried = len(runs.values), REPEATS if runs.repeated else REPEATS[:1]
     x, logs = np.log(runs.parameters), np.log(runs.values)
@@ -183,7 +196,7 @@ def fit(runs: Runs, resamples: int = RESAMPLES) -> LossLaw | None:
     best = found[0, misfits[0].argmin()]
     if not ((best > LEAST_COEFFICIENTS)[3:] & (best < MOST_COEFFICIENTS)[3:]).all():
         return None
-    drawn = np.random.default_rng(0).multinomial(count, ones / count, size=resamples)
+    drawn = np.random.default_rng(0).multinomial(trunks, np.ones(trunks) / trunks, size=resamples)[:, runs.independent]
     again, again_misfits = _descend(np.repeat(found, resamples, 0), *data, drawn[:, None], width)
     chosen = np.append(misfits, again_misfits, 0).argmin(1)  # the best constant of each
     return LossLaw(np.append(found, again, 0)[np.arange(resamples + 1), chosen], tried[chosen], centre, runs)

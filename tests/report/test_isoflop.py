@@ -216,6 +216,8 @@ def test_the_report_of_a_study_has_its_profiles_and_laws(measured: Report) -> No
     assert f"{metric}, dis at 4e+10 FLOPs: no minimum within the sizes, so the budget is not in the laws" in notes
     assert f"{metric}, dis: no law, which needs 3 budgets with a minimum" in notes
     assert "held_out_loss, dit at 1e+10, 2e+10, 4e+10 FLOPs: fewer than 4 measured sizes, so not fitted" in notes
+    budgets = "1e+10, 2e+10, 4e+10 FLOPs, where not both have a lowest held_out_loss within their sizes"
+    assert f"dis and dit are not compared at {budgets}" in notes
 
 
 def test_the_figure_marks_the_minima(measured: Report) -> None:
