@@ -28,7 +28,7 @@ class DiffuSsm(FamilySettings):
     bidirectional: bool = True
     """Scan in both directions; otherwise from the first token to the last."""
     skip: Literal["none", "concat"] = "none"
-    """`concat`: long skips, as we read the paper's name UViSSM, which has no code. A block of the last half begins with a product of
+    """`concat`: long skips, our reading of UViSSM, which has no code. A block of the last half begins with a product of
     its stream and that of a block of the first half, last in, first out."""
     position: Literal["none", "sine"] = "none"
     """`sine` adds DiT's fixed table, averaged over the positions of a group."""
