@@ -139,7 +139,7 @@ def evaluate_all(
     mlflow_copy.copy_earlier(sweep, job.raise_if_stopped)
 
     backlog = state.Backlog(sweep)
-    floor_due = sweep.recipe.evaluate.floor and state.floor(sweep) is None
+    floor_due = sweep.recipe.evaluate.measures_floor and state.floor(sweep) is None
 
     def left() -> list[Sampled]:
         return [sampled for sampled in backlog.left() if sampled not in skipped]

@@ -107,8 +107,8 @@ class Preparer(Worker):
         recipe = sweep.recipe
         extractors = self._extractors(sweep, device)
         reference.prepare(sweep, _source(sweep), extractors, self._progress(), self.log, self._held.require_held)
-        pooled = reference.load_all(sweep)[recipe.evaluate.extractor.name].pooled
-        return f"reference: {recipe.evaluate.reference or f'{pooled.count:,} images'}"
+        counts = [each.pooled.count for each in reference.load_all(sweep).values()]
+        return f"reference: {recipe.evaluate.reference or f'{max(counts, default=0):,} images'}"
 
     def _pixels(self, sweep: Sweep) -> Any:
         from dis_scale.data.subset import load_subset
@@ -174,7 +174,8 @@ def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:
 
 def _has_parts(sweep: Sweep, source: Source) -> bool:
     """Whether the statistics are computed from the source's images in several parts."""
-    return sweep.recipe.evaluate.reference is None and part_count(len(source)) > 1
+    evaluate = sweep.recipe.evaluate
+    return bool(evaluate.extractors) and evaluate.reference is None and part_count(len(source)) > 1
 
 
 def _steps_and_images(sweep: Sweep) -> int:
@@ -183,7 +184,7 @@ def _steps_and_images(sweep: Sweep) -> int:
     steps = vae.steps if isinstance(vae, TrainedVae) and state.vae_missing(sweep) else 0
     steps += _classifier_steps(sweep) * len(state.classifiers_missing(sweep))
     source = _source(sweep)
-    return steps if _has_parts(sweep, source) else steps + len(source)
+    return steps + len(source) * (bool(sweep.recipe.evaluate.extractors) and not _has_parts(sweep, source))
 
 
 def _source(sweep: Sweep) -> Source:

@@ -50,6 +50,10 @@ CORE_FLOPS = 8e9
 """Operations per second of a core that trains small models: four fifths of 4.787e12 in 484 s (benchmarks/results/digits.json)."""
 UNKNOWN_TFLOPS = 100.0
 """Assumed peak of a GPU that is not in DATASHEET_TFLOPS."""
+LEAST_IMAGES = 20
+"""Images that are worth a model."""
+HELD_OUT_SHARE = 10
+"""One image in so many is held out where only the held-out loss tells models apart."""
 INCEPTION, TRAINED = FEATURE_DIMENSIONS["inception"], FEATURE_DIMENSIONS["trained"]
 
 
@@ -137,7 +141,7 @@ def resolution_of(survey: Survey, machine: Machine) -> int:
 def propose(survey: Survey, machine: Machine, file: str, resolution: int) -> str:
     """Return a recipe's text, which names its own `file`.
 
-    UserError for another resolution than `RESOLUTIONS`, for too few images for a distance, and if no model fits the memory.
+    UserError for another resolution than `RESOLUTIONS`, for too few images, and if no model fits the memory.
     """
     if resolution not in RESOLUTIONS:
         raise UserError(f"--resolution {resolution}: expected one of {', '.join(map(str, RESOLUTIONS))}")
@@ -265,6 +269,7 @@ def _settings(draft: _Draft, models: list[str], steps: int) -> str:
     survey, scale, gpus, workers = draft.survey, draft.scale, draft.machine.gpus, draft.workers
     batch, reach = scale.batch_images, survey.share_of(draft.resolution)
     extractor, samples = _extractor(draft)
+    held_out = survey.count // HELD_OUT_SHARE if extractor.startswith("{kind: none}") else 0
     broken = f"  undecodable: skip  # {len(survey.broken):,} images cannot be decoded\n" if survey.broken else ""
     return f"""\
 name: {_word(draft.name)}
@@ -273,8 +278,8 @@ data:
   resolution: {draft.resolution}  # the shorter side of {reach:.0%} of the images has as many pixels{_other_resolutions(draft)}
   num_classes: {len(survey.classes) or "none"}
   mirror: true  # false if left and right matter, as in text
-{broken}{draft.vae[0]}
-precompute: {{workers: {workers}{", precision: bf16" if gpus else ""}}}
+{broken}{f"  held_out_images: {held_out}{chr(10)}" if held_out else ""}{draft.vae[0]}
+precompute: {{workers: {workers}{", precision: bf16" if gpus else ""}{f", shard_images: {held_out}" if held_out else ""}}}
 diffusion: {{kind: flow}}
 models:
 {"".join(f"  {name}: {draft.model(name)}" + chr(10) for name in models)}train:
@@ -330,12 +335,7 @@ def _extractor(draft: _Draft) -> tuple[str, int]:
         )
     if count > INCEPTION:
         return "{kind: inception}  # downloads its weights, 96 MB, or reads `weights`", draft.scale.inception_samples
-    least, cure = (
-        (TRAINED, "add images")
-        if survey.classes
-        else (INCEPTION, "add images, or sort them into two or more class folders")
-    )
-    labels = "" if survey.classes else " without labels"
-    raise UserError(
-        f"{survey.url}: {count:,} images{labels} are too few for a distance: expected at least {least + 1:,}: {cure}"
-    )
+    if count < LEAST_IMAGES:
+        raise UserError(f"{survey.url}: {count:,} images are too few: expected at least {LEAST_IMAGES}: add images")
+    least = f"{TRAINED + 1}" if survey.classes else f"{INCEPTION + 1:,}, or {TRAINED + 1} in class folders"
+    return f"{{kind: none}}  # a distance needs {least}: so samples to look at, and a held-out loss", 40

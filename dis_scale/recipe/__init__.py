@@ -174,6 +174,11 @@ class Recipe(Settings):
                 f"evaluate: extractor {self.evaluate.trained.name} is a classifier that the sweep trains, and data.num_classes is "
                 "none: expected kind inception or exported"
             )
+        if not (self.evaluate.extractors or self.data.held_out_images):
+            raise ValueError(
+                "evaluate.extractor: none, so the curve is of the held-out loss: set data.held_out_images, and "
+                "precompute.shard_images to at most as many"
+            )
         for name, settings in self.evaluate.samplings.items():
             self._sampling_fits(f"evaluate.variants.{name}" if name else "evaluate", settings)
         if self.device != "auto":
@@ -188,9 +193,9 @@ class Recipe(Settings):
             raise ValueError(
                 f"vae.kind: got {self.vae.kind}, expected pretrained or exported: the autoencoder that made the latents"
             )
-        if self.evaluate.reference is None:
+        if self.evaluate.extractors and self.evaluate.reference is None:
             raise ValueError("evaluate.reference: none, and latents have no images: give the .npz of ADM's reference")
-        if self.evaluate.floor:
+        if self.evaluate.measures_floor:
             raise ValueError("evaluate.floor: latents have no images to measure it with: set it to false")
         return self
 

@@ -63,6 +63,16 @@ class ExportedExtractor(Settings):
     """Hash of the file, checked whenever it is loaded, and required then: the file is a program."""
 
 
+class NoExtractor(Settings):
+    """No distance, as for a few hundred images: checkpoints have samples to look at and their held-out loss, the curve's."""
+
+    kind: Literal["none"]
+
+    @property
+    def name(self) -> str:
+        return "none"
+
+
 ExtractorSettings = Annotated[TrainedExtractor | InceptionExtractor | ExportedExtractor, Field(discriminator="kind")]
 Metric = Literal[
     "distance",
@@ -74,6 +84,8 @@ Metric = Literal[
     "precision_recall",
     "copy_rate",
 ]
+HELD_OUT = "held_out_loss"
+"""Name of the loss on images that training never sees."""
 INCEPTION_METRICS = {"sfid", "inception_score", "inception_score_adm"}
 
 
@@ -159,7 +171,9 @@ class Evaluate(Sampling):
     """Further sampling settings for each checkpoint; each gives a metric of its own, `<metric>/<name>`."""
     order: Literal["oldest_first", "newest_first"] = runtime("oldest_first")
     """Which published checkpoint is evaluated first if several wait."""
-    extractor: ExtractorSettings
+    extractor: Annotated[
+        TrainedExtractor | InceptionExtractor | ExportedExtractor | NoExtractor, Field(discriminator="kind")
+    ]
     """Its distance is the main metric."""
     also: tuple[ExtractorSettings, ...] = ()
     """Other extractors, in the same pass over the same images."""
@@ -191,8 +205,12 @@ class Evaluate(Sampling):
 
     @property
     def extractors(self) -> tuple[ExtractorSettings, ...]:
-        """The main extractor, then the others."""
-        return (self.extractor, *self.also)
+        """The main extractor, then the others; none without a distance."""
+        return () if isinstance(self.extractor, NoExtractor) else (self.extractor, *self.also)
+
+    @property
+    def measures_floor(self) -> bool:
+        return self.floor and bool(self.extractors)
 
     @property
     def trained(self) -> TrainedExtractor | None:
@@ -201,7 +219,9 @@ class Evaluate(Sampling):
 
     @property
     def metric(self) -> str:
-        """Name of the curve's metric, a distance under the main extractor."""
+        """Name of the curve's metric, a distance under the main extractor; without one the held-out loss."""
+        if not self.extractors:
+            return HELD_OUT
         first = next(metric for metric in self.metrics if metric.startswith("distance"))
         return self.metric_name({"distance": "fid", "distance_infinity": "fid_infinity"}[first], self.extractor.name)
 
@@ -233,6 +253,12 @@ class Evaluate(Sampling):
             raise ValueError(f"also: extractors need names of their own, other than inception: got {names}")
         if any(e.kind == "trained" and e.name == JUDGE for e in self.extractors):
             raise ValueError(f"extractor: {JUDGE} is the name of the classifier that judges samples: choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _without_a_distance_there_is_none(self) -> Self:
+        if not self.extractors and (self.also or self.metrics != ("distance",)):
+            raise ValueError("extractor: none measures no distance: leave out also and metrics, or choose an extractor")
         return self
 
     @model_validator(mode="after")

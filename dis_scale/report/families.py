@@ -17,7 +17,8 @@ from rich.table import Table
 from dis_scale.evaluation.metrics import FOLDS, jackknife_error
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import MAIN
-from dis_scale.report.points import ALIKE, HELD_OUT, Point, Report
+from dis_scale.recipe.evaluate import HELD_OUT
+from dis_scale.report.points import ALIKE, Point, Report
 
 if TYPE_CHECKING:
     from dis_scale.report import isoflop

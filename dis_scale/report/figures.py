@@ -10,8 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from dis_scale.models import families
+from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import drawing, fits, isoflop
-from dis_scale.report.points import HELD_OUT, Point, Report
+from dis_scale.report.points import Point, Report
 from dis_scale.report.published import MARKERS as PUBLISHED_MARKERS
 from dis_scale.report.published import PUBLISHED, families_alike, published_differences
 from dis_scale.tracking.rows import Row

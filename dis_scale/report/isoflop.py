@@ -13,10 +13,11 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from dis_scale.recipe import MAIN
+from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import loss_law
 from dis_scale.report.fits import PowerLaw, bootstrap_tail, lack_of_fit, limited_law, student_margin
 from dis_scale.report.loss_law import LossLaw, Runs
-from dis_scale.report.points import HELD_OUT, Report
+from dis_scale.report.points import Report
 
 LEAST_SIZES = 4
 """Sizes that a parabola needs here: one more than it has coefficients."""

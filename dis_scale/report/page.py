@@ -91,6 +91,9 @@ def render_samples(report: Report, strips: list[Strip]) -> bytes:
 def _metric(report: Report) -> str:
     """Return what the distance is, in words."""
     settings = report.recipe.evaluate
+    if not settings.extractors:
+        held_out = report.recipe.data.held_out_images
+        return f"{report.metric} is the loss on {held_out:,} images that training never sees: lower is better."
     features = "Inception-v3" if settings.extractor.name == "inception" else f"the extractor {settings.extractor.name}"
     floors = "".join(f" For {f.words} it is {tables.with_error(f.distance, f.error)}." for f in report.floors)
     samples = "endless" if "infinity" in report.metric else f"{settings.samples:,}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import MAIN, Recipe, Sampling
+from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import LatentsManifest, Metrics, Origin
 from dis_scale.weights.ema import start_share
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 ALIKE = 0.1
 """Largest relative difference of costs at which two models of other names count as equally costly."""
-HELD_OUT = "held_out_loss"
 SAMPLING_RATE = "sampling_images_per_s"
 
 

@@ -352,7 +352,7 @@ def floor(sweep: Sweep) -> FloorMetrics | None:
 
 def floor_settled(sweep: Sweep) -> bool:
     """Whether the floor is measured, is known to be impossible to measure, or is not wanted."""
-    return not sweep.recipe.evaluate.floor or floor(sweep) is not None or sweep.floor.exists(Skipped.NAME)
+    return not sweep.recipe.evaluate.measures_floor or floor(sweep) is not None or sweep.floor.exists(Skipped.NAME)
 
 
 def floor_skipped(sweep: Sweep) -> str | None:

@@ -109,14 +109,21 @@ def test_any_folder_gives_a_valid_name(folder: str) -> None:
 @pytest.mark.parametrize(
     ("survey", "words"),
     [
-        (photos(count=64), "64 images are too few for a distance: expected at least 65: add images"),
-        (Survey("/x", {}, Counter({64: 2048}), [], 0), "without labels are too few .* 2,049: add images, or sort them into two"),
+        (photos(count=64), "a distance needs 65: so samples to look at"),
+        (Survey("/x", {}, Counter({64: 600}), [], 0), "a distance needs 2,049, or 65 in class folders: so samples"),
     ],
     ids=["with classes", "without"],
 )  # fmt: skip
-def test_too_few_images_are_refused(survey: Survey, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        proposed(survey, LAPTOP)
+def test_few_images_have_a_held_out_loss_in_place_of_a_distance(survey: Survey, words: str) -> None:
+    assert words in propose(survey, LAPTOP, "x.yaml", 32)
+    recipe = proposed(survey, LAPTOP)
+    assert (recipe.evaluate.extractors, recipe.evaluate.metric) == ((), "held_out_loss")
+    assert recipe.data.held_out_images == recipe.precompute.shard_images == survey.count // 10
+
+
+def test_too_few_images_are_refused() -> None:
+    with pytest.raises(UserError, match="19 images are too few: expected at least 20: add images"):
+        proposed(Survey("/x", {}, Counter({64: 19}), [], 0), LAPTOP)
 
 
 def test_a_machine_without_memory_is_refused() -> None:

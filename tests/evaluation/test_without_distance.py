@@ -1,0 +1,43 @@
+"""A sweep of too few images for a distance: samples to look at, and the held-out loss as the curve."""
+
+from pathlib import Path
+
+import pytest
+
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import GRID, Sampled, Sweep, state
+from tests.conftest import TINY
+from tests.support import stages
+
+NONE = (
+    "evaluate.extractor={kind: none}", "evaluate.variants={}", "data.held_out_images=50", "precompute.shard_images=50",
+    "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}", "train.publish_images=[160, 320]",
+)  # fmt: skip
+
+
+def test_a_sweep_has_samples_and_the_held_out_loss(tmp_path: Path) -> None:
+    sweep = Sweep.below(open_folder(tmp_path / "root"), reading.load(TINY, list(NONE)))
+    stages.complete(sweep, tmp_path)
+    assert state.all_evaluated(sweep)
+    assert state.floor_settled(sweep)
+    for metrics in state.evaluated(sweep, "dis").values():
+        assert {name.partition("/")[0] for name in metrics.values} == {"held_out_loss"}
+    assert sweep.references.list() == []
+    assert sweep.evaluation(Sampled("dis", 320)).exists(GRID)
+    page = sweep.report.read("index.html").decode()
+    assert "held_out_loss is the loss on 50 images that training never sees: lower is better" in page
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["data.held_out_images=0"], "the curve is of the held-out loss: set data.held_out_images"),
+        (["evaluate.metrics=[distance, kid]"], "extractor: none measures no distance: leave out also and metrics"),
+        (["evaluate.also=[{kind: inception}]"], "extractor: none measures no distance: leave out also and metrics"),
+    ],
+)
+def test_what_needs_a_distance_is_refused(settings: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        reading.load(TINY, [*NONE, *settings])
