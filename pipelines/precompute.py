@@ -186,10 +186,11 @@ def find_or_make_latents(job: StageJob, encoders: Any) -> None:
     encoding = with_restarts(job, "precompute", lambda _: encoders.encoding(), lambda: 0)
     latents = shards.latents_folder(job.sweep, encoding.identity)
     job.say(f"latents  {latents}")
-    if LatentsManifest.find(latents) is None:
+    complete = LatentsManifest.find(latents) is not None
+    if job.recipe.data.given and not (complete and job.sweep.folder.exists(REAL)):
+        job.say(f"given    {with_restarts(job, 'precompute', lambda _: encoders.check(), lambda: 0)}")
+    if not complete:
         source = open_source(job.recipe.data, job.sweep.store, listing_words(job.say))
-        if job.recipe.data.given:
-            job.say(f"given    {with_restarts(job, 'precompute', lambda _: encoders.check(), lambda: 0)}")
         encode, mix = (partial(work, latents, encoding, source) for work in (encoders.encode, encoders.mix))
         latent_set = LatentSet(job.recipe, latents, source, encoding, encode, mix, job.say, job.raise_if_stopped)
         latent_set.make(partial(retrying, job))

@@ -71,10 +71,12 @@ def allow_tf32(allowed: bool) -> None:
 
 def encoding_of(vae: Vae, data: Data, device: str) -> Encoding:
     """Return the facts of encoding with this VAE in this process, or of copying the latents that another program made with it."""
-    posterior = data.given.posterior if data.given else vae.posterior
+    posterior, version = vae.posterior, str(torch.__version__)
+    if data.given:  # copies are the same with any
+        posterior, version = data.given.posterior, ""
     return Encoding(
         identity=vae.identity, posterior=posterior, shift=vae.shift, scale=vae.scale,
-        latent=vae.latent(data.resolution), sides=data.sides, device=device, torch=str(torch.__version__),
+        latent=vae.latent(data.resolution), sides=data.sides, device=device, torch=version,
     )  # fmt: skip
 
 

@@ -12,13 +12,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
-from dis_scale.data import layouts, shards
-from dis_scale.data.sources import Source, select_decodable
+from dis_scale.data import layouts, mixing, shards
+from dis_scale.data.sources import Source, lists_mixed, select_decodable
 from dis_scale.process.errors import UserError
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import in_order
-from dis_scale.recipe import Data
+from dis_scale.recipe import Data, SourceSettings
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import read_verified
 from dis_scale.sweep.documents import LatentsManifest
@@ -30,6 +31,7 @@ LEAST, MOST = 0.4, 2.5
 """Deviation of scaled latents, which is near 1 for the autoencoder's own images."""
 WRITES_AT_ONCE = 16
 """Files that an export writes at a time."""
+SOURCE = TypeAdapter[SourceSettings](SourceSettings)
 Exported = Literal["edm2", "repa", "webdataset"]
 
 
@@ -94,21 +96,32 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
     UserError if the folder has files. An image's place in the source is the number in its file's name.
     """
     manifest = LatentsManifest.require(latents)
-    if next(out.walk(), None) is not None:
-        raise UserError(f"--out {out}: it has files: give a new folder")
     write = _write_tar if layout == "webdataset" else _write_files
     folder = out / layouts.REPA_FOLDER if layout == "repa" else out
-    labels = dict[str, int]()
+    if next(folder.walk(), None) is not None:
+        raise UserError(f"--out {folder}: it has files: give a new folder, or delete them")
+    if layout == "repa" and manifest.refused:
+        raise UserError(
+            f"{latents}: {len(manifest.refused)} images are left out, and REPA pairs images and latents by their order"
+        )
+    places, labels = _places(manifest), dict[str, int]()
     for done, entry in enumerate(manifest.shards, 1):
         data = read_verified(latents, entry.name, entry.digest)
         shard = shards.unpack(data, f"{latents}/{entry.name}")
-        unflipped = zip(shards.positions(data), shard.moments[:, 0], shard.labels.tolist(), strict=True)
+        entries = places[shards.positions(data)].tolist()
+        unflipped = zip(entries, shard.moments[:, 0], shard.labels.tolist(), strict=True)
         labels |= write(folder, entry.name, unflipped, manifest.encoding.posterior)
         report(done, len(manifest.shards))
     if layout != "webdataset":
         classes = None if manifest.made_from.num_classes is None else sorted(labels.items())
         folder.write(layouts.LABELS, json.dumps({"labels": classes}).encode())
     return manifest.count
+
+
+def _places(manifest: LatentsManifest) -> np.ndarray:
+    """Return the place in the source, sorted as its kind lists it, of each position."""
+    source, images = SOURCE.validate_python(manifest.made_from.source), manifest.made_from.images
+    return mixing.permutation(images) if lists_mixed(source) else np.arange(images)
 
 
 _Unflipped = Iterator[tuple[int, np.ndarray, int]]

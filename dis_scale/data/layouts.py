@@ -13,11 +13,14 @@ hustvl/LightningDiT `datasets/img_latent_dataset.py`.
 
 import io
 import json
+import math
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,11 +70,15 @@ def root_of(source: LatentsSource, url: Folder) -> Folder:
     return url / REPA_FOLDER if source.layout == "repa" else url
 
 
-def many_in_a_file(source: LatentsSource) -> InFiles | None:
+def many_in_a_file(source: LatentsSource, mirror: bool) -> InFiles | None:
     """Return how to read a layout with many latents in a file; None if each has a file of its own."""
-    if source.layout in ("edm2", "repa"):
-        return _ZIP if source.url.endswith(".zip") else None
-    return {"webdataset": _TARS, "safetensors": _SAFETENSORS}[source.layout]
+    match source.layout:
+        case "webdataset":
+            return InFiles(".tar", _find_in_tars, tars.read, tars.near)
+        case "safetensors":
+            return InFiles(".safetensors", _find_in_safetensors, _SafetensorsReader(mirror).read, _rows_near)
+        case _:
+            return InFiles(".zip", _find_in_zips, _read_zip, tars.near) if source.url.endswith(".zip") else None
 
 
 def find_files(root: Folder, labelled: bool) -> Iterator[Entry | LeftOut]:
@@ -90,10 +97,12 @@ def moments(source: LatentsSource, mirror: bool, data: bytes, name: str) -> np.n
             case "edm2" | "repa":
                 return _of_mean_and_deviation(npy.read(data))
             case "webdataset":
-                return _of_mean_and_log_variance(_NumpyUnpickler(io.BytesIO(data)).load())
+                return _of_mean_and_log_variance(_unpickled(data))
             case "safetensors":
                 return _finite(npy.read(data)[: 1 + mirror])
-    except (ValueError, TypeError, EOFError, OSError, pickle.UnpicklingError, AttributeError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes `pickle` raises many kinds
         why = " ".join(str(error).split()) or type(error).__name__
         raise UndecodableImage(
             f"latent {printable(name)} cannot be read: {why}; repair or remove it, or --set data.undecodable=skip", why
@@ -135,9 +144,7 @@ def _of_mean_and_deviation(stored: np.ndarray) -> np.ndarray:
     return _finite(np.concatenate([mean, log_variance])[None])
 
 
-def _of_mean_and_log_variance(stored: Any) -> np.ndarray:
-    if not isinstance(stored, np.ndarray):
-        raise TypeError(f"it is a pickled {type(stored).__name__}, expected an array")
+def _of_mean_and_log_variance(stored: np.ndarray) -> np.ndarray:
     mean, log_variance = _halves(stored)
     bounded = np.clip(log_variance, LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE)
     bounded[log_variance <= NO_VARIANCE] = NO_VARIANCE
@@ -159,21 +166,62 @@ def _finite(moments: np.ndarray) -> np.ndarray:
     return half
 
 
-_MAKES_ARRAYS = {
-    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer"),
-}  # fmt: skip
-"""Functions that a pickled array calls: of all protocols, and of both versions of NumPy."""
+class _Pickled:
+    """What a pickle says of an array or of its type: the arguments of the function that would make it, and its state."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments, self.state = arguments, tuple[Any, ...]()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
-class _NumpyUnpickler(pickle.Unpickler):
-    """Unpickles arrays: a pickle may name any function of any module, and only those that make an array are called."""
+class _FromBuffer(_Pickled):
+    pass
+
+
+def _latin1(text: str, _: str) -> bytes:
+    return text.encode("latin1")
+
+
+_PICKLED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _Pickled,
+    ("_codecs", "encode"): _latin1,
+}
+for _core in ("numpy.core", "numpy._core"):  # of both versions of NumPy, and of all protocols
+    _PICKLED |= {(f"{_core}.multiarray", "_reconstruct"): _Pickled, (f"{_core}.numeric", "_frombuffer"): _FromBuffer}
+
+
+class _Unpickler(pickle._Unpickler):
+    """Reads what makes an array, and calls nothing: a pickle may name any function, and NumPy's own trust what they are given.
+
+    The one in Python: that in C makes a table as long as a damaged byte says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _MAKES_ARRAYS:
+        if (module, name) not in _PICKLED:
             raise pickle.UnpicklingError(f"a pickle that calls {module}.{name}, expected an array of NumPy")
-        return super().find_class(module, name)
+        return _PICKLED[module, name]
+
+
+def _unpickled(data: bytes) -> np.ndarray:
+    """Return the array in a pickle; ValueError or TypeError if it is anything else."""
+    try:
+        found = _Unpickler(io.BytesIO(data)).load()
+    except MemoryError as error:
+        raise ValueError("damaged: it asks for more memory than there is") from error
+    if isinstance(found, _FromBuffer):
+        values, kind, shape, order = found.arguments
+    elif isinstance(found, _Pickled):
+        _, shape, kind, by_columns, values = found.state
+        order = "F" if by_columns else "C"
+    else:
+        raise TypeError(f"it is a pickled {type(found).__name__}, expected an array")
+    name, endian = str(kind.arguments[0]), str(kind.state[1])
+    if not re.fullmatch(r"f[248]", name) or endian not in "<>":
+        raise ValueError(f"an array of {name}, expected floating point")
+    return np.frombuffer(values, f"{endian}{name}").reshape(shape, order=order)
 
 
 def _labels(read: Callable[[], bytes], where: str) -> dict[str, int]:
@@ -181,11 +229,13 @@ def _labels(read: Callable[[], bytes], where: str) -> dict[str, int]:
     try:
         pairs = json.loads(read())["labels"]
         labels = dict[str, Any](pairs or ())
+        if len(labels) < len(pairs or ()):
+            raise ValueError("a file is named twice")
     except (FileNotFoundError, KeyError) as error:
         raise UserError(
             f"data.source.url: no classes in {where}; for latents without classes set data.num_classes: none"
         ) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f'{where}: expected {{"labels": [[file, class], ...]}}: {error}') from error
     if not labels:
         raise UserError(f"{where}: its labels are empty: set data.num_classes: none")
@@ -200,8 +250,8 @@ def _labelled(
     """Yield the latents among files, each a name, the file with its bytes, and where it is there, with their classes."""
     left = dict(labels or ())
     for name, file, location in files:
-        if not name.endswith(".npy"):
-            yield LeftOut(name, ending(name))
+        if any(part.startswith(".") for part in name.split("/")) or not name.endswith(".npy"):
+            yield LeftOut(name, ending(name) if name.rpartition("/")[2][:1] != "." else "hidden")
             continue
         label = left.pop(name, None) if labels is not None else 0
         if label is None:
@@ -249,7 +299,11 @@ def _without_header(member: bytes) -> bytes:
     if len(member) < _LOCAL_HEADER or member[:4] != b"PK\3\4":
         return b""
     name, extra = struct.unpack("<HH", member[26:_LOCAL_HEADER])
-    return member[_LOCAL_HEADER + name + extra :]
+    file = member[_LOCAL_HEADER + name + extra :]
+    try:
+        return file[: npy.header(file).size]  # a member that was streamed has its size after its bytes
+    except ValueError:
+        return file
 
 
 def _find_in_tars(root: Folder, names: list[str], source: LatentsSource, labelled: bool, _: bool) -> Contents:
@@ -257,34 +311,63 @@ def _find_in_tars(root: Folder, names: list[str], source: LatentsSource, labelle
     return tars.find(root, names, settings, labelled)
 
 
-class _Header(NamedTuple):
-    """A safetensors file: where its tensors begin, and type, shape and bytes of each."""
+class _Tensor(NamedTuple):
+    """A tensor of a safetensors file: its type there, its shape, and its first byte."""
 
+    kind: str
+    shape: tuple[int, ...]
     first: int
-    tensors: dict[str, Any]
 
-    def tensor(self, root: Folder, file: str, name: str) -> tuple[np.dtype[Any], tuple[int, ...], int]:
-        """Return the type, the shape and the first byte of a tensor; UserError if it is missing or of another type."""
-        if name not in self.tensors:
-            more = "; set data.mirror: false" if name == "latents_flip" else ""
-            raise UserError(f"{root}/{file}: no tensor {name!r}, it has {some(sorted(self.tensors))}{more}")
-        facts = self.tensors[name]
-        if facts["dtype"] not in _TYPES:
-            raise UserError(f"{root}/{file}: {name} is {facts['dtype']}, expected one of {', '.join(_TYPES)}")
-        return np.dtype(_TYPES[facts["dtype"]]), tuple(facts["shape"]), self.first + facts["data_offsets"][0]
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(_TYPES[self.kind])
+
+    def read(self, root: Folder, file: str, first: int, last: int) -> np.ndarray:
+        """Return rows of the tensor."""
+        row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        data = root.read(file, self.first + first * row_bytes, self.first + last * row_bytes)
+        if len(data) != (last - first) * row_bytes:
+            raise StorageError(f"{root}/{file}: it is shorter than when it was listed: restore it")
+        values = np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
+        if self.kind == "BF16":  # the upper half of a float32
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values
 
 
-def _header(root: Folder, file: str) -> _Header:
-    """Read the header of a safetensors file: its length, then JSON."""
+def _tensors(root: Folder, file: str, mirror: bool) -> dict[str, _Tensor]:
+    """Return a safetensors file's latents, labels if any, and latents of mirror images if wanted, by their header: its length, then
+    JSON. UserError for other tensors; StorageError if the header is damaged, or the file shorter than it says.
+    """
+    where, found = f"{root}/{file}", dict[str, _Tensor]()
     try:
-        length = int.from_bytes(root.read(file, 0, 8), "little")
-        if not 0 < length <= HEADER_BYTES:
+        length, size = int.from_bytes(root.read(file, 0, 8), "little"), root.size(file)
+        if not 0 < length <= min(HEADER_BYTES, size):
             raise ValueError(f"a header of {length:,} bytes")
-        tensors = json.loads(root.read(file, 8, 8 + length))
-        tensors.pop("__metadata__", None)
-        return _Header(8 + length, tensors)
-    except (ValueError, AttributeError) as error:
-        raise StorageError(f"{root}/{file}: not a safetensors file: {error}") from error
+        header: dict[str, Any] = dict(json.loads(root.read(file, 8, 8 + length)))
+        names = [name for name in header if name != "__metadata__"]
+        for name in {"latents", "labels", *(["latents_flip"] if mirror else [])} & set(names):
+            kind, shape = str(header[name]["dtype"]), tuple(map(int, header[name]["shape"]))
+            start, end = map(int, header[name]["data_offsets"])
+            if kind not in _TYPES:
+                raise UserError(f"{where}: {name} is {kind}, expected one of {', '.join(_TYPES)}")
+            tensor = _Tensor(kind, shape, 8 + length + start)
+            if (
+                min(shape, default=0) < 0
+                or end - start != math.prod(shape) * tensor.dtype.itemsize
+                or 8 + length + end > size
+            ):
+                raise ValueError(f"{name} is not within the file")
+            found[name] = tensor
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{where}: not a complete safetensors file: {error}") from error
+    missing = [name for name in ("latents", *(["latents_flip"] if mirror else [])) if name not in found]
+    if missing:
+        more = "; set data.mirror: false" if missing[0] == "latents_flip" else ""
+        raise UserError(f"{where}: no tensor {missing[0]!r}, it has {some(sorted(names))}{more}")
+    shapes = [each.shape for name, each in found.items() if name != "labels"]
+    if len(shapes[0]) != 4 or len(set(shapes)) > 1:
+        raise UserError(f"{where}: latents are {' and '.join(map(str, shapes))}, expected (N, C, h, w) of one shape")
+    return found
 
 
 def _find_in_safetensors(root: Folder, names: list[str], _: LatentsSource, labelled: bool, mirror: bool) -> Contents:
@@ -292,18 +375,15 @@ def _find_in_safetensors(root: Folder, names: list[str], _: LatentsSource, label
 
 
 def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Entry]:
-    version, header = root.version(name), _header(root, name)
-    _, shape, _ = header.tensor(root, name, "latents")
-    if mirror and (flipped := header.tensor(root, name, "latents_flip")[1]) != shape:
-        raise UserError(f"{root}/{name}: latents are {shape}, latents_flip {flipped}, expected the same shape")
-    labels: Sequence[int] = [0] * shape[0]
+    version, tensors = root.version(name), _tensors(root, name, mirror)
+    count = tensors["latents"].shape[0]
+    labels: Iterable[int] = repeat(0, count)
     if labelled:
-        dtype, (count, *_), first = header.tensor(root, name, "labels")
-        if dtype.kind not in "iu" or count != shape[0]:
-            raise UserError(
-                f"{root}/{name}: {count:,} labels of {dtype} for {shape[0]:,} latents, expected as many integers"
-            )
-        labels = np.frombuffer(root.read(name, first, first + dtype.itemsize * count), dtype).tolist()
+        known = tensors.get("labels")
+        if known is None or known.dtype.kind not in "iu" or known.shape != (count,) or known.kind == "BF16":
+            got = f"{known.kind} {known.shape}" if known else "none"
+            raise UserError(f"{root}/{name}: labels are {got}, expected {count:,} integers, one for each latent")
+        labels = known.read(root, name, 0, count).tolist()
     for row, label in enumerate(labels):
         yield Entry(f"{name}/{row:06d}", label, name, (row, 1), version)
 
@@ -311,31 +391,16 @@ def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Ent
 class _SafetensorsReader:
     """Reads rows of safetensors files; a file's header once."""
 
-    def __init__(self) -> None:
-        self._header = cache(_header)
+    def __init__(self, mirror: bool) -> None:
+        self._tensors = cache(lambda root, file, _: _tensors(root, file, mirror))
 
     def read(self, root: Folder, entries: Sequence[Entry]) -> list[bytes]:
         """Return each row as a `.npy`: (2, C, h, w) with its mirror image, else (1, C, h, w)."""
         file, first, last = entries[0].file, entries[0].location[0], entries[-1].location[0] + 1
-        header = self._header(root, file)
-        sides = [
-            self._read_rows(root, file, header, name, first, last)
-            for name in ("latents", "latents_flip")
-            if name in header.tensors
-        ]
+        tensors = self._tensors(root, file, entries[0].version)
+        sides = [tensors[name].read(root, file, first, last) for name in ("latents", "latents_flip") if name in tensors]
         rows = np.stack(sides, axis=1)
         return [_npy(rows[entry.location[0] - first]) for entry in entries]
-
-    def _read_rows(self, root: Folder, file: str, header: _Header, name: str, first: int, last: int) -> np.ndarray:
-        dtype, (_, *shape), start = header.tensor(root, file, name)
-        row_bytes = dtype.itemsize * int(np.prod(shape))
-        data = root.read(file, start + first * row_bytes, start + last * row_bytes)
-        if len(data) != (last - first) * row_bytes:
-            raise StorageError(f"{root}/{file}: it ends within {name}: restore it")
-        values = np.frombuffer(data, dtype).reshape(-1, *shape)
-        if header.tensors[name]["dtype"] == "BF16":  # the upper half of a float32
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -344,14 +409,5 @@ def _npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-ROWS_AT_ONCE = 64
-"""Most rows of a safetensors file in one read."""
-
-
 def _rows_near(first: Entry, entry: Entry) -> bool:
-    return first.file == entry.file and entry.location[0] - first.location[0] < ROWS_AT_ONCE
-
-
-_ZIP = InFiles(".zip", _find_in_zips, _read_zip, tars.near)
-_TARS = InFiles(".tar", _find_in_tars, tars.read, tars.near)
-_SAFETENSORS = InFiles(".safetensors", _find_in_safetensors, _SafetensorsReader().read, _rows_near)
+    return first.file == entry.file

@@ -12,7 +12,7 @@ import torch
 
 from dis_scale import vae
 from dis_scale.data import mixing, shards
-from dis_scale.data.encode import Setup, compute_exactly, encode_mixed, encode_shards, hardware
+from dis_scale.data.encode import Setup, compute_exactly, encode_mixed, encode_shards, encoding_of, hardware
 from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import StorageError, UserError
@@ -100,10 +100,11 @@ def describe(latents: Folder) -> list[str]:
     refused = f", {len(m.refused)} refused: {some(list(m.refused))}" if m.refused else ", none refused"
     scale, shift = np.atleast_1d(encoding.scale), np.atleast_1d(encoding.shift)
     stored = "moments" if encoding.posterior else "latents without variance"
+    mirrored = " and horizontal flip" if encoding.sides == 2 else " alone"
     return [
         f"latents  {latents}",
         f"images   {m.count:,} in {len(m.shards)} shards, {m.size_bytes / 1e6:,.1f} MB{refused}",
-        f"latent   {channels}x{size}x{size}, float16 {stored} of image and horizontal flip",
+        f"latent   {channels}x{size}x{size}, float16 {stored} of image{mirrored}",
         "labels   none" if classes is None else f"labels   {len(labels)} of {classes} classes: {some(labels)}",
         f"mixing   {mixing.words(m.mixing)}",
         f"mean     {_numbers(m.mean)} by channel; shift {_numbers(shift)}",
@@ -111,7 +112,9 @@ def describe(latents: Folder) -> list[str]:
         f"source   {_settings(made_from.source)}; listing {made_from.listing[:12]}",
         f"vae      {encoding.identity[:12]}",
         f"encoded  {made_from.resolution} pixels, {made_from.shard_images} images a shard, "
-        f"{made_from.encode_images} at a time in {made_from.precision}, on {encoding.device} with torch {encoding.torch}",
+        f"{made_from.encode_images} at a time in {made_from.precision}, on {encoding.device} with torch {encoding.torch}"
+        if encoding.torch
+        else "encoded  by another program, and copied",
     ]
 
 
@@ -199,7 +202,7 @@ def _prepare_rebuild(sweep: Sweep, latents: Folder, manifest: LatentsManifest, l
     compared = {
         "vae": (encoding.identity, setup.vae.identity),
         "listing": (made_from.listing, setup.source.listing.manifest.sha256),
-        "torch": (encoding.torch, torch.__version__),
+        "torch": (encoding.torch, encoding_of(setup.vae, sweep.recipe.data, encoding.device).torch),
         "order": (made_from.order, setup.source.order),
     }
     if different := [f"{key} {theirs}, now {ours}" for key, (theirs, ours) in compared.items() if theirs != ours]:

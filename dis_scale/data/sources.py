@@ -21,7 +21,16 @@ from dis_scale.data.listing import Column, Contents, Entry, LeftOut, Listing, nu
 from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError, nearest, printable
 from dis_scale.process.progress import ReportDone, some
-from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, LatentsSource, ParquetSource, TarSource
+from dis_scale.recipe import (
+    CsvSource,
+    Data,
+    DigitsSource,
+    FolderSource,
+    LatentsSource,
+    ParquetSource,
+    SourceSettings,
+    TarSource,
+)
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep.documents import LeftOutByReason
@@ -150,6 +159,12 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
         return images.decode(file, name, resolution, data.crop, in_flight)
 
     return Source(opened, names, kind.read, kind.near, kind.mixed, decode, in_flight)
+
+
+def lists_mixed(source: SourceSettings) -> bool:
+    """Whether a source is listed in the mixed order: each image has a file of its own."""
+    many = isinstance(source, TarSource | ParquetSource)
+    return not (many or (isinstance(source, LatentsSource) and layouts.many_in_a_file(source, False)))
 
 
 def require_source(data: Data, store: Folder) -> None:
@@ -384,7 +399,7 @@ class _LatentFiles(_OneFileEach):
 
     def read_one(self, entry: Entry) -> bytes:
         try:
-            return self._root.read(entry.name)
+            return self._root.read_up_to(entry.name, images.IMAGE_BYTES)
         except FileNotFoundError as error:
             raise _gone(f"latent {entry.name}") from error
 
@@ -411,7 +426,7 @@ def _open_kind(data: Data) -> _Kind:
     labelled = data.num_classes is not None
     match data.source:
         case LatentsSource():
-            layout = layouts.many_in_a_file(data.source)
+            layout = layouts.many_in_a_file(data.source, data.mirror)
             return _LatentsInFiles(layout, data.source, data) if layout else _LatentFiles(data.source, labelled)
         case DigitsSource():
             return _Digits(labelled)

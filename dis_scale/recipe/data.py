@@ -65,7 +65,7 @@ class CsvSource(StoredSource):
 
 
 class LatentsSource(StoredSource):
-    """Latents that another program encoded with the autoencoder `vae`; their images are not needed. See docs/latents.md."""
+    """Latents that another program encoded with the autoencoder `vae`; their images are not needed."""
 
     kind: Literal["latents"]
     layout: Literal["edm2", "repa", "webdataset", "safetensors"]

@@ -4,6 +4,7 @@ It does when another thread parses too: "AST constructor recursion depth mismatc
 """
 
 import io
+import math
 import re
 import zipfile
 from mmap import mmap
@@ -24,6 +25,11 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
     order: Literal["C", "F"]
     first: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.first + math.prod(self.shape) * self.dtype.itemsize
 
 
 def header(data: bytes | memoryview | mmap) -> Header:

@@ -3,7 +3,9 @@
 The programs' own ways of reading are written out below from their sources; they know nothing of the project.
 """
 
+import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -22,8 +24,10 @@ from PIL import Image
 
 from dis_scale.data import layouts, shards
 from dis_scale.data.latents import Latents
+from dis_scale.data.mixing import permutation
+from dis_scale.data.sources import open_source
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
-from dis_scale.recipe import LatentsSource, reading
+from dis_scale.recipe import Data, LatentsSource, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import REAL, Sweep
 from dis_scale.sweep.documents import LatentsManifest
@@ -57,12 +61,12 @@ def given(root: Path, vae: str, layout: str, url: Path, *more: str) -> Sweep:
 
 
 def stored(latents: Folder) -> dict[int, tuple[bytes, int]]:
-    """Moments of the unflipped images and their classes by place in the source."""
-    everything = {}
+    """Moments of the unflipped images and their classes by place in the source, whose digits are listed in the mixed order."""
+    everything, places = {}, permutation(IMAGES)
     for entry in LatentsManifest.require(latents).shards:
         data = latents.read(entry.name)
         shard = shards.unpack(data, entry.name)
-        values = zip(shards.positions(data), shard.moments[:, 0], shard.labels.tolist(), strict=True)
+        values = zip(places[shards.positions(data)].tolist(), shard.moments[:, 0], shard.labels.tolist(), strict=True)
         everything |= {position: (moments.tobytes(), label) for position, moments, label in values}
     return everything
 
@@ -120,22 +124,25 @@ def test_an_export_comes_back_to_the_bit(layout: str, encoded: tuple[str, Folder
     original = stored(latents)
     if kind == "webdataset":
         theirs = as_maskdit_reads(out)
-        assert {int(key): y for key, (_, y) in theirs.items()} == {n: y for n, (_, y) in original.items()}
+        assert sorted(map(int, theirs)) == sorted(original)
         for key, (moments, _) in theirs.items():
             assert moments.dtype == np.float32
             assert moments.astype(np.float16).tobytes() == original[int(key)][0]
     else:
         theirs = as_edm2_reads(out / "vae-sd" if kind == "repa" else out)
-        assert {int(key[-12:-4]): y for key, (_, y) in theirs.items()} == {n: y for n, (_, y) in original.items()}
+        assert sorted(int(key[-12:-4]) for key in theirs) == sorted(original)
         for key, (moments, _) in theirs.items():
             mean, deviation = np.split(moments, 2)
             assert moments.dtype == np.float32
             assert (deviation == np.float32(np.exp(-2))).all()
             assert mean.astype(np.float16).tobytes() == original[int(key[-12:-4])][0][: mean.size * 2]
+    # numbered in the source's own order, in which the digits begin with 0 to 9
+    first = sorted((key, y) for key, (_, y) in theirs.items())[:10]
+    assert [y for _, y in first] == list(range(10))
     sweep = given(tmp_path / "root", vae, kind, zipped(out) if "zip" in layout else out)
     back = make_latents(sweep)
     assert LatentsManifest.require(back).encoding.sides == 1
-    assert sorted(stored(back).values()) == sorted(original.values())
+    assert sorted(stored_as_listed(back)) == sorted(original.values())
     assert Image.open(io.BytesIO(sweep.folder.read(REAL))).width > 32
     positions = np.arange(64)
     moments, labels = Latents(back, seed=0).read(positions, np.zeros(64, np.int64))
@@ -207,18 +214,40 @@ class Evil:
         return os.system, ("touch /tmp/dis-scale-was-here",)
 
 
+class Uninitialised:
+    """An array whose values are whatever the memory had."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.ndarray, ((10**11,),)
+
+
+def from_pickle(data: bytes) -> np.ndarray:
+    return layouts.moments(source("webdataset"), False, data, "x")
+
+
 def test_a_pickle_makes_an_array_or_nothing() -> None:
     array = np.random.default_rng(0).standard_normal((8, 4, 4)).astype(np.float32)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        (back,) = layouts.moments(source("webdataset"), False, pickle.dumps(array, protocol), "x")
-        np.testing.assert_array_equal(back, array.astype(np.float16))
-    assert (
-        layouts.moments(source("webdataset"), False, pickle.dumps(array * 1000), "x")[0, 4:].max() == 20
-    )  # as MaskDiT bounds
-    for bad in (Evil(), {"a": array}, array.astype(object), array[0, 0], array.astype(np.int32), array[:7]):
+        for each in (array, np.asfortranarray(array), array.astype(">f8")):
+            np.testing.assert_array_equal(from_pickle(pickle.dumps(each, protocol))[0], array.astype(np.float16))
+    assert from_pickle(pickle.dumps(array * 1000))[0, 4:].max() == 20  # as MaskDiT bounds
+    others = (array.astype(object), array[0, 0], array.astype(np.int32), array[:7], array.astype("U3"), np.float32(1))
+    for bad in (Evil(), Uninitialised(), {"a": array}, *others):
         with pytest.raises(UndecodableImage, match="latent x cannot be read"):
-            layouts.moments(source("webdataset"), False, pickle.dumps(bad), "x")
+            from_pickle(pickle.dumps(bad))
     assert not Path("/tmp/dis-scale-was-here").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_damaged_pickle_is_read_or_named(protocol: int) -> None:
+    """NumPy's own functions crash the process on some of these."""
+    rng, good = np.random.default_rng(0), pickle.dumps(np.ones((8, 2, 2), np.float32), protocol)
+    for _ in range(5000):
+        data = bytearray(good)
+        for place in rng.integers(0, len(data), rng.integers(1, 4)).tolist():
+            data[place] = rng.integers(256)
+        with contextlib.suppress(UndecodableImage):
+            assert from_pickle(bytes(data)).dtype == np.float16
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -279,6 +308,7 @@ def test_what_is_beside_latents_is_counted_and_unlabelled_ones_need_no_classes(
     vae, latents = encoded
     out = export(latents, "edm2", tmp_path / "out")
     (out / "readme.txt").write_text("hello")
+    (out / "00000/._img-mean-std-00000000.npy").write_text("of macOS")
     (out / "dataset.json").unlink()
     with pytest.raises(
         UserError, match=r"no classes in .*dataset.json; for latents without classes set data.num_classes: none"
@@ -348,6 +378,80 @@ def test_a_compressed_zip_and_a_damaged_one_are_refused(encoded: tuple[str, Fold
     (tmp_path / "cut.zip").write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(StorageError, match=r"cut.zip: not a complete zip"):
         make_latents(given(tmp_path / "root", vae, "edm2", tmp_path / "cut.zip"))
+
+
+def test_a_zip_that_was_streamed_is_read(encoded: tuple[str, Folder], tmp_path: Path) -> None:
+    """Its members' sizes are after their bytes."""
+    vae, latents = encoded
+    out = export(latents, "edm2", tmp_path / "out")
+
+    class Stream(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *_: object) -> int:
+            raise OSError("a stream")
+
+        def tell(self) -> int:
+            raise OSError("a stream")
+
+    stream = Stream()
+    with zipfile.ZipFile(stream, "w") as file:
+        for path in sorted(path for path in out.rglob("*") if path.is_file()):
+            file.writestr(str(path.relative_to(out)), path.read_bytes())
+    (tmp_path / "streamed.zip").write_bytes(stream.getvalue())
+    back = make_latents(given(tmp_path / "root", vae, "edm2", tmp_path / "streamed.zip"))
+    assert sorted(stored_as_listed(back)) == sorted(stored(latents).values())
+
+
+def stored_as_listed(latents: Folder) -> list[tuple[bytes, int]]:
+    """Moments of the unflipped images and their classes."""
+    read = [shards.unpack(latents.read(entry.name), entry.name) for entry in LatentsManifest.require(latents).shards]
+    return [(m.tobytes(), y) for each in read for m, y in zip(each.moments[:, 0], each.labels.tolist(), strict=True)]
+
+
+def headed(header: object, data: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+F32 = {"dtype": "F32", "shape": [2, 1, 1, 1], "data_offsets": [0, 8]}
+I64 = {"dtype": "I64", "shape": [2], "data_offsets": [8, 24]}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "a header of 0 bytes"),
+        (headed([1]), "not a complete safetensors file"),
+        (headed({"latents": None}), "not a complete safetensors file"),
+        (headed({"latents": {"shape": [1]}}), "not a complete safetensors file"),
+        (headed({"latents": F32, "labels": I64}, bytes(16)), "labels is not within the file"),
+        (headed({"latents": F32 | {"shape": [10**12, 1, 1, 1]}}, bytes(8)), "latents is not within the file"),
+        (headed({"latents": F32 | {"shape": [2, 1]}, "labels": I64}, bytes(24)), r"latents are \(2, 1\), expected"),
+        (headed({"latents": F32, "labels": I64 | {"shape": []}}, bytes(24)), "labels is not within the file"),
+        (headed({"latents": F32}, bytes(8)), "labels are none, expected 2 integers"),
+        (headed({"latents": F32, "labels": F32}, bytes(8)), r"labels are F32 \(2, 1, 1, 1\), expected 2 integers"),
+        (headed({"latents": F32 | {"dtype": "F8_E4M3"}}, bytes(8)), "latents is F8_E4M3, expected one of"),
+        (headed({"images": F32}, bytes(8)), "no tensor 'latents', it has images"),
+    ],
+)
+def test_a_safetensors_file_that_does_not_fit_is_named(data: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(data)
+    settings = {"source": source("safetensors", tmp_path), "resolution": 8, "num_classes": 10, "mirror": False}
+    with pytest.raises((UserError, StorageError), match=words):
+        open_source(Data.model_validate(settings))
+
+
+def test_latents_of_mirror_images_that_are_not_used_are_not_read(tmp_path: Path) -> None:
+    tensors = {"latents": np.ones((3, 1, 2, 2), np.float32), "latents_flip": np.ones((1, 7), np.float32)}
+    safetensors.numpy.save_file(tensors | {"labels": np.arange(3)}, tmp_path / "a.safetensors")
+    settings = {"source": source("safetensors", tmp_path), "resolution": 8, "num_classes": 10, "mirror": False}
+    made = open_source(Data.model_validate(settings))
+    assert made.pixels(2, 8).shape == (1, 1, 2, 2)
+    assert list(itertools.chain(made.labels)) == [0, 1, 2]
+    with pytest.raises(UserError, match=r"latents are .*, expected .* of one shape"):
+        open_source(Data.model_validate(settings | {"mirror": True}))
 
 
 def test_an_export_needs_a_new_folder(encoded: tuple[str, Folder], tmp_path: Path) -> None:
