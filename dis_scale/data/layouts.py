@@ -15,6 +15,7 @@ import io
 import json
 import math
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -207,10 +208,11 @@ class _Unpickler(pickle._Unpickler):
 
 def _unpickled(data: bytes) -> np.ndarray:
     """Return the array in a pickle; ValueError or TypeError if it is anything else."""
-    try:
-        found = _Unpickler(io.BytesIO(data)).load()
-    except MemoryError as error:
-        raise ValueError("damaged: it asks for more memory than there is") from error
+    for _ in pickletools.genops(
+        data
+    ):  # ValueError for a length that goes beyond the data, before memory is taken for it
+        pass
+    found = _Unpickler(io.BytesIO(data)).load()
     if isinstance(found, _FromBuffer):
         values, kind, shape, order = found.arguments
     elif isinstance(found, _Pickled):
