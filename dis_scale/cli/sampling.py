@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -98,14 +98,11 @@ def sample(
         else:
             names = pictures.column_names(opened, each_label, columns := grid_columns(each, images))
             out.write_bytes(grid(np.concatenate(list(counted)), columns, names))
-    how: dict[str, Any] = {
-        "sampler": sampling.sampler,
-        "steps": sampling.steps,
-        "guidance": sampling.scale,
-        "seed": seed,
-    }
-    how |= {"guide": str(by)} if by else {}
-    found = {"file": str(npz or out), "images": images, **how, "device": machine_name(device), "notes": opened.notes}
+    how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.scale, "seed": seed}
+    guided = {"guide": str(by)} if by else {}
+    found = {
+        "file": str(npz or out), "images": images, **how, **guided, "device": machine_name(device), "notes": opened.notes
+    }  # fmt: skip
     show(as_json, found, f"{images} images in {npz or out}")
 
 

@@ -49,6 +49,11 @@ class InFlight:
                 self._changed.notify_all()
 
 
+def hidden(path: str) -> bool:
+    """Whether a file, or a folder around it, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.split("/"))
+
+
 def ending(name: str) -> str:
     """Return the kind of a file that is no image, by its name, in words."""
     _, dot, kind = name.rpartition(".")

@@ -20,14 +20,14 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from dis_scale.data import tars
-from dis_scale.data.images import ending
+from dis_scale.data.images import ending, hidden
 from dis_scale.data.listing import Contents, Entry, LeftOut
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError, printable
 from dis_scale.process.progress import some
@@ -57,11 +57,17 @@ _TYPES = {
 }
 
 
+class _Find(Protocol):
+    """Lists the latents of these files, with their classes if `labelled`."""
+
+    def __call__(self, root: Folder, names: list[str], *, labelled: bool) -> Contents: ...
+
+
 class InFiles(NamedTuple):
     """A layout with many latents in a file: the files' ending, and how they are listed and read."""
 
     suffix: str
-    find: Callable[[Folder, list[str], LatentsSource, bool, bool], Contents]
+    find: _Find
     read: Callable[[Folder, Sequence[Entry]], list[bytes]]
     near: Callable[[Entry, Entry], bool]
 
@@ -75,9 +81,11 @@ def many_in_a_file(source: LatentsSource, mirror: bool) -> InFiles | None:
     """Return how to read a layout with many latents in a file; None if each has a file of its own."""
     match source.layout:
         case "webdataset":
-            return InFiles(".tar", _find_in_tars, tars.read, tars.near)
+            settings = TarSource(kind="tar", url=source.url, image="latent", label="cls")
+            return InFiles(".tar", partial(tars.find, settings=settings), tars.read, tars.near)
         case "safetensors":
-            return InFiles(".safetensors", _find_in_safetensors, _SafetensorsReader(mirror).read, _rows_near)
+            files = _Safetensors(mirror)
+            return InFiles(".safetensors", files.find, files.read, _rows_near)
         case _:
             return InFiles(".zip", _find_in_zips, _read_zip, tars.near) if source.url.endswith(".zip") else None
 
@@ -118,9 +126,7 @@ def edm2_file(position: int) -> str:
 def mean_and_deviation(moments_XHW: np.ndarray, posterior: bool) -> bytes:
     """Return EDM2's file of one latent's moments, float16 (2C, h, w); the deviation is 0 if they have no variance."""
     mean, log_variance = _split(moments_XHW, posterior)
-    file = io.BytesIO()
-    np.save(file, np.concatenate([mean, np.exp(log_variance / 2)]).astype(np.float32))
-    return file.getvalue()
+    return npy.to_bytes(np.concatenate([mean, np.exp(log_variance / 2)]).astype(np.float32))
 
 
 def mean_and_log_variance(moments_XHW: np.ndarray, posterior: bool) -> bytes:
@@ -208,10 +214,8 @@ class _Unpickler(pickle._Unpickler):
 
 def _unpickled(data: bytes) -> np.ndarray:
     """Return the array in a pickle; ValueError or TypeError if it is anything else."""
-    for _ in pickletools.genops(
-        data
-    ):  # ValueError for a length that goes beyond the data, before memory is taken for it
-        pass
+    for _ in pickletools.genops(data):
+        pass  # ValueError for a length that goes beyond the data, before memory is taken for it
     found = _Unpickler(io.BytesIO(data)).load()
     if isinstance(found, _FromBuffer):
         values, kind, shape, order = found.arguments
@@ -230,7 +234,7 @@ def _labels(read: Callable[[], bytes], where: str) -> dict[str, int]:
     """Return the classes of EDM2's `dataset.json` by file."""
     try:
         pairs = json.loads(read())["labels"]
-        labels = dict[str, Any](pairs or ())
+        labels = dict(pairs or ())
         if len(labels) < len(pairs or ()):
             raise ValueError("a file is named twice")
     except (FileNotFoundError, KeyError) as error:
@@ -252,8 +256,8 @@ def _labelled(
     """Yield the latents among files, each a name, the file with its bytes, and where it is there, with their classes."""
     left = dict(labels or ())
     for name, file, location in files:
-        if any(part.startswith(".") for part in name.split("/")) or not name.endswith(".npy"):
-            yield LeftOut(name, ending(name) if name.rpartition("/")[2][:1] != "." else "hidden")
+        if hidden(name) or not name.endswith(".npy"):
+            yield LeftOut(name, "hidden" if hidden(name) else ending(name))
             continue
         label = left.pop(name, None) if labels is not None else 0
         if label is None:
@@ -266,7 +270,7 @@ def _labelled(
         )
 
 
-def _find_in_zips(root: Folder, names: list[str], _: LatentsSource, labelled: bool, __: bool) -> Contents:
+def _find_in_zips(root: Folder, names: list[str], labelled: bool) -> Contents:
     (name,) = names
     return Contents(_in_zip(root, name, labelled))
 
@@ -308,11 +312,6 @@ def _without_header(member: bytes) -> bytes:
         return file
 
 
-def _find_in_tars(root: Folder, names: list[str], source: LatentsSource, labelled: bool, _: bool) -> Contents:
-    settings = TarSource(kind="tar", url=source.url, image="latent", label="cls")
-    return tars.find(root, names, settings, labelled)
-
-
 class _Tensor(NamedTuple):
     """A tensor of a safetensors file: its type there, its shape, and its first byte."""
 
@@ -340,14 +339,14 @@ def _tensors(root: Folder, file: str, mirror: bool) -> dict[str, _Tensor]:
     """Return a safetensors file's latents, labels if any, and latents of mirror images if wanted, by their header: its length, then
     JSON. UserError for other tensors; StorageError if the header is damaged, or the file shorter than it says.
     """
-    where, found = f"{root}/{file}", dict[str, _Tensor]()
+    where, found, wanted = f"{root}/{file}", dict[str, _Tensor](), ["latents", "latents_flip"][: 1 + mirror]
     try:
         length, size = int.from_bytes(root.read(file, 0, 8), "little"), root.size(file)
         if not 0 < length <= min(HEADER_BYTES, size):
             raise ValueError(f"a header of {length:,} bytes")
-        header: dict[str, Any] = dict(json.loads(root.read(file, 8, 8 + length)))
+        header = dict(json.loads(root.read(file, 8, 8 + length)))
         names = [name for name in header if name != "__metadata__"]
-        for name in {"latents", "labels", *(["latents_flip"] if mirror else [])} & set(names):
+        for name in {"labels", *wanted} & set(names):
             kind, shape = str(header[name]["dtype"]), tuple(map(int, header[name]["shape"]))
             start, end = map(int, header[name]["data_offsets"])
             if kind not in _TYPES:
@@ -362,18 +361,13 @@ def _tensors(root: Folder, file: str, mirror: bool) -> dict[str, _Tensor]:
             found[name] = tensor
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StorageError(f"{where}: not a complete safetensors file: {error}") from error
-    missing = [name for name in ("latents", *(["latents_flip"] if mirror else [])) if name not in found]
-    if missing:
+    if missing := [name for name in wanted if name not in found]:
         more = "; set data.mirror: false" if missing[0] == "latents_flip" else ""
         raise UserError(f"{where}: no tensor {missing[0]!r}, it has {some(sorted(names))}{more}")
-    shapes = [each.shape for name, each in found.items() if name != "labels"]
+    shapes = [found[name].shape for name in wanted]
     if len(shapes[0]) != 4 or len(set(shapes)) > 1:
         raise UserError(f"{where}: latents are {' and '.join(map(str, shapes))}, expected (N, C, h, w) of one shape")
     return found
-
-
-def _find_in_safetensors(root: Folder, names: list[str], _: LatentsSource, labelled: bool, mirror: bool) -> Contents:
-    return Contents(entry for name in names for entry in _rows(root, name, labelled, mirror))
 
 
 def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Entry]:
@@ -390,11 +384,15 @@ def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Ent
         yield Entry(f"{name}/{row:06d}", label, name, (row, 1), version)
 
 
-class _SafetensorsReader:
-    """Reads rows of safetensors files; a file's header once."""
+class _Safetensors:
+    """Lists and reads rows of safetensors files; to read, a file's header once."""
 
     def __init__(self, mirror: bool) -> None:
+        self._mirror = mirror
         self._tensors = cache(lambda root, file, _: _tensors(root, file, mirror))
+
+    def find(self, root: Folder, names: list[str], labelled: bool) -> Contents:
+        return Contents(entry for name in names for entry in _rows(root, name, labelled, self._mirror))
 
     def read(self, root: Folder, entries: Sequence[Entry]) -> list[bytes]:
         """Return each row as a `.npy`: (2, C, h, w) with its mirror image, else (1, C, h, w)."""
@@ -402,13 +400,7 @@ class _SafetensorsReader:
         tensors = self._tensors(root, file, entries[0].version)
         sides = [tensors[name].read(root, file, first, last) for name in ("latents", "latents_flip") if name in tensors]
         rows = np.stack(sides, axis=1)
-        return [_npy(rows[entry.location[0] - first]) for entry in entries]
-
-
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
+        return [npy.to_bytes(rows[entry.location[0] - first]) for entry in entries]
 
 
 def _rows_near(first: Entry, entry: Entry) -> bool:

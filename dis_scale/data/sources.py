@@ -261,7 +261,7 @@ class _ClassFolders(_OneFileEach):
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
         for file in files:
             folder, slash, _ = file.partition("/")
-            if any(part.startswith(".") for part in file.split("/")):
+            if images.hidden(file):
                 yield LeftOut(file, "hidden")
             elif not file.lower().endswith(images.SUFFIXES):
                 yield LeftOut(file, images.ending(file))
@@ -407,16 +407,15 @@ class _LatentFiles(_OneFileEach):
 class _LatentsInFiles(_ManyInAFile):
     """Latents of another program, many in a file."""
 
-    def __init__(self, layout: layouts.InFiles, settings: LatentsSource, data: Data) -> None:
+    def __init__(self, layout: layouts.InFiles, settings: LatentsSource, labelled: bool) -> None:
         super().__init__()
         pattern = settings.files or f"*{layout.suffix}"
         self.root, self._names = tars.files_of(open_folder(settings.url), pattern, layout.suffix)
-        self._layout, self._settings, self._data, self.near = layout, settings, data, layout.near
+        self._layout, self._labelled, self.near = layout, labelled, layout.near
         self.where, self.missing = self.root.url, f"no latents in the files {pattern} of {self.root}"
 
     def find(self) -> Contents:
-        labelled = self._data.num_classes is not None
-        return self._layout.find(self.root, self._names, self._settings, labelled, self._data.mirror)
+        return self._layout.find(self.root, self._names, labelled=self._labelled)
 
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
         return self._layout.read(self.root, entries)
@@ -427,7 +426,7 @@ def _open_kind(data: Data) -> _Kind:
     match data.source:
         case LatentsSource():
             layout = layouts.many_in_a_file(data.source, data.mirror)
-            return _LatentsInFiles(layout, data.source, data) if layout else _LatentFiles(data.source, labelled)
+            return _LatentsInFiles(layout, data.source, labelled) if layout else _LatentFiles(data.source, labelled)
         case DigitsSource():
             return _Digits(labelled)
         case FolderSource():

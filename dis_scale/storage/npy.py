@@ -47,6 +47,13 @@ def header(data: bytes | memoryview | mmap) -> Header:
     return Header(np.dtype(dtype[1].decode()), sizes, "F" if _BY_COLUMNS.search(text) else "C", first)
 
 
+def to_bytes(array: np.ndarray) -> bytes:
+    """Return the file of an array."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def read(data: bytes | memoryview) -> np.ndarray:
     """Return the array of a file, as a read-only view of it; ValueError as `header`, or if its length is another."""
     dtype, shape, order, first = header(data)

@@ -107,13 +107,12 @@ def open_for_sampling(
             f"vae      {vae_path} did not encode the model's latents: its identity is {decoder.identity[:12]}, "
             f"theirs is {facts.vae.identity[:12]}"
         )
-    process: Gaussian | Flow
+    process = _process_of(model, facts, sweep)
     if facts:
-        process, decoder = facts.diffusion, replace(decoder, normalised=facts.scaling)
+        decoder = replace(decoder, normalised=facts.scaling)
     elif sweep:
-        process, decoder = sweep.recipe.diffusion, vae.for_samples(sweep, decoder)
+        decoder = vae.for_samples(sweep, decoder)
     else:
-        process = trained_for(model, None)
         assumed = (
             f"linear flow: its variance is zero, as in {type(model).__name__}"
             if process.kind == "flow"
@@ -138,6 +137,11 @@ def open_for_sampling(
     return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located, guide_at)
 
 
+def _process_of(model: Backbone, facts: SamplingFacts | None, sweep: Sweep | None) -> Gaussian | Flow:
+    """Return the process that a model was trained for, by its facts, else by its sweep, else as published."""
+    return sweep.recipe.diffusion if sweep and not facts else trained_for(model, facts)
+
+
 def _opened_guide(at: str | Path, guided: OpenCheckpoint) -> Backbone:
     """Open a model that guides another one; UserError unless it has the same latents, classes, process and prediction."""
     located, model = find_checkpoint(str(at)), guided.model
@@ -148,10 +152,8 @@ def _opened_guide(at: str | Path, guided: OpenCheckpoint) -> Backbone:
             f"{located} cannot guide: it has latents {guide.shape} and {guide.num_classes} classes, expected {model.shape} "
             f"and {model.num_classes}"
         )
-    its_sweep = located.sweep
-    facts = facts or (SamplingFacts.of_sweep(its_sweep) if its_sweep else None)
-    theirs = its_sweep.recipe.diffusion if its_sweep and not facts else trained_for(guide, facts)
-    ours = guided.process
+    facts = facts or (SamplingFacts.of_sweep(located.sweep) if located.sweep else None)
+    theirs, ours = _process_of(guide, facts, located.sweep), guided.process
     if (theirs.kind, theirs.prediction) != (ours.kind, ours.prediction):
         raise UserError(
             f"{located} cannot guide: it predicts the {theirs.prediction} of a {theirs.kind} process, expected the "

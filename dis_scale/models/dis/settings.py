@@ -103,9 +103,8 @@ class Dis(FamilySettings):
     def curve(self) -> str:
         """Other mixers, attention and orders: `dis + ssd hydra`, `dis + attention 4`, `dis + raster column`."""
         options = [f"ssd {self.combine}"] if self.mixer == "ssd" else []
-        options += (
-            [f"attention {self.attention_every}"] if (self.attention_every or self.depth + 2) < self.depth + 2 else []
-        )
+        if self.attention_every and self.attention_every <= self.depth + 1:  # else no block has it
+            options.append(f"attention {self.attention_every}")
         options += [" ".join(self.order)] if self.order != PUBLISHED["order"] else []
         return " + ".join([self.kind, *options])
 
