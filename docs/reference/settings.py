@@ -22,7 +22,7 @@ The column *may change* is about a sweep that has begun. A change that is not al
 |---|---|
 | no | part of the sweep's identity: another value needs another `name` |
 | yes | may change at each start |
-| may grow | more may be added; see [I want to change ...](change.md) |
+| may grow | more may be added; see [I want to change something](operations.md#i-want-to-change-something) |
 | may be added | may be set once, and may not change after that |
 
 A list of sections (`evaluate.also`) is compared as one value. Short forms that a recipe may have: `preset`, `seeds` and
