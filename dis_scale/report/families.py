@@ -7,6 +7,7 @@ which is taken to be how ours leave theirs.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -180,6 +181,8 @@ class AtBudget:
     ours: str
     theirs: str
     lowest: "tuple[isoflop.Lowest, isoflop.Lowest]"
+    sizes: dict[str, tuple[float, ...]]
+    """Value of each seed, by the model, of every size of both at the budget."""
 
     @property
     def change(self) -> float:
@@ -206,14 +209,17 @@ class AtBudget:
         return f"{self.metric} at {self.budget:g} FLOPs: {words}, {spread}: {_verdict(self.significant)}"
 
     def rows(self) -> Iterator[list[str]]:
-        """Yield the table's row."""
+        """Yield the table's rows: the best sizes, then every seed of each size."""
         ours, theirs = (f"{math.exp(each.log):.4g}" for each in self.lowest)
-        yield [self.metric, "budget", "best size", f"{self.budget:g}", ours, theirs, f"{math.expm1(self.change):+.1%}"]
+        start = [self.metric, "budget"]
+        yield [*start, "best size", f"{self.budget:g}", ours, theirs, f"{math.expm1(self.change):+.1%}"]
+        for model, values in self.sizes.items():
+            yield [*start, model, f"{self.budget:g}", ", ".join(f"{value:.4g}" for value in values), "", ""]
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison with plain values."""
         found = {"log_ratio": self.change, "error": self.error, "significant": self.significant}
-        return {"metric": self.metric, "budget": self.budget, "sentence": self.sentence} | found
+        return {"metric": self.metric, "budget": self.budget, "sentence": self.sentence, "sizes": self.sizes} | found
 
 
 def comparisons(report: Report, ours: str, theirs: str) -> Sequence[Comparison | AtBudget]:
@@ -250,7 +256,23 @@ def _at_budgets(report: Report, metric: str, ours: str, theirs: str) -> list[AtB
 
     profiles = isoflop.profiles(report, metric)
     mine, other = (isoflop.lowest(profiles.get(kind, [])) for kind in (ours, theirs))
-    return [AtBudget(metric, budget, ours, theirs, (mine[budget], other[budget])) for budget in mine if budget in other]
+    return [
+        AtBudget(
+            metric, budget, ours, theirs, (mine[budget], other[budget]), _seeds(report, metric, budget, (ours, theirs))
+        )
+        for budget in mine
+        if budget in other
+    ]
+
+
+def _seeds(report: Report, metric: str, budget: float, kinds: tuple[str, str]) -> dict[str, tuple[float, ...]]:
+    """Return the values of each model of some families that a study's budget trains, by its name."""
+    found = defaultdict[str, tuple[float, ...]](tuple)
+    for kind in kinds:
+        for p in report.points:
+            if (p.kind, p.budget, p.variant) == (kind, budget, MAIN) and metric in p.values:
+                found[p.group] += (p.values[metric],)
+    return dict(found)
 
 
 def _comparison(report: Report, metric: str, cost: str, ours: str, theirs: str) -> Comparison:

@@ -28,6 +28,10 @@ LEAST_BUDGETS = 3
 LEAST_WITH_LIMIT = 4
 """Those that a law with a limit needs: one more than it has coefficients."""
 RESAMPLES = 2000
+NO_LAW = (
+    f"no law of all runs: it needs {loss_law.LEAST_RUNS} of them, {loss_law.LEAST_APART} budgets and sizes, and losses that "
+    "determine its exponents"
+)
 
 
 class Minimum(NamedTuple):
@@ -246,32 +250,43 @@ class _Minima:
         return low, high
 
 
-def lines(report: Report) -> list[str]:
-    """Return the best size of each budget and the laws, a line each, and what the intervals hold."""
-    out = list[str]()
+class Found(NamedTuple):
+    """What a study shows, a line each: how its law misses the budget that was held out; then best sizes, laws, limits."""
+
+    missed: list[str]
+    lines: list[str]
+
+
+def found(report: Report) -> Found:
+    """Return what a study shows by its held-out loss and its distance, for each family."""
+    missed, out = list[str](), list[str]()
     for metric in dict.fromkeys((HELD_OUT, report.metric)):
         for kind, runs in runs_of(report, metric).items():
             family = profiles_of(runs)
             words = [_minimum_words(profile) for profile in family] + _unfitted_words(report, family)
             out += [f"{metric}, {kind} {line}" for line in words]
-            largest = report.recipe.isoflop.flops[-1] if report.recipe.isoflop and metric == HELD_OUT else None
-            out += [f"{metric}, {kind}: {line}" for line in _laws_words(runs, family, metric, largest)]
-    return [
-        *out,
+            words = _law_words(laws(family), metric)
+            if metric == HELD_OUT:
+                law_missed, words = _laws_words(report, runs, family)
+                missed += [f"{metric}, {kind}: {line}" for line in law_missed]
+            out += [f"{metric}, {kind}: {line}" for line in words]
+    out.append(
         "the intervals hold the spread of runs about the parabolas and of the minima about their law; not what runs share: "
-        "the trunk of a size's branches, learning rate, held-out images, a seed's order of images, the range of sizes",
-    ]
+        "the trunk of a size's branches, learning rate, held-out images, a seed's order of images, the range of sizes"
+    )
+    return Found(missed, out)
 
 
-def _laws_words(runs: Runs, family: list[Profile], metric: str, largest: float | None) -> list[str]:
-    """Return the laws in words. Given a largest budget, also that of all runs, and what it predicts there."""
-    parabolas, law = laws(family), loss_law.fit(runs) if largest else None
-    if law and parabolas and (why := refuted(law, parabolas)):
-        return [why]
-    words = _law_words(parabolas, metric)
-    if law and largest:
-        words += loss_law_words(runs, law) + prediction_words(runs, family, largest)
-    return words
+def _laws_words(report: Report, runs: Runs, family: list[Profile]) -> Found:
+    """Return the laws of the held-out loss in words."""
+    study, parabolas, law = report.recipe.isoflop, laws(family), loss_law.fit(runs)
+    words = _law_words(parabolas, HELD_OUT)
+    if law is None:
+        return Found([], [*words, NO_LAW])
+    if parabolas and (why := refuted(law, parabolas)):
+        return Found([], [why])
+    held_out = study.flops[-1] if study and study.hold_out == "largest" else None
+    return Found(prediction_words(runs, family, held_out) if held_out else [], words + loss_law_words(runs, law))
 
 
 def _unfitted_words(report: Report, family: list[Profile]) -> list[str]:

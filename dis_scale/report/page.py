@@ -48,7 +48,7 @@ def render_page(
     report: Report, facts: Facts, plots: Sequence[Plot], pictures: Sequence[Picture], more: str = ""
 ) -> bytes:
     """Return the page of a sweep; `pictures` are real images and samples, `more` is the page of all samples."""
-    status = facts.status
+    status, found = facts.status, tables.findings(report)
     parts = [
         f"<header><h1>{escape(report.sweep)}</h1>",
         f"<p class='quiet'>{escape(_metric(report))}</p>{_list(_facts(report, facts))}</header>",
@@ -57,6 +57,8 @@ def render_page(
         _section("Samples", pictures),
         f"<p><a href='{more}'>All models side by side, and each over its training</a></p>" if more else "",
         _figures(plots),
+        *(f"<p>{escape(line)}.</p>" for line in found.said),
+        _folded("Best sizes and laws of the study", found.details),
         _table(tables.points_table(report), "Every point") if report.points else "",
         _folded("How these numbers were measured", [*figures.correlations(report), *tables.notes(report)]),
     ]

@@ -57,8 +57,9 @@ SAMPLING = (
 
 def table(report: Report) -> Table:
     """Return a table with a row for each point, and below it the footnotes and the missing points."""
-    out = points_table(report)
-    out.caption = Text("\n".join(notes(report))).append("".join(f"\n{line}" for line in missing(report)), style="red")
+    out, found = points_table(report), findings(report)
+    lines, wrong = [*found.said, *notes(report), *found.details], "".join(f"\n{line}" for line in missing(report))
+    out.caption = Text("\n".join(lines)).append(wrong, style="red")
     return out
 
 
@@ -135,23 +136,23 @@ def notes(report: Report) -> list[str]:
     lines += dict.fromkeys(note for p in report.points for note in p.evaluation.notes)
     lines += [f"floor: {text}: {with_error(distance, error)}" for text, distance, error in report.floors]
     lines += [f"floor: not measured: {report.no_floor}"] if report.no_floor else []
-    return lines + _of_families(report) + _of_study(report)
+    return lines
 
 
-def _of_families(report: Report) -> list[str]:
-    if len(report.families) < 2:
-        return []
-    from dis_scale.report import families  # here: scipy takes a second
+class Findings(NamedTuple):
+    """What a sweep shows, a line each: `said` in sentences that one may quote, and the `details` of a study."""
 
-    return families.sentences(report)
+    said: list[str]
+    details: list[str]
 
 
-def _of_study(report: Report) -> list[str]:
-    if report.recipe.isoflop is None:
-        return []
-    from dis_scale.report import isoflop  # here: scipy takes a second, and few sweeps are studies
+def findings(report: Report) -> Findings:
+    """Return how the families differ, and for a study how its law misses the budget that was held out, its best sizes and laws."""
+    from dis_scale.report import families, isoflop  # here: scipy takes a second
 
-    return isoflop.lines(report)
+    said = families.sentences(report) if len(report.families) > 1 else []
+    study = isoflop.found(report) if report.recipe.isoflop else isoflop.Found([], [])
+    return Findings(study.missed + said, study.lines)
 
 
 def missing(report: Report) -> list[str]:

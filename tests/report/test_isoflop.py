@@ -11,7 +11,7 @@ import pytest
 from dis_scale import report as reports
 from dis_scale.planning import isoflop as studies
 from dis_scale.planning.plan import price_sweep
-from dis_scale.report import figures, isoflop, tables
+from dis_scale.report import families, figures, isoflop, tables
 from dis_scale.report.isoflop import Profile, laws
 from dis_scale.report.points import HELD_OUT, Report
 from dis_scale.sweep import Sampled, Sweep
@@ -207,7 +207,7 @@ def test_the_report_of_a_study_has_its_profiles_and_laws(measured: Report) -> No
     profiles = isoflop.profiles(measured, HELD_OUT)
     assert profiles["dit"] == [], "one size is too few"
     assert [(p.budget, len(p.values)) for p in profiles["dis"]] == [(1e10, 4), (2e10, 4), (4e10, 4)]
-    notes = tables.notes(measured)
+    notes = tables.findings(measured).details
     assert any(
         line.startswith("held_out_loss, dis: best size ~ compute^0.50 (95 % interval 0.50 to 0.50)") for line in notes
     )
@@ -217,7 +217,33 @@ def test_the_report_of_a_study_has_its_profiles_and_laws(measured: Report) -> No
     assert f"{metric}, dis: no law, which needs 3 budgets with a minimum" in notes
     assert "held_out_loss, dit at 1e+10, 2e+10, 4e+10 FLOPs: fewer than 4 measured sizes, so not fitted" in notes
     budgets = "1e+10, 2e+10, 4e+10 FLOPs, where not both have a lowest held_out_loss within their sizes"
-    assert f"dis and dit are not compared at {budgets}" in notes
+    assert f"dis and dit are not compared at {budgets}" in tables.findings(measured).said
+
+
+@pytest.mark.parametrize("hold_out", ["largest", "none"])
+def test_a_study_says_first_how_its_law_misses_what_was_held_out(tmp_path: Path, hold_out: str) -> None:
+    """The losses of the largest budget are 10 % above the law of the others; every seed of each size is in the comparison."""
+    sizes = [f"models.{kind}{width}={{kind: {kind}, width: {width}, depth: 2, patch: 4, seeds: 2{rest}}}" for kind, rest in (
+        ("dis", ""), ("dit", ", heads: 2")) for width in (24, 32, 40, 48, 64)]  # fmt: skip
+    budgets = f"isoflop={{flops: [5e9, 1e10, 2e10, 4e10], least_steps: 5, hold_out: {hold_out}}}"
+    plan = price_sweep(studies.written_out(study(budgets, *sizes), SHAPE), SHAPE)
+    sweep = sweep_at(tmp_path, "seeds", plan.recipe)
+    rng = np.random.default_rng(0)
+    for model, budget in plan.recipe.budgets.items():
+        size, images = plan.costs[model].parameters, plan.recipe.train_of(model).images
+        loss = 0.3 + 20 / size**0.5 + 20 / images**0.5
+        factor = 1.1 if budget == 4e10 else 1.0
+        value = loss * factor * float(np.exp(0.001 * rng.standard_normal()))
+        put(sweep, model, {HELD_OUT: value, plan.recipe.evaluate.metric: 1e6 / size})
+    report = reports.collect(sweep, plan)
+    said = tables.findings(report).said
+    assert any("the loss is missed by -" in line and "outside its interval" in line for line in said[:2]) == (
+        hold_out == "largest"
+    )
+    for each in families.comparisons(report, "dis", "dit"):
+        rows = [row for row in each.rows() if row[2] != "best size"]
+        assert {row[2].split("-")[0] for row in rows} >= {"dis24", "dis48", "dit24", "dit48"}
+        assert [row for row in rows if row[2][3].isdigit() and len(row[4].split(", ")) != 2] == []
 
 
 def test_the_figure_marks_the_minima(measured: Report) -> None:
@@ -246,4 +272,6 @@ def test_the_page_begins_with_the_study(measured: Report, tmp_path: Path) -> Non
 def test_a_study_without_enough_sizes_has_no_figure(measured: Report) -> None:
     few = replace(measured, points=[p for p in measured.points if p.cost.parameters < 4e4])
     assert figures.isoflop_profiles(few, HELD_OUT) is None
-    assert any("dis at 1e+10, 2e+10, 4e+10 FLOPs: fewer than 4 measured sizes" in line for line in tables.notes(few))
+    assert any(
+        "dis at 1e+10, 2e+10, 4e+10 FLOPs: fewer than 4 measured sizes" in line for line in tables.findings(few).details
+    )

@@ -167,6 +167,7 @@ def test_families_differ_at_a_budget_by_as_much_as_their_runs_allow() -> None:
         ours, theirs = (isoflop.lowest(isoflop.profiles_of(study(2 * seed + k))) for k in (0, 1))
         for change, called in found.items():
             moved = ours[BUDGETS[1]]._replace(log=ours[BUDGETS[1]].log + change)
-            called.append(AtBudget("loss", float(BUDGETS[1]), "a", "b", (moved, theirs[BUDGETS[1]])).significant)
+            lowest = (moved, theirs[BUDGETS[1]])
+            called.append(AtBudget("loss", float(BUDGETS[1]), "a", "b", lowest, {}).significant)
     assert np.mean(found[0.0]) < 0.14
     assert np.mean(found[0.05]) > 0.9
