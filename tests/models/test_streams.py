@@ -8,7 +8,7 @@ import torch
 from dis_scale.models import build, families
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dit.settings import Dit
+from dis_scale.models.dit.settings import MODERN, Dit
 from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.settings import LatentShape, Precision
@@ -18,6 +18,11 @@ DEEP: dict[str, FamilySettings] = {
     "dis": Dis(kind="dis", width=64, depth=24, patch=2, drop_path=0.0),
     "dit": Dit(kind="dit", width=64, depth=24, heads=2, patch=2),
     "diffussm": DiffuSsm(kind="diffussm", width=64, depth=24),
+}
+OPTIONS: dict[str, FamilySettings] = {
+    "dis2": Dis(kind="dis", width=64, depth=24, patch=2, drop_path=0.0, mixer="ssd", combine="hydra"),
+    "hybrid": Dis(kind="dis", width=64, depth=24, patch=2, drop_path=0.0, attention_every=4),
+    "dit-modern": Dit(kind="dit", width=64, depth=24, heads=2, patch=2, modern=MODERN),
 }
 
 
@@ -53,6 +58,11 @@ def outputs(model: Backbone) -> tuple[torch.Tensor, list[torch.dtype]]:
 def test_every_family_is_here() -> None:
     built_in = {kind for kind, family in families.known().items() if not family.code}
     assert DEEP.keys() == built_in
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_no_option_narrows_the_stream(kind: str) -> None:
+    assert set(outputs(opened(OPTIONS[kind], "bf16"))[1]) == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", DEEP)
