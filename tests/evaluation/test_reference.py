@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from dis_scale.data.sources import Source, open_source
@@ -22,6 +24,7 @@ from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.extractors import reference_file
 from tests.conftest import TINY
+from tests.support.pages import PAGES, blocks
 from tests.support.programs import Pixels, export, pixels, with_exported
 
 CPU = torch.device("cpu")
@@ -112,6 +115,22 @@ def test_a_program_is_an_extractor(recipe: Recipe, sweep: Sweep, source: Source)
 def test_images_are_resized_for_a_program(tmp_path: Path, sweep: Sweep, source: Source) -> None:
     settings = dino(export(tmp_path / "dino.pt2", size=64), size=64)
     assert load_extractor(settings, sweep, CPU)(pixels(source)[:2]).pooled.shape == (2, 16)
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_the_program_for_dinov2_resizes_without_rounding(tmp_path: Path, sweep: Sweep, size: int) -> None:
+    """The page's program, exported around 1,024 means of patches, against Pillow's bicubic filter of real numbers."""
+    (written,) = (block for page in PAGES for block in blocks(page) if block.startswith("class Dino"))
+    namespace = {"torch": torch, "F": F}
+    exec(written, namespace)
+    program = namespace["Dino"](nn.Sequential(nn.AvgPool2d(7), nn.Flatten()))  # type: ignore[operator]
+    images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    found = load_extractor(dino(export(tmp_path / "dino.pt2", program, size)), sweep, CPU)(images).pooled
+    bands = np.moveaxis(images, -1, 1).reshape(-1, size, size).astype(np.float32)
+    resized = np.stack([Image.fromarray(band).resize((224, 224), Image.Resampling.BICUBIC) for band in bands])
+    scaled = resized.reshape(3, 3, 224, 224) / 255
+    normal = (scaled - np.reshape([0.485, 0.456, 0.406], (3, 1, 1))) / np.reshape([0.229, 0.224, 0.225], (3, 1, 1))
+    assert found == pytest.approx(normal.reshape(3, 3, 32, 7, 32, 7).mean((3, 5)).reshape(3, -1), abs=1e-4)
 
 
 def test_programs_that_do_not_fit_are_refused(tmp_path: Path, sweep: Sweep, source: Source) -> None:
