@@ -271,7 +271,8 @@ def correlations(report: Report) -> list[str]:
             r = fits.pearson([p.gmacs for p in points], [report.distance(p) for p in points])
             if r is not None:
                 few = " (few points)" if len(points) <= fits.FEW else ""
-                lines.append(f"{kind} at {images:,} images: r = {r:.2f} on log Gflops, n = {len(points)}{few}")
+                early = " (before the learning rate has fallen)" if any(p.unfinished for p in points) else ""
+                lines.append(f"{kind} at {images:,} images: r = {r:.2f} on log Gflops, n = {len(points)}{few}{early}")
     for kind, law in _laws(report):
         floor = f"{law.limit:.3g} (floor) + " if law.limit else ""
         lines.append(
