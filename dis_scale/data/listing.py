@@ -79,10 +79,14 @@ class Contents(NamedTuple):
         return UserError(f"data.source.url: {self.missing}{there}")
 
 
-def number_or_name(text: str) -> int | str:
+class Numeral(str):
+    """A class in digits: a number. It is kept as written, so that `01` and `1` are not one class by mistake."""
+
+
+def number_or_name(text: str) -> str:
     """Parse a class: digits are a number, any other text is a name."""
     text = text.strip()
-    return int(text) if text.isascii() and text.isdigit() else text
+    return Numeral(text) if text.isascii() and text.isdigit() else text
 
 
 class Listing(Sequence[Entry]):
@@ -231,10 +235,13 @@ class _Labels:
     def __init__(self, where: str, names: list[str] | None) -> None:
         self._where, self._known = where, names
         self._ids: dict[str, int] = {}
+        self._written: dict[int, str] = {}
         self._largest = -1
 
     def id_of(self, entry: Entry) -> int:
         label = entry.label
+        if isinstance(label, Numeral):
+            label = self._number(entry, label)
         if isinstance(label, str):
             if self._largest < 0:
                 return self._ids.setdefault(label, len(self._ids))
@@ -245,6 +252,14 @@ class _Labels:
             f"a class from 0 to {len(self._known) - 1}" if self._known else "either a name or a number from 0 in all"
         )
         raise UserError(f"{self._where}: image {printable(entry.name)}: label {label!r}, expected {expected}")
+
+    def _number(self, entry: Entry, written: str) -> int:
+        number = int(written)
+        if (first := self._written.setdefault(number, written)) != written:
+            raise UserError(
+                f"{self._where}: image {printable(entry.name)}: label {written!r}, and {first!r} before: write numbers in one way"
+            )
+        return number
 
     def final(self) -> tuple[list[str] | None, list[int] | None, int]:
         """Return the names (None for bare numbers), the final label of each id (None if it is the id) and the largest label."""

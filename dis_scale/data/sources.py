@@ -476,7 +476,7 @@ def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Itera
                     near = nearest(column, rows.fieldnames or [])
                     raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
             for row in rows:
-                if not row[path] or (label is not None and not row[label]):
+                if not row[path] or (label is not None and not (row[label] or "").strip()):
                     raise UserError(
                         f"{where}: line {rows.line_num}: expected a path and a label, got {list(row.values())}"
                     )

@@ -252,6 +252,11 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
             "a.csv", b"path,label\n1.png,0\n2.png,cat\n", {},
             r"image 2.png: label 'cat', expected either a name or a number from 0 in all",
         ),
+        (
+            "a.csv", b"path,label\n1.png,01\n2.png,1\n", {},
+            r"a.csv: image 2.png: label '1', and '01' before: write numbers in one way",
+        ),
+        ("a.csv", b"path,label\n1.png, \n", {}, r"a.csv: line 2: expected a path and a label, got \['1.png', ' '\]"),
         ("a.csv", b"path,label\n1.png,7\n", {}, r"data.num_classes: got 2, but .*a.csv has labels up to 7"),
         (
             "a.parquet", PARQUET, {"label": "class"},
