@@ -125,7 +125,11 @@ def _open(folder: Folder, listed: ReportDone) -> Source:
     try:
         return open_source(Data.model_validate(data), None, listed)
     except UserError as error:
-        raise UserError(f"{folder}: no images ({', '.join(images.SUFFIXES)}) there or below it: {error}") from error
+        suffixes = ", ".join(images.SUFFIXES)
+        raise UserError(
+            f"{folder}: no images ({suffixes}) there or below it; tars, Parquet, a CSV and latents need a recipe with their "
+            f"data.source.kind: {error}"
+        ) from error
 
 
 def _class_folders(folder: Folder) -> list[str]:

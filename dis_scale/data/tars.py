@@ -207,8 +207,8 @@ def _sample_entries(
         if image_label is None or image_label == "":
             expected = "a folder around it" if settings.label == "folder" else f"a .{settings.label} next to it"
             raise UserError(
-                f"{where}: image {printable(image.name)} has no label: expected {expected}, "
-                "or set where labels are: data.source.label = cls, json, folder or tar"
+                f"{where}: {printable(image.name)} has no label: expected {expected}; otherwise set data.num_classes: none, or "
+                "where the labels of images are: data.source.label = cls, json, folder or tar"
             )
         yield Entry(f"{tar}/{image.name}", image_label, tar, (image.offset_data, image.size))
 

@@ -78,6 +78,12 @@ class LatentsSource(StoredSource):
         """Whether the layout has mean and variance; otherwise latents."""
         return self.layout != "safetensors"
 
+    @model_validator(mode="after")
+    def _files_are_of_the_layout(self) -> Self:
+        if self.files is not None and self.layout in ("edm2", "repa"):
+            raise ValueError(f"files: layout {self.layout} is read as a whole, by its dataset.json: remove it")
+        return self
+
 
 SourceSettings = DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource | LatentsSource
 

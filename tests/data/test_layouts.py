@@ -473,6 +473,7 @@ def test_an_export_needs_a_new_folder(encoded: tuple[str, Folder], tmp_path: Pat
         (["evaluate.reference=null"], "evaluate.reference: none, and latents have no images"),
         (["evaluate.floor=true"], "evaluate.floor: latents have no images to measure it with"),
         (["data.source={kind: latents, layout: edm3, url: /x}"], "edm3"),
+        (["data.source.files='*.npy'"], "files: layout edm2 is read as a whole, by its dataset.json: remove it"),
     ],
 )
 def test_settings_that_need_images_are_refused(settings: list[str], words: str) -> None:
