@@ -56,7 +56,7 @@ class DeviceFailure(WorkerFailure):
 
     def __init__(self, words: str, worker: int, done: int = 0, silent_s: float = 0.0) -> None:
         super().__init__(words, done, silent_s)
-        self.worker = worker
+        self.worker, self.cause = worker, "device"
 
 
 def failure_to_raise(failures: Sequence[tuple[int, Exception]], done: int, silent_s: float) -> Exception:

@@ -8,12 +8,14 @@ import ray
 
 from dis_scale.process import counts
 from dis_scale.process.errors import DisScaleError, StorageAway
-from pipelines.failures import StorageFailure, WorkerFailure, blame, describe, may_pass
+from pipelines.failures import DeviceFailure, StorageFailure, WorkerFailure, blame, describe, may_pass
 from pipelines.stage import StageJob
 
 T = TypeVar("T")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
 """Wait before the second consecutive attempt without progress; it doubles from one to the next."""
+LONGEST_FOR_DEVICE_S = 600.0
+"""The longest after a failed device: a node that is excluded is used while others are away, and these may be for hours."""
 STORAGE_AWAY_S = 3600.0
 """Time for which attempts that end because storage is away are repeated; they do not count towards the limit."""
 SAME, ALWAYS = 5, 10
@@ -53,7 +55,8 @@ def with_restarts(
             failures, away_since_s = [*failures, failure], float("inf")
             if len(failures) > job.recipe.train.restarts or _deterministic(failures):
                 raise DisScaleError(_last_words(name, failures)) from failure
-        wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(in_a_row - 2, 9)) if in_a_row > 1 else 0.0
+        longest_s = LONGEST_FOR_DEVICE_S if isinstance(failure, DeviceFailure) else LONGEST_BACKOFF_S
+        wait_s = min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(in_a_row - 2, 9)) if in_a_row > 1 else 0.0
         left = job.recipe.train.restarts - len(failures)
         counts.add(counts.RESTARTS)
         job.emit("restart", job=name, done=failure.done, left=left)
@@ -79,11 +82,16 @@ def _stored_or(before: int, stored: Callable[[], int]) -> int:
 
 
 def _deterministic(failures: Sequence[WorkerFailure]) -> bool:
-    """Whether the last attempts crashed at the same place, after some progress, by the same cause, wherever they ran."""
+    """Whether the last attempts crashed at the same place, after some progress, by the same cause, wherever they ran.
+
+    Devices that failed do not, as long as one node was in all of these attempts.
+    """
     last = failures[-1]
     alike = list(takewhile(lambda each: (each.done, each.cause) == (last.done, last.cause), reversed(failures)))
-    elsewhere = len({failure.nodes for failure in alike}) > 1
-    return last.done > 0 and (len(alike) >= ALWAYS or (len(alike) >= SAME and elsewhere))
+    sets = [failure.nodes for failure in alike]
+    if isinstance(last, DeviceFailure):
+        return last.done > 0 and len(alike) >= SAME and not frozenset.intersection(*sets)
+    return last.done > 0 and (len(alike) >= ALWAYS or (len(alike) >= SAME and len(set(sets)) > 1))
 
 
 def _last_words(name: str, failures: Sequence[WorkerFailure]) -> str:

@@ -5,7 +5,7 @@ import ray
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
-from pipelines.failures import StorageFailure, WorkerFailure
+from pipelines.failures import DeviceFailure, StorageFailure, WorkerFailure
 from pipelines.restarts import with_restarts
 from tests.support.stage_jobs import RecordedJob, job_of
 
@@ -95,3 +95,22 @@ def test_a_deterministic_crash_does_not_burn_all_restarts(
     with pytest.raises(DisScaleError):
         with_restarts(job, "dis", attempt, lambda: 80)
     assert made == attempts
+
+
+@pytest.mark.parametrize(("nodes", "attempts"), [(("ab", "ac"), 11), (("ab", "cd"), 5)], ids=["of one node", "of all"])
+def test_a_failed_device_is_not_taken_for_a_mistake_while_one_node_is_in_all_attempts(
+    tiny: Recipe, nodes: tuple[str, str], attempts: int
+) -> None:
+    """Its node is excluded, but used while the others are away, and these may be for hours."""
+    job, made = job_of(tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 10})})), 0
+
+    def attempt(_: WorkerFailure | None) -> None:
+        nonlocal made
+        job.placed = frozenset(nodes[made % 2])
+        made += 1
+        raise DeviceFailure("uncorrectable ECC error", 0, 112)
+
+    with pytest.raises(DisScaleError):
+        with_restarts(job, "dis", attempt, lambda: 80)
+    assert made == attempts
+    assert sum(job.pauses) == sum(min(600, 2 * 2**n) for n in range(attempts - 2))
