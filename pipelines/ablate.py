@@ -5,6 +5,7 @@ Runs as a Ray job, as every stage does. Each value is kept as a variant, so a re
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from rich.console import Console
 
@@ -18,7 +19,7 @@ from dis_scale.weights.ema import Snapshot
 from dis_scale.weights.published import snapshots
 from pipelines import last_ray
 from pipelines.cluster import open_cluster
-from pipelines.driver import Driver, run_stage, stopping_jobs
+from pipelines.driver import Driver, go_on, run_stage, stopping_jobs
 from pipelines.signals import obeying_signals
 
 GUIDANCE, WIDTH = "guidance", "ema_width"
@@ -45,7 +46,8 @@ def run_ablation(
     console.print(f"ray      {last_ray.words()}", highlight=False, soft_wrap=True)
     with Board(console) as board:
         driver = Driver(sweep, board)
-        with obeying_signals(driver.stop_requested), open_cluster(sweep.recipe) as cluster:
+        opened = open_cluster(sweep.recipe, board.say, partial(go_on, driver))
+        with obeying_signals(driver.stop_requested), opened as cluster:
             words = [f"{value:g}" for value in values]
             with stopping_jobs(driver):
                 run_stage(driver, cluster, "ablate", model, str(images_seen), state.ablation_name(setting, by), *words)

@@ -33,6 +33,7 @@ from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
 from pipelines.ray_private import DashboardClient, gpus_by_node
 from pipelines.shared_folder import require_shared
+from pipelines.silence import Silence
 from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
@@ -71,10 +72,15 @@ def ray_address() -> str | None:
 
 
 @contextlib.contextmanager
-def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
-    """Yield the Ray that this process runs in (RAY_ADDRESS), otherwise one of our own that ends with this block and process."""
+def open_cluster(
+    recipe: Recipe, say: Callable[[str], None] = print, go_on: Callable[[], None] = lambda: None
+) -> Iterator[Cluster]:
+    """Yield the Ray that this process runs in (RAY_ADDRESS), otherwise one of our own that ends with this block and process.
+
+    While the former does not answer it is asked again, which `say` tells; `go_on` may end that by an error.
+    """
     if address := ray_address():
-        yield _joined(address, recipe)
+        yield _joined(address, recipe, Silence(say), go_on)
         return
     with _own_folder() as folder:
         head = None
@@ -234,29 +240,31 @@ def _connect() -> None:
             ) from error
 
 
-def _joined(address: str, recipe: Recipe) -> Cluster:
+def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], None]) -> Cluster:
     """The cluster at RAY_ADDRESS. Its jobs get this job's own code package, otherwise they would run on other code."""
     import ray
 
     _connect()
     packages.require_on_nodes(recipe)
     parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    client, resources = JobSubmissionClient(), ray.cluster_resources()
+    (client, gpu_bytes), resources = reach(silence, go_on), ray.cluster_resources()
     inherited = ("working_dir", "py_modules", "pip", "uv", "env_vars")
     return Cluster(
         client, {key: value for key, value in parent.items() if key in inherited},
         f"the Ray cluster at {address}", ours=False, capacity=models_at_once(recipe, resources),
         gpus=int(resources.get("GPU", 0)), gpu_fault=usable_gpus()[1], id=ray.get_runtime_context().get_session_name(),
-        gpu_bytes=largest_gpu_bytes(client),
+        gpu_bytes=gpu_bytes,
     )  # fmt: skip
 
 
-def largest_gpu_bytes(client: JobSubmissionClient) -> int | None:
-    """Return the memory of the cluster's largest GPU, as its nodes' agents measure it; None if no agent reports one.
+def reach(silence: Silence, go_on: Callable[[], None]) -> tuple[JobSubmissionClient, int | None]:
+    """Return a client of the Ray at RAY_ADDRESS and the memory of its largest GPU; None if no node's agent reports one.
 
     The largest, since the smaller ones of a mixed cluster may be there for evaluation.
     """
-    return max((gpu["memoryTotal"] * 2**20 for gpus in gpus_by_node(client) for gpu in gpus), default=None)
+    client = silence.insist(lambda: client_of(None), go_on)
+    nodes = silence.insist(lambda: gpus_by_node(client), go_on)
+    return client, max((gpu["memoryTotal"] * 2**20 for gpus in nodes for gpu in gpus), default=None)
 
 
 def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Popen, str]:

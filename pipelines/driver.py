@@ -15,8 +15,9 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
-from pipelines.jobs import Job, Silence, stop_jobs, submit
+from pipelines.jobs import Job, stop_jobs, submit
 from pipelines.metrics import SetGauge
+from pipelines.silence import Silence
 
 
 class Drained(DisScaleError):
@@ -51,6 +52,8 @@ class Driver:
     """Whether another process of the same Ray runs the sweep now; the jobs are its own."""
     drained: bool = False
     """Whether the node of this process is being drained: that is why it was requested to stop."""
+    turned_at: float = field(default_factory=time.time)
+    """Time of the last turn of a loop of the main thread: if it hangs, other threads still run."""
     gauge: SetGauge = lambda *_: None
     """Sets a gauge of the sweep, if its Ray exports metrics."""
 
@@ -207,10 +210,9 @@ def how_to_continue(sweep: Sweep) -> str:
 
 
 def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:
-    silence = Silence(driver.board.say)
-    while (job := silence.ask(lambda: driver.submit(cluster, driver.sweep, stage, *arguments))) is None:
-        raise_if_stopped(driver)
-        time.sleep(driver.poll_every_s)
+    silence = Silence(driver.board.say, pause_s=driver.poll_every_s)
+    submitted = partial(driver.submit, cluster, driver.sweep, stage, *arguments)
+    job: Job = silence.insist(submitted, partial(go_on, driver))
     job.silence = silence
     driver.jobs.append(job)
     joined = "" if job.ours else " (running already: joined)"
@@ -220,7 +222,7 @@ def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Jo
 
 def _poll(driver: Driver, job: Job, name: str) -> None:
     """Show what the job logged since the last poll; raise Preempted if this process was asked to stop."""
-    raise_if_stopped(driver)
+    go_on(driver)
     for raw in job.lines():
         line = lines.parse(raw)
         if line and line.kind == "progress":
@@ -235,7 +237,9 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
             driver.board.say(f"  {line.text}")
 
 
-def raise_if_stopped(driver: Driver) -> None:
+def go_on(driver: Driver) -> None:
+    """Note that the command's loop turns; raise Preempted or Drained if it was requested to stop."""
+    driver.turned_at = time.time()
     if driver.drained:
         raise Drained(f"the node of this command is being drained; {how_to_continue(driver.sweep)}")
     if driver.stop_requested.is_set():

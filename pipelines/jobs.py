@@ -18,12 +18,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 import ray
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus
 
 from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
@@ -31,51 +31,12 @@ from dis_scale.sweep import Sweep
 from pipelines import lines
 from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job, ray_address
 from pipelines.environment import EXPANDABLE_SEGMENTS, KEEP_FREED_MEMORY, PASSIVE, SPINNING
+from pipelines.silence import Silence, Unanswered
 
-T = TypeVar("T")
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
 STOP_WAIT_S = 30.0
-SILENT_S = 900.0
-"""Time after which a dashboard that does not answer ends the sweep, by an error that is tried again."""
-
-
-class Unanswered(DisScaleError):
-    """Ray's dashboard did not answer. A later attempt may succeed, on this cluster or on another."""
-
-    exit_code = StorageAway.exit_code
-
-
-@dataclass
-class Silence:
-    """How long Ray's dashboard has not answered a question: it is logged once, and raised after `most_s`."""
-
-    say: Callable[[str], None] = print
-    most_s: float = SILENT_S
-    now_s: Callable[[], float] = time.monotonic
-    _since_s: float | None = None
-
-    def ask(self, call: Callable[[], T]) -> T | None:
-        """Return the answer of a call to Ray's client; None if none came. Unanswered if none has come for too long."""
-        try:
-            answer = call()
-        except (RuntimeError, OSError, Unanswered) as error:  # a RuntimeError also says that a job is gone
-            self._note(" ".join(str(error).split())[:200])
-            return None
-        if self._since_s is not None:
-            self.say(f"Ray's dashboard answers again, after {self.now_s() - self._since_s:.0f} s")
-            self._since_s = None
-        return answer
-
-    def _note(self, why: str) -> None:
-        if self._since_s is None:
-            self._since_s = self.now_s()
-            self.say(
-                f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}"
-            )
-        if (silent_s := self.now_s() - self._since_s) > self.most_s:
-            raise Unanswered(f"Ray's dashboard has not answered for {silent_s:.0f} s: {why}")
 
 
 @dataclass
@@ -120,13 +81,11 @@ class Job:
         return new
 
     def _rest(self) -> str:
-        for _ in range(3):
+        for last in (False, False, True):
             try:
                 return self.cluster.client.get_job_logs(self.id)[self._returned :]
-            except OSError:
-                continue  # one answer was lost
-            except RuntimeError:
-                break  # its agent has gone
+            except (OSError, RuntimeError):  # an answer was lost, or its agent has gone
+                time.sleep(0 if last else self.silence.pause_s)
         return ""
 
     def _new(self) -> str:
@@ -237,7 +196,7 @@ def prefix_of(sweep: Sweep) -> str:
     return f"{where.rpartition('/')[2]}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
 
 
-def end_own_job(exit_code: int, connect: Callable[[], Any] = JobSubmissionClient, wait_s: float = STOP_WAIT_S) -> None:
+def end_own_job(exit_code: int, connect: Callable[[None], Any] = client_of, wait_s: float = STOP_WAIT_S) -> None:
     """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
 
     KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
@@ -250,7 +209,7 @@ def end_own_job(exit_code: int, connect: Callable[[], Any] = JobSubmissionClient
         return
     ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time
     with contextlib.suppress(OSError, RuntimeError):
-        connect().stop_job(own)
+        connect(None).stop_job(own)
         time.sleep(wait_s)  # Ray ends this process; if it ended by itself, its job would have failed
 
 

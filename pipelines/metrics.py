@@ -43,7 +43,7 @@ GAUGES = {
     "goodput_ratio": "Share of the run's time that went into lasting steps, at its newest resume point.",
     "failed_nodes": "Nodes that are excluded because their devices failed.",
     "mlflow_away": "1 if the last copy to MLflow failed, otherwise 0.",
-    "sweep_alive_timestamp_seconds": "Time at which the sweep's command was alive.",
+    "sweep_alive_timestamp_seconds": "Time of the last turn of the loop of the sweep's command.",
     "sweep_ended_timestamp_seconds": "Time at which the sweep's command ended with all done, or by a stop request.",
     "evaluation_failed": "1 if the last evaluation job failed, otherwise 0.",
     "progress_timestamp_seconds": "Time at which the stage's work last advanced, or had nothing to do.",

@@ -15,11 +15,11 @@ class DashboardClient(JobSubmissionClient):  # type: ignore[misc]
     """A client whose requests end. Ray's own would wait for ever for a dashboard that accepts a connection and does not answer."""
 
     answer_s, upload_s = 10.0, 60.0
-    """Times in which a dashboard must answer: a question, and a request that sends it a job or its files."""
+    """Times in which a dashboard must answer: in general, and a request that sends it a job or its files."""
 
     def _do_request(self, method: str, endpoint: str, **how: Any) -> Any:
-        limits = {"timeout": self.answer_s if method == "GET" else self.upload_s}
-        return super()._do_request(method, endpoint, **(limits | how))
+        asks = method == "GET" or endpoint.endswith("/stop")
+        return super()._do_request(method, endpoint, **({"timeout": self.answer_s if asks else self.upload_s} | how))
 
 
 def actor_id(worker: Any) -> str:
@@ -49,10 +49,10 @@ def draining_nodes() -> dict[str, float]:
 
 
 def gpus_by_node(client: JobSubmissionClient) -> list[list[dict[str, Any]]]:
-    """Return the GPUs of each node as its agent reports them, with `memoryTotal` in MiB; empty if the dashboard does not answer."""
+    """Return the GPUs of each node as its agent reports them, with `memoryTotal` in MiB. OSError if no answer comes."""
     answer = client._do_request("GET", "/nodes?view=summary")
-    nodes = answer.json()["data"]["summary"] if answer.ok else []
-    return [node.get("gpus") or [] for node in nodes]
+    answer.raise_for_status()
+    return [node.get("gpus") or [] for node in answer.json()["data"]["summary"]]
 
 
 def count_from_zero(counter: Counter, labels: dict[str, str]) -> None:

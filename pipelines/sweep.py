@@ -42,8 +42,8 @@ from pipelines.cluster import Cluster, open_cluster, require_root
 from pipelines.driver import (
     Driver,
     Failures,
+    go_on,
     how_to_continue,
-    raise_if_stopped,
     run_stage,
     stopping_jobs,
     train_and_evaluate,
@@ -118,7 +118,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     require_starts(sweep, plan)
     with (
         obeying_signals(driver.stop_requested),
-        open_cluster(sweep.recipe) as cluster,
+        open_cluster(sweep.recipe, board.say, partial(go_on, driver)) as cluster,
         one_at_a_time(driver, cluster) as first,
         seen_alive(driver, exporting(driver, cluster)),
     ):
@@ -127,7 +127,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         driver.sweep = sweep = store_recipe(driver, first)
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         if first:
-            last_ray.end_left_jobs(sweep, board.say, partial(raise_if_stopped, driver))
+            last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
         last_ray.record(sweep, cluster)
         require_device(driver, cluster)
         if not cluster.ours:
@@ -187,7 +187,7 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     recipe, show = driver.sweep.recipe, listing_words(driver.board.say)
 
     def report(images: int) -> None:
-        raise_if_stopped(driver)
+        go_on(driver)
         show(images)
 
     source = open_source(recipe.data, store, report)
@@ -235,7 +235,7 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
             workers, request = need
             if text := wait.poll(workers, request, together=workers):
                 driver.board.say(text)
-            raise_if_stopped(driver)
+            go_on(driver)
             time.sleep(driver.poll_every_s)
 
 
@@ -298,10 +298,10 @@ def exporting(driver: Driver, cluster: Cluster) -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def seen_alive(driver: Driver, drains: Callable[[], bool]) -> Iterator[None]:
-    """Show that this command is alive, and at its end whether a stop request ended it. A node that `drains` is such a request."""
+    """Show when this command's loop last turned, and at its end whether a stop request ended it. A node that `drains` is one."""
 
     def look() -> None:
-        driver.gauge("sweep_alive_timestamp_seconds", time.time())
+        driver.gauge("sweep_alive_timestamp_seconds", driver.turned_at)
         if drains() and not driver.stop_requested.is_set():
             driver.drained = True
             driver.board.say("drained  the node of this command is being drained: its jobs save, and it ends")

@@ -10,7 +10,7 @@ import yaml
 
 from dis_scale.recipe import reading
 from dis_scale.sweep import state
-from pipelines import driver, jobs, restarts
+from pipelines import driver, restarts, silence
 from tests.conftest import TINY
 from tests.support.three_weeks import DAY, Rules, Weeks
 
@@ -49,7 +49,7 @@ def test_three_weeks_end_with_all_results_and_no_person(tmp_path: Path, monkeypa
 
 
 def no_answer_is_lost(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(driver, "Silence", partial(jobs.Silence, most_s=-1.0))
+    patch.setattr(driver, "Silence", partial(silence.Silence, most_s=-1.0))
 
 
 def no_node_is_avoided(patch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,14 @@
-"""The storage root of a sweep that runs on a cluster, and the memory of the cluster's GPUs."""
+"""The storage root of a sweep that runs on a cluster."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
-from ray.job_submission import JobSubmissionClient
 
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import reading
@@ -105,35 +100,3 @@ def test_in_a_job_on_one_node_a_relative_root_is_below_the_home(monkeypatch: pyt
 )
 def test_any_other_root_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool) -> None:
     assert root(monkeypatch, given, in_job) == given
-
-
-class Dashboard(BaseHTTPRequestHandler):
-    """Ray's dashboard as far as the client needs it: its version, and nodes with the GPUs `gpus`."""
-
-    gpus: tuple[Any, ...]
-
-    def do_GET(self) -> None:
-        nodes = {"data": {"summary": [{"gpus": gpus} for gpus in self.gpus]}}
-        body = nodes if self.path == "/nodes?view=summary" else {"version": "4", "ray_version": "2", "ray_commit": "a"}
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("gpus", "largest"),
-    [
-        (([], None, [{"memoryTotal": 16_384}, {"memoryTotal": 81_920}], [{"memoryTotal": 24_576}]), 80 * 2**30),
-        (([],), None),
-        ((), None),
-    ],
-)
-def test_the_largest_gpu_of_a_cluster_is_as_its_nodes_report(gpus: tuple[Any, ...], largest: int | None) -> None:
-    server = HTTPServer(("127.0.0.1", 0), type("Those", (Dashboard,), {"gpus": gpus}))
-    Thread(target=server.serve_forever, daemon=True).start()
-    client = JobSubmissionClient(f"http://127.0.0.1:{server.server_port}")
-    assert cluster.largest_gpu_bytes(client) == largest
-    server.shutdown()

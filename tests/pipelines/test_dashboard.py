@@ -1,5 +1,6 @@
 """A dashboard of Ray that loses answers, or accepts connections and does not answer: a sweep goes on, and a stop is obeyed."""
 
+import json
 import socket
 import threading
 import time
@@ -14,9 +15,11 @@ from ray.job_submission import JobDetails, JobStatus
 
 from dis_scale.process.errors import Preempted, StorageAway
 from dis_scale.recipe import Recipe
-from pipelines.driver import Driver, run_stage
-from pipelines.jobs import SILENT_S, Job, Silence, Unanswered
+from pipelines.cluster import reach
+from pipelines.driver import Driver, run_stage, stopping_jobs, train_and_evaluate
+from pipelines.jobs import Job, end_own_job
 from pipelines.ray_private import DashboardClient
+from pipelines.silence import SILENT_S, Silence, Unanswered
 from tests.support.drivers import cluster, driver_of, logged
 
 LOST: list[Callable[[], Exception]] = [
@@ -43,7 +46,7 @@ class Dashboard:
         return []
 
     def submit_job(self, **_: Any) -> None:
-        pass
+        self._answer("submit")
 
     def get_job_info(self, name: str) -> JobDetails:
         self._answer("info")
@@ -52,13 +55,15 @@ class Dashboard:
         return JobDetails(type="SUBMISSION", submission_id=name, status=status, entrypoint="", driver_exit_code=0)
 
     def get_job_logs(self, _: str) -> str:
+        self._answer("logs")
         return ""
 
     async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        self._answer("tail")
         yield ""
 
     def stop_job(self, _: str) -> None:
-        raise self.lost()
+        self._answer("stop")
 
 
 @pytest.fixture
@@ -69,12 +74,15 @@ def driver(tiny: Recipe, tmp_path: Path) -> Driver:
 
 
 @pytest.mark.parametrize("lost", LOST)
-@pytest.mark.parametrize("loses", [0, 1, 7])
+@pytest.mark.parametrize("loses", [0, 1, 3])
 def test_lost_answers_of_each_call_end_nothing(driver: Driver, loses: int, lost: Callable[[], Exception]) -> None:
     here = cluster("here")
     dashboard = here.client = Dashboard(loses, lost)
     run_stage(driver, here, "prepare")
-    assert dashboard.asked == {"list": loses + 1, "info": 3 * (loses + 1)}
+    dashboard.asked.pop("tail", None)
+    assert dashboard.asked == {
+        "list": loses + 1, "submit": loses + 1, "info": 3 * (loses + 1), "logs": min(3, loses + 1),
+    }  # fmt: skip
     assert logged(driver).count(
         "waiting  Ray's dashboard does not answer; it is asked again for 15 minutes"
     ) == 4 * bool(loses)
@@ -102,36 +110,73 @@ def test_a_stop_is_obeyed_while_the_dashboard_is_silent(driver: Driver) -> None:
         run_stage(driver, here, "prepare")
 
 
-class _Silent(BaseHTTPRequestHandler):
-    """Answers the question for Ray's version, and accepts all others."""
+class Server(ThreadingHTTPServer):
+    """A dashboard as Ray's client meets it: the first answers to each question are lost, by status 500; or it is silent."""
+
+    daemon_threads = True
+    loses = 0
+    gpus: tuple[Any, ...] = ()
+    """Those that the agent of each node reports."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Request)
+        self.silent = threading.Event()
+        self.asked = dict[str, int]()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def answers(self) -> dict[str, object]:
+        """Return the answers by the ends of the requests' paths."""
+        job = {"type": "SUBMISSION", "submission_id": "j", "status": "RUNNING", "entrypoint": "", "driver_exit_code": 0}
+        return {
+            "version": {"version": "4", "ray_version": "2.60.0", "ray_commit": ""},
+            "nodes?view=summary": {"data": {"summary": [{"gpus": gpus} for gpus in self.gpus]}},
+            "stop": {"stopped": True},
+            "jobs": [],
+            "j": job,
+        }
+
+
+class _Request(BaseHTTPRequestHandler):
+    server: Server
 
     def do_GET(self) -> None:
-        if self.path == "/api/version":
-            body = b'{"version": "4", "ray_version": "2.60.0", "ray_commit": ""}'
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-        else:
-            time.sleep(30)
+        if self.server.silent.is_set():
+            time.sleep(60)
+        what = self.path.rsplit("/", 2 if self.path.endswith("/") else 1)[1]
+        self.server.asked[what] = self.server.asked.get(what, 0) + 1
+        lost = self.server.asked[what] <= self.server.loses
+        self.send_response(500 if lost else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(self.server.answers().get(what)).encode())
+
+    do_POST = do_GET
 
     def log_message(self, *_: object) -> None:
         """Log nothing."""
 
 
 @pytest.fixture
-def silent() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Silent)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A dashboard that this process's Ray has, which must answer within 0.3 s."""
+    monkeypatch.setattr(DashboardClient, "answer_s", 0.3)
+    with Server() as served:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", served.url)
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield served
+        served.shutdown()
 
 
-def test_a_dashboard_that_accepts_and_does_not_answer_is_not_waited_for(silent: str) -> None:
+def go_on() -> None:
+    """Nothing ends the waiting."""
+
+
+def test_a_dashboard_that_accepts_and_does_not_answer_is_not_waited_for(server: Server) -> None:
     """By Ray's own client this takes until the dashboard ends."""
-    client = DashboardClient(silent)
-    client.answer_s = 0.3
+    client = DashboardClient(server.url)
+    server.silent.set()
     here = cluster("here")
     here.client = client
     said = list[str]()
@@ -141,3 +186,51 @@ def test_a_dashboard_that_accepts_and_does_not_answer_is_not_waited_for(silent: 
     assert len(said) == 1
     with pytest.raises((OSError, socket.timeout)):
         client.list_jobs()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "largest"),
+    [
+        (([], None, [{"memoryTotal": 16_384}, {"memoryTotal": 81_920}], [{"memoryTotal": 24_576}]), 80 * 2**30),
+        (([],), None),
+        ((), None),
+    ],
+)
+@pytest.mark.parametrize("loses", [0, 1, 7])
+def test_a_cluster_is_reached_although_answers_are_lost(
+    server: Server, gpus: tuple[Any, ...], largest: int | None, loses: int
+) -> None:
+    """The memory is that of the largest GPU, as the nodes' agents report it."""
+    server.gpus, server.loses = gpus, loses
+    client, gpu_bytes = reach(Silence(pause_s=0.0), go_on)
+    assert isinstance(client, DashboardClient), "its requests end"
+    assert gpu_bytes == largest
+    assert server.asked["version"] >= loses + 1
+    assert server.asked["nodes?view=summary"] == loses + 1
+
+
+def test_a_stop_is_obeyed_while_a_cluster_is_not_reached(server: Server) -> None:
+    server.silent.set()
+
+    def stopped() -> None:
+        raise Preempted("stopped")
+
+    with pytest.raises(Preempted):
+        reach(Silence(), stopped)
+
+
+def test_a_sweep_and_its_job_end_beside_a_dashboard_that_falls_silent(
+    server: Server, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop asks Ray to stop the jobs, and waits for them no longer than the grace period."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "j"}}')
+    here = cluster("here")
+    here.client, _ = reach(Silence(), go_on)
+    driver.jobs = [Job(here, "j", True, Silence()), Job(here, "k", True, Silence())]
+    server.silent.set()
+    began_s = time.monotonic()
+    threading.Timer(0.5, driver.stop_requested.set).start()
+    with pytest.raises(Preempted), stopping_jobs(driver):
+        train_and_evaluate(driver, here)
+    end_own_job(Preempted.exit_code, wait_s=0.0)
+    assert time.monotonic() - began_s < 30

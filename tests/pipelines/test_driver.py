@@ -13,7 +13,7 @@ from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import StageProgress
 from pipelines.cluster import Cluster
-from pipelines.driver import Drained, Driver, Failures, raise_if_stopped, run_stage, stopping_jobs, train_and_evaluate
+from pipelines.driver import Drained, Driver, Failures, go_on, run_stage, stopping_jobs, train_and_evaluate
 from pipelines.lines import Log
 from pipelines.sweep import seen_alive
 from tests.conftest import TINY
@@ -199,7 +199,7 @@ def test_a_drained_node_stops_the_sweep_as_a_failure_that_is_tried_again(
     driver.jobs = [job]  # type: ignore[list-item]
     with pytest.raises(Drained) as error, stopping_jobs(driver), seen_alive(driver, lambda: True):
         driver.stop_requested.wait(60)
-        raise_if_stopped(driver)
+        go_on(driver)
     assert (error.value.exit_code, job.status) == (StorageAway.exit_code, JobStatus.FAILED)
     assert "the node of this command is being drained: its jobs save, and it ends" in logged(driver)
 
@@ -215,6 +215,19 @@ def test_a_command_that_is_stopped_shows_that_it_is_not_gone(
             time.sleep(0.01)
         raise error
     assert gauges.keys() == {"sweep_alive_timestamp_seconds", *(["sweep_ended_timestamp_seconds"] * ended_well)}
+
+
+def test_a_command_whose_loop_hangs_is_not_shown_as_alive(driver: Driver) -> None:
+    """Its other threads run on, and would say otherwise."""
+    gauges = list[float]()
+    driver.gauge = lambda _, value: gauges.append(value)
+    driver.turned_at = 100.0
+    with seen_alive(driver, lambda: False):
+        while not gauges:
+            time.sleep(0.01)
+    assert set(gauges) == {100.0}
+    go_on(driver)
+    assert abs(driver.turned_at - time.time()) < 60
 
 
 def test_failures_are_shown_in_one_line() -> None:

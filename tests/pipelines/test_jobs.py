@@ -112,10 +112,10 @@ def test_what_a_new_cluster_would_only_repeat_ends_as_stopped(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "the-sweep"}}))
     if final:
         monkeypatch.setenv(jobs.FINAL, "1")
-    jobs.end_own_job(code, Client, wait_s=0.0)
+    jobs.end_own_job(code, lambda _: Client(), wait_s=0.0)
     assert asked == (["the-sweep"] if stopped else [])
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    jobs.end_own_job(code, Client, wait_s=0.0)
+    jobs.end_own_job(code, lambda _: Client(), wait_s=0.0)
     assert len(asked) <= 1, "outside a Ray job nothing is asked"
 
 

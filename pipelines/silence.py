@@ -1,0 +1,58 @@
+"""A dashboard of Ray that does not answer: asked again for a while, which is logged once, then a failure that is tried again."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from dis_scale.process.errors import DisScaleError, StorageAway
+
+T = TypeVar("T")
+SILENT_S = 900.0
+"""Time after which a dashboard that does not answer ends the sweep, by an error that is tried again."""
+
+
+class Unanswered(DisScaleError):
+    """Ray's dashboard did not answer. A later attempt may succeed, on this cluster or on another."""
+
+    exit_code = StorageAway.exit_code
+
+
+@dataclass
+class Silence:
+    """How long Ray's dashboard has not answered a question: it is logged once, and raised after `most_s`."""
+
+    say: Callable[[str], None] = print
+    most_s: float = SILENT_S
+    pause_s: float = 0.5
+    """Pause before `insist` asks again."""
+    now_s: Callable[[], float] = time.monotonic
+    _since_s: float | None = None
+
+    def ask(self, call: Callable[[], T]) -> T | None:
+        """Return the answer of a call to Ray's client; None if none came. Unanswered if none has come for too long."""
+        try:
+            answer = call()
+        except (RuntimeError, OSError, Unanswered) as error:  # a RuntimeError also says that a job is gone
+            self._note(" ".join(str(error).split())[:200])
+            return None
+        if self._since_s is not None:
+            self.say(f"Ray's dashboard answers again, after {self.now_s() - self._since_s:.0f} s")
+            self._since_s = None
+        return answer
+
+    def insist(self, call: Callable[[], T], between: Callable[[], None]) -> T:
+        """Return the answer of a call that returns no None, asked until it comes; what `between` raises ends the asking."""
+        while (answer := self.ask(call)) is None:
+            between()
+            time.sleep(self.pause_s)
+        return answer
+
+    def _note(self, why: str) -> None:
+        if self._since_s is None:
+            self._since_s = self.now_s()
+            self.say(
+                f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}"
+            )
+        if (silent_s := self.now_s() - self._since_s) > self.most_s:
+            raise Unanswered(f"Ray's dashboard has not answered for {silent_s:.0f} s: {why}")
