@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dis_scale.process.errors import UserError
 from dis_scale.process.imports import hidden
@@ -109,10 +110,18 @@ def _run_exists(uri: str, run: str) -> bool:
     return True
 
 
-def _require_database(uri: str) -> None:
-    """FileNotFoundError if an SQLite file is gone: opening it would make an empty one, in several processes at once."""
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+def _existing(uri: str) -> str:
+    """Return a URI by which an SQLite file is opened and never made, also if it is deleted now; FileNotFoundError if it is gone.
+
+    Several processes that make one at the same time damage it. SQLite's mode `rw` makes none (https://sqlite.org/uri.html); with
+    the driver named, MLflow does not take the rest for a path whose folders it makes. A missing file would be tried for 102 s.
+    """
+    if not uri.startswith(SQLITE):
+        return uri
+    file = Path(uri.removeprefix(SQLITE))
+    if not file.exists():
         raise FileNotFoundError(f"{uri} is gone: dis-scale mlflow sync makes it again, once the sweep has ended")
+    return f"sqlite+pysqlite:///file:{quote(str(file.absolute()))}?mode=rw&uri=true"
 
 
 def _experiment(uri: str, sweep_name: str) -> str:
@@ -163,8 +172,7 @@ class RunCopy:
     def _try(self, action: Any) -> bool:
         try:
             ids = TrackingIds.read(self.sweep.folder)
-            _require_database(ids.uri)
-            action(open_client(ids.uri), ids.models[self.model] if self.model else ids.sweep)
+            action(open_client(_existing(ids.uri)), ids.models[self.model] if self.model else ids.sweep)
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
             if not self.away:
                 log.warning(

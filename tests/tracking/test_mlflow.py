@@ -100,6 +100,28 @@ def test_a_database_that_is_gone_is_not_made_by_a_copy_but_by_the_next_sync(
     assert history(sweep, uri, "loss") == [(10, 0.5)]
 
 
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_database_that_is_deleted_while_a_copy_opens_it_is_not_made_again(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: bool
+) -> None:
+    """Its path has characters that a URI escapes."""
+    sweep, database = Sweep(open_folder(tmp_path) / "sweeps/s", tiny), tmp_path / "a b%c" / "mlflow.db"
+    uri, copy = f"sqlite:///{database}", RunCopy(sweep, "dis")
+    if opened:
+        create_runs(sweep, uri, {"dis": {}})
+        copy.send([Row("loss", 0.5, 10, 1.0)])
+        assert history(sweep, uri, "loss") == [(10, 0.5)]
+        database.unlink()
+    else:
+        TrackingIds(uri=uri, experiment="1", sweep="s", models={"dis": "d"}).write(sweep.folder)
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda _: True)
+        copy.send([Row("loss", 0.4, 20, 2.0)])
+    assert copy.away
+    assert not database.exists()
+
+
 def test_files_are_stored_with_the_run(sweep: Sweep, uri: str, tmp_path: Path) -> None:
     (tmp_path / "grid.png").write_bytes(b"picture")
     RunCopy(sweep, "dis").send_file(tmp_path / "grid.png", "samples")
