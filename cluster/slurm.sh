@@ -10,7 +10,7 @@
 #
 # The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
 # for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again;
-# storage that is away (74) is, up to 50 times.
+# what may have passed by then (74: storage or a node is away) is, until the job has been queued 1,000 times for any reason.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -92,7 +92,7 @@ if [ -z "$requested" ]; then
 else
     code=75
 fi
-if [ "$code" = 74 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
+if [ "$code" = 74 ] && [ -z "$requested" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
     again=yes
 fi
 if { [ "$code" = 75 ] || [ "$code" = 74 ]; } && [ "$again" = yes ]; then

@@ -388,6 +388,39 @@ def test_scarce_capacity_is_used_as_it_comes() -> None:
     assert Places(recipe, list(first.values())).lacking("cuda") is None
 
 
+@pytest.mark.parametrize(
+    ("code", "restarts", "signal", "queued"),
+    [
+        (0, 0, "", False), (1, 0, "", False), (2, 0, "", False), (74, 0, "", True), (74, 999, "", True), (74, 1000, "", False),
+        (75, 0, "", False), (75, 0, "TERM", True), (75, 5000, "TERM", True), (74, 0, "TERM", True), (75, 0, "INT", False),
+        (74, 0, "INT", False),
+    ],
+)  # fmt: skip
+def test_slurm_queues_again_what_may_continue(
+    tmp_path: Path, code: int, restarts: int, signal: str, queued: bool
+) -> None:
+    """A time limit or a preemption (TERM), and storage that is away; not an error, and not after a request to stop (INT)."""
+    sweep = f'[ "$1" = -c ] && exit 0; {f"trap : TERM; kill -{signal} $PPID; sleep 1;" if signal else ""} exit {code}'
+    programs = {
+        "python": sweep,
+        "scontrol": f'echo "$@" >> {tmp_path}/asked',
+        "sleep": "exec /bin/sleep 0.2",
+        "srun": "",
+        "ray": "",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_RESTART_COUNT": str(restarts), "RAY_IP": "127.0.0.1"}
+    script = ["env", "--default-signal=INT", "bash", str(ROOT / "cluster/slurm.sh"), "recipe.yaml"]
+    done = subprocess.run(
+        script, env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout=60, check=False
+    )
+    assert done.returncode == code
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if queued else "")
+
+
 def test_the_submitted_job_finds_the_head_and_its_token() -> None:
     """By the names that KubeRay gives them: those of the cluster."""
     parts = {document["kind"]: document for document in pods.documents(pods.JOBS[1])}
