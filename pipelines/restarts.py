@@ -82,21 +82,24 @@ def _stored_or(before: int, stored: Callable[[], int]) -> int:
 
 
 def _deterministic(failures: Sequence[WorkerFailure]) -> bool:
-    """Whether the last attempts crashed at the same place, after some progress, by the same cause, wherever they ran.
+    """Whether the last attempts crashed at the same place by the same cause, wherever they ran.
 
-    Devices that failed do not, as long as one node was in all of these attempts.
+    Devices that failed do not, as long as one node was in all of these attempts. Before the first step of an attempt much can fail
+    that passes, such as connections: there it takes twice `ALWAYS` crashes, on two sets of nodes.
     """
     last = failures[-1]
     alike = list(takewhile(lambda each: (each.done, each.cause) == (last.done, last.cause), reversed(failures)))
     sets = [failure.nodes for failure in alike]
     if isinstance(last, DeviceFailure):
         return last.done > 0 and len(alike) >= SAME and not frozenset.intersection(*sets)
-    return last.done > 0 and (len(alike) >= ALWAYS or (len(alike) >= SAME and len(set(sets)) > 1))
+    if last.done == 0:
+        return len(alike) >= 2 * ALWAYS and len(set(sets)) > 1
+    return len(alike) >= ALWAYS or (len(alike) >= SAME and len(set(sets)) > 1)
 
 
 def _last_words(name: str, failures: Sequence[WorkerFailure]) -> str:
     points = {failure.done for failure in failures}
-    if len(points) == 1 and len(failures) > 1 and (point := points.pop()):
+    if len(points) == 1 and len(failures) > 1 and ((point := points.pop()) or _deterministic(failures)):
         return (
             f"{name}: crashed {len(failures)} times in a row with {point} done: this looks deterministic; see this job's log, "
             f"last failure: {failures[-1]}"

@@ -74,16 +74,18 @@ def test_an_outage_of_storage_is_waited_for_and_does_not_count(job: RecordedJob)
 @pytest.mark.parametrize(
     ("nodes", "done", "attempts"),
     [
-        ("ababa", [112] * 5, 5), ("aaaaaaaaaa", [112] * 10, 10), ("ababababab", [112, 96] * 5, 11), ("abababab", [0] * 8, 11),
-        ("aaaabbbb", [112] * 8, 5),
+        ("ababa", [112] * 5, 5), ("aaaaaaaaaa", [112] * 10, 10), ("ababababab", [112, 96] * 5, 31), ("ab", [0], 20),
+        ("a", [0], 31), ("aaaabbbb", [112] * 8, 5),
     ],
-    ids=["on two sets of nodes", "always on one set", "at two places", "before any progress", "after a move"],
+    ids=[
+        "on two sets of nodes", "always on one set", "at two places", "before a step", "before a step on one set", "after a move",
+    ],
 )  # fmt: skip
 def test_a_deterministic_crash_does_not_burn_all_restarts(
     tiny: Recipe, nodes: str, done: list[int], attempts: int
 ) -> None:
-    """Of the ten that this recipe allows."""
-    recipe = tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 10})})
+    """Of the thirty that this recipe allows."""
+    recipe = tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 30})})
     job, made = job_of(recipe), 0
 
     def attempt(_: WorkerFailure | None) -> None:
