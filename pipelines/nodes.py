@@ -52,7 +52,9 @@ def only(node_id: str) -> NodeAffinitySchedulingStrategy:
 
 
 class LostNode(DisScaleError):
-    """A node that was to be asked is gone, or takes no task."""
+    """A node that was to be asked is gone, or takes no task. A later attempt finds others."""
+
+    exit_code = StorageAway.exit_code
 
 
 def of_living(

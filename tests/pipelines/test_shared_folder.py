@@ -3,6 +3,7 @@
 import pytest
 from ray.exceptions import GetTimeoutError, RayTaskError
 
+from dis_scale.process.errors import StorageAway
 from pipelines import nodes
 from pipelines.nodes import LostNode, Node
 from pipelines.shared_folder import failure_on
@@ -35,5 +36,6 @@ def test_a_node_that_dies_while_it_is_asked_is_left_out() -> None:
 
     assert nodes.of_living(ask, lambda: listed.pop(0), pauses.append) == [a]
     assert pauses == [nodes.ASK_AGAIN_S] * 2
-    with pytest.raises(LostNode):
+    with pytest.raises(LostNode) as lost:
         nodes.of_living(ask, lambda: [a, b], pauses.append)
+    assert lost.value.exit_code == StorageAway.exit_code, "KubeRay and Slurm try it again"
