@@ -33,6 +33,16 @@ def test_each_package_has_a_hash_and_no_address() -> None:
     assert "Written by: make lock\n" in LOCK
 
 
+def test_hosted_checks_install_the_programs_that_any_machine_installs() -> None:
+    """Without one of them its tests are skipped."""
+    hosted, anywhere = (
+        sorted(re.findall(r"--no-install-recommends ((?:[a-z-]+ ?)+)", (ROOT / name).read_text())[0].split())
+        for name in (".github/workflows/ci.yaml", ".ci/run")
+    )
+    assert hosted == anywhere
+    assert "prometheus" in hosted
+
+
 def test_the_image_is_installed_from_the_lock(tmp_path: Path) -> None:
     """Its commands, with a pip that records them: the lock with hashes, and then the package alone; another index has no lock."""
     pip = tmp_path / "pip"
