@@ -84,7 +84,7 @@ def strips(sweep: Sweep, report: Report) -> list[Strip]:
 def _read(words: str, folder: Folder, name: str, resolution: int) -> list[Picture]:
     """Return the first rows of a stored grid; none if it is missing or damaged, since a page shows the others."""
     try:
-        image = Image.open(io.BytesIO(folder.read(name)))
+        image = Image.open(io.BytesIO(folder.read(name)), formats=("PNG",))
         image.load()
     except (OSError, StorageError):
         return []
