@@ -26,8 +26,8 @@ class Drained(DisScaleError):
     exit_code = StorageAway.exit_code
 
 
-STAGES = ("prepare", "precompute")
-"""Stages before training, whose progress is stored: training's is in its rows."""
+STAGES = ("prepare", "precompute", "evaluate")
+"""Stages whose progress is stored: training's is in its rows."""
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 

@@ -168,7 +168,7 @@ def wait_for_training(job: StageJob, news: Callable[[], bool], poll_every_s: flo
     before = None
     while not news():
         job.raise_if_stopped()
-        job.show_alive()
+        job.show_idle()
         if job.now_s() - since_s > GIVE_UP_S:
             if before == (now := _signs_of_training(job.sweep)):
                 raise DisScaleError(

@@ -94,6 +94,10 @@ class Log:
         """Log the error that ends the job, without secrets."""
         self.write(jsonlog.entry(self.context, "error", "error", message=redact(text)))
 
+    def repeat_progress(self) -> None:
+        """Log the next progress also if it has not changed: new work begins, and readers see when."""
+        self._progress = None
+
     def progress(self, done: int, total: int, unit: str) -> None:
         """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: 30 MB of lines in two weeks."""
         now_s = time.monotonic()

@@ -77,10 +77,14 @@ class StageJob:
         self.log.progress(done, total, unit)
         if done != self._done:
             self._done = done
-            self.show_alive()
+            self._export_progress()
 
-    def show_alive(self) -> None:
-        """Export the present time as that of the last progress; also called while there is no work."""
+    def show_idle(self) -> None:
+        """Export the present time as that of the last progress, while there is no work; the next progress is logged in any case."""
+        self._export_progress()
+        self.log.repeat_progress()
+
+    def _export_progress(self) -> None:
         self.gauge("progress_timestamp_seconds", time.time())
 
     def gauge(self, name: str, value: float) -> None:

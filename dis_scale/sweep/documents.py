@@ -58,7 +58,7 @@ class LastRay(Document):
 
 
 class StageProgress(Document):
-    """How far the last running stage before training is: `done` of `total` units, of when (Unix seconds)."""
+    """How far the stage is that ran last, other than training: `done` of `total` units, of when (Unix seconds)."""
 
     NAME: ClassVar[str] = "progress.json"
     stage: str
@@ -66,6 +66,9 @@ class StageProgress(Document):
     total: int
     unit: str
     at: float
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.done:,} of {self.total:,} {self.unit}"
 
 
 class LatentsPointer(Document):

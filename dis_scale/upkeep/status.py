@@ -24,10 +24,12 @@ from dis_scale.sweep.documents import Metrics, ResumePointManifest, StageProgres
 from dis_scale.tracking import rows
 
 Doing = Literal["waiting", "training", "silent", "stopped", "failed", "trained"]
-STAGES = ("preparing", "encoding latents")
-"""What a sweep is doing while a stage before training runs."""
+STAGES = ("preparing", "encoding latents", "evaluating")
+"""What a sweep is doing while a stage runs alone, other than training."""
 QUIET_S = 300.0
 """Time without a new metric row after which a run counts as silent."""
+STAGE_QUIET_S = 5400.0
+"""Time without progress after which another stage does, as in the alert: its own watch has not helped."""
 ENDS = 3
 """Number of a run's last attempts whose errors are shown."""
 LEASES = ("sweep", "prepare", "evaluate")
@@ -81,7 +83,7 @@ class Status:
     holder: str
     """Host and process of the sweep command that works, if any."""
     stage: str
-    """Progress of the stage that runs before training; empty later."""
+    """Progress of the stage that runs, other than training."""
     runs: list[RunStatus]
     backlog: int
     """Evaluations that are due."""
@@ -148,9 +150,29 @@ def _collect(reader: _Reader) -> Status:
             f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them, or ends those of a killed command"
         )
     skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
+    progress = StageProgress.find_intact(sweep.folder)
+    active = {
+        "prepare": working[1],
+        "precompute": commanded and doing == "encoding latents",
+        "evaluate": working[2] and left,
+    }
+    for stage, holding in zip(active, (held[1], held[0], held[2]), strict=True):
+        if active[stage] and holding:
+            wrong += _silent(sweep, stage, holding, progress, now)
     wrong += [*_wrong(reader, runs), *(f"skipped: {each}: {why}" for each, why in skipped.items()), *reader.damaged]
-    stage = _stage(sweep, now) if doing in STAGES else ""
+    stage = f"{progress}, {_span(now - progress.at, ' ago')}" if progress and doing in STAGES else ""
     return Status(str(sweep), doing, stopped, _holder(held[0]) if commanded else "", stage, runs, len(left), wrong)
+
+
+def _silent(sweep: Sweep, stage: str, holding: Holding, progress: StageProgress | None, now: float) -> list[str]:
+    """Return a line if a stage that works has made no progress for too long, since its holder began."""
+    quiet_s = now - max(holding.holder.at or 0.0, progress.at if progress else 0.0)
+    if quiet_s < STAGE_QUIET_S:
+        return []
+    return [
+        f"{stage}: no progress for {_span(quiet_s)}, and {_holder(holding)} is alive: it waits for capacity or hangs; "
+        f"dis-scale logs {sweep} --stage {stage} shows which, see ops/runbooks/stuck-job.md"
+    ]
 
 
 def _holder(holding: Holding | None) -> str:
@@ -231,14 +253,6 @@ def _doing(sweep: Sweep, runs: list[RunStatus], backlog: int) -> str:
     if state.find_latents(sweep.folder):
         return "ready to train"
     return "encoding latents" if state.prepared(sweep) else "preparing"
-
-
-def _stage(sweep: Sweep, now: float) -> str:
-    """Return how far the stage before training was when it last said so."""
-    if not (known := StageProgress.find_intact(sweep.folder)):
-        return ""
-    age = _span(now - known.at, " ago")
-    return f"{known.stage} {known.done:,} of {known.total:,} {known.unit}, {age}"
 
 
 def _wrong(reader: _Reader, runs: list[RunStatus]) -> list[str]:

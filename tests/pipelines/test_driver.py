@@ -78,10 +78,10 @@ def driver(tmp_path: Path) -> Driver:
     return driver_of(reading.load(TINY, [f"models={{evaluate: {model}, dit: {model}}}"]), tmp_path)
 
 
-def test_the_progress_of_a_stage_before_training_is_stored(driver: Driver) -> None:
+def test_the_progress_of_a_stage_is_stored(driver: Driver) -> None:
     """For `dis-scale status` on any machine; that of training is in its rows."""
     written = list[str]()
-    for stage in ("prepare", "evaluate"):
+    for stage in ("prepare", "ablate"):
         Log(Context(sweep="tiny", stage=stage), written.append).progress(3, 40, "steps")
         job = Printing([JobStatus.SUCCEEDED], printed=written[-1:])
         driver.poll_every_s, driver.submit = 0.0, lambda *_, job=job: job  # type: ignore[assignment,misc]

@@ -65,6 +65,9 @@ def test_progress_is_logged_when_it_changes_and_not_too_often() -> None:
     for done in (80, 80, 96, 320, 320):
         log.progress(done, 320, "images")
     assert [json.loads(line)["done"] for line in output] == [80, 320]
+    log.repeat_progress()
+    log.progress(320, 320, "images")
+    assert len(output) == 3
 
 
 def test_people_read_words() -> None:

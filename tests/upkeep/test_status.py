@@ -80,6 +80,32 @@ def test_a_stage_before_training_tells_how_far_it_is(sweep: Sweep) -> None:
     assert " ".join(found.stage.split()[:3]) in " ".join(printed(found).split())
 
 
+@pytest.mark.parametrize(
+    ("began_s", "progress_s", "silent"),
+    [(7200, None, True), (7200, 6000, True), (7200, 60, False), (60, None, False), (60, 6000, False)],
+)
+@pytest.mark.parametrize("stage", ["prepare", "precompute", "evaluate"])
+def test_a_stage_that_hangs_is_named(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, stage: str, began_s: float, progress_s: float | None, silent: bool
+) -> None:
+    """Its process lives, and its own watch has not helped. Evaluation that has nothing to do does not hang."""
+    monkeypatch.setattr(state, "prepared", lambda _: stage != "prepare")
+    monkeypatch.setattr(state, "find_latents", lambda _: stage == "evaluate")
+    now = time.time()
+    for name in ("sweep", stage):
+        Holder(host="there", pid=7, at=now - began_s).write(sweep.lease(name), "0001")
+        sweep.lease(name).write("0001.beat", f"9 {now:.0f}".encode())
+    if progress_s:
+        StageProgress(stage=stage, done=3, total=40, unit="images", at=now - progress_s).write(sweep.folder)
+    if stage == "evaluate":
+        assert of(sweep, "dis")[0].wrong == []
+        put_published(sweep.run("dis").published_at(sweep.recipe.train_of("dis").publish_images[0]))
+    line = (
+        f"{stage}: no progress for .*, and process 7 on there is alive: it waits for capacity or hangs; dis-scale logs "
+    )
+    assert [bool(re.match(line, wrong)) for wrong in of(sweep, "dis")[0].wrong] == [True] * silent
+
+
 def test_all_sweeps_below_a_root_are_listed_and_checked(sweep: Sweep, tmp_path: Path, tiny: Recipe) -> None:
     other = Sweep.below(open_folder(tmp_path), tiny.model_copy(update={"name": "other"}))
     other.save_recipe()
