@@ -421,6 +421,60 @@ def test_slurm_queues_again_what_may_continue(
     assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if queued else "")
 
 
+@pytest.mark.parametrize(
+    ("known", "states", "code", "asked"),
+    [
+        (False, ["Status for job 'j': RUNNING", "Job 'j' succeeded"], 0, ["submit", "logs", "logs"]),
+        (False, ["Job 'j' failed"], 0, ["submit", "logs"]),
+        (True, ["Status for job 'j': RUNNING", "Status for job 'j': RUNNING", "Job 'j' was stopped"], 0, ["logs"] * 3),
+        (False, ["Status for job 'j': RUNNING"], 1, ["submit", "logs", "logs"]),
+    ],
+    ids=["the log's connection ends", "fails", "a second pod", "the head is lost"],
+)
+def test_the_submitter_follows_the_job_to_its_end(
+    tmp_path: Path, known: bool, states: list[str], code: int, asked: list[str]
+) -> None:
+    """KubeRay counts a job as failed 30 s after a complete submitter; one whose head is lost is to be submitted by another pod."""
+    rayjob = pods.rayjob("rayjob.yaml")
+    (container,) = rayjob["submitterPodTemplate"]["spec"]["containers"]
+    *command, entrypoint = container["command"]
+    assert entrypoint == rayjob["entrypoint"]
+    entrypoint += " --set 'train.publish_images=[0, 160]'"
+    answers = tmp_path / "answers"
+    answers.write_text("\n".join([*(["known"] if known else ["unknown"]), *states]) + "\n")
+    answer = f'line=$(head -1 {answers}); sed -i 1d {answers}; [ -n "$line" ] && [ "$line" != unknown ] && echo "$line"'
+    written = f"printf '%s|' \"$@\" >> {tmp_path}/asked; echo >> {tmp_path}/asked"
+    logged = f'case "$2" in logs|submit) {written};; status) {answer};; esac'
+    for name, body in {"ray": logged, "sleep": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "RAY_DASHBOARD_ADDRESS": "head:8265",
+        "RAY_JOB_SUBMISSION_ID": "j",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    done = subprocess.run([*command, entrypoint], env=os.environ | job, timeout=60, check=False)
+    assert done.returncode == code
+    calls = [call.split("|")[:-1] for call in (tmp_path / "asked").read_text().splitlines()]
+    assert [call[1] for call in calls] == asked
+    if not known:
+        assert calls[0][calls[0].index("--") + 1 :] == shlex.split(entrypoint)
+
+
+def test_a_submitter_without_a_token_says_so(tmp_path: Path) -> None:
+    """Its pod's log is where the runbook looks, and its exit is what KubeRay counts."""
+    (container,) = pods.rayjob("rayjob.yaml")["submitterPodTemplate"]["spec"]["containers"]
+    for name, body in {"ray": "echo token refused >&2; exit 1", "sleep": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"RAY_DASHBOARD_ADDRESS": "h", "RAY_JOB_SUBMISSION_ID": "j", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        container["command"], env=os.environ | job, timeout=60, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "token refused"
+
+
 def test_the_submitted_job_finds_the_head_and_its_token() -> None:
     """By the names that KubeRay gives them: those of the cluster."""
     parts = {document["kind"]: document for document in pods.documents(pods.JOBS[1])}
