@@ -15,7 +15,8 @@ from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
 from dis_scale.process.redaction import redact
 
-PROGRESS_EVERY_S = 10.0
+PROGRESS_EVERY_S, IDLE_EVERY_S = 10.0, 600.0
+"""Intervals at which progress is logged at most, and at which that of an idle stage is logged again."""
 PROGRESS = (b'{"kind": "progress"',)
 """Beginning of the lines of progress, which stored logs leave out."""
 Kind = Literal["progress", "message", "event", "error"]
@@ -79,8 +80,8 @@ class Log:
 
     context: Context
     write: Callable[[str], None] = write
-    _progress: tuple[int, int] | None = None
-    _progress_s: float = 0.0
+    _progress: tuple[int, int, str] | None = None
+    _progress_s: float = float("-inf")
 
     def say(self, text: str, level: str = "info") -> None:
         """Show a message in the sweep."""
@@ -94,14 +95,18 @@ class Log:
         """Log the error that ends the job, without secrets."""
         self.write(jsonlog.entry(self.context, "error", "error", message=redact(text)))
 
-    def repeat_progress(self) -> None:
-        """Log the next progress also if it has not changed: new work begins, and readers see when."""
-        self._progress = None
+    def repeat_progress(self, every_s: float = IDLE_EVERY_S) -> None:
+        """Log the last progress again while there is no work, so that readers see that the process does not hang."""
+        if self._progress and time.monotonic() >= self._progress_s + every_s:
+            self._log_progress(*self._progress)
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: 30 MB of lines in two weeks."""
         now_s = time.monotonic()
-        if (done, total) == self._progress or (done < total and now_s < self._progress_s + PROGRESS_EVERY_S):
+        if (done, total, unit) == self._progress or (done < total and now_s < self._progress_s + PROGRESS_EVERY_S):
             return
-        self._progress, self._progress_s = (done, total), now_s
+        self._log_progress(done, total, unit)
+
+    def _log_progress(self, done: int, total: int, unit: str) -> None:
+        self._progress, self._progress_s = (done, total, unit), time.monotonic()
         self.write(jsonlog.entry(self.context, "progress", "info", done=done, total=total, unit=unit))

@@ -80,7 +80,7 @@ class StageJob:
             self._export_progress()
 
     def show_idle(self) -> None:
-        """Export the present time as that of the last progress, while there is no work; the next progress is logged in any case."""
+        """Export the present time as that of the last progress while there is no work, and now and then log it again."""
         self._export_progress()
         self.log.repeat_progress()
 

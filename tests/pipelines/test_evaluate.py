@@ -1,5 +1,6 @@
 """A published checkpoint that cannot be measured is logged, noted and skipped; an evaluation without news ends."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
+from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.lease import Holder
@@ -18,6 +20,7 @@ from dis_scale.sweep.documents import Ended
 from pipelines import evaluate
 from pipelines.evaluate import PublishedEvaluation
 from pipelines.failures import WorkerFailure
+from pipelines.lines import Log, parse
 from pipelines.nodes import Node
 from pipelines.places import Places, own_gpus
 from tests.conftest import TINY
@@ -167,6 +170,18 @@ def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path) -> N
     with pytest.raises(DisScaleError, match="nothing was published or saved for 24 h: is training running"):
         PublishedEvaluation(job, "cpu", open_still).run()
     assert opened == [0], "it is not restarted"
+
+
+def test_a_wait_for_training_shows_that_it_lives(job: RecordedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training may use all GPUs for days: status would say that evaluation hangs, and its check would page somebody."""
+    monkeypatch.setattr(time, "monotonic", job.now_s)
+    logged = list[str]()
+    job.log = Log(Context(), logged.append)
+    job.progress(0, 9, "blocks")
+    evaluate.wait_for_training(job, lambda: job.now_s() > 6 * 3600)
+    progress = [line.facts["done"] for line in map(parse, logged) if line and line.kind == "progress"]
+    assert progress == [0] * len(progress)
+    assert 15 < len(progress) < 40
 
 
 def test_a_wait_of_a_day_asks_storage_rarely(job: RecordedJob) -> None:
