@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
+from dis_scale.process.errors import shown
 from dis_scale.process.redaction import redact
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 10.0, 600.0
@@ -45,18 +46,19 @@ def parse(line: str) -> Line | None:
 
 
 def readable(text: str) -> str:
-    """Return a log with each line of the protocol in words; other lines are left as they are."""
+    """Return a log as a terminal may get it, with each line of the protocol in words."""
     return "".join(_readable(line) for line in text.splitlines(keepends=True))
 
 
 def _readable(raw: str) -> str:
     line = parse(raw)
     if line is None:
-        return raw
+        return shown(raw)
     facts = line.facts
     rank = "" if facts["rank"] is None else f"rank {facts['rank']}: "
+    words = shown(_words(line)).replace("\n", "\n  ")  # nothing in a message looks like another line
     level = f"{facts['level']}: " if facts["level"] != "info" else ""
-    return f"{facts['time'][11:19]}  {level}{rank}{_words(line)}\n"
+    return f"{facts['time'][11:19]}  {level}{rank}{words}\n"
 
 
 def _words(line: Line) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError, shown
 from dis_scale.process.jsonlog import JsonLines
 from dis_scale.recipe import shipped
 
@@ -69,17 +69,17 @@ def console(stderr: bool = False) -> Console:
 
 
 def say(line: str) -> None:
-    """Print a line as it is."""
-    print(line, flush=True)
+    """Print a line, without control characters."""
+    print(shown(line), flush=True)
 
 
 def say_aside(line: str) -> None:
     """Print a line beside an output for programs: on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    print(shown(line), file=sys.stderr, flush=True)
 
 
 def show(as_json: bool, document: Any, *words: RenderableType) -> None:
-    """Print a result: its document as JSON for programs, or its lines, as they are, and tables for people."""
+    """Print a result: its document as JSON for programs, or its lines and tables for people."""
     if as_json:
         print(json.dumps(document, indent=1))
         return

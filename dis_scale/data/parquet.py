@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dis_scale.data.listing import Contents, Entry
-from dis_scale.process.errors import StorageError, UserError, nearest
+from dis_scale.process.errors import StorageError, UserError, nearest, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
@@ -59,7 +59,7 @@ def _entries(
     """Yield a file's rows. UserError if its integers mean other classes than those of the first file."""
     version = root.version(name)
     with _opened(root, name) as file:
-        where = f"{root}/{name}"
+        where = printable(f"{root}/{name}")
         _require_columns(file, where, settings, labelled)
         if labelled and (own := _class_names(file, settings)) != classes:
             raise UserError(
@@ -151,4 +151,4 @@ def _opened(root: Folder, name: str) -> pq.ParquetFile:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{root}/{name}: not a complete Parquet file: {' '.join(str(error).split())}") from error
+        raise StorageError(f"{printable(f'{root}/{name}')}: not a complete Parquet file: {' '.join(str(error).split())}") from error

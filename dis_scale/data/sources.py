@@ -440,9 +440,9 @@ def _open_kind(data: Data) -> _Kind:
 
 
 def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
-    """Return the classes' names, or their numbers if they have none; UserError if their number is not the recipe's.
+    """Return the classes' names as they can be shown, or their numbers if they have none; empty for unlabelled images.
 
-    Empty for unlabelled images.
+    UserError if their number is not the recipe's.
     """
     if data.num_classes is None:
         return []
@@ -450,11 +450,11 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
     if names is None and largest >= data.num_classes:
         raise UserError(f"data.num_classes: got {data.num_classes}, but {where} has labels up to {largest}")
     if names is not None and len(names) != data.num_classes:
-        shown = ", ".join(names[:5])
+        shown = ", ".join(map(printable, names[:5]))
         raise UserError(
             f"data.num_classes: got {data.num_classes}, but the source has {len(names)} classes ({shown}, ...)"
         )
-    return list(names or ()) or [str(i) for i in range(data.num_classes)]
+    return list(map(printable, names or ())) or [str(i) for i in range(data.num_classes)]
 
 
 def _gone(what: str) -> StorageError:
@@ -466,7 +466,7 @@ def _gone(what: str) -> StorageError:
 
 def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[Entry]:
     """Yield the images in column `path`, of the classes in column `label` if given."""
-    where = f"{root}/{name}"
+    where = printable(f"{root}/{name}")
     try:
         with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(_lines(file, where), strict=True)

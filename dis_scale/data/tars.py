@@ -97,7 +97,7 @@ def near(first: Entry, entry: Entry) -> bool:
 
 
 def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> Iterator[Entry | LeftOut]:
-    where, version = f"{root}/{name}", root.version(name)
+    where, version = printable(f"{root}/{name}"), root.version(name)
     try:
         with root.open(name) as file:
             for found in _images(_members(file), name, where, settings, labelled):

