@@ -25,7 +25,7 @@ from pipelines import ray_private
 PREFIX = "dis_scale_"
 EXPORT_EVERY_S, REFRESH_EVERY_S = 5.0, 60.0
 """Interval at which a process exports its totals, and at which a driver reads storage for its gauges."""
-LABELS = ("sweep", "model")
+LABELS = ("sweep", "model", "folder")
 GAUGES = {
     "images_per_second": "Training throughput over all workers.",
     "step_seconds": "Time of one training step.",
@@ -64,10 +64,13 @@ SetGauge = Callable[[str, float], None]
 
 
 class Exporter:
-    """Exports a process's gauges and totals through its node's agent, with the sweep and the model of its context."""
+    """Exports a process's gauges and totals through its node's agent, with the sweep and the model of its context.
 
-    def __init__(self, context: Context) -> None:
-        self._labels = {"sweep": context.sweep or "", "model": context.model or ""}
+    `folder` tells sweeps of one name in different folders apart.
+    """
+
+    def __init__(self, context: Context, folder: str = "") -> None:
+        self._labels = {"sweep": context.sweep or "", "model": context.model or "", "folder": folder}
         self._made: dict[str, Counter | Gauge] = {}
         self._gauges: dict[str, float] = {}
         """Last value of each gauge."""

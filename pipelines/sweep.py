@@ -48,6 +48,7 @@ from pipelines.driver import (
     stopping_jobs,
     train_and_evaluate,
 )
+from pipelines.jobs import prefix_of
 from pipelines.metrics import EXPORT_EVERY_S, Exporter
 from pipelines.places import Places
 from pipelines.signals import obeying_signals
@@ -290,7 +291,7 @@ def exporting(driver: Driver, cluster: Cluster) -> Callable[[], bool]:
     """Export the driver's gauges; return a function that tells whether its node is being drained. Neither on a Ray of our own."""
     if cluster.ours:
         return lambda: False
-    exporter = Exporter(Context(sweep=driver.sweep.recipe.name))
+    exporter = Exporter(Context(sweep=driver.sweep.recipe.name), prefix_of(driver.sweep))
     exporter.start()
     driver.gauge = exporter.gauge
     return nodes.own_node_drains
