@@ -151,4 +151,6 @@ def _opened(root: Folder, name: str) -> pq.ParquetFile:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{printable(f'{root}/{name}')}: not a complete Parquet file: {' '.join(str(error).split())}") from error
+        raise StorageError(
+            f"{printable(f'{root}/{name}')}: not a complete Parquet file: {' '.join(str(error).split())}"
+        ) from error
