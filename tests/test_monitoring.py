@@ -4,6 +4,7 @@ Promtool checks queries and runs the alerts' own tests; without it (Debian: apt-
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,8 +27,9 @@ OTHERS = {
     "kube_cronjob_status_last_successful_time",
     "kube_cronjob_created",
     "kube_cronjob_spec_suspend",
+    "dis_scale_slurm_job_state",
 }
-"""KubeRay's (ray-operator/controllers/ray/metrics of 1.7.0), and kube-state-metrics' (docs/metrics/workload)."""
+"""KubeRay's (ray-operator/controllers/ray/metrics of 1.7.0), kube-state-metrics' (docs/metrics/workload), and our own script's."""
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is missing: apt-get install prometheus"
 )
@@ -50,7 +52,24 @@ def queries() -> list[str]:
 
 
 def metrics_in(texts: list[str]) -> set[str]:
-    return {name for text in texts for name in re.findall(r"\b(?:ray_dis_scale|kuberay|kube)_\w+", text)}
+    return {
+        name for text in texts for name in re.findall(r"\b(?:ray_dis_scale|dis_scale_slurm|kuberay|kube)_\w+", text)
+    }
+
+
+def test_states_of_slurm_jobs_are_exported(tmp_path: Path) -> None:
+    (tmp_path / "sacct").write_text("#!/bin/sh\nprintf '7|FAILED\\n8|CANCELLED by 1000\\n'\n")
+    (tmp_path / "sacct").chmod(0o755)
+    script, out = PROMETHEUS / "slurm-jobs.sh", tmp_path / "jobs.prom"
+    subprocess.run([script, out], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True)
+    lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
+    assert lines == [
+        f'dis_scale_slurm_job_state{{job="{n}",state="{s}"}} 1' for n, s in ((7, "FAILED"), (8, "CANCELLED"))
+    ]
+    (tmp_path / "sacct").write_text("#!/bin/sh\nexit 1\n")
+    failed = subprocess.run([script, out], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=False)
+    assert failed.returncode == 1
+    assert len(out.read_text().splitlines()) == 4, "what is known stays"
 
 
 def promtool(*arguments: object) -> None:

@@ -1,0 +1,19 @@
+#!/bin/bash
+# States of the Slurm jobs of the last day for node_exporter's textfile collector: from cron every minute, on a node with sacct,
+#
+#   ops/prometheus/slurm-jobs.sh /var/lib/prometheus/node-exporter/dis_scale_slurm.prom [JOB_NAME]
+#
+# JOB_NAME is that of cluster/slurm.sh by default. A job that is queued again has the state of its last run.
+set -euo pipefail
+
+out=$1 name=${2:-dis-scale}
+jobs=$(sacct --allusers --allocations --noheader --parsable2 --name="$name" --starttime=now-1day --format=JobID,State)
+{
+    echo '# HELP dis_scale_slurm_job_state 1 for the state of a Slurm job.'
+    echo '# TYPE dis_scale_slurm_job_state gauge'
+    while IFS='|' read -r job state; do # "CANCELLED by 1000" is CANCELLED
+        [ -z "$job" ] || echo "dis_scale_slurm_job_state{job=\"$job\",state=\"${state%% *}\"} 1"
+    done <<< "$jobs"
+} > "$out.$$"
+chmod 644 "$out.$$"
+mv "$out.$$" "$out" # whole, also while it is read
