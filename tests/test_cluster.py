@@ -91,7 +91,9 @@ def test_files_are_yaml_and_run_this_version(path: Path) -> None:
     text = path.read_text()
     assert all(pods.documents(path.name))
     images = set(re.findall(r"image: (?:&\w+ )?([^*\s]+)", text))
-    assert images - {"postgres:17"} == {IMAGE}
+    others = images - {IMAGE}
+    assert IMAGE in images
+    assert all(re.fullmatch(r"postgres:17@sha256:[0-9a-f]{64}", image) for image in others), "a tag can be moved"
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
@@ -207,6 +209,19 @@ def test_every_node_has_the_keys_and_time_to_save(groups: list[dict[str, Any]], 
         (container,) = pod(group)["containers"]
         assert {"secretRef": {"name": "object-storage", "optional": True}} in container["envFrom"]
         assert pod(group)["terminationGracePeriodSeconds"] >= recipe.grace_s
+    for group in groups[:2]:  # the head and training
+        env = {each["name"]: each.get("value") for each in pod(group)["containers"][0]["env"]}
+        drain_s = int(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert recipe.grace_s < drain_s < pod(group)["terminationGracePeriodSeconds"], (
+            "Ray ends before its pod is killed"
+        )
+
+
+def test_the_head_is_kept_off_preemptible_nodes(groups: list[dict[str, Any]]) -> None:
+    """With the head its sweep ends."""
+    affinity = pod(groups[0])["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = affinity["nodeSelectorTerms"]
+    assert term["matchExpressions"] == [{"key": "node-pool", "operator": "NotIn", "values": ["preemptible"]}]
 
 
 def test_versions_are_the_tested_ones(job: dict[str, Any]) -> None:

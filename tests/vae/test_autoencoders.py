@@ -48,6 +48,16 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
     assert np.abs(decoded.astype(int) - plain.astype(int)).max() <= 1  # one more rounding
 
 
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    """A pickle may run a program."""
+    settings = saved(tmp_path / "vae", **KINDS[next(iter(KINDS))])  # type: ignore[arg-type]
+    (weights,) = (tmp_path / "vae").glob("*.safetensors")
+    weights.unlink()
+    torch.save({}, weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"vae.path: no autoencoder at .*safetensors"):
+        vae.load_pretrained(settings)
+
+
 FEW = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC")
 """Run by `make test`, with and without a posterior; the others by `make faults`."""
 
