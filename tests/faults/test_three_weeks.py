@@ -24,7 +24,9 @@ def shipped() -> Rules:
     (timeout_s,) = (
         line.split("=")[1].split()[0] for line in text.splitlines() if "STATUS_CHECK_TIMEOUT_SECONDS=" in line
     )
-    return Rules(spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"], float(timeout_s))
+    (submitter,) = spec["submitterPodTemplate"]["spec"]["containers"]
+    follows = "while ray job logs --follow" in " ".join(submitter.get("command", []))
+    return Rules(spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"], float(timeout_s), follows)
 
 
 def weeks(root: Path, rules: Rules | None = None) -> Weeks:
@@ -45,6 +47,7 @@ def test_three_weeks_end_with_all_results_and_no_person(tmp_path: Path, monkeypa
     assert happened["GPU failed"] > 5, "also while the node is excluded, and the others are away"
     assert made.encoded_h < 12
     assert happened["submitter lost"] >= 10
+    assert happened["log ended"] == 5
     assert happened["preemption"] > 10
 
 
@@ -77,8 +80,9 @@ def test_without_a_cure_of_ours_they_do_not(
     [
         ({"status_timeout_s": 300.0}, "JobStatusCheckTimeoutExceeded"),
         ({"submitter_limit": 2, "backoff_limit": 0}, "SubmissionFailed"),
+        ({"submitter_follows": False, "backoff_limit": 0}, "JobDeploymentStatusTransitionGracePeriodExceeded"),
     ],
-    ids=["five minutes for the head", "three losses of the submitter"],
+    ids=["five minutes for the head", "three losses of the submitter", "the end of the log's connection"],
 )
 def test_with_a_limit_of_kuberay_as_it_comes_they_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: dict[str, float], why: str

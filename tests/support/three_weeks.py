@@ -225,6 +225,8 @@ class Rules:
     backoff_limit: int
     submitter_limit: int
     status_timeout_s: float
+    submitter_follows: bool
+    """Whether the submitter's pod asks again when the connection of its log ends; KubeRay's own is then complete."""
 
 
 @dataclass
@@ -275,6 +277,7 @@ class Weeks:
         """Each once or more, at times of their own: the head and storage away, the submitter lost, no capacity."""
         hours = {30: self._head_away, 200: self._head_away, 60: self._away, 250: self._away, 100: self._drought}
         hours |= dict.fromkeys(range(10, 400, 35), self._submitter_lost)
+        hours |= dict.fromkeys(range(12, 400, 90), self._log_ends)
         for hour in sorted(hours):
             self.world.sleep(max(hour * HOUR - self.world.now, 0))
             hours[hour]()
@@ -295,6 +298,10 @@ class Weeks:
     def _submitter_lost(self) -> None:
         self.happened["submitter lost"] += 1
         self.submitter_up = False
+
+    def _log_ends(self) -> None:
+        self.happened["log ended"] += 1
+        self.submitter_complete = self.submitter_up and not self.rules.submitter_follows
 
     def _drought(self) -> None:
         self.happened["drought"] += 1
@@ -338,6 +345,7 @@ class Weeks:
     def _follow(self) -> None:
         """Watch one cluster's job until it is over, and replace its submitter's pod."""
         self.submitter_up, losses, again_s, answered_s = False, -1, 0.0, self.world.now
+        self.submitter_complete = False
         while True:
             if not self.submitter_up and self.world.now >= again_s:
                 losses += 1
@@ -356,6 +364,9 @@ class Weeks:
                 status = JobStatus.RUNNING
             if self.world.now - answered_s > self.rules.status_timeout_s:
                 self.deployment, self.why = "Failed", "JobStatusCheckTimeoutExceeded"
+                return
+            if status not in jobs.ENDED and self.submitter_complete:  # for 30 s
+                self.deployment, self.why = "Failed", "JobDeploymentStatusTransitionGracePeriodExceeded"
                 return
             if status in jobs.ENDED:
                 self.deployment = "Failed" if status == JobStatus.FAILED else "Complete"
