@@ -203,14 +203,19 @@ def _parsed(data: bytes | mmap, where: str) -> Shard:
 
 
 def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str]) -> None:
-    """Write a shard, then its sidecar: digest, count, images by label, and sums of the moments for the statistics."""
-    data = pack(samples)
-    latents.write(f"{shard_name(number)}.tar", data)
+    """Write a shard, then its sidecar: digest, count, images by label, and sums of the moments for the statistics.
+
+    If another encoder has finished it meanwhile, with other bytes, both files are written again, so that they belong together.
+    """
+    tar, name, data = f"{shard_name(number)}.tar", f"{shard_name(number)}.json", pack(samples)
+    latents.write(tar, data)
     labels = {str(label): count for label, count in sorted(Counter(s.label for s in samples).items())}
     sidecar = ShardSidecar(
         **asdict(Digest.of(data)), count=len(samples), refused=tuple(refused), labels=labels, sums=_sums(samples)
-    )
-    sidecar.write_signed(latents, f"{shard_name(number)}.json")
+    ).signed()
+    if not sidecar.create(latents, name) and _intact(latents, number) != sidecar:
+        latents.write(tar, data)
+        sidecar.write(latents, name)
 
 
 def finished(latents: Folder, numbers: range) -> set[int]:
@@ -220,8 +225,12 @@ def finished(latents: Folder, numbers: range) -> set[int]:
     """
     sizes = latents.sizes()
     candidates = [n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= sizes.keys()]
-    expected = in_order(candidates, lambda n: _recorded_bytes(latents, n), READS_AT_ONCE)
-    return {n for n, size in zip(candidates, expected, strict=True) if size == sizes[f"{shard_name(n)}.tar"]}
+    sidecars = in_order(candidates, lambda n: _intact(latents, n), READS_AT_ONCE)
+    return {
+        n
+        for n, each in zip(candidates, sidecars, strict=True)
+        if each and each.size_bytes == sizes[f"{shard_name(n)}.tar"]
+    }
 
 
 def clear_strays(latents: Folder, numbers: range) -> list[str]:
@@ -264,11 +273,11 @@ def _require_size(latents: Folder, number: int, sidecar: ShardSidecar, sizes: di
         )
 
 
-def _recorded_bytes(latents: Folder, number: int) -> int | None:
-    """Size of a tar by its sidecar; None if the sidecar is damaged."""
+def _intact(latents: Folder, number: int) -> ShardSidecar | None:
+    """Return a shard's sidecar, None if it is missing or damaged."""
     try:
-        return ShardSidecar.read_signed(latents, f"{shard_name(number)}.json").size_bytes
-    except StorageError:
+        return ShardSidecar.read_signed(latents, f"{shard_name(number)}.json")
+    except (FileNotFoundError, StorageError):
         return None
 
 

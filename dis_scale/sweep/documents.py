@@ -315,9 +315,9 @@ class ShardSidecar(Document):
     """Images by label."""
     sums: ChannelSums
 
-    def write_signed(self, folder: Folder, name: str) -> None:
-        """Write the facts with their hash."""
-        self.changed(facts_sha256=self._hash()).write(folder, name)
+    def signed(self) -> Self:
+        """Return the facts with their hash."""
+        return self.changed(facts_sha256=self._hash())
 
     @classmethod
     def read_signed(cls, folder: Folder, name: str) -> Self:

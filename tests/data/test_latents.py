@@ -1,7 +1,10 @@
 """Shards have reproducible bytes and are readable by others; a lane of a step is equal for every reader."""
 
 import dataclasses
+import hashlib
 import io
+import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from dis_scale.data.latents import Latents, micro_batch, prefetch
 from dis_scale.data.shards import Sample
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import LatentShape, Recipe
-from dis_scale.storage.folder import open_folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import LatentsManifest, ShardSidecar
 from tests.support.documents import made_from
@@ -61,6 +64,58 @@ def test_the_sums_of_a_shard_are_those_of_numpy(posterior: bool, tmp_path: Path)
     np.testing.assert_array_equal(sums.mean, means.mean((0, 2, 3)))
     np.testing.assert_array_equal(sums.m2, means.var((0, 2, 3)) * sums.count)
     np.testing.assert_array_equal(sums.variance, sum(np.exp(log_variances).sum((2, 3))) if posterior else np.zeros(4))
+
+
+class _InTurns(Folder):
+    """A folder of whose requests each waits for the turn of its thread."""
+
+    def _wait(self) -> None:
+        PAUSED.release()
+        TURNS[threading.current_thread().name].acquire()
+
+    def read_up_to(self, path: str, most: int) -> bytes:
+        self._wait()
+        return super().read_up_to(path, most)
+
+    def write(self, path: str, data: bytes) -> None:
+        self._wait()
+        super().write(path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        self._wait()
+        return super().create(path, data)
+
+
+PAUSED = threading.Semaphore(0)
+TURNS = {name: threading.Semaphore(0) for name in ("first", "second")}
+
+
+@pytest.mark.parametrize(
+    "order", list(itertools.product(TURNS, repeat=6)), ids=lambda order: "".join(name[0] for name in order)
+)
+def test_two_encoders_of_a_shard_leave_one_of_their_bytes(order: tuple[str, ...], tmp_path: Path) -> None:
+    """A lost encoder may still work, and its device may compute other bytes. In each order of their requests."""
+    data = dict(zip(TURNS, (samples(0, 2), samples(2, 2)), strict=True))
+
+    over = set[str]()
+
+    def encode() -> None:
+        name = threading.current_thread().name
+        shards.put_shard(_InTurns(str(tmp_path)), 0, data[name], [])
+        over.add(name)
+        PAUSED.release()
+
+    threads = {name: threading.Thread(target=encode, name=name) for name in TURNS}
+    for thread in threads.values():
+        thread.start()
+        assert PAUSED.acquire(timeout=60)
+    for name in (*order, *(["first"] * 6), *(["second"] * 6)):
+        if name not in over:
+            TURNS[name].release()
+            assert PAUSED.acquire(timeout=60)
+    assert over == {*TURNS}
+    sidecar = ShardSidecar.read_signed(open_folder(tmp_path), "000000.json")
+    assert sidecar.sha256 == hashlib.sha256((tmp_path / "000000.tar").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("cut", [1, 512, 700, 1536, 2000, 3000, 10_000])

@@ -237,7 +237,7 @@ def test_a_worker_reads_each_run_once_and_nothing_else(mixing_of: Mixing) -> Non
         for group in mixing_of.mixer.groups:
             mixing_of.mix(group)
     counts = Counter(verb for verb, _ in requests)
-    assert counts == {"read": 5 * 5 + 5, "write": 2 * 10, "written": 2 * 10}
+    assert counts == {"read": 5 * 5 + 5, "write": 10, "create": 10, "written": 2 * 10}
     assert all(path.endswith(".bin") for verb, path in requests if verb == "read")
 
 

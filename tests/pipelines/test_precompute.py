@@ -267,7 +267,7 @@ def test_a_rerun_after_a_refused_write_ends_in_the_same_bytes(sweep: Sweep, stor
     other = sweep_with_the_vae_of(sweep, open_folder(store_url) / "elsewhere/sweeps/other")
     undisturbed, latents = made(sweep), latents_of(other)
     refused = OSError(errno.EINVAL, "Invalid request")
-    with store_requests.failing(refused, "write", "000001.json"), pytest.raises(StorageError, match="Invalid request"):
+    with store_requests.failing(refused, "create", "000001.json"), pytest.raises(StorageError, match="Invalid request"):
         made(other)
     assert latents.list() == ["000000.json", "000000.tar", "000001.tar", "begun.json", Hardware.NAME]
     for name in ("000002.json", "000003.json", "000003.tar"):
@@ -288,14 +288,14 @@ def test_a_rerun_after_a_refused_write_ends_in_the_same_bytes(sweep: Sweep, stor
 
 def die_between_tar_and_sidecar(sweep: str) -> None:
     """In a process of its own: kill -9 when the fourth shard's tar is written and its sidecar is not."""
-    put = Folder.write
+    create = Folder.create
 
-    def put_or_die(self: Folder, path: str, data: bytes) -> None:
+    def create_or_die(self: Folder, path: str, data: bytes) -> bool:
         if path == "000003.json":
             os.kill(os.getpid(), signal.SIGKILL)
-        put(self, path, data)
+        return create(self, path, data)
 
-    Folder.write = put_or_die  # type: ignore[method-assign]
+    Folder.create = create_or_die  # type: ignore[method-assign]
     made(Sweep.open(sweep))
 
 
