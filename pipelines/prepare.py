@@ -20,7 +20,7 @@ from pipelines.failures import WorkerFailure
 from pipelines.nodes import choose_device
 from pipelines.places import PREPARE_CPUS, Places
 from pipelines.restarts import with_restarts
-from pipelines.sharing import Deal, capacity, share
+from pipelines.sharing import SHARED, Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import SILENT, watch
 from pipelines.worker import Request, Worker, request_for, spawn
@@ -148,7 +148,7 @@ def _prepare_with_one(job: StageJob, device: str, request: Request, held: Lease)
     worker = spawn(job, Preparer, request, held)
     result = worker.prepare.remote(job.sweep, device)
     total = cache(partial(_steps_and_images, job.sweep))  # counted at the first report, while the worker starts
-    watch(job, [worker], [result], lambda done: job.progress(done[0], total(), "steps"), SILENT)  # it also reads images
+    watch(job, [worker], [result], lambda done: job.progress(done[0], total(), "steps"), SHARED)
 
 
 def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:
