@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class PaperNumbers(NamedTuple):
-    """Numbers of a family's own paper, beside what is counted here."""
+    """Numbers in the way of a family's own paper, beside what is counted here."""
 
-    gflops: float | None = None
-    """The DiS paper's Gflops column: thop x 2, which does not count the mixers."""
+    thop_gflops: float | None = None
+    """Gflops as the DiS paper counts them: thop x 2, which leaves out the mixers. Of any size, also of those that it has not."""
     gmacs: float | None = None
-    """PaperNumbers multiply-adds, in 10^9."""
+    """Published multiply-adds, in 10^9."""
 
 
 class PublicLayout(Protocol):
@@ -55,7 +55,7 @@ class Family:
     network: Callable[..., "Backbone"]
     """Makes the network: `network(settings, shape, num_classes, scan, checkpointing)`."""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """PaperNumbers sizes by name."""
+    """Published sizes by name."""
     ladder: tuple[str, ...] = ()
     """Presets that a first recipe compares on GPUs, the smallest first."""
     small: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

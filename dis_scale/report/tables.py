@@ -32,7 +32,7 @@ COST = (
     TableColumn("kind", lambda p: p.kind),
     TableColumn("variant", lambda p: p.variant),
     TableColumn("gmacs_forward", lambda p: p.gmacs, ".6g"),
-    TableColumn("paper_gflops", lambda p: p.cost.paper.gflops),
+    TableColumn("thop_gflops", lambda p: p.cost.paper.thop_gflops),
     TableColumn("parameters", lambda p: p.cost.parameters),
     TableColumn("images", lambda p: p.images_seen),
     TableColumn("training_eflops", lambda p: p.eflops, ".6g"),

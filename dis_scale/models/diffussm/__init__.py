@@ -15,7 +15,7 @@ SIZES = {
     "DiffuSSM-XL": {"width": 1152, "depth": 29},
 }
 XL_GMACS = {32: 280.3, 64: 1066.2}
-"""PaperNumbers values of XL by latent size (as quoted by others): quotients of rounded totals. No count equals both."""
+"""Published values of XL by latent size (as quoted by others): quotients of rounded totals. No count equals both."""
 
 
 def _network(*arguments: Any) -> "Backbone":
