@@ -233,7 +233,7 @@ def comparisons(report: Report, ours: str, theirs: str) -> Sequence[Comparison |
                 f"--families: {report.sweep} has no points of {family}: it has {', '.join(report.families)}"
             )
     measured = {name for p in report.main for name in p.values}
-    metrics = [metric for metric in (report.metric, HELD_OUT) if metric in measured]
+    metrics = [metric for metric in dict.fromkeys((report.metric, HELD_OUT)) if metric in measured]
     if report.recipe.isoflop is None:
         return [_comparison(report, metric, cost, ours, theirs) for metric in metrics for cost in COSTS]
     if studied := [each for metric in metrics for each in _at_budgets(report, metric, ours, theirs)]:
@@ -317,7 +317,13 @@ def sentences(report: Report) -> list[str]:
     if report.recipe.isoflop:
         said = [found[-1].sentence for other in others if (found := _at_budgets(report, HELD_OUT, first, other))]
         return said + [line for other in others for line in left_out(report, first, other)]
-    return [_comparison(report, report.metric, "Gflops", first, other).sentence for other in others]
+    return [_either_way(report, first, other).sentence for other in others]
+
+
+def _either_way(report: Report, first: str, other: str) -> Comparison:
+    """Return the first family against the curve of the other, or that against the curve of the first if only this is one."""
+    ours, theirs = (_comparison(report, report.metric, "Gflops", *pair) for pair in ((first, other), (other, first)))
+    return theirs if ours.found is None and theirs.found else ours
 
 
 def table(sweep: str, found: Sequence[Comparison | AtBudget]) -> Table:
