@@ -10,6 +10,7 @@ from rich.text import Text
 
 from dis_scale.evaluation.metrics import jackknife_error
 from dis_scale.process.errors import UserError
+from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.recipe.identity import as_yaml, differing
 from dis_scale.report.points import ALIKE, Point, Report
 from dis_scale.report.tables import SAMPLING, UNFINISHED, TableColumn, with_error
@@ -140,12 +141,20 @@ def _require_comparable(a: Report, b: Report) -> None:
     ]
     if not one.reference:  # it is made from these
         facts += [("data.source", images.source, others.source), ("data.crop", images.crop, others.crop)]
+    if a.metric == HELD_OUT:  # it is of these latents and this process; flows share one, whatever they predict
+        facts += [("VAE", a.vae, b.vae), ("diffusion.kind", a.recipe.diffusion.kind, b.recipe.diffusion.kind)]
+        facts += [
+            (f"data.{key}", getattr(images, key), getattr(others, key)) for key in ("held_out_images", "normalise")
+        ]
+        if a.recipe.diffusion.kind == "gaussian":
+            facts += [(f"diffusion.{key}", x, y) for key, x, y in differing(a.recipe.diffusion, b.recipe.diffusion)]
     if (weights := _weights(a)) and (other_weights := _weights(b)):
         facts.append((f"weights of extractor {one.extractor.name}", weights, other_weights))
+    what_differs = "losses" if a.metric == HELD_OUT else "distances"
     for what, x, y in facts:
         if x != y:
             raise UserError(
-                f"{what}: {a.sweep} has {as_yaml(x)}, {b.sweep} has {as_yaml(y)}: their distances cannot be compared"
+                f"{what}: {a.sweep} has {as_yaml(x)}, {b.sweep} has {as_yaml(y)}: their {what_differs} cannot be compared"
             )
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe.train import Flow, Gaussian
 from dis_scale.report import Report, compare, figures
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics
@@ -219,6 +220,23 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path
         other = sweep_at(tmp_path, "tiny", recipe.model_copy(update=parts))
         with pytest.raises(UserError, match=words):
             compare.differences(a, collect(other), {})
+
+
+def test_held_out_losses_of_other_quantities_are_refused(tmp_path: Path, recipe: Recipe) -> None:
+    """A loss of the noise at a Gaussian's times is not one of a flow's velocity, nor that of other images."""
+    changes = {"extractor": {"kind": "none"}}
+    made = recipe.model_copy(
+        update={"evaluate": recipe.evaluate.model_validate(recipe.evaluate.model_dump() | changes)}
+    )
+    a = collect(sweep_at(tmp_path, "tiny", made))
+    for part, other, words in (
+        ("data", made.data.model_copy(update={"held_out_images": 7}), "data.held_out_images: tiny has .*, tiny has 7"),
+        ("diffusion", Gaussian(kind="gaussian", steps=500), "diffusion.steps: tiny has 1000, tiny has 500"),
+        ("diffusion", Flow(kind="flow"), "diffusion.kind: tiny has gaussian, tiny has flow"),
+    ):
+        b = collect(sweep_at(tmp_path, "tiny", made.model_copy(update={part: other})))
+        with pytest.raises(UserError, match=f"{words}: their losses cannot be compared"):
+            compare.differences(a, b, {})
 
 
 def test_distances_under_other_weights_of_one_extractor_are_refused(
