@@ -178,8 +178,9 @@ class Evaluate(Sampling):
     also: tuple[ExtractorSettings, ...] = ()
     """Other extractors, in the same pass over the same images."""
     metrics: tuple[Metric, ...] = Field(("distance",), json_schema_extra={"role": "extent"})
-    """Metrics under each extractor; sFID and the Inception Scores under Inception only. The first distance
-    is the curve's."""
+    """Metrics under each extractor; sFID and the Inception Scores under Inception only."""
+    curve: Literal["distance", "distance_infinity"] = runtime("distance")
+    """The one of `metrics` under the main extractor that is the curve's."""
     reference: str | None = None
     """An ADM reference `.npz` (path or URL) instead of the source images' statistics."""
     block_images: Count = 250
@@ -222,8 +223,8 @@ class Evaluate(Sampling):
         """Name of the curve's metric, a distance under the main extractor; without one the held-out loss."""
         if not self.extractors:
             return HELD_OUT
-        first = next(metric for metric in self.metrics if metric.startswith("distance"))
-        return self.metric_name({"distance": "fid", "distance_infinity": "fid_infinity"}[first], self.extractor.name)
+        stem = {"distance": "fid", "distance_infinity": "fid_infinity"}[self.curve]
+        return self.metric_name(stem, self.extractor.name)
 
     def metric_name(self, stem: str, extractor: str) -> str:
         """Return the field's term under Inception, otherwise one with the extractor's name; with the samples unless 50,000.
@@ -273,6 +274,8 @@ class Evaluate(Sampling):
         names = {extractor.name for extractor in self.extractors}
         if "distance" not in self.metrics:
             raise ValueError("metrics: distance is always measured: add it to the list")
+        if self.curve not in self.metrics:
+            raise ValueError(f"curve: {self.curve} is not measured: add it to metrics")
         only = INCEPTION_METRICS & set(self.metrics)
         if only and "inception" not in names:
             raise ValueError(f"metrics: {sorted(only)[0]} needs Inception: add {{kind: inception}} to also")

@@ -260,6 +260,7 @@ def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> No
         (["evaluate.reference=x.npz"], "an ADM file has Inception's statistics only, and the extractors are ['digits']"),
         (["evaluate.also=[{kind: exported, name: digits, path: x}]"], "extractors need names of their own"),
         (["evaluate.also=[{kind: trained, name: more}]"], "one trained extractor at most"),
+        (["evaluate.curve=distance_infinity"], "curve: distance_infinity is not measured: add it to metrics"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_measured_is_refused(settings: list[str], message: str) -> None:
@@ -268,10 +269,10 @@ def test_a_recipe_that_cannot_be_measured_is_refused(settings: list[str], messag
     assert message in str(caught.value)
 
 
-def test_the_first_distance_is_the_curve() -> None:
-    settings = inception_settings(samples=50_000, metrics=("distance_infinity", "distance"))
-    assert settings.metric == "fid_infinity"
-    assert inception_settings(samples=50_000, metrics=("kid", "distance", "distance_infinity")).metric == "fid"
+def test_the_curve_may_be_of_endless_samples() -> None:
+    both = ("distance_infinity", "distance")
+    assert inception_settings(samples=50_000, metrics=both).metric == "fid"
+    assert inception_settings(samples=50_000, metrics=both, curve="distance_infinity").metric == "fid_infinity"
 
 
 def test_metrics_may_be_added_and_extractors_may_not(tiny: Recipe) -> None:
