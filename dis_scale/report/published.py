@@ -34,7 +34,7 @@ PUBLISHED = [
     Published("DiT", "DiT-L/2", 80.7, 23.3),
     Published("DiT", "DiT-XL/2", 118.6, 19.5),
     # Ma et al. 2024 (arXiv 2401.08740): DiT's backbones under flow matching
-    Published("SiT", "SiT-B/2", 23.0, 33.0),
+    Published("SiT", "SiT-B/2", 23.0, 33.0),  # as later tables quote it
     Published("SiT", "SiT-L/2", 80.7, 18.8),
     Published("SiT", "SiT-XL/2", 118.6, 17.2),
     # Zhu et al. 2024 (arXiv 2405.18428); the multiply-adds are the count of DiCo (arXiv 2505.11196), in its table
