@@ -49,7 +49,8 @@ class Preparer(Worker):
         self._begin(1)
         from dis_scale.evaluation import parts
 
-        source, extractors = _source(sweep), self._extractors(sweep, device)
+        source, of_images = _source(sweep), sweep.recipe.evaluate.of_images
+        extractors = [e for e in self._extractors(sweep, device) if e.name in of_images]
         missing = state.reference_parts_missing(sweep, len(source))
         for number in iter(deal, None):
             if number in missing:
@@ -174,8 +175,7 @@ def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:
 
 def _has_parts(sweep: Sweep, source: Source) -> bool:
     """Whether the statistics are computed from the source's images in several parts."""
-    evaluate = sweep.recipe.evaluate
-    return bool(evaluate.extractors) and evaluate.reference is None and part_count(len(source)) > 1
+    return bool(sweep.recipe.evaluate.of_images) and part_count(len(source)) > 1
 
 
 def _steps_and_images(sweep: Sweep) -> int:

@@ -152,14 +152,16 @@ def measure_floor(
     found: dict[str, dict[str, float]] = {}
     for name, by_kind in groups.items():
         metric = settings.metric_name("fid", name)
-        for kind, (value, error) in _distances(by_kind, unweighted[name], references[name].pooled, settings).items():
+        for kind, (value, error) in _distances(
+            by_kind, unweighted[name], references[name].pooled, settings, name
+        ).items():
             known = {metric: value} | ({} if error is None else {f"{metric}_error": error})
             found[kind] = found.get(kind, {}) | known
     return found
 
 
 def _distances(
-    by_kind: Mapping[str, Groups], chosen: Groups, reference: MeanCovariance, settings: Evaluate
+    by_kind: Mapping[str, Groups], chosen: Groups, reference: MeanCovariance, settings: Evaluate, extractor: str
 ) -> dict[str, tuple[float, float | None]]:
     """Return each kind's distance and standard error at the size of the samples and of the complete reference.
 
@@ -168,7 +170,7 @@ def _distances(
     """
     real, d = chosen.total(), len(reference.mean)
     rest, share = reference, 1.0
-    if not settings.reference:
+    if settings.reference_of(extractor) is None:
         left = Sums.of(reference).without(real)
         require_samples(left.count, d)
         rest = left.mean_covariance()

@@ -88,6 +88,8 @@ class _Pass:
         self._requested = set(settings.metrics)
         if name != "inception":
             self._requested -= INCEPTION_METRICS
+        if name not in settings.of_images:
+            self._requested.discard("copy_rate")
         self._sums, self._spatial = Groups(settings.samples), Groups(settings.samples)
         cuts = {"inception_score": score.shuffled_splits, "inception_score_adm": score.adm_splits}
         self._scores = {m: Score(cuts[m](settings.samples), inception.CLASSES) for m in cuts if m in self._requested}

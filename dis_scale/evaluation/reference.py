@@ -73,11 +73,12 @@ def prepare(
     """
     recipe, left = sweep.recipe, references_missing(sweep)
     missing = [e for e in extractors if e.name in left]
-    if missing and recipe.evaluate.reference:
-        references = {missing[0].name: read_adm(recipe.evaluate.reference, recipe.data.resolution, missing[0], report)}
-    else:
-        merged = parts.merged(sweep, source, missing, report, say)
-        references = {e.name: Reference.of(e.identity, merged[e.name]) for e in missing}
+    of_images = [e for e in missing if e.name in recipe.evaluate.of_images]
+    merged = parts.merged(sweep, source, of_images, report, say) if of_images else {}
+    references = {e.name: Reference.of(e.identity, merged[e.name]) for e in of_images}
+    for extractor in missing:
+        if url := recipe.evaluate.reference_of(extractor.name):
+            references[extractor.name] = read_adm(url, recipe.data.resolution, extractor, report)
     for extractor in missing:
         require(extractor.name, references[extractor.name], recipe)
         require_held()
@@ -109,7 +110,7 @@ def read_adm(url: str, resolution: int, extractor: Extractor, report: ReportDone
 
 def require(name: str, reference: Reference, recipe: Recipe) -> None:
     """StorageError if the reference under extractor `name` lacks what the recipe's metrics need; called before sampling."""
-    where, samples = recipe.evaluate.reference or f"reference under {name}", recipe.evaluate.samples
+    where, samples = recipe.evaluate.reference_of(name) or f"reference under {name}", recipe.evaluate.samples
     d, kept = len(reference.pooled.mean), reference.kept
     require_samples(samples, d)
     if 0 < reference.pooled.count <= d:  # an ADM file lacks the number of images

@@ -193,8 +193,11 @@ class Recipe(Settings):
             raise ValueError(
                 f"vae.kind: got {self.vae.kind}, expected pretrained or exported: the autoencoder that made the latents"
             )
-        if self.evaluate.extractors and self.evaluate.reference is None:
-            raise ValueError("evaluate.reference: none, and latents have no images: give the .npz of ADM's reference")
+        if names := sorted(self.evaluate.of_images):
+            raise ValueError(
+                f"evaluate.extractor: {names[0]} needs images, and latents have none: only Inception, with the .npz of ADM's as "
+                "evaluate.reference"
+            )
         if self.evaluate.measures_floor:
             raise ValueError("evaluate.floor: latents have no images to measure it with: set it to false")
         return self

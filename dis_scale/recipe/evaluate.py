@@ -182,7 +182,7 @@ class Evaluate(Sampling):
     curve: Literal["distance", "distance_infinity"] = runtime("distance")
     """The one of `metrics` under the main extractor that is the curve's."""
     reference: str | None = None
-    """An ADM reference `.npz` (path or URL) instead of the source images' statistics."""
+    """An ADM reference `.npz` (path or URL) instead of the source images' statistics under Inception."""
     block_images: Count = 250
     """Samples of a block: the unit of work of one worker, which is kept."""
     batch_images: Count = 50
@@ -208,6 +208,15 @@ class Evaluate(Sampling):
     def extractors(self) -> tuple[ExtractorSettings, ...]:
         """The main extractor, then the others; none without a distance."""
         return () if isinstance(self.extractor, NoExtractor) else (self.extractor, *self.also)
+
+    def reference_of(self, extractor: str) -> str | None:
+        """Return the file of the statistics under an extractor; None if they are computed from the source images."""
+        return self.reference if extractor == "inception" else None
+
+    @property
+    def of_images(self) -> set[str]:
+        """Names of the extractors whose statistics are computed from the source images."""
+        return {extractor.name for extractor in self.extractors if self.reference_of(extractor.name) is None}
 
     @property
     def measures_floor(self) -> bool:
@@ -284,10 +293,13 @@ class Evaluate(Sampling):
     @model_validator(mode="after")
     def _a_reference_is_inceptions(self) -> Self:
         names = [extractor.name for extractor in self.extractors]
-        if self.reference and set(names) != {"inception"}:
+        if self.reference and "inception" not in names:
             raise ValueError(f"reference: an ADM file has Inception's statistics only, and the extractors are {names}")
-        if self.reference and "copy_rate" in self.metrics:
-            raise ValueError("metrics: copy_rate compares with the images that are trained on: remove it, or reference")
+        if "copy_rate" in self.metrics and not self.of_images:
+            raise ValueError(
+                "metrics: copy_rate compares with the images that are trained on, and reference has others: remove it, or add an "
+                "extractor to also"
+            )
         return self
 
     @model_validator(mode="after")

@@ -136,10 +136,10 @@ def _require_comparable(a: Report, b: Report) -> None:
     facts = [
         ("data.resolution", images.resolution, others.resolution),
         ("data.num_classes", images.num_classes, others.num_classes),
-        ("evaluate.reference", one.reference, other.reference),
+        ("evaluate.reference", *(each.reference_of(each.extractor.name) for each in (one, other))),
         *((f"evaluate.extractor.{key}", x, y) for key, x, y in differing(one.extractor, other.extractor)),
     ]
-    if not one.reference:  # it is made from these
+    if one.reference_of(one.extractor.name) is None:  # it is made from these
         facts += [("data.source", images.source, others.source), ("data.crop", images.crop, others.crop)]
     if a.metric == HELD_OUT:  # it is of these latents and this process; flows share one, whatever they predict
         facts += [("VAE", a.vae, b.vae), ("diffusion.kind", a.recipe.diffusion.kind, b.recipe.diffusion.kind)]

@@ -275,8 +275,9 @@ def _floors(sweep: Sweep) -> tuple[list[Floor], str | None]:
     settings, floor, skipped = sweep.recipe.evaluate, state.floor(sweep), state.floor_skipped(sweep)
     if not floor:
         return [], skipped
-    images = floor.images if settings.reference else settings.samples
-    which = "of the source" if settings.reference else "held out of the reference"
+    outside = settings.reference_of(settings.extractor.name) is not None
+    images = floor.images if outside else settings.samples
+    which = "of the source" if outside else "held out of the reference"
     words = {"real": f"{images:,} real images {which}", "reconstructed": "their reconstructions by the VAE"}
     every = [(words[kind], values, settings.metric) for kind, values in floor.values.items() if kind in words]
     floors = [Floor(text, v[metric], v.get(f"{metric}_error")) for text, v, metric in every if metric in v]

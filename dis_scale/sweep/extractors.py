@@ -75,7 +75,7 @@ def reference_facts(sweep: Sweep, name: str, identity: str) -> dict[str, str]:
     source = recipe.data.source.model_dump(mode="json")
     crop = {"crop": recipe.data.crop} if recipe.data.crop else {}
     declared = {"source": source, "undecodable": "refuse"} | crop  # "refuse" is a constant: once a setting
-    images = recipe.evaluate.reference or json.dumps(declared, sort_keys=True)
+    images = recipe.evaluate.reference_of(name) or json.dumps(declared, sort_keys=True)
     return {
         "format": str(REFERENCE_FORMAT), "extractor": name, "weights": identity,
         "resolution": str(recipe.data.resolution), "images": images,

@@ -76,8 +76,9 @@ def references_missing(sweep: Sweep) -> list[str]:
 
 def reference_parts_missing(sweep: Sweep, images: int) -> list[int]:
     """Return the numbers of the parts of the missing statistics that are still to be computed under some extractor."""
-    names, kept = references_missing(sweep), set(sweep.reference_parts.list())
-    missing = [(e.name, weights_identity(sweep, e)) for e in sweep.recipe.evaluate.extractors if e.name in names]
+    settings, kept = sweep.recipe.evaluate, set(sweep.reference_parts.list())
+    names = settings.of_images.intersection(references_missing(sweep))
+    missing = [(e.name, weights_identity(sweep, e)) for e in settings.extractors if e.name in names]
     return [n for n in range(part_count(images)) if any(reference_part(sweep, *e, n) not in kept for e in missing)]
 
 

@@ -470,7 +470,7 @@ def test_an_export_needs_a_new_folder(encoded: tuple[str, Folder], tmp_path: Pat
         (["data.mirror=true"], "mirror: edm2 has no latents of mirror images: set it to false"),
         (["data.crop=[0, 0, 8]"], "crop: latents cannot be cropped"),
         (["vae={kind: none}"], "vae.kind: got none, expected pretrained or exported"),
-        (["evaluate.reference=null"], "evaluate.reference: none, and latents have no images"),
+        (["evaluate.reference=null"], "evaluate.extractor: inception needs images, and latents have none"),
         (["evaluate.floor=true"], "evaluate.floor: latents have no images to measure it with"),
         (["data.source={kind: latents, layout: edm3, url: /x}"], "edm3"),
         (["data.source.files='*.npy'"], "files: layout edm2 is read as a whole, by its dataset.json: remove it"),

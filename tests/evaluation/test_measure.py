@@ -103,6 +103,17 @@ def test_each_metric_has_its_name_its_value_and_its_error(
     assert all(values[name] > 0 for name in errors)
 
 
+def test_copies_are_of_the_images_that_are_trained_on(images: tuple[Features, Features]) -> None:
+    """Not of those of a published reference."""
+    generated, real = images
+    dino = ExportedExtractor(kind="exported", name="dino", path="x")
+    settings = inception_settings(samples=1200, metrics=("distance", "copy_rate"), also=(dino,), reference="x.npz")
+    both = {name: reference(real) for name in ("inception", "dino")}
+    values = measure_blocks(blocks(UNEQUAL, inception=generated, dino=generated), both, settings).values
+    assert "copy_rate_dino_1200" in values
+    assert "copy_rate_1200" not in values
+
+
 def inception_score(logits: Any, splits: np.ndarray) -> float:
     """Compute exp of the mean divergence by its definition."""
     p = torch.from_numpy(logits).double().softmax(1).numpy()
@@ -258,6 +269,13 @@ def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> No
         (["evaluate.metrics=[distance, sfid]"], "sfid needs Inception: add {kind: inception} to also"),
         (["evaluate.metrics=[kid]"], "metrics: distance is always measured"),
         (["evaluate.reference=x.npz"], "an ADM file has Inception's statistics only, and the extractors are ['digits']"),
+        (
+            [
+                "evaluate.extractor={kind: inception}", "evaluate.samples=5000", "evaluate.reference=x.npz",
+                "evaluate.metrics=[distance, copy_rate]",
+            ],
+            "metrics: copy_rate compares with the images that are trained on, and reference has others: remove it, or add an",
+        ),
         (["evaluate.also=[{kind: exported, name: digits, path: x}]"], "extractors need names of their own"),
         (["evaluate.also=[{kind: trained, name: more}]"], "one trained extractor at most"),
         (["evaluate.curve=distance_infinity"], "curve: distance_infinity is not measured: add it to metrics"),

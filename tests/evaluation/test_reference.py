@@ -194,11 +194,16 @@ def judge() -> Extractor:
     return Extractor("inception", "seeded", lambda x: (x.flatten(1)[:, :2048].float(),), CPU)
 
 
-def adm_sweep(tmp_path: Path, arrays: dict[str, np.ndarray], *metrics: str) -> Sweep:
+def adm_sweep(tmp_path: Path, arrays: dict[str, np.ndarray], *metrics: str, also: str = "[]") -> Sweep:
     """Return a sweep whose recipe names an ADM file of these arrays."""
     path = tmp_path / "VIRTUAL_reference.npz"
     np.savez(path, **arrays)  # type: ignore[arg-type]
-    settings = ["evaluate.extractor={kind: inception}", "evaluate.samples=5000", f"evaluate.reference='{path}'"]
+    settings = [
+        "evaluate.extractor={kind: inception}",
+        "evaluate.samples=5000",
+        f"evaluate.reference='{path}'",
+        f"evaluate.also={also}",
+    ]
     recipe = reading.load(TINY, [*settings, f"evaluate.metrics=[{', '.join(('distance', *metrics))}]"])
     return sweep_of(tmp_path, recipe)
 
@@ -215,6 +220,21 @@ def test_adms_file_gives_statistics_and_images(
         assert np.array_equal(statistics.mean, adm_arrays[f"mu{end}"])
         assert np.array_equal(statistics.covariance, adm_arrays[f"sigma{end}"])
     assert np.array_equal(loaded.kept, judge(adm_arrays["arr_0"]).pooled)
+
+
+def test_beside_adms_file_another_extractor_has_statistics_of_the_images(
+    tmp_path: Path, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor
+) -> None:
+    """So FID is that of published tables, and FD-DINOv2 and the copy rate are of the images that are trained on."""
+    program = dino(export(tmp_path / "dino.pt2"))
+    also = f"[{{kind: exported, name: dino, path: '{program.path}', sha256: {program.sha256}}}]"
+    sweep = adm_sweep(tmp_path, adm_arrays, "copy_rate", also=also)
+    other = load_extractor(program, sweep, CPU)
+    reference.prepare(sweep, source, [judge, other], lambda _: None)
+    of_adm, of_images = (reference.load(sweep, e.name, e.identity) for e in (judge, other))
+    assert np.array_equal(of_adm.pooled.mean, adm_arrays["mu"])
+    assert of_images.pooled.count == len(source)
+    assert state.reference_parts_missing(sweep, len(source)) == []
 
 
 @pytest.mark.parametrize(
