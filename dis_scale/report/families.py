@@ -24,10 +24,11 @@ from dis_scale.report.points import ALIKE, Point, Report
 if TYPE_CHECKING:
     from dis_scale.report import isoflop
 
+HOURS = "worker hours"
 COSTS: dict[str, Callable[[Point], float | None]] = {
     "Gflops": lambda p: p.gmacs,
     "training compute": lambda p: p.eflops,
-    "worker hours": lambda p: p.worker_hours,
+    HOURS: lambda p: p.worker_hours,
 }
 LEAST_SIZES = 3
 """Sizes of a curve: one more than a line has coefficients."""
@@ -284,6 +285,9 @@ def _comparison(report: Report, metric: str, cost: str, ours: str, theirs: str) 
     mine, other = (_sizes(report, kind, count, metric, COSTS[cost]) for kind in (ours, theirs))
     if not mine or not other:
         return Comparison(metric, cost, ours, theirs, count, None, f"{cost} or {metric} are not known")
+    machines = sorted({machine for size in (*mine, *other) for machine in size.point.evaluation.cost.trained_on})
+    if cost == HOURS and len(machines) > 1:
+        return Comparison(metric, cost, ours, theirs, count, None, f"their {HOURS} are of {' and '.join(machines)}")
     found = gap(mine, other)
     why = f"{theirs} has {len(other)} of the {LEAST_SIZES} sizes that a curve needs"
     if len(other) >= LEAST_SIZES:

@@ -13,6 +13,7 @@ from dis_scale.report import families
 from dis_scale.report.families import Gap, Size
 from dis_scale.report.figures import gflops_distance
 from dis_scale.sweep import Sampled
+from dis_scale.sweep.documents import Metrics, RunCost
 from tests.support.commands import invoke
 from tests.support.evaluations import collect, put, sweep_at
 
@@ -139,6 +140,28 @@ def test_a_sweep_says_what_its_families_show(sweep: Any) -> None:
     assert other == sentence, "dit has no curve, and dis has one"
     with pytest.raises(UserError, match=r"--families: both has no points of mamba: it has dis, dit"):
         list(families.comparisons(report, "dis", "mamba"))
+
+
+def test_hours_of_other_machines_are_not_compared(sweep: Any) -> None:
+    for model, machine in (("dis", "A"), ("dis32", "A"), ("dis64", "A"), ("dis128", "A"), ("dit", "B")):
+        folder = sweep.evaluation(Sampled(model, 160))
+        cost = RunCost(worker_hours=1.0, trained_on=(machine,))
+        Metrics.read(folder).changed(cost=cost).write(folder)
+    found = {each.cost: each.sentence for each in families.comparisons(collect(sweep), "dit", "dis")}
+    assert found["worker hours"].endswith("dit and dis cannot be compared: their worker hours are of A and B")
+    assert "dit is " in found["Gflops"]
+
+
+def test_without_an_extractor_each_comparison_is_listed_once(sweep: Any, recipe: Recipe) -> None:
+    none = recipe.evaluate.model_dump() | {"extractor": {"kind": "none"}}
+    made = sweep_at(
+        Path(str(sweep)).parent.parent,
+        "none",
+        sweep.recipe.model_copy(update={"evaluate": recipe.evaluate.model_validate(none)}),
+    )
+    for model, loss in (("dis", 0.9), ("dis32", 0.6), ("dis64", 0.4), ("dis128", 0.27), ("dit", 0.7)):
+        put(made, Sampled(model, 160), loss)
+    assert len(families.comparisons(collect(made), "dit", "dis")) == len(families.COSTS)
 
 
 def test_another_mixer_or_other_parts_are_another_curve(tmp_path: Path, recipe: Recipe) -> None:
