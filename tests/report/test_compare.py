@@ -233,6 +233,7 @@ def test_held_out_losses_of_other_quantities_are_refused(tmp_path: Path, recipe:
         ("data", made.data.model_copy(update={"held_out_images": 7}), "data.held_out_images: tiny has .*, tiny has 7"),
         ("diffusion", Gaussian(kind="gaussian", steps=500), "diffusion.steps: tiny has 1000, tiny has 500"),
         ("diffusion", Flow(kind="flow"), "diffusion.kind: tiny has gaussian, tiny has flow"),
+        ("seed", made.seed + 1, f"seed: tiny has {made.seed}, tiny has {made.seed + 1}"),
     ):
         b = collect(sweep_at(tmp_path, "tiny", made.model_copy(update={part: other})))
         with pytest.raises(UserError, match=f"{words}: their losses cannot be compared"):
