@@ -32,7 +32,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import REAL, RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import TrackingIds
-from dis_scale.tracking import mlflow, mlflow_copy
+from dis_scale.tracking import dashboards, mlflow, mlflow_copy
 from dis_scale.training import devices
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.schedule import require_no_rise
@@ -84,6 +84,8 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: S
         done = measured and sweep.report.exists(report.CSV)
         if done:
             board.say("nothing to do: every model is trained and evaluated at every published count")
+            with dashboards.copying(sweep, store, board.say):
+                pass
         else:
             if not here:
                 last_ray.refuse_local_after_cluster(sweep, overrides)
@@ -116,6 +118,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     require_source(sweep.recipe.data, store)
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
+    dashboards.require_installed(sweep.recipe.tracking.also)
     require_starts(sweep, plan)
     with (
         obeying_signals(driver.stop_requested),
@@ -137,6 +140,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         with (
             stopping_jobs(driver, joined=first),  # the first command also stops jobs that a killed one left
             writing_page(driver, plan) if first else contextlib.nullcontext(),
+            dashboards.copying(sweep, store, board.say) if first else contextlib.nullcontext(),
         ):
             if not state.prepared(sweep):
                 run_stage(driver, cluster, "prepare")

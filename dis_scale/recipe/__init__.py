@@ -103,10 +103,12 @@ class Storage(Settings):
 
 
 class Tracking(Settings):
-    """MLflow's tracking URI; default: an SQLite file next to the sweeps."""
+    """MLflow's tracking URI; default: an SQLite file next to the sweeps. And copies of the rows for other programs."""
 
     uri: str | None = runtime(None)
     """`sqlite:///...` or `http://...`, without a password."""
+    also: tuple[Literal["tensorboard", "wandb"], ...] = runtime(())
+    """Copies of all rows, written by the sweep's command on its machine; each needs the extra of its name."""
 
 
 class Recipe(Settings):

@@ -26,21 +26,28 @@ def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None)
     `copy` is that of the model; one for many evaluations asks MLflow once what it has. What is missing or damaged in storage is
     logged and left out.
     """
-    folder, copy, suffix = sweep.evaluation(sampled), copy or RunCopy(sweep, sampled.model), _suffix(sampled.variant)
+    folder, copy = sweep.evaluation(sampled), copy or RunCopy(sweep, sampled.model)
     try:
-        _send_file(copy, f"samples-{images_name(sampled.images_seen)}.png", folder.read(GRID), f"samples{suffix}")
+        grid = f"samples-{images_name(sampled.images_seen)}.png"
+        _send_file(copy, grid, folder.read(GRID), f"samples{_suffix(sampled.variant)}")
     except FileNotFoundError:
         log.warning("%s/%s is missing: MLflow gets the numbers only", folder, GRID)
     try:
-        metrics = Metrics.read(folder)
+        rows = rows_of_evaluation(sweep, sampled)
     except Damaged as error:
         log.warning("%s; MLflow does not get this evaluation", error)
         return not copy.away
     if not copy.away:
-        values = {f"{name}{suffix}": value for name, value in metrics.values.items() if not name.endswith("_floor")}
-        values |= {_seconds(name, sampled.variant): value for name, value in metrics.seconds.items()}
-        copy.send([Row(name, value, sampled.images_seen, metrics.time) for name, value in values.items()])
+        copy.send(rows)
     return not copy.away
+
+
+def rows_of_evaluation(sweep: Sweep, sampled: Sampled) -> list[Row]:
+    """Return an evaluation's values, and the seconds that they took."""
+    metrics, suffix = Metrics.read(sweep.evaluation(sampled)), _suffix(sampled.variant)
+    values = {f"{name}{suffix}": value for name, value in metrics.values.items() if not name.endswith("_floor")}
+    values |= {_seconds(name, sampled.variant): value for name, value in metrics.seconds.items()}
+    return [Row(name, value, sampled.images_seen, metrics.time) for name, value in values.items()]
 
 
 def copy_earlier(sweep: Sweep, raise_if_stopped: Callable[[], None] = lambda: None) -> None:

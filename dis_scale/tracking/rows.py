@@ -144,10 +144,10 @@ class RowReader:
     """
 
     folder: Folder
+    images: dict[str, int] = field(default_factory=dict)
+    """By name: the images seen of the last row."""
     _next: dict[int, int] = field(default_factory=dict)
     """By attempt: the number of the next file to read."""
-    _images: dict[str, int] = field(default_factory=dict)
-    """By name: the images seen of the last row."""
     newest: dict[str, Row] = field(default_factory=dict)
     """By name: the last row that was read, a repeat or not: what the run does now."""
 
@@ -173,9 +173,9 @@ class RowReader:
 
     def _first(self, row: Row) -> bool:
         self.newest[row.name] = row
-        new = row.images > self._images.get(row.name, -1)
+        new = row.images > self.images.get(row.name, -1)
         if new:
-            self._images[row.name] = row.images
+            self.images[row.name] = row.images
         return new
 
 

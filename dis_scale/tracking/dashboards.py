@@ -1,0 +1,165 @@
+"""Copies of a sweep's rows for TensorBoard or Weights & Biases, beside MLflow's: written by the sweep's command, from storage.
+
+A copy lies on the command's machine and holds, in one file, how far it has come. Each row is written once; if the folder is lost,
+all are written again.
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from dis_scale.process.errors import Damaged, UserError
+from dis_scale.process.threads import repeating
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Sweep, state
+from dis_scale.tracking.mlflow_copy import rows_of_evaluation
+from dis_scale.tracking.rows import Row, RowReader
+
+Dashboard = Literal["tensorboard", "wandb"]
+Send = Callable[[list[Row]], None]
+PROGRESS = "copied.json"
+EVERY_S = 10.0
+WAIT_S = 60.0
+"""Most time that Weights & Biases is waited for, at the start and at the end."""
+
+
+def require_installed(dashboards: Iterable[Dashboard]) -> None:
+    """UserError with the command that installs what is missing."""
+    for name in dashboards:
+        if find_spec(name) is None:
+            raise UserError(f"tracking.also: {name} is not installed: pip install '.[{name}]' in the repository")
+
+
+@contextmanager
+def copying(sweep: Sweep, root: Folder, say: Callable[[str], None]) -> Iterator[None]:
+    """Write the copies of `tracking.also` during the block, and what is left at its end. One that fails stops alone."""
+    with ExitStack() as ends:
+        for name in sweep.recipe.tracking.also:
+            ends.enter_context(_copying(Copy(name, folder_of(name, root, sweep.folder.name), sweep), say))
+        yield
+
+
+@contextmanager
+def _copying(copy: "Copy", say: Callable[[str], None]) -> Iterator[None]:
+    failed = False
+
+    def attempt(action: Callable[[], object]) -> None:
+        nonlocal failed
+        try:
+            if not failed:
+                action()
+        except UserError:
+            raise
+        except Exception as error:  # whatever they raise: results are in storage, this is only their copy
+            failed = True
+            say(f"tracking {copy.name} gets no more rows until the next start: {type(error).__name__}: {error}")
+
+    say(f"tracking {copy.name}, in {copy.folder}")
+    attempt(copy.open)
+    with repeating(partial(attempt, copy.update), EVERY_S, copy.name) as thread:
+        yield
+    thread.join()
+    attempt(copy.update)
+    with suppress(Exception):
+        copy.close()
+
+
+def folder_of(name: Dashboard, root: Folder, sweep: str) -> Path:
+    """Return the local folder of a copy: next to the sweeps; below the home folder if they are in an object store."""
+    return (root.local or Path.home() / "dis-scale") / name / sweep
+
+
+@dataclass
+class Copy:
+    """One dashboard's copy of a sweep, a run for each model. A row is written twice only if the command is killed meanwhile."""
+
+    name: Dashboard
+    folder: Path
+    sweep: Sweep
+    _id: str = field(default_factory=lambda: secrets.token_hex(4))
+    _images: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By model and name of a row of training: the images seen of the last one that is copied."""
+    _evaluations: set[str] = field(default_factory=set)
+    _readers: dict[str, RowReader] = field(default_factory=dict)
+    _sends: dict[str, Send] = field(default_factory=dict)
+    _ends: ExitStack = field(default_factory=ExitStack)
+
+    def open(self) -> None:
+        """Open what is there, or begin. UserError if Weights & Biases has no login."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / PROGRESS).exists():
+            stored = json.loads((self.folder / PROGRESS).read_text())
+            self._id, self._images, self._evaluations = stored["id"], stored["images"], set(stored["evaluations"])
+        for model in self.sweep.recipe.models:
+            self._sends[model] = (
+                _tensorboard(self.folder / model, self._ends)
+                if self.name == "tensorboard"
+                else _wandb(self.folder, self.sweep.folder.name, model, f"{self._id}-{model}", self._ends)
+            )
+            self._readers[model] = RowReader(self.sweep.run(model).log, self._images.setdefault(model, {}))
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._ends.close()
+
+    def update(self) -> None:
+        """Copy the rows and evaluations that storage has and the copy has not."""
+        for model, send in self._sends.items():
+            for rows in self._readers[model].batches():
+                send(rows)
+            for sampled in state.measured(self.sweep, model):
+                if str(sampled) not in self._evaluations:
+                    with suppress(Damaged):  # `verify` and the report name it
+                        send(rows_of_evaluation(self.sweep, sampled))
+                        self._evaluations.add(str(sampled))
+        stored = {"id": self._id, "images": self._images, "evaluations": sorted(self._evaluations)}
+        (self.folder / f"{PROGRESS}.new").write_text(json.dumps(stored))
+        (self.folder / f"{PROGRESS}.new").replace(self.folder / PROGRESS)
+
+
+def _tensorboard(folder: Path, ends: ExitStack) -> Send:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder))
+    ends.callback(writer.close)
+
+    def send(rows: list[Row]) -> None:
+        for row in rows:
+            value = Summary.Value(tag=row.name, simple_value=row.value)
+            writer.add_event(Event(wall_time=row.time, step=row.images, summary=Summary(value=[value])))
+        writer.flush()
+
+    return send
+
+
+def _wandb(folder: Path, sweep: str, model: str, run_id: str, ends: ExitStack) -> Send:
+    """Rows have no step of W&B's, which must rise, since evaluations come later than their images: the axis is `images`."""
+    import wandb
+
+    try:
+        run: Any = wandb.init(
+            project="dis-scale", group=sweep, name=model, id=run_id, resume="allow", dir=folder, reinit="create_new",
+            settings=wandb.Settings(console="off", silent=True, init_timeout=WAIT_S, finish_timeout=WAIT_S),
+        )  # fmt: skip
+    except wandb.errors.UsageError as error:
+        raise UserError(
+            f"tracking.also: wandb: {' '.join(str(error).split())}; "
+            f"or set WANDB_MODE=offline, and run wandb sync {folder}/wandb/* later"
+        ) from error
+    ends.callback(run.finish)
+    run.define_metric("images")
+    run.define_metric("*", step_metric="images")
+
+    def send(rows: list[Row]) -> None:
+        for row in rows:
+            run.log({row.name: row.value, "images": row.images, "time": row.time})
+
+    return send

@@ -1,0 +1,135 @@
+"""TensorBoard's and Weights & Biases' copies hold each row of storage once after any interruption, by their own packages."""
+
+import json
+import shutil
+import struct
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import reading
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sampled, Sweep
+from dis_scale.tracking import dashboards
+from dis_scale.tracking.dashboards import Copy, copying, folder_of
+from dis_scale.tracking.rows import RowWriter
+from tests.conftest import TINY
+from tests.support.documents import put_metrics, put_published
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    made = Sweep.below(open_folder(tmp_path), reading.load(TINY, ["tracking.also=[tensorboard]"]))
+    made.save_recipe()
+    return made
+
+
+def train(sweep: Sweep, images: int) -> None:
+    rows = RowWriter(sweep.run("dis").log, images)
+    rows.add(images, {"loss": 1 / images})
+    rows.settle()
+
+
+def evaluate(sweep: Sweep, images: int) -> None:
+    put_published(sweep.run("dis").published_at(images), b"", images=images)
+    put_metrics(sweep.evaluation(Sampled("dis", images)), {"fd_digits_80": 4.0, "fd_digits_80_floor": 1.0}, time=7.25)
+
+
+def store(sweep: Sweep) -> Folder:
+    return open_folder(sweep.folder.url.partition("/sweeps/")[0])
+
+
+def in_tensorboard(folder: Path) -> Counter[tuple[str, int, float, float]]:
+    """Name, step, value and time of each event."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    events = [event for file in sorted(folder.glob("events*")) for event in EventFileLoader(str(file)).Load()]
+    return Counter(
+        (value.tag, event.step, round(value.tensor.float_val[0], 6), event.wall_time)
+        for event in events for value in event.summary.value
+    )  # fmt: skip
+
+
+def update(copy: Copy) -> None:
+    copy.open()
+    copy.update()
+    copy.close()
+
+
+def test_each_row_is_written_once(sweep: Sweep) -> None:
+    folder, said = folder_of("tensorboard", store(sweep), sweep.folder.name), list[str]()
+    train(sweep, 80)
+    with copying(sweep, store(sweep), said.append):
+        train(sweep, 160)
+    evaluate(sweep, 80)  # later than more training
+    for _ in range(2):
+        with copying(sweep, store(sweep), said.append):
+            pass
+    written = in_tensorboard(folder / "dis")
+    assert {each[:3] for each in written} >= {
+        ("loss", 80, 0.0125), ("loss", 160, 0.00625), ("fd_digits_80", 80, 4.0)
+    }  # fmt: skip
+    assert ("fd_digits_80", 80, 4.0, 7.25) in written
+    assert not any("floor" in name for name, *_ in written)
+    assert set(written.values()) == {1}
+    assert set(said) == {f"tracking tensorboard, in {folder}"}
+
+    shutil.rmtree(folder)
+    update(Copy("tensorboard", folder, sweep))
+    assert in_tensorboard(folder / "dis") == written
+
+
+def test_a_copy_that_fails_misses_nothing_after_the_next_start(sweep: Sweep, tmp_path: Path) -> None:
+    folder, said = folder_of("tensorboard", store(sweep), sweep.folder.name), list[str]()
+    train(sweep, 80)
+    (folder / f"{dashboards.PROGRESS}.new").mkdir(parents=True)  # so that its progress cannot be kept
+    with copying(sweep, store(sweep), said.append):
+        pass
+    assert "tracking tensorboard gets no more rows until the next start: IsADirectoryError" in said[-1]
+    (folder / f"{dashboards.PROGRESS}.new").rmdir()
+    with copying(sweep, store(sweep), said.append):
+        pass
+    assert ("loss", 80) in {each[:2] for each in in_tensorboard(folder / "dis")}
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb is not installed: pip install '\.\[wandb\]'"):
+        dashboards.require_installed(["tensorboard", "wandb"])
+
+
+def in_wandb(folder: Path) -> list[dict[str, Any]]:
+    """The history of all runs that were written offline: records in LevelDB's log format, each within one block of these few."""
+    from wandb.proto import wandb_internal_pb2
+
+    history = []
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        data, at = file.read_bytes(), 7
+        while at < len(data):
+            _, size, kind = struct.unpack_from("<IHB", data, at)
+            assert kind == 1, "a record in one piece"
+            record = wandb_internal_pb2.Record.FromString(data[at + 7 : at + 7 + size])
+            if items := record.history.item:
+                history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+            at += 7 + size
+    return history
+
+
+def test_weights_and_biases_has_the_same_rows_by_images(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(sweep, 160)
+    update(Copy("wandb", tmp_path / "copy", sweep))
+    evaluate(sweep, 80)
+    update(Copy("wandb", tmp_path / "copy", sweep))
+    history = in_wandb(tmp_path / "copy")
+    assert [(each["images"], each["loss"]) for each in history if "loss" in each] == [(160, 1 / 160)]
+    assert [(each["images"], each["fd_digits_80"]) for each in history if "fd_digits_80" in each] == [(80, 4.0)]
+    ids = {file.stem for file in tmp_path.glob("copy/wandb/*/run-*-dis.wandb")}
+    assert len(ids) == 1, "a run goes on under its own id"
