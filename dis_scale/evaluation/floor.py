@@ -47,9 +47,9 @@ class FloorBlock(NamedTuple):
         """Read a block; StorageError names a damaged one."""
         arrays = npz.from_bytes(data, where)
         features: dict[str, dict[str, Features]] = {}
-        for key in arrays.keys() - {"numbers"}:
+        for key in arrays:
             kind, _, name = key.partition(".")
-            if kind != "identity":
+            if key != "numbers" and kind != "identity":
                 features.setdefault(kind, {})[name] = Features(str(arrays[f"identity.{name}"]), arrays[key])
         return cls(arrays["numbers"], features)
 

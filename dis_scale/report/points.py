@@ -279,7 +279,7 @@ def _floors(sweep: Sweep) -> tuple[list[Floor], str | None]:
     images = floor.images if outside else settings.samples
     which = "of the source" if outside else "held out of the reference"
     words = {"real": f"{images:,} real images {which}", "reconstructed": "their reconstructions by the VAE"}
-    every = [(words[kind], values, settings.metric) for kind, values in floor.values.items() if kind in words]
+    every = [(words[kind], floor.values[kind], settings.metric) for kind in words if kind in floor.values]
     floors = [Floor(text, v[metric], v.get(f"{metric}_error")) for text, v, metric in every if metric in v]
     other = None if floors else f"the floors are those of the distance at {settings.samples:,} samples"
     return floors, skipped or other

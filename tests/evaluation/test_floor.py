@@ -230,3 +230,15 @@ def test_the_order_of_the_blocks_does_not_change_the_error() -> None:
 def test_pixels_have_no_reconstructions(sampler: BlockSampler, recipe: Recipe) -> None:
     sampler.vae, source = vae.PixelVae(), open_source(recipe.data)
     assert floor.make_block(sampler, source, np.arange(100), 0).features.keys() == {REAL}
+
+
+def test_a_stored_block_keeps_the_order_of_kinds_and_extractors() -> None:
+    """The report takes the last floor for that of a perfect model."""
+    names = ["digits", *"fedcba"]
+    made = FloorBlock(
+        np.arange(3), {k: {n: Features(n, np.zeros((3, 2))) for n in names} for k in (REAL, RECONSTRUCTED)}
+    )
+    again = FloorBlock.from_bytes(made.to_bytes(), "here")
+    assert [(k, n) for k, by_name in again.features.items() for n in by_name] == [
+        (k, n) for k in (REAL, RECONSTRUCTED) for n in names
+    ]
