@@ -144,7 +144,8 @@ def logs(
     folder = opened.logs(stage or "train", model)
     texts = attempt_logs.read_attempt(folder, attempt)
     files = {f"{folder}/{name}": text for name, text in texts.items()}
-    show(as_json, files, *(f"==> {file} <==\n{text if raw else readable(text)}" for file, text in files.items()))
+    words = {file: text if raw else readable(attempt_logs.in_words(text)) for file, text in files.items()}
+    show(as_json, files, *(f"==> {file} <==\n{text}" for file, text in words.items()))
 
 
 def fork(

@@ -33,6 +33,8 @@ SEARCHED_BYTES = 4 * 2**20
 """End of the file that is searched for these last lines: a driver's has a line of progress every few seconds."""
 ATTEMPTS_KEPT = 20
 DRIVER = "driver"
+_FOR_PROGRAMS = (":job_id:", ":actor_name:", ":task_name:", '{"kind": "event"')
+"""Beginnings of lines of Ray and of ours that have no words for a reader."""
 
 
 class LogName(NamedTuple):
@@ -132,6 +134,18 @@ def to_bytes(facts: dict[str, Any], outputs: dict[str, str]) -> bytes:
     """Return a log's content: a line of facts, then each output below its name. Secrets are replaced here and nowhere else."""
     parts = [f"--- {name} ---\n{text}" if len(outputs) > 1 else text for name, text in outputs.items()]
     return redact("\n".join([json.dumps(facts), *parts])).encode()
+
+
+def in_words(text: str) -> str:
+    """Return a stored log for a reader: its facts in words, without Ray's markers and events, which its messages repeat."""
+    lines = [line for line in text.expandtabs().splitlines(keepends=True) if not line.startswith(_FOR_PROGRAMS)]
+    with contextlib.suppress(IndexError, ValueError):  # a log without facts
+        facts = json.loads(lines[0])
+        if isinstance(facts, dict) and "kind" not in facts:
+            if "begun_at" in facts:
+                facts["begun_at"] = datetime.fromtimestamp(facts["begun_at"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            lines[0] = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()) + "\n"
+    return "".join(lines)
 
 
 def prune(folder: Folder) -> None:

@@ -18,7 +18,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
 from dis_scale.tracking.attempt_logs import HEAD_BYTES, TAIL_BYTES, LogName, excerpt
-from pipelines.lines import Log
+from pipelines.lines import Log, readable
 from tests.support.commands import answer, invoke
 
 WRITES = """
@@ -168,6 +168,22 @@ def test_old_attempts_are_deleted_and_the_drivers_log_stays(tmp_path: Path) -> N
     assert names[0] == ("20261101T000000", "driver")
     assert sorted({name.begun for name in names[1:]}) == [f"20261121T18{minute:02d}00" for minute in range(5, 25)]
     assert folder.exists("notes.txt")
+
+
+def test_a_reader_gets_words_not_the_protocol() -> None:
+    lines = list[str]()
+    log = Log(Context(rank=1), lines.append)
+    log.emit("placed", nodes=["a"])
+    log.say("dit: attempt 4")
+    facts = {"stage": "train", "model": "dit", "host": "node-7", "pid": 5141, "begun_at": 1795569906.5}
+    output = [":job_id:04000000", ":actor_name:Trainer", "12:00\tINFO  of Ray", *lines, "Traceback"]
+    text = attempt_logs.to_bytes(facts, {"out": "\n".join(output)}).decode()
+    first, ray, message, last = readable(attempt_logs.in_words(text)).splitlines()
+    assert first == "stage train, model dit, host node-7, pid 5141, begun at 2026-11-25 01:25:06 UTC"
+    assert (ray, message[8:], last) == ("12:00   INFO  of Ray", "  rank 1: dit: attempt 4", "Traceback")
+    rescued = attempt_logs.to_bytes({"worker": 1, "stored_by": "its driver"}, {"out": ""}).decode()
+    assert attempt_logs.in_words(rescued) == "worker 1, stored by its driver\n"
+    assert [attempt_logs.in_words(text) for text in ("", "[1]\n", "no facts\n")] == ["", "[1]\n", "no facts\n"]
 
 
 def test_the_command_lists_and_prints_an_attempt(tmp_path: Path, tiny: Recipe) -> None:
