@@ -30,7 +30,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.sweep import Sweep
 from pipelines import lines
 from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job, ray_address
-from pipelines.environment import EXPANDABLE_SEGMENTS, KEEP_FREED_MEMORY, PASSIVE, SPINNING
+from pipelines.environment import EXPANDABLE_SEGMENTS, KEEP_FREED_MEMORY, PASSIVE
 from pipelines.silence import Silence, Unanswered
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
@@ -149,18 +149,16 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
     if last and attempts[last].status not in ENDED:
         return Job(cluster, f"{prefix}-{last}", ours=False)
     command = [sys.executable, "-m", "pipelines", stage, sweep.folder.url, *arguments]
-    alone = stage == "prepare" and cluster.ours
     context = Context(sweep.folder.name, stage, arguments[0] if arguments else None)
     return submit_new(
-        cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep, alone) | context.variable()
+        cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep) | context.variable()
     )
 
 
-def _environment(cluster: Cluster, sweep: Sweep, alone: bool) -> dict[str, str]:
-    """Variables that a job's processes read when they start. `alone`: no other process of ours shares their cores."""
+def _environment(cluster: Cluster, sweep: Sweep) -> dict[str, str]:
+    """Variables that a job's processes read when they start."""
     job = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(sweep.recipe.grace_s)), "PYTHONUNBUFFERED": "1"}
-    waiting = SPINNING if alone else PASSIVE
-    return KEEP_FREED_MEMORY | EXPANDABLE_SEGMENTS | waiting | cluster.runtime_env.get("env_vars", {}) | job
+    return KEEP_FREED_MEMORY | EXPANDABLE_SEGMENTS | PASSIVE | cluster.runtime_env.get("env_vars", {}) | job
 
 
 def submit_new(
