@@ -21,10 +21,10 @@ test-newest: | $(BIN)/python
 	build/newest/bin/python -m pip --disable-pip-version-check install --upgrade --upgrade-strategy eager --editable '.[dev]'
 	build/newest/bin/python -m pytest -v -n 3 --dist worksteal
 
-# All tables of faults, and each test that is too long for `make test`; and random kills: `make soak KILLS=20 SEED=1`.
+# The rows of the tables of faults, and the other tests, that are too long for `make test`, two at a time: most of their time is
+# waiting. Those of one group use the same network and run one by one. Random kills: `make soak KILLS=20 SEED=1`.
 faults: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/faults -v -m "faults or not faults"
-	$(BIN)/python -m pytest tests --ignore=tests/faults -v -m faults
+	$(BIN)/python -m pytest -v -m faults -n 2 --dist loadgroup
 
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults.soak --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))

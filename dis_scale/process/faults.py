@@ -14,13 +14,16 @@ happened, for all processes of the machine that share the plan, so that a restar
     nan at loss images=160 times=2              the loss's gradient is not a number
     broken at check times=2                     the device reports an uncorrectable memory error
     memory at step images=160                   the device has no memory left
+    wait at step rank=0 images=160 until=1.0    the process waits until the plan's second fault begins
+    wait at step images=160 seconds=1 times=9   each of nine steps takes one second more
 
 Points: `step` and `loss` (training/loop.py), `check` (a training worker's check of its device), `poll` (a stage's driver, once
 per second; `path` is the stage), each storage verb before it, `written` after a write. `path` is a part of the
-path, in which `*` matches anything.
+path, in which `*` matches anything. `until` is a file in `<file>.spent/`: `1.0` of a fault, or another one that a drill makes.
 """
 
 import errno
+import math
 import os
 import re
 import signal
@@ -34,10 +37,10 @@ from typing import Any
 from dis_scale.process.errors import UserError
 
 VARIABLE = "DIS_SCALE_FAULTS"
-ACTIONS = ("kill", "stop", "flip", "fail", "gone", "full", "jump", "hang", "nan", "broken", "memory")
+ACTIONS = ("kill", "stop", "flip", "fail", "gone", "full", "jump", "hang", "nan", "broken", "memory", "wait")
 CUDA_ERRORS = {"broken": "uncorrectable ECC error encountered", "memory": "out of memory"}
 POINTS = ("step", "loss", "check", "poll", "read", "write", "written", "create", "list", "delete")
-CONDITIONS = {"rank": int, "images": int, "path": str, "nth": int, "times": int, "seconds": float}
+CONDITIONS = {"rank": int, "images": int, "path": str, "nth": int, "times": int, "seconds": float, "until": str}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Fault:
     nth: int = 1
     times: int = 1
     seconds: float = 0.0
+    until: str = ""
+    """Name of the file that ends a wait before its `seconds`; without `seconds` a wait has no other end."""
 
     def fits(self, point: str, where: dict[str, Any]) -> bool:
         """Whether the conditions hold here; `nth` and `times` are checked elsewhere."""
@@ -74,7 +79,14 @@ class FaultPlan:
             if fault.fits(point, where):
                 self._met[number] += 1
                 if self._met[number] >= fault.nth and self._due(number, fault):
+                    if fault.action == "wait":
+                        self._wait(fault)
                     _inject(fault, where)
+
+    def _wait(self, fault: Fault) -> None:
+        deadline = time.monotonic() + (fault.seconds or math.inf)
+        while time.monotonic() < deadline and not (fault.until and (self.spent / fault.until).exists()):
+            time.sleep(0.05)
 
     def _due(self, number: int, fault: Fault) -> bool:
         """Use up one of the fault's `times`; for a lasting fault return whether it still lasts."""

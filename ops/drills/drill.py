@@ -30,6 +30,19 @@ TIMEOUT_S = 600
 MADE_BY_TRAINING = ("runs", "evaluation", "report", "logs", "tracking.json", "recipe.yaml", "ray.json", "mlflow.db*")
 """Files and folders of a sweep that a drill does not copy from the undisturbed one."""
 
+GO_ON = "go-on"
+"""File by which a drill lets a training continue."""
+
+
+def held(images: int) -> str:
+    """Return the fault by which training waits at this count until `Drill.go_on`."""
+    return f"wait at step rank=0 images={images} until={GO_ON}\n"
+
+
+def slowed(images: int, until: str = "") -> str:
+    """Return the fault by which each step from this count on takes 1 s, so that a stop request or an accident finds one."""
+    return f"wait at step rank=0 images={images} seconds=1 times=200 {until and f'until={until}'}\n"
+
 
 class Missing(Exception):
     """A program or a right that this machine lacks for a drill."""
@@ -56,6 +69,8 @@ class Drill:
     ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Clusters, servers and mounts that end with the drill."""
     _logs: dict[int, Path] = field(default_factory=dict)
+    _plan: Path | None = None
+    """The newest plan of faults."""
 
     def __post_init__(self) -> None:
         self.store = self.store or str(self.root / "store")
@@ -78,11 +93,20 @@ class Drill:
 
     def start(self, *settings: str, faults: str = "", resumes: bool = False) -> subprocess.Popen[bytes]:
         begun = ["resume", str(self.sweep)] if resumes else ["sweep", str(RECIPE), f"--set=storage.root={self.store}"]
-        plan = self.root / f"faults-{len(self._logs)}"
-        plan.write_text(faults)
         tracking = [] if open_folder(self.store).local else [f"tracking.uri=sqlite:///{self.root}/mlflow.db"]
         overrides = [word for setting in (*tracking, *settings) for word in ("--set", setting)]
-        return self._start(*begun, *overrides, **({"DIS_SCALE_FAULTS": str(plan)} if faults else {}))
+        return self._start(*begun, *overrides, **({"DIS_SCALE_FAULTS": self.plan(faults)} if faults else {}))
+
+    def plan(self, faults: str) -> str:
+        """Write a plan of faults and return its path: for DIS_SCALE_FAULTS of a command, or of a cluster's nodes."""
+        self._plan = self.root / f"faults-{len(self._logs)}"
+        self._plan.write_text(faults)
+        return str(self._plan)
+
+    def go_on(self) -> None:
+        """End the wait of `held`."""
+        assert self._plan is not None
+        (self._plan.with_name(f"{self._plan.name}.spent") / GO_ON).touch()
 
     def dis_scale(self, *words: str, ends: int = DONE) -> None:
         """Run a `dis-scale` command and require its exit code."""
@@ -111,13 +135,20 @@ class Drill:
             require(time.monotonic() < deadline, f"{what}:\n{self._logs[process.pid].read_text()}")
             time.sleep(0.1)
 
-    def until_saved(self, process: subprocess.Popen[bytes], points: int) -> None:
-        """Wait until training has left this many complete resume points, including the one at 0 images."""
+    def until_held(self, process: subprocess.Popen[bytes], fault: int = 0) -> None:
+        """Wait until training waits by this fault of the plan, of `held` or `slowed`."""
+        assert self._plan is not None
+        met = self._plan.with_name(f"{self._plan.name}.spent") / f"{fault}.0"
+        self.until(process, met.exists, "training has not come so far")
 
-        def saved() -> int:
-            return len(list(state.complete_points(self.run, state.point_names(self.run))))
+    def until_saved(self, process: subprocess.Popen[bytes], images: int) -> None:
+        """Wait until training has left a complete resume point of this many images or more."""
 
-        self.until(process, lambda: saved() >= points, "nothing was saved")
+        def saved() -> bool:
+            newer = [name for name in state.point_names(self.run) if name.images_seen >= images]
+            return any(state.complete_points(self.run, newer))
+
+        self.until(process, saved, "nothing was saved")
 
     def until_logged(self, process: subprocess.Popen[bytes], pattern: str) -> None:
         """Wait until a running command has logged a line that matches this."""

@@ -8,7 +8,7 @@ import psutil
 
 from dis_scale.storage.folder import open_folder
 from ops.drills import network
-from ops.drills.drill import DONE, FAILED, HELD, STOPPED, Drill, Missing
+from ops.drills.drill import DONE, FAILED, GO_ON, HELD, STOPPED, Drill, Missing, held, slowed
 from ops.drills.network import ip, within
 from ops.drills.nodes import Node, RayNodes, wait_for_nodes
 from ops.drills.processes import kill_all
@@ -21,12 +21,13 @@ NAMES = ("ds-head", "ds-one", "ds-two")
 
 def preempted_sweep(drill: Drill) -> None:
     """A rank is killed, then the command is asked to stop."""
-    sweep = drill.start()
-    drill.until_saved(sweep, 3)
+    sweep = drill.start(faults=held(480) + held(800) + slowed(800))
+    drill.until_held(sweep)
     os.kill(drill.pid_of_rank(sweep, 1), signal.SIGKILL)
     drill.until_logged(sweep, "attempt 2, 2 workers")
-    drill.until_saved(sweep, 5)
+    drill.until_held(sweep, 1)
     sweep.terminate()
+    drill.go_on()
     drill.wait(sweep, STOPPED)
     drill.expect("a worker was lost .*; restart from the stored state in")
     drill.expect("stopped as requested; to continue: dis-scale resume")
@@ -45,9 +46,10 @@ def loss_not_finite(drill: Drill) -> None:
 
 def stuck_job(drill: Drill) -> None:
     """A rank's process is suspended."""
-    sweep = drill.start("train.hang_after_s=30")
-    drill.until_saved(sweep, 3)
+    sweep = drill.start("train.hang_after_s=30", faults=slowed(480, until=GO_ON))
+    drill.until_held(sweep)
     os.kill(drill.pid_of_rank(sweep, 1), signal.SIGSTOP)
+    drill.go_on()
     drill.wait(sweep, DONE)
     drill.expect(r"no step ended for \d+ s: hanging")
     drill.expect("failure noticed .* first new step")
@@ -59,17 +61,19 @@ def stuck_job(drill: Drill) -> None:
 
 def another_cluster(drill: Drill) -> None:
     """Two clusters of two nodes each."""
-    old, new = drill.cluster(cpus=1), drill.cluster(cpus=1)
-    join(old)
+    plan = drill.plan(held(480) + slowed(480))
+    old, new = drill.cluster(cpus=1, DIS_SCALE_FAULTS=plan), drill.cluster(cpus=1)
+    join(old, DIS_SCALE_FAULTS=plan)
     join(new)
     drill.use(old)
     first = drill.start()
-    drill.until_saved(first, 3)
+    drill.until_held(first)
     drill.use(new)
     drill.resume(ends=HELD)
     drill.expect(f"held by process {first.pid} on .*, which is alive: one writer at a time")
     drill.dis_scale("stop", str(drill.sweep))
     drill.expect(f"stop requested: process {first.pid} on ")
+    drill.go_on()
     drill.wait(first, STOPPED)
     drill.resume()
 
@@ -140,17 +144,20 @@ def nccl_or_network(drill: Drill) -> None:
     links = drill.ends.enter_context(network.linked(NAMES))
     nodes = drill.cluster(cpus=2, ip=links[head], within=within(head), options=['--resources={"evaluate": 1}'])
     drill.within = within(head)
+    plan = drill.plan(slowed(480, until=GO_ON))
 
     def start_node(name: str, count: int) -> Node:
-        node = nodes.node(1, links[name], within(name), options=[SLOT, f"--node-name={name}"])
+        options = [SLOT, f"--node-name={name}"]
+        node = nodes.node(1, links[name], within(name), options=options, DIS_SCALE_FAULTS=plan)
         wait_for_nodes(nodes, count, node, within(head))  # one by one: they share a folder, unlike machines
         return node
 
     start_node(one, 2)
     cut = start_node(two, 3)
     sweep = drill.start("train.hang_after_s=30")
-    drill.until_saved(sweep, 3)
+    drill.until_held(sweep)
     ip("link", "set", two, "down")
+    drill.go_on()
     drill.until_logged(sweep, "restart from the stored state")
     ip("link", "set", two, "up")
     kill_all(cut)

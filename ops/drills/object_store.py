@@ -190,5 +190,17 @@ def make_bucket(store: ObjectStore, name: str) -> str:
     import s3fs
 
     os.environ.update(store.environment)
-    s3fs.S3FileSystem().mkdir(name)
-    return f"s3://{name}"
+    files = s3fs.S3FileSystem()
+    deadline = time.monotonic() + 60
+    while True:  # it answers before it can store anything
+        try:
+            if not files.exists(name):
+                files.mkdir(name)
+            files.pipe_file(f"{name}/ready", b"")
+            files.rm_file(f"{name}/ready")
+            return f"s3://{name}"
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            files.invalidate_cache()
+            time.sleep(0.5)

@@ -9,16 +9,31 @@ from pathlib import Path
 
 from dis_scale.sweep import RECIPE as STORED_RECIPE
 from dis_scale.sweep import state
-from ops.drills.drill import AWAY, DONE, FAILED, MISTAKE, MODEL, STOPPED, Drill, Missing, copy_tree, local, require
+from ops.drills.drill import (
+    AWAY,
+    DONE,
+    FAILED,
+    MISTAKE,
+    MODEL,
+    STOPPED,
+    Drill,
+    Missing,
+    copy_tree,
+    held,
+    local,
+    require,
+    slowed,
+)
 
 SMALL_DISK = "48m"
 """Size of the disk that fills up: what is prepared takes a third of it."""
 
 
 def damaged_resume_point(drill: Drill) -> None:
-    sweep = drill.start()
-    drill.until_saved(sweep, 4)
+    sweep = drill.start(faults=held(640) + slowed(640))
+    drill.until_held(sweep)
     sweep.terminate()
+    drill.go_on()
     drill.wait(sweep, STOPPED)
     newest = state.point_names(drill.run)[-1]
     folder, name = drill.run.resume_point(newest), "weights-00001.safetensors"
@@ -32,12 +47,13 @@ def damaged_resume_point(drill: Drill) -> None:
 def storage_down(drill: Drill) -> None:
     """A real S3 server is killed: for 20 s while training writes to it, then while the sweep is stopped."""
     store = drill.object_store()
-    sweep = drill.start()
-    drill.until_saved(sweep, 2)
+    sweep = drill.start(faults=held(304) + slowed(320))
+    drill.until_held(sweep)
     store.kill()
+    drill.go_on()
     time.sleep(20)
     store.resume()
-    drill.until_saved(sweep, 3)
+    drill.until_saved(sweep, 320)
     sweep.terminate()
     drill.wait(sweep, STOPPED)
     store.kill()
@@ -52,10 +68,11 @@ def storage_down(drill: Drill) -> None:
 def disk_full(drill: Drill) -> None:
     """Another program's file takes all that is free on a small disk."""
     mount_small_disk(Path(drill.store), drill)
-    sweep = drill.start()
-    drill.until_saved(sweep, 3)
+    sweep = drill.start(faults=held(480))
+    drill.until_held(sweep)
     ballast = Path(drill.store) / "ballast"
     fill(ballast)
+    drill.go_on()
     drill.wait(sweep, FAILED)
     drill.expect("no space left on the device: free some, then run the same command again")
     ballast.unlink()
@@ -100,10 +117,11 @@ def roll_back(drill: Drill) -> None:
 def mlflow_database_lost(drill: Drill) -> None:
     """The database is deleted while training writes to it."""
     database = Path(drill.store) / "mlflow.db"
-    sweep = drill.start()
-    drill.until_saved(sweep, 2)
+    sweep = drill.start(faults=held(320))
+    drill.until_held(sweep)
     for file in database.parent.glob(f"{database.name}*"):
         file.unlink()
+    drill.go_on()
     drill.wait(sweep, DONE)
     drill.expect("MLflow cannot be reached, rows wait in storage: sqlite:.* is gone")
     assert not database.exists()
@@ -112,12 +130,13 @@ def mlflow_database_lost(drill: Drill) -> None:
 
 
 def cost_out_of_hand(drill: Drill) -> None:
-    sweep = drill.start()
-    drill.until_saved(sweep, 3)
+    sweep = drill.start(faults=held(480) + slowed(480))
+    drill.until_held(sweep)
     drill.dis_scale("status", str(drill.sweep))
     drill.expect("training")
     drill.dis_scale("stop", str(drill.sweep))
     drill.expect("stop requested: ")
+    drill.go_on()
     drill.wait(sweep, STOPPED)
     drill.dis_scale("status", str(drill.sweep))
     drill.expect("stopped: the last sweep command ended")
@@ -140,9 +159,10 @@ def upgrade_in_mid_sweep(drill: Drill) -> None:
     drill.run_sweep(ends=MISTAKE)
     drill.expect("begun with torch '2.0.0', now .*: finish it as it was begun, or delete it, or use another root")
     latents.write("begun.json", begun)  # the version of before finishes the set
-    sweep = drill.start()
-    drill.until_saved(sweep, 2)
+    sweep = drill.start(faults=held(320) + slowed(320))
+    drill.until_held(sweep)
     sweep.terminate()
+    drill.go_on()
     drill.wait(sweep, STOPPED)
     require(latents.read("manifest.json") == sealed, "the finished latents differ from the undisturbed sweep's")
     latents.write("begun.json", as_of_another_torch(begun))

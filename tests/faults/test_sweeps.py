@@ -71,14 +71,17 @@ FAULTS = {
     "an encoder killed between shard and sidecar": ("kill at written path=000002.tar", [0]),
     "precompute's driver dies": ("kill at poll path=precompute", [1, 0]),
     "rank 0 killed in a save": ("kill at written path=resume/000000000160-0001/exp_avg-00000 rank=0", [0]),
-    "training's driver dies": ("kill at poll path=train images=16", [1, 0]),
+    "training's driver dies": ("kill at poll path=train images=16\nwait at step rank=0 images=112 until=0.0", [1, 0]),
     "stop request to training's driver": ("stop at poll path=train", [75, 0]),
     "a GPU's memory is too small, once": ("memory at step images=112", [0]),
     "a rank hangs": ("hang at step rank=1 images=112", [0]),
     "storage is gone for 20 s while publishing": ("gone at write path=published/000000000160 seconds=20", [0]),
     "disk full in a save": ("full at write path=resume/000000000240", [1, 0]),
     "evaluation killed between two blocks": ("kill at written path=block-00000.npz", [0]),
-    "evaluation's driver dies": ("kill at poll path=evaluate images=1", [1, 0]),
+    "evaluation's driver dies": (
+        "kill at poll path=evaluate images=1\nwait at write path=block-00001.npz until=0.0",
+        [1, 0],
+    ),
 }
 
 
