@@ -150,9 +150,7 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
         return Job(cluster, f"{prefix}-{last}", ours=False)
     command = [sys.executable, "-m", "pipelines", stage, sweep.folder.url, *arguments]
     context = Context(sweep.folder.name, stage, arguments[0] if arguments else None)
-    return submit_new(
-        cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep) | context.variable()
-    )
+    return submit_new(cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep) | context.variable())
 
 
 def _environment(cluster: Cluster, sweep: Sweep) -> dict[str, str]:
