@@ -43,6 +43,11 @@ _RANGE_BYTES = 16 * 2**20
 _READ_TIMEOUT_S = 60
 _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
+_VERSIONS = (
+    "ETag", "etag", "blob_id", "md5Hash", "mtime", "last_modified", "Content-MD5", "Digest", "Last-Modified", "LastModified",
+    "xet_hash", "sha", "hex", "updated", "modificationTime", "modify", "modified",
+)  # fmt: skip
+"""Keys of an object's hash or time in fsspec's file systems: S3, Google, Azure, Hugging Face, HTTP, GitHub, git, HDFS, FTP."""
 LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
 """Stores beside S3 whose cache of listings is turned off; `require_usable` refuses any store that remembers listings."""
 
@@ -111,7 +116,7 @@ class Folder:
     def version(self, path: str) -> str:
         """Return words that change when the object is written again: its size with its ETag or time."""
         facts = self._do("look up", path, lambda fs, full: fs.info(full))
-        known = (facts.get(key) for key in ("ETag", "etag", "blob_id", "md5Hash", "mtime", "last_modified"))
+        known = (facts.get(key) for key in _VERSIONS)
         return f"{facts.get('size')} bytes, {next((str(each).strip(chr(34)) for each in known if each), 'of unknown time')}"
 
     def write(self, path: str, data: bytes) -> None:

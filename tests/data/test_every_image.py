@@ -6,10 +6,15 @@ A picture's number is in its pixels; the reader is a plain `tarfile`, and knows 
 import io
 import itertools
 import json
+import os
+import re
 import subprocess
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +173,40 @@ def test_a_file_that_is_written_again_after_it_was_listed_is_refused(store_url: 
             StorageError, match=rf"a.{kind}: it was written again after it was listed .*data.source.version"
         ):
             open_source(recipe, store).pixels(0, 8)
+
+
+class WebServer(SimpleHTTPRequestHandler):
+    """Serves a folder with its files' times, by range."""
+
+    def do_GET(self) -> None:
+        data, (first, last) = (
+            Path(self.translate_path(self.path)).read_bytes(),
+            re.findall(r"\d+", self.headers["Range"]),
+        )
+        part = data[int(first) : int(last) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_file_of_a_web_server_that_is_written_again_is_refused(tmp_path: Path) -> None:
+    """It has as many bytes as before, and the server states its time only."""
+    file = tmp_path / "a.parquet"
+    file.write_bytes(parquet([(picture(1), 0), (picture(2), 1)], metadata=None))
+    os.utime(file, (10**9, 10**9))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(WebServer, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        recipe = data({"kind": "parquet", "url": f"http://127.0.0.1:{server.server_port}/a.parquet"})
+        assert len(open_source(recipe, open_folder(tmp_path / "store"))) == 2
+        os.utime(file)
+        with pytest.raises(StorageError, match=r"a.parquet: it was written again after it was listed \(.*2001"):
+            open_source(recipe, open_folder(tmp_path / "store")).pixels(0, 8)
+        server.shutdown()
 
 
 def test_parquet_files_whose_numbers_mean_other_classes_are_refused(tmp_path: Path) -> None:

@@ -366,3 +366,29 @@ def test_a_stores_time_is_its_own(bucket: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(time, "time", lambda: now_s + 61)
     assert open_folder(bucket).time_s() == pytest.approx(now_s, abs=20)
     assert open_folder(tmp_path).time_s() == now_s + 61
+
+
+class OneFact(MemoryFileSystem):
+    """A store that tells of an object its size and one more fact."""
+
+    protocol = "onefact"
+    fact: ClassVar[dict[str, object]] = {}
+
+    def info(self, path: str, **_: object) -> dict[str, object]:
+        return {"name": path, "size": 3} | self.fact
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "ETag", "etag", "Last-Modified", "Content-MD5", "md5Hash", "updated", "last_modified", "blob_id", "xet_hash", "sha",
+        "mtime", "modificationTime", "modify",
+    ],
+)  # fmt: skip
+def test_a_version_is_taken_under_the_name_that_each_client_gives_it(key: str) -> None:
+    fsspec.register_implementation("onefact", OneFact, clobber=True)
+    versions = []
+    for value in ("one", "two"):
+        OneFact.fact = {key: value}
+        versions.append(open_folder("onefact://bucket").version("x"))
+    assert versions == ["3 bytes, one", "3 bytes, two"]
