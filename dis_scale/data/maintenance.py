@@ -15,7 +15,7 @@ from dis_scale.data import mixing, shards
 from dis_scale.data.encode import Setup, compute_exactly, encode_mixed, encode_shards, encoding_of, hardware
 from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
-from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.errors import Damaged, StorageError, UserError
 from dis_scale.process.progress import ReportDone, ReportShare, some
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import Digest, read_verified
@@ -42,7 +42,10 @@ def locate_latents(url: str) -> tuple[Folder | None, Folder]:
 
 
 def verify(latents: Folder, fast: bool, report: ReportShare) -> dict[str, str]:
-    """Return the damage by shard, in order: against the manifest's hashes, or only its sizes if `fast`, which reports nothing."""
+    """Return the damage by shard, in order: against the manifest's hashes, or only its sizes if `fast`, which reports nothing.
+
+    StorageError if storage refuses to read a shard: that is no damage.
+    """
     entries = LatentsManifest.require(latents).shards
     if fast:
         sizes = latents.sizes()
@@ -182,7 +185,7 @@ def decode_examples(latents: Folder, decoder: Vae) -> Examples:
 def _damage(latents: Folder, entry: ShardEntry) -> str | None:
     try:
         read_verified(latents, entry.name, entry.digest)
-    except StorageError as error:
+    except Damaged as error:
         return str(error)
     return None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from dis_scale.process.errors import Damaged, StorageError
+from dis_scale.process.errors import Damaged
 from dis_scale.process.threads import in_order
 from dis_scale.storage.document import Document
 from dis_scale.storage.folder import Folder
@@ -51,10 +51,10 @@ class Sealed(Document):
 
     @classmethod
     def require(cls, folder: Folder) -> Self:
-        """Return the manifest of a folder that must be complete; StorageError if it has none."""
+        """Return the manifest of a folder that must be complete; Damaged if it has none."""
         manifest = cls.find(folder)
         if manifest is None:
-            raise StorageError(f"{folder}: no {cls.NAME}: the folder is incomplete or was deleted")
+            raise Damaged(f"{folder}: no {cls.NAME}: the folder is incomplete or was deleted")
         return manifest
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dis_scale.evaluation import npz
-from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.errors import Damaged, StorageError, UserError
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import TrainedVae
@@ -17,7 +17,7 @@ from dis_scale.sweep.documents import LatentsManifest, LatentsPointer, Published
 
 
 class Check(NamedTuple):
-    """One file to read back; `cure` says what to do if `read` raises StorageError."""
+    """One file to read back; `cure` says what to do if `read` raises Damaged."""
 
     read: Callable[[], Any]
     cure: str
@@ -27,6 +27,7 @@ def verify_sweep(sweep: Sweep, report: ReportShare) -> list[str]:
     """Return a line for each damaged or missing file, with its cure; `report` gets the files read so far, and their number.
 
     These are latents, autoencoder, classifiers, reference statistics, resume points, published weights, kept samples and metrics.
+    StorageError if storage refuses to read a file: that is no damage, and its cure would delete what is good.
     """
     checks, damaged = list(_checks(sweep)), list[str]()
     for number, words in enumerate(in_order(checks, _damage, READING_THREADS), 1):
@@ -39,7 +40,7 @@ def _damage(check: Check) -> list[str]:
     """Return what is wrong with a file and the cure: one line or none."""
     try:
         check.read()
-    except (StorageError, UserError, FileNotFoundError) as error:
+    except (Damaged, UserError, FileNotFoundError) as error:
         return [f"{error}; {check.cure}"]
     return []
 
@@ -112,9 +113,9 @@ def _latents(sweep: Sweep) -> Iterator[Check]:
         manifest = LatentsManifest.require(latents)
         state.require_same_vae(latents, manifest.encoding.identity, pointer.vae)
     except FileNotFoundError:
-        yield Check(partial(_fail, StorageError(f"{sweep}/{LatentsPointer.NAME} is missing")), _NEXT_RUN)
+        yield Check(partial(_fail, Damaged(f"{sweep}/{LatentsPointer.NAME} is missing")), _NEXT_RUN)
         return
-    except (StorageError, UserError) as error:
+    except (Damaged, UserError) as error:
         yield Check(partial(_fail, error), cure)
         return
     for shard in manifest.shards:
@@ -126,7 +127,7 @@ def _manifest_files(part: Stored, cure: str) -> Iterator[Check]:
     assert part.kind.document is not None
     try:
         manifest = part.kind.document.read(part.folder)
-    except StorageError as error:
+    except Damaged as error:
         yield Check(partial(_fail, error), cure)
         return
     assert isinstance(manifest, Manifest)
@@ -145,10 +146,14 @@ def _fail(error: Exception) -> None:
 
 
 def _require_references(sweep: Sweep) -> None:
-    """StorageError if the statistics of the real images are missing under an extractor."""
+    """Damaged if the statistics of the real images are missing under an extractor."""
     if missing := state.references_missing(sweep):
-        raise StorageError(f"{sweep.references}: the statistics under {', '.join(missing)} are missing")
+        raise Damaged(f"{sweep.references}: the statistics under {', '.join(missing)} are missing")
 
 
 def _read_npz(folder: Folder, name: str) -> None:
-    npz.from_bytes(folder.read(name), f"{folder}/{name}")
+    data = folder.read(name)
+    try:
+        npz.from_bytes(data, f"{folder}/{name}")
+    except StorageError as error:
+        raise Damaged(str(error)) from error

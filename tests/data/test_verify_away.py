@@ -1,9 +1,13 @@
-"""Storage that does not answer is no damage: its cure would encode good shards again."""
+"""Storage that does not answer, or that refuses access, is no damage: its cure would encode good shards again."""
+
+import errno
+from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from dis_scale.data import maintenance
-from dis_scale.process.errors import StorageAway
+from dis_scale.process.errors import StorageAway, StorageError
 from dis_scale.storage import retries
 from dis_scale.storage.folder import open_folder
 from tests.support.faulty_gateway import Gateway
@@ -20,4 +24,20 @@ def test_storage_that_is_away_is_not_reported_as_damage(
     with pytest.raises(StorageAway, match=r"00000\d.tar"):
         maintenance.verify(latents, False, lambda *_: None)
     gateway.faults = []
+    assert maintenance.verify(latents, False, lambda *_: None) == {}
+
+
+def test_storage_that_refuses_access_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, read = make(open_folder(tmp_path), [3, 3]), LocalFileSystem.cat_file
+
+    def refuse(self: LocalFileSystem, path: str, **span: int) -> bytes:
+        if path.endswith(".tar"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        data: bytes = read(self, path, **span)
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "cat_file", refuse)
+        with pytest.raises(StorageError, match=r"cannot read .*00000\d.tar: permission denied: check the key"):
+            maintenance.verify(latents, False, lambda *_: None)
     assert maintenance.verify(latents, False, lambda *_: None) == {}

@@ -1,5 +1,6 @@
 """Verification of all that results rest on, and of what none needs; on a small sweep made by hand."""
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -8,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from dis_scale.data import listing
 from dis_scale.evaluation import npz
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
@@ -156,6 +158,24 @@ def test_what_was_deleted_or_lost_its_meaning_is_named_with_a_cure(
     (line,) = verified(sweep)
     assert words in line
     assert any(cure in line for cure in ("restore", "delete it", "repair", "makes it again"))
+
+
+@pytest.mark.parametrize("name", ["000000.tar", "manifest.json", "block-00000.npz"])
+def test_storage_that_refuses_access_is_not_reported_as_damage(
+    name: str, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cures would have good files deleted or made again."""
+    read = LocalFileSystem.cat_file
+
+    def refuse(self: LocalFileSystem, path: str, **span: int) -> bytes:
+        if path.endswith(name):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        data: bytes = read(self, path, **span)
+        return data
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", refuse)
+    with pytest.raises(StorageError, match=rf"cannot read .*{name}: permission denied: check the key"):
+        verified(sweep)
 
 
 def test_a_sweep_that_has_only_begun_misses_nothing(tmp_path: Path, tiny: Recipe) -> None:
