@@ -60,6 +60,8 @@ DOORS = {
     "mamba_ssm": "dis_scale/scan",
     "causal_conv1d": "dis_scale/scan",
     "triton": "dis_scale/scan",
+    "tensorboard": "dis_scale/tracking/dashboards.py",
+    "wandb": "dis_scale/tracking/dashboards.py",
 }
 """Each dependency, and the files or folders that may import it."""
 ANYWHERE = {"torch", "numpy", "PIL", "pydantic", "yaml", "safetensors"}
