@@ -32,7 +32,14 @@ from dis_scale.tracking.rows import Row, RowReader
 from dis_scale.upkeep import status
 from dis_scale.weights.checkpoints import find_checkpoint
 from dis_scale.weights.export import open_checkpoint
-from dis_scale.weights.opening import OpenCheckpoint, class_names, labels_in_turn, open_for_sampling, sample_pictures
+from dis_scale.weights.opening import (
+    OpenCheckpoint,
+    class_names,
+    labels_in_turn,
+    labels_in_words,
+    open_for_sampling,
+    sample_pictures,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -164,7 +171,7 @@ class Weights:
     def sample(
         self,
         *,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int | str] | None = None,
         count: int | None = None,
         sampler: str | None = None,
         steps: int | None = None,
@@ -175,22 +182,26 @@ class Weights:
     ) -> list[Image.Image]:
         """Return RGB images.
 
-        The labels are `classes` in turn, by default all classes. `count` is by default one image for each of them; `sampler`,
-        `steps` and `guidance` are by default the sweep's own, whose channels and times of guidance always hold; `device` is a
-        GPU if there is one. An image depends on the seed, its number and its label, not on `batch`. UserError for weights,
-        classes or settings that the model does not have.
+        The labels are `classes` in turn, each a label or a class's name, by default all classes. `count` is by default one image
+        for each of them; `sampler`, `steps` and `guidance` are by default the sweep's own, whose channels and times of guidance
+        always hold; `device` is a GPU if there is one. An image depends on the seed, its number and its label, not on `batch`.
+        UserError for weights, classes or settings that the model does not have.
         """
+        labels = None if classes is None else [self._label(each) for each in classes]
         if count is None:
-            count = len(range(self.opened.model.num_classes or 1) if classes is None else classes)
+            count = len(range(self.opened.model.num_classes or 1) if labels is None else labels)
         if min(count, batch) < 1:
             raise UserError(f"got count {count} and batch {batch}, expected at least 1")
-        labels = labels_in_turn(self.opened, None if classes is None else [int(label) for label in classes], count)
+        each_label = labels_in_turn(self.opened, labels, count)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         parts = sample_pictures(
-            self.opened, labels, sampling=self.opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance),
+            self.opened, each_label, sampling=self.opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance),
             seed=seed, batch=batch, device=device,
         )  # fmt: skip
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
+
+    def _label(self, label: int | str) -> int:
+        return labels_in_words(self.opened, [label])[0] if isinstance(label, str) else int(label)
 
 
 def open_weights(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dis_scale.cli.shared import CHECKPOINT, AsJson, Overrides, RecipePath, VaeOption, require_folder, show
+from dis_scale.cli.shared import CHECKPOINT, AsJson, Overrides, RecipePath, VaeOption, load_recipe, require_folder, show
 from dis_scale.recipe.shipped import EMBEDDED
 
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)]
@@ -38,12 +38,11 @@ def import_weights(
 ) -> None:
     """Publish public weights as a model of a sweep, which evaluates and samples them."""
     from dis_scale import vae
-    from dis_scale.recipe import reading
     from dis_scale.storage.folder import open_folder
     from dis_scale.sweep import Sweep
     from dis_scale.weights import importing as public_weights
 
-    settings = reading.load(recipe or EMBEDDED, overrides)
+    settings = load_recipe(recipe, overrides)
     store = open_folder(settings.storage.root)
     storage = settings.storage.model_copy(update={"root": store.url})
     sweep = Sweep.below(store, settings.model_copy(update={"storage": storage}))
@@ -56,6 +55,6 @@ def import_weights(
         found._asdict() | {"folder": found.folder.url},
         *found.notes,
         f"imported {found.folder}: {found.parameters:,} weights, at {found.images_seen:,} images\n"
-        f"next     {again}: evaluates it; dis-scale sample --checkpoint {found.folder}\n"
+        f"next     {again}: evaluates it; dis-scale sample {found.folder}\n"
         f"         models.NAME.start: {{kind: sweep, url: {sweep}, model: {model}, images: {found.images_seen}}}",
     )

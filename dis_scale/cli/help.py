@@ -14,7 +14,7 @@ EXAMPLES = {
     "report": "dis-scale report outputs/sweeps/digits",
     "measure": "dis-scale measure samples.npz VIRTUAL_imagenet256_labeled.npz",
     "compare": "dis-scale compare outputs/sweeps/digits outputs/sweeps/digits-2 --pair dis-m=dit-s",
-    "sample": "dis-scale sample --checkpoint outputs/sweeps/digits/runs/dis-m --classes 1,7",
+    "sample": "dis-scale sample outputs/sweeps/digits/runs/dis-m --classes 1,7",
     "verify": "dis-scale verify outputs/sweeps/digits",
     "gc": "dis-scale gc outputs/sweeps/digits",
     "delete": "dis-scale delete outputs/sweeps/digits",

@@ -16,11 +16,11 @@ from dis_scale.cli.shared import (
     RecipePath,
     SourceImages,
     console,
+    load_recipe,
     show,
     source_images,
 )
 from dis_scale.process.errors import UserError, nearest
-from dis_scale.recipe.shipped import EMBEDDED
 
 if TYPE_CHECKING:
     from dis_scale.planning.fleet import Fleet
@@ -48,9 +48,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a sweep will cost, and start nothing."""
-    from dis_scale.recipe import reading
-
-    settings = reading.load(recipe or EMBEDDED, overrides)
+    settings = load_recipe(recipe, overrides)
     given = {"count": count, "price": price, "preemptions_per_day": preemptions_per_day, "mfu": mfu}
     fleet = _fleet(settings, gpu, {name: value for name, value in given.items() if value is not None})
 

@@ -11,6 +11,7 @@ from dis_scale.cli.shared import (
     AsJson,
     Overrides,
     SourceImages,
+    load_recipe,
     show,
     source_images,
 )
@@ -77,11 +78,10 @@ def schema() -> None:
 
 def _open(url: str, overrides: list[str] | None = None) -> "Recipe":
     """Return the recipe in a file, or that of a sweep's folder."""
-    from dis_scale.recipe import reading
-
     if "://" not in url and not Path(url).is_dir():
-        return reading.load(url, overrides)
+        return load_recipe(url, overrides)
 
+    from dis_scale.recipe import reading
     from dis_scale.sweep import RECIPE, Sweep
 
     stored = Sweep.open(url)

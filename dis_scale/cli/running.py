@@ -14,6 +14,7 @@ from dis_scale.cli.shared import (
     SweepUrl,
     console,
     driver_console,
+    load_recipe,
     require_folder,
     say,
     say_aside,
@@ -29,12 +30,10 @@ Here = Annotated[
 
 def sweep(command: typer.Context, recipe: RecipePath = None, overrides: Overrides = None, here: Here = False) -> None:
     """Train, evaluate and report a sweep; a rerun does what is left."""
-    from dis_scale.recipe import reading
-
     console = driver_console(command.obj)
     if recipe is None:
         console.print(f"recipe   {EMBEDDED.name} (the embedded example: no recipe was given)", highlight=False)
-    settings = reading.load(recipe or EMBEDDED, overrides)
+    settings = load_recipe(recipe, overrides)
     command.obj.sweep = settings.name
 
     from pipelines.sweep import run_sweep

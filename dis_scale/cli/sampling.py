@@ -24,7 +24,7 @@ COLUMNS = 10
 
 
 def sample(
-    checkpoint: Annotated[str, typer.Option(help=CHECKPOINT)],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT, show_default=False)],
     classes: Annotated[
         str | None, typer.Option(help="Labels or classes to sample in turn, such as 1,7 or cat,dog; default: all.")
     ] = None,
@@ -47,7 +47,7 @@ def sample(
     guidance: Annotated[float | None, typer.Option(min=0, help="Default: as for the sampler, or 1: none.")] = None,
     guide: Annotated[
         str | None,
-        typer.Option(help="A worse checkpoint that guides, as --checkpoint; default: the sweep's own, or no labels."),
+        typer.Option(help="A worse checkpoint that guides; default: the sweep's own, or no labels."),
     ] = None,
     guidance_channels: Annotated[
         int | None, typer.Option(min=1, help="Guide so many channels, the first; default: as for the sampler, or all.")

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +100,29 @@ def source_images(recipe: "Recipe", given: int | None) -> tuple[int | None, str]
         return len(open_source(recipe.data, None, listing_words(say_aside))), ""
     except DisScaleError as error:
         return None, f"{error}; {NAME_THE_NUMBER}"
+
+
+@contextmanager
+def naming_misspelt(at: str | Path) -> Iterator[None]:
+    """Turn a UserError into one that names the first part of a path or URL that is not there, if one is not."""
+    from dis_scale.storage.folder import open_folder
+    from dis_scale.sweep import missing
+
+    try:
+        yield
+    except UserError as error:
+        if (folder := open_folder(at)).exists("") or not (words := missing(folder)):
+            raise
+        raise UserError(f"there is no {at}{words}") from error
+
+
+def load_recipe(recipe: str | Path | None, overrides: list[str] | None = None) -> "Recipe":
+    """Return the recipe in a file, or the shipped one of this name, by default digits; UserError with the nearest name."""
+    from dis_scale.recipe import reading
+
+    path = recipe or shipped.EMBEDDED
+    with nullcontext() if Path(path).name == str(path) and not Path(path).suffix else naming_misspelt(path):
+        return reading.load(path, overrides)
 
 
 def require_folder(out: Path, option: str = "--out") -> None:

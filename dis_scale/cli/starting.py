@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, console, require_new, say, show
+from dis_scale.cli.shared import AsJson, console, load_recipe, naming_misspelt, require_new, say, show
 from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe.shipped import EMBEDDED
 
@@ -47,7 +47,7 @@ def init(
     require_new(out, "--out")
     if names:
         require_new(names, "--names")
-    with Board(console(stderr=as_json)) as board:
+    with naming_misspelt(images), Board(console(stderr=as_json)) as board:
         found = survey.take_survey(
             images, listing_words(board.say), lambda done, total: board.update("look", done, total, "images")
         )
@@ -79,11 +79,10 @@ def doctor(
     """Try all that a sweep needs here; exit code 1 if a part is bad."""
     from dataclasses import asdict
 
-    from dis_scale.recipe import reading
     from dis_scale.storage.folder import open_folder
     from dis_scale.upkeep.doctor import Needs, checks, examine
 
-    settings, findings = reading.load(recipe), []
+    settings, findings = load_recipe(recipe), []
     needs = Needs(settings, open_folder(storage or settings.storage.root))
     for each in examine(needs, checks() | {"ray": _ray}):
         findings.append(each)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, require_folder, say, show
+from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, naming_misspelt, require_folder, say, show
 from dis_scale.process.errors import DisScaleError, UserError
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def data_verify(
     from dis_scale.process.progress import Board
 
     with Board(console(stderr=as_json)) as board:
-        sweep, latents = maintenance.locate_latents(url)
+        with naming_misspelt(url):
+            sweep, latents = maintenance.locate_latents(url)
         damaged = maintenance.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
         show(as_json, {"latents": latents.url, "damaged": damaged})
         for words in damaged.values():
@@ -156,7 +157,7 @@ def data_repair(
     from dis_scale.data import maintenance
     from dis_scale.process.progress import Board, listing_words
 
-    with Board(console(stderr=as_json)) as board:
+    with naming_misspelt(sweep), Board(console(stderr=as_json)) as board:
         repaired = maintenance.repair(
             sweep,
             lambda done, total: board.update("verify", done, total, "shards"),
@@ -181,7 +182,8 @@ def data_export(
     from dis_scale.storage.folder import open_folder
 
     with Board(console(stderr=as_json)) as board:
-        _, latents = maintenance.locate_latents(url)
+        with naming_misspelt(url):
+            _, latents = maintenance.locate_latents(url)
         folder = open_folder(out)
         count = given.export(latents, layout, folder, lambda done, total: board.update("export", done, total, "shards"))
     show(as_json, {"latents": count, "folder": folder.url}, f"exported {count:,} latents to {folder} as {layout}")
@@ -202,7 +204,8 @@ def data_show(
     from dis_scale.sweep import Sweep
     from dis_scale.sweep.documents import LatentsManifest
 
-    sweep, latents = maintenance.locate_latents(url)
+    with naming_misspelt(url):
+        sweep, latents = maintenance.locate_latents(url)
     if as_json:
         return show(True, LatentsManifest.require(latents).to_json() | {"latents": latents.url})
     for line in maintenance.describe(latents):

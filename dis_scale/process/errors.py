@@ -89,6 +89,6 @@ def shown(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ' (did you mean X?)' with the known name nearest to `word`, or '' if none is similar."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    """Return ' (did you mean X?)' with the known name nearest to `word`, or '' if none is similar, or it is known itself."""
+    close = [name for name in difflib.get_close_matches(word, list(known), n=1) if name != word]
     return f" (did you mean {close[0]!r}?)" if close else ""

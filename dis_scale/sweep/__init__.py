@@ -65,6 +65,26 @@ def store_of(sweep: Folder) -> Folder:
     return replace(sweep, url=sweep.url.rsplit(f"/{SWEEPS}/", 1)[0])
 
 
+def folder_around(folder: Folder) -> Folder | None:
+    """Return the folder of the sweep that a folder is in, or is; None if it is in none."""
+    start, mark, path = folder.url.rpartition("://")
+    parts = path.split("/")
+    above = (replace(folder, url=start + mark + "/".join(parts[:depth])) for depth in range(len(parts), 1, -1))
+    return next((each for each in above if each.exists(RECIPE)), None)
+
+
+def missing(folder: Folder) -> str:
+    """Return words on the first part of a path or URL that is not there, with the nearest name beside it; '' if all are there."""
+    path = folder.url
+    parent, _, name = path.rpartition("/")
+    while parent.rpartition("/")[0].strip("/:") and not Folder(parent).exists(""):
+        path = parent
+        parent, _, name = path.rpartition("/")
+    names = Folder(parent or "/").list()
+    where = "" if path == folder.url else f": {path} is missing"
+    return "" if name in names else f"{where}{nearest(name, names)}"
+
+
 def command_lease(sweep: Folder) -> Folder:
     """Return the lease of the command that runs the sweep in a folder; it is held before the recipe is stored."""
     return sweep / _LEASES / "sweep"
@@ -125,10 +145,11 @@ class Sweep:
         """
         folder = open_folder(url).patient if patient else open_folder(url)
         if not folder.exists(RECIPE):
-            meant = nearest(folder.name, Folder(folder.url.rpartition("/")[0]).folders())
+            if around := folder_around(folder):
+                raise UserError(f"no sweep at {folder}: expected a folder with {RECIPE}: did you mean {around}?")
             raise UserError(
-                f"no sweep at {folder}{meant}: expected a folder with {RECIPE}, for example outputs/sweeps/digits; a first start "
-                "writes it when it has listed its images"
+                f"no sweep at {folder}{missing(folder)}: expected a folder with {RECIPE}, for example "
+                "outputs/sweeps/digits; a first start writes it when it has listed its images"
             )
         try:
             return cls(folder, reading.parse(folder.read(RECIPE).decode(), f"{folder}/{RECIPE}", stored=True))

@@ -3,12 +3,12 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dis_scale.process.errors import UserError
 from dis_scale.storage.folder import Folder, locate, open_folder
-from dis_scale.sweep import RECIPE, Run, Sampled, Sweep, state
+from dis_scale.sweep import Run, Sampled, Sweep, folder_around, missing, state
 from dis_scale.sweep.documents import PublishedManifest
 from dis_scale.weights.published import WEIGHTS_FILE, stored_file
 
@@ -60,17 +60,8 @@ def find_checkpoint(at: str) -> Located:
         folder, name = locate(folder.url)
     if not folder.exists(name):
         raise UserError(
-            f"no checkpoint at {at}: expected a published folder, a run of a sweep, a .safetensors file or a public .pt"
+            f"no checkpoint at {at}{missing(open_folder(at))}: expected a published folder, a run of a sweep, a .safetensors "
+            "file or a public .pt"
         )
-    return Located(folder, name, _sweep_around(folder))
-
-
-def _sweep_around(folder: Folder) -> Sweep | None:
-    """Return the sweep in the nearest folder above that has a recipe; None without one."""
-    start, mark, path = folder.url.rpartition("://")
-    parts = path.split("/")
-    for depth in range(len(parts), 1, -1):
-        above = replace(folder, url=start + mark + "/".join(parts[:depth]))
-        if above.exists(RECIPE):
-            return Sweep.open(above.url)
-    return None
+    around = folder_around(folder)
+    return Located(folder, name, Sweep.open(around.url) if around else None)

@@ -196,10 +196,12 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
         )
 
 
-def labels_in_words(opened: OpenCheckpoint, words: str) -> list[int]:
-    """Return the labels of words with commas between them, each a label or a class's name; UserError for any other."""
+def labels_in_words(opened: OpenCheckpoint, words: str | Sequence[str]) -> list[int]:
+    """Return the labels of words, or of a text with commas between them, each a label or a class's name; UserError for others."""
     labels, names = list[int](), opened.class_names
-    for word in [words] if words in names else map(str.strip, words.split(",")):
+    if isinstance(words, str):
+        words = [words] if words in names else [word.strip() for word in words.split(",")]
+    for word in words:
         number = word.isdecimal() and len(word) < 10
         if not number and word not in names:
             known = f", or names: {some(list(names))}" if names else ", for example 1,7"

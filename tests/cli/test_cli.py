@@ -242,6 +242,32 @@ def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str
     assert "nobody" not in output
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["status", "sweps/tiny"], "no sweep at {}/sweps/tiny: {}/sweps is missing (did you mean 'sweeps'?): expected"),
+        (["report", "sweeps/tiny/report"], "a folder with recipe.yaml: did you mean {}/sweeps/tiny?"),
+        (["report", "sweeps/tiny/reprot"], "a folder with recipe.yaml: did you mean {}/sweeps/tiny?"),
+        (["sample", "sweeps/tini"], "no checkpoint at sweeps/tini (did you mean 'tiny'?): expected"),
+        (["sample", "sweeps/tiny/runs/dit1"], "sweeps/tiny/runs/dit1 (did you mean 'dit'?): expected a published"),
+        (["plan", "recpes/own.yaml"], "there is no recpes/own.yaml: {}/recpes is missing (did you mean 'recipes'?)"),
+        (["recipe", "show", "recipes/owm.yaml"], "there is no recipes/owm.yaml (did you mean 'own.yaml'?)"),
+        (["data", "show", "sweeps/tinny"], "there is no sweeps/tinny (did you mean 'tiny'?)"),
+        (["init", "recipe"], "there is no recipe (did you mean 'recipes'?)"),
+        (["init", "recipes"], "no images"),
+    ],
+)
+def test_a_misspelt_path_is_named_with_the_nearest(
+    elsewhere: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], line: str
+) -> None:
+    elsewhere.report.write("index.html", b"")
+    elsewhere.run("dit").log.write("rows", b"")
+    open_folder(tmp_path / "recipes").write("own.yaml", b"")
+    monkeypatch.chdir(tmp_path)
+    code, output = invoke(*words)
+    assert (code, line.format(*[tmp_path] * 2) in output) == (2, True), output
+
+
 def leaves(group: Any, *above: str) -> Iterator[tuple[str, Any]]:
     """Yield each command of a group and of the groups in it, with its words."""
     for name, command in group.commands.items():

@@ -69,7 +69,7 @@ def test_a_package_is_swept_beside_ours(folder: Path, installed: Path) -> None:
         assert again.returncode == 0, again.stderr
     published = f"{sweep}/runs/gated/published/000000000160"
     for words in (
-        ["sample", "--checkpoint", published, "--count", "2", "--out", "grid.png"],
+        ["sample", published, "--count", "2", "--out", "grid.png"],
         ["export", published, "exported"],
     ):
         used = invoke(folder, *words, packages=installed)

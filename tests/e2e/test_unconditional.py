@@ -73,16 +73,16 @@ def test_pictures_without_labels_pass_all_stages(
 
     published = str(sweep.run("dis").published_at(32).local)
     out = str(tmp_path / "grid.png")
-    code, output = invoke("sample", "--checkpoint", published, "--count", "3", "--out", out)
+    code, output = invoke("sample", published, "--count", "3", "--out", out)
     assert (code, Image.open(out).size) == (0, (3 * 64, 64)), output
     npz = str(tmp_path / "samples.npz")
-    code, output = invoke("sample", "--checkpoint", published, "--count", "3", "--npz", npz)
+    code, output = invoke("sample", published, "--count", "3", "--npz", npz)
     assert (code, np.load(npz)["arr_0"].shape) == (0, (3, 16, 16, 3)), output
     for arguments, words in (
         (["--guidance", "1.5"], "--guidance: got 1.5, expected 1: data.num_classes is none, and guidance needs labels"),
         (["--classes", "1"], "--classes: the model has no classes: omit it"),
     ):
-        code, output = invoke("sample", "--checkpoint", published, "--out", out, *arguments)
+        code, output = invoke("sample", published, "--out", out, *arguments)
         assert (code, words in output) == (2, True), output
     code, output = invoke("ablate", "guidance", str(sweep), "dis", "--scales", "1,2")
     assert (code, "guidance: got 2, expected 1: data.num_classes is none" in output) == (2, True), output

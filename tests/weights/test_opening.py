@@ -64,7 +64,7 @@ def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
 
 
 def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> None:
-    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1,7", "--steps", "2"]
+    command = ["sample", str(files[0]), "--vae", str(files[1]), "--classes", "1,7", "--steps", "2"]
     code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
     assert code == 0, output
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
@@ -89,16 +89,33 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
         labels_in_words(opened, "kind a,kin c")
     put_latents(latents, PixelVae().identity, (3, 32), label_names=("tench, Tinca tinca", "0", *names[2:]))
     assert labels_in_words(opened, "tench, Tinca tinca") == [0], "as ImageNet's names are"
+    own = dis_scale.open_weights(weights.url)
+    by_name, by_label = (own.sample(classes=of, steps=1) for of in (["kind c", "tench, Tinca tinca"], [2, 0]))
+    np.testing.assert_array_equal(np.stack(by_name), np.stack(by_label))
+    with pytest.raises(UserError, match=r"got 'kind k' \(did you mean 'kind "):
+        own.sample(classes=["kind k"])
     with pytest.raises(UserError, match="--classes: 0 is a label, and the name of label 1: rename the class"):
         labels_in_words(opened, "0")
     put_latents(latents, PixelVae().identity, (3, 32), label_names=tuple(names))
+    found = answer(
+        "sample",
+        sweep.run("dis").folder.url,
+        "--classes",
+        "kind c",
+        "--steps",
+        "1",
+        "--out",
+        f"{tmp_path}/c.png",
+        "--json",
+    )
+    assert found["images"] == 1
     assert column_names(opened, [2, 0, 2, 0], 2) == ["kind c", "kind a"]
     assert column_names(opened, [2, 0, 1, 0], 2) == [], "a column of two classes"
     assert column_names(opened, 4, 2) == []
 
 
 def test_without_classes_the_command_samples_all_of_them_in_turn(files: tuple[Path, Path], tmp_path: Path) -> None:
-    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--steps", "2", "--out"]
+    command = ["sample", str(files[0]), "--vae", str(files[1]), "--steps", "2", "--out"]
     for name, more in (("all", []), ("named", ["--classes", "0,1,2,3,4,5,6,7,8,9"])):
         code, output = invoke(*command, str(tmp_path / name), *more)
         assert code == 0, output
@@ -123,7 +140,7 @@ def test_the_sweeps_channels_and_times_of_guidance_are_used(tmp_path: Path) -> N
     always_guided = sampling.model_copy(update={"guidance_interval": None})
     (always,) = sample_pictures(opened, [1, 7], sampling=always_guided)
     assert not np.array_equal(own, always)
-    code, output = invoke("sample", "--checkpoint", published, "--classes", "1,7", "--steps", "3", "--guidance", "4", "--npz",
+    code, output = invoke("sample", published, "--classes", "1,7", "--steps", "3", "--guidance", "4", "--npz",
                           f"{tmp_path}/a.npz", "--batch", "2", "--count", "2")  # fmt: skip
     assert (code, "guidance 4 on 3 channels between times 100 and 600" in output) == (0, True), output
     assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], own)
@@ -140,28 +157,22 @@ def test_the_model_that_guides_a_sweep_guides_its_samples(tmp_path: Path) -> Non
     assert (opened.guide is not None, opened.sampling.scale) == (True, 3)
     own, plain = (dis_scale.open_weights(published).sample(classes=[1], steps=2, guidance=scale) for scale in (None, 1))
     assert np.asarray(own[0]).tolist() != np.asarray(plain[0]).tolist()
-    code, output = invoke(
-        "sample", "--checkpoint", published, "--out", f"{tmp_path}/y.png", "--steps", "2", "--classes", "1"
-    )
+    code, output = invoke("sample", published, "--out", f"{tmp_path}/y.png", "--steps", "2", "--classes", "1")
     assert f"guidance 3 by {sweep.run('dis').published_at(160).url}" in output, output
     by_path = dis_scale.open_weights(published, guide=other).sample(classes=[1], steps=2, guidance=3)
     assert np.array_equal(np.asarray(by_path[0]), np.asarray(own[0]))
-    code, output = invoke(
-        "sample", "--checkpoint", published, "--guide", other, "--guidance", "1", "--out", f"{tmp_path}/x.png"
-    )
+    code, output = invoke("sample", published, "--guide", other, "--guidance", "1", "--out", f"{tmp_path}/x.png")
     assert (code, "nothing guides" in output) == (2, True), output
 
 
 def test_a_guide_that_is_missing_or_does_not_fit_is_named_where_it_is_used(tmp_path: Path) -> None:
     sweep = published_sweep(str(tmp_path), "evaluate.guidance={by: dis, images: 160, scale: 3}")
     published, out = sweep.run("dis").published_at(320).url, str(tmp_path / "x.png")
-    code, output = invoke("sample", "--checkpoint", published, "--steps", "2", "--classes", "1", "--out", out)
+    code, output = invoke("sample", published, "--steps", "2", "--classes", "1", "--out", out)
     assert code == 2
     assert "000000000160" in output
     assert "it guides the samples: guidance 1 samples without" in output
-    code, output = invoke(
-        "sample", "--checkpoint", published, "--steps", "2", "--classes", "1", "--out", out, "--guidance", "1"
-    )
+    code, output = invoke("sample", published, "--steps", "2", "--classes", "1", "--out", out, "--guidance", "1")
     assert code == 0, output
     code, output = invoke("export", published, str(tmp_path / "export"))
     assert code == 0, output
@@ -202,7 +213,7 @@ def test_a_gpu_samples_if_there_is_one(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(pictures, "sample_pictures", sample)
-    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1"]
+    command = ["sample", str(files[0]), "--vae", str(files[1]), "--classes", "1"]
     code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
     assert (code, devices, "fp32 on NVIDIA H200" in output) == (0, ["cuda"], True), output
 
@@ -212,7 +223,6 @@ def test_adms_file_has_all_images_as_numpy_and_our_reader_read_it(files: tuple[P
     file = tmp_path / "samples.npz"
     base = [
         "sample",
-        "--checkpoint",
         str(files[0]),
         "--vae",
         str(files[1]),
@@ -302,7 +312,7 @@ def test_a_trained_autoencoder_is_the_same_from_its_folder(tmp_path: Path) -> No
 
 
 def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path], tmp_path: Path) -> None:
-    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1", "--steps", "1"]
+    command = ["sample", str(files[0]), "--vae", str(files[1]), "--classes", "1", "--steps", "1"]
     code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
     words = "assumed  gaussian process, linear betas, 1000 steps; latents by scale 0.18215 and shift 0.0"
     assert (code, output.splitlines()[1].startswith(words)) == (0, True)
@@ -330,7 +340,6 @@ def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
         (["--classes", "9" * 20], "expected labels with commas between them"),
         (["--classes", "11"], "label 11 is out of range: expected 0 to 9"),
         (["--classes", "1", "--sampler", "euler"], "euler"),
-        (["--classes", "1", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
         (["--classes", "1", "--vae", "/nowhere"], "vae.path: no autoencoder at '/nowhere'"),
         (
             ["--classes", "1", "--vae", "none"],
@@ -339,11 +348,16 @@ def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
     ],
 )
 def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
-    base = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--out", str(tmp_path / "none.png")]
+    base = ["sample", str(files[0]), "--vae", str(files[1]), "--out", str(tmp_path / "none.png")]
     code, output = invoke(*base, *arguments)
     assert code == 2
     assert message in output
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_missing_checkpoint_is_named() -> None:
+    code, output = invoke("sample", "none.pt")
+    assert (code, "no checkpoint at none.pt" in output) == (2, True)
 
 
 def test_an_autoencoder_of_other_channels_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -358,7 +372,7 @@ def test_weights_outside_a_sweep_need_a_vae(files: tuple[Path, Path]) -> None:
     identity = open_for_sampling(files[0], None).decoder.identity
     assert identity == open_for_sampling(files[0], str(files[1])).decoder.identity
     files[1].rename(files[1].with_name("elsewhere"))
-    code, output = invoke("sample", "--checkpoint", str(files[0]), "--classes", "1")
+    code, output = invoke("sample", str(files[0]), "--classes", "1")
     assert (code, "is not in a sweep, so name the VAE of its latents" in output) == (2, True)
 
 
