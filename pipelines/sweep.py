@@ -90,7 +90,12 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: S
             if not here:
                 last_ray.refuse_local_after_cluster(sweep, overrides)
             driver = Driver(sweep, board, as_json=jsonlog.wanted())
-            failures = run_stages(driver, plan, store)
+            try:
+                failures = run_stages(driver, plan, store)
+            except DisScaleError as error:
+                if not isinstance(error, StorageAway) and sweep.folder.exists(RECIPE):
+                    _write_page(driver, plan)  # which shows that the sweep has stopped
+                raise
             sweep = driver.sweep  # of the running sweep, if it joined one
         points = report.collect(sweep, plan)
         if not done:
@@ -130,18 +135,18 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         list_images(driver, plan, store)
         driver.sweep = sweep = store_recipe(driver, first)
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
-        if first:
-            last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
-        last_ray.record(sweep, cluster)
-        require_device(driver, cluster)
-        if not cluster.ours:
-            await_nodes(driver, cluster)
-        require_memory(plan, cluster)
-        with (
-            stopping_jobs(driver, joined=first),  # the first command also stops jobs that a killed one left
-            writing_page(driver, plan) if first else contextlib.nullcontext(),
-            dashboards.copying(sweep, store, board.say) if first else contextlib.nullcontext(),
-        ):
+        with contextlib.ExitStack() as ends:
+            if first:
+                ends.enter_context(writing_page(driver, plan))
+                last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
+            last_ray.record(sweep, cluster)
+            require_device(driver, cluster)
+            if not cluster.ours:
+                await_nodes(driver, cluster)
+            require_memory(plan, cluster)
+            if first:
+                ends.enter_context(dashboards.copying(sweep, store, board.say))
+            ends.enter_context(stopping_jobs(driver, joined=first))  # the first also stops jobs that a killed one left
             if not state.prepared(sweep):
                 run_stage(driver, cluster, "prepare")
             if state.find_latents(sweep.folder) is None:
@@ -161,19 +166,22 @@ def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
 
     def write() -> None:
         nonlocal due_s
-        if (began_s := time.monotonic()) < due_s:
-            return
-        try:
-            report.write(driver.sweep, report.collect(driver.sweep, plan), running=True)
-        except Exception as error:  # the sweep continues without its page
-            driver.board.say(f"page     not written: {error}")
-        finally:
+        if (began_s := time.monotonic()) >= due_s:
+            _write_page(driver, plan)
             due_s = time.monotonic() + (time.monotonic() - began_s) / PAGE_SHARE
 
+    driver.sweep.report.delete(report.CSV)  # which only a report of all results leaves
     driver.board.say(f"page     {driver.sweep.report}/{report.PAGE}")
     with repeating(write, PAGE_EVERY_S, "page") as thread:
         yield
     thread.join()  # it may still write, and the report follows
+
+
+def _write_page(driver: Driver, plan: Plan) -> None:
+    try:
+        report.write(driver.sweep, report.collect(driver.sweep, plan), running=True)
+    except Exception as error:  # the sweep continues without its page
+        driver.board.say(f"page     not written: {error}")
 
 
 def require_starts(sweep: Sweep, plan: Plan) -> None:

@@ -59,15 +59,26 @@ def test_a_missing_start_is_refused_before_anything_begins(tmp_path: Path) -> No
 
 def test_a_running_sweep_has_its_page_from_the_beginning(tiny: Recipe, tmp_path: Path) -> None:
     driver = driver_of(tiny, tmp_path)
+    driver.sweep.report.write(report.CSV, b"of fewer models")
     with (
         pipeline.one_at_a_time(driver, cluster("here")),
         pipeline.writing_page(driver, price_sweep(tiny, LatentShape(4, 8))),
     ):
         wait_until(lambda: driver.sweep.report.exists(report.PAGE))
     page = driver.sweep.report.read(report.PAGE).decode()
+    assert not driver.sweep.report.exists(report.CSV), "it would be taken for all results"
     assert "http-equiv='refresh'" in page, "a command runs"
     assert "0 of 320 images" in page
     assert f"page     {driver.sweep.report}/{report.PAGE}" in logged(driver)
+
+
+def test_a_refused_command_leaves_a_page_that_has_stopped(tmp_path: Path) -> None:
+    recipe = reading.load(TINY, ["device=cuda", f"storage.root={tmp_path}"])
+    sweep = Sweep.below(open_folder(tmp_path), recipe)
+    sweep.save_recipe()
+    with pytest.raises(UserError, match="device: cuda for 2 workers"):
+        pipeline.run_sweep(recipe, Console(file=io.StringIO()))
+    assert "http-equiv='refresh'" not in sweep.report.read(report.PAGE).decode()
 
 
 def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
