@@ -93,17 +93,20 @@ def as_images(source: Source, vae: Vae) -> Source:
 def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) -> int:
     """Write the unflipped latents of a complete set in another program's layout; return their number.
 
-    UserError if the folder has files. An image's place in the source is the number in its file's name.
+    One that was cut off is refused as a source, and begins again in its folder. UserError if the folder has other files. An
+    image's place in the source is the number in its file's name.
     """
     manifest = LatentsManifest.require(latents)
     write = _write_tar if layout == "webdataset" else _write_files
     folder = out / layouts.REPA_FOLDER if layout == "repa" else out
-    if next(folder.walk(), None) is not None:
+    identity = f"{layout} of {latents}".encode()
+    if next(folder.walk(), None) is not None and not _began(folder, identity):
         raise UserError(f"--out {folder}: it has files: give a new folder, or delete them")
     if layout == "repa" and manifest.refused:
         raise UserError(
             f"{latents}: {len(manifest.refused)} images are left out, and REPA pairs images and latents by their order"
         )
+    folder.write(layouts.UNFINISHED, identity)
     places, labels = _places(manifest), dict[str, int]()
     for done, entry in enumerate(manifest.shards, 1):
         data = read_verified(latents, entry.name, entry.digest)
@@ -115,7 +118,12 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
     if layout != "webdataset":
         classes = None if manifest.made_from.num_classes is None else sorted(labels.items())
         folder.write(layouts.LABELS, json.dumps({"labels": classes}).encode())
+    folder.delete(layouts.UNFINISHED)
     return manifest.count
+
+
+def _began(folder: Folder, identity: bytes) -> bool:
+    return folder.exists(layouts.UNFINISHED) and folder.read(layouts.UNFINISHED) == identity
 
 
 def _places(manifest: LatentsManifest) -> np.ndarray:

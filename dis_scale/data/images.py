@@ -50,8 +50,8 @@ class InFlight:
 
 
 def hidden(path: str) -> bool:
-    """Whether a file, or a folder around it, has a name that begins with a dot."""
-    return any(part.startswith(".") for part in path.split("/"))
+    """Whether a file, or a folder around it, has a name that begins with a dot, or is in what macOS adds to archives."""
+    return any((part.startswith(".") and part.strip(".")) or part == "__MACOSX" for part in path.split("/"))
 
 
 def ending(name: str) -> str:

@@ -37,6 +37,8 @@ from dis_scale.storage.folder import Folder
 
 LABELS = "dataset.json"
 REPA_FOLDER = "vae-sd"
+UNFINISHED = ".unfinished"
+"""A file of an export that is not complete; it holds the set that is exported."""
 NO_VARIANCE = float(np.finfo(np.float16).min)
 """That of vae/interface.py, which imports PyTorch."""
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
@@ -81,13 +83,19 @@ def many_in_a_file(source: LatentsSource, mirror: bool) -> InFiles | None:
     """Return how to read a layout with many latents in a file; None if each has a file of its own."""
     match source.layout:
         case "webdataset":
-            settings = TarSource(kind="tar", url=source.url, image="latent", label="cls")
+            settings = TarSource(kind="tar", url=source.url, image=tars.LATENT, label="cls")
             return InFiles(".tar", partial(tars.find, settings=settings), tars.read, tars.near)
         case "safetensors":
             files = _Safetensors(mirror)
             return InFiles(".safetensors", files.find, files.read, _rows_near)
         case _:
             return InFiles(".zip", _find_in_zips, _read_zip, tars.near) if source.url.endswith(".zip") else None
+
+
+def require_finished(root: Folder) -> None:
+    """UserError for a folder into which an export was cut off: it looks complete."""
+    if root.exists(UNFINISHED):
+        raise UserError(f"{root}: an export was cut off, and latents are missing: run its dis-scale data export again")
 
 
 def find_files(root: Folder, labelled: bool) -> Iterator[Entry | LeftOut]:

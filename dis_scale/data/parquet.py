@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from dis_scale.data.listing import Contents, Entry
 from dis_scale.process.errors import StorageError, UserError, nearest, printable
@@ -81,9 +82,11 @@ def _entries(
 
 def _class_names(file: pq.ParquetFile, settings: ParquetSource) -> list[str] | None:
     """Return the ClassLabel's names in Hugging Face's schema, or None."""
-    metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-    feature = json.loads(metadata).get("info", {}).get("features", {}).get(settings.label, {})
-    return list(feature["names"]) if feature.get("_type") == "ClassLabel" and "names" in feature else None
+    try:
+        feature = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"][settings.label]
+        return TypeAdapter(list[str]).validate_python(feature["names"]) if feature["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError):  # no such metadata, or another program's
+        return None
 
 
 def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, labelled: bool) -> None:

@@ -6,11 +6,13 @@ own files. For latents see shards.py and latents.py.
 
 import csv
 import io
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib.metadata import distribution
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -35,7 +37,7 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep.documents import LeftOutByReason
 
-NOT_THERE = "there is no such file; correct the CSV, or --set data.undecodable=skip"
+NOT_THERE = "there is no such file; correct the CSV or the link, or --set data.undecodable=skip"
 UNLISTED = ("http://", "https://")
 """Beginnings of URLs whose folders cannot be listed: what is not there is found when it is read."""
 LINE_CHARACTERS = 2**20
@@ -50,7 +52,7 @@ class Source:
     listing: Listing
     label_names: list[str]
     read: Callable[[Sequence[Entry]], list[bytes | None]]
-    """Reads the bytes of entries that are `near` each other; None for a file that a CSV names and that is not there."""
+    """Reads the bytes of entries that are `near` each other; None for a file that a CSV or a link names and that is not there."""
     near: Callable[[Entry, Entry], bool]
     """True if both entries, the second after the first, belong in one call of `read`."""
     mixed: bool
@@ -254,7 +256,7 @@ class _ClassFolders(_OneFileEach):
         """List the images at any depth, as torchvision's ImageFolder does: the first folder of a path is the class."""
         if not self._labelled:
             return Contents(self._entries(self._root.walk(), {}))
-        classes = [name for name in self._root.folders() if not name.startswith(".")]
+        classes = [name for name in self._root.folders() if not images.hidden(name)]
         require_classes(self._root, classes)
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
 
@@ -272,10 +274,15 @@ class _ClassFolders(_OneFileEach):
             else:
                 yield Entry(file, labels[folder] if self._labelled else 0)
 
-    def read_one(self, entry: Entry) -> bytes:
+    def read_one(self, entry: Entry) -> bytes | None:
         try:
             return self._root.read_up_to(entry.name, images.IMAGE_BYTES)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, StorageError) as error:
+            path = Path(self._root.local or "", entry.name)
+            if self._root.local and path.is_symlink() and not path.is_file():
+                return None
+            if isinstance(error, StorageError):
+                raise
             raise _gone(f"image {entry.name}") from error
 
 
@@ -329,10 +336,17 @@ class _ManyInAFile(ABC):
     """Base of kinds with many images in a file, which is compared with its version when it was listed."""
 
     mixed = False
-    root: Folder
 
-    def __init__(self) -> None:
+    def __init__(self, url: str, files: str, suffix: str) -> None:
+        self.root, self._names = tars.files_of(folder := open_folder(url), files, suffix)
+        self._is_folder, self.where = self.root == folder, self.root.url
         self._compare_once = cache(self._compare)
+
+    def find(self) -> Contents:
+        """List the images of the files, then what is beside these."""
+        contents = self.find_in(self.root, self._names)
+        beside = tars.beside(self.root, self._names) if self._is_folder else ()
+        return contents._replace(entries=itertools.chain(contents.entries, beside))
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
         if version := entries[0].version:
@@ -349,6 +363,9 @@ class _ManyInAFile(ABC):
             )
 
     @abstractmethod
+    def find_in(self, root: Folder, names: list[str]) -> Contents: ...
+
+    @abstractmethod
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]: ...
 
 
@@ -356,14 +373,12 @@ class _Tars(_ManyInAFile):
     """Tars of images."""
 
     def __init__(self, settings: TarSource, labelled: bool) -> None:
-        super().__init__()
-        self.root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".tar")
+        super().__init__(settings.url, settings.files, ".tar")
         self._settings, self._labelled, self.near = settings, labelled, tars.near
-        self.where = self.root.url
         self.missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of {self.root}"
 
-    def find(self) -> Contents:
-        return tars.find(self.root, self._names, self._settings, self._labelled)
+    def find_in(self, root: Folder, names: list[str]) -> Contents:
+        return tars.find(root, names, self._settings, self._labelled)
 
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
         return tars.read(self.root, entries)
@@ -373,14 +388,13 @@ class _Parquet(_ManyInAFile):
     """Parquet files of images."""
 
     def __init__(self, settings: ParquetSource, labelled: bool) -> None:
-        super().__init__()
-        self.root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".parquet")
+        super().__init__(settings.url, settings.files, ".parquet")
         self._settings, self._labelled, self.near = settings, labelled, parquet.near
         self._reader = parquet.ParquetReader(self.root, settings)
-        self.where, self.missing = self.root.url, f"no rows in the Parquet files of {self.root}"
+        self.missing = f"no rows in the Parquet files of {self.root}"
 
-    def find(self) -> Contents:
-        return parquet.find(self.root, self._names, self._settings, self._labelled)
+    def find_in(self, root: Folder, names: list[str]) -> Contents:
+        return parquet.find(root, names, self._settings, self._labelled)
 
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
         return self._reader.read(entries)
@@ -395,6 +409,7 @@ class _LatentFiles(_OneFileEach):
         self.missing = f"no latents in {self._root}; expected {self._root}/{layouts.edm2_file(0)}"
 
     def find(self) -> Contents:
+        layouts.require_finished(self._root)
         return Contents(layouts.find_files(self._root, self._labelled))
 
     def read_one(self, entry: Entry) -> bytes:
@@ -408,14 +423,14 @@ class _LatentsInFiles(_ManyInAFile):
     """Latents of another program, many in a file."""
 
     def __init__(self, layout: layouts.InFiles, settings: LatentsSource, labelled: bool) -> None:
-        super().__init__()
         pattern = settings.files or f"*{layout.suffix}"
-        self.root, self._names = tars.files_of(open_folder(settings.url), pattern, layout.suffix)
+        super().__init__(settings.url, pattern, layout.suffix)
         self._layout, self._labelled, self.near = layout, labelled, layout.near
-        self.where, self.missing = self.root.url, f"no latents in the files {pattern} of {self.root}"
+        self.missing = f"no latents in the files {pattern} of {self.root}"
 
-    def find(self) -> Contents:
-        return self._layout.find(self.root, self._names, labelled=self._labelled)
+    def find_in(self, root: Folder, names: list[str]) -> Contents:
+        layouts.require_finished(root)
+        return self._layout.find(root, names, labelled=self._labelled)
 
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
         return self._layout.read(self.root, entries)

@@ -134,7 +134,7 @@ def _open(folder: Folder, listed: ReportDone) -> Source:
 
 def _class_folders(folder: Folder) -> list[str]:
     """Return the folders that a sweep takes for classes, those without images included."""
-    return [name for name in folder.folders() if not name.startswith(".")]
+    return [name for name in folder.folders() if not images.hidden(name)]
 
 
 def _nested(names: Iterable[str]) -> str:
@@ -162,6 +162,8 @@ def _measured(source: Source, positions: list[int]) -> Iterator[tuple[str, int |
 
 def _shorter_side(source: Source, entry: Entry) -> int | Broken:
     try:
-        return min(images.measure(source.read([entry])[0] or b"", entry.name, source.in_flight))
+        if (data := source.read([entry])[0]) is None:
+            return Broken(printable(entry.name), "its link leads to no file")
+        return min(images.measure(data, entry.name, source.in_flight))
     except UndecodableImage as error:
         return Broken(printable(entry.name), error.why)

@@ -7,11 +7,14 @@ fetch only the byte range of the images that are needed.
 import json
 import re
 import tarfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
-from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending
+import numpy as np
+
+from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending, hidden
 from dis_scale.data.listing import Contents, Entry, LeftOut, number_or_name
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
@@ -28,6 +31,8 @@ END_BYTES = 2**20
 """Most zeros at the end of a tar: programs fill up a record, of 10 KiB unless an option says otherwise."""
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
+LATENT = "latent"
+"""Ending of a latent; a recipe of latents says neither which file of a sample is the image nor where the labels are."""
 
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
@@ -42,7 +47,7 @@ def splits_in(names: Iterable[str]) -> set[str]:
 def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]:
     """Return the folder and its files that match `pattern`, sorted; a URL ending in `suffix` is one file.
 
-    UserError if there are none, or if all files of the folder are of several parts of a set, such as train and test.
+    UserError if there are none, or if they are of several parts of a set, such as train and test, and no pattern selects some.
     """
     if url.name.endswith(suffix):
         parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name
@@ -56,12 +61,21 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     if not names:
         there = f"there are {some(every)}" if every else "it is empty or does not exist"
         raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}, {there}")
-    if pattern == f"*{suffix}" and len(parts := splits_in(names)) > 1 and all(splits_in([name]) for name in names):
+    if pattern == f"*{suffix}" and len(parts := splits_in(names)) > 1:
         raise UserError(
             f"data.source.files: {url} has files of {' and '.join(sorted(parts))}: say which to train on, for example "
             f"'*train*{suffix}'"
         )
     return url, names
+
+
+def beside(root: Folder, names: Iterable[str]) -> Iterator[LeftOut]:
+    """Yield the files at any depth of a folder of which `names` are read."""
+    read = set(names)
+    for file in root.walk():
+        if file not in read:
+            kind = "files in sub-folders" if "/" in file else "files that data.source.files does not match"
+            yield LeftOut(file, "hidden" if hidden(file) else kind)
 
 
 def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = True) -> Contents:
@@ -78,8 +92,8 @@ def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = T
 
 
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
-    """Return the images' bytes by one range read; all entries are in one tar, in its order. StorageError if it is too short."""
-    first, last = entries[0].location[0], sum(entries[-1].location)
+    """Return the images' bytes by one range read; all entries are `near` the first. StorageError if it is too short."""
+    first, last = entries[0].location[0], max(sum(entry.location) for entry in entries)
     if len(entries) == 1:
         last = min(last, first + IMAGE_BYTES + 1)  # enough to be refused as an image
     data = root.read(entries[0].file, first, last) if last > first else b""
@@ -92,15 +106,18 @@ def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
 
 
 def near(first: Entry, entry: Entry) -> bool:
-    """Return whether one read returns both `first` and `entry`, which comes after it."""
-    return first.file == entry.file and sum(entry.location) - first.location[0] <= SPAN_BYTES
+    """Return whether one read returns both `first` and `entry`, which is listed after it, but may be before it in its tar."""
+    start = first.location[0]
+    return first.file == entry.file and start <= entry.location[0] and sum(entry.location) - start <= SPAN_BYTES
 
 
 def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> Iterator[Entry | LeftOut]:
     where, version = printable(f"{root}/{name}"), root.version(name)
     try:
         with root.open(name) as file:
-            for found in _images(_members(file), name, where, settings, labelled):
+            members = _members(file)
+            final = _each_once(members, where) if root.size(name) > LARGE_BYTES else _last(members)
+            for found in _images(final, name, where, settings, labelled):
                 yield found._replace(version=version) if isinstance(found, Entry) else found
     except (tarfile.TarError, EOFError) as error:
         raise StorageError(
@@ -115,9 +132,7 @@ EXTENDED = {
 
 
 class _Member(tarfile.TarInfo):
-    """A tar's member, with its bytes if it may hold a label."""
-
-    data: bytes = b""
+    """A tar's member, of which no long header is read."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -130,24 +145,60 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def _members(file: BinaryIO) -> Iterator[_Member]:
+class _InTar(NamedTuple):
+    """A member that is a file, or a link: where its bytes are, and these if it may hold a label."""
+
+    name: str
+    is_link: bool
+    start: int
+    size: int
+    data: bytes = b""
+    later: bool = False
+    """Whether the tar has the file again, as `tar --update` leaves it."""
+
+
+def _last(members: Iterable[_InTar]) -> Iterator[_InTar]:
+    """Yield the members; of a file that the tar has again the last one, in the place of the first, as if the tar was unpacked."""
+    final = dict[tuple[str, bool], _InTar]()
+    for member in members:
+        key = member.name.removeprefix("./"), member.is_link
+        if key in final:
+            yield final[key]._replace(later=True)
+        final[key] = member
+    yield from final.values()
+
+
+def _each_once(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
+    """Yield the members of a large tar as they come; UserError at the end if it has one again. Hashes: it may have ten million."""
+    names = array("q")
+    for member in members:
+        names.append(hash((member.name, member.is_link)))
+        yield member
+    if len(np.unique(names)) < len(names):
+        raise UserError(
+            f"{where}: it has a file twice, as tar --update leaves it, and the last one counts; this is found in tars of up to "
+            f"{LARGE_BYTES // 2**30} GiB only: unpack it, and write it again"
+        )
+
+
+def _members(file: BinaryIO) -> Iterator[_InTar]:
     """Yield the members that are files or links; of small ones that may hold a label also their bytes."""
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
         while (member := _next(tar, file)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
-            assert isinstance(member, _Member)
             if member.issparse():
                 raise tarfile.ReadError(f"{member.name} has holes that are left out: write it without --sparse")
             if not (member.isreg() or member.islnk() or member.issym()):
                 continue
+            data = b""
             if member.isreg() and member.name.endswith((".cls", ".json")):
                 if member.size > LABEL_BYTES:
                     raise tarfile.ReadError(
                         f"{member.name} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}"
                     )
                 file.seek(member.offset_data)
-                member.data = file.read(member.size)
-            yield member
+                data = file.read(member.size)
+            yield _InTar(member.name, not member.isreg(), member.offset_data, member.size, data)
 
 
 def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
@@ -168,14 +219,15 @@ def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
 
 
 def _images(
-    members: Iterator[_Member], tar: str, where: str, settings: TarSource, labelled: bool
+    members: Iterator[_InTar], tar: str, where: str, settings: TarSource, labelled: bool
 ) -> Iterator[Entry | LeftOut]:
     """Yield the images, with their labels if `labelled`; the files of one sample are adjacent and share a key, as in WebDataset."""
-    key, images, label = "", list[_Member](), None
+    key, images, label = "", list[_InTar](), None
     for member in members:
         folder, _, base = member.name.rpartition("/")
-        if base.startswith(".") or not member.isreg():  # macOS's ._x.jpg; what GNU tar writes for hard-linked files
-            yield LeftOut(f"{tar}/{member.name}", "hidden" if base.startswith(".") else "links in tars")
+        if hidden(member.name) or member.is_link or member.later:  # such as macOS's ._x.jpg, and hard-linked files
+            kind = "links in tars" if member.is_link else "files that their tar has again"
+            yield LeftOut(f"{tar}/{member.name}", "hidden" if hidden(member.name) else kind)
             continue
         stem, _, kind = base.partition(".")
         if f"{folder}/{stem}" != key:
@@ -191,9 +243,14 @@ def _images(
 
 
 def _sample_entries(
-    images: list[_Member], label: int | str | None, tar: str, where: str, settings: TarSource, labelled: bool
+    images: list[_InTar], label: int | str | None, tar: str, where: str, settings: TarSource, labelled: bool
 ) -> Iterator[Entry]:
+    latents = settings.image == LATENT
     if len(images) > 1 and settings.label in ("cls", "json"):
+        if latents:
+            raise UserError(
+                f"{where}: {printable(images[0].name)} is there twice: write the tar again with one of them"
+            )
         raise UserError(
             f"{where}: {printable(images[0].name)} and {printable(images[1].name)} are two images of one sample: "
             f"a sample's name ends at its first dot; say which is the image, for example data.source.image = "
@@ -206,18 +263,21 @@ def _sample_entries(
             image_label = _from_name(image.name, tar, settings) if settings.label in ("folder", "tar") else label
         if image_label is None or image_label == "":
             expected = "a folder around it" if settings.label == "folder" else f"a .{settings.label} next to it"
-            raise UserError(
-                f"{where}: {printable(image.name)} has no label: expected {expected}; otherwise set data.num_classes: none, or "
-                "where the labels of images are: data.source.label = cls, json, folder or tar"
+            otherwise = (
+                "" if latents else ", or where the labels of images are: data.source.label = cls, json, folder or tar"
             )
-        yield Entry(f"{tar}/{image.name}", image_label, tar, (image.offset_data, image.size))
+            raise UserError(
+                f"{where}: {printable(image.name)} has no label: expected {expected}; otherwise set data.num_classes: "
+                f"none{otherwise}"
+            )
+        yield Entry(f"{tar}/{image.name}", image_label, tar, (image.start, image.size))
 
 
 def _from_name(name: str, tar: str, settings: TarSource) -> str:
     return tar.removesuffix(".tar") if settings.label == "tar" else name.rpartition("/")[0].rpartition("/")[2]
 
 
-def _label(member: _Member, where: str, settings: TarSource) -> int | str:
+def _label(member: _InTar, where: str, settings: TarSource) -> int | str:
     sought = "as text" if settings.label == "cls" else repr(settings.json_key)
     try:
         if settings.label == "cls":

@@ -165,7 +165,7 @@ class Folder:
         """Yield the paths, relative to `path`, of all files at any depth below it, in the order of their UTF-8; links are followed.
 
         From S3 page by page, so that a million names are never in memory. Broken links are yielded; reading one names it. A link
-        to a folder that it is in is not followed.
+        to a folder that it is in is yielded as a file, and not followed.
         """
         if self.local:
             root = self.local / path
@@ -177,9 +177,9 @@ class Folder:
     def _walk_local(self, root: str, below: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
         entries = self._scan(f"{root}/{below}".strip("/"))
         for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * _is_folder(entry))):
-            if not _is_folder(entry):
+            if not _is_folder(entry) or (here := _identity(entry.stat())) in above:
                 yield below + entry.name
-            elif (here := _identity(entry.stat())) not in above:
+            else:
                 yield from self._walk_local(root, f"{below}{entry.name}/", above | {here})
 
     def _walk_pages(self, path: str) -> Iterator[str]:

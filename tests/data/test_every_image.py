@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dis_scale.data import listing
+from dis_scale.data import listing, survey
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
 from dis_scale.storage.folder import Folder, open_folder
@@ -130,6 +130,69 @@ def test_every_image_is_encoded_once_or_named(
     assert all(f"{count:,} {why} (" in listed.left_out for why, count in left_out.items())
 
 
+def test_what_tars_have_twice_or_from_a_mac_or_that_is_beside_them_is_left_out(tmp_path: Path) -> None:
+    """`tar --update` appends a changed file; a Mac adds a folder; `files` selects; a reader of tars sees no sub-folder."""
+    (tmp_path / "first").mkdir()
+    for number, label in ((1, b"0"), (2, b"1"), (3, b"0")):
+        (tmp_path / f"first/{number}.png").write_bytes(picture(number))
+        (tmp_path / f"first/{number}.cls").write_bytes(label)
+    for changed in (False, True):
+        if changed:
+            (tmp_path / "first/1.png").write_bytes(picture(9))
+            (tmp_path / "first/1.cls").write_bytes(b"1")
+            for file in (tmp_path / "first").iterdir():
+                os.utime(file, (2e9, 2e9) if file.stem == "1" else (1e9, 1e9))
+        subprocess.run(["tar", "--update" if changed else "--create", "-f", "../part-a.tar", "--sort=name", "."],
+                       cwd=tmp_path / "first", check=True)  # fmt: skip
+    root = open_folder(tmp_path / "set")
+    root.write("part-a.tar", (tmp_path / "part-a.tar").read_bytes())
+    root.write(
+        "part-b.tar", tar({"4.png": picture(4), "4.cls": b"0", "__MACOSX/4.png": b"x", ".git/5.png": picture(5)})
+    )
+    for name in ("deep/part-c.tar", "notes", ".DS_Store", "other.tar"):
+        root.write(name, b"")
+    source = {"kind": "tar", "url": root.url, "files": "part-*.tar"}
+    sweep = sweep_of(tmp_path, source, "precompute.shard_images=16", classes=2)
+    assert in_shards(make_latents(sweep)) == Counter({(9, 1): 1, (2, 1): 1, (3, 0): 1, (4, 0): 1})
+    left_out = open_source(sweep.recipe.data, sweep.store).listing.manifest.left_out
+    assert {why: count for why, (count, _) in left_out.items()} == {
+        "files that their tar has again": 2,
+        "hidden": 3,
+        "files in sub-folders": 1,
+        "files that data.source.files does not match": 2,
+    }
+
+
+def test_a_file_that_a_large_tar_has_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its members are not kept: there may be ten million."""
+    monkeypatch.setattr("dis_scale.data.tars.LARGE_BYTES", 1)
+    once = {"1.png": picture(1), "1.cls": b"0"}
+    (tmp_path / "a.tar").write_bytes(tar(once))
+    source = data({"kind": "tar", "url": str(tmp_path)})
+    assert len(open_source(source)) == 1
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        archive.addfile(tarfile.TarInfo("1.png"))
+    with pytest.raises(UserError, match=r"a.tar: it has a file twice, as tar --update leaves it"):
+        open_source(source)
+
+
+def test_links_that_lead_nowhere_are_images_that_cannot_be_decoded(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for name in ("a/1.png", "b/2.png"):
+        open_folder(root).write(name, picture(1))
+    for name, to in (("gone.png", "nowhere"), ("loop.png", root), ("self.png", root / "a/self.png"), ("loop", root)):
+        (root / "a" / name).symlink_to(to)
+    source = {"kind": "folder", "url": str(root)}
+    with pytest.raises(UndecodableImage, match=r"image a/\w+.png: there is no such file; correct the CSV or the link"):
+        make_latents(sweep_of(tmp_path, source, "precompute.shard_images=16", classes=2))
+    skipping = sweep_of(tmp_path, source, "data.undecodable=skip", "precompute.shard_images=16", classes=2)
+    assert in_shards(make_latents(skipping)) == Counter({(1, 0): 1, (1, 1): 1})
+    left_out = open_source(skipping.recipe.data).listing.manifest.left_out
+    assert {why: count for why, (count, _) in left_out.items()} == {"of no known ending": 1}
+    found = survey.take_survey(root.as_posix(), lambda _: None, lambda *_: None)
+    assert (found.count, {each.name for each in found.broken}) == (2, {"a/gone.png", "a/loop.png", "a/self.png"})
+
+
 @pytest.mark.parametrize("what", ["a hole of zeros", "two tars in one file", "zeros to the end"])
 def test_a_tar_that_ends_before_its_file_is_refused(what: str, tmp_path: Path) -> None:
     """Python's `tarfile`, and so WebDataset's own reader, end there without a word."""
@@ -224,6 +287,9 @@ def test_parts_of_a_set_are_not_trained_on_together(kind: str, tmp_path: Path) -
         (tmp_path / f"{part}-00000-of-00001.{kind}").write_bytes(content)
     source = {"kind": kind, "url": str(tmp_path)}
     with pytest.raises(UserError, match=rf"files of test and train: say which .* '\*train\*.{kind}'"):
+        open_source(data(source))
+    (tmp_path / f"extra.{kind}").write_bytes(content)
+    with pytest.raises(UserError, match="files of test and train: say which"):
         open_source(data(source))
     assert len(open_source(data(source | {"files": f"train-*.{kind}"}))) == 1
 

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from dis_scale.data import given as exporting
 from dis_scale.data import layouts, shards
 from dis_scale.data.latents import Latents
 from dis_scale.data.mixing import permutation
@@ -462,6 +463,27 @@ def test_an_export_needs_a_new_folder(encoded: tuple[str, Folder], tmp_path: Pat
     code, output = invoke("data", "export", encoded[1].url, "--layout", "edm2", "--out", str(tmp_path))
     assert code == 2
     assert "it has files: give a new folder" in output
+
+
+@pytest.mark.parametrize("layout", ["edm2", "webdataset"])
+def test_an_export_that_was_cut_off_is_no_source_and_begins_again(
+    encoded: tuple[str, Folder], tmp_path: Path, layout: exporting.Exported
+) -> None:
+    """Each of its files is whole, so only the missing ones tell."""
+    latents, out = encoded[1], open_folder(tmp_path)
+    settings = {"source": source(layout, tmp_path), "resolution": 8, "num_classes": "none", "mirror": False}
+
+    def killed(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exporting.export(latents, layout, out, killed)
+    with pytest.raises(UserError, match="an export was cut off, and latents are missing"):
+        open_source(Data.model_validate(settings))
+    with pytest.raises(UserError, match="it has files: give a new folder"):
+        exporting.export(latents, "edm2" if layout == "webdataset" else "webdataset", out, killed)
+    assert exporting.export(latents, layout, out, lambda *_: None) == IMAGES
+    assert len(open_source(Data.model_validate(settings))) == IMAGES
 
 
 @pytest.mark.parametrize(

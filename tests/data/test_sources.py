@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -349,6 +350,14 @@ def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
     root.write("x.parquet", labelled_images.parquet([(png(0), "b"), (png(1), "a")], metadata=None))
     named = open_source(data({"kind": "parquet", "url": root.url}))
     assert (list(named.labels), named.label_names) == ([1, 0], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "metadata", [[], {"info": None}, {"info": {"features": {"label": {"_type": "ClassLabel", "names": 3}}}}]
+)
+def test_hugging_faces_metadata_of_another_form_is_as_if_there_was_none(metadata: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(labelled_images.parquet([(png(0), 1)], metadata=metadata))
+    assert open_source(data({"kind": "parquet", "url": str(tmp_path)})).label_names == ["0", "1"]
 
 
 def test_labels_in_json_may_be_numbers_but_not_lists(tmp_path: Path) -> None:

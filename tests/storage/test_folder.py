@@ -291,6 +291,7 @@ def test_links_to_files_and_folders_are_followed_and_broken_ones_are_files(tmp_p
     assert list((folder / "set").walk()) == [
         "class/1.png",
         "class/2.png",
+        "class/above",
         "class/gone.png",
         "class/self",
         "linked/1.png",
