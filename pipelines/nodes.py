@@ -19,8 +19,8 @@ from pipelines import ray_private
 from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
-ON_EACH_S = 120.0
-"""Time for a task that runs on each node."""
+ON_EACH_S = 300.0
+"""Time for a task that runs on each node: a loaded one has needed more than 120 s to start a worker and load PyTorch."""
 ASKED_AGAIN, ASK_AGAIN_S = 4, 15.0
 """How often the living nodes are asked again if one is lost, and after which pause: Ray calls a silent node dead after 30 s."""
 T = TypeVar("T")

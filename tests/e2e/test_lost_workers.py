@@ -210,8 +210,8 @@ def metrics_are_exported(observed: Observed) -> None:
         values[n] for n in ("images_per_second", "step_seconds", "resume_interval_seconds")
     )
     assert rate > 0
-    assert step_s == pytest.approx(16 / rate, rel=0.9), "two gauges of one scrape may be of two rows"
-    assert interval_s == pytest.approx(10 * step_s, rel=0.9)
+    assert 0.1 < step_s * rate / 16 < 10, "two gauges of one scrape may be of two rows, one of them beside other work"
+    assert 1 < interval_s / step_s < 100
     assert now - 600 < values["resume_point_timestamp_seconds"][0] < now
     assert 0 < values["goodput_ratio"][0] <= 1
     assert sum(values["restarts_total"]) == 1
