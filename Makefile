@@ -40,6 +40,7 @@ lint: $(VENV)/installed-dev
 
 # The site of docs/, in build/site. The variable hides an announcement of Material's authors.
 docs: $(VENV)/installed-dev
+	$(BIN)/python -m docs.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 venv: $(VENV)/installed

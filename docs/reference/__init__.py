@@ -1,4 +1,4 @@
-"""Pages of the site that are generated from the code: settings, commands, errors. Used by the site's hook and by the tests."""
+"""Pages that are generated from the code: settings, commands, errors. `python -m docs.reference` writes them."""
 
 from collections.abc import Callable
 

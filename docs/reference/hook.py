@@ -1,15 +1,10 @@
-"""Hook of the site's build (mkdocs.yml): adds the generated pages and those outside docs/, and turns the links between them."""
+"""Hook of the site's build (mkdocs.yml): adds the pages outside docs/, and turns the links between them."""
 
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from docs.reference import GENERATED  # noqa: E402
-
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
@@ -20,11 +15,9 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?://)([^)#]*)(#[^
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
-    """Add the generated pages and those outside docs/: README, runbooks, results of benchmarks and others."""
+    """Add the pages outside docs/: README, runbooks, results of benchmarks and others."""
     from mkdocs.structure.files import File
 
-    for name, make in GENERATED.items():
-        files.append(File.generated(config, name, content=make()))
     for path in outside():
         files.append(File.generated(config, site_path(path), content=path.read_text()))
     return files

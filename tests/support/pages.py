@@ -12,12 +12,14 @@ import typer.main
 from dis_scale.cli import app
 from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import Recipe, reading
+from docs.reference import GENERATED
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 DATA = (ROOT / "docs" / "data.md").read_text()
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
-PAGES = [README, *(path.read_text() for path in [*sorted((ROOT / "docs").glob("*.md")), *RESULTS])]
+WRITTEN = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED)
+PAGES = [README, *(path.read_text() for path in [*WRITTEN, *RESULTS])]
 
 
 WITH_A_RECIPE = ("sweep", "plan")
