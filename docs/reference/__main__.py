@@ -1,8 +1,9 @@
-"""Writes the generated pages into docs/."""
+"""Writes the generated pages into docs/, or another folder."""
 
+import sys
 from pathlib import Path
 
 from docs.reference import GENERATED
 
 for name, make in GENERATED.items():
-    Path("docs", name).write_text(make())
+    Path(*sys.argv[1:] or ["docs"], name).write_text(make())
