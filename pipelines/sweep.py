@@ -392,9 +392,17 @@ def _print_results(sweep: Sweep, points: report.Report, console: Console) -> Non
     console.print(f"figure   {sweep.report}/gflops_fid.png", highlight=False, soft_wrap=True)
     console.print(f"page     {sweep.report}/{report.PAGE}", highlight=False, soft_wrap=True)
     if tracking := TrackingIds.find_intact(sweep.folder):
-        uri = tracking.uri
-        command = f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {uri}"
-        console.print(f"mlflow   {uri if uri.startswith('http') else command}", highlight=False, soft_wrap=True)
+        for line in mlflow_lines(tracking):
+            console.print(f"mlflow   {line}", highlight=False, soft_wrap=True)
+
+
+def mlflow_lines(tracking: TrackingIds) -> list[str]:
+    """Return the address of the sweep's charts, behind the command that serves an SQLite file there."""
+    charts = f"#/experiments/{tracking.experiment}/runs?compareRunsMode=CHART"
+    if tracking.uri.startswith("http"):
+        return [f"{tracking.uri.rstrip('/')}/{charts}"]
+    command = f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {tracking.uri}"
+    return [command, f"http://127.0.0.1:5000/{charts}"]
 
 
 def _require_same_identity(sweep: Sweep) -> None:

@@ -19,7 +19,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import PointName, Sampled, Sweep, state
-from dis_scale.sweep.documents import Skipped
+from dis_scale.sweep.documents import Skipped, TrackingIds
 from pipelines import sweep as pipeline
 from pipelines.stop import stop_sweep
 from tests.conftest import TINY
@@ -117,6 +117,17 @@ def test_an_unreachable_mlflow_is_logged_and_stops_nothing(
     driver = driver_of(tiny, tmp_path)
     pipeline.begin_tracking(driver, price_sweep(tiny, LatentShape(4, 8)), "http://127.0.0.1:1")
     assert "MLflow cannot be reached at http://127.0.0.1:1, results are in storage only: " in logged(driver)
+
+
+def test_the_address_of_the_charts_is_printed() -> None:
+    """MLflow's own form; seen in its version 3.17."""
+    charts = "#/experiments/7/runs?compareRunsMode=CHART"
+    assert pipeline.mlflow_lines(TrackingIds(uri="http://mlflow:5000/", experiment="7", sweep="a")) == [
+        f"http://mlflow:5000/{charts}"
+    ]
+    command, address = pipeline.mlflow_lines(TrackingIds(uri="sqlite:///outputs/mlflow.db", experiment="7", sweep="a"))
+    assert command.endswith("mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db")
+    assert address == f"http://127.0.0.1:5000/{charts}"
 
 
 @pytest.mark.parametrize(
