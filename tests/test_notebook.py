@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dis_scale.sweep import Sampled
@@ -24,16 +25,21 @@ def test_its_cells_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows.close()
     monkeypatch.setenv("SWEEP", sweep.folder.url)
     names: dict[str, Any] = {}
-    published, table, best, figure, losses, model, picture = (
+    published, doing, plan, table, best, figure, losses, model, picture, classes, above, four = (
         displayed("".join(cell["source"]), names) for cell in CODE
     )
     assert published == {"dis": [320], "dit": []}
+    assert list(doing) == ["dis", "dit"]
+    assert {"parameters", "gmacs_forward"} <= set(plan.columns)
     assert table.columns[-1] == sweep.recipe.evaluate.metric
     assert best.values.tolist() == [[320, "dis", 4.5]]
     assert figure.width > 500
     assert losses.width > 500
     assert model.startswith("dis: ")
     assert picture.size == (10 * 32 * 2, 32 * 2)
+    assert (classes, four.size) == ((), (4 * 32, 32))
+    originals, decoded = np.asarray(above).astype(int).reshape(2, 32, 10 * 32, 3)
+    assert np.abs(originals - decoded).max() <= 1, "latents of pixels"
 
 
 def displayed(source: str, names: dict[str, Any]) -> Any:

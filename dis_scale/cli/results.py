@@ -33,8 +33,8 @@ def report(
     if serve:
         from dis_scale.report.serving import serve as serve_folder
 
-        if not opened.report.exists(PAGE):
-            write(opened, collect(opened, plan_of(opened)), published)
+        if not opened.report.exists(PAGE):  # as while a sweep runs: the sweep itself leaves the CSV at its end
+            write(opened, collect(opened, plan_of(opened)), published, running=True)
         return serve_folder(opened.report, say)
     points = collect(opened, plan_of(opened))
     write(opened, points, published)

@@ -96,8 +96,8 @@ def sample(
         if npz:
             adm.write_samples(npz, images, counted)
         else:
-            names = pictures.column_names(opened, each_label, columns := grid_columns(each, images))
-            out.write_bytes(grid(np.concatenate(list(counted)), columns, names))
+            names = pictures.image_names(opened, each_label)
+            out.write_bytes(grid(np.concatenate(list(counted)), grid_columns(each, images), names))
     how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.scale, "seed": seed}
     guided = {"guide": str(by)} if by else {}
     found = {

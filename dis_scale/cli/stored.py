@@ -216,7 +216,7 @@ def data_show(
         return
     require_folder(out)
     examples = maintenance.decode_examples(latents, decoder)
-    pictures = examples.decoded
+    pictures, names = examples.decoded, examples.names
     try:
         originals = examples.originals(Sweep.open(sweep.url), listing_words(say)) if sweep else None
     except DisScaleError as error:
@@ -224,8 +224,10 @@ def data_show(
         say(f"error    not known, the originals cannot be read: {error}")
     if originals is not None:
         say(f"error    {examples.error_words(originals)}")
-        rows = [rows[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS) for rows in (originals, pictures)]
-        blank = np.full((-len(pictures) % COLUMNS, *pictures.shape[1:]), 255, np.uint8)  # below an incomplete row
-        pictures = np.concatenate([part for row in rows for part in (row, blank[: COLUMNS - len(row)])])
-    out.write_bytes(grid(pictures, COLUMNS))
+        rows, white = range(0, len(pictures), COLUMNS), -len(pictures) % COLUMNS  # white pictures fill the last row
+        pairs = np.pad([originals, pictures], ((0, 0), (0, white), (0, 0), (0, 0), (0, 0)), constant_values=255)
+        pictures = np.concatenate([row for i in rows for row in pairs[:, i : i + COLUMNS]])
+        names = [*names, *[""] * white]
+        names = [name for i in rows for name in (*names[i : i + COLUMNS], *[""] * COLUMNS)]
+    out.write_bytes(grid(pictures, COLUMNS, names))
     say(f"grid     {out}")

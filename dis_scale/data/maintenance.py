@@ -140,9 +140,10 @@ def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae
 
 
 class Examples(NamedTuple):
-    """Positions in the listing (N), and the images there as their latents are decoded, uint8 (N, H, W, 3)."""
+    """Positions in the listing (N), classes (N), if any, and images as their latents are decoded, uint8 (N, H, W, 3)."""
 
     positions: list[int]
+    names: list[str]
     decoded: np.ndarray
 
     def originals(self, sweep: Sweep, report: ReportDone) -> np.ndarray:
@@ -168,18 +169,19 @@ def decode_examples(latents: Folder, decoder: Vae) -> Examples:
     """Decode up to `GRID` images, evenly from up to ten shards: means of posteriors, or stored latents."""
     manifest = LatentsManifest.require(latents)
     entries, (channels, _) = [entry for entry in manifest.shards if entry.count], manifest.encoding.latent
-    chosen = entries[:: -(-len(entries) // GRID_SHARDS)]
-    per_shard, positions, images = GRID // len(chosen), list[int](), []
+    chosen, classes = entries[:: -(-len(entries) // GRID_SHARDS)], dict(enumerate(manifest.made_from.label_names))
+    per_shard, positions, names, images = GRID // len(chosen), list[int](), list[str](), []
     for entry in chosen:
         data = read_verified(latents, entry.name, entry.digest)
-        moments = shards.unpack(data, f"{latents}/{entry.name}").moments
+        moments, labels = shards.unpack(data, f"{latents}/{entry.name}")
         some_of = slice(None, None, max(1, len(moments) // per_shard))
         positions += shards.positions(data)[some_of][:per_shard]
+        names += [classes.get(label, str(label)) for label in labels[some_of][:per_shard].tolist() if classes]
         unflipped = moments[some_of][:per_shard, 0]
         mean = unflipped[:, :channels].astype(np.float32)  # the variance, if any, follows
         batches = torch.from_numpy(decoder.scaling.apply(mean)).split(AT_ONCE)
         images += [decoder.decode(latents_BCHW) for latents_BCHW in batches]
-    return Examples(positions, np.concatenate(images))
+    return Examples(positions, names, np.concatenate(images))
 
 
 def _damage(latents: Folder, entry: ShardEntry) -> str | None:

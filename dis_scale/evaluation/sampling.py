@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import distribution
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -45,8 +46,10 @@ NEIGHBOURS = 2048
 PARTS = ("sampling", "decoding", "features")
 """Timed parts of sampling."""
 GOLDEN = (5**0.5 - 1) / 2
-FONT = "matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"
+FONT = str(distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"))
 """A file of matplotlib: Pillow's own font has no letters beyond English."""
+SMALLEST = 9
+"""Pixels of the smallest letters of a name."""
 COLUMN_NAMES = "columns"
 FIELDS = ("identity", "pooled", "spatial", "logits")
 """Fields of `Features`, as a block's file names them."""
@@ -276,30 +279,33 @@ def cell_pixels(size: int) -> int:
 
 
 def grid(pictures: np.ndarray, columns: int, names: Sequence[str] = ()) -> bytes:
-    """Return a PNG of uint8 pictures (N, H, W, 3), row by row, under the columns' names, if any.
+    """Return a PNG of uint8 pictures (N, H, W, 3), row by row, under their names: those of the columns or of all pictures, if any.
 
-    The names add a quarter of a cell to the height, and are in the PNG's text `COLUMN_NAMES`, as JSON.
+    Names that all rows repeat are above the first row only. A row of names adds a quarter of a cell to the height. The names are
+    in the PNG's text `COLUMN_NAMES`, as JSON.
     """
     n, height, width, _ = pictures.shape
-    cell, rows = cell_pixels(height), -(-n // columns)
-    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
+    cell = cell_pixels(height)
+    header, wide = cell // 4, width * cell // height
+    if all(name == names[i % columns] for i, name in enumerate(names)):
+        names = names[:columns]
+    bottoms = list(accumulate(cell + header * any(names[i : i + columns]) for i in range(0, n, columns)))
+    image = Image.new("RGB", (columns * wide, bottoms[-1]), "white")
+    draw = ImageDraw.Draw(image)
     for i, picture in enumerate(pictures):
-        y, x = divmod(i, columns)
-        sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = picture
-    enlarged = Image.fromarray(sheet).resize((sheet.shape[1] * cell // height, rows * cell), Image.Resampling.NEAREST)
-    header = cell // 4 if names else 0
-    image = Image.new("RGB", (enlarged.width, header + enlarged.height), "white")
-    image.paste(enlarged, (0, header))
-    for i, name in enumerate(names):
-        _write_name(ImageDraw.Draw(image), name, i * enlarged.width // columns, cell)
+        left, top = i % columns * wide, bottoms[i // columns] - cell
+        image.paste(Image.fromarray(picture).resize((wide, cell), Image.Resampling.NEAREST), (left, top))
+        if i < len(names):
+            _write_name(draw, names[i], (left + wide / 2, top - header / 2), wide)
     buffer, words = io.BytesIO(), PngInfo()
     words.add_itxt(COLUMN_NAMES, json.dumps(list(names)))
     image.save(buffer, "PNG", pnginfo=words)
     return buffer.getvalue()
 
 
-def _write_name(draw: ImageDraw.ImageDraw, name: str, left: int, cell: int) -> None:
-    """Write a name above the column that begins at `left`, without the letters that have no space there."""
-    font = ImageFont.truetype(str(distribution("matplotlib").locate_file(FONT)), cell // 6)
-    fitting = next(name[:n] for n in range(len(name), -1, -1) if draw.textlength(name[:n], font) <= cell * 0.95)
-    draw.text((left + cell / 2, cell / 8), fitting, "black", font, anchor="mm")
+def _write_name(draw: ImageDraw.ImageDraw, name: str, middle: tuple[float, float], wide: int) -> None:
+    """Write a name in a width, without the letters that have no space there."""
+    font = ImageFont.truetype(FONT, max(SMALLEST, wide // 12))
+    while draw.textlength(name, font) > wide * 0.95:
+        name = f"{name[:-2].rstrip()}…"
+    draw.text(middle, name, "black", font, anchor="mm")

@@ -1,4 +1,5 @@
-"""How figures are drawn. A model has one colour, a family one marker and one line, in all of them; lines are named at their ends.
+"""How figures are drawn. A model has one colour, a family one marker and one line, in all of them; lines are named at their ends,
+or in a legend.
 
 Text is text and what is not a model is black, so that a page can show the SVGs in its own font and in dark. Each point is a link
 whose target is its words, which a page shows when it is touched. Read next: figures.py for which figures there are.
@@ -38,6 +39,8 @@ COLOURS = ("#2d6996", "#d2870f", "#4ba596", "#782dff", "#8787ff", "#875a2d")
 """Of the first models: apart for colour-blind eyes, too, and visible on white and on black; more models take shades."""
 NEAR = 5
 """Pixels around a point that no name covers."""
+SEGMENT = 50
+"""Points of each segment of a line. A name that would cover more points is in the legend instead, if it names a line."""
 LETTER = 7
 """Pixels of a letter of a name."""
 BESIDE = [(x, y) for y in (-3, 8, -14, 19, -25, 30, -36) for x in (7, -7)]
@@ -66,12 +69,13 @@ def log_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 class Name(NamedTuple):
-    """Words to write beside a point."""
+    """Words to write beside a point; with the `kind` of a curve, in a legend if they have no space there."""
 
     words: str
     x: float
     y: float
     colour: str = "black"
+    kind: str = ""
 
 
 def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) -> Figure:
@@ -94,7 +98,10 @@ def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) ->
     handles += [line for line in axes.get_legend_handles_labels()[0] if not isinstance(line, ErrorbarContainer)]
     if handles and not axes.get_legend():
         axes.legend(handles=handles, fontsize=8, frameon=False)
-    _write_names(figure, axes, names)
+    if unwritten := [
+        key(name.kind, name.words, name.colour) for name in _write_names(figure, axes, names) if name.kind
+    ]:
+        axes.legend(handles=handles + unwritten, ncols=1 + len(unwritten) // 8, fontsize=8, frameon=False)
     return figure
 
 
@@ -109,8 +116,8 @@ def _above(report: Report) -> list[bool]:
     return [each.distance == max(floor.distance for floor in report.floors) for each in report.floors]
 
 
-def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
-    """Write each name once, where it covers no point, no other text and as little of the lines as can be; or not at all."""
+def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name]:
+    """Write each name once, where it covers no point, no other text and as little of the lines as can be; return the others."""
     low, high = axes.get_xlim()
     longest = max((len(name.words) for name in names), default=0) * LETTER
     axes.set_xlim(low, high * (high / low) ** (longest / axes.bbox.width))  # for the names of the last points
@@ -129,13 +136,14 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
     for line in axes.lines:
         at = axes.transData.transform(line.get_xydata())
         points += [at[0]] if line.get_url() else []
-        lines += [np.linspace(a, b, 50) for a, b in pairwise(at)]
+        lines += [np.linspace(a, b, SEGMENT) for a, b in pairwise(at)]
     taken += [Bbox.from_extents(*(point - NEAR), *(point + NEAR)) for point in points]
-    along = np.concatenate(lines)
-    for words, x, y, colour in names:
+    along, unwritten = np.concatenate(lines), list[Name]()
+    for name in names:
         text = axes.annotate(
-            words, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=colour, in_layout=False
-        )
+            name.words, (name.x, name.y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=name.colour,
+            in_layout=False,
+        )  # fmt: skip
 
         def place(offset: tuple[float, float], text: Annotation = text) -> Bbox:
             text.xyann = offset
@@ -146,7 +154,10 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
         free = [
             offset
             for offset, box in boxes.items()
-            if axes.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1 and not box.count_overlaps(taken)
+            if axes.bbox.x0 < box.x0
+            and box.x1 < figure.bbox.x1
+            and not box.count_overlaps(taken)
+            and not (name.kind and box.count_contains(along) > SEGMENT)
         ]
         if free:
             taken.append(
@@ -154,6 +165,8 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
             )
         else:
             text.remove()
+            unwritten.append(name)
+    return unwritten
 
 
 def _widen(axes: Axes, floors: list[float]) -> None:
@@ -202,7 +215,7 @@ def _words(report: Report, p: Point) -> str:
 def last_names(report: Report, drawn: list[Point], along: str) -> list[Name]:
     """Return each model's name at its last point of those that are drawn."""
     lasts, colours = {name: points[-1] for name, points in _by_model(drawn).items()}, colours_of(report)
-    return [Name(name, getattr(p, along), report.distance(p), colours[p.trunk]) for name, p in lasts.items()]
+    return [Name(name, getattr(p, along), report.distance(p), colours[p.trunk], p.kind) for name, p in lasts.items()]
 
 
 def _by_model(points: list[Point]) -> dict[str, list[Point]]:

@@ -57,7 +57,8 @@ def gflops_distance(report: Report, published: bool = False, size: tuple[float, 
                 drawing.draw_line(axes, report, family, "gmacs")
                 of_study = report.recipe.isoflop and len(family) == 1  # there almost each point has a count of its own
                 if not of_study and (len(family) > 1 or kind == report.families[0]):
-                    ends.append(drawing.Name(f"{images:,} images", family[-1].gmacs, report.distance(family[-1])))
+                    last = family[-1].gmacs, report.distance(family[-1])
+                    ends.append(drawing.Name(f"{images:,} images", *last, kind=kind))
     _fit(axes, report)
     if published:
         _published(axes, families_alike(report))
@@ -117,9 +118,12 @@ def training_loss(report: Report, rows: Mapping[str, Sequence[Row]]) -> Figure |
     for model, known in rows.items():
         if values := [(row.images, row.value) for row in known if row.images and row.value > 0]:
             means = np.array([part.mean(0) for part in np.array_split(values, min(CURVE_POINTS, len(values)))])
-            colour, line = colours[model], families.find(report.recipe.models[model].kind).line
-            axes.plot(*means.T, color=colour, linestyle=line, linewidth=1.2)
-            ends.append(drawing.Name(model, means[-1][0], means[-1][1], colour))
+            colour, family = colours[model], families.find(report.recipe.models[model].kind)
+            axes.plot(*means.T, color=colour, linestyle=family.line, linewidth=1.2)
+            images, loss = means[-1].tolist()
+            words = f"{model}, {images:,.0f} images: training loss {loss:.3g}"
+            axes.plot(images, loss, family.marker, color=colour, markersize=4, url=f"#{words}")
+            ends.append(drawing.Name(model, images, loss, colour, family.kind))
     return drawing.finish(figure, axes, replace(report, floors=[]), ends) if ends else None
 
 

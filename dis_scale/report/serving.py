@@ -38,8 +38,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # the browser left
-            self.wfile.write(data)
+        if self.command != "HEAD":
+            with contextlib.suppress(ConnectionError):  # the browser left
+                self.wfile.write(data)
+
+    do_HEAD = do_GET
 
     def log_message(self, *_: Any) -> None:
         """Log nothing: errors are in the answers."""

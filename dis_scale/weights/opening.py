@@ -234,12 +234,12 @@ def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int
     return [classes[i % len(classes)] for i in range(count)]
 
 
-def column_names(opened: OpenCheckpoint, labels: Sequence[int] | int, columns: int) -> list[str]:
-    """Return the class of each column of a grid of these labels; empty if a column has several, or without names."""
+def image_names(opened: OpenCheckpoint, labels: Sequence[int] | int) -> list[str]:
+    """Return the class of each image of these labels; empty without names."""
     names = opened.class_names
-    if isinstance(labels, int) or not names or any(labels[i] != labels[i % columns] for i in range(len(labels))):
+    if isinstance(labels, int) or not names:
         return []
-    return [names[label] if label < len(names) else "" for label in labels[:columns]]
+    return [names[label] if label < len(names) else str(label) for label in labels]
 
 
 def labels_of_all(

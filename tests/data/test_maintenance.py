@@ -1,5 +1,6 @@
 """`dis-scale data`: damage is named and repaired byte for byte; a set is described."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from dis_scale import vae
 from dis_scale.data.sources import open_source
+from dis_scale.evaluation.sampling import COLUMN_NAMES
 from dis_scale.recipe import TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
@@ -49,14 +51,23 @@ def test_images_are_shown_above_what_the_latents_hold_of_them(tmp_path: Path) ->
         r"^error    PSNR (\S+) dB; the mean of a colour is off by 0.0 of 255", output, re.MULTILINE
     )
     assert (code, float(decibels) > 45) == (0, True), "float16"
-    rows = np.asarray(Image.open(tmp_path / "latents.png")).astype(int).reshape(-1, 2, 64, 640, 3)
-    assert len(rows) == 3, "25 images in rows of ten"
+    shown = Image.open(tmp_path / "latents.png")
+    rows = np.asarray(shown).astype(int).reshape(3, 16 + 2 * 64, 640, 3)[:, 16:].reshape(3, 2, 64, 640, 3)
+    names = np.array(json.loads(shown.info[COLUMN_NAMES])).reshape(3, 2, 10)
+    assert (names[:, 1] == "").all(), "originals only have names"
+    source = open_source(sweep.recipe.data)
+    decoded = zip(source.decoded(range(26), 32), source.labels, strict=True)
+    images = [(image, label) for image, label in decoded if isinstance(image, np.ndarray)]
+    tiles = rows[:, 0, ::2].reshape(3, 32, 10, 64, 3)[:, :, :, ::2].swapaxes(1, 2).reshape(30, 32, 32, 3)[:25]
+    for name, tile in zip(names[:, 0].ravel()[:25], tiles, strict=True):
+        of_class = [image for image, label in images if source.label_names[label] == name]
+        assert min(np.abs(image - tile).max() for image in of_class) <= 1
     assert np.abs(rows[:, 0] - rows[:, 1]).max() <= 1
     assert len(np.unique(rows[0, 0][:, ::64], axis=1)[0]) > 5, "they differ from each other"
     (tmp_path / "images" / "a" / "00.png").unlink()
     code, output = run("show", sweep.folder.url, "--out", str(tmp_path / "latents.png"))
     assert (code, "error    not known, the originals cannot be read: " in output) == (0, True)
-    assert Image.open(tmp_path / "latents.png").size == (640, 3 * 64)
+    assert Image.open(tmp_path / "latents.png").size == (640, 3 * (16 + 64))
 
 
 def test_damage_is_named_and_repaired_to_the_same_bytes(store_url: str, tmp_path: Path) -> None:
@@ -157,7 +168,7 @@ def test_show_describes_a_set_and_its_images(tmp_path: Path) -> None:
     assert lines["source"].startswith(f"url {tmp_path}/images, kind folder; listing ")
     assert lines["vae"] == vae.load(sweep).identity[:12]
     assert lines["grid"] == f"{tmp_path}/grid.png"
-    assert Image.open(tmp_path / "grid.png").size == (10 * 64, 6 * 64)
+    assert Image.open(tmp_path / "grid.png").size == (10 * 64, 3 * 16 + 6 * 64)
 
     code, output = run("show", latents.url)
     assert (code, output.splitlines()[-1]) == (
@@ -177,4 +188,4 @@ def test_show_needs_no_vae_for_pixels(tmp_path: Path) -> None:
     assert run("show", latents.url, "--vae", "none", "--out", str(tmp_path / "grid.png"))[0] == 0
     recipe = reading.load(TINY, [f"data.source={{kind: folder, url: {tmp_path}/images}}", "data.num_classes=2"])
     first = Image.fromarray(open_source(recipe.data).pixels(0, 32)).resize((64, 64), Image.Resampling.NEAREST)
-    assert Image.open(tmp_path / "grid.png").crop((0, 0, 64, 64)).tobytes() == first.tobytes()
+    assert Image.open(tmp_path / "grid.png").crop((0, 16, 64, 16 + 64)).tobytes() == first.tobytes()

@@ -207,6 +207,21 @@ def test_the_grid_is_under_the_names_of_its_columns() -> None:
     assert (header[:, 64:] < 128).any()
 
 
+def test_each_picture_is_under_its_name_unless_a_column_has_one() -> None:
+    """A row without names has no space for them. Names fit their pictures."""
+    pictures = np.full((5, 32, 32, 3), 200, np.uint8)
+    by_column = [Image.open(io.BytesIO(grid(pictures, 2, names))) for names in ("ab", "ababa")]
+    assert by_column[0] == by_column[1]
+    assert by_column[0].size == (128, 16 + 3 * 64)
+    one_each = Image.open(io.BytesIO(grid(pictures, 2, ["golden retriever, a dog", "b", "", "", "c"])))
+    assert one_each.size == (128, 16 + 64 + 64 + 16 + 64)
+    dark = np.asarray(one_each).max(2) < 128
+    rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark[:16, :64].any(0))
+    assert set(rows) <= {*range(16), *range(144, 160)}
+    assert (columns.min() > 0, columns.max() < 63) == (True, True)
+    assert (np.asarray(one_each)[160:, 64:] == 255).all(), "no sixth picture"
+
+
 def test_real_images_are_in_the_layout_of_the_samples() -> None:
     """Each column has images of its class, which the PNG names; without classes they are ten at a time."""
     source = open_source(Data(source=DigitsSource(kind="digits"), resolution=8, num_classes=10))

@@ -12,10 +12,11 @@ from matplotlib.transforms import Bbox
 
 from dis_scale import report as reports
 from dis_scale.recipe import Sampling, reading
-from dis_scale.report import figures
+from dis_scale.report import drawing, figures
 from dis_scale.report.published import PUBLISHED
 from dis_scale.sweep import Sampled, Sweep
 from dis_scale.sweep.documents import Metrics, RunCost
+from dis_scale.tracking.rows import Row
 from tests.conftest import TINY
 from tests.support.evaluations import collect, put, shown, sweep_at
 
@@ -42,6 +43,32 @@ def test_no_name_is_written_over_another(sweep: Sweep) -> None:
     assert {"dis", "dis32", "dis64", "dis128"} <= {text.get_text() for text in texts}
     boxes = [text.get_window_extent() for text in texts]
     assert not [pair for pair in combinations(boxes, 2) if Bbox.intersection(*pair)]
+
+
+def test_each_loss_ends_at_a_point_and_a_line_without_space_for_its_name_is_in_the_legend(sweep: Sweep) -> None:
+    """Twenty lines end at almost one loss."""
+    dis = sweep.recipe.models["dis"]
+    models = {f"dis-{i}": dis for i in range(20)}
+    report = replace(collect(sweep), points=[], recipe=sweep.recipe.model_copy(update={"models": models}))
+    report = replace(report, groups={model: model for model in models})
+    rows = {
+        model: [
+            Row(name="loss", value=0.5 + 0.0001 * i + 10 / images, images=images, time=0.0) for images in (160, 320)
+        ]
+        for i, model in enumerate(models)
+    }
+    figure = figures.training_loss(report, rows)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [line.get_url() for line in axes.lines if line.get_url()][-1] == "#dis-19, 320 images: training loss 0.533"
+    beside, legend = [text.get_text() for text in axes.texts], axes.get_legend()
+    assert legend is not None
+    below = {
+        text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+    assert beside
+    assert sorted([*beside, *below]) == sorted(models), "each once"
+    assert below.items() <= drawing.colours_of(report).items()
 
 
 def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None:

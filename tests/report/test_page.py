@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dis_scale import report as reports
+from dis_scale.cli import results
 from dis_scale.recipe import Recipe
 from dis_scale.report import drawing, figures
 from dis_scale.report.serving import serve
@@ -21,6 +22,7 @@ from dis_scale.sweep import Sampled, Sweep, command_lease
 from dis_scale.tracking.rows import RowWriter
 from tests.support.commands import invoke
 from tests.support.evaluations import collect, put, sweep_at
+from tests.support.waiting import wait_until
 
 PROTAN = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
 DEUTAN = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
@@ -144,6 +146,15 @@ def test_two_sweeps_have_a_page_with_the_samples_of_both(sweep: Sweep, tmp_path:
     ]
 
 
+def test_a_page_that_is_missing_is_built_to_be_served_without_the_report_of_a_finished_sweep(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep.save_recipe()
+    threading.Thread(target=results.report, args=(str(sweep),), kwargs={"serve": True}, daemon=True).start()
+    wait_until(lambda: "serving  http://" in capsys.readouterr().out)
+    assert sorted(sweep.report.list()) == [reports.PAGE, "samples.html"]
+
+
 def test_the_report_is_served_from_storage_to_this_machine_only(sweep: Sweep) -> None:
     sweep.report.write(reports.PAGE, b"first")
     said = Queue[str]()
@@ -151,13 +162,17 @@ def test_the_report_is_served_from_storage_to_this_machine_only(sweep: Sweep) ->
     address = re.search(r"http://127\.0\.0\.1:(\d+)", said.get(timeout=10))
     assert address
 
-    def get(path: str) -> tuple[int, bytes]:
+    def get(path: str, method: str = "GET") -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=10)
-        connection.request("GET", path)
+        connection.request(method, path)
         answer = connection.getresponse()
+        sizes[path] = answer.headers["Content-Length"]
         return answer.status, answer.read()
 
+    sizes: dict[str, str] = {}
     assert get("/") == (200, b"first")
+    assert (get("/index.html", "HEAD"), get("/none", "HEAD")) == ((200, b""), (404, b""))
+    assert sizes["/index.html"] == "5", "of the page, which is not sent"
     sweep.report.write(reports.PAGE, b"second")
     assert get("/index.html") == (200, b"second"), "as it is now"
     sweep.folder.write("secret", b"")

@@ -1,6 +1,7 @@
 """`dis-scale sample`: equal pictures at any batch size, and one line for each mistake."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import opening as pictures
 from dis_scale.weights.export import SamplingFacts, save
 from dis_scale.weights.opening import (
-    column_names,
+    image_names,
     labels_in_turn,
     labels_in_words,
     labels_of_all,
@@ -109,9 +110,13 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
         "--json",
     )
     assert found["images"] == 1
-    assert column_names(opened, [2, 0, 2, 0], 2) == ["kind c", "kind a"]
-    assert column_names(opened, [2, 0, 1, 0], 2) == [], "a column of two classes"
-    assert column_names(opened, 4, 2) == []
+    for file, classes in (("three", "kind c,0,1"), ("many", "0,1,2,3,4,5,6,7,8,9,2")):
+        how = ("--classes", classes, "--count", "11", "--steps", "1", "--out", f"{tmp_path}/{file}.png")
+        assert invoke("sample", sweep.run("dis").folder.url, *how)[0] == 0
+    three, many = (Image.open(f"{tmp_path}/{name}.png") for name in ("three", "many"))
+    assert (three.size[1], json.loads(three.info["columns"])) == (16 + 2 * 64, ["kind c", "kind a", "kind b"] * 3)
+    assert (many.size[1], json.loads(many.info["columns"])) == (2 * (16 + 64), [*names, "kind c"]), "under ten names"
+    assert image_names(opened, 4) == []
 
 
 def test_without_classes_the_command_samples_all_of_them_in_turn(files: tuple[Path, Path], tmp_path: Path) -> None:
