@@ -48,7 +48,7 @@ def test_the_site_builds_without_warnings(site: Path) -> None:
 
 
 def test_the_generated_pages_are_in_the_repository(tmp_path: Path) -> None:
-    """So that their links work where the code is read. A process of its own: another test may have brought a family into this one."""
+    """So that links work where the code is read. Another process: a test may have brought a family into this one."""
     subprocess.run([sys.executable, "-m", "docs.reference", str(tmp_path)], cwd=ROOT, check=True)
     for name in GENERATED:
         assert (ROOT / "docs" / name).read_text() == (tmp_path / name).read_text(), "write it again: make docs"
