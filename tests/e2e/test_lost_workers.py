@@ -185,8 +185,8 @@ def stacks_are_kept(observed: Observed) -> None:
     driver = next(text for name, text in texts.items() if name.process == "driver")
     assert "a worker was lost" in driver
     _, printed = invoke("logs", observed.sweep.folder.url, "dit", "--attempt", second)
-    assert '"attempt": 2, "rank": 0' in printed
-    assert '"attempt": 2, "rank": 1' in printed
+    assert "attempt 2, rank 0, " in printed
+    assert "attempt 2, rank 1, " in printed
 
 
 def events_are_json(observed: Observed) -> None:
