@@ -156,15 +156,19 @@ class _InTar(NamedTuple):
     later: bool = False
     """Whether the tar has the file again, as `tar --update` leaves it."""
 
+    @property
+    def key(self) -> tuple[str, bool]:
+        """What the unpacked file shares with those that replace it."""
+        return self.name.removeprefix("./"), self.is_link
+
 
 def _last(members: Iterable[_InTar]) -> Iterator[_InTar]:
     """Yield the members; of a file that the tar has again the last one, in the place of the first, as if the tar was unpacked."""
     final = dict[tuple[str, bool], _InTar]()
     for member in members:
-        key = member.name.removeprefix("./"), member.is_link
-        if key in final:
-            yield final[key]._replace(later=True)
-        final[key] = member
+        if member.key in final:
+            yield final[member.key]._replace(later=True)
+        final[member.key] = member
     yield from final.values()
 
 
@@ -172,7 +176,7 @@ def _each_once(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
     """Yield the members of a large tar as they come; UserError at the end if it has one again. Hashes: it may have ten million."""
     names = array("q")
     for member in members:
-        names.append(hash((member.name, member.is_link)))
+        names.append(hash(member.key))
         yield member
     if len(np.unique(names)) < len(names):
         raise UserError(

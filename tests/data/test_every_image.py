@@ -163,7 +163,10 @@ def test_what_tars_have_twice_or_from_a_mac_or_that_is_beside_them_is_left_out(t
     }
 
 
-def test_a_file_that_a_large_tar_has_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", ["1.png", "./1.png"])
+def test_a_file_that_a_large_tar_has_twice_is_refused(
+    again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its members are not kept: there may be ten million."""
     monkeypatch.setattr("dis_scale.data.tars.LARGE_BYTES", 1)
     once = {"1.png": picture(1), "1.cls": b"0"}
@@ -171,7 +174,7 @@ def test_a_file_that_a_large_tar_has_twice_is_refused(tmp_path: Path, monkeypatc
     source = data({"kind": "tar", "url": str(tmp_path)})
     assert len(open_source(source)) == 1
     with tarfile.open(tmp_path / "a.tar", "a") as archive:
-        archive.addfile(tarfile.TarInfo("1.png"))
+        archive.addfile(tarfile.TarInfo(again))
     with pytest.raises(UserError, match=r"a.tar: it has a file twice, as tar --update leaves it"):
         open_source(source)
 
