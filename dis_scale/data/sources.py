@@ -344,7 +344,7 @@ class _ManyInAFile(ABC):
 
     def find(self) -> Contents:
         """List the images of the files, then what is beside these."""
-        contents = self.find_in(self.root, self._names)
+        contents = self.listed()
         beside = tars.beside(self.root, self._names) if self._is_folder else ()
         return contents._replace(entries=itertools.chain(contents.entries, beside))
 
@@ -363,7 +363,7 @@ class _ManyInAFile(ABC):
             )
 
     @abstractmethod
-    def find_in(self, root: Folder, names: list[str]) -> Contents: ...
+    def listed(self) -> Contents: ...
 
     @abstractmethod
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]: ...
@@ -377,8 +377,8 @@ class _Tars(_ManyInAFile):
         self._settings, self._labelled, self.near = settings, labelled, tars.near
         self.missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of {self.root}"
 
-    def find_in(self, root: Folder, names: list[str]) -> Contents:
-        return tars.find(root, names, self._settings, self._labelled)
+    def listed(self) -> Contents:
+        return tars.find(self.root, self._names, self._settings, self._labelled)
 
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
         return tars.read(self.root, entries)
@@ -393,8 +393,8 @@ class _Parquet(_ManyInAFile):
         self._reader = parquet.ParquetReader(self.root, settings)
         self.missing = f"no rows in the Parquet files of {self.root}"
 
-    def find_in(self, root: Folder, names: list[str]) -> Contents:
-        return parquet.find(root, names, self._settings, self._labelled)
+    def listed(self) -> Contents:
+        return parquet.find(self.root, self._names, self._settings, self._labelled)
 
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
         return self._reader.read(entries)
@@ -428,9 +428,9 @@ class _LatentsInFiles(_ManyInAFile):
         self._layout, self._labelled, self.near = layout, labelled, layout.near
         self.missing = f"no latents in the files {pattern} of {self.root}"
 
-    def find_in(self, root: Folder, names: list[str]) -> Contents:
-        layouts.require_finished(root)
-        return self._layout.find(root, names, labelled=self._labelled)
+    def listed(self) -> Contents:
+        layouts.require_finished(self.root)
+        return self._layout.find(self.root, self._names, labelled=self._labelled)
 
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
         return self._layout.read(self.root, entries)

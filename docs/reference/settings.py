@@ -78,10 +78,8 @@ def title(path: str, part: type[Settings]) -> str:
 
 
 def _section(path: str, part: type[Settings]) -> str:
-    heading, purpose = (
-        f"## {title(path, part)} <a id='{part.__name__.lower()}'></a>",
-        inspect.cleandoc(part.__doc__ or ""),
-    )
+    heading = f"## {title(path, part)} <a id='{part.__name__.lower()}'></a>"
+    purpose = inspect.cleandoc(part.__doc__ or "")
     rows = list(_rows(part))
     columns = ("setting", "type", "default", "may change", "meaning")
     return "\n\n".join([heading, purpose, *([table(columns, rows)] if rows else [])])
