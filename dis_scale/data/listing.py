@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,12 @@ class _Labels:
         if isinstance(label, Numeral):
             label = self._number(entry, label)
         if isinstance(label, str):
+            if re.fullmatch(
+                r"[+-]?\d+\.\d*", label
+            ):  # 10.0 would be sorted before 2.0; pandas writes so if a label is missing
+                raise UserError(
+                    f"{self._where}: image {printable(entry.name)}: label {label!r}: write whole numbers from 0, or names"
+                )
             if self._largest < 0:
                 return self._ids.setdefault(label, len(self._ids))
         elif not self._ids and 0 <= label < (2**31 if self._known is None else len(self._known)):

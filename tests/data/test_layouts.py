@@ -199,6 +199,8 @@ def test_each_float16_comes_back_through_a_deviation_but_for_those_next_to_one()
             assert np.abs(back.astype(float) - moments.astype(float)).max() < 2e-7
         else:
             assert not different.any()
+    beyond = np.array([[[0.0]], [[-40.0]]], np.float16)  # as its readers do
+    assert layouts.moments(source("webdataset"), False, layouts.mean_and_log_variance(beyond, True), "x").min() == -30
 
 
 @pytest.mark.parametrize("layout", ["edm2", "webdataset"])

@@ -251,12 +251,20 @@ class HttpError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("error", "away"), [(ServiceRequestError(), True), (HttpError(503), True), (HttpError(400), False)]
+    ("error", "away"),
+    [
+        *[(ServiceRequestError(), True), (HttpError(503), True), (HttpError(400), False)],
+        *[
+            (OSError(number, os.strerror(number)), True) for number in (116, 11, 16, 121)
+        ],  # ESTALE, EAGAIN, EBUSY, EREMOTEIO
+        (OSError(errno.EROFS, "read-only"), False),
+    ],
+    ids=str,
 )
 def test_another_clients_errors_are_told_apart(
     error: Exception, away: bool, tmp_path: Path, no_pauses: None, flaky_store: type[FlakyFileSystem]
 ) -> None:
-    """Without these packages: their clients name a server that is away in ways of their own."""
+    """Without these packages: their clients name a server that is away in ways of their own. So do network file systems."""
     flaky_store.faults = [error] * 100
     with pytest.raises(StorageAway if away else StorageError):
         open_folder(f"flaky://{tmp_path}").read("x.tar")

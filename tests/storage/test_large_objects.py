@@ -45,6 +45,19 @@ def test_faults_of_a_long_object_are_retried(
     assert not gateway.faults
 
 
+@pytest.mark.parametrize("faults", [[500, 503], [(400, "SlowDown")], ["closed", "closed"], [429] * 8], ids=str)
+def test_faults_while_a_long_object_is_written_are_retried(
+    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway
+) -> None:
+    """It goes out in several parts: one that failed must not leave a hole, nor a part of the object."""
+    at = open_folder(bucket).patient
+    gateway.concerns = lambda request: request.method in ("PUT", "POST") and request.path.endswith("long")
+    gateway.faults = list(faults)
+    at.write("long", data)
+    assert not gateway.faults
+    assert hashlib.sha256(at.read("long")).digest() == hashlib.sha256(data).digest()
+
+
 def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(
     data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
