@@ -19,11 +19,13 @@ from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance, Sums, 
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import BlockSampler, block_numbers
 from dis_scale.process import seeds
-from dis_scale.process.errors import StorageError
+from dis_scale.process.errors import DisScaleError, StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Evaluate
 from dis_scale.vae import PixelVae, Vae
 
+COUNTED = 2
+"""Images without weights, for each feature, that weighted ones must be worth: with fewer, their covariance is too uncertain."""
 REAL, RECONSTRUCTED = "real", "reconstructed"
 READERS, PARQUET_READERS = 32, 2
 """Threads that read and decode images: at 30 ms a request, about 1,000 images/s. Parquet's reader keeps two row groups."""
@@ -152,29 +154,40 @@ def measure_floor(
     found: dict[str, dict[str, float]] = {}
     for name, by_kind in groups.items():
         metric = settings.metric_name("fid", name)
-        for kind, (value, error) in _distances(
-            by_kind, unweighted[name], references[name].pooled, settings, name
-        ).items():
+        counted = float(unweighted[name].total().count / np.square(weights_N).mean())
+        every = _distances(by_kind, unweighted[name], references[name].pooled, settings, name, counted)
+        for kind, (value, error) in every.items():
             known = {metric: value} | ({} if error is None else {f"{metric}_error": error})
             found[kind] = found.get(kind, {}) | known
     return found
 
 
 def _distances(
-    by_kind: Mapping[str, Groups], chosen: Groups, reference: MeanCovariance, settings: Evaluate, extractor: str
+    by_kind: Mapping[str, Groups],
+    chosen: Groups,
+    reference: MeanCovariance,
+    settings: Evaluate,
+    extractor: str,
+    counted: float,
 ) -> dict[str, tuple[float, float | None]]:
     """Return each kind's distance and standard error at the size of the samples and of the complete reference.
 
     The part of a distance that comes from finite sets is proportional to 1/n + 1/m for n and m images (Chong and Forsyth 2020),
-    and it is all that the chosen images have without weights. From an ADM reference nothing can be taken out.
+    and it is all that the chosen images have without weights. With weights they have the noise of only `counted` images (Kish 1965,
+    section 11.7). From an ADM reference nothing can be taken out.
     """
     real, d = chosen.total(), len(reference.mean)
-    rest, share = reference, 1.0
+    rest, samples = reference, real.count
     if settings.reference_of(extractor) is None:
         left = Sums.of(reference).without(real)
         require_samples(left.count, d)
-        rest = left.mean_covariance()
-        share = (1 / settings.samples + 1 / reference.count) / (1 / real.count + 1 / rest.count)
+        rest, samples = left.mean_covariance(), settings.samples
+    if counted < min(COUNTED * d, real.count):
+        raise DisScaleError(
+            f"{real.count:,} real images, weighted to the classes of the samples, are worth {counted:,.0f}, and a floor of {d:,} "
+            f"features takes {COUNTED * d:,}: set evaluate.labels: balanced, or add images of the rare classes"
+        )
+    excess = (1 / counted + 1 / rest.count - 1 / samples - 1 / reference.count) / (1 / real.count + 1 / rest.count)
     frechet = Frechet(rest)
     measured = {kind: groups.distance(frechet) for kind, groups in by_kind.items()}
     least, _, least_without = chosen.distance(frechet)
@@ -182,6 +195,6 @@ def _distances(
     for kind, (value, _, without) in measured.items():
         error = None
         if without is not None and least_without is not None:
-            error = jackknife_error(without - (1 - share) * least_without)
-        scaled[kind] = value - (1 - share) * least, error
+            error = jackknife_error(without - excess * least_without)
+        scaled[kind] = value - excess * least, error
     return scaled

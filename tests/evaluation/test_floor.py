@@ -42,10 +42,10 @@ class Labelled:
         return len(self.labels)
 
 
-def images(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return features (N, D) of real images, whose classes differ, with scales of their own."""
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal((len(labels), D)) * np.linspace(0.5, 3, D) + 2 * labels[:, None]).astype(np.float32)
+def images(labels: np.ndarray, seed: int, features: int = D, apart: float = 2) -> np.ndarray:
+    """Return features (N, features) of real images, with scales of their own, whose classes are `apart`."""
+    noise = np.random.default_rng(seed).standard_normal((len(labels), features)) * np.linspace(0.5, 3, features)
+    return (noise + apart * labels[:, None]).astype(np.float32)
 
 
 def real_labels(seed: int) -> np.ndarray:
@@ -65,14 +65,14 @@ def blocks(kinds: dict[str, np.ndarray], weights: str = "seeded") -> Iterator[Fl
 
 
 def measured(
-    seed: int, sampled: Evaluate, blur: float = 0.0, choice: int | None = None
+    seed: int, sampled: Evaluate, blur: float = 0.0, choice: int | None = None, features: int = D, apart: float = 2
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the floors of one set of real images, and of ones whose features `blur` shifts.
 
     `choice` takes other images of the set, by another order of its positions.
     """
     labels = real_labels(seed)
-    every = images(labels, seed)
+    every = images(labels, seed, features, apart)
     if choice is not None:
         order = np.random.default_rng(choice).permutation(IMAGES)
         labels, every = labels[order], every[order]
@@ -87,18 +87,37 @@ def measured(
 
 @pytest.mark.parametrize("labels_setting", ["balanced", "random", "uniform"])
 @pytest.mark.parametrize("samples", [SAMPLES, 2500], ids=["fewer than half", "more than half"])
-def test_real_images_have_the_distance_of_a_perfect_model(samples: int, labels_setting: str) -> None:
-    """That of new images of the samples' classes: the mean over 60 sets, within three errors."""
+@pytest.mark.parametrize(("features", "apart"), [(D, 2.0), (48, 0.1)], ids=["classes apart", "classes alike"])
+def test_real_images_have_the_distance_of_a_perfect_model(
+    features: int, apart: float, samples: int, labels_setting: str
+) -> None:
+    """That of new images of the samples' classes: the mean over 60 sets, within three errors.
+
+    Classes that are alike have a distance of finite sets alone, and weights make the sets smaller.
+    """
     sampled, ours, theirs = evaluate(samples=samples, labels=labels_setting), list[float](), list[float]()
     metric = sampled.metric
     for seed in range(2 * DRAWS):
         labels = real_labels(seed)
-        ours.append(measured(seed, sampled)[0][metric])
-        perfect = images(wanted_labels(sampled, labels, seed), 1000 + seed)
-        theirs.append(Frechet(fit(images(labels, seed)))(fit(perfect)))
+        ours.append(measured(seed, sampled, features=features, apart=apart)[0][metric])
+        perfect = images(wanted_labels(sampled, labels, seed), 1000 + seed, features, apart)
+        theirs.append(Frechet(fit(images(labels, seed, features, apart)))(fit(perfect)))
     error = np.hypot(np.std(ours), np.std(theirs)) / np.sqrt(2 * DRAWS)
     assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=3 * error)
     assert error < 0.08 * np.mean(theirs), "otherwise the test would accept two halves of the images"
+
+
+def test_a_class_with_too_few_images_for_its_share_of_the_samples_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 18 images a quarter of all samples: their noise is most of the distance."""
+    rare = [0.98, 0.012, 0.004, 0.004]
+    monkeypatch.setattr(
+        f"{__name__}.real_labels", lambda seed: np.random.default_rng(seed).choice(CLASSES, IMAGES, p=rare)
+    )
+    assert measured(0, evaluate(samples=SAMPLES, labels="balanced"))
+    with pytest.raises(
+        DisScaleError, match=r"500 real images, weighted .*, are worth \d+, and a floor of 12 features takes 24"
+    ):
+        measured(0, evaluate(samples=SAMPLES, labels="uniform"))
 
 
 def test_reconstructions_keep_their_own_distance() -> None:
