@@ -120,10 +120,13 @@ def measure(
     from dis_scale.training.devices import torch_device
 
     device = torch_device("cuda" if torch.cuda.is_available() else "cpu")
-    extractor = Extractor("inception", INCEPTION_SHA256, inception.load(weights).to(device), device)
+
+    def load() -> Extractor:
+        return Extractor("inception", INCEPTION_SHA256, inception.load(weights).to(device), device)
+
     with Board(console(stderr=True)) as board:
         found = outside.measured(
-            samples, reference, extractor, lambda done, total: board.update("measure", done, total, "images")
+            samples, reference, load, lambda done, total: board.update("measure", done, total, "images")
         ).values
     names = [name for name in found if not name.endswith("_error")]
     lines = (f"{name:16} {tables.with_error(found[name], found.get(f'{name}_error'), '.5g')}" for name in names)

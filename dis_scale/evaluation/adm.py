@@ -3,9 +3,11 @@
 Images are read in parts: 10,000 of 256 x 256 would take 2 GB of memory.
 """
 
+import contextlib
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,7 @@ class Adm:
 
     def images(self, at_once: int) -> Iterator[np.ndarray]:
         """Yield the images in order, uint8 (B, R, R, 3)."""
-        with self.file.open(f"{IMAGES}.npy") as stream:
+        with self._intact(), self.file.open(f"{IMAGES}.npy") as stream:
             (count, *shape), _ = _header(stream)
             for first in range(0, count, at_once):
                 part = (min(at_once, count - first), *shape)
@@ -84,27 +86,35 @@ class Adm:
         """Return shape and type of the images, None without images."""
         if f"{IMAGES}.npy" not in self.file.namelist():
             return None
-        with self.file.open(f"{IMAGES}.npy") as stream:
+        with self._intact(), self.file.open(f"{IMAGES}.npy") as stream:
             return _header(stream)
+
+    @contextlib.contextmanager
+    def _intact(self) -> Iterator[None]:
+        try:
+            yield
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+            raise StorageError(f"{self.url}: damaged: {error}; copy it again") from error
 
     def _array(self, name: str) -> np.ndarray | None:
         if f"{name}.npy" not in self.file.namelist():
             return None
         if (size := self.file.getinfo(f"{name}.npy").file_size) > ARRAY_BYTES:
             raise UserError(f"{self.url}: {name} has {size:,} bytes, and statistics have at most {ARRAY_BYTES:,}")
-        return np.lib.format.read_array(io.BytesIO(self.file.read(f"{name}.npy")), allow_pickle=False)
+        with self._intact():
+            return np.lib.format.read_array(io.BytesIO(self.file.read(f"{name}.npy")), allow_pickle=False)
 
 
-def open_reference(url: str) -> Adm:
-    """Open the file at a path or URL; UserError if it is missing or not an `.npz`."""
+def open_reference(url: str, what: str = "evaluate.reference") -> Adm:
+    """Open the file at a path or URL; UserError that names `what` if it is missing or not an `.npz`."""
     parent, name = locate(url)
     try:
         source = parent.local / name if parent.local else io.BytesIO(parent.read(name))
         return Adm(url, zipfile.ZipFile(source))
     except FileNotFoundError as error:
-        raise UserError(f"evaluate.reference: no file {url}") from error
+        raise UserError(f"{what}: no file {url}") from error
     except (zipfile.BadZipFile, StorageError) as error:
-        raise UserError(f"evaluate.reference: {url} is not an ADM reference .npz: {error}") from error
+        raise UserError(f"{what}: {url} is not an .npz: {error}") from error
 
 
 def write_samples(path: Path, count: int, batches: Iterable[np.ndarray]) -> None:
@@ -132,5 +142,5 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, column_major, dtype = read(stream)
     if column_major:
-        raise UserError(f"{IMAGES} is stored by columns: save it with numpy.savez from a C-ordered array")
+        raise ValueError(f"{IMAGES} is stored by columns; save it with numpy.savez from a C-ordered array")
     return shape, dtype

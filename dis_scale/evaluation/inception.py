@@ -77,7 +77,7 @@ def read_weights(where: str, expected: WeightsFile = PUBLISHED) -> dict[str, Ten
         data = parent.read(name)
     except (FileNotFoundError, IsADirectoryError, StorageError) as error:
         raise UserError(
-            f"evaluate.extractor.weights: cannot read {where}; get {expected.url} and give its path here"
+            f"evaluate.extractor.weights (measure: --weights): cannot read {where}; get {expected.url} and give its path"
         ) from error
     digest = hashlib.sha256(data).hexdigest()
     if (len(data), digest) != (expected.size, expected.sha256):

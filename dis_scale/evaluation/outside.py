@@ -16,17 +16,19 @@ from dis_scale.data.sources import open_source
 from dis_scale.evaluation import measure, parts
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
-from dis_scale.evaluation.metrics import require_samples
 from dis_scale.evaluation.reference import Reference, read_adm
 from dis_scale.evaluation.sampling import SampleBlock
-from dis_scale.evaluation.score import Score, adm_splits
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.evaluation.score import Score, adm_splits, shuffled_splits
+from dis_scale.process.errors import UndecodableImage, UserError
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Data, Evaluate
 
-METRICS = ("distance", "sfid", "inception_score", "precision_recall")
-"""Beside the Inception Score as ADM has it."""
+METRICS = ("distance", "sfid", "precision_recall")
+"""Beside the Inception Scores, whose splits follow the samples' own order."""
+SCORES = {"is": shuffled_splits, "is_adm": adm_splits}
+NAME = "measure"
+ENDINGS = (".npz", ".tar")
 READERS = 16
 SETTINGS = Evaluate.model_validate(
     {"samples": 50_000, "sampler": "ddpm", "steps": 1, "extractor": {"kind": "inception"}}, strict=False
@@ -36,8 +38,11 @@ SETTINGS = Evaluate.model_validate(
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of one size: their number, their side in pixels, and a function that yields them all, uint8 (B, R, R, 3)."""
+    """Pictures of one size: where they are, their number, their side in pixels, and a function that yields them all, uint8
+    (B, R, R, 3).
+    """
 
+    where: str
     count: int
     side: int
     batches: Callable[[], Iterator[np.ndarray]]
@@ -47,19 +52,26 @@ class Pictures:
 def opened(where: str) -> Iterator[Pictures]:
     """Open an `.npz`, a folder or a tar of pictures; UserError without pictures, or if they are not squares of one size."""
     if _is_file(where, ".npz"):
-        adm = open_reference(where)
-        with contextlib.closing(adm):
+        with contextlib.closing(open_reference(where, NAME)) as adm:
             count, side = adm.square_images()
-            yield Pictures(count, side, lambda: adm.images(BATCH_IMAGES))
+            yield Pictures(where, count, side, lambda: adm.images(BATCH_IMAGES))
         return
+    if Path(where).is_file() and not where.lower().endswith(ENDINGS):
+        raise UserError(f"{NAME}: {where}: expected an .npz, a folder of images or a .tar that is not compressed")
     kind = "tar" if _is_file(where, ".tar") else "folder"
-    source = open_source(
-        Data.model_validate({"source": {"kind": kind, "url": where}, "resolution": 1, "num_classes": "none"})
-    )
+    try:
+        source = open_source(
+            Data.model_validate({"source": {"kind": kind, "url": where}, "resolution": 1, "num_classes": "none"})
+        )
+    except UserError as error:
+        raise UserError(f"{NAME}: {str(error).removeprefix('data.source.url: ')}") from error
 
     def read(i: int) -> np.ndarray:
         (data,), name = source.read([source.listing[i]]), source.names[i]
-        return images.exact(data or b"", name, source.in_flight)
+        try:
+            return images.exact(data or b"", name, source.in_flight)
+        except UndecodableImage as error:
+            raise UserError(f"{NAME}: {where}: {name} cannot be read ({error.why}): repair or remove it") from error
 
     order = sorted(range(len(source)), key=source.names.__getitem__)  # a folder is listed in a mixed order
     first = read(order[0])
@@ -77,18 +89,23 @@ def opened(where: str) -> Iterator[Pictures]:
     def batches() -> Iterator[np.ndarray]:
         return map(np.stack, batched(in_order(order, checked, READERS), BATCH_IMAGES))
 
-    yield Pictures(len(source), first.shape[0], batches)
+    yield Pictures(where, len(source), first.shape[0], batches)
 
 
-def measured(samples: str, reference: str, extractor: Extractor, report: ReportShare) -> measure.Measured:
-    """Return all of `METRICS` and ADM's Inception Score by name, with errors; `report` gets the samples that are measured.
+def measured(samples: str, reference: str, load: Callable[[], Extractor], report: ReportShare) -> measure.Measured:
+    """Return all of `METRICS` and both Inception Scores by name, with errors; `report` gets the samples that are measured.
 
-    Keeps all features, 20 KB a sample: the jackknife's groups are of a mixed order, since samples are often sorted by class. ADM's
-    Inception Score is of the samples' own order.
+    The extractor is loaded once both are opened. Keeps all features, 20 KB a sample: the jackknife's groups are of a mixed order,
+    since samples are often sorted by class.
     """
-    with opened(samples) as pictures:
-        count, real = pictures.count, _reference(reference, pictures.side, extractor)
-        require_samples(count, len(real.pooled.mean))
+    with opened(samples) as pictures, _opened_reference(reference, pictures.side) as real_pictures:
+        count, extractor = pictures.count, load()
+        real = (
+            _reference(real_pictures, extractor)
+            if real_pictures
+            else read_adm(reference, pictures.side, extractor, lambda _: None)
+        )
+        _require_enough(samples, count, len(real.pooled.mean))
         known = {"sfid": real.spatial is not None, "precision_recall": real.kept is not None}
         metrics = tuple(metric for metric in METRICS if known.get(metric, True))
         parts_of_all, done = list[Features](), 0
@@ -101,11 +118,13 @@ def measured(samples: str, reference: str, extractor: Extractor, report: ReportS
     mixed = Features(extractor.identity, *(array[permutation(count)] for array in every))
     block = SampleBlock({extractor.name: mixed}, np.full(count, -1), np.zeros((0, 1, 1, 3), np.uint8))
     found = measure.measure_blocks([block], {extractor.name: real}, settings)
-    in_order_of_samples = Score(adm_splits(count), every[-1].shape[1])
-    in_order_of_samples.add(every[-1])
-    name = settings.metric_name("is_adm", extractor.name)
-    value, error = in_order_of_samples.result()
-    return found._replace(values=found.values | {name: value} | ({f"{name}_error": error} if error is not None else {}))
+    for name, splits in SCORES.items():
+        score, full_name = Score(splits(count), every[-1].shape[1]), settings.metric_name(name, extractor.name)
+        score.add(every[-1])
+        found.values[full_name], error = score.result()
+        if error is not None:
+            found.values[f"{full_name}_error"] = error
+    return found
 
 
 def _arrays(features: Features) -> tuple[np.ndarray, ...]:
@@ -114,26 +133,36 @@ def _arrays(features: Features) -> tuple[np.ndarray, ...]:
     return features.pooled, features.spatial, features.logits
 
 
-def _reference(where: str, side: int, extractor: Extractor) -> Reference:
-    """Return a reference from ADM's statistics if the file has them, else from its pictures; UserError for another size."""
+@contextlib.contextmanager
+def _opened_reference(where: str, side: int) -> Iterator[Pictures | None]:
+    """Open a reference of pictures of a side, None for one with ADM's statistics; UserError for another side."""
     if _is_file(where, ".npz"):
-        with contextlib.closing(open_reference(where)) as adm:
+        with contextlib.closing(open_reference(where, NAME)) as adm:
             if adm.has_statistics:
-                return read_adm(where, side, extractor, lambda _: None)
+                yield None
+                return
     with opened(where) as pictures:
         if pictures.side != side:
             raise UserError(f"{where}: {pictures.side} x {pictures.side} pixels, the samples have {side} x {side}")
-        statistics, keep, done, d = parts.Statistics(), np.zeros(pictures.count, bool), 0, 0
-        keep[parts.choose_kept(pictures.count)] = True
-        for batch in pictures.batches():
-            features = extractor(batch)
-            statistics.add(features, keep[done : done + len(batch)])
-            done, d = done + len(batch), features.pooled.shape[1]
-        try:
-            require_samples(pictures.count, d)
-        except DisScaleError as error:
-            raise UserError(f"{where}: {pictures.count:,} pictures are too few for a reference: {error}") from error
-        return Reference.of(extractor.identity, statistics)
+        yield pictures
+
+
+def _reference(pictures: Pictures, extractor: Extractor) -> Reference:
+    statistics, keep, done = parts.Statistics(), np.zeros(pictures.count, bool), 0
+    keep[parts.choose_kept(pictures.count)] = True
+    for batch in pictures.batches():
+        features = extractor(batch)
+        statistics.add(features, keep[done : done + len(batch)])
+        done += len(batch)
+    _require_enough(pictures.where, pictures.count, features.pooled.shape[1])
+    return Reference.of(extractor.identity, statistics)
+
+
+def _require_enough(where: str, count: int, features: int) -> None:
+    if count <= features:
+        raise UserError(
+            f"{NAME}: {where}: {count:,} pictures are too few: the covariance of {features:,} features takes {features + 1:,}"
+        )
 
 
 def _is_file(where: str, ending: str) -> bool:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from dis_scale.evaluation import outside
 from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.inception import CLASSES
 from dis_scale.process.errors import UserError
+from tests.support.commands import invoke
 from tests.support.seeded_inception import blobs
 
 SAMPLES = 60
@@ -55,7 +57,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(samples: Path, reference: Path, extractor: Extractor) -> dict[str, float]:
-    return outside.measured(str(samples), str(reference), extractor, lambda *_: None).values
+    return outside.measured(str(samples), str(reference), lambda: extractor, lambda *_: None).values
 
 
 def test_an_npz_has_the_metrics_of_torch_fidelity(pictures: Path, extractor: Extractor) -> None:
@@ -68,7 +70,10 @@ def test_an_npz_has_the_metrics_of_torch_fidelity(pictures: Path, extractor: Ext
     theirs = [float(each) for each in calculate_precision_recall_full(ours, real, neighborhood=3)]
     assert [found["precision_60"], found["recall_60"]] == pytest.approx(theirs, abs=1e-5)
     assert found["fid_60_error"] > 0
-    assert {"sfid_60", "is_60", "is_adm_60"} < found.keys()
+    logits = torch.from_numpy(extractor(blobs(SAMPLES, 1)).logits)
+    score = isc_features_to_metric(logits, splits=10, shuffle=True, rng_seed=2020)["inception_score_mean"]
+    assert found["is_60"] == pytest.approx(score, rel=1e-5)
+    assert {"sfid_60", "is_adm_60"} < found.keys()
 
 
 def test_a_folder_and_a_tar_have_the_metrics_of_the_npz(pictures: Path, extractor: Extractor) -> None:
@@ -107,5 +112,50 @@ def test_an_error_does_not_depend_on_how_the_samples_are_sorted(pictures: Path, 
 
 def test_a_reference_of_too_few_pictures_is_refused(pictures: Path, extractor: Extractor, tmp_path: Path) -> None:
     np.savez(tmp_path / "few.npz", arr_0=blobs(8, 3))
-    with pytest.raises(UserError, match=r"few.npz: 8 pictures are too few for a reference"):
-        measured(pictures / "samples.npz", tmp_path / "few.npz", extractor)
+    for pair in [("samples.npz", "few.npz"), ("few.npz", "real.npz")]:
+        with pytest.raises(UserError, match=r"few.npz: 8 pictures are too few: the covariance of 8 features takes 9"):
+            measured(*(tmp_path / each if each == "few.npz" else pictures / each for each in pair), extractor)
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        ("none.npz", "measure: no file"),
+        ("none", "measure: no images in"),
+        ("none.tar", "measure: no file"),
+        ("text.npz", "text.npz is not an .npz: File is not a zip file"),
+        ("damaged.npz", "damaged.npz: damaged: Bad CRC-32"),
+        ("samples.tar.gz", "samples.tar.gz: expected an .npz, a folder of images or a .tar that is not compressed"),
+        ("damaged", "0.png cannot be read (it is in none of the formats that are read)"),
+    ],
+)
+def test_the_command_names_what_it_cannot_measure_in_its_own_words(
+    samples: str, words: str, pictures: Path, extractor: Extractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inception, 95 MB, is loaded after both were opened. A sweep's settings are not the command's."""
+    (tmp_path / "text.npz").write_text("x")
+    (tmp_path / "samples.tar.gz").write_bytes(b"x")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/0.png").write_bytes(b"x")
+    archive = bytearray((pictures / "samples.npz").read_bytes())
+    archive[len(archive) // 2] ^= 1
+    (tmp_path / "damaged.npz").write_bytes(archive)
+    loaded = list[object]()
+
+    class Net(torch.nn.Module):
+        def __init__(self, weights: object) -> None:
+            super().__init__()
+            loaded.append(weights)
+
+        def forward(self, x: torch.Tensor) -> object:
+            return extractor.net(x)
+
+    monkeypatch.setattr("dis_scale.evaluation.inception.load", Net)
+    code, output = invoke("measure", str(tmp_path / samples), str(pictures / "real.npz"))
+    assert code, output
+    assert words in " ".join(output.split()), output
+    assert "Traceback" not in output
+    assert "--set" not in output
+    assert bool(loaded) == (samples == "damaged.npz"), "its header is intact"
+    code, output = invoke("measure", str(pictures / "samples.npz"), str(tmp_path / "none.npz"))
+    assert "measure: no file" in output
