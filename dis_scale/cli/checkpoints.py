@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dis_scale.cli.shared import CHECKPOINT, AsJson, Overrides, RecipePath, VaeOption, load_recipe, require_folder, show
+from dis_scale.process.errors import UserError, nearest
 from dis_scale.recipe.shipped import EMBEDDED
 
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)]
@@ -32,6 +33,7 @@ def import_weights(
         str, typer.Argument(help="A public .pt of DiS, DiT or SiT, or a .safetensors of ours; path or URL.")
     ],
     model: Annotated[str, typer.Option(help="The recipe's model that these weights are.")],
+    images: Annotated[int, typer.Option(help="Images that the file has seen: steps x batch.", min=1)],
     recipe: RecipePath = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -42,14 +44,16 @@ def import_weights(
     from dis_scale.sweep import Sweep
     from dis_scale.weights import importing as public_weights
 
-    settings = load_recipe(recipe, overrides)
+    if model not in (known := load_recipe(recipe, overrides).models):
+        raise UserError(f"--model: the recipe has no {model!r}{nearest(model, known)}: it has {', '.join(known)}")
+    settings = load_recipe(recipe, [*(overrides or []), seen := f"models.{model}.train.publish_images=[{images}]"])
     store = open_folder(settings.storage.root)
     storage = settings.storage.model_copy(update={"root": store.url})
     sweep = Sweep.below(store, settings.model_copy(update={"storage": storage}))
     shape = vae.planned_shape(settings.vae, settings.data.resolution)
     found = public_weights.import_weights(sweep, model, file, shape)
-    known = model in Sweep.open(sweep.folder.url).recipe.models
-    again = f"dis-scale resume {sweep}" if known else f"dis-scale sweep {recipe or EMBEDDED}"
+    stored = model in Sweep.open(sweep.folder.url).recipe.models
+    again = f"dis-scale resume {sweep}" if stored else f"dis-scale sweep {recipe or EMBEDDED} --set '{seen}'"
     show(
         as_json,
         found._asdict() | {"folder": found.folder.url},

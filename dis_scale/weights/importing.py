@@ -76,8 +76,7 @@ def _require_possible(sweep: Sweep, model: str) -> None:
     counts = recipe.train_of(model).publish_images
     if len(counts) != 1 or not counts[0] or recipe.models[model].branch or recipe.models[model].start:
         raise UserError(
-            f"import: {model} would also be trained: expected one count, the images that the file has seen, without branch and "
-            f"start: --set models.{model}.train.publish_images=[N]"
+            f"import: {model} would also be trained: expected a model without branch and start, and one count of images"
         )
     if any(settings.ema_width is not None for settings in recipe.evaluate.samplings.values()):
         raise UserError("import: evaluate.ema_width needs averages that a file of weights lacks: leave it out")

@@ -25,18 +25,21 @@ from tests.support.documents import put_latents
 from tests.support.leases import run_elsewhere
 from tests.support.public_dis import public_model, sit_state
 
-SETTINGS = ("vae={kind: none}", "models.dis.train.publish_images=[1024]", "evaluate.variants={}", "evaluate.steps=2")
+SETTINGS = ("vae={kind: none}", "evaluate.variants={}", "evaluate.steps=2")
 PUBLIC = {"D": 16, "depth": 2, "p": 4, "C": 3, "size": 32, "classes": 10}
 
 
 def words(root: Path, file: Path, *settings: str, model: str = "dis") -> list[str]:
     """The command that imports a file into the tiny sweep below `root`."""
     every = (*SETTINGS, f"storage.root={root}", *settings)
-    return ["import", str(file), str(TINY), "--model", model, *(word for each in every for word in ("--set", each))]
+    command = ["import", str(file), str(TINY), "--model", model, "--images", "1024"]
+    return [*command, *(word for each in every for word in ("--set", each))]
 
 
 def sweep_below(root: Path, *settings: str) -> Sweep:
-    return Sweep.below(open_folder(root), reading.load(TINY, [*SETTINGS, *settings]))
+    return Sweep.below(
+        open_folder(root), reading.load(TINY, [*SETTINGS, "models.dis.train.publish_images=[1024]", *settings])
+    )
 
 
 @pytest.fixture
@@ -89,9 +92,9 @@ def test_a_sit_is_published_as_our_flow(tmp_path: Path) -> None:
     sizes = ", ".join(f"{name}: {getattr(sit.settings, name)}" for name in ("width", "depth", "heads", "patch"))
     flow = [
         f"models={{sit: {{kind: dit, {sizes}}}}}", "diffusion={kind: flow}", "evaluate.sampler=euler", "data.resolution=64",
-        "vae={kind: pretrained, path: stabilityai/sd-vae-ft-ema}", "train.publish_images=[1024]",
+        "vae={kind: pretrained, path: stabilityai/sd-vae-ft-ema}",
     ]  # fmt: skip
-    command = ["import", str(tmp_path / "sit.pt"), str(TINY), "--model", "sit"]
+    command = ["import", str(tmp_path / "sit.pt"), str(TINY), "--model", "sit", "--images", "1024"]
     every = ["evaluate.variants={}", f"storage.root={tmp_path}", *flow]
     code, output = invoke(*command, *(word for each in every for word in ("--set", each)))
     assert code == 0, output
@@ -113,7 +116,10 @@ def test_a_sit_is_published_as_our_flow(tmp_path: Path) -> None:
             ],
             "only one of the two models has classes",
         ),
-        (["models.dis.train.publish_images=[16, 1024]"], "import: dis would also be trained: expected one count"),
+        (
+            ["models.dis.start={kind: sweep, url: x, model: y, images: 16}"],
+            "import: dis would also be trained: expected a",
+        ),
         (["evaluate.ema_width=0.07"], "import: evaluate.ema_width needs averages"),
     ],
 )
