@@ -33,7 +33,7 @@ def test_a_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
         path for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*") if path.suffix in kinds
     ]
     expected = {str(path.relative_to(ROOT)) for path in files}
-    expected |= {f"dis_scale/configs/{path.name}" for path in (ROOT / "configs").glob("*.*")}
+    expected |= {f"dis_scale/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.*")}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == expected
 

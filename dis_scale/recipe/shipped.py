@@ -11,8 +11,8 @@ EMBEDDED = FOLDER / "digits.yaml"
 
 
 def names() -> list[str]:
-    """Return the names of the shipped recipes, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Return the names of the shipped recipes, sorted; those of a folder begin with its name."""
+    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 
 
 def resolve(recipe: str | Path) -> Path:
