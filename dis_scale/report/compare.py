@@ -8,28 +8,30 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from dis_scale.evaluation.metrics import jackknife_error
+from dis_scale.evaluation.metrics import FOLDS, jackknife_error
 from dis_scale.process.errors import UserError
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.recipe.identity import as_yaml, differing
-from dis_scale.report.points import ALIKE, Point, Report
+from dis_scale.report.points import ALIKE, Error, Point, Report
 from dis_scale.report.tables import SAMPLING, UNFINISHED, TableColumn, with_error
 from dis_scale.sweep.documents import Metrics
 
 
 class Difference(NamedTuple):
-    """One model at one count in both sweeps: b - a, and the independent standard errors in it: of each point, or one of both."""
+    """One model at one count in both sweeps: b - a, and the independent errors in it."""
 
     a: Point
     b: Point
     change: float
-    errors: tuple[float, ...]
+    errors: tuple[Error, ...]
     """Empty if that of a point is not known."""
+    shared: bool = False
+    """Whether noise and labels that the samples of both share are left out of the errors."""
 
     @property
     def error(self) -> float | None:
         """The change's standard error, if it is known."""
-        return math.hypot(*self.errors) if self.errors else None
+        return math.hypot(*(each.size for each in self.errors)) if self.errors else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the difference with plain values."""
@@ -49,9 +51,7 @@ class Difference(NamedTuple):
         """Whether Welch's test over the seeds refuses, at 5 %, that both are equal."""
         from dis_scale.report import fits  # here: scipy takes a second
 
-        if not self.over_seeds or not self.error:
-            return False
-        return fits.differ(self.change, self.errors, (self.a.seeds, self.b.seeds))
+        return self.over_seeds and fits.differ(self.change, self.errors)
 
 
 def by_name(a: Report, b: Report) -> dict[str, str]:
@@ -99,20 +99,26 @@ def differences(a: Report, b: Report, pairs: Mapping[str, str]) -> list[Differen
             f"{a.sweep} and {b.sweep} have no model at one image count in common: name pairs (--pair NAME=NAME), or pair models "
             "of about one cost (--by-cost)"
         )
-    return [Difference(p, q, b.distance(q) - a.distance(p), _errors(a, p, b, q)) for p, q in found]
+    return [_difference(a, p, b, q) for p, q in found]
 
 
-def _errors(a: Report, p: Point, b: Report, q: Point) -> tuple[float, ...]:
-    """Return the errors of a difference. Noise and labels that the samples of both share are left out: they move both alike."""
+def _difference(a: Report, p: Point, b: Report, q: Point) -> Difference:
+    """Return a difference with its errors.
+
+    Where the samples of both share noise and labels, which move both alike, these are the spreads over the seeds, and the paired
+    jackknife of the means: the samples of one model's trainings may be more alike than those of two models.
+    """
+    change = b.distance(q) - a.distance(p)
     if p == q:
-        return 0.0, 0.0
-    if _noise(a, p) == _noise(b, q):
-        if p.spread is not None and q.spread is not None:
-            return p.spread, q.spread
-        if p.seeds == q.seeds == 1 and (paired := paired_error(p.evaluation, q.evaluation, a.metric)) is not None:
-            return (paired,)
+        return Difference(p, q, change, (Error(0.0, FOLDS),), shared=True)
+    paired = paired_error(p.evaluation, q.evaluation, a.metric) if _noise(a, p) == _noise(b, q) else None
+    if paired is not None:
+        spreads = [Error(each.spread, each.seeds) for each in (p, q) if each.spread is not None]
+        return Difference(p, q, change, (*spreads, Error(paired, FOLDS)), shared=True)
     error_a, error_b = a.error(p), b.error(q)
-    return () if error_a is None or error_b is None else (error_a, error_b)
+    if error_a is None or error_b is None:
+        return Difference(p, q, change, ())
+    return Difference(p, q, change, (Error(error_a, p.seeds), Error(error_b, q.seeds)))
 
 
 def _noise(report: Report, p: Point) -> tuple[Any, ...]:
@@ -189,16 +195,15 @@ def _notes(a: Report, b: Report, found: Sequence[Difference]) -> list[str]:
     lines = []
     if any(each.over_seeds for each in found):
         lines.append(
-            "bold: Welch's test refuses at 5 % that both are equal; its errors are those over the seeds, with that of sampling "
-            "only if noise or labels of the samples differ between the sweeps"
+            "bold: Welch's test refuses at 5 % that both are equal; its errors are those over the seeds and of sampling"
         )
     if not all(each.over_seeds for each in found):
         lines.append(
             "models with one seed: the error is of sampling alone. Trainings of other seeds usually differ by more (seeds: 3)"
         )
-    if any(len(each.errors) == 1 for each in found):
+    if any(each.shared for each in found):
         lines.append(
-            "samples of the same noise and labels: the error is that of the difference, by the paired jackknife"
+            "samples of the same noise and labels: their error is that of the difference, by the paired jackknife"
         )
     if any(each.a.unfinished or each.b.unfinished for each in found):
         lines.append(f"{UNFINISHED.strip()} measured before the learning rate had fallen to its end")

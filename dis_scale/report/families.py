@@ -1,9 +1,9 @@
 """One family of backbones against another at equal cost, in one sweep.
 
 The points of one family are compared with the curve of the other: a line through its sizes in logarithms of cost and value. Their
-mean distance from it is a sum of logarithms with known factors. Its error follows from the seeds' spread or, with one seed, from
-the jackknife of that sum, in which noise that all samples share cancels; and from how the other family's sizes leave their line,
-which is taken to be how ours leave theirs.
+mean distance from it is a sum of logarithms with known factors. Its error follows from the jackknife of that sum, in which noise
+that all samples share cancels; from the spread over the seeds, if there are several; and from how the sizes of each family leave
+its line, which is taken to be alike in both. Each size is a training of its own, so this holds the spread between trainings, too.
 """
 
 import math
@@ -17,9 +17,10 @@ from rich.table import Table
 
 from dis_scale.evaluation.metrics import FOLDS, jackknife_error
 from dis_scale.process.errors import UserError
+from dis_scale.process.progress import some
 from dis_scale.recipe import MAIN
 from dis_scale.recipe.evaluate import HELD_OUT
-from dis_scale.report.points import ALIKE, Point, Report
+from dis_scale.report.points import ALIKE, Error, Point, Report
 
 if TYPE_CHECKING:
     from dis_scale.report import isoflop
@@ -35,7 +36,7 @@ LEAST_SIZES = 3
 
 
 class Size(NamedTuple):
-    """One size of a family: its cost, the value of each of its trainings, and without each group of samples if there is one."""
+    """One size of a family: its cost, the value of each of its trainings, and their mean without each group of samples if known."""
 
     point: Point
     cost: float
@@ -46,13 +47,6 @@ class Size(NamedTuple):
     def log(self) -> float:
         """Mean of the logarithms of the values."""
         return float(np.log(self.values).mean())
-
-
-class Error(NamedTuple):
-    """An independent part of an error, and the number of values that it is estimated from."""
-
-    size: float
-    of: int
 
 
 class Gap(NamedTuple):
@@ -76,8 +70,7 @@ class Gap(NamedTuple):
         """Whether Welch's test refuses, at 5 %, that the mean is 0."""
         from dis_scale.report import fits  # here: scipy takes a second
 
-        sizes, counts = [each.size for each in self.errors], [each.of for each in self.errors]
-        return bool(self.error) and fits.differ(self.change, sizes, counts)
+        return fits.differ(self.change, self.errors)
 
 
 def gap(ours: list[Size], theirs: list[Size]) -> Gap | None:
@@ -88,32 +81,43 @@ def gap(ours: list[Size], theirs: list[Size]) -> Gap | None:
     inside = [size for size in ours if costs.min() / (1 + ALIKE) <= size.cost <= costs.max() * (1 + ALIKE)]
     if not inside:
         return None
-    x, at = np.log(costs), np.log([size.cost for size in inside])
-    design = np.stack([np.ones_like(x), x], 1)
-    on_curve = np.stack([np.ones_like(at), at], 1) @ np.linalg.pinv(design)  # (ours, theirs): the curve's factors
+    on_curve = _line(inside) @ np.linalg.pinv(_line(theirs))  # (ours, theirs): the curve's factors
     every, factors = [*inside, *theirs], np.append(np.full(len(inside), 1 / len(inside)), -on_curve.mean(0))
     logs = np.array([size.log for size in every])
-    theirs_logs = logs[len(inside) :]
-    residuals = theirs_logs - design @ (np.linalg.pinv(design) @ theirs_logs)
-    misfit = math.sqrt(float((residuals**2).sum()) / (len(theirs) - 2)) * float(np.linalg.norm(factors))
+    residuals = [_residuals(family) for family in (ours, theirs) if len(family) >= LEAST_SIZES]
+    freedom = sum(len(each) - 2 for each in residuals)
+    misfit = math.sqrt(sum(float((each**2).sum()) for each in residuals) / freedom) * float(np.linalg.norm(factors))
     known = _errors(every, factors)
-    errors = (*known, Error(misfit, len(theirs) - 1)) if known else ()
+    errors = (*known, Error(misfit, freedom + 1)) if known else ()
     over_seeds = any(len(size.values) > 1 for size in every)
-    return Gap(float(factors @ logs), errors, inside, np.exp(on_curve @ theirs_logs), over_seeds)
+    return Gap(float(factors @ logs), errors, inside, np.exp(on_curve @ logs[len(inside) :]), over_seeds)
+
+
+def _line(sizes: list[Size]) -> np.ndarray:
+    """Return the design of a line in the logarithm of the cost (sizes, 2)."""
+    x = np.log([size.cost for size in sizes])
+    return np.stack([np.ones_like(x), x], 1)
+
+
+def _residuals(sizes: list[Size]) -> np.ndarray:
+    """Return how a family's sizes leave its line, in logarithms."""
+    logs, design = np.array([size.log for size in sizes]), _line(sizes)
+    residuals: np.ndarray = logs - design @ (np.linalg.pinv(design) @ logs)
+    return residuals
 
 
 def _errors(sizes: list[Size], factors: np.ndarray) -> tuple[Error, ...]:
-    """Return the error of a sum of logarithms: over the seeds if a size has several, else of sampling alone.
+    """Return the errors of a sum of logarithms: of sampling if it is known, and over the seeds if a size has several.
 
     The spread of a logarithm over the seeds is taken to be that of all sizes with several.
     """
-    trainings = np.array([len(size.values) for size in sizes])
+    errors, trainings = list[Error](), np.array([len(size.values) for size in sizes])
+    if all(size.left_out for size in sizes):
+        errors.append(Error(jackknife_error(factors @ np.log([size.left_out for size in sizes])), FOLDS))
     if freedom := int((trainings - 1).sum()):
         squares = sum(float(((np.log(size.values) - size.log) ** 2).sum()) for size in sizes)
-        return (Error(math.sqrt(squares / freedom * float((factors**2 / trainings).sum())), freedom + 1),)
-    if all(size.left_out for size in sizes):
-        return (Error(jackknife_error(factors @ np.log([size.left_out for size in sizes])), FOLDS),)
-    return ()
+        errors.append(Error(math.sqrt(squares / freedom * float((factors**2 / trainings).sum())), freedom + 1))
+    return tuple(errors)
 
 
 def _apart(change: float) -> str:
@@ -135,23 +139,25 @@ class Comparison:
     theirs: str
     images: int
     found: Gap | None
-    why_not: str = ""
+    unknown: str = ""
+    """Why nothing is found, or what was not known of some trainings, which are left out."""
 
     @property
     def sentence(self) -> str:
         """What the data say, or why they do not."""
         start = f"{self.metric} at equal {self.cost}"
         if self.found is None:
-            return f"{start}: {self.ours} and {self.theirs} cannot be compared: {self.why_not}"
+            return f"{start}: {self.ours} and {self.theirs} cannot be compared: {self.unknown}"
         error = self.found.error
         words = f"{self.ours} is {_apart(self.found.change)} the curve of {self.theirs}"
         words += (
             f", mean of {len(self.found.sizes)} sizes at {self.images:,} images" if len(self.found.sizes) > 1 else ""
         )
+        words += f" ({self.unknown})" if self.unknown else ""
         if error is None:
             return f"{start}: {words}; its error is not known"
-        spread = "over seeds" if self.found.over_seeds else "of sampling alone, not between trainings"
-        return f"{start}: {words}, ± {error:.1%} ({spread}, and of the curve): {_verdict(self.found.significant)}"
+        spread = "over seeds" if self.found.over_seeds else "of sampling"
+        return f"{start}: {words}, ± {error:.1%} ({spread}, and of sizes about their lines): {_verdict(self.found.significant)}"
 
     def rows(self) -> Iterator[list[str]]:
         """Yield a row of the table for each size, with every seed beside the other family's curve."""
@@ -199,9 +205,7 @@ class AtBudget:
         """Whether Welch's test refuses, at 5 %, that they are equal."""
         from dis_scale.report import fits  # here: scipy takes a second
 
-        return fits.differ(
-            self.change, [each.error for each in self.lowest], [each.freedom + 1 for each in self.lowest]
-        )
+        return fits.differ(self.change, [Error(each.error, each.freedom + 1) for each in self.lowest])
 
     @property
     def sentence(self) -> str:
@@ -226,8 +230,10 @@ class AtBudget:
 def comparisons(report: Report, ours: str, theirs: str) -> Sequence[Comparison | AtBudget]:
     """Return one family against another by loss and distance, at equal cost of each kind or at each budget of a study.
 
-    UserError for a family without points, and for a study in which no budget has a minimum of both.
+    UserError for one family twice or without points, and for a study in which no budget has a minimum of both.
     """
+    if ours == theirs:
+        raise UserError(f"--families: {ours} twice: name two families")
     for family in (ours, theirs):
         if family not in report.families:
             raise UserError(
@@ -282,9 +288,12 @@ def _comparison(report: Report, metric: str, cost: str, ours: str, theirs: str) 
         return Comparison(metric, cost, ours, theirs, 0, None, "they have no count of images in common")
     enough = [n for n in counts if len(report.family(theirs, n)) >= LEAST_SIZES]
     count = (enough or counts)[-1]
-    mine, other = (_sizes(report, kind, count, metric, COSTS[cost]) for kind in (ours, theirs))
+    (mine, unknown), (other, unknown_too) = (
+        _sizes(report, kind, count, metric, COSTS[cost]) for kind in (ours, theirs)
+    )
+    without = f"{cost} or {metric} of {some(missing)} are not known" if (missing := unknown + unknown_too) else ""
     if not mine or not other:
-        return Comparison(metric, cost, ours, theirs, count, None, f"{cost} or {metric} are not known")
+        return Comparison(metric, cost, ours, theirs, count, None, without)
     machines = sorted({machine for size in (*mine, *other) for machine in size.point.evaluation.cost.trained_on})
     if cost == HOURS and len(machines) > 1:
         return Comparison(metric, cost, ours, theirs, count, None, f"their {HOURS} are of {' and '.join(machines)}")
@@ -292,25 +301,23 @@ def _comparison(report: Report, metric: str, cost: str, ours: str, theirs: str) 
     why = f"{theirs} has {len(other)} of the {LEAST_SIZES} sizes that a curve needs"
     if len(other) >= LEAST_SIZES:
         why = f"no size of {ours} is within the costs of {theirs}, or these are all equal"
-    return Comparison(metric, cost, ours, theirs, count, found, "" if found else why)
+    return Comparison(metric, cost, ours, theirs, count, found, without if found else why)
 
 
-def _sizes(report: Report, kind: str, images: int, metric: str, cost: Callable[[Point], float | None]) -> list[Size]:
-    """Return a family's sizes at one count, each with all its trainings; none if a cost or a value is not known."""
-    sizes = list[Size]()
+def _sizes(
+    report: Report, kind: str, images: int, metric: str, cost: Callable[[Point], float | None]
+) -> tuple[list[Size], list[str]]:
+    """Return a family's sizes at one count, each with its trainings, and the trainings whose cost or value is not known."""
+    sizes, unknown = list[Size](), list[str]()
     for point in report.family(kind, images):
-        trainings = [
-            p
-            for p in report.points
-            if (p.group, p.variant, p.images_seen) == (point.group, MAIN, images) and p.values.get(metric, 0) > 0
-        ]
-        price = cost(point)
-        if not trainings or not price:
-            return []
-        left_out = trainings[0].evaluation.left_out.get(metric, ())
-        known = left_out if all(value > 0 for value in left_out) else ()
-        sizes.append(Size(point, price, tuple(p.values[metric] for p in trainings), known))
-    return sizes
+        key, price = (point.group, MAIN, images), cost(point)
+        trainings = [p for p in report.points if (p.group, p.variant, p.images_seen) == key]
+        values = {p.model: p.values[metric] for p in trainings if price and 0 < p.values.get(metric, 0) < math.inf}
+        unknown += [p.model for p in trainings if p.model not in values]
+        if price and values:
+            left_out = point.evaluation.left_out.get(metric, ())
+            sizes.append(Size(point, price, tuple(values.values()), left_out if min(left_out, default=0) > 0 else ()))
+    return sizes, unknown
 
 
 def sentences(report: Report) -> list[str]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import fdtri, ndtr, stdtrit
 
+from dis_scale.report.points import Error
+
 CONFIDENCE = 0.95
 FEW = 4
 """Most points of a correlation that is marked as `few points`."""
@@ -55,18 +57,30 @@ def _words(interval: tuple[float, float] | None) -> str:
 
 
 def power_law(costs: Sequence[float], distances: Sequence[float], floor: float = 0.0) -> PowerLaw | None:
-    """Fit the logarithms of what is above the floor by least squares, with Student's interval.
+    """Fit the logarithms of what is above the floor by least squares, with Student's interval: none if they bend.
 
-    None for fewer than 4 points, one cost, or a distance that is not above the floor.
+    They do if the models have a limit above the floor: no exponent holds then. None for fewer than 4 points, one cost, or a
+    distance that is not above the floor.
     """
     if len(costs) < 4 or np.ptp(costs) == 0 or min(distances) <= floor:
         return None
     from scipy.stats import linregress  # takes half a second more than scipy.special, and most reports have no fit
 
-    fit = linregress(np.log(costs), np.log(np.subtract(distances, floor)))
+    x, y = np.log(costs), np.log(np.subtract(distances, floor))
+    fit = linregress(x, y)
     margin = stdtrit(len(costs) - 2, (1 + CONFIDENCE) / 2) * fit.stderr
-    interval = float(fit.slope - margin), float(fit.slope + margin)
+    interval = None if _bends(x, y) else (float(fit.slope - margin), float(fit.slope + margin))
     return PowerLaw(float(np.exp(fit.intercept)), float(fit.slope), interval, floor)
+
+
+def _bends(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether Student's test refuses, at 5 %, that a line has no square term."""
+    design = np.stack([np.ones_like(x), x - x.mean(), (x - x.mean()) ** 2], 1)
+    inverse = np.linalg.pinv(design)
+    bend, residuals = (inverse @ y)[2], y - design @ (inverse @ y)
+    freedom = len(x) - 3
+    error = max(math.sqrt(float((residuals**2).sum()) / freedom), NEGLIGIBLE) * float(np.linalg.norm(inverse[2]))
+    return bool(abs(bend) > stdtrit(freedom, (1 + CONFIDENCE) / 2) * error)
 
 
 class LimitedLaw(NamedTuple):
@@ -127,10 +141,12 @@ def bootstrap_tail(freedom: int, drawn: int | None = None) -> float:
     return float(ndtr(math.sqrt(drawn / freedom if drawn else 1) * stdtrit(freedom, (1 - CONFIDENCE) / 2)))
 
 
-def differ(change: float, errors: Sequence[float], counts: Sequence[int]) -> bool:
-    """Whether Welch's test refuses, at 5 %, that two means are equal; each has a standard error from so many values."""
-    squares = [error**2 for error in errors]
-    freedom = sum(squares) ** 2 / sum(square**2 / (n - 1) for square, n in zip(squares, counts, strict=True))
+def differ(change: float, errors: Sequence[Error]) -> bool:
+    """Whether Welch's test refuses, at 5 %, that a change with errors is 0; False without an error."""
+    squares = [error.size**2 for error in errors]
+    if not sum(squares):
+        return False
+    freedom = sum(squares) ** 2 / sum(square**2 / (error.of - 1) for square, error in zip(squares, errors, strict=True))
     return bool(abs(change) > stdtrit(freedom, (1 + CONFIDENCE) / 2) * math.sqrt(sum(squares)))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from dis_scale.recipe import MAIN
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import loss_law
-from dis_scale.report.fits import PowerLaw, bootstrap_tail, lack_of_fit, limited_law, student_margin
+from dis_scale.report.fits import EXPONENTS, PowerLaw, bootstrap_tail, lack_of_fit, limited_law, student_margin
 from dis_scale.report.loss_law import LossLaw, Runs
 from dis_scale.report.points import Report
 
@@ -118,7 +118,7 @@ class Laws:
     local: list[PowerLaw]
     """Of the value between neighbouring budgets: a loss has a part that no compute removes, so its exponent falls with compute."""
     value: PowerLaw | None
-    """With such a limit, from four budgets on."""
+    """With such a limit, from four budgets on, if they determine it."""
     at_edge: float
     """Share of resamples with a minimum at an end of the sizes."""
 
@@ -232,10 +232,15 @@ class _Minima:
         margin = student_margin(x, self.logs - exponent * x - factor)
         return PowerLaw(float(np.exp(factor)), exponent, (min(low, exponent - margin), max(high, exponent + margin)))
 
-    def law_with_limit(self) -> PowerLaw:
-        """Fit a law that falls to a limit. It has no intervals if its own residuals are larger than the parabolas'."""
+    def law_with_limit(self) -> PowerLaw | None:
+        """Fit a law that falls to a limit. It has no intervals if its own residuals are larger than the parabolas'.
+
+        None if the values do not determine it: they rise, or its exponent is one of the ends that are tried.
+        """
         every = limited_law(self.budgets, np.exp(np.column_stack([self.logs, self.resampled])))
         limit, factor, exponent = (float(each[0]) for each in every)
+        if factor <= 0 or not EXPONENTS[0] < exponent < EXPONENTS[-1]:
+            return None
         law = PowerLaw(factor, -exponent, limit=limit)
         residuals, variance = self.logs - np.log(law.at(self.budgets)), float(self.resampled.var(1).mean())
         if lack_of_fit(residuals, 3, variance, self.freedom):
@@ -280,13 +285,13 @@ def found(report: Report) -> Found:
 def _laws_words(report: Report, runs: Runs, family: list[Profile]) -> Found:
     """Return the laws of the held-out loss in words."""
     study, parabolas, law = report.recipe.isoflop, laws(family), loss_law.fit(runs)
+    missed = prediction_words(runs, family, study.flops[-1]) if study and study.hold_out == "largest" else []
     words = _law_words(parabolas, HELD_OUT)
     if law is None:
-        return Found([], [*words, NO_LAW])
+        return Found(missed, [*words, NO_LAW])
     if parabolas and (why := refuted(law, parabolas)):
-        return Found([], [why])
-    held_out = study.flops[-1] if study and study.hold_out == "largest" else None
-    return Found(prediction_words(runs, family, held_out) if held_out else [], words + loss_law_words(runs, law))
+        return Found(missed, [why])
+    return Found(missed, words + loss_law_words(runs, law))
 
 
 def _unfitted_words(report: Report, family: list[Profile]) -> list[str]:

@@ -24,6 +24,13 @@ ALIKE = 0.1
 SAMPLING_RATE = "sampling_images_per_s"
 
 
+class Error(NamedTuple):
+    """An independent part of a standard error, and the number of values that it is estimated from."""
+
+    size: float
+    of: int
+
+
 @dataclass(frozen=True)
 class Point:
     """One model at one count of images seen, with one sampling."""
@@ -191,8 +198,15 @@ def _mean(points: list[Point], metric: str) -> Point:
 
 
 def _mean_evaluation(points: list[Point]) -> Metrics:
-    """Return the evaluation of the first, with the mean of the known costs and all machines' names."""
-    first, costs = points[0].evaluation, [p.evaluation.cost for p in points]
+    """Return the evaluation of the first, with the mean of the known costs and of the values without each group of samples, and all
+    machines' names.
+    """
+    first, costs, lists = (
+        points[0].evaluation,
+        [p.evaluation.cost for p in points],
+        [p.evaluation.left_out for p in points],
+    )
+    common = [name for name in first.left_out if all(name in each for each in lists)]
     cost = first.cost.model_copy(
         update={
             "goodput": _mean_of(cost.goodput for cost in costs),
@@ -204,6 +218,9 @@ def _mean_evaluation(points: list[Point]) -> Metrics:
     sample_ms = _mean_of(p.sample_ms for p in points)
     return first.changed(
         cost=cost,
+        left_out={
+            name: tuple(map(statistics.fmean, zip(*(each[name] for each in lists), strict=True))) for name in common
+        },
         seconds={SAMPLING_RATE: 1000 / sample_ms} if sample_ms else first.seconds,
         sampled_on=tuple(sorted({name for p in points for name in p.evaluation.sampled_on})),
     )

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance
+from dis_scale.evaluation.metrics import FOLDS, Frechet, Groups, MeanCovariance
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.train import Flow, Gaussian
 from dis_scale.report import Report, compare, figures
+from dis_scale.report.points import Error
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics
 from tests.conftest import TINY
@@ -49,10 +50,17 @@ def test_only_a_difference_over_seeds_is_significant(tmp_path: Path) -> None:
     assert {model: d.significant for model, d in found.items()} == {"dit": True, "dis": False}
     assert "bold: Welch's test refuses at 5 %" in compared(*sweeps)
     over_seeds = np.hypot(np.std([9, 9.2, 9.4], ddof=1), np.std([5, 5.2, 5.1], ddof=1)) / np.sqrt(3)
-    assert found["dit"].error == pytest.approx(over_seeds), "the samples of both sweeps have the same noise"
-    points = [replace(p, evaluation=p.evaluation.changed(labels="random")) for p in sweeps[1].points]
-    (dit,) = compare.differences(sweeps[0], replace(sweeps[1], points=points), {"dit": "dit"})
+    alike = [with_lists(report, np.arange(20) % 2) for report in sweeps]
+    (dit,) = compare.differences(*alike, {"dit": "dit"})
+    assert dit.error == pytest.approx(over_seeds), "the samples of both sweeps have the same noise"
+    points = [replace(p, evaluation=p.evaluation.changed(labels="random")) for p in alike[1].points]
+    (dit,) = compare.differences(alike[0], replace(alike[1], points=points), {"dit": "dit"})
     assert dit.error == pytest.approx(np.hypot(over_seeds, np.hypot(0.5, 0.5))), "and that of sampling, of both"
+
+
+def with_lists(report: Report, left_out: np.ndarray) -> Report:
+    lists = {report.metric: tuple(left_out.tolist())}
+    return replace(report, points=[replace(p, evaluation=p.evaluation.changed(left_out=lists)) for p in report.points])
 
 
 def test_a_comparison_names_all_that_differs(sweep: Sweep, tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_three_seeds_need_more_than_two_standard_errors() -> None:
         mine, theirs = np.array([9.0, 9.4, 9.8]), np.array([9.0, 9.3, 9.6]) - shift
         points = [SimpleNamespace(seeds=3) for _ in range(2)]
         errors = [float(np.std(values, ddof=1) / np.sqrt(3)) for values in (mine, theirs)]
-        made = compare.Difference(*points, float(theirs.mean() - mine.mean()), tuple(errors))
+        made = compare.Difference(*points, float(theirs.mean() - mine.mean()), tuple(Error(each, 3) for each in errors))
         assert made.significant == (stats.ttest_ind(mine, theirs, equal_var=False).pvalue < 0.05)
         assert abs(made.change) > 2 * (made.error or 0)
 
@@ -95,30 +103,48 @@ def two_sweeps(root: Path) -> list[Report]:
     return [collect(made) for made in sweeps]
 
 
-def share_significant(reports: list[Report], true_difference: float) -> float:
-    """Return the share of 2,000 simulated studies in which the test finds a difference.
+def study(
+    reports: list[Report], truth: float, rng: np.random.Generator, across: float, within: float
+) -> compare.Difference:
+    """Return the difference of a simulated study whose models differ by `truth`.
 
-    Trainings have a standard deviation of 2; sampling one of 3, whose correlation between any two trainings is 0.9.
+    Trainings have a standard deviation of 2; sampling one of 3, correlated between two models' trainings and between one model's.
     """
-    rng, found, metric = np.random.default_rng(0), 0, reports[0].metric
-    for _ in range(2000):
-        common, studies = rng.standard_normal(), []
-        for report, mean in zip(reports, (100, 100 + true_difference), strict=True):
-            sampling = 3 * (0.9**0.5 * common + 0.1**0.5 * rng.standard_normal(3))
-            values = mean + 2 * rng.standard_normal(3) + sampling
-            points = [
-                replace(p, values={metric: float(value), f"{metric}_error": 3.0})
-                for p, value in zip(report.points, values, strict=True)
-            ]
-            studies.append(replace(report, points=points))
-        found += compare.differences(*studies, {"dit": "dit"})[0].significant
-    return found / 2000
+    metric, common, studies = reports[0].metric, rng.standard_normal(FOLDS), []
+    for report, mean in zip(reports, (100, 100 + truth), strict=True):
+        own, points = rng.standard_normal(FOLDS), []
+        for p in report.points:
+            noise = across**0.5 * common + (within - across) ** 0.5 * own
+            noise += (1 - within) ** 0.5 * rng.standard_normal(FOLDS)
+            groups = mean + 2 * rng.standard_normal() + 3 * FOLDS**0.5 * noise
+            lists = {metric: tuple(((groups.sum() - groups) / (FOLDS - 1)).tolist())}
+            evaluation, values = p.evaluation.changed(left_out=lists), {metric: groups.mean(), f"{metric}_error": 3.0}
+            points.append(replace(p, values=values, evaluation=evaluation))
+        studies.append(replace(report, points=points))
+    return compare.differences(*studies, {"dit": "dit"})[0]
 
 
-def test_seeds_find_a_difference_and_invent_none_though_samples_share_their_noise(tmp_path: Path) -> None:
-    reports = two_sweeps(tmp_path)
-    assert 0.03 < share_significant(reports, 0) < 0.06
-    assert share_significant(reports, 4 * 2) > 0.75
+@pytest.mark.parametrize(("across", "within"), [(0.9, 0.9), (0.87, 0.95), (0.5, 0.95), (0, 0.9)])
+def test_seeds_find_a_difference_and_invent_none_though_samples_share_their_noise(
+    across: float, within: float, tmp_path: Path
+) -> None:
+    """Noise of a model's own samples, which all its seeds have, is no difference: the spread over the seeds does not know it."""
+    reports, rng = two_sweeps(tmp_path), np.random.default_rng(0)
+    equal = [study(reports, 0, rng, across, within) for _ in range(1000)]
+    assert np.mean([each.significant for each in equal]) < 0.06
+    assert np.mean([each.error for each in equal]) == pytest.approx(np.std([each.change for each in equal]), rel=0.15)
+    if across > 0.8:
+        assert np.mean([study(reports, 4 * 2, rng, across, within).significant for _ in range(1000)]) > 0.75
+
+
+def test_one_training_against_several_has_the_paired_error_too(tmp_path: Path) -> None:
+    """Without the spread of the single one, which nothing tells."""
+    several, one = two_sweeps(tmp_path)
+    rng, reports = np.random.default_rng(0), [several, replace(one, points=one.points[:1])]
+    found = [study(reports, 0, rng, 0.9, 0.9) for _ in range(1000)]
+    unknown = np.hypot(np.std([each.change for each in found]), 0) ** 2 - 2**2
+    assert np.sqrt(np.mean([(each.error or 0) ** 2 for each in found])) == pytest.approx(unknown**0.5, rel=0.2)
+    assert not any(each.significant for each in found)
 
 
 def test_the_error_of_a_difference_is_its_spread_if_samples_share_their_noise() -> None:

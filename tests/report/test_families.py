@@ -1,7 +1,7 @@
 """One family against another's curve: known ratios are found as often as their errors say, and what cannot be known is said."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,45 +27,54 @@ def size(cost: float, values: list[float], left_out: Any = ()) -> Size:
     return Size(unused, float(cost), tuple(values), tuple(left_out))
 
 
-def of_seeds(costs: np.ndarray, ratio: float, rng: np.random.Generator, shared: float, spread: float) -> list[Size]:
-    """Three trainings of each size but the largest, which has one; the noise of their samples is shared by all models."""
-    truth = ratio * 100 * costs**-0.4
-    return [
-        size(c, list(t * np.exp(shared + spread * rng.standard_normal(1 if c == costs.max() else 3))))
-        for c, t in zip(costs, truth, strict=True)
-    ]
+class Noise(NamedTuple):
+    """Standard deviations of logarithms: of a group of samples of all models, of one family's and of one model's; of trainings."""
+
+    shared: float
+    family: float
+    own: float
+    training: float
+    seeds: int
 
 
-def of_groups(costs: np.ndarray, ratio: float, rng: np.random.Generator, shared: np.ndarray, own: float) -> list[Size]:
-    """One training of each size, with its values without each group of samples; a part of each group's noise is all models'."""
-    made = []
+def simulated(
+    costs: np.ndarray, ratio: float, rng: np.random.Generator, shared: np.ndarray, noise: Noise
+) -> list[Size]:
+    """Return sizes of known values, each with its values without each group of samples; the largest has one training."""
+    family, made = noise.family * rng.standard_normal(FOLDS), []
     for cost in costs:
-        groups = np.log(ratio * 100 * cost**-0.4) + shared + own * rng.standard_normal(FOLDS)
-        left_out = (groups.sum() - groups) / (FOLDS - 1)
-        made.append(size(cost, [float(np.exp(groups.mean()))], np.exp(left_out)))
+        seeds = 1 if cost == costs.max() else noise.seeds
+        groups = np.log(ratio * 100 * cost**-0.4) + shared + family + noise.own * rng.standard_normal((seeds, FOLDS))
+        groups += noise.training * rng.standard_normal((seeds, 1))
+        left_out = np.exp((groups.sum(1, keepdims=True) - groups) / (FOLDS - 1)).mean(0)
+        made.append(size(cost, np.exp(groups.mean(1)).tolist(), left_out))
     return made
 
 
-def found(kind: str, ratio: float) -> list[Gap]:
+def found(noise: Noise, ratio: float) -> list[Gap]:
     gaps = []
     for seed in range(TRIES):
         rng = np.random.default_rng(seed)
-        if kind == "seeds":
-            shared: Any = 0.1 * rng.standard_normal()
-            ours, theirs = (of_seeds(c, r, rng, shared, 0.04) for c, r in ((OTHERS, ratio), (COSTS, 1.0)))
-        else:
-            shared = 0.5 * rng.standard_normal(FOLDS)
-            ours, theirs = (of_groups(c, r, rng, shared, 0.15) for c, r in ((OTHERS, ratio), (COSTS, 1.0)))
-        gap = families.gap(ours, theirs)
+        shared = noise.shared * rng.standard_normal(FOLDS)
+        gap = families.gap(*(simulated(c, r, rng, shared, noise) for c, r in ((OTHERS, ratio), (COSTS, 1.0))))
         assert gap
         gaps.append(gap)
     return gaps
 
 
-@pytest.mark.parametrize("kind", ["seeds", "jackknife"])
-def test_a_known_ratio_is_found_within_its_error(kind: str) -> None:
+@pytest.mark.parametrize(
+    "noise",
+    [
+        Noise(0.5, 0, 0.05, 0.04, 3),
+        Noise(0.5, 0, 0.15, 0, 1),
+        Noise(0.5, 0, 0.05, 0.04, 1),
+        Noise(0.5, 0.1, 0.05, 0.02, 3),
+    ],
+    ids=["seeds", "one sampling", "one training each", "noise of a family"],
+)
+def test_a_known_ratio_is_found_within_its_error(noise: Noise) -> None:
     """Errors that took the models' noise for independent would be 3 times as large, and would find none of these differences."""
-    equal, better = found(kind, 1.0), found(kind, 0.85)
+    equal, better = found(noise, 1.0), found(noise, 0.85)
     assert np.mean([gap.change for gap in better]) == pytest.approx(np.log(0.85), abs=0.01)
     errors = [gap.error for gap in equal]
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std([gap.change for gap in equal]), rel=0.6)
@@ -86,17 +95,19 @@ def test_sizes_that_leave_the_curve_widen_the_error() -> None:
     assert other.error > 10 * one.error
 
 
-def test_sizes_of_both_families_that_leave_a_line_are_no_difference() -> None:
-    """Two equal families whose sizes scatter about one line by ten times their seeds' noise."""
+@pytest.mark.parametrize("scatter", [0.01, 0.03, 0.1])
+@pytest.mark.parametrize("counts", [(3, 3), (4, 3), (4, 4)], ids=str)
+def test_sizes_of_both_families_that_leave_a_line_are_no_difference(counts: tuple[int, int], scatter: float) -> None:
+    """Two equal families whose sizes scatter about one line by one to ten times their seeds' noise."""
     significant = []
     for seed in range(400):
         rng = np.random.default_rng(seed)
         ours, theirs = (
             [
-                size(c, list(100 * c**-0.4 * np.exp(0.1 * rng.standard_normal() + 0.01 * rng.standard_normal(3))))
+                size(c, list(100 * c**-0.4 * np.exp(scatter * rng.standard_normal() + 0.01 * rng.standard_normal(3))))
                 for c in costs
             ]
-            for costs in (COSTS[:4], COSTS[:4] * 1.1)
+            for costs in (COSTS[: counts[0]] * 1.1, COSTS[: counts[1]])
         )
         gap = families.gap(ours, theirs)
         assert gap
