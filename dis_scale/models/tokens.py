@@ -42,7 +42,7 @@ class Backbone(nn.Module):
     undecayed: ClassVar[frozenset[str]] = frozenset({"bias", "position"})
     """Last part of the names of other parameters with several axes that weight decay would spoil."""
     precision: Precision = "fp32"
-    """`bf16`: products compute in bfloat16. Weights and the dynamics of the scans stay float32, and so does DiS's stream."""
+    """`bf16`: products compute in bfloat16. Weights and the dynamics of the scans stay float32, and so does the residual stream."""
     drop_rates: tuple[float, ...] = ()
     keeps_states: bool = False
     """Whether scans keep their states for the backward pass, which then repeats none of them; with Triton's only."""

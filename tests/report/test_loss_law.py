@@ -163,11 +163,11 @@ def test_a_prediction_is_compared_once_its_budget_is_measured() -> None:
 def test_families_differ_at_a_budget_by_as_much_as_their_runs_allow() -> None:
     """Equal ones are called different in about 5 %, and 5 % are found."""
     found = {0.0: [], 0.05: []}  # type: dict[float, list[bool]]
-    for seed in range(60):
+    for seed in range(300):
         ours, theirs = (isoflop.lowest(isoflop.profiles_of(study(2 * seed + k))) for k in (0, 1))
         for change, called in found.items():
             moved = ours[BUDGETS[1]]._replace(log=ours[BUDGETS[1]].log + change)
             lowest = (moved, theirs[BUDGETS[1]])
             called.append(AtBudget("loss", float(BUDGETS[1]), "a", "b", lowest, {}).significant)
-    assert np.mean(found[0.0]) < 0.14
+    assert np.mean(found[0.0]) < 0.08
     assert np.mean(found[0.05]) > 0.9
