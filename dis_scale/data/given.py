@@ -102,9 +102,11 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
     identity = f"{layout} of {latents}".encode()
     if next(folder.walk(), None) is not None and not _began(folder, identity):
         raise UserError(f"--out {folder}: it has files: give a new folder, or delete them")
-    if layout == "repa" and manifest.refused:
+    if layout == "repa" and (manifest.refused or manifest.made_from.source["kind"] in ("tar", "parquet", "csv")):
         raise UserError(
-            f"{latents}: {len(manifest.refused)} images are left out, and REPA pairs images and latents by their order"
+            f"{latents}: REPA pairs latents with the images of a folder by their order: expected a source of kind folder, of which "
+            f"no image is left out; this one is of kind {manifest.made_from.source['kind']}, {len(manifest.refused)} left out: use "
+            "--layout edm2"
         )
     folder.write(layouts.UNFINISHED, identity)
     places, labels = _places(manifest), dict[str, int]()

@@ -70,12 +70,13 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
 
 
 def beside(root: Folder, names: Iterable[str]) -> Iterator[LeftOut]:
-    """Yield the files at any depth of a folder of which `names` are read."""
-    read = set(names)
-    for file in root.walk():
-        if file not in read:
-            kind = "files in sub-folders" if "/" in file else "files that data.source.files does not match"
-            yield LeftOut(file, "hidden" if hidden(file) else kind)
+    """Yield what else is in a folder of which `names` are read: its files and sub-folders. These are not listed: they may hold
+    millions of files.
+    """
+    folders = set(root.folders())
+    for name in sorted({*root.list(), *folders} - set(names)):
+        kind = "sub-folders" if name in folders else "files that data.source.files does not match"
+        yield LeftOut(name, "hidden" if hidden(name) else kind)
 
 
 def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = True) -> Contents:

@@ -88,6 +88,10 @@ class Folder:
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """Return the object, or its bytes [start, end)."""
         data: bytes = self._do("read", path, lambda fs, full: fs.cat_file(full, start=start, end=end))
+        if end is not None and len(data) > end - (start or 0):
+            raise StorageError(
+                f"cannot read {self}/{path}: the server ignores byte ranges: copy it to a disk or a store"
+            )
         return data
 
     def read_up_to(self, path: str, most: int) -> bytes:

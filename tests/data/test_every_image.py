@@ -158,7 +158,7 @@ def test_what_tars_have_twice_or_from_a_mac_or_that_is_beside_them_is_left_out(t
     assert {why: count for why, (count, _) in left_out.items()} == {
         "files that their tar has again": 2,
         "hidden": 3,
-        "files in sub-folders": 1,
+        "sub-folders": 1,
         "files that data.source.files does not match": 2,
     }
 
@@ -239,6 +239,23 @@ def test_a_file_that_is_written_again_after_it_was_listed_is_refused(store_url: 
             StorageError, match=rf"a.{kind}: it was written again after it was listed .*data.source.version"
         ):
             open_source(recipe, store).pixels(0, 8)
+
+
+class WholeServer(SimpleHTTPRequestHandler):
+    """Answers with the complete file, whatever range is asked for."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_web_server_without_byte_ranges_is_named_and_no_file_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({f"{i}.png": picture(i) for i in range(20)} | {"x.bin": LARGE}))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(WholeServer, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.tar"
+        with pytest.raises(StorageError, match=r"a.tar: the server ignores byte ranges: copy it to a disk or a store"):
+            open_source(data({"kind": "tar", "url": url}, "none"))
+        server.shutdown()
 
 
 class WebServer(SimpleHTTPRequestHandler):

@@ -151,6 +151,19 @@ def test_an_export_comes_back_to_the_bit(layout: str, encoded: tuple[str, Folder
     assert len(set(labels.tolist())) == 10
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet", "csv"])
+def test_repas_layout_is_refused_where_its_images_would_have_another_order(
+    kind: str, encoded: tuple[str, Folder], tmp_path: Path
+) -> None:
+    latents = open_folder(tmp_path / "latents")
+    manifest = LatentsManifest.require(encoded[1])
+    source = {"kind": kind, "url": "x"}
+    manifest.changed(made_from=manifest.made_from.model_copy(update={"source": source})).write(latents)
+    code, output = invoke("data", "export", latents.url, "--layout", "repa", "--out", str(tmp_path / "out"))
+    assert (code, f"of kind {kind}, 0 left out: use --layout edm2" in " ".join(output.split())) == (2, True), output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mirror", ["false", "true"])
 def test_safetensors_have_mirror_images_if_the_recipe_uses_them(
