@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -106,6 +107,8 @@ def _build(library: Path) -> None:
 
     Loading the library twice, under two names, would abort the process: its operators would be registered twice.
     """
+    # It warns of machines that have CUDA's compiler and no GPU, where a build for the CPU does not care.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension  # takes half a second to import
 
     # pip installs ninja next to this interpreter, whose folder need not be on the path.
