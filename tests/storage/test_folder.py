@@ -3,6 +3,8 @@
 import errno
 import itertools
 import os
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -367,6 +369,16 @@ def test_a_store_that_lists_what_was_there_before_is_refused() -> None:
 def test_a_store_in_the_memory_of_one_process_is_refused() -> None:
     with pytest.raises(UserError, match=r"storage memory://root is in the memory of one process, and no other sees it"):
         open_folder("memory://root").require_usable()
+
+
+def test_hugging_faces_client_sends_no_telemetry() -> None:
+    """It reads the variable when it is imported, so in a process of its own."""
+    program = (
+        "from dis_scale.storage import folder; folder._client('hf://datasets/a/b'); from huggingface_hub import constants; "
+        "assert constants.HF_HUB_DISABLE_TELEMETRY"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 def test_a_stores_time_is_its_own(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
