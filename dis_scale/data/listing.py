@@ -73,6 +73,8 @@ class Contents(NamedTuple):
     mixed: bool = False
     missing: str = ""
     where: str = ""
+    version: str = ""
+    """Of the file that has the labels, if it is not that of the images."""
 
     def without_images(self, left_out: LeftOutByReason) -> UserError:
         """Return the error of a source without entries; it says what is there."""
@@ -162,7 +164,7 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
     names, final, largest = labels.final()
     manifest = ListingManifest(
         files={}, count=count, sha256=total.hexdigest(), label_names=names, final_labels=final, largest=largest,
-        left_out=left_out,
+        left_out=left_out, version=contents.version,
     )  # fmt: skip
     if contents.mixed:
         order = permutation(count)
@@ -207,8 +209,13 @@ def stored(
         check(_open(target, new, lambda: None))
         new.create(target)
 
-    if ListingManifest.find_intact(target) is None:
-        target.delete(ListingManifest.NAME)  # a damaged one
+    try:
+        known = ListingManifest.find(target)
+    except Damaged as error:
+        logging.getLogger(__name__).warning("%s; it is made again", error)
+        known = None
+        target.delete(ListingManifest.NAME)
+    if known is None:
         make()
     listing = _open(target, ListingManifest.require(target), make)
     check(listing)

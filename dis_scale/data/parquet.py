@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from dis_scale.data.listing import Contents, Entry
+from dis_scale.data.listing import Contents, Entry, number_or_name
 from dis_scale.process.errors import StorageError, UserError, nearest, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import ParquetSource
@@ -76,7 +76,8 @@ def _entries(
             for i, label in enumerate(labels):
                 if not isinstance(label, int | str):
                     raise UserError(f"{where}: row {row + i}: label {label!r}, expected a number or a name")
-                yield Entry(f"{name}#{row + i}", label, name, (group, i), version)
+                kind = number_or_name(label) if isinstance(label, str) else label
+                yield Entry(f"{name}#{row + i}", kind, name, (group, i), version)
             row += len(labels)
 
 

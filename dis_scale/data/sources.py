@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -153,6 +154,8 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
         opened = listing.in_memory(find(), report)
     else:
         opened = listing.stored(store, data.declared, find, check, report)
+        if opened.manifest.version:
+            _require_version(kind.where, opened.manifest.version, kind.version())
     names, in_flight = _label_names(opened, data, kind.where), images.InFlight()
 
     def decode(file: bytes, name: str, resolution: int) -> np.ndarray:
@@ -178,17 +181,18 @@ def require_source(data: Data, store: Folder) -> None:
 
 
 def require_classes(root: Folder, folders: Sequence[str]) -> None:
-    """UserError if the folders are parts of a set, such as train and test, and not classes."""
-    parts = sorted(name for name in folders if name.lower() in tars.SPLITS)
-    if len({tars.SPLITS[name.lower()] for name in parts}) > 1:
+    """UserError if most of the folders are parts of a set, such as train and test2017, and not classes."""
+    parts = sorted(name for name in folders if tars.splits_in([name]))
+    if len(tars.splits_in(parts)) > 1 and 2 * len(parts) > len(folders):
         raise UserError(
-            f"data.source.url: {', '.join(parts)} in {root} are parts of a set, not classes: "
-            f"give one of them, such as {root}/{parts[0]}"
+            f"data.source.url: {', '.join(map(printable, parts))} in {root} are parts of a set, not classes: "
+            f"give one of them, such as {root}/{printable(parts[0])}"
         )
 
 
 def _find(kind: "_Kind") -> Contents:
-    return kind.find()._replace(mixed=kind.mixed, missing=kind.missing, where=kind.where)
+    version = kind.version()  # before the labels are read: a file that is written meanwhile is refused later
+    return kind.find()._replace(mixed=kind.mixed, missing=kind.missing, where=kind.where, version=version)
 
 
 class _Kind(Protocol):
@@ -202,6 +206,7 @@ class _Kind(Protocol):
     """Whether to list in the mixed order: reading neighbours together is no cheaper."""
 
     def find(self) -> Contents: ...
+    def version(self) -> str: ...
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]: ...
     def near(self, first: Entry, entry: Entry, /) -> bool: ...
 
@@ -210,6 +215,10 @@ class _OneFileEach(ABC):
     """Base of kinds with a file for each image."""
 
     mixed = True
+
+    def version(self) -> str:
+        """Return that of the file that has the labels of all, empty if there is none."""
+        return ""
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
         return [self.read_one(entry) for entry in entries]
@@ -254,10 +263,10 @@ class _ClassFolders(_OneFileEach):
 
     def find(self) -> Contents:
         """List the images at any depth, as torchvision's ImageFolder does: the first folder of a path is the class."""
-        if not self._labelled:
-            return Contents(self._entries(self._root.walk(), {}))
         classes = [name for name in self._root.folders() if not images.hidden(name)]
         require_classes(self._root, classes)
+        if not self._labelled:
+            return Contents(self._entries(self._root.walk(), {}))
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
 
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
@@ -295,6 +304,12 @@ class _Csv(_OneFileEach):
         self._all_there = data.undecodable == "refuse"
         self._root = Folder(self._file.url.rpartition("/")[0])
         self.where, self.missing = self._file.url, f"no lines in {self._file}"
+
+    def version(self) -> str:
+        try:
+            return self._root.version(self._file.name)
+        except FileNotFoundError as error:
+            raise UserError(f"data.source.url: no file {self._file}") from error
 
     def find(self) -> Contents:
         entries = map(self._allowed, _csv_entries(self._root, self._file.name, self._path, self._label))
@@ -340,7 +355,9 @@ class _ManyInAFile(ABC):
     def __init__(self, url: str, files: str, suffix: str) -> None:
         self.root, self._names = tars.files_of(folder := open_folder(url), files, suffix)
         self._is_folder, self.where = self.root == folder, self.root.url
-        self._compare_once = cache(self._compare)
+
+    def version(self) -> str:
+        return ""  # each entry has that of its file
 
     def find(self) -> Contents:
         """List the images of the files, then what is beside these."""
@@ -349,18 +366,12 @@ class _ManyInAFile(ABC):
         return contents._replace(entries=itertools.chain(contents.entries, beside))
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
-        if version := entries[0].version:
-            compare = self._compare if self.root.local else self._compare_once  # at a remote one once per process
-            compare(entries[0].file, version)
-        return list(self.read_many(entries))
-
-    def _compare(self, file: str, listed: str) -> None:
-        if (now := self.root.version(file)) != listed:
-            raise StorageError(
-                f"{self.root}/{file}: it was written again after it was listed ({listed}, now {now}), so labels could be those of "
-                "other images; restore it with its time, or change data.source.version and the sweep's name, and the source is "
-                "listed again"
-            )
+        file, listed = entries[0].file, entries[0].version
+        try:
+            return list(self.read_many(entries))
+        finally:  # not before: the file may be written again while it is read
+            if listed:
+                _require_version(f"{self.root}/{file}", listed, self.root.version(file))
 
     @abstractmethod
     def listed(self) -> Contents: ...
@@ -407,6 +418,12 @@ class _LatentFiles(_OneFileEach):
         self._root, self._labelled = layouts.root_of(settings, open_folder(settings.url)), labelled
         self.where = self._root.url
         self.missing = f"no latents in {self._root}; expected {self._root}/{layouts.edm2_file(0)}"
+
+    def version(self) -> str:
+        try:
+            return self._root.version(layouts.LABELS) if self._labelled else ""
+        except FileNotFoundError:
+            return ""  # listing says what is missing
 
     def find(self) -> Contents:
         layouts.require_finished(self._root)
@@ -472,6 +489,15 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
     return list(map(printable, names or ())) or [str(i) for i in range(data.num_classes)]
 
 
+def _require_version(what: str, listed: str, now: str) -> None:
+    """StorageError if a file is another one than when it was listed."""
+    if now != listed:
+        raise StorageError(
+            f"{printable(what)}: it was written again after it was listed ({listed}, now {now}), so labels could be those of other "
+            "images; restore it with its time, or change data.source.version and the sweep's name, and the source is listed again"
+        )
+
+
 def _gone(what: str) -> StorageError:
     return StorageError(
         f"{printable(what)} is gone: it was there when the source was listed; "
@@ -485,15 +511,18 @@ def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Itera
     try:
         with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(_lines(file, where), strict=True)
+            if twice := [name for name, count in Counter(rows.fieldnames or []).items() if count > 1]:
+                raise UserError(f"{where}: its header names {', '.join(map(repr, twice))} twice")
             for key, column in (("path", path), ("label", label)):
                 if column is not None and column not in (rows.fieldnames or []):
                     has = ", ".join(rows.fieldnames or ["nothing"])
                     near = nearest(column, rows.fieldnames or [])
                     raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
             for row in rows:
-                if not row[path] or (label is not None and not (row[label] or "").strip()):
+                if not row[path] or None in row or (label is not None and not (row[label] or "").strip()):
                     raise UserError(
-                        f"{where}: line {rows.line_num}: expected a path and a label, got {list(row.values())}"
+                        f"{where}: line {rows.line_num}: expected a path and a label, in quotes if it has a comma, got "
+                        f"{list(row.values())}"
                     )
                 yield Entry(row[path], 0 if label is None else number_or_name(row[label]), location=(rows.line_num, 0))
     except FileNotFoundError as error:

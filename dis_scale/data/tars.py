@@ -10,6 +10,7 @@ import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import chain
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
@@ -27,15 +28,22 @@ LARGE_BYTES = 8 * 2**30
 """A larger tar is indexed on its own."""
 SPAN_BYTES = 8 * 2**20
 """Most bytes of images that one read returns, unless a single one is larger."""
-END_BYTES = 2**20
-"""Most zeros at the end of a tar: programs fill up a record, of 10 KiB unless an option says otherwise."""
+RECORDS = (10240, *(2**k for k in range(18, 8, -1)))
+"""Sizes that programs fill up with zeros at the end of a tar, after two blocks of zeros: 10 KiB unless an option says otherwise.
+The first that divides a tar's size is taken for its own: a larger one would hide more missing images.
+"""
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 LATENT = "latent"
 """Ending of a latent; a recipe of latents says neither which file of a sample is the image nor where the labels are."""
 
 
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
+SPLITS = (
+    dict.fromkeys(("train", "training"), "train")
+    | dict.fromkeys(("test", "testing", "holdout"), "test")
+    | dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "validation")
+    | dict.fromkeys(("unlabeled", "unlabelled"), "unlabelled")
+)
 """Words in the names of files and folders that hold one part of a set, and the part."""
 
 
@@ -89,7 +97,10 @@ def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = T
         entries = _entries(root, name, settings, labelled)
         return entries if root.size(name) > LARGE_BYTES else list(entries)
 
-    return Contents(entry for tar in in_order(names, index, TARS_AT_ONCE) for entry in tar)
+    first = _entries(
+        root, names[0], settings, labelled
+    )  # whoever looks for one image only reads no more than the first tar
+    return Contents(chain(first, (entry for tar in in_order(names[1:], index, TARS_AT_ONCE) for entry in tar)))
 
 
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
@@ -214,11 +225,13 @@ def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
     member = tar.next()
     if member is None:
         file.seek(tar.offset)
-        rest = file.read(END_BYTES + 1)
-        if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0") or len(rest) > END_BYTES:
+        rest = file.read(max(RECORDS) + 2 * tarfile.BLOCKSIZE)
+        size = tar.offset + len(rest)
+        most = next((record for record in RECORDS if size % record == 0), 0) + 2 * tarfile.BLOCKSIZE
+        if not tarfile.BLOCKSIZE <= len(rest) < most or rest.strip(b"\0"):
             raise tarfile.ReadError(
-                f"damaged or truncated at byte {tar.offset}, or there is another tar after it; its end is zeros, "
-                f"at most {END_BYTES:,}"
+                f"damaged or truncated at byte {tar.offset}, or there is another tar after it; its end is zeros that fill up a "
+                "record, of 10,240 bytes or a power of 2: if nothing is missing, write it again"
             )
     return member
 
@@ -292,4 +305,4 @@ def _label(member: _InTar, where: str, settings: TarSource) -> int | str:
         raise UserError(f"{where}: no label {sought}: {type(error).__name__}: {error}") from error
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise UserError(f"{where}: label {label!r}, expected a number or a name")
-    return label
+    return number_or_name(label) if isinstance(label, str) else label

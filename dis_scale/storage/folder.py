@@ -156,14 +156,20 @@ class Folder:
         if self.local:
             return sorted(entry.name for entry in self._scan(path) if _is_folder(entry))
         if self.url.startswith("s3://"):
-            pages = self._pages(path, Delimiter="/")
-            names = {each["Prefix"].split("/")[-2] for page in pages for each in page.get("CommonPrefixes", [])}
-            return sorted(names - {""})
+            return sorted({_base(key) for key, is_folder in self._below(path) if is_folder} - {""})
         return sorted(_base(e["name"]) for e in self._entries(path, detail=True) if e["type"] == "directory")
 
     def list(self, path: str = "") -> list[str]:
         """Return the sorted names directly below `path`, none if it does not exist. Incomplete files are not listed."""
+        if self.url.startswith("s3://"):  # names only: s3fs would keep some kB for each
+            return sorted({_base(key) for key, _ in self._below(path) if _shown(key, path)} - {""})
         return sorted({_base(entry) for entry in self._entries(path, detail=False) if _shown(entry, path)})
+
+    def _below(self, path: str) -> Iterator[tuple[str, bool]]:
+        """Yield the keys directly below a folder in S3, and whether each is a folder's."""
+        for page in self._pages(path, Delimiter="/"):
+            yield from ((each["Prefix"].removesuffix("/"), True) for each in page.get("CommonPrefixes", ()))
+            yield from ((each["Key"], False) for each in page.get("Contents", ()))
 
     def walk(self, path: str = "") -> Iterator[str]:
         """Yield the paths, relative to `path`, of all files at any depth below it, in the order of their UTF-8; links are followed.

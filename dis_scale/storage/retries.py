@@ -5,6 +5,7 @@ A client's errors tell little by their classes: s3fs, gcsfs, adlfs and aiohttp e
 
 import errno
 import random
+import socket
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -22,8 +23,11 @@ PATIENT_TRIES = 9
 _FIRST_PAUSE_S = 0.2
 _MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 """Errors of botocore that no retry changes."""
-_PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO)
-"""Errors of network file systems that pass, such as a file that another client has replaced while it was open."""
+_PASSING = (
+    errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH,
+    socket.EAI_AGAIN,
+)  # fmt: skip
+"""Errors of networks and their file systems that pass, such as a file that another client has replaced while it was open."""
 _BUSY = {
     "RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete", "Throttling", "ThrottlingException",
     "ThrottledException", "RequestThrottledException", "TooManyRequestsException", "ProvisionedThroughputExceededException",
@@ -73,7 +77,7 @@ def _may_pass(error: Exception) -> bool:
     status = http_status(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 429)
-    known = ("botocore", "aiohttp", "requests", "httpx", "urllib3", "azure.core", "http.client")
+    known = ("botocore", "aiohttp", "requests", "httpx", "urllib3", "azure.core", "http.client", "ssl")
     return type(error).__module__.startswith(known) or getattr(error, "errno", None) in _PASSING
 
 

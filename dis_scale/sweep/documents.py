@@ -408,3 +408,5 @@ class ListingManifest(Manifest):
     largest: int
     left_out: LeftOutByReason = Field(default_factory=dict)
     """What the source has beside its images."""
+    version: str = ""
+    """Of the file that has the labels, if it is not that of the images."""

@@ -196,6 +196,22 @@ def test_links_that_lead_nowhere_are_images_that_cannot_be_decoded(tmp_path: Pat
     assert (found.count, {each.name for each in found.broken}) == (2, {"a/gone.png", "a/loop.png", "a/self.png"})
 
 
+@pytest.mark.parametrize("lost", [50_000, 100_000, 900_000])
+def test_a_download_whose_last_piece_is_zeros_is_refused(lost: int, tmp_path: Path) -> None:
+    """As a program leaves it that takes the space first. Readers take the zeros for the tar's end."""
+    good = tar({f"{i}.png": picture(i) + bytes(20_000) for i in range(60)})
+    (tmp_path / "a.tar").write_bytes(good[:-lost] + bytes(lost))
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: damaged or truncated at byte \d+, or there is"):
+        open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, "none"))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 20, 128])
+def test_a_tar_ends_with_zeros_that_fill_a_record(blocks: int, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(picture(1))
+    subprocess.run(["tar", "-b", str(blocks), "-cf", tmp_path / "a.tar", "-C", tmp_path, "x.png"], check=True)
+    assert len(open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, "none"))) == 1
+
+
 @pytest.mark.parametrize("what", ["a hole of zeros", "two tars in one file", "zeros to the end"])
 def test_a_tar_that_ends_before_its_file_is_refused(what: str, tmp_path: Path) -> None:
     """Python's `tarfile`, and so WebDataset's own reader, end there without a word."""
@@ -239,6 +255,65 @@ def test_a_file_that_is_written_again_after_it_was_listed_is_refused(store_url: 
             StorageError, match=rf"a.{kind}: it was written again after it was listed .*data.source.version"
         ):
             open_source(recipe, store).pixels(0, 8)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_file_that_is_written_again_while_a_process_reads_it_is_refused(kind: str, store_url: str) -> None:
+    """Hours after it was opened; what was read before is of the listed file."""
+    root = open_folder(store_url) / "images"
+    rows = [(picture(number), number % 2) for number in range(40)]
+
+    def write(numbers: list[int]) -> None:
+        members = {k: v for i in numbers for k, v in ((f"{i}.png", rows[i][0]), (f"{i}.cls", b"01"[i % 2 :][:1]))}
+        root.write(f"a.{kind}", tar(members) if kind == "tar" else parquet([rows[i] for i in numbers], group=5))
+
+    write(list(range(40)))
+    source = open_source(data({"kind": kind, "url": root.url}))
+    assert source.pixels(0, 8)[0, 0, 0] == 0
+    write(list(reversed(range(40))))
+    with pytest.raises(StorageError, match=rf"a.{kind}: it was written again after it was listed"):
+        source.pixels(20, 8)
+
+
+def test_labels_that_are_corrected_after_they_were_listed_are_refused(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    file, store = tmp_path / "labels.csv", open_folder(tmp_path / "store")
+    for labels in ("0101", "1010"):
+        file.write_text("\n".join(["path,label", *(f"{i}.png,{y}" for i, y in enumerate(labels))]))
+        os.utime(file, (int(labels), int(labels)))
+        source = {"kind": "csv", "url": str(file)}
+        if labels == "0101":
+            assert sorted(open_source(data(source), store).labels) == [0, 0, 1, 1]
+            continue
+        with pytest.raises(StorageError, match=r"labels.csv: it was written again after it was listed"):
+            open_source(data(source), store)
+
+
+@pytest.mark.parametrize("line", ["0.png,maillot, tank suit", "0.png,a,b,c"])
+def test_a_line_of_a_csv_with_more_fields_than_its_header_is_refused(line: str, tmp_path: Path) -> None:
+    """`maillot` and `maillot, tank suit` are two classes of ImageNet."""
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "a.csv").write_text(f"path,label\n{line}\n")
+    with pytest.raises(
+        UserError, match=r"a.csv: line 2: expected a path and a label, in quotes if it has a comma, got"
+    ):
+        open_source(data({"kind": "csv", "url": f"{tmp_path}/a.csv"}))
+    (tmp_path / "a.csv").write_text("path,label,label\n0.png,0,1\n")
+    with pytest.raises(UserError, match=r"a.csv: its header names 'label' twice"):
+        open_source(data({"kind": "csv", "url": f"{tmp_path}/a.csv"}))
+
+
+@pytest.mark.parametrize("folders", [("Training", "Testing"), ("seg_train", "seg_test"), ("train2017", "val2017")])
+@pytest.mark.parametrize("classes", [2, "none"])
+def test_folders_of_parts_of_a_set_are_no_classes(folders: tuple[str, str], classes: int | str, tmp_path: Path) -> None:
+    for number, folder in enumerate(folders):
+        (tmp_path / folder / "cat").mkdir(parents=True)
+        (tmp_path / folder / "cat/0.png").write_bytes(picture(number))
+    with pytest.raises(
+        UserError, match=rf"{folders[0]}.* are parts of a set, not classes|{folders[1]}, {folders[0]} in"
+    ):
+        open_source(data({"kind": "folder", "url": str(tmp_path)}, classes))
 
 
 class WholeServer(SimpleHTTPRequestHandler):

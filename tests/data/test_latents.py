@@ -165,6 +165,19 @@ def test_finished_shards_exclude_damaged_and_incomplete_ones(store_url: str) -> 
     assert shards.finished(at, range(4)) == {0}
 
 
+def test_a_late_encoder_changes_no_finished_shard(store_url: str) -> None:
+    """The set may be sealed: its manifest has the first one's hash. A shard whose tar is gone is made again."""
+    at = open_folder(store_url)
+    shards.put_shard(at, 0, samples(0, 3), [])
+    before = at.read("000000.tar"), at.read("000000.json")
+    shards.put_shard(at, 0, samples(3, 3), [])
+    assert (at.read("000000.tar"), at.read("000000.json")) == before
+    at.delete("000000.tar")
+    shards.put_shard(at, 0, samples(3, 3), [])
+    assert at.read("000000.tar") != before[0]
+    assert shards.finished(at, range(1)) == {0}
+
+
 @settings(max_examples=100, deadline=None)
 @given(at=st.integers(0), bit=st.integers(0, 7))
 def test_no_flipped_bit_of_a_sidecar_passes(tmp_path_factory: pytest.TempPathFactory, at: int, bit: int) -> None:

@@ -237,8 +237,11 @@ def test_a_worker_reads_each_run_once_and_nothing_else(mixing_of: Mixing) -> Non
         for group in mixing_of.mixer.groups:
             mixing_of.mix(group)
     counts = Counter(verb for verb, _ in requests)
-    assert counts == {"read": 5 * 5 + 5, "write": 10, "create": 10, "written": 2 * 10}
-    assert all(path.endswith(".bin") for verb, path in requests if verb == "read")
+    assert counts == {"read": 5 * 5 + 5 + 10, "write": 10, "create": 10, "written": 2 * 10}
+    runs = [
+        path for verb, path in requests if verb == "read" and not path.endswith(".json")
+    ]  # each shard's sidecar is looked for
+    assert all(path.endswith(".bin") for path in runs)
 
 
 @pytest.mark.parametrize("at", [0, 40, 32 + 8 * 6, 32 + 8 * 6 + 40, 32 + 8 * 6 + 60, -1])

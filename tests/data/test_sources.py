@@ -247,7 +247,7 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
         ("a.csv", b"path,class\n1.png,0\n", {}, r"data.source.label: no column 'label' in .*a.csv; it has path, class"),
         (
             "a.csv", b"path,label\n1.png,0\n2.png\n", {},
-            r"a.csv: line 3: expected a path and a label, got \['2.png', None\]",
+            r"a.csv: line 3: expected a path and a label, in quotes if it has a comma, got \['2.png', None\]",
         ),
         (
             "a.csv", b"path,label\n1.png,0\n2.png,cat\n", {},
@@ -258,7 +258,10 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
             r"a.csv: image 2.png: label '1', and '01' before: write numbers in one way",
         ),
         ("a.csv", b"path,label\n1.png,1.0\n2.png,0.0\n", {}, r"image 1.png: label '1.0': write whole numbers from 0, or names"),
-        ("a.csv", b"path,label\n1.png, \n", {}, r"a.csv: line 2: expected a path and a label, got \['1.png', ' '\]"),
+        (
+            "a.csv", b"path,label\n1.png, \n", {},
+            r"a.csv: line 2: expected a path and a label, in quotes if it has a comma, got \['1.png', ' '\]",
+        ),
         ("a.csv", b"path,label\n1.png,7\n", {}, r"data.num_classes: got 2, but .*a.csv has labels up to 7"),
         (
             "a.parquet", PARQUET, {"label": "class"},

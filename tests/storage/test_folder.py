@@ -257,7 +257,7 @@ class HttpError(Exception):
     [
         *[(ServiceRequestError(), True), (HttpError(503), True), (HttpError(400), False)],
         *[
-            (OSError(number, os.strerror(number)), True) for number in (116, 11, 16, 121)
+            (OSError(number, os.strerror(number)), True) for number in (116, 11, 16, 121, 107, 113, 101, -3)
         ],  # ESTALE, EAGAIN, EBUSY, EREMOTEIO
         (OSError(errno.EROFS, "read-only"), False),
     ],

@@ -188,7 +188,7 @@ def test_a_cpus_scan_is_compared_in_the_recipes_precision(monkeypatch: pytest.Mo
     ("check", "settings", "words"),
     [
         (doctor.extractors, ["evaluate.extractor={kind: inception, weights: none.pth}", "evaluate.samples=3000"],
-         "evaluate.extractor.weights: cannot read none.pth; get https://"),
+         "evaluate.extractor.weights (measure: --weights): cannot read none.pth; get https://"),
         (doctor.vae, ["vae={kind: pretrained, path: /none}"], "vae.path: no autoencoder at '/none'"),
         (doctor.vae, ["vae={kind: exported, path: /none, posterior: true}"], "no file /none/encode.pt2"),
         (doctor.mlflow, ["tracking.uri=http://127.0.0.1:1"], "http://127.0.0.1:1 does not answer: start it"),

@@ -205,6 +205,12 @@ def test_latents_of_a_sweep_whose_folder_is_a_link_are_kept(sweep: Sweep, tmp_pa
     moved.rename(tmp_path / "unmounted")
     with pytest.raises(UserError, match=rf"latents and listings are kept: {sweep.folder} is no folder"):
         retention.find_unused(sweep.store)
+    sweep.folder.local.parent.rename(tmp_path / "moved")
+    sweep.folder.local.parent.symlink_to(tmp_path / "unmounted too")
+    with pytest.raises(
+        UserError, match=r"latents and listings are kept: .*/sweeps is a link that leads nowhere: mount"
+    ):
+        retention.find_unused(sweep.store)
 
 
 def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path) -> None:
