@@ -10,7 +10,7 @@
 #
 # The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
 # for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again;
-# what may have passed by then (74: storage or a node is away) is, until the job has been queued 1,000 times for any reason.
+# what may have passed by then (74: storage or a node is away, or did not come) is, until the job has been queued 1,000 times for any reason.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -80,16 +80,17 @@ def nodes():
 wanted, deadline = int(os.environ["SLURM_NNODES"]), time.monotonic() + 600
 while (joined := nodes()) < wanted:
     if time.monotonic() > deadline:
-        sys.exit(f"only {joined} of {wanted} nodes joined Ray within 10 minutes: see the lines of srun above")
+        print(f"only {joined} of {wanted} nodes joined Ray within 10 minutes: see the lines of srun above", file=sys.stderr)
+        sys.exit(74)
     time.sleep(5)
 '
-[ "$code" = 0 ] || [ -n "$requested" ] || exit "$code"
+[ "$code" = 0 ] || [ "$code" = 74 ] || [ -n "$requested" ] || exit "$code"
 
-if [ -z "$requested" ]; then
+if [ "$code" = 0 ] && [ -z "$requested" ]; then
     program=dis_scale.sweep
     [ "${1:-}" != resume ] || program=dis_scale
     run python -m $program "$@"
-else
+elif [ -n "$requested" ]; then
     code=75
 fi
 if [ "$code" = 74 ] && [ -z "$requested" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
@@ -100,4 +101,5 @@ if { [ "$code" = 75 ] || [ "$code" = 74 ]; } && [ "$again" = yes ]; then
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # Slurm ends this run
 fi
+[ "$code" != 75 ] || exit 0 # it was stopped as somebody wanted: a job that FAILED would page them
 exit "$code"

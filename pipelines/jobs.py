@@ -37,6 +37,7 @@ ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
 STOP_WAIT_S = 30.0
+ASK_AGAIN_S = 0.3
 
 
 @dataclass
@@ -129,9 +130,12 @@ class Job:
         stopped = self.status == JobStatus.STOPPED  # by `dis-scale stop` or `ray job stop`, in time or not
         return Preempted(words) if stopped else kinds.get(code, DisScaleError)(words)
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        """Ask Ray to stop the job; return whether it answered."""
         with contextlib.suppress(RuntimeError, OSError):
             self.cluster.client.stop_job(self.id)
+            return True
+        return False
 
 
 def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
@@ -204,19 +208,24 @@ def end_own_job(exit_code: int, connect: Callable[[None], Any] = client_of, wait
     if own is None or not (stopped or final):
         return
     ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time
-    with contextlib.suppress(OSError, RuntimeError):
-        connect(None).stop_job(own)
-        time.sleep(wait_s)  # Ray ends this process; if it ended by itself, its job would have failed
+    deadline = time.monotonic() + wait_s
+    while True:
+        with contextlib.suppress(OSError, RuntimeError):
+            connect(None).stop_job(own)
+            time.sleep(wait_s)  # Ray ends this process; if it ended by itself, its job would have failed
+            return
+        if time.monotonic() > deadline:
+            return
+        time.sleep(ASK_AGAIN_S)
 
 
 def stop_jobs(jobs: list[Job], wait_s: float) -> None:
-    """Ask Ray to stop these jobs; wait up to `wait_s` for their end."""
-    for job in jobs:
-        job.stop()
-    deadline = time.monotonic() + wait_s
+    """Ask Ray to stop these jobs, each until it answers; wait up to `wait_s` for their end."""
+    deadline, unasked = time.monotonic() + wait_s, [job for job in jobs if not job.stop()]
     with contextlib.suppress(Unanswered):
         while time.monotonic() < deadline and not all(job.ended() for job in jobs):
-            time.sleep(0.3)
+            time.sleep(ASK_AGAIN_S)
+            unasked = [job for job in unasked if not job.stop()]
 
 
 def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], Any] = client_of) -> list[str]:

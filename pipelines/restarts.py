@@ -18,6 +18,8 @@ LONGEST_FOR_DEVICE_S = 600.0
 """The longest after a failed device: a node that is excluded is used while others are away, and these may be for hours."""
 STORAGE_AWAY_S = 3600.0
 """Time for which attempts that end because storage is away are repeated; they do not count towards the limit."""
+NEAR_STEPS = 2
+"""Most steps between crashes at the same place: progress is asked for each second, and a process that dies tells no more."""
 SAME, ALWAYS = 5, 10
 """Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any."""
 
@@ -33,7 +35,9 @@ def with_restarts(
     """
     failures: list[WorkerFailure] = []
     before, away_since_s, in_a_row = _stored_or(0, stored), float("inf"), 0
+    near = NEAR_STEPS * job.recipe.train.batch_images
     while True:
+        began_s = job.now_s()
         try:
             return attempt(failures[-1] if failures else None)
         except (WorkerFailure, StorageAway, ray.exceptions.RayError) as error:
@@ -44,6 +48,8 @@ def with_restarts(
         failure.nodes = job.placed
         now = _stored_or(before, stored)
         failures, in_a_row = (failures, in_a_row + 1) if now == before else ([], 1)
+        if now != before or job.now_s() - began_s > STORAGE_AWAY_S:
+            away_since_s = float("inf")  # it was there meanwhile: this is another outage
         before = now
         if isinstance(failure, StorageFailure):
             away_since_s = min(away_since_s, job.now_s())
@@ -53,8 +59,8 @@ def with_restarts(
                 ) from failure
         else:
             failures, away_since_s = [*failures, failure], float("inf")
-            if len(failures) > job.recipe.train.restarts or _deterministic(failures):
-                raise DisScaleError(_last_words(name, failures)) from failure
+            if len(failures) > job.recipe.train.restarts or _deterministic(failures, near):
+                raise DisScaleError(_last_words(name, failures, near)) from failure
         longest_s = LONGEST_FOR_DEVICE_S if isinstance(failure, DeviceFailure) else LONGEST_BACKOFF_S
         wait_s = min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(in_a_row - 2, 9)) if in_a_row > 1 else 0.0
         left = job.recipe.train.restarts - len(failures)
@@ -81,14 +87,20 @@ def _stored_or(before: int, stored: Callable[[], int]) -> int:
         return before
 
 
-def _deterministic(failures: Sequence[WorkerFailure]) -> bool:
-    """Whether the last attempts crashed at the same place by the same cause, wherever they ran.
+def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
+    """Whether the last attempts crashed at the same place, `near` images apart at most, by the same cause, wherever they ran.
 
     Devices that failed do not, as long as one node was in all of these attempts. Before the first step of an attempt much can fail
     that passes, such as connections: there it takes twice `ALWAYS` crashes, on two sets of nodes.
     """
     last = failures[-1]
-    alike = list(takewhile(lambda each: (each.done, each.cause) == (last.done, last.cause), reversed(failures)))
+
+    def same(each: WorkerFailure) -> bool:
+        # A process that dies breaks others' connections: which of both is seen first is chance.
+        broken = each.cause == last.cause or {each.cause, last.cause} == {"lost", "connection"}
+        return broken and bool(each.done) == bool(last.done) and abs(each.done - last.done) <= near
+
+    alike = list(takewhile(same, reversed(failures)))
     sets = [failure.nodes for failure in alike]
     if isinstance(last, DeviceFailure):
         return last.done > 0 and len(alike) >= SAME and not frozenset.intersection(*sets)
@@ -97,11 +109,11 @@ def _deterministic(failures: Sequence[WorkerFailure]) -> bool:
     return len(alike) >= ALWAYS or (len(alike) >= SAME and len(set(sets)) > 1)
 
 
-def _last_words(name: str, failures: Sequence[WorkerFailure]) -> str:
+def _last_words(name: str, failures: Sequence[WorkerFailure], near: int) -> str:
     points = {failure.done for failure in failures}
-    if len(points) == 1 and len(failures) > 1 and ((point := points.pop()) or _deterministic(failures)):
+    if (len(points) == 1 and len(failures) > 1 and max(points)) or _deterministic(failures, near):
         return (
-            f"{name}: crashed {len(failures)} times in a row with {point} done: this looks deterministic; see this job's log, "
-            f"last failure: {failures[-1]}"
+            f"{name}: crashed {len(failures)} times in a row with {failures[-1].done} done: this looks deterministic; see this "
+            f"job's log, last failure: {failures[-1]}"
         )
     return f"{name}: {len(failures)} attempts in a row failed without progress: {failures[-1]}"

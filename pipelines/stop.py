@@ -1,7 +1,5 @@
 """The stop request of another process: to the sweep's command through storage, and to the jobs through Ray. Needs no PyTorch."""
 
-import time
-
 from dis_scale.process.errors import UserError
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
@@ -16,9 +14,10 @@ def stop_sweep(url: str, address: str | None) -> list[str]:
     Jobs alone may be left by a command that was killed. UserError if there is no sweep, or if only its Ray could know and none
     answers.
     """
-    command = lease.request_stop(command_lease(open_folder(url)))
+    folder = open_folder(url)
+    command = lease.request_stop(command_lease(folder))
     asked = [f"process {command.holder}"] if command else []
-    dead = command is not None and not command.works(time.time())
+    dead = command is not None and not command.works(folder.time_s())
     try:
         sweep = Sweep.open(url)
         if address is None and ray_address() is None:

@@ -203,14 +203,16 @@ def _members(file: BinaryIO) -> Iterator[_InTar]:
         while (member := _next(tar, file)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
             if member.issparse():
-                raise tarfile.ReadError(f"{member.name} has holes that are left out: write it without --sparse")
+                raise tarfile.ReadError(
+                    f"{printable(member.name)} has holes that are left out: write it without --sparse"
+                )
             if not (member.isreg() or member.islnk() or member.issym()):
                 continue
             data = b""
             if member.isreg() and member.name.endswith((".cls", ".json")):
                 if member.size > LABEL_BYTES:
                     raise tarfile.ReadError(
-                        f"{member.name} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}"
+                        f"{printable(member.name)} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}"
                     )
                 file.seek(member.offset_data)
                 data = file.read(member.size)

@@ -1,6 +1,7 @@
 """Totals of this process since its start, for metrics: each is counted where it happens and exported by pipelines/metrics.py."""
 
 import threading
+import time
 
 RESTARTS, TAKEOVERS = "restarts", "lease_takeovers"
 STORAGE_RETRIES, STORAGE_AWAY_S = "storage_retries", "storage_away_seconds"
@@ -9,18 +10,26 @@ MEANINGS = {
     RESTARTS: "Attempts that ended by an accident and were followed by another.",
     TAKEOVERS: "Leases taken over from a holder that did not end them.",
     STORAGE_RETRIES: "Requests to storage that failed and were tried again.",
-    STORAGE_AWAY_S: "Seconds in which a request waited for storage that did not answer, over all threads.",
+    STORAGE_AWAY_S: "Seconds in which at least one request waited for storage that did not answer.",
     CACHE_HITS: "Shards read from the node's cache.",
     CACHE_MISSES: "Shards read from storage because the node's cache did not have them.",
 }
 """Each total, by its name without the prefix and suffix that the exporter adds."""
-_totals, _lock = dict.fromkeys(MEANINGS, 0.0), threading.Lock()
+_totals, _until, _lock = dict.fromkeys(MEANINGS, 0.0), dict.fromkeys(MEANINGS, 0.0), threading.Lock()
 
 
 def add(name: str, amount: float = 1.0) -> None:
     """Add to one of this process's totals."""
     with _lock:
         _totals[name] += amount
+
+
+def add_seconds(name: str, began_s: float) -> None:
+    """Add the time since `began_s` (monotonic), without what other threads have added of it."""
+    with _lock:
+        now_s = time.monotonic()
+        _totals[name] += now_s - max(began_s, _until[name])
+        _until[name] = now_s
 
 
 def totals() -> dict[str, float]:

@@ -145,7 +145,12 @@ class Folder:
         return bool(self._do("look up", path, lambda fs, full: fs.exists(full)))
 
     def time_s(self) -> float:
-        """Return the Unix time by the store's clock, to a second; by this machine's for other stores than S3."""
+        """Return the Unix time by the clock of the store, or of a file system's server; to a second.
+
+        By this machine's for other stores than these, and for a folder in which nothing can be written.
+        """
+        if self.local:
+            return local.time_s(self.local)
         if not self.url.startswith("s3://"):
             return time.time()
         page = self._do("list", "", lambda fs, full: _page(fs, full, {"MaxKeys": 1}))

@@ -62,7 +62,7 @@ def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[st
                 raise StorageAway(f"{what}: {cause}") from error
         counts.add(counts.STORAGE_RETRIES)
         time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # jitter: many workers share one store
-        counts.add(counts.STORAGE_AWAY_S, time.monotonic() - began_s)
+        counts.add_seconds(counts.STORAGE_AWAY_S, began_s)
     raise AssertionError("unreachable")
 
 

@@ -126,6 +126,28 @@ def test_all_given_jobs_are_stopped_also_those_of_an_earlier_command() -> None:
     assert log.stopped == ["tiny-train-1"]
 
 
+def test_a_stop_whose_answer_is_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise training would go on without a command, and KubeRay would start a new cluster for what a user has stopped."""
+    lost, log = [3], Log([], [], JobStatus.RUNNING)
+
+    def stop_job(name: str) -> None:
+        lost[0] -= 1
+        if lost[0] >= 0:
+            raise ConnectionError("lost")
+        log.stopped.append(name)
+        log.status = JobStatus.STOPPED
+
+    job = job_of(log)
+    monkeypatch.setattr(job.cluster.client, "stop_job", stop_job)
+    jobs.stop_jobs([job], 30.0)
+    assert log.stopped == [job.id]
+    lost[0] = 3
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "the-sweep"}}))
+    monkeypatch.setattr(jobs, "ASK_AGAIN_S", 0.01)
+    jobs.end_own_job(75, lambda _: job.cluster.client, wait_s=0.5)
+    assert log.stopped == [job.id, "the-sweep"]
+
+
 def test_a_job_is_submitted_again_until_the_dashboard_answers() -> None:
     """It was taken although its answer was lost."""
     answers = iter(

@@ -71,14 +71,48 @@ def test_an_outage_of_storage_is_waited_for_and_does_not_count(job: RecordedJob)
         run(job, [*lost, *outage, WorkerFailure("lost")], [0] * 40)
 
 
+def test_outages_with_training_between_them_are_not_one(job: RecordedJob) -> None:
+    """Three days of it, with resume points; or an hour, before the first."""
+    for pause_s, stored in ((3 * 86_400, [0, 0, 80, 80]), (3_700, [0, 0, 0, 0])):
+        left, counts = 3, iter(stored)
+
+        def attempt(_: WorkerFailure | None, pause_s: int = pause_s) -> int:
+            nonlocal left
+            left -= 1
+            if left == 1:
+                job.pause(pause_s)
+            if left:
+                raise StorageFailure("503")
+            return left
+
+        assert with_restarts(job, "dis", attempt, lambda counts=counts: next(counts)) == 0  # type: ignore[misc]
+
+
+def test_a_death_and_the_connections_that_it_breaks_are_one_cause(tiny: Recipe) -> None:
+    job, made = job_of(tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 30})})), 0
+
+    def attempt(_: WorkerFailure | None) -> None:
+        nonlocal made
+        made += 1
+        job.placed, failure = frozenset("ab"[made % 2]), WorkerFailure("lost", 112)
+        failure.cause = ("lost", "connection")[made % 2]  # type: ignore[assignment]
+        raise failure
+
+    with pytest.raises(DisScaleError, match="deterministic"):
+        with_restarts(job, "dis", attempt, lambda: 80)
+    assert made == 5
+
+
 @pytest.mark.parametrize(
     ("nodes", "done", "attempts"),
     [
-        ("ababa", [112] * 5, 5), ("aaaaaaaaaa", [112] * 10, 10), ("ababababab", [112, 96] * 5, 31), ("ab", [0], 20),
+        ("ababa", [112] * 5, 5), ("aaaaaaaaaa", [112] * 10, 10), ("ababababab", [112, 160] * 5, 31), ("ab", [0], 20),
+        ("ab", [112, 128, 96, 112, 112], 5),
         ("a", [0], 31), ("aaaabbbb", [112] * 8, 5),
     ],
     ids=[
-        "on two sets of nodes", "always on one set", "at two places", "before a step", "before a step on one set", "after a move",
+        "on two sets of nodes", "always on one set", "at two places", "before a step", "a step apart", "before a step on one set",
+        "after a move",
     ],
 )  # fmt: skip
 def test_a_deterministic_crash_does_not_burn_all_restarts(

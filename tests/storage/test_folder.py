@@ -386,7 +386,9 @@ def test_a_stores_time_is_its_own(bucket: str, tmp_path: Path, monkeypatch: pyte
     now_s = time.time()
     monkeypatch.setattr(time, "time", lambda: now_s + 61)
     assert open_folder(bucket).time_s() == pytest.approx(now_s, abs=20)
-    assert open_folder(tmp_path).time_s() == now_s + 61
+    assert open_folder(tmp_path).time_s() == pytest.approx(now_s, abs=20), "a file server's"
+    assert list(tmp_path.iterdir()) == []
+    assert open_folder(tmp_path / "none").time_s() == now_s + 61, "nothing can be written there"
 
 
 class OneFact(MemoryFileSystem):
