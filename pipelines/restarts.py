@@ -18,6 +18,8 @@ LONGEST_FOR_DEVICE_S = 600.0
 """The longest after a failed device: a node that is excluded is used while others are away, and these may be for hours."""
 STORAGE_AWAY_S = 3600.0
 """Time for which attempts that end because storage is away are repeated; they do not count towards the limit."""
+WORKED_S = 3600.0
+"""Time of an attempt after which storage was there in it: one that is away ends an attempt within minutes."""
 NEAR_STEPS = 2
 """Most steps between crashes at the same place: progress is asked for each second, and a process that dies tells no more."""
 SAME, ALWAYS = 5, 10
@@ -48,7 +50,7 @@ def with_restarts(
         failure.nodes = job.placed
         now = _stored_or(before, stored)
         failures, in_a_row = (failures, in_a_row + 1) if now == before else ([], 1)
-        if now != before or job.now_s() - began_s > STORAGE_AWAY_S:
+        if now != before or job.now_s() - began_s > WORKED_S:
             away_since_s = float("inf")  # it was there meanwhile: this is another outage
         before = now
         if isinstance(failure, StorageFailure):

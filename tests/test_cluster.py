@@ -414,7 +414,9 @@ def test_scarce_capacity_is_used_as_it_comes() -> None:
 def test_slurm_queues_again_what_may_continue(
     tmp_path: Path, code: int, restarts: int, signal: str, queued: bool
 ) -> None:
-    """A time limit or a preemption (TERM), and storage that is away; not an error, and not after a request to stop (INT)."""
+    """A time limit or a preemption (TERM), and storage that is away; not an error, and not after a request to stop (INT), which
+    is no failure for Slurm.
+    """
     sweep = f'[ "$1" = -c ] && exit 0; {f"trap : TERM; kill -{signal} $PPID; sleep 1;" if signal else ""} exit {code}'
     programs = {
         "python": sweep,
@@ -431,7 +433,7 @@ def test_slurm_queues_again_what_may_continue(
     done = subprocess.run(
         script, env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout=60, check=False
     )
-    assert done.returncode == code
+    assert done.returncode == (0 if code == 75 else code)
     asked = tmp_path / "asked"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if queued else "")
 
