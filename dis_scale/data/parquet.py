@@ -6,7 +6,7 @@ the schema's `huggingface` metadata, if any.
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import pyarrow as pa
@@ -34,19 +34,23 @@ def find(root: Folder, names: list[str], settings: ParquetSource, labelled: bool
 class ParquetReader:
     """Reads images by (row group, row). It keeps the last two row groups, so a sequential read loads each once."""
 
-    def __init__(self, root: Folder, settings: ParquetSource) -> None:
+    def __init__(self, root: Folder, settings: ParquetSource, require_unchanged: Callable[[Entry], None]) -> None:
         self._root, self._settings, self._one_at_a_time = root, settings, threading.Lock()
-        self._group = lru_cache(2)(self._read_group)
+        self._group, self._require_unchanged = lru_cache(2)(self._read_group), require_unchanged
 
     def read(self, entries: Sequence[Entry]) -> list[bytes]:
         """Return the images' bytes, empty for a null; all entries are in one row group."""
         with self._one_at_a_time:
-            column = self._group(entries[0].file, entries[0].location[0])
+            column = self._group(entries[0]._replace(name="", label=0, location=(entries[0].location[0], 0)))
         return [column[entry.location[1]].as_py() or b"" for entry in entries]
 
-    def _read_group(self, name: str, group: int) -> pa.ChunkedArray:
-        with _opened(self._root, name) as file:
-            return _read(file, group, _leaf(file, self._settings), f"{self._root}/{name}").flatten().column(0)
+    def _read_group(self, first: Entry) -> pa.ChunkedArray:
+        try:
+            with _opened(self._root, first.file) as file:
+                leaf, where = _leaf(file, self._settings), f"{self._root}/{first.file}"
+                return _read(file, first.location[0], leaf, where).flatten().column(0)
+        finally:  # not before: the file may be written again while it is read
+            self._require_unchanged(first)
 
 
 def near(first: Entry, entry: Entry) -> bool:

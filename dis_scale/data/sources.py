@@ -366,12 +366,15 @@ class _ManyInAFile(ABC):
         return contents._replace(entries=itertools.chain(contents.entries, beside))
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
-        file, listed = entries[0].file, entries[0].version
         try:
             return list(self.read_many(entries))
         finally:  # not before: the file may be written again while it is read
-            if listed:
-                _require_version(f"{self.root}/{file}", listed, self.root.version(file))
+            self.require_unchanged(entries[0])
+
+    def require_unchanged(self, entry: Entry) -> None:
+        """StorageError if the entry's file is another one than when it was listed."""
+        if entry.version:
+            _require_version(f"{self.root}/{entry.file}", entry.version, self.root.version(entry.file))
 
     @abstractmethod
     def listed(self) -> Contents: ...
@@ -401,11 +404,14 @@ class _Parquet(_ManyInAFile):
     def __init__(self, settings: ParquetSource, labelled: bool) -> None:
         super().__init__(settings.url, settings.files, ".parquet")
         self._settings, self._labelled, self.near = settings, labelled, parquet.near
-        self._reader = parquet.ParquetReader(self.root, settings)
+        self._reader = parquet.ParquetReader(self.root, settings, self.require_unchanged)
         self.missing = f"no rows in the Parquet files of {self.root}"
 
     def listed(self) -> Contents:
         return parquet.find(self.root, self._names, self._settings, self._labelled)
+
+    def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        return list(self.read_many(entries))  # the reader compares when it loads a row group
 
     def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
         return self._reader.read(entries)
