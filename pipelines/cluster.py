@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class Cluster:
     """Dashboard of a Ray of our own; other clusters are found by RAY_ADDRESS."""
     gpu_bytes: int | None = None
     """Memory of the smallest GPU of a Ray of our own, of the largest one of another cluster; None if none is known."""
+    unanswered: set[str] = field(default_factory=set)
+    """Jobs that were submitted without an answer, and may have been taken."""
 
 
 def ray_address() -> str | None:

@@ -29,7 +29,7 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.sweep import Sweep
 from pipelines import lines
-from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job, ray_address
+from pipelines.cluster import Cluster, client_of, own_job, ray_address
 from pipelines.environment import EXPANDABLE_SEGMENTS, KEEP_FREED_MEMORY, PASSIVE
 from pipelines.silence import Silence, Unanswered
 
@@ -38,6 +38,8 @@ FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
 STOP_WAIT_S = 30.0
 ASK_AGAIN_S = 0.3
+AGENT_S = 10.0
+"""Time that the agent of a Ray that has just started needs on a busy machine; its dashboard is there before."""
 
 
 @dataclass
@@ -139,7 +141,7 @@ class Job:
 
 
 def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
-    """Submit the stage's next attempt, or join the one that runs. OSError or RuntimeError if Ray's dashboard does not answer.
+    """Submit the stage's next attempt, or join the one that runs. OSError, RuntimeError or Unanswered if no answer comes.
 
     If several submit an id, Ray admits one and the others join it. An id is never used again.
     """
@@ -151,7 +153,8 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
     }
     last = max(attempts, default=0)
     if last and attempts[last].status not in ENDED:
-        return Job(cluster, f"{prefix}-{last}", ours=False)
+        name = f"{prefix}-{last}"
+        return Job(cluster, name, ours=name in cluster.unanswered)
     command = [sys.executable, "-m", "pipelines", stage, sweep.folder.url, *arguments]
     context = Context(sweep.folder.name, stage, arguments[0] if arguments else None)
     return submit_new(cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep) | context.variable())
@@ -164,10 +167,10 @@ def _environment(cluster: Cluster, sweep: Sweep) -> dict[str, str]:
 
 
 def submit_new(
-    cluster: Cluster, name: str, command: list[str], environment: dict[str, str], retry_s: float = 1.0
+    cluster: Cluster, name: str, command: list[str], environment: dict[str, str], agent_s: float = AGENT_S
 ) -> Job:
-    """Submit a job, again until the dashboard and its agent answer; `ours` is false if another process submitted it first."""
-    deadline, unanswered = time.monotonic() + START_TIMEOUT_S, False
+    """Submit a job; `ours` is false if another process submitted it first. Unanswered if no answer comes: ask again."""
+    deadline = time.monotonic() + agent_s
     while True:
         try:
             cluster.client.submit_job(
@@ -178,15 +181,17 @@ def submit_new(
             return Job(cluster, name, ours=True)
         except (RuntimeError, ValueError, OSError) as error:
             if "already" in str(error):
-                return Job(cluster, name, ours=unanswered)
-            # requests' errors of connections, and a gateway's: the job may have been taken
-            unanswered = isinstance(error, OSError) or "status code 5" in str(error)
+                return Job(cluster, name, ours=name in cluster.unanswered)
             why = f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}"
-            if unanswered and time.monotonic() > deadline:
+            # requests' errors of connections, and a gateway's: the job may have been taken
+            if isinstance(error, OSError) or "status code 5" in str(error):
+                cluster.unanswered.add(name)
                 raise Unanswered(why) from error
-            if not (unanswered or "No available agent" in str(error)) or time.monotonic() > deadline:
+            if "No available agent" not in str(error):
                 raise DisScaleError(why) from error
-        time.sleep(retry_s)  # Ray has just started on a busy machine: its agent comes up after its dashboard
+            if time.monotonic() > deadline:
+                raise Unanswered(why) from error
+        time.sleep(ASK_AGAIN_S)
 
 
 def prefix_of(sweep: Sweep) -> str:

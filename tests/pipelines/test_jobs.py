@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import requests
 from ray.job_submission import JobDetails, JobStatus
 
+from dis_scale.process.errors import Preempted
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from pipelines import jobs
 from pipelines.cluster import Cluster
 from pipelines.jobs import Job
+from pipelines.silence import Silence
 
 
 @dataclass
@@ -160,7 +163,23 @@ def test_a_job_is_submitted_again_until_the_dashboard_answers() -> None:
 
     client: Any = Client()
     cluster = Cluster(client, {}, "a Ray", ours=True, capacity=1, gpus=0, gpu_fault="", id="x")
-    assert jobs.submit_new(cluster, "tiny-train-1", ["true"], {}, retry_s=0.0).ours
+    submit = partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {}, agent_s=0.0)
+    assert Silence(pause_s=0.0).insist(submit, lambda: None).ours
+
+
+def test_a_stop_is_obeyed_while_no_agent_takes_a_job() -> None:
+    class Client:
+        def submit_job(self, **_: object) -> None:
+            raise RuntimeError("No available agent")
+
+    client: Any = Client()
+    cluster = Cluster(client, {}, "a Ray", ours=True, capacity=1, gpus=0, gpu_fault="", id="x")
+
+    def go_on() -> None:
+        raise Preempted("stop")
+
+    with pytest.raises(Preempted):
+        Silence(pause_s=0.0).insist(partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {}, agent_s=0.0), go_on)
 
 
 def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
