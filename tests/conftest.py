@@ -1,6 +1,7 @@
 """Fixtures that many tests share: a tiny recipe of real parts, and a real object store where the machine has one."""
 
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,12 @@ from tests.support.flaky_store import FlakyFileSystem
 
 # As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell lets what it starts with `&` ignore Ctrl-C, and so would the programs whose end by it is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as after nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The default, 200 ms for an example, fails where other processes use the machine.
 settings.register_profile("shared machine", deadline=None)

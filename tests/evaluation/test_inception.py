@@ -183,7 +183,7 @@ def test_other_weights_are_refused_unopened(weights: tuple[Path, inception.Weigh
 
 
 def test_the_error_for_missing_weights_names_the_download(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"cannot read .*none.pth; get {PUBLISHED.url} and give its path here"):
+    with pytest.raises(UserError, match=f"cannot read .*none.pth; get {PUBLISHED.url} and give its path"):
         read_weights(str(tmp_path / "none.pth"))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from dis_scale.data import shards
 from dis_scale.data.shards import Sample
@@ -34,7 +34,8 @@ multiprocessing.set_forkserver_preload(PRELOAD)
 
 def on_ranks(world: int, check: Callable[..., None], *arguments: object) -> None:
     """Run a check on each rank of a process group of new processes: DeepSpeed starts once per process."""
-    mp.start_processes(_checked, (world, _free_port(), check, *arguments), world, start_method="forkserver")
+    arguments = (world, _free_port(), check, *arguments)
+    start_processes(_checked, arguments, world, start_method="forkserver")
 
 
 def _checked(rank: int, world: int, port: int, check: Callable[..., None], *arguments: object) -> None:
@@ -94,7 +95,7 @@ def run(
     if not latents.exists("manifest.json"):
         make_latents(latents, recipe)
     arguments = (world, _free_port(), recipe, model, str(root), attempt, stop_at, faults)
-    ranks = mp.start_processes(_rank, arguments, world, join=False, start_method="forkserver")
+    ranks: Any = start_processes(_rank, arguments, world, join=False, start_method="forkserver")
     # If one rank dies, the others get SIGTERM. To them it is a stop request, so they are killed after a second.
     deadline = time.monotonic() + TIMEOUT_S
     while not ranks.join(timeout=5, grace_period=1):

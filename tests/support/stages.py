@@ -11,7 +11,7 @@ from typing import Any
 from dis_scale.data.sources import Source, open_source
 from dis_scale.data.staging import MixedOrder
 from dis_scale.evaluation import reference
-from dis_scale.evaluation.run import Spent, stored_blocks
+from dis_scale.evaluation.run import Evaluation, Spent, stored_blocks
 from dis_scale.evaluation.sampling import labels_of
 from dis_scale.process import faults
 from dis_scale.recipe import Evaluate
@@ -20,7 +20,6 @@ from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Encoding
 from pipelines import evaluate, precompute, stage
-from pipelines.evaluate import Evaluation
 from pipelines.evaluators import Evaluator
 from pipelines.failures import WorkerFailure
 from pipelines.precompute import Encoder
