@@ -101,5 +101,5 @@ if { [ "$code" = 75 ] || [ "$code" = 74 ]; } && [ "$again" = yes ]; then
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # Slurm ends this run
 fi
-[ "$code" != 75 ] || exit 0 # it was stopped as somebody wanted: a job that FAILED would page them
+[ "$code" != 75 ] || exit 0 # stopped as requested: a job that FAILED would page
 exit "$code"

@@ -181,9 +181,12 @@ def require_source(data: Data, store: Folder) -> None:
 
 
 def require_classes(root: Folder, folders: Sequence[str]) -> None:
-    """UserError if most of the folders are parts of a set, such as train and test2017, and not classes."""
-    parts = sorted(name for name in folders if tars.splits_in([name]))
-    if len(tars.splits_in(parts)) > 1 and 2 * len(parts) > len(folders):
+    """UserError if some folders are parts of a set, such as train and test, or most are like these, such as test2017."""
+    parts = sorted(name for name in folders if name.lower() in tars.SPLITS)
+    if len(tars.splits_in(parts)) < 2:
+        alike = sorted(name for name in folders if tars.splits_in([name]))
+        parts = alike if 2 * len(alike) > len(folders) else []
+    if len(tars.splits_in(parts)) > 1:
         raise UserError(
             f"data.source.url: {', '.join(map(printable, parts))} in {root} are parts of a set, not classes: "
             f"give one of them, such as {root}/{printable(parts[0])}"
@@ -217,7 +220,7 @@ class _OneFileEach(ABC):
     mixed = True
 
     def version(self) -> str:
-        """Return that of the file that has the labels of all, empty if there is none."""
+        """Return the version of the one file with all labels; empty if each image has its own."""
         return ""
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:

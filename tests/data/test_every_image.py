@@ -304,12 +304,16 @@ def test_a_line_of_a_csv_with_more_fields_than_its_header_is_refused(line: str, 
         open_source(data({"kind": "csv", "url": f"{tmp_path}/a.csv"}))
 
 
-@pytest.mark.parametrize("folders", [("Training", "Testing"), ("seg_train", "seg_test"), ("train2017", "val2017")])
+@pytest.mark.parametrize(
+    "folders", [("Training", "Testing"), ("seg_train", "seg_test"), ("train2017", "val2017"), ("train", "test")]
+)
 @pytest.mark.parametrize("classes", [2, "none"])
 def test_folders_of_parts_of_a_set_are_no_classes(folders: tuple[str, str], classes: int | str, tmp_path: Path) -> None:
     for number, folder in enumerate(folders):
         (tmp_path / folder / "cat").mkdir(parents=True)
         (tmp_path / folder / "cat/0.png").write_bytes(picture(number))
+    for other in ("docs", "devkit", "notes") if folders == ("train", "test") else ():
+        (tmp_path / other).mkdir()  # these two names are parts of a set beside any others
     with pytest.raises(
         UserError, match=rf"{folders[0]}.* are parts of a set, not classes|{folders[1]}, {folders[0]} in"
     ):
