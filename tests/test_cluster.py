@@ -68,6 +68,7 @@ def test_only_what_a_new_cluster_may_mend_is_tried_again(job: dict[str, Any], gr
     """The head's environment is that of the sweep's driver; tests/e2e/test_cluster.py tests what it does with it."""
     (container,) = pod(groups[0])["containers"]
     assert {"name": FINAL, "value": "1"} in container["env"]
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "60"} in container["env"]
     assert job["backoffLimit"] > 0
 
 

@@ -34,6 +34,8 @@ ENVIRONMENT = {
     "NO_COLOR, FORCE_COLOR": "No colours on a terminal; colours also in other outputs. Default: colours only on a terminal.",
     "DIS_SCALE_FAILED_IS_FINAL": "Set on a KubeRay head: a sweep whose error a new cluster would only repeat ends its Ray job as "
     "stopped, so that KubeRay starts no new cluster.",
+    "RAY_JOB_STOP_WAIT_TIME_S": "Set on a head: the time that `ray job stop` gives a sweep to stop its jobs, to mark its page and "
+    "to tell Prometheus; Ray's default is 3 s. Jobs of stages have the recipe's `grace_s`.",
     "DIS_SCALE_FAULTS": "A file of injected faults, for tests.",
     "DIS_SCALE_ISA": "Instruction set of the native scan: `plain`, `avx2` or `avx512`; default: the best of this CPU.",
     "CXX, CC": "The compiler of the native scan, and that of Triton's launcher.",

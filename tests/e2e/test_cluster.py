@@ -92,7 +92,8 @@ def head(store: Store, installed: Path, tmp_path: Path, monkeypatch: pytest.Monk
     cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # has the compiled scan
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # has no token for Ray
-    monkeypatch.setenv(jobs.FINAL, "1")  # as in rayjob.yaml's head
+    monkeypatch.setenv(jobs.FINAL, "1")  # as in rayjob.yaml's head, and the next
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     folder = Path(f"/tmp/ray-test-{port}")
     command = [
         str(installed), *RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
