@@ -36,6 +36,7 @@ GAUGES = {
     "images_seen": "Images that the run has seen.",
     "training_begun_timestamp_seconds": "Time at which the job of this training began; its restarts do not change it.",
     "waiting_workers": "Workers that wait for capacity.",
+    "waited_timestamp_seconds": "Time at which the last wait for capacity of more than ten minutes ended.",
     "row_timestamp_seconds": "Time of the newest metric row.",
     "attempts": "Number of the run's current attempt.",
     "resume_point_timestamp_seconds": "Time of the newest complete resume point.",
@@ -46,7 +47,7 @@ GAUGES = {
     "sweep_alive_timestamp_seconds": "Time of the last turn of the loop of the sweep's command.",
     "sweep_ended_timestamp_seconds": "Time at which the sweep's command ended with all done, or by a stop request.",
     "evaluation_failed": "1 if the last evaluation job failed, otherwise 0.",
-    "progress_timestamp_seconds": "Time at which the stage's work last advanced, or had nothing to do.",
+    "progress_timestamp_seconds": "Time at which the stage's work last advanced, or had nothing to do, or no worker.",
     "evaluation_backlog": "Published checkpoints that are not evaluated, counted for each sampling setting.",
 }
 """Each gauge, by its name without the prefix."""

@@ -63,6 +63,7 @@ class StageJob:
         with keeping_handlers():
             ray.init(log_to_driver=False, logging_level="ERROR")
         self.exporter.start()
+        self.show_advance()
 
     def say(self, text: str, level: str = "info") -> None:
         """Show a message in the sweep."""
@@ -77,14 +78,15 @@ class StageJob:
         self.log.progress(done, total, unit)
         if done != self._done:
             self._done = done
-            self._export_progress()
+            self.show_advance()
 
     def show_idle(self) -> None:
         """Export the present time as that of the last progress while there is no work, and now and then log it again."""
-        self._export_progress()
+        self.show_advance()
         self.log.repeat_progress()
 
-    def _export_progress(self) -> None:
+    def show_advance(self) -> None:
+        """Export the present time as that of the last progress."""
         self.gauge("progress_timestamp_seconds", time.time())
 
     def gauge(self, name: str, value: float) -> None:

@@ -240,13 +240,15 @@ class TrainingRun:
             shared = Places.now(self.job.recipe).shared if self.device == "cuda" else 0.0
             arguments = (sweep, self.model, held, self.device, start, shared, self.more_passes)
             results = [worker.train.remote(*arguments) for worker in ranks.workers]
+            moves: set[str] = set()  # the reasons that were logged: nodes that are being drained, and to grow
 
             def left_s() -> float | None:
                 """Time to save before the attempt moves; None while it stays."""
-                if (drained_s := self._drained_in_s(used)) is not None:
+                if (drained_s := self._drained_in_s(used, moves)) is not None:
                     return drained_s
-                grows = time.monotonic() > grow_at_s and self._can_grow(len(ranks.workers), avoided)
-                return math.inf if grows else None
+                if not moves and time.monotonic() > grow_at_s and self._can_grow(len(ranks.workers), avoided):
+                    moves.add("to grow")
+                return math.inf if moves else None
 
             policy = replace(training_watch(self.settings), stop_early=left_s)
             return min(watch(self.job, ranks.workers, results, self._report, policy))
@@ -306,15 +308,16 @@ class TrainingRun:
         totals = {node.id: node.resources for node in nodes.living()}
         return capacity(self.bundle, _nodes_that_stay(totals, avoided))
 
-    def _drained_in_s(self, used: set[str]) -> float | None:
-        """Return the time until the first of the attempt's nodes goes that are being drained, and log it; None if none is."""
-        left_s = min((left_s for node, left_s in ray_private.draining_nodes().items() if node in used), default=None)
-        if left_s is not None:
+    def _drained_in_s(self, used: set[str], logged: set[str]) -> float | None:
+        """Return the time until the first of the attempt's nodes goes that are being drained; log each once. None if none is."""
+        left_s = {node: left_s for node, left_s in ray_private.draining_nodes().items() if node in used}
+        if left_s.keys() - logged:
+            logged |= left_s.keys()
             self.job.emit("drain", model=self.model)
             self.job.say(
                 f"{self.model}: a node of its workers is being drained: they stop at a resume point and continue elsewhere"
             )
-        return left_s
+        return min(left_s.values(), default=None)
 
     def _can_grow(self, world: int, avoided: Collection[str]) -> bool:
         """Whether a larger world size fits now, counting the running workers' own resources, and is faster; logged if so."""

@@ -14,6 +14,8 @@ from pipelines.stage import StageJob
 
 LOGGED_AFTER_S = 5.0
 """A worker whose process only has to start is not logged."""
+LONG_S = 600.0
+"""A wait that explains why nothing was saved meanwhile."""
 CURE = (
     "start such a node (ray start --num-gpus=..., --resources=..., or the groups of cluster/*.yaml), or change the recipe's "
     "device or workers"
@@ -28,8 +30,8 @@ def capacity(request: Resources, nodes: Sequence[Resources]) -> int:
 class Wait:
     """One wait for capacity, polled until it ends; as a context it no longer counts as waiting after its block."""
 
-    def __init__(self, gauge: SetGauge, logged_after_s: float = LOGGED_AFTER_S) -> None:
-        self._gauge, self._logged_after_s = gauge, logged_after_s
+    def __init__(self, gauge: SetGauge, logged_after_s: float = LOGGED_AFTER_S, long_s: float = LONG_S) -> None:
+        self._gauge, self._logged_after_s, self._long_s = gauge, logged_after_s, long_s
         self._since_s, self._logged = 0.0, 0
         self._exported: int | None = None
 
@@ -37,24 +39,32 @@ class Wait:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._export(0)
+        if self._since_s and time.monotonic() - self._since_s > self._long_s:
+            self._gauge("waited_timestamp_seconds", time.time())
+        self._since_s, self._logged = 0.0, 0
 
     def poll(self, count: int, request: Resources, together: int = 1) -> str | None:
         """Return a line to log if `count` workers wait and it is news; `together` of them need capacity at the same time."""
-        self._export(count if request else 0)
         if count == 0 or not request:  # without a request only their processes have to start
-            self._since_s, self._logged = 0.0, 0
+            self._end()
             return None
+        self._export(count)
         self._since_s = self._since_s or time.monotonic()
         if time.monotonic() - self._since_s < self._logged_after_s or count == self._logged:
             return None
         self._logged = count
         return words(count, request, alive_nodes(), ray.available_resources(), together)
 
-    def log(self, job: StageJob, count: int, request: Resources, together: int = 1) -> None:
-        """Poll and log it; a stop request ends the wait."""
+    def log(self, job: StageJob, count: int, request: Resources, together: int = 1, alone: bool = True) -> None:
+        """Poll and log it; a stop request ends the wait. `alone`: no other worker has work meanwhile."""
         if count:
             job.raise_if_stopped()
+            if alone:
+                job.show_advance()
         if text := self.poll(count, request, together):
             job.emit("waiting", workers=count)
             job.say(text)

@@ -1,6 +1,5 @@
 """How a driver watches its workers: their progress, failures, hangs and stop requests."""
 
-import math
 import statistics
 import sys
 import time
@@ -39,7 +38,8 @@ class Watch:
     """How many times as long the first progress may take."""
     last: float = float("inf")
     stop_early: Callable[[], float | None] = lambda: None
-    """Asked once a poll until it returns the seconds that the workers have to save: they are then requested to stop."""
+    """Asked once a poll for the seconds that the workers have to save; they are requested to stop when it first returns a number,
+    and again when that leaves them less time."""
     independent: bool = False
     """Whether the accident of one worker leaves the others undisturbed; it is raised when these have ended.
 
@@ -135,8 +135,8 @@ class _Loop:
         self._most_done, self._progress_s = 0, time.monotonic()
         self._pace = Pace(len(workers), policy.hang_after_s)
         self._killed: set[int] = set()
-        self._left_s: float | None = None
-        """Time to save that the workers were given with the request to stop."""
+        self._stop_by: float | None = None
+        """Time by which the workers were last requested to stop."""
 
     def run(self) -> list[Any]:
         with Wait(self._job.gauge, self._policy.logged_after_s) as wait:  # some may still wait when the work is done
@@ -160,7 +160,7 @@ class _Loop:
         self._polls.ask({number for number, result in enumerate(self._results) if result not in self._running})
         unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running]
         request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
-        wait.log(self._job, len(unplaced), request)
+        wait.log(self._job, len(unplaced), request, alone=len(unplaced) == len(self._running))
         if unplaced or sum(self._polls.done) > self._most_done:  # who waits for capacity does not hang
             self._most_done, self._progress_s = sum(self._polls.done), time.monotonic()
         only_unplaced = self._policy.independent and len(self._running) == len(unplaced)
@@ -223,16 +223,17 @@ class _Loop:
             print(f"stacks of worker {rank}:\n{stacks}", flush=True)
 
     def _forward_stop(self) -> None:
-        """Request the workers to stop; again if a stop request follows that leaves less time than the reason before."""
-        left_s = self._left_s
-        if self._job.stop_requested():
-            left_s = min(self._job.recipe.grace_s, math.inf if left_s is None else left_s)
-        elif left_s is None:
-            left_s = self._policy.stop_early()
-        if left_s != self._left_s:
-            self._left_s = left_s
+        """Request the workers to stop; again if a later reason leaves them less time."""
+        left_s = self._job.recipe.grace_s if self._job.stop_requested() else None
+        early_s = self._policy.stop_early()
+        known = [seconds for seconds in (left_s, early_s) if seconds is not None]
+        if not known:
+            return
+        stop_by = time.monotonic() + min(known)
+        if self._stop_by is None or stop_by < self._stop_by - self._policy.answer_s:
+            self._stop_by = stop_by
             for worker in self._workers:
-                worker.stop.remote(left_s)
+                worker.stop.remote(min(known))
 
 
 class _Polls:

@@ -1,5 +1,6 @@
 """Workers that share numbers on Ray: one without capacity holds up nothing, the others take its numbers."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -50,6 +51,23 @@ class Taker(Worker):
             time.sleep(0.05)
             (made / str(number)).touch()
             self.report(self._done + 1)
+
+
+class Stopped(Worker):
+    """Waits for requests to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[float] = []
+
+    def stop(self, left_s: float = math.inf) -> None:
+        self.requests.append(left_s)
+
+    def wait_for(self, count: int) -> list[float]:
+        while len(self.requests) < count:
+            time.sleep(0.05)
+        time.sleep(1.0)
+        return self.requests
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -139,12 +157,26 @@ def test_a_lost_worker_is_reported_soon_and_can_be_replaced(job: StageJob, tmp_p
 def test_a_worker_that_hangs_is_killed_and_the_others_go_on(job: StageJob, tmp_path: Path) -> None:
     workers = takers(job, 2, "prepare")
     numbers = [*range(20), HANGS, *range(20, 200)]
-    living, _, failure = share(job, workers, "take", (tmp_path,), numbers, policy=replace(POLICY, hang_after_s=3.0))
+    living, _, failure = share(job, workers, "take", (tmp_path,), numbers, policy=replace(POLICY, hang_after_s=10.0))
     assert "a worker was lost" in str(failure)
     assert len(living) == 1
     left = [number for number in range(200) if not (tmp_path / str(number)).exists()]
     assert share(job, living, "take", (tmp_path,), left).failure is None
     assert len(list(tmp_path.iterdir())) == 200
+
+
+def test_a_drained_node_shortens_the_time_of_workers_that_stop_to_grow(job: StageJob) -> None:
+    """The notice of a node counts down, and is not sent again for that; a second node's is, if it goes earlier."""
+    early, began_s = iter([None, math.inf, math.inf]), time.monotonic()
+
+    def left_s() -> float | None:
+        return next(early, 60.0 - (time.monotonic() - began_s) - 30.0 * (time.monotonic() - began_s > 3.0))
+
+    worker = spawn(job, Stopped, request_for("prepare", "cpu", 1))
+    policy = Watch(stop_early=left_s, poll_every_s=0.2, answer_s=2.0)
+    (requests,) = watch(job, [worker], [worker.wait_for.remote(3)], policy=policy)
+    assert requests[0] == math.inf
+    assert requests[1:] == [pytest.approx(60, abs=5), pytest.approx(27, abs=5)]
 
 
 def test_a_lost_worker_is_reported_though_another_has_no_capacity(job: StageJob, tmp_path: Path) -> None:

@@ -40,6 +40,18 @@ def test_workers_that_wait_are_exported_once_and_so_is_the_end() -> None:
     assert exported == [("waiting_workers", 3), ("waiting_workers", 2), ("waiting_workers", 0)]
 
 
+def test_the_end_of_a_long_wait_is_exported_as_a_time() -> None:
+    """Nothing was saved meanwhile, and that is no reason for an alert."""
+    for long_s, expected in (
+        (0.0, ["waiting_workers", "waiting_workers", "waited_timestamp_seconds"]),
+        (60.0, 2 * ["waiting_workers"]),
+    ):
+        exported: list[str] = []
+        with Wait(lambda name, _, into=exported: into.append(name), long_s=long_s) as wait:
+            wait.poll(2, {"CPU": 1.0})
+        assert exported == expected
+
+
 def test_workers_that_ask_for_nothing_wait_for_their_processes_only() -> None:
     wait = Wait(lambda *_: None, logged_after_s=0.0)
     assert [wait.poll(2, {}) for _ in range(2)] == [None, None]
