@@ -439,13 +439,56 @@ def test_slurm_queues_again_what_may_continue(
     assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if queued else "")
 
 
+RUNS = "Status for job 'j': RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "asked"),
+    [
+        (["", "", RUNS, "Job 'j' succeeded"], 0, ["submit sweep-1", "logs sweep-1", "logs sweep-1"]),
+        (["Job 'j' failed", "", "", "Job 'j' failed"], 1, ["submit sweep-2", "logs sweep-2"]),
+        ([RUNS, RUNS, RUNS, "Job 'j' was stopped"], 0, ["logs sweep-1", "logs sweep-1"]),
+        (["Job 'j' was stopped", "Job 'j' was stopped", "Job 'j' was stopped"], 0, ["logs sweep-1"]),
+        ([RUNS, RUNS, RUNS, ""], 1, ["logs sweep-1", "logs sweep-1"]),
+    ],
+    ids=["the log's connection ends", "fails again", "a second pod", "a second pod after a stop", "the head is lost"],
+)
+def test_the_job_beside_a_cluster_follows_its_sweep_and_begins_a_failed_one_again(
+    tmp_path: Path, states: list[str], code: int, asked: list[str]
+) -> None:
+    """Its pod may be replaced ten times: each sweep that joined the first would stay in the head's memory."""
+    job = {document["kind"]: document["spec"] for document in pods.documents(pods.JOBS[1])}["Job"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert job["template"]["spec"]["restartPolicy"] == "OnFailure"
+    done, calls = submitted(tmp_path, container["command"], states)
+    assert done == code
+    assert [f"{call[1]} {''.join(re.findall('sweep-[0-9]', ' '.join(call[:5])))}" for call in calls] == asked
+    for call in calls:
+        if call[1] == "submit":
+            assert call[call.index("--") + 1 :] == shlex.split(container["command"][-1])
+
+
+def submitted(tmp_path: Path, command: list[str], states: list[str], **environment: str) -> tuple[int, list[list[str]]]:
+    """Run a submitter with a `ray` that answers so when asked for a job's state; return its exit code and its other calls."""
+    (answers := tmp_path / "answers").write_text("".join(f"{state}\n" for state in states))
+    answer = f'line=$(head -1 {answers}); sed -i 1d {answers}; [ -n "$line" ] && echo "$line"'
+    written = f"printf '%s|' \"$@\" >> {tmp_path}/asked; echo >> {tmp_path}/asked"
+    logged = f'case "$2" in logs|submit) {written};; status) {answer};; esac'
+    for name, body in {"ray": logged, "sleep": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=os.environ | environment | path, timeout=60, check=False)
+    return done.returncode, [call.split("|")[:-1] for call in (tmp_path / "asked").read_text().splitlines()]
+
+
 @pytest.mark.parametrize(
     ("known", "states", "code", "asked"),
     [
-        (False, ["Status for job 'j': RUNNING", "Job 'j' succeeded"], 0, ["submit", "logs", "logs"]),
+        (False, [RUNS, "Job 'j' succeeded"], 0, ["submit", "logs", "logs"]),
         (False, ["Job 'j' failed"], 0, ["submit", "logs"]),
-        (True, ["Status for job 'j': RUNNING", "Status for job 'j': RUNNING", "Job 'j' was stopped"], 0, ["logs"] * 3),
-        (False, ["Status for job 'j': RUNNING"], 1, ["submit", "logs", "logs"]),
+        (True, [RUNS, RUNS, "Job 'j' was stopped"], 0, ["logs"] * 3),
+        (False, [RUNS], 1, ["submit", "logs", "logs"]),
     ],
     ids=["the log's connection ends", "fails", "a second pod", "the head is lost"],
 )
@@ -458,22 +501,11 @@ def test_the_submitter_follows_the_job_to_its_end(
     *command, entrypoint = container["command"]
     assert entrypoint == rayjob["entrypoint"]
     entrypoint += " --set 'train.publish_images=[0, 160]'"
-    answers = tmp_path / "answers"
-    answers.write_text("\n".join([*(["known"] if known else ["unknown"]), *states]) + "\n")
-    answer = f'line=$(head -1 {answers}); sed -i 1d {answers}; [ -n "$line" ] && [ "$line" != unknown ] && echo "$line"'
-    written = f"printf '%s|' \"$@\" >> {tmp_path}/asked; echo >> {tmp_path}/asked"
-    logged = f'case "$2" in logs|submit) {written};; status) {answer};; esac'
-    for name, body in {"ray": logged, "sleep": ""}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    job = {
-        "RAY_DASHBOARD_ADDRESS": "head:8265",
-        "RAY_JOB_SUBMISSION_ID": "j",
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-    }
-    done = subprocess.run([*command, entrypoint], env=os.environ | job, timeout=60, check=False)
-    assert done.returncode == code
-    calls = [call.split("|")[:-1] for call in (tmp_path / "asked").read_text().splitlines()]
+    done, calls = submitted(
+        tmp_path, [*command, entrypoint], ["known" if known else "", *states],
+        RAY_DASHBOARD_ADDRESS="head:8265", RAY_JOB_SUBMISSION_ID="j",
+    )  # fmt: skip
+    assert done == code
     assert [call[1] for call in calls] == asked
     if not known:
         assert calls[0][calls[0].index("--") + 1 :] == shlex.split(entrypoint)
@@ -498,10 +530,9 @@ def test_the_submitted_job_finds_the_head_and_its_token() -> None:
     parts = {document["kind"]: document for document in pods.documents(pods.JOBS[1])}
     cluster, pod_ = parts["RayCluster"]["metadata"]["name"], parts["Job"]["spec"]["template"]["spec"]
     (container,) = pod_["containers"]
-    assert f"--address=http://{cluster}-head-svc:8265 -- " in container["command"][-1]
+    assert f"RAY_API_SERVER_ADDRESS=http://{cluster}-head-svc:8265\n" in container["command"][2]
     token = {"secretKeyRef": {"name": cluster, "key": "auth_token"}}
     assert {"name": "RAY_AUTH_TOKEN", "valueFrom": token} in container["env"]
-    assert pod_["restartPolicy"] == "OnFailure", "one that ended by an error is submitted again"
 
 
 def test_the_linter_finds_nothing_in_the_image() -> None:

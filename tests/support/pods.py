@@ -55,8 +55,7 @@ def rayjob(name: str) -> dict[str, Any]:
     if "RayJob" in specs:
         return specs["RayJob"]
     (container,) = specs["Job"]["template"]["spec"]["containers"]
-    entrypoint = container["command"][-1].partition(" -- ")[2].partition(" 2>&1 ")[0]
-    return specs["Job"] | {"entrypoint": entrypoint, "rayClusterSpec": specs["RayCluster"]}
+    return specs["Job"] | {"entrypoint": container["command"][-1], "rayClusterSpec": specs["RayCluster"]}
 
 
 def groups(job: dict[str, Any]) -> list[dict[str, Any]]:
