@@ -52,6 +52,8 @@ class Driver:
     """Whether another process of the same Ray runs the sweep now; the jobs are its own."""
     drained: bool = False
     """Whether the node of this process is being drained: that is why it was requested to stop."""
+    stop_shown: bool = False
+    """Whether the page of the sweep shows that it has stopped."""
     turned_at: float = field(default_factory=time.time)
     """Time of the last turn of a loop of the main thread: if it hangs, other threads still run."""
     gauge: SetGauge = lambda *_: None

@@ -90,12 +90,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: S
             if not here:
                 last_ray.refuse_local_after_cluster(sweep, overrides)
             driver = Driver(sweep, board, as_json=jsonlog.wanted())
-            try:
-                failures = run_stages(driver, plan, store)
-            except DisScaleError as error:
-                if not isinstance(error, StorageAway) and sweep.folder.exists(RECIPE):
-                    _write_page(driver, plan)  # which shows that the sweep has stopped
-                raise
+            failures = run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one
         points = report.collect(sweep, plan)
         if not done:
@@ -127,7 +122,9 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     require_starts(sweep, plan)
     with (
         obeying_signals(driver.stop_requested),
+        showing_a_stop(driver, plan),
         open_cluster(sweep.recipe, board.say, partial(go_on, driver)) as cluster,
+        showing_a_stop(driver, plan),  # while Ray still shows the gauges of this process
         one_at_a_time(driver, cluster) as first,
         seen_alive(driver, exporting(driver, cluster)),
     ):
@@ -175,6 +172,18 @@ def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
     with repeating(write, PAGE_EVERY_S, "page") as thread:
         yield
     thread.join()  # it may still write, and the report follows
+
+
+@contextlib.contextmanager
+def showing_a_stop(driver: Driver, plan: Plan) -> Iterator[None]:
+    """Write the page of a sweep that stops, if the block ends by an error and no inner one has written it."""
+    try:
+        yield
+    except DisScaleError as error:
+        if not (driver.stop_shown or isinstance(error, StorageAway)) and driver.sweep.folder.exists(RECIPE):
+            driver.stop_shown = True
+            _write_page(driver, plan)
+        raise
 
 
 def _write_page(driver: Driver, plan: Plan) -> None:

@@ -22,6 +22,7 @@ from pipelines import jobs
 from pipelines.cluster import free_ports
 from tests.support import pods, secrets, stages, sweeps
 from tests.support.exporters import scrape_all
+from tests.support.waiting import wait_until
 
 SETTINGS = ("train.resume_every_images=160", "evaluate.variants={}", "precompute.workers=1")
 """One way to sample: other tests cover more."""
@@ -149,16 +150,16 @@ def test_submitted_stopped_and_submitted_again(head: Head, store: Store, tmp_pat
         time.sleep(0.2)
     search.processes()
     client.stop_job("first")
+    wait_until(lambda: ENDED in scrape_all(head.folder), 100)  # for some 20 s, for Prometheus: it was no accident
     while not all(job.status in jobs.ENDED for job in client.list_jobs()):
         assert time.monotonic() < deadline, client.list_jobs()
         time.sleep(0.2)
     assert client.get_job_status("first") == "STOPPED"
-    assert ENDED in scrape_all(head.folder), "an alert tells it from a command that is gone"
     assert state.resumable_images(run) > 0
     assert state.published_counts(run) == [0]
     done = submit(head, "second", store)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ENDED in scrape_all(head.folder)
+    assert ENDED in scrape_all(head.folder), "at once: Ray has forgotten it in 20 s"
     sweeps.assert_complete(store.root, *store.settings)
     sweeps.assert_mlflow_has_everything(store.root, *store.settings)
     printed = done.stdout
