@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dis_scale.evaluation.run import Evaluation, block_count, stored_blocks, values_in_words
-from dis_scale.process.errors import DisScaleError, Held, OutOfMemory, Preempted, StorageAway, StorageFull
+from dis_scale.process.errors import DisScaleError, Held, OutOfMemory, Preempted, StorageAway, StorageFull, WrongKernel
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import GRID, Sampled, Sweep, state
@@ -222,7 +222,7 @@ def evaluate_one(job: StageJob, evaluation: Evaluation, sampled: Sampled, skippe
     """Evaluate one checkpoint; if it cannot be measured, log that, note it in storage and add it to `skipped`."""
     try:
         values = evaluation.evaluate(sampled)
-    except (Held, OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure):
+    except (Held, OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure, WrongKernel):
         raise  # the checkpoint is not the cause
     except DisScaleError as error:
         why = str(cause_of(error))

@@ -3,9 +3,10 @@
 They reserve no CPU and run at low priority: on a small machine a reserved CPU would block training's placement for ever.
 """
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from dis_scale.evaluation.run import Spent, block_name
+from dis_scale.process.errors import WrongKernel
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.training import devices
-from pipelines.failures import WorkerFailure
+from pipelines import nodes, ray_private
+from pipelines.failures import DeviceFailure, WorkerFailure
 from pipelines.places import Places, own_gpus
 from pipelines.ray_private import actor_id
 from pipelines.sharing import Deal, share
@@ -35,6 +38,7 @@ class Evaluator(Worker):
 
     def __init__(self, sweep: Sweep, device: str, shared_gpu: int | None = None) -> None:
         super().__init__()
+        self._checked = False
         os.nice(NICE)
         if shared_gpu is not None:
             devices.hide_others(shared_gpu)
@@ -54,13 +58,32 @@ class Evaluator(Worker):
         decoder.net.to(where)
         self.sweep, self.sampler = sweep, open_sampler(sweep, decoder, where)
 
-    def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> Spent:
-        """Sample and keep the blocks that `deal` names."""
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """One call at a time, on a device that was checked; BrokenDevice if it fails."""
         from dis_scale.data.encode import compute_exactly
-        from dis_scale.training.throughput import machine_name
 
         with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
             compute_exactly()  # the number of threads is set per thread
+            if not self._checked:
+                devices.check_device(self.sampler.device)
+                self._checked = True
+            yield
+
+    def passes(self, sampled: Sampled, settings: Evaluate) -> bool:
+        """Whether the kernels of a model agree with their definition on this device."""
+        with self._working():
+            try:
+                self.sampler.model(sampled.model, sampled.images_seen, settings)
+            except WrongKernel:
+                return False
+            return True
+
+    def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> Spent:
+        """Sample and keep the blocks that `deal` names."""
+        from dis_scale.training.throughput import machine_name
+
+        with self._working():
             folder, images, before = self.sweep.evaluation(sampled), 0, dict(self.sampler.seconds)
 
             @cache
@@ -84,12 +107,10 @@ class Evaluator(Worker):
 
     def floor(self, deal: Deal) -> None:
         """Measure and keep the blocks of real images that `deal` names."""
-        from dis_scale.data.encode import compute_exactly
         from dis_scale.data.sources import open_source
         from dis_scale.evaluation import floor
 
-        with self._sampling:
-            compute_exactly()
+        with self._working():
             source = open_source(self.sweep.recipe.data, self.sweep.store)
             chosen = floor.chosen_images(source, self.sweep.recipe.evaluate.samples)
             for number in iter(deal, None):
@@ -102,12 +123,10 @@ class Evaluator(Worker):
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Return the loss on the images that training never saw."""
         from dis_scale import diffusion
-        from dis_scale.data.encode import compute_exactly
         from dis_scale.data.latents import Latents
         from dis_scale.evaluation import held_out
 
-        with self._sampling:
-            compute_exactly()
+        with self._working():
             recipe, settings = self.sweep.recipe, self.sweep.recipe.evaluate
             latents = Latents(
                 state.require_latents(self.sweep.folder), recipe.seed, recipe.data.held_out_images,
@@ -134,21 +153,29 @@ class RayEvaluators:
     """Blocks that each has sampled, also the lost ones, by its actor's id."""
 
     def spawn(self) -> None:
-        """Start the evaluators that are missing: all of them, or those that were lost or had no capacity."""
-        requests = Places.now(self.job.recipe).evaluators(self.device, self.gpus)
+        """Start the evaluators that are missing: all of them, or those that were lost or had no capacity.
+
+        Nodes whose devices failed are avoided while others can hold an evaluator.
+        """
+        places = Places.now(self.job.recipe)
+        bad = nodes.excluded(self.job, places.nodes, lambda bad: places.without(bad).evaluates(self.device))
+        requests = places.without(bad).evaluators(self.device, self.gpus)
         for number, (shared_gpu, request) in enumerate(requests):
             if number not in self._workers:
                 self._workers[number] = spawn(self.job, Evaluator, request, self.job.sweep, self.device, shared_gpu)
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[Spent]:
         """Let the evaluators share the blocks of a checkpoint; return what each spent."""
-        return self._share("sample", (sampled, settings), blocks)
+        try:
+            return self._share("sample", (sampled, settings), blocks, sampled.model)
+        except WrongKernel as error:
+            raise self._blame(error, sampled, settings) from error
 
     def floor(self, blocks: list[int]) -> None:
         """Let the evaluators share the blocks of the floor."""
-        self._share("floor", (), blocks)
+        self._share("floor", (), blocks, next(iter(self.job.recipe.models)))
 
-    def _share(self, method: str, arguments: tuple[Any, ...], blocks: list[int]) -> list[Any]:
+    def _share(self, method: str, arguments: tuple[Any, ...], blocks: list[int], model: str) -> list[Any]:
         """Let the evaluators share blocks. If one fails, raise its failure; the others stop after their current block."""
         self.spawn()
         before, workers = self._workers, list(self._workers.values())
@@ -164,17 +191,42 @@ class RayEvaluators:
             self._workers = before  # the checkpoint, or an image, is to blame
             raise
         self._workers = {number: worker for number, worker in before.items() if worker in living}
+        if isinstance(failure, DeviceFailure):
+            self._record(workers[failure.worker], model, str(failure))
         if failure:
             raise failure
         return spent
+
+    def _blame(self, error: WrongKernel, sampled: Sampled, settings: Evaluate) -> Exception:
+        """Return the error to raise for a kernel that was wrong on one device: a failure of that device if it passes on others.
+
+        Those that fail are ended, and count against their nodes.
+        """
+        placed = {number: worker for number, worker in self._workers.items() if ray_private.has_process(worker)}
+        calls = [worker.passes.remote(sampled, settings) for worker in placed.values()]
+        passed = watch(self.job, [*placed.values()], calls, policy=SILENT)
+        if not any(passed):
+            return error
+        words = f"this device fails where those of {sum(passed)} other evaluators do not: {error}"
+        for (number, worker), right in zip(placed.items(), passed, strict=True):
+            if not right:
+                self._record(worker, sampled.model, words)
+                ray.kill(self._workers.pop(number))
+        return WorkerFailure(words)
+
+    def _record(self, worker: Any, model: str, why: str) -> None:
+        """Count a failure of an evaluator's device against its node."""
+        nodes.record_failure(self.job, model, nodes.name_of(ray_private.node_of(worker)), why)
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Let one evaluator measure the held-out loss."""
         number, worker = next(iter(self._workers.items()))
         try:
             (values,) = watch(self.job, [worker], [worker.held_out.remote(sampled)], policy=SILENT)
-        except WorkerFailure:
+        except WorkerFailure as failure:
             del self._workers[number]
+            if isinstance(failure, DeviceFailure):
+                self._record(worker, sampled.model, str(failure))
             raise
         return values
 

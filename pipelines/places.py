@@ -1,8 +1,8 @@
 """What each stage's workers ask Ray for, and where evaluators run: which GPUs training leaves to them (docs/evaluation.md)."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 from dis_scale.recipe import Recipe, TrainedExtractor
@@ -26,6 +26,8 @@ class Places:
 
     recipe: Recipe
     nodes: Sequence[Node]
+    avoided: Collection[str] = ()
+    """Ids of the nodes where no evaluator is to run."""
 
     @classmethod
     def now(cls, recipe: Recipe) -> "Places":
@@ -77,6 +79,16 @@ class Places:
         """Return how many evaluators with a GPU of their own nodes of these resources hold."""
         return capacity(self.request("evaluate", "cuda", 0).amounts, places)
 
+    def without(self, avoided: Collection[str]) -> "Places":
+        """Return the places for evaluators that avoid some of these nodes, by their ids."""
+        return replace(self, avoided=avoided)
+
+    def evaluates(self, device: str) -> bool:
+        """Whether an evaluator fits on one of the nodes that are not avoided."""
+        left = [node.resources for node in self.nodes if node.id not in self.avoided]
+        gpus = device == "cuda" and self.recipe.evaluate.gpu_share is not None and any(node.get("GPU") for node in left)
+        return gpus or capacity(self.request("evaluate", device, 0).amounts or {"CPU": 1.0}, left) > 0
+
     def most_evaluators(self) -> int:
         """Return how many evaluators with a GPU of their own all nodes hold when they are idle."""
         return self.evaluators_on(self._resources)
@@ -88,12 +100,14 @@ class Places:
         elsewhere they could keep a GPU for which training waits. With `evaluate.gpu_share` the others share training's.
         """
         settings, request = self.recipe.evaluate, self.request("evaluate", device, 0)
+        if self.avoided:
+            request = request.on(label_selector=nodes.avoiding(self.avoided))
         own = settings.workers if device == "cpu" else min(settings.workers, gpus)
         every: list[tuple[int | None, Request]] = [(None, request)] * own
         training = [node.id for node in self.nodes if self._trains(node)]
         if device == "cuda" and training:
             apart = min(own, self.evaluators_on(self._apart))
-            every[:apart] = [(None, request.on(label_selector=nodes.avoiding(training)))] * apart
+            every[:apart] = [(None, request.on(label_selector=nodes.avoiding([*training, *self.avoided])))] * apart
         if own == settings.workers or settings.gpu_share is None:
             return every
         return every + self._sharing(settings.workers - own)
@@ -109,7 +123,8 @@ class Places:
 
         From the last device on, since training's first rank has most to do.
         """
-        devices = [(-index, node.id) for node in self.nodes for index in range(int(node.resources.get("GPU", 0)))]
+        left = [node for node in self.nodes if node.id not in self.avoided]
+        devices = [(-index, node.id) for node in left for index in range(int(node.resources.get("GPU", 0)))]
         return [(-index, _on_node(node)) for index, node in islice(cycle(sorted(devices)), count)]
 
     @property

@@ -33,6 +33,11 @@ def has_process(worker: Any) -> bool:
     return bool(state.actors(actor_id(worker)).get("Pid"))
 
 
+def node_of(worker: Any) -> str:
+    """Return the id of the node that an actor runs on, or ran on last."""
+    return str(state.actors(actor_id(worker))["Address"]["NodeID"])
+
+
 def available_by_node() -> dict[str, Resources]:
     """Return the free resources of each node by its id."""
     available: dict[str, Resources] = state.available_resources_per_node()

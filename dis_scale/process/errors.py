@@ -64,6 +64,10 @@ class BrokenDevice(DisScaleError):
     """A device fails or computes wrongly; another attempt, on another device, may succeed."""
 
 
+class WrongKernel(DisScaleError):
+    """A kernel's results are not those of its definition: it is wrong, or the device that it ran on is."""
+
+
 class UndecodableImage(StorageError):
     """A file that was read but is not an image, or is damaged; `why` has the reason alone."""
 

@@ -17,9 +17,9 @@ happened, for all processes of the machine that share the plan, so that a restar
     wait at step rank=0 images=160 until=1.0    the process waits until the plan's second fault begins
     wait at step images=160 seconds=1 times=9   each of nine steps takes one second more
 
-Points: `step` and `loss` (training/loop.py), `check` (a training worker's check of its device), `poll` (a stage's driver, once
-per second; `path` is the stage), each storage verb before it, `written` after a write. `path` is a part of the
-path, in which `*` matches anything. `until` is a file in `<file>.spent/`: `1.0` of a fault, or another one that a drill makes.
+Points: `step` and `loss` (training/loop.py), `check` (a training worker's and an evaluator's check of its device), `poll` (a
+stage's driver, once per second; `path` is the stage), each storage verb before it, `written` after a write. `path` is a part of
+the path, in which `*` matches anything. `until` is a file in `<file>.spent/`: `1.0` of a fault, or another one that a drill makes.
 """
 
 import errno

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dis_scale.process.errors import DisScaleError
+from dis_scale.process.errors import WrongKernel
 from dis_scale.scan import Direction, causal_conv_silu, selective_scan, two_way_conv_silu, two_way_scan
 from dis_scale.scan.backend import KeepingStates
 from dis_scale.scan.triton_fill import Filling
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 @functools.cache
 def verify(name: str, device: torch.device, dtype: torch.dtype, case: Case = Case()) -> None:
-    """Compare a backend with the reference as `errors` does; DisScaleError names the backend to set instead.
+    """Compare a backend with the reference as `errors` does; WrongKernel names the backend to set instead.
 
     Kernels are compiled for L, E and N: after the cases of a model, training and sampling compile nothing. Once per process.
     """
@@ -60,12 +60,12 @@ def verify(name: str, device: torch.device, dtype: torch.dtype, case: Case = Cas
 def require_small(
     found: Mapping[str, float], name: str, device: torch.device, dtype: torch.dtype, case: object
 ) -> None:
-    """Raise a DisScaleError for an error beyond TOLERANCE; it names the backend to set instead."""
+    """Raise a WrongKernel for an error beyond TOLERANCE; it names the backend to set instead."""
     for what, error in found.items():
         if not error <= TOLERANCE[dtype]:  # it may be NaN
             instead = "reference" if name == "chunked" else "chunked"
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-            raise DisScaleError(
+            raise WrongKernel(
                 f"the {name} scan is wrong on {where}: {what} is off by {error:.1e} of its largest number, allowed are "
                 f"{TOLERANCE[dtype]:.1e} ({dtype}, {case}): set the backend to {instead}"
             )

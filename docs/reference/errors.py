@@ -73,6 +73,10 @@ KINDS = {
         "None at first: another attempt starts by itself. After two failures repair the node. See "
         "[bad-gpu-or-node](../ops/runbooks/bad-gpu-or-node.md).",
     ),
+    "WrongKernel": Kind(
+        "A kernel's results are not those of its definition, on every GPU that compared them.",
+        "Set the backend that the error names. Where it is so on some GPUs only, it is `BrokenDevice`.",
+    ),
     "UndecodableImage": Kind(
         "A file in the source is empty, damaged, too large or not an image.",
         "Remove or replace it, or set `data.undecodable: skip`, which leaves such images out and lists them.",

@@ -11,11 +11,12 @@ import pytest
 from dis_scale.process import faults
 from dis_scale.sweep import state
 from pipelines import jobs
-from tests.support import clusters, pods, sweeps
+from tests.support import clusters, pods, stages, sweeps
 from tests.support.clusters import Events, Node, RayNodes
 
 SHORT = ("models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.workers=1..2")
 AS_SHIPPED = [f"--{name}={value}" for name, value in pods.nodes("rayjob.yaml")[1].options.items() if "name" in name]
+AS_SHIPPED += ["--resources='{\"evaluate\": 1}'"]  # as a shell takes it
 
 
 @pytest.fixture
@@ -54,3 +55,22 @@ def test_a_machine_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path
     clusters.wait_for_nodes(nodes, 3, pod(nodes, "healthy"))
     events = Events(jobs.submit(nodes.cluster(), sweep, "train", "dit"))
     assert sorted(events.wait("placed")["nodes"]) == ["head", "healthy"]
+
+
+@pytest.mark.faults
+def test_evaluation_leaves_it_out_too_and_skips_no_checkpoint(nodes: RayNodes, tmp_path: Path) -> None:
+    sweep = sweeps.sweep_at(
+        tmp_path / "store", SHORT[0], "evaluate.variants={}", "evaluate.workers=2", "evaluate.block_images=8"
+    )
+    stages.prepare_and_precompute(sweep, tmp_path / "none")
+    stages.train(sweep, "dit", tmp_path)
+    (tmp_path / "faults").write_text("broken at check times=99\n")
+    clusters.wait_for_nodes(nodes, 2, pod(nodes, "bad", **{faults.VARIABLE: str(tmp_path / "faults")}))
+    state.record_node_failure(sweep.run("dit"), "bad", "in training")
+    events = Events(job := jobs.submit(nodes.cluster(), sweep, "evaluate"))
+    event = events.wait("node_failure")
+    assert (event["node"], event["failures"]) == ("bad", 2)
+    assert events.wait("node_excluded")["node"] == "bad"
+    assert clusters.wait_for_end(job) == "SUCCEEDED", job.reason()
+    assert state.skipped(sweep) == {}
+    assert state.all_evaluated(sweep)

@@ -12,7 +12,16 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.process.errors import (
+    DisScaleError,
+    Held,
+    Preempted,
+    StorageAway,
+    StorageError,
+    StorageFull,
+    UserError,
+    WrongKernel,
+)
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import Sampled, state
@@ -89,6 +98,19 @@ def test_evaluators_stay_off_the_nodes_that_training_needs() -> None:
     assert selectors == [{"ray.io/node-id": "!in(a)"}] * 2 + [None]
 
 
+def test_evaluators_avoid_a_node_whose_device_failed_as_long_as_another_holds_one() -> None:
+    nodes = listed([{"GPU": 4.0, "CPU": 8.0, "train": 4.0}, {"GPU": 1.0, "CPU": 8.0}, {"GPU": 1.0, "CPU": 8.0}])
+    recipe = reading.load(TINY, ["evaluate.workers=2", "evaluate.gpu_share=0.1"])
+    places = Places(recipe, nodes).without(["b"])
+    selectors = [request.options.get("label_selector") for _, request in places.evaluators("cuda", 2)]
+    assert selectors == [{"ray.io/node-id": "!in(a,b)"}] * 2
+    assert [number for number, _ in Places(recipe, nodes).without("abc").evaluators("cuda", 0)] == []
+    assert places.evaluates("cuda")
+    assert places.without("ab").evaluates("cuda")
+    assert not places.without("abc").evaluates("cuda")
+    assert Places(recipe, nodes).without("bc").evaluates("cpu")
+
+
 OTHERS = [
     Held("taken over"),
     Preempted("stop"),
@@ -119,7 +141,7 @@ def test_a_checkpoint_that_cannot_be_measured_is_skipped_and_noted(
     assert state.skipped(job.sweep) == {sampled: str(error)}
 
 
-@pytest.mark.parametrize("error", OTHERS, ids=str)
+@pytest.mark.parametrize("error", [*OTHERS, WrongKernel("the scan is wrong on all devices")], ids=str)
 def test_a_failure_that_is_not_the_checkpoints_skips_nothing(job: RecordedJob, error: DisScaleError) -> None:
     skipped = set[Sampled]()
     with pytest.raises(type(error)):

@@ -36,11 +36,13 @@ def node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def test_an_actor_has_its_id_and_a_process_once_it_is_placed() -> None:
+def test_an_actor_has_its_id_a_process_and_a_node_once_it_is_placed(node: str) -> None:
     actor = Actor.remote()
     assert ray.get(actor.id.remote()) == ray_private.actor_id(actor)
     assert ray_private.has_process(actor)
     ray.kill(actor)
+    wait_until(lambda: ray.available_resources().get("CPU") == 2)
+    assert ray_private.node_of(actor) == node, "also after its end"
 
 
 def test_an_actor_without_capacity_has_no_process() -> None:

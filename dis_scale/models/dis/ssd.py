@@ -96,7 +96,7 @@ class SsdMixer(nn.Module):
 
 @functools.cache
 def verify_mixer(settings: Dis, L: int, scan: str, device: torch.device, dtype: torch.dtype, training: bool) -> None:
-    """Compare a mixer on the device where it will run with itself in float64 by PyTorch alone; DisScaleError if they differ.
+    """Compare a mixer on the device where it will run with itself in float64 by PyTorch alone; WrongKernel if they differ.
 
     `dtype` is that of the products. Kernels depend on all sizes but the number of images: training and sampling compile no others.
     """
