@@ -78,8 +78,9 @@ lock: $(SUPPLY)/installed
 licences: $(SUPPLY)/installed $(VENV)/installed
 	$(SUPPLY)/pip-licenses --python $(BIN)/python --from=mixed --format=markdown --with-urls --output-file build/licences.md
 
-sbom: $(SUPPLY)/installed $(VENV)/installed
-	$(SUPPLY)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
+# Of the lock, which is what the image installs: an environment may have more.
+sbom: $(SUPPLY)/installed
+	$(SUPPLY)/cyclonedx-py requirements $(LOCK) --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
 	@echo "sbom: build/sbom.json"
 
 # Without --strict, pip-audit reports no vulnerabilities when its database knows none of the packages.
