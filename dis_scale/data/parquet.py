@@ -6,8 +6,9 @@ the schema's `huggingface` metadata, if any.
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,19 +17,31 @@ from pydantic import TypeAdapter
 from dis_scale.data.listing import Contents, Entry, number_or_name
 from dis_scale.process.errors import StorageError, UserError, nearest, printable
 from dis_scale.process.progress import some
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
 
+FILES_AT_ONCE = 8
+LARGE_BYTES = 2**30
+"""A larger file is listed on its own: Hugging Face's have half of that, and this one may have a million rows."""
 GROUP_BYTES = 8 * 2**30
 """Most bytes of a row group's column; larger ones are not read. Hugging Face's groups of images have 100 MB to 1 GB."""
 
 
 def find(root: Folder, names: list[str], settings: ParquetSource, labelled: bool = True) -> Contents:
-    """List every row of the files, sorted by file name. Only the label column is read, and none of unlabelled images."""
+    """List every row of the files, sorted by file name. Only the label column is read, and none of unlabelled images.
+
+    Several files are listed at once, since each row group's labels are a request; the rows of a large one are streamed.
+    """
     with _opened(root, names[0]) as first:
         classes = _class_names(first, settings) if labelled else None
-    entries = (entry for name in names for entry in _entries(root, name, settings, labelled, classes))
-    return Contents(entries, classes)
+
+    def index(name: str) -> Iterable[Entry]:
+        entries = _entries(root, name, settings, labelled, classes)
+        return entries if root.size(name) > LARGE_BYTES else list(entries)
+
+    rest = (entry for file in in_order(names[1:], index, FILES_AT_ONCE) for entry in file)
+    return Contents(chain(_entries(root, names[0], settings, labelled, classes), rest), classes)
 
 
 class ParquetReader:

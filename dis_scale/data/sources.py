@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -315,7 +316,7 @@ class _Csv(_OneFileEach):
             raise UserError(f"data.source.url: no file {self._file}") from error
 
     def find(self) -> Contents:
-        entries = map(self._allowed, _csv_entries(self._root, self._file.name, self._path, self._label))
+        entries = map(self._allowed, self._each_once())
         return Contents(self._present(entries) if self._all_there else entries)
 
     def read_one(self, entry: Entry) -> bytes | None:
@@ -324,6 +325,21 @@ class _Csv(_OneFileEach):
             return _read_anywhere(self._root, self._allowed(entry).name)
         except FileNotFoundError:
             return None
+
+    def _each_once(self) -> Iterator[Entry]:
+        """Yield the CSV's images; UserError at the end if two lines name one. Hashes: there may be a hundred million."""
+        names, lines = array("q"), array("q")
+        for entry in _csv_entries(self._root, self._file.name, self._path, self._label):
+            names.append(hash(entry.name))
+            lines.append(entry.location[0])
+            yield entry
+        order = np.argsort(hashes := np.asarray(names), kind="stable")
+        if len(twice := np.flatnonzero(np.diff(hashes[order]) == 0)):
+            first, second = (lines[order[i]] for i in (twice[0], twice[0] + 1))
+            raise UserError(
+                f"{self.where}: lines {first} and {second} name the same image, of {len(twice):,} such lines: leave one of each, "
+                "with the label that is right"
+            )
 
     def _present(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """Yield the entries; UserError at the end that counts all whose file is not there. Each folder is listed once."""

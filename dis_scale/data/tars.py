@@ -100,7 +100,24 @@ def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = T
     first = _entries(
         root, names[0], settings, labelled
     )  # whoever looks for one image only reads no more than the first tar
-    return Contents(chain(first, (entry for tar in in_order(names[1:], index, TARS_AT_ONCE) for entry in tar)))
+    rest = (entry for tar in in_order(names[1:], index, TARS_AT_ONCE) for entry in tar)
+    return Contents(_of_one_part(chain(first, rest), root))
+
+
+def _of_one_part(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[Entry | LeftOut]:
+    """Yield the entries; UserError at the end if their folders in the tars are of several parts of a set, such as train and val."""
+    parts, before = dict[str, str](), ""
+    for entry in entries:
+        folder = entry.name.rpartition("/")[0]
+        if isinstance(entry, Entry) and folder != before:
+            before = folder
+            parts |= {SPLITS[word.lower()]: word for word in folder.split("/")[1:] if word.lower() in SPLITS}
+        yield entry
+    if len(parts) > 1:
+        raise UserError(
+            f"data.source.url: {', '.join(map(printable, sorted(parts.values())))} in the tars of {root} are parts of a set: write "
+            "a tar with the images of one of them, or unpack it and give that folder"
+        )
 
 
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:

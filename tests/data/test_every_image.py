@@ -393,6 +393,27 @@ def test_parts_of_a_set_are_not_trained_on_together(kind: str, tmp_path: Path) -
     assert len(open_source(data(source | {"files": f"train-*.{kind}"}))) == 1
 
 
+@pytest.mark.parametrize("label", ["folder", "cls"])
+def test_parts_of_a_set_in_one_tar_are_not_trained_on_together(label: str, tmp_path: Path) -> None:
+    """The innermost folder is the class, and the images of val would be among those of train."""
+    members = {f"{part}/{c}/{part}{c}.{end}": picture(1) if end == "png" else c.encode()
+               for part in ("train", "Val") for c in "01" for end in ("png", "cls")}  # fmt: skip
+    (tmp_path / "all.tar").write_bytes(tar(members))
+    source = {"kind": "tar", "url": str(tmp_path), "label": label}
+    with pytest.raises(UserError, match=r"Val, train in the tars of .* are parts of a set: write a tar with"):
+        open_source(data(source))
+    (tmp_path / "all.tar").write_bytes(tar({name: x for name, x in members.items() if name.startswith("train")}))
+    assert list(open_source(data(source)).labels) in ([0, 1], [1, 0])
+
+
+def test_an_image_on_two_lines_of_a_csv_is_refused(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    (tmp_path / "labels.csv").write_text("path,label\n0.png,0\n1.png,0\n2.png,1\n1.png,1\n0.png,0\n")
+    with pytest.raises(UserError, match=r"labels.csv: lines [23] and [56] name the same image, of 2 such lines: leave"):
+        open_source(data({"kind": "csv", "url": f"{tmp_path}/labels.csv"}))
+
+
 def test_all_missing_files_of_a_csv_are_named_at_once_or_skipped(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
