@@ -274,10 +274,11 @@ def _heartbeat(holding: Holding) -> bytes:
 
 
 def began(pid: int) -> float | None:
-    """Return when a process began, None if there is none."""
+    """Return when a process began, None if there is none, or only a zombie: in a container often nobody reaps it."""
     try:
         if (process := Path(f"/proc/{pid}/stat")).exists():
-            return float(process.read_text().rpartition(")")[2].split()[19])
+            fields = process.read_text().rpartition(")")[2].split()
+            return None if fields[0] in "ZX" else float(fields[19])
         return float(psutil.Process(pid).create_time())
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return None

@@ -21,6 +21,26 @@ from dis_scale.storage.folder import Folder, open_folder
 from tests.support.faulty_gateway import Gateway
 
 
+def test_a_killed_holder_that_nobody_reaps_frees_the_lease_at_once(tmp_path: Path) -> None:
+    """As in a container whose first process reaps no other: it is a zombie for ever."""
+    code = "import sys; from dis_scale.storage import lease; from dis_scale.storage.folder import open_folder; "
+    code += "held = lease.hold(open_folder(sys.argv[1])); held.__enter__(); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "lease")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(Held), lease.hold(open_folder(tmp_path / "lease")):
+            pass
+        holder.kill()
+        began_s = time.monotonic()
+        while "Z" not in Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2]:
+            time.sleep(0.01)
+        with lease.hold(open_folder(tmp_path / "lease")) as held:
+            assert held.number == 2
+        assert time.monotonic() - began_s < lease.STILL_S
+
+
 def test_attempts_are_numbered_and_only_the_last_holds_the_lease(store_url: str) -> None:
     folder = open_folder(store_url) / "lease"
     with lease.hold(folder) as first:
