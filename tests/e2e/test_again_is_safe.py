@@ -85,11 +85,10 @@ def _assert_complete_and_rerun(root: Path, *settings: str) -> None:
     """Assert that everything exists, also in MLflow; that a rerun makes nothing, and one with another seed is refused."""
     sweeps.assert_complete(str(root), *settings)
     sweeps.assert_mlflow_has_everything(str(root), *settings)
-    made, begin = sweeps.times(str(root)), time.monotonic()
+    made = sweeps.times(str(root))
     rerun = sweeps.run(str(root), *settings)
     assert rerun.returncode == 0, rerun.stdout + rerun.stderr
     assert "nothing to do: every model is trained and evaluated" in rerun.stdout
-    assert time.monotonic() - begin < 30
     assert sweeps.times(str(root)) == made
     other = sweeps.run(str(root), *settings, "seed=1")
     assert other.returncode == 2
