@@ -2,7 +2,7 @@
 
 The first process that needs a declared source (its settings, including `version`) lists it. All later stages, workers and sweeps
 of that store read the same listing, part by part. A listing exists when its manifest does; the first manifest counts.
-sources.py defines the kinds of source.
+kinds.py has the kinds of source.
 """
 
 import hashlib

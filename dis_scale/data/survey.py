@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dis_scale.data import images
+from dis_scale.data.kinds import require_classes
 from dis_scale.data.listing import Entry
-from dis_scale.data.sources import Source, open_source, require_classes
+from dis_scale.data.sources import Source, open_source
 from dis_scale.process.errors import UndecodableImage, UserError, printable
 from dis_scale.process.progress import ReportDone, ReportShare, some
 from dis_scale.process.threads import batched, in_order

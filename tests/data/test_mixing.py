@@ -43,9 +43,9 @@ def folder_of(root: Folder) -> dict[str, Any]:
 
 
 def csv_of(root: Folder) -> dict[str, Any]:
-    for i in range(8):
-        root.write(f"{i}.png", png(i))
-    lines = [f"{i % 8}.png,{label}" for i, label in enumerate(LABELS)]
+    for i in range(len(LABELS)):
+        root.write(f"{i}.png", png(i % 8))
+    lines = [f"{i}.png,{label}" for i, label in enumerate(LABELS)]
     root.write("labels.csv", "\n".join(["path,label", *lines]).encode())
     return {"kind": "csv", "url": f"{root}/labels.csv"}
 
