@@ -445,11 +445,11 @@ RUNS = "Status for job 'j': RUNNING"
 @pytest.mark.parametrize(
     ("states", "code", "asked"),
     [
-        (["", "", RUNS, "Job 'j' succeeded"], 0, ["submit sweep-1", "logs sweep-1", "logs sweep-1"]),
-        (["Job 'j' failed", "", "", "Job 'j' failed"], 1, ["submit sweep-2", "logs sweep-2"]),
-        ([RUNS, RUNS, RUNS, "Job 'j' was stopped"], 0, ["logs sweep-1", "logs sweep-1"]),
-        (["Job 'j' was stopped", "Job 'j' was stopped", "Job 'j' was stopped"], 0, ["logs sweep-1"]),
-        ([RUNS, RUNS, RUNS, ""], 1, ["logs sweep-1", "logs sweep-1"]),
+        (["", "", RUNS, "Job 'j' succeeded"], 0, ["submit sweep-u-1", "logs sweep-u-1", "logs sweep-u-1"]),
+        (["Job 'j' failed", "", "", "Job 'j' failed"], 1, ["submit sweep-u-2", "logs sweep-u-2"]),
+        ([RUNS, RUNS, RUNS, "Job 'j' was stopped"], 0, ["logs sweep-u-1", "logs sweep-u-1"]),
+        (["Job 'j' was stopped", "Job 'j' was stopped", "Job 'j' was stopped"], 0, ["logs sweep-u-1"]),
+        ([RUNS, RUNS, RUNS, ""], 1, ["logs sweep-u-1", "logs sweep-u-1"]),
     ],
     ids=["the log's connection ends", "fails again", "a second pod", "a second pod after a stop", "the head is lost"],
 )
@@ -460,9 +460,9 @@ def test_the_job_beside_a_cluster_follows_its_sweep_and_begins_a_failed_one_agai
     job = {document["kind"]: document["spec"] for document in pods.documents(pods.JOBS[1])}["Job"]
     (container,) = job["template"]["spec"]["containers"]
     assert job["template"]["spec"]["restartPolicy"] == "OnFailure"
-    done, calls = submitted(tmp_path, container["command"], states)
+    done, calls = submitted(tmp_path, container["command"], states, JOB_UID="u")
     assert done == code
-    assert [f"{call[1]} {''.join(re.findall('sweep-[0-9]', ' '.join(call[:5])))}" for call in calls] == asked
+    assert [f"{call[1]} {''.join(re.findall('sweep-u-[0-9]', ' '.join(call[:5])))}" for call in calls] == asked
     for call in calls:
         if call[1] == "submit":
             assert call[call.index("--") + 1 :] == shlex.split(container["command"][-1])

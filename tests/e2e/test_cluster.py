@@ -182,23 +182,23 @@ def store_secrets() -> dict[str, str]:
 def test_a_refused_sweep_is_a_stopped_job(head: Head, store: Store) -> None:
     """KubeRay tries again what has failed; so does the Job of raycluster-4x8.yaml, which then is not complete."""
     store.sweep.save_recipe()
-    refused = submit_as_kubernetes(head, shlex.join(entry(head, store, "seed=1")))
+    refused = submit_as_kubernetes(head, shlex.join(entry(head, store, "seed=1")), "a")
     assert "seed: stored 0, given 1" in refused.stdout + refused.stderr
     assert refused.returncode == 0
     assert {job.status for job in JobSubmissionClient(head.url).list_jobs()} == {"SUCCEEDED", "STOPPED"}
-    assert submit_as_kubernetes(head, "false").returncode == 1
+    assert submit_as_kubernetes(head, "false", "a").returncode == 0, "that of the same Job was stopped"
+    assert submit_as_kubernetes(head, "false", "b").returncode == 1
 
 
-def submit_as_kubernetes(head: Head, command: str) -> subprocess.CompletedProcess[str]:
+def submit_as_kubernetes(head: Head, command: str, uid: str) -> subprocess.CompletedProcess[str]:
     """Run the Job of cluster/raycluster-4x8.yaml with another command, on the head instead of its service."""
     (job,) = [each["spec"] for each in pods.documents(pods.JOBS[1]) if each["kind"] == "Job"]
     (container,) = job["template"]["spec"]["containers"]
-    shell, flag, script = container["command"]
-    submitted, _, rest = script.partition(" -- ")
-    submitted = re.sub(
-        r"^ray job submit --address=\S+",
-        shlex.join([str(head.python), *RAY, "job", "submit", "--address", head.url]),
-        submitted,
-    )
-    script = f"{submitted} --working-dir . -- {command} 2>&1 {rest.partition(' 2>&1 ')[2]}"
-    return subprocess.run([shell, flag, script], cwd=head.job, capture_output=True, text=True, timeout=400)
+    shell, flag, script, _ = container["command"]
+    script = re.sub(r"RAY_API_SERVER_ADDRESS=\S+", f"RAY_API_SERVER_ADDRESS={head.url}", script)
+    script = script.replace("ray job", shlex.join([str(head.python), *RAY, "job"]))
+    script = script.replace(" --no-wait ", " --no-wait --working-dir . ")
+    return subprocess.run(
+        [shell, flag, script, command], cwd=head.job, env=os.environ | {"JOB_UID": uid}, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
