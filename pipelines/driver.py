@@ -1,6 +1,7 @@
 """The jobs of a sweep that is running: one stage to its end, or all trainings with the evaluation next to them."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Drained(DisScaleError):
 
 STAGES = ("prepare", "precompute", "evaluate")
 """Stages whose progress is stored: training's is in its rows."""
+MOST_KILLED = 10
+"""How often a stage's job is submitted again in a command because its process was killed."""
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -39,6 +42,8 @@ class Driver:
     sweep: Sweep
     board: Board
     jobs: list[Job] = field(default_factory=list)
+    killed: Counter[str] = field(default_factory=Counter)
+    """How often a job whose process was killed was submitted again, by its stage and model."""
     stop_requested: Event = field(default_factory=Event)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
@@ -80,22 +85,27 @@ def stopping_jobs(driver: Driver, joined: bool = False) -> Iterator[None]:
     """Stop this command's jobs if the block ends by an error; with `joined` also those of an earlier command that it joined."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         stopped = [job for job in driver.jobs if (job.ours or joined) and not driver.taken_over]
-        # Wait until the jobs have saved: their Ray may end with this process. A Ray job that is stopped has no time for it.
-        stop_jobs(stopped, wait_s=0.0 if in_ray_job() and not driver.drained else driver.sweep.recipe.grace_s + 5)
+        # Wait until the jobs have saved: their Ray may end with this process, and the next command would join jobs that stop. A Ray
+        # job that is stopped has no time for it.
+        no_time = in_ray_job() and isinstance(error, Preempted | KeyboardInterrupt)
+        stop_jobs(stopped, wait_s=0.0 if no_time else driver.sweep.recipe.grace_s + 5)
         raise
 
 
 def run_stage(driver: Driver, cluster: Cluster, name: str, *arguments: str) -> None:
     """Run one stage to its end; DisScaleError gives the reason if it failed."""
-    job = _submit(driver, cluster, name, *arguments)
-    while not job.ended():
+    while True:
+        job = _submit(driver, cluster, name, *arguments)
+        while not job.ended():
+            _poll(driver, job, name)
+            time.sleep(driver.poll_every_s)
         _poll(driver, job, name)
-        time.sleep(driver.poll_every_s)
-    _poll(driver, job, name)
-    if job.status != "SUCCEEDED":
-        raise job.error(f"{name} failed: {job.reason()}")
+        if job.status == "SUCCEEDED":
+            return
+        if not _goes_on_again(driver, job, name):
+            raise job.error(f"{name} failed: {job.reason()}")
 
 
 def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
@@ -120,6 +130,9 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
                 del training[model]
                 asked_s = float("-inf")  # a branch may begin now
                 if job.status != "SUCCEEDED":
+                    if _goes_on_again(driver, job, f"train {model}"):
+                        training[model] = _submit(driver, cluster, "train", model)
+                        continue
                     why = _failure(driver, job, model)
                     if state.trained(sweep, model):
                         driver.board.say(f"{model} is trained anyway: its last count is published")
@@ -207,6 +220,15 @@ def _failure(driver: Driver, job: Job, name: str) -> str:
     return why
 
 
+def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
+    """Whether another job follows one that did not end well: after an accident of its process, a limited number of times."""
+    if not job.killed or driver.killed[name] == MOST_KILLED:
+        return False
+    driver.killed[name] += 1
+    driver.board.say(f"{name}: its process was killed, and another job continues: {job.reason()}")
+    return True
+
+
 def how_to_continue(sweep: Sweep) -> str:
     return f"to continue: dis-scale resume {sweep}"
 
@@ -224,19 +246,21 @@ def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Jo
 
 def _poll(driver: Driver, job: Job, name: str) -> None:
     """Show what the job logged since the last poll; raise Preempted if this process was asked to stop."""
-    go_on(driver)
+    progress = None
     for raw in job.lines():
+        go_on(driver)  # a job that was joined has written for days
         line = lines.parse(raw)
         if line and line.kind == "progress":
             progress = {part: line.facts[part] for part in ("done", "total", "unit")}
             driver.board.update(name, **progress)
-            if name in STAGES:
-                with suppress(DisScaleError):  # only people read it
-                    StageProgress(stage=name, at=time.time(), **progress).write(driver.sweep.folder)
         elif line and driver.as_json:
             lines.write(raw)
         elif line and line.kind == "message":
             driver.board.say(f"  {line.text}")
+    go_on(driver)
+    if progress and name in STAGES:
+        with suppress(DisScaleError):  # only people read it
+            StageProgress(stage=name, at=time.time(), **progress).write(driver.sweep.folder)
 
 
 def go_on(driver: Driver) -> None:

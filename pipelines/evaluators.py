@@ -39,9 +39,16 @@ class Evaluator(Worker):
     def __init__(self, sweep: Sweep, device: str, shared_gpu: int | None = None) -> None:
         super().__init__()
         self._checked = False
+        self._broken: RuntimeError | None = None
         os.nice(NICE)
         if shared_gpu is not None:
             devices.hide_others(shared_gpu)
+        try:
+            self._open(sweep, device, shared_gpu is not None)
+        except RuntimeError as error:  # of the device; a process that died of it would tell nobody
+            self._broken = error
+
+    def _open(self, sweep: Sweep, device: str, shares: bool) -> None:
         import torch
 
         from dis_scale import vae
@@ -51,7 +58,7 @@ class Evaluator(Worker):
         compute_exactly()
         self._sampling = threading.Lock()
         where = devices.torch_device(device)
-        if shared_gpu is not None:
+        if shares:
             torch.cuda.set_per_process_memory_fraction(sweep.recipe.evaluate.gpu_share, 0)
         decoder = vae.for_samples(sweep, vae.load(sweep))
         state.require_sweep_vae(sweep, decoder.identity)
@@ -63,6 +70,8 @@ class Evaluator(Worker):
         """One call at a time, on a device that was checked; BrokenDevice if it fails."""
         from dis_scale.data.encode import compute_exactly
 
+        if self._broken:
+            raise self._broken
         with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
             compute_exactly()  # the number of threads is set per thread
             if not self._checked:
@@ -204,7 +213,13 @@ class RayEvaluators:
         """
         placed = {number: worker for number, worker in self._workers.items() if ray_private.has_process(worker)}
         calls = [worker.passes.remote(sampled, settings) for worker in placed.values()]
-        passed = watch(self.job, [*placed.values()], calls, policy=SILENT)
+        try:
+            passed = watch(self.job, [*placed.values()], calls, policy=SILENT)
+        except WorkerFailure as failure:
+            self.end()
+            if isinstance(failure, DeviceFailure):
+                self._record([*placed.values()][failure.worker], sampled.model, str(failure))
+            return failure
         if not any(passed):
             return error
         words = f"this device fails where those of {sum(passed)} other evaluators do not: {error}"
@@ -239,3 +254,4 @@ class RayEvaluators:
         """Give back the GPUs now: a handle that is kept somewhere would keep them."""
         for worker in self._workers.values():
             ray.kill(worker)
+        self._workers = {}

@@ -124,6 +124,13 @@ class Job:
         errors = [line.text for line in map(lines.parse, self._tail) if line and line.kind == "error"]
         return errors[-1] if errors else ((self._info and self._info.message) or "no message").strip()
 
+    @property
+    def killed(self) -> bool:
+        """Whether it failed without a word of its own: its process was killed, or the one that Ray watches it by was lost."""
+        code = self._info.driver_exit_code if self._info else None
+        spoke = any(line and line.kind == "error" for line in map(lines.parse, self._tail))
+        return self.status == JobStatus.FAILED and (code is None or not 0 < code < 128) and not spoke
+
     def error(self, words: str) -> DisScaleError:
         """Return the error of a job that ended: a mistake, a stop, a refusal and storage that is away keep their exit codes."""
         code = self._info and self._info.driver_exit_code

@@ -68,8 +68,8 @@ class Places:
 
         These are all on nodes where no training worker fits, and on the others what is left by the largest world size.
         """
-        training = [node.resources for node in self.nodes if self._trains(node)]
-        totals: Resources = dict(sum(map(Counter, self._resources), Counter[str]()))
+        training = [node.resources for node in self._left if self._trains(node)]
+        totals: Resources = dict(sum((Counter(node.resources) for node in self._left), Counter[str]()))
         at_once = min(len(self.recipe.models), models_at_once(self.recipe, totals))
         used = min(at_once * self.recipe.train.most_workers, capacity(self._training_bundle, training))
         left = int(sum(node["GPU"] for node in training)) - used
@@ -85,13 +85,13 @@ class Places:
 
     def evaluates(self, device: str) -> bool:
         """Whether an evaluator fits on one of the nodes that are not avoided."""
-        left = [node.resources for node in self.nodes if node.id not in self.avoided]
+        left = [node.resources for node in self._left]
         gpus = device == "cuda" and self.recipe.evaluate.gpu_share is not None and any(node.get("GPU") for node in left)
         return gpus or capacity(self.request("evaluate", device, 0).amounts or {"CPU": 1.0}, left) > 0
 
     def most_evaluators(self) -> int:
-        """Return how many evaluators with a GPU of their own all nodes hold when they are idle."""
-        return self.evaluators_on(self._resources)
+        """Return how many evaluators with a GPU of their own the nodes hold when they are idle."""
+        return self.evaluators_on([node.resources for node in self._left])
 
     def evaluators(self, device: str, gpus: int) -> list[tuple[int | None, Request]]:
         """Return (number of the GPU that it shares, if any, on its node; request) of each evaluator.
@@ -123,9 +123,13 @@ class Places:
 
         From the last device on, since training's first rank has most to do.
         """
-        left = [node for node in self.nodes if node.id not in self.avoided]
-        devices = [(-index, node.id) for node in left for index in range(int(node.resources.get("GPU", 0)))]
+        devices = [(-index, node.id) for node in self._left for index in range(int(node.resources.get("GPU", 0)))]
         return [(-index, _on_node(node)) for index, node in islice(cycle(sorted(devices)), count)]
+
+    @property
+    def _left(self) -> list[Node]:
+        """The nodes that are not avoided."""
+        return [node for node in self.nodes if node.id not in self.avoided]
 
     @property
     def _resources(self) -> list[Resources]:
@@ -143,7 +147,7 @@ class Places:
     @property
     def _apart(self) -> list[Resources]:
         """Resources of the nodes where training never runs."""
-        return [node.resources for node in self.nodes if not self._trains(node)]
+        return [node.resources for node in self._left if not self._trains(node)]
 
 
 def _on_node(node: str) -> Request:
@@ -153,5 +157,8 @@ def _on_node(node: str) -> Request:
 
 def own_gpus(sweep: Sweep, places: Places) -> int:
     """Return how many evaluators may hold a GPU now: all GPUs are free when training is over, before that what it never uses."""
+    bad = state.excluded_nodes(sweep)
+    without = places.without([node.id for node in places.nodes if node.name in bad])
+    places = without if without.evaluates("cuda") else places
     free = places.most_evaluators() if state.training_over(sweep) else places.spare_gpus()
     return min(sweep.recipe.evaluate.workers, free)

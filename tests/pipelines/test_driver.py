@@ -13,7 +13,7 @@ from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import StageProgress
 from pipelines.cluster import Cluster
-from pipelines.driver import Drained, Driver, Failures, go_on, run_stage, stopping_jobs, train_and_evaluate
+from pipelines.driver import MOST_KILLED, Drained, Driver, Failures, go_on, run_stage, stopping_jobs, train_and_evaluate
 from pipelines.lines import Log
 from pipelines.sweep import seen_alive
 from tests.conftest import TINY
@@ -29,6 +29,7 @@ class FakeJob:
     failure: DisScaleError = field(default_factory=lambda: DisScaleError("no failure"))
     id: str = "job"
     ours: bool = True
+    killed: bool = False
 
     @property
     def status(self) -> JobStatus:
@@ -91,6 +92,21 @@ def test_the_progress_of_a_stage_is_stored(driver: Driver) -> None:
 
 
 SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])
+
+
+def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver: Driver) -> None:
+    """Ray's head may run out of memory: nothing of the stage is to blame."""
+    every = [FakeJob([JobStatus.FAILED], DisScaleError("exit code -9"), killed=True) for _ in range(MOST_KILLED)]
+    jobs = iter([*every, SUCCEEDED])
+    driver.poll_every_s, driver.submit = 0.0, lambda *_: next(jobs)  # type: ignore[assignment,return-value]
+    run_stage(driver, cluster("here"), "precompute")
+    assert logged(driver).count("precompute: its process was killed, and another job continues: exit code -9") == 10
+    with pytest.raises(DisScaleError, match="precompute failed: exit code -9"):
+        jobs = iter(every)
+        run_stage(driver, cluster("here"), "precompute")
+    put_published(driver.sweep.run("evaluate").published_at(320))
+    jobs = iter([SUCCEEDED, every[0], SUCCEEDED])
+    assert train_and_evaluate(driver, cluster("here")) == Failures()
 
 
 LOST, DAMAGED = "a worker was lost", "the VAE is damaged"
