@@ -169,6 +169,9 @@ class _Evaluation:
 
     def _goes_on_after(self, job: Job) -> bool:
         """Note why a job failed; return whether another is submitted: not after a mistake."""
+        if _goes_on_again(self._driver, job, "evaluate"):
+            self._job = None
+            return True
         self._failures.evaluation = _failure(self._driver, job, "evaluate")
         self._driver.gauge("evaluation_failed", 1)
         if self._last or isinstance(job.error(""), UserError):
