@@ -130,7 +130,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
                 del training[model]
                 asked_s = float("-inf")  # a branch may begin now
                 if job.status != "SUCCEEDED":
-                    if _goes_on_again(driver, job, f"train {model}"):
+                    if not state.trained(sweep, model) and _goes_on_again(driver, job, f"train {model}"):
                         training[model] = _submit(driver, cluster, "train", model)
                         continue
                     why = _failure(driver, job, model)
@@ -224,11 +224,14 @@ def _failure(driver: Driver, job: Job, name: str) -> str:
 
 
 def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
-    """Whether another job follows one that did not end well: after an accident of its process, a limited number of times."""
-    if not job.killed or driver.killed[name] == MOST_KILLED:
+    """Whether another job follows one that did not end well, a limited number of times: after an accident of its process, or if it
+    was stopped for an earlier command."""
+    stopped = job.status == "STOPPED" and not job.ours
+    if not (job.killed or stopped) or driver.killed[name] == MOST_KILLED:
         return False
     driver.killed[name] += 1
-    driver.board.say(f"{name}: its process was killed, and another job continues: {job.reason()}")
+    what = "it was stopped for an earlier command" if stopped else f"its process was killed ({job.reason()[:200]})"
+    driver.board.say(f"{name}: {what}, and another job continues")
     return True
 
 

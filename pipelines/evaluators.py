@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from dis_scale.evaluation.run import Spent, block_name
-from dis_scale.process.errors import WrongKernel
+from dis_scale.process.errors import BrokenDevice, UserError, WrongKernel
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.training import devices
@@ -75,7 +75,10 @@ class Evaluator(Worker):
         with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
             compute_exactly()  # the number of threads is set per thread
             if not self._checked:
-                devices.check_device(self.sampler.device)
+                try:
+                    devices.check_device(self.sampler.device)
+                except UserError as error:  # of this node, not of a checkpoint
+                    raise BrokenDevice(str(error)) from error
                 self._checked = True
             yield
 
@@ -83,6 +86,7 @@ class Evaluator(Worker):
         """Whether the kernels of a model agree with their definition on this device."""
         with self._working():
             try:
+                self.sampler.guide(settings)
                 self.sampler.model(sampled.model, sampled.images_seen, settings)
             except WrongKernel:
                 return False
@@ -243,6 +247,8 @@ class RayEvaluators:
             if isinstance(failure, DeviceFailure):
                 self._record(worker, sampled.model, str(failure))
             raise
+        except WrongKernel as error:
+            raise self._blame(error, sampled, self.job.recipe.evaluate) from error
         return values
 
     def move(self) -> bool:

@@ -36,6 +36,8 @@ from pipelines.silence import Silence, Unanswered
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
+LOST = "JOB_SUPERVISOR_ACTOR_DIED"
+"""Ray's name for the accident of a job whose process it watches no more."""
 STOP_WAIT_S = 30.0
 ASK_AGAIN_S = 0.3
 AGENT_S = 10.0
@@ -127,9 +129,12 @@ class Job:
     @property
     def killed(self) -> bool:
         """Whether it failed without a word of its own: its process was killed, or the one that Ray watches it by was lost."""
-        code = self._info.driver_exit_code if self._info else None
-        spoke = any(line and line.kind == "error" for line in map(lines.parse, self._tail))
-        return self.status == JobStatus.FAILED and (code is None or not 0 < code < 128) and not spoke
+        if self.status != JobStatus.FAILED or any(
+            line and line.kind == "error" for line in map(lines.parse, self._tail)
+        ):
+            return False
+        code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type == LOST
+        return bool(lost) or (code is not None and not 0 <= code < 128)
 
     def error(self, words: str) -> DisScaleError:
         """Return the error of a job that ended: a mistake, a stop, a refusal and storage that is away keep their exit codes."""

@@ -246,7 +246,8 @@ class TrainingRun:
                 """Time to save before the attempt moves; None while it stays."""
                 if (drained_s := self._drained_in_s(used, moves)) is not None:
                     return drained_s
-                if not moves and time.monotonic() > grow_at_s and self._can_grow(len(ranks.workers), avoided):
+                stays = moves or self.job.stop_requested() or time.monotonic() < grow_at_s
+                if not stays and self._can_grow(len(ranks.workers), avoided):
                     moves.add("to grow")
                 return math.inf if moves else None
 

@@ -167,16 +167,17 @@ def test_a_worker_that_hangs_is_killed_and_the_others_go_on(job: StageJob, tmp_p
 
 def test_a_drained_node_shortens_the_time_of_workers_that_stop_to_grow(job: StageJob) -> None:
     """The notice of a node counts down, and is not sent again for that; a second node's is, if it goes earlier."""
-    early, began_s = iter([None, math.inf, math.inf]), time.monotonic()
+    early = iter([None, math.inf, math.inf, *[60.0 - 0.2 * poll for poll in range(10)]])
 
     def left_s() -> float | None:
-        return next(early, 60.0 - (time.monotonic() - began_s) - 30.0 * (time.monotonic() - began_s > 3.0))
+        return next(early, 27.0)
 
     worker = spawn(job, Stopped, request_for("prepare", "cpu", 1))
     policy = Watch(stop_early=left_s, poll_every_s=0.2, answer_s=2.0)
     (requests,) = watch(job, [worker], [worker.wait_for.remote(3)], policy=policy)
-    assert requests[0] == math.inf
-    assert requests[1:] == [pytest.approx(60, abs=5), pytest.approx(27, abs=5)]
+    first, *later = sorted(requests, reverse=True)  # a worker that starts takes them in any order
+    assert first == math.inf
+    assert later == [pytest.approx(60, abs=5), pytest.approx(27, abs=5)]
 
 
 def test_a_lost_worker_is_reported_though_another_has_no_capacity(job: StageJob, tmp_path: Path) -> None:

@@ -100,12 +100,13 @@ def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver:
     jobs = iter([*every, SUCCEEDED])
     driver.poll_every_s, driver.submit = 0.0, lambda *_: next(jobs)  # type: ignore[assignment,return-value]
     run_stage(driver, cluster("here"), "precompute")
-    assert logged(driver).count("precompute: its process was killed, and another job continues: exit code -9") == 10
+    assert logged(driver).count("precompute: its process was killed (exit code -9), and another job continues") == 10
     with pytest.raises(DisScaleError, match="precompute failed: exit code -9"):
         jobs = iter(every)
         run_stage(driver, cluster("here"), "precompute")
     put_published(driver.sweep.run("evaluate").published_at(320))
-    jobs = iter([SUCCEEDED, every[0], SUCCEEDED])
+    joined = FakeJob([JobStatus.STOPPED], Preempted("it was stopped"), ours=False)
+    jobs = iter([SUCCEEDED, every[0], joined, SUCCEEDED])
     assert train_and_evaluate(driver, cluster("here")) == Failures()
 
 

@@ -212,3 +212,15 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
     for root in ("real", "real/", "./real//", f"{tmp_path}/link", "link/", f"file://{tmp_path}/link"):
         assert len(jobs.stop_all(Sweep.below(open_folder(root), tiny), "http://127.0.0.1:1", Client)) == 1
     assert len(asked) == 7
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "killed"),
+    [(-9, None, True), (137, None, True), (1, None, False), (None, "JOB_SUPERVISOR_ACTOR_DIED", True),
+     (None, "RUNTIME_ENV_SETUP_FAILURE", False)],
+)  # fmt: skip
+def test_a_job_that_was_killed_is_told_from_one_that_failed(code: int | None, kind: str | None, killed: bool) -> None:
+    info = JobDetails(
+        type="SUBMISSION", submission_id="j", status="FAILED", entrypoint="", driver_exit_code=code, error_type=kind
+    )
+    assert Job(Any, "j", ours=True, _info=info).killed is killed  # type: ignore[arg-type]
