@@ -88,7 +88,7 @@ def stopping_jobs(driver: Driver, joined: bool = False) -> Iterator[None]:
     except BaseException as error:
         stopped = [job for job in driver.jobs if (job.ours or joined) and not driver.taken_over]
         # Wait until the jobs have saved: their Ray may end with this process, and the next command would join jobs that stop. A Ray
-        # job that is stopped has no time for it.
+        # job that Ray stops has no time for it, a minute at most.
         no_time = in_ray_job() and isinstance(error, Preempted | KeyboardInterrupt)
         stop_jobs(stopped, wait_s=0.0 if no_time else driver.sweep.recipe.grace_s + 5)
         raise

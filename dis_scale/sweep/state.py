@@ -30,7 +30,7 @@ from dis_scale.sweep.extractors import part_count, reference_file, reference_par
 AT_ONCE = 32
 """Requests to storage at a time: a sweep may have a thousand checkpoints."""
 MOST_NODE_FAILURES = 2
-"""Failures of a node's devices in one sweep after which its training avoids the node."""
+"""Failures of a node's devices in one sweep after which its training and evaluation avoid the node."""
 T = TypeVar("T")
 
 
@@ -258,12 +258,12 @@ def node_failures(sweep: Sweep) -> Counter[str]:
 
 
 def excluded_nodes(sweep: Sweep) -> list[str]:
-    """Return the names of the nodes that had so many failures that training avoids them, whether they are alive or not."""
+    """Return the names of the nodes that had so many failures that they are avoided, whether they are alive or not."""
     return sorted(name for name, failures in node_failures(sweep).items() if failures >= MOST_NODE_FAILURES)
 
 
 def forgive_node(sweep: Sweep, node: str) -> int:
-    """Delete the failures of a node's devices, so that training uses it again; return how many. UserError if it has none."""
+    """Delete the failures of a node's devices, so that the node is used again; return how many. UserError if it has none."""
     every = node_failures(sweep)
     if node not in every:
         known = f"expected one of: {', '.join(sorted(every))}" if every else "no node has any"
