@@ -22,7 +22,7 @@ import numpy as np
 from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.process.errors import Damaged, StorageError, UserError, printable
 from dis_scale.process.progress import ReportDone
-from dis_scale.process.threads import batched
+from dis_scale.process.threads import batched, in_order
 from dis_scale.storage import npy
 from dis_scale.storage.document import FORMAT
 from dis_scale.storage.folder import Folder
@@ -36,6 +36,7 @@ PART_BYTES = 2**30
 MOST_REASONS = 20
 """Kinds of files that are distinguished among what is left out."""
 REPORT_EVERY = 1000
+FILES_AT_ONCE = 8
 LISTINGS = "listings"
 """Folder of all listings below a storage root."""
 T = TypeVar("T")
@@ -84,6 +85,22 @@ class Contents(NamedTuple):
 
 class Numeral(str):
     """A class in digits: a number. It is kept as written, so that `01` and `1` are not one class by mistake."""
+
+
+def of_files(
+    root: Folder, names: Sequence[str], entries: Callable[[str], Iterator[T]], large_bytes: int
+) -> Iterator[T]:
+    """Yield the entries of files in the order of `names`.
+
+    The first is read alone, for whoever looks for one image only; then several at once, and those over `large_bytes` are streamed.
+    """
+
+    def of_file(name: str) -> Iterable[T]:
+        return entries(name) if root.size(name) > large_bytes else list(entries(name))
+
+    yield from entries(names[0])
+    for each in in_order(names[1:], of_file, FILES_AT_ONCE):
+        yield from each
 
 
 def number_or_name(text: str) -> str:

@@ -6,22 +6,19 @@ the schema's `huggingface` metadata, if any.
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from dis_scale.data.listing import Contents, Entry, number_or_name
+from dis_scale.data.listing import Contents, Entry, number_or_name, of_files
 from dis_scale.process.errors import StorageError, UserError, nearest, printable
 from dis_scale.process.progress import some
-from dis_scale.process.threads import in_order
 from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
 
-FILES_AT_ONCE = 8
 LARGE_BYTES = 2**30
 """A larger file is listed on its own: Hugging Face's have half of that, and this one may have a million rows."""
 GROUP_BYTES = 8 * 2**30
@@ -35,13 +32,8 @@ def find(root: Folder, names: list[str], settings: ParquetSource, labelled: bool
     """
     with _opened(root, names[0]) as first:
         classes = _class_names(first, settings) if labelled else None
-
-    def index(name: str) -> Iterable[Entry]:
-        entries = _entries(root, name, settings, labelled, classes)
-        return entries if root.size(name) > LARGE_BYTES else list(entries)
-
-    rest = (entry for file in in_order(names[1:], index, FILES_AT_ONCE) for entry in file)
-    return Contents(chain(_entries(root, names[0], settings, labelled, classes), rest), classes)
+    entries = of_files(root, names, lambda name: _entries(root, name, settings, labelled, classes), LARGE_BYTES)
+    return Contents(entries, classes)
 
 
 class ParquetReader:

@@ -10,20 +10,17 @@ import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
-from itertools import chain
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending, hidden
-from dis_scale.data.listing import Contents, Entry, LeftOut, number_or_name
+from dis_scale.data.listing import Contents, Entry, LeftOut, number_or_name, of_files
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
-from dis_scale.process.threads import in_order
 from dis_scale.recipe import TarSource
 from dis_scale.storage.folder import Folder
 
-TARS_AT_ONCE = 8
 LARGE_BYTES = 8 * 2**30
 """A larger tar is indexed on its own."""
 SPAN_BYTES = 8 * 2**20
@@ -92,16 +89,8 @@ def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = T
 
     Several tars are indexed at once. The members of a large tar are streamed instead, since it may hold ten million.
     """
-
-    def index(name: str) -> Iterable[Entry | LeftOut]:
-        entries = _entries(root, name, settings, labelled)
-        return entries if root.size(name) > LARGE_BYTES else list(entries)
-
-    first = _entries(
-        root, names[0], settings, labelled
-    )  # whoever looks for one image only reads no more than the first tar
-    rest = (entry for tar in in_order(names[1:], index, TARS_AT_ONCE) for entry in tar)
-    return Contents(_of_one_part(chain(first, rest), root))
+    entries = of_files(root, names, lambda name: _entries(root, name, settings, labelled), LARGE_BYTES)
+    return Contents(_of_one_part(entries, root))
 
 
 def _of_one_part(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[Entry | LeftOut]:
