@@ -29,8 +29,8 @@ class Drained(DisScaleError):
 
 STAGES = ("prepare", "precompute", "evaluate")
 """Stages whose progress is stored: training's is in its rows."""
-MOST_KILLED = 10
-"""How often a stage's job is submitted again in a command because its process was killed."""
+MOST_FOLLOWED = 10
+"""How often in a command another job follows one of a stage that was killed, or stopped for an earlier command."""
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -42,8 +42,8 @@ class Driver:
     sweep: Sweep
     board: Board
     jobs: list[Job] = field(default_factory=list)
-    killed: Counter[str] = field(default_factory=Counter)
-    """How often a job whose process was killed was submitted again, by its stage and model."""
+    followed: Counter[str] = field(default_factory=Counter)
+    """How often another job followed one that was killed or stopped, by its stage and model."""
     stop_requested: Event = field(default_factory=Event)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
@@ -227,9 +227,9 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
     """Whether another job follows one that did not end well, a limited number of times: after an accident of its process, or if it
     was stopped for an earlier command."""
     stopped = job.status == "STOPPED" and not job.ours
-    if not (job.killed or stopped) or driver.killed[name] == MOST_KILLED:
+    if not (job.killed or stopped) or driver.followed[name] == MOST_FOLLOWED:
         return False
-    driver.killed[name] += 1
+    driver.followed[name] += 1
     what = "it was stopped for an earlier command" if stopped else f"its process was killed ({job.reason()[:200]})"
     driver.board.say(f"{name}: {what}, and another job continues")
     return True

@@ -6,7 +6,7 @@ They reserve no CPU and run at low priority: on a small machine a reserved CPU w
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -204,9 +204,8 @@ class RayEvaluators:
             self._workers = before  # the checkpoint, or an image, is to blame
             raise
         self._workers = {number: worker for number, worker in before.items() if worker in living}
-        if isinstance(failure, DeviceFailure):
-            self._record(workers[failure.worker], model, str(failure))
         if failure:
+            self._note(failure, workers, model)
             raise failure
         return spent
 
@@ -221,8 +220,7 @@ class RayEvaluators:
             passed = watch(self.job, [*placed.values()], calls, policy=SILENT)
         except WorkerFailure as failure:
             self.end()
-            if isinstance(failure, DeviceFailure):
-                self._record([*placed.values()][failure.worker], sampled.model, str(failure))
+            self._note(failure, [*placed.values()], sampled.model)
             return failure
         if not any(passed):
             return error
@@ -232,6 +230,11 @@ class RayEvaluators:
                 self._record(worker, sampled.model, words)
                 ray.kill(self._workers.pop(number))
         return WorkerFailure(words)
+
+    def _note(self, failure: WorkerFailure, workers: Sequence[Any], model: str) -> None:
+        """Count the failure of a device, if it is one, against the node of its worker."""
+        if isinstance(failure, DeviceFailure):
+            self._record(workers[failure.worker], model, str(failure))
 
     def _record(self, worker: Any, model: str, why: str) -> None:
         """Count a failure of an evaluator's device against its node."""
@@ -244,8 +247,7 @@ class RayEvaluators:
             (values,) = watch(self.job, [worker], [worker.held_out.remote(sampled)], policy=SILENT)
         except WorkerFailure as failure:
             del self._workers[number]
-            if isinstance(failure, DeviceFailure):
-                self._record(worker, sampled.model, str(failure))
+            self._note(failure, [worker], sampled.model)
             raise
         except WrongKernel as error:
             raise self._blame(error, sampled, self.job.recipe.evaluate) from error

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
-from dis_scale.sweep import state
+from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
 from pipelines import ray_private
 from pipelines.ray_private import Resources
@@ -131,10 +131,15 @@ def record_failure(job: StageJob, model: str, name: str, why: str) -> None:
         job.say(f"{model}: node {name} is excluded after {failures} failures: drain it, or repair it", level="warning")
 
 
+def failed(sweep: Sweep, nodes: Sequence[Node]) -> dict[str, str]:
+    """Return the names of the nodes that had too many failures of their devices, by id."""
+    names = state.excluded_nodes(sweep)
+    return {node.id: node.name for node in nodes if node.name in names}
+
+
 def excluded(job: StageJob, nodes: Sequence[Node], enough: Callable[[Collection[str]], bool]) -> list[str]:
     """Return the ids of the nodes to avoid; none, with a line, unless the other nodes are `enough` without them."""
-    names = state.excluded_nodes(job.sweep)
-    bad = {node.id: node.name for node in nodes if node.name in names}
+    bad = failed(job.sweep, nodes)
     if bad and not enough(bad.keys()):
         job.emit("exclusion_ignored", nodes=sorted(bad.values()))
         job.say(f"the other nodes have no capacity: excluded nodes are used again: {', '.join(sorted(bad.values()))}")

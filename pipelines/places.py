@@ -157,8 +157,7 @@ def _on_node(node: str) -> Request:
 
 def own_gpus(sweep: Sweep, places: Places) -> int:
     """Return how many evaluators may hold a GPU now: all GPUs are free when training is over, before that what it never uses."""
-    bad = state.excluded_nodes(sweep)
-    without = places.without([node.id for node in places.nodes if node.name in bad])
+    without = places.without(nodes.failed(sweep, places.nodes).keys())
     places = without if without.evaluates("cuda") else places
     free = places.most_evaluators() if state.training_over(sweep) else places.spare_gpus()
     return min(sweep.recipe.evaluate.workers, free)

@@ -240,16 +240,16 @@ class TrainingRun:
             shared = Places.now(self.job.recipe).shared if self.device == "cuda" else 0.0
             arguments = (sweep, self.model, held, self.device, start, shared, self.more_passes)
             results = [worker.train.remote(*arguments) for worker in ranks.workers]
-            moves: set[str] = set()  # the reasons that were logged: nodes that are being drained, and to grow
+            drained, grows = set[str](), False
 
             def left_s() -> float | None:
                 """Time to save before the attempt moves; None while it stays."""
-                if (drained_s := self._drained_in_s(used, moves)) is not None:
+                nonlocal grows
+                if (drained_s := self._drained_in_s(used, drained)) is not None:
                     return drained_s
-                stays = moves or self.job.stop_requested() or time.monotonic() < grow_at_s
-                if not stays and self._can_grow(len(ranks.workers), avoided):
-                    moves.add("to grow")
-                return math.inf if moves else None
+                stays = grows or drained or self.job.stop_requested() or time.monotonic() < grow_at_s
+                grows = grows or (not stays and self._can_grow(len(ranks.workers), avoided))
+                return math.inf if grows or drained else None
 
             policy = replace(training_watch(self.settings), stop_early=left_s)
             return min(watch(self.job, ranks.workers, results, self._report, policy))

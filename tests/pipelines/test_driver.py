@@ -13,7 +13,16 @@ from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import StageProgress
 from pipelines.cluster import Cluster
-from pipelines.driver import MOST_KILLED, Drained, Driver, Failures, go_on, run_stage, stopping_jobs, train_and_evaluate
+from pipelines.driver import (
+    MOST_FOLLOWED,
+    Drained,
+    Driver,
+    Failures,
+    go_on,
+    run_stage,
+    stopping_jobs,
+    train_and_evaluate,
+)
 from pipelines.lines import Log
 from pipelines.sweep import seen_alive
 from tests.conftest import TINY
@@ -96,7 +105,7 @@ SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])
 
 def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver: Driver) -> None:
     """Ray's head may run out of memory: nothing of the stage is to blame."""
-    every = [FakeJob([JobStatus.FAILED], DisScaleError("exit code -9"), killed=True) for _ in range(MOST_KILLED)]
+    every = [FakeJob([JobStatus.FAILED], DisScaleError("exit code -9"), killed=True) for _ in range(MOST_FOLLOWED)]
     jobs = iter([*every, SUCCEEDED])
     driver.poll_every_s, driver.submit = 0.0, lambda *_: next(jobs)  # type: ignore[assignment,return-value]
     run_stage(driver, cluster("here"), "precompute")
