@@ -83,6 +83,11 @@ class Places:
         """Return the places for evaluators that avoid some of these nodes, by their ids."""
         return replace(self, avoided=avoided)
 
+    def avoiding_failed(self, sweep: Sweep, device: str) -> "Places":
+        """Return the places for evaluators that avoid the nodes whose devices failed; all, if the others hold no evaluator."""
+        without = self.without(nodes.failed(sweep, self.nodes).keys())
+        return without if without.evaluates(device) else self
+
     def evaluates(self, device: str) -> bool:
         """Whether an evaluator fits on one of the nodes that are not avoided."""
         left = [node.resources for node in self._left]
@@ -115,7 +120,7 @@ class Places:
     @property
     def shared(self) -> float:
         """Fraction of a GPU's memory that evaluators may take beside training."""
-        gpus = sum(int(node.get("GPU", 0)) for node in self._resources)
+        gpus = sum(int(node.resources.get("GPU", 0)) for node in self._left)
         return self.recipe.evaluate.shared(gpus, self.spare_gpus())
 
     def _sharing(self, count: int) -> list[tuple[int, Request]]:
@@ -157,7 +162,6 @@ def _on_node(node: str) -> Request:
 
 def own_gpus(sweep: Sweep, places: Places) -> int:
     """Return how many evaluators may hold a GPU now: all GPUs are free when training is over, before that what it never uses."""
-    without = places.without(nodes.failed(sweep, places.nodes).keys())
-    places = without if without.evaluates("cuda") else places
+    places = places.avoiding_failed(sweep, "cuda")
     free = places.most_evaluators() if state.training_over(sweep) else places.spare_gpus()
     return min(sweep.recipe.evaluate.workers, free)

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ import pytest
 import ray
 
 from dis_scale.data.staging import MixedOrder
-from dis_scale.recipe import LatentShape, Precompute, Recipe
+from dis_scale.process.errors import WrongKernel
+from dis_scale.recipe import Evaluate, LatentShape, Precompute, Recipe
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sampled, state
 from dis_scale.tracking import attempt_logs
 from pipelines import stage
+from pipelines.evaluators import RayEvaluators
 from pipelines.failures import WorkerFailure
 from pipelines.logs import JobLogs
 from pipelines.precompute import mixing_request
@@ -24,7 +27,7 @@ from pipelines.sharing import SHARED, Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import Watch, watch
 from pipelines.worker import Worker, request_for, spawn
-from tests.support.stage_jobs import job_of
+from tests.support.stage_jobs import RayJob, job_of
 
 POLICY = replace(SHARED, answer_s=2.0)
 """A worker without a process delays each poll by the time for an answer."""
@@ -51,6 +54,26 @@ class Taker(Worker):
             time.sleep(0.05)
             (made / str(number)).touch()
             self.report(self._done + 1)
+
+
+class Judged(Worker):
+    """An evaluator on a device whose kernels are right, or wrong, or that is lost when it is asked."""
+
+    def __init__(self, right: bool | None) -> None:
+        super().__init__()
+        self._right = right
+
+    def passes(self, *_: object) -> bool | None:
+        if self._right is None:
+            os._exit(1)
+        return self._right
+
+    def sample(self, _: Sampled, __: Evaluate, deal: Deal) -> int:
+        for _number in iter(deal, None):
+            if not self._right:
+                raise WrongKernel("the scan is wrong")
+            time.sleep(0.05)
+        return 1
 
 
 class Stopped(Worker):
@@ -199,3 +222,43 @@ def test_all_workers_that_are_watched_keep_their_logs(tiny: Recipe, tmp_path: Pa
     job.logs.collect(workers)
     kept = attempt_logs.listed(open_folder(tmp_path / "logs"))
     assert [name.process for name in kept] == ["0000", "0001"]
+
+
+@pytest.fixture
+def judged(tiny: Recipe, tmp_path: Path) -> Callable[..., RayEvaluators]:
+    """Evaluators of a tiny sweep, each with its verdict."""
+
+    def evaluators(*right: bool | None) -> RayEvaluators:
+        job = job_of(tiny, tmp_path, RayJob)
+        workers = [spawn(job, Judged, request_for("evaluate", "cpu", 0), each) for each in right]
+        return RayEvaluators(job, "cpu", 0, lambda _: None, dict(enumerate(workers)))
+
+    return evaluators
+
+
+def test_a_kernel_that_is_wrong_on_one_device_counts_against_its_node(judged: Callable[..., RayEvaluators]) -> None:
+    """The attempt after it goes on with the evaluators whose devices passed."""
+    evaluators = judged(True, False, True)
+    sampled = Sampled(next(iter(evaluators.job.recipe.models)), 0)
+    with pytest.raises(
+        WorkerFailure, match="this device fails where those of 2 other evaluators do not: the scan is wrong"
+    ):
+        evaluators.sample(sampled, evaluators.job.recipe.evaluate, list(range(40)))
+    assert list(state.node_failures(evaluators.job.sweep).values()) == [1]
+    assert evaluators.sample(sampled, evaluators.job.recipe.evaluate, list(range(4))) == [1, 1]
+
+
+def test_a_kernel_that_is_wrong_on_all_devices_is_the_programs(judged: Callable[..., RayEvaluators]) -> None:
+    evaluators = judged(False, False)
+    with pytest.raises(WrongKernel):
+        evaluators.sample(Sampled("dis", 0), evaluators.job.recipe.evaluate, [0, 1])
+    assert state.node_failures(evaluators.job.sweep) == {}
+
+
+def test_an_evaluator_that_is_lost_while_devices_are_compared_is_an_attempt(
+    judged: Callable[..., RayEvaluators],
+) -> None:
+    evaluators = judged(False, None)
+    with pytest.raises(WorkerFailure, match="a worker was lost"):
+        evaluators.sample(Sampled("dis", 0), evaluators.job.recipe.evaluate, [0, 1])
+    assert state.node_failures(evaluators.job.sweep) == {}

@@ -111,6 +111,19 @@ def test_evaluators_avoid_a_node_whose_device_failed_as_long_as_another_holds_on
     assert Places(recipe, nodes).without("bc").evaluates("cpu")
 
 
+def test_training_plans_with_what_evaluators_take_beside_it_once_a_node_has_failed(tmp_path: Path) -> None:
+    """Those that lose their own GPUs move onto training's."""
+    nodes = listed([{"GPU": 4.0, "CPU": 8.0, "train": 4.0}, {"GPU": 2.0, "CPU": 8.0}])
+    recipe = reading.load(TINY, ["evaluate.workers=2", "evaluate.gpu_share=0.1"])
+    sweep, places = job_of(recipe, tmp_path).sweep, Places(recipe, nodes)
+    assert places.avoiding_failed(sweep, "cuda").shared == 0
+    for _ in range(state.MOST_NODE_FAILURES):
+        state.record_node_failure(sweep.run(next(iter(recipe.models))), "b", "uncorrectable ECC error")
+    places = places.avoiding_failed(sweep, "cuda")
+    assert own_gpus(sweep, places) == 0
+    assert places.shared == pytest.approx(0.1)
+
+
 OTHERS = [
     Held("taken over"),
     Preempted("stop"),
