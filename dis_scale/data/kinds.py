@@ -5,6 +5,7 @@ import io
 import itertools
 from abc import ABC, abstractmethod
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -185,11 +186,13 @@ class _Csv(_OneFileEach):
 
     def _present(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """Yield the entries; UserError at the end that counts all whose file is not there. Each folder is listed once."""
-        names = cache(lambda folder: frozenset(folder.list()))
+        hashes = cache(
+            lambda folder: array("q", sorted(map(hash, folder.list())))
+        )  # 8 bytes a name, of which there may be millions
         missing = list[str]()
         for entry in entries:
             folder, name = _place(self._root, entry.name)
-            if not folder.url.startswith(UNLISTED) and name not in names(folder):
+            if not folder.url.startswith(UNLISTED) and not _is_in(hashes(folder), hash(name)):
                 missing.append(f"{printable(entry.name)} (line {entry.location[0]})")
             yield entry
         if missing:
@@ -393,6 +396,11 @@ def _lines(file: io.TextIOWrapper, where: str) -> Iterator[str]:
 def _is_inside(path: str) -> bool:
     """Whether a CSV's path cannot leave the CSV's folder: not complete, not a URL, no `..`."""
     return not path.startswith("/") and "://" not in path and ".." not in path.split("/")
+
+
+def _is_in(ordered: Sequence[int], number: int) -> bool:
+    place = bisect_left(ordered, number)
+    return place < len(ordered) and ordered[place] == number
 
 
 def _read_anywhere(root: Folder, path: str) -> bytes:

@@ -90,18 +90,32 @@ def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = T
     Several tars are indexed at once. The members of a large tar are streamed instead, since it may hold ten million.
     """
     entries = of_files(root, names, lambda name: _entries(root, name, settings, labelled), LARGE_BYTES)
-    return Contents(_of_one_part(entries, root))
+    return Contents(_of_one_set(entries, root, by_folder=labelled and settings.label == "folder"))
 
 
-def _of_one_part(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[Entry | LeftOut]:
-    """Yield the entries; UserError at the end if their folders in the tars are of several parts of a set, such as train and val."""
+def _of_one_set(entries: Iterable[Entry | LeftOut], root: Folder, *, by_folder: bool) -> Iterator[Entry | LeftOut]:
+    """Yield the entries; UserError at the end if their folders in the tars are of several parts of a set, such as train and val.
+
+    Also if the class is the folder, and all are in one of the same name below others, as in `<class>/images/<image>`.
+    """
     parts, before = dict[str, str](), ""
+    classes, folders = set[str](), set[str]()  # at most two of each
     for entry in entries:
         folder = entry.name.rpartition("/")[0]
         if isinstance(entry, Entry) and folder != before:
-            before = folder
-            parts |= {SPLITS[word.lower()]: word for word in folder.split("/")[1:] if word.lower() in SPLITS}
+            before, (_, *path) = folder, folder.split("/")
+            parts |= {SPLITS[word.lower()]: word for word in path if word.lower() in SPLITS}
+            if len(classes) < 2:
+                classes.update(path[-1:])
+            if len(folders) < 2:
+                folders.add("/".join(path))
         yield entry
+    if by_folder and len(classes) == 1 and len(folders) > 1:
+        raise UserError(
+            f"data.source.label: an image's folder is its class, and all images are in folders named {printable(classes.pop())}, "
+            f"such as {' and '.join(map(printable, sorted(folders)))}: write the tars of {root} without these, or unpack them and "
+            "give that folder"
+        )
     if len(parts) > 1:
         raise UserError(
             f"data.source.url: {', '.join(map(printable, sorted(parts.values())))} in the tars of {root} are parts of a set: write "
