@@ -25,7 +25,7 @@ def shipped() -> Rules:
         line.split("=")[1].split()[0] for line in text.splitlines() if "STATUS_CHECK_TIMEOUT_SECONDS=" in line
     )
     (submitter,) = spec["submitterPodTemplate"]["spec"]["containers"]
-    follows = "while ray job logs --follow" in " ".join(submitter.get("command", []))
+    follows = "while state=$(ask status $job)" in " ".join(submitter.get("command", []))
     return Rules(spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"], float(timeout_s), follows)
 
 
