@@ -9,8 +9,9 @@
 # override them on sbatch's command line.
 #
 # The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
-# for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again;
-# what may have passed by then (74: storage or a node is away, or did not come) is, until the job has been queued 1,000 times for any reason.
+# for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again; what may
+# have passed by then is, until the job has been queued 1,000 times for any reason: storage or a node that is away (74), a process
+# that was killed (128 and more), Ray's head that has died.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -38,6 +39,9 @@ stop() { # whether to queue the job again
 }
 trap 'stop yes' TERM
 trap 'stop no' INT
+passes() { # whether the end with $code may have passed in the next run
+    [ "$code" = 74 ] || [ "$code" -ge 128 ] || ! timeout 60 ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
+}
 run() { # a command, whose exit code is then in $code; a signal to this script reaches it
     "$@" &
     child=$!
@@ -93,10 +97,11 @@ if [ "$code" = 0 ] && [ -z "$requested" ]; then
 elif [ -n "$requested" ]; then
     code=75
 fi
-if [ "$code" = 74 ] && [ -z "$requested" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 1000 ]; then
-    again=yes
+if [ "$code" != 75 ]; then # which is a stop: a signal has said whether it continues
+    [ -n "$requested" ] || [ "${SLURM_RESTART_COUNT:-0}" -ge 1000 ] || again=yes
+    [ "$code" != 0 ] && passes || again=no
 fi
-if { [ "$code" = 75 ] || [ "$code" = 74 ]; } && [ "$again" = yes ]; then
+if [ "$again" = yes ]; then
     echo "queued again: the sweep continues in the next run of job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # Slurm ends this run
