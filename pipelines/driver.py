@@ -1,7 +1,7 @@
 """The jobs of a sweep that is running: one stage to its end, or all trainings with the evaluation next to them."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,8 +29,8 @@ class Drained(DisScaleError):
 
 STAGES = ("prepare", "precompute", "evaluate")
 """Stages whose progress is stored: training's is in its rows."""
-MOST_FOLLOWED = 10
-"""How often in a command another job follows one of a stage that was killed, or stopped for an earlier command."""
+MOST_FOLLOWED, FOLLOWED_IN_S = 10, 24 * 3600.0
+"""How often in this time another job follows one of a stage that was killed, or stopped for an earlier command."""
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -42,8 +42,8 @@ class Driver:
     sweep: Sweep
     board: Board
     jobs: list[Job] = field(default_factory=list)
-    followed: Counter[str] = field(default_factory=Counter)
-    """How often another job followed one that was killed or stopped, by its stage and model."""
+    followed_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """When another job followed one that was killed or stopped, by its stage and model."""
     stop_requested: Event = field(default_factory=Event)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
@@ -227,9 +227,11 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
     """Whether another job follows one that did not end well, a limited number of times: after an accident of its process, or if it
     was stopped for an earlier command."""
     stopped = job.status == "STOPPED" and not job.ours
-    if not (job.killed or stopped) or driver.followed[name] == MOST_FOLLOWED:
+    now_s = time.monotonic()
+    lately = [at_s for at_s in driver.followed_s[name] if now_s - at_s < FOLLOWED_IN_S]
+    if not (job.killed or stopped) or len(lately) == MOST_FOLLOWED:
         return False
-    driver.followed[name] += 1
+    driver.followed_s[name] = [*lately, now_s]
     what = "it was stopped for an earlier command" if stopped else f"its process was killed ({job.reason()[:200]})"
     driver.board.say(f"{name}: {what}, and another job continues")
     return True
@@ -242,7 +244,11 @@ def how_to_continue(sweep: Sweep) -> str:
 def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:
     silence = Silence(driver.board.say, pause_s=driver.poll_every_s)
     submitted = partial(driver.submit, cluster, driver.sweep, stage, *arguments)
-    job: Job = silence.insist(submitted, partial(go_on, driver))
+    try:
+        job: Job = silence.insist(submitted, partial(go_on, driver))
+    except BaseException:  # Ray may have taken a job, and its answer was lost
+        driver.jobs += [Job(cluster, name, ours=True) for name in cluster.unanswered]
+        raise
     job.silence = silence
     driver.jobs.append(job)
     joined = "" if job.ours else " (running already: joined)"

@@ -31,14 +31,19 @@ from dis_scale.sweep import Sweep
 from pipelines import lines
 from pipelines.cluster import Cluster, client_of, own_job, ray_address
 from pipelines.environment import EXPANDABLE_SEGMENTS, KEEP_FREED_MEMORY, PASSIVE
-from pipelines.silence import Silence, Unanswered
+from pipelines.silence import SILENT_S, Silence, Unanswered
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
-LOST = "JOB_SUPERVISOR_ACTOR_DIED"
-"""Ray's name for the accident of a job whose process it watches no more."""
+ACCIDENTS = {
+    f"JOB_SUPERVISOR_ACTOR_{what}"
+    for what in ("DIED", "START_TIMEOUT", "START_FAILURE", "UNSCHEDULABLE", "UNKNOWN_FAILURE")
+}
+"""Ray's names for the accidents of the actor that starts a job's process and watches it."""
 STOP_WAIT_S = 30.0
+STOP_ASKED_S = 20.0
+"""Time for which Ray is asked to stop the jobs of a command that has no time to wait for their end."""
 ASK_AGAIN_S = 0.3
 AGENT_S = 10.0
 """Time that the agent of a Ray that has just started needs on a busy machine; its dashboard is there before."""
@@ -128,12 +133,12 @@ class Job:
 
     @property
     def killed(self) -> bool:
-        """Whether it failed without a word of its own: its process was killed, or the one that Ray watches it by was lost."""
+        """Whether it failed without a word of its own: its process was killed, or Ray could not start or watch it."""
         if self.status != JobStatus.FAILED or any(
             line and line.kind == "error" for line in map(lines.parse, self._tail)
         ):
             return False
-        code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type == LOST
+        code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type in ACCIDENTS
         return bool(lost) or (code is not None and not 0 <= code < 128)
 
     def error(self, words: str) -> DisScaleError:
@@ -213,7 +218,12 @@ def prefix_of(sweep: Sweep) -> str:
     return f"{where.rpartition('/')[2]}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
 
 
-def end_own_job(exit_code: int, connect: Callable[[None], Any] = client_of, wait_s: float = STOP_WAIT_S) -> None:
+def end_own_job(
+    exit_code: int,
+    connect: Callable[[None], Any] = client_of,
+    wait_s: float = STOP_WAIT_S,
+    silent_s: float = SILENT_S,
+) -> None:
     """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
 
     KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
@@ -225,7 +235,9 @@ def end_own_job(exit_code: int, connect: Callable[[None], Any] = client_of, wait
     if own is None or not (stopped or final):
         return
     ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time
-    deadline = time.monotonic() + wait_s
+    deadline = (
+        time.monotonic() + silent_s
+    )  # nothing else waits: if Ray itself stops this process, it ends it in a minute
     while True:
         with contextlib.suppress(OSError, RuntimeError):
             connect(None).stop_job(own)
@@ -236,17 +248,19 @@ def end_own_job(exit_code: int, connect: Callable[[None], Any] = client_of, wait
         time.sleep(ASK_AGAIN_S)
 
 
-def stop_jobs(jobs: list[Job], wait_s: float) -> None:
-    """Ask Ray to stop these jobs, each until it answers; wait up to `wait_s` for their end."""
-    deadline, unasked = time.monotonic() + wait_s, [job for job in jobs if not job.stop()]
+def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> None:
+    """Ask Ray to stop these jobs, each until it answers or `asked_s` and `wait_s` are over; wait up to `wait_s` for their end."""
+    began_s, unasked = time.monotonic(), [job for job in jobs if not job.stop()]
     with contextlib.suppress(Unanswered):
-        while time.monotonic() < deadline and not all(job.ended() for job in jobs):
+        while (unasked and time.monotonic() < began_s + asked_s) or (
+            time.monotonic() < began_s + wait_s and not all(job.ended() for job in jobs)
+        ):
             time.sleep(ASK_AGAIN_S)
             unasked = [job for job in unasked if not job.stop()]
 
 
 def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], Any] = client_of) -> list[str]:
-    """Ask Ray to stop every running job of the sweep, whoever submitted it; return their ids."""
+    """Ask Ray to stop every running job of the sweep, whoever submitted it; return their ids. Unanswered if an answer is lost."""
     try:
         client = connect(address)
         running = [job.submission_id for job in client.list_jobs() if job.status not in ENDED and job.submission_id]
@@ -259,6 +273,12 @@ def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], 
             "for a cluster, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
     ours = [job for job in running if job.startswith(f"{prefix_of(sweep)}-")]
+    unasked = list[str]()
     for job in ours:
-        client.stop_job(job)
+        try:
+            client.stop_job(job)
+        except (OSError, RuntimeError):
+            unasked.append(job)
+    if unasked:
+        raise Unanswered(f"Ray did not answer when it was asked to stop {', '.join(unasked)}: run the command again")
     return ours

@@ -339,7 +339,8 @@ def seen_alive(driver: Driver, drains: Callable[[], bool]) -> Iterator[None]:
 
 def _obey_request(held: lease.Lease, driver: Driver, cluster: Cluster) -> None:
     """Request the driver to stop if another process has requested it through storage (`dis-scale stop`), or has taken over."""
-    if held.stop_requested() and not driver.stop_requested.is_set():
+    if held.stop_requested() and (driver.drained or not driver.stop_requested.is_set()):
+        driver.drained = False  # it was to continue elsewhere
         if not held.held():
             last = lease.last_holding(held.folder)
             driver.taken_over = last is not None and last.holder.cluster == cluster.id  # it has joined these jobs

@@ -14,6 +14,7 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import StageProgress
 from pipelines.cluster import Cluster
 from pipelines.driver import (
+    FOLLOWED_IN_S,
     MOST_FOLLOWED,
     Drained,
     Driver,
@@ -113,6 +114,9 @@ def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver:
     with pytest.raises(DisScaleError, match="precompute failed: exit code -9"):
         jobs = iter(every)
         run_stage(driver, cluster("here"), "precompute")
+    driver.followed_s["precompute"][0] -= FOLLOWED_IN_S
+    jobs = iter([every[0], SUCCEEDED])
+    run_stage(driver, cluster("here"), "precompute")
     put_published(driver.sweep.run("evaluate").published_at(320))
     joined = FakeJob([JobStatus.STOPPED], Preempted("it was stopped"), ours=False)
     jobs = iter([SUCCEEDED, every[0], joined, SUCCEEDED])
@@ -208,7 +212,7 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
 def test_jobs_that_another_driver_of_the_same_ray_has_joined_are_not_stopped(driver: Driver, taken_over: bool) -> None:
     stopped = list[str]()
     job = FakeJob([JobStatus.SUCCEEDED])
-    job.stop = lambda: stopped.append("dit")  # type: ignore[attr-defined]
+    job.stop = lambda: not stopped.append("dit")  # type: ignore[attr-defined,func-returns-value]
     driver.jobs, driver.taken_over = [job], taken_over  # type: ignore[list-item]
     with pytest.raises(Preempted), stopping_jobs(driver):
         raise Preempted("taken over")

@@ -129,7 +129,8 @@ def test_all_given_jobs_are_stopped_also_those_of_an_earlier_command() -> None:
     assert log.stopped == ["tiny-train-1"]
 
 
-def test_a_stop_whose_answer_is_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wait_s", [0.0, 30.0], ids=["in a Ray job, which is not waited for", "on a Ray of its own"])
+def test_a_stop_whose_answer_is_lost_is_asked_for_again(wait_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise training would go on without a command, and KubeRay would start a new cluster for what a user has stopped."""
     lost, log = [3], Log([], [], JobStatus.RUNNING)
 
@@ -142,12 +143,12 @@ def test_a_stop_whose_answer_is_lost_is_asked_for_again(monkeypatch: pytest.Monk
 
     job = job_of(log)
     monkeypatch.setattr(job.cluster.client, "stop_job", stop_job)
-    jobs.stop_jobs([job], 30.0)
+    jobs.stop_jobs([job], wait_s)
     assert log.stopped == [job.id]
     lost[0] = 3
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "the-sweep"}}))
     monkeypatch.setattr(jobs, "ASK_AGAIN_S", 0.01)
-    jobs.end_own_job(75, lambda _: job.cluster.client, wait_s=0.5)
+    jobs.end_own_job(75, lambda _: job.cluster.client, wait_s=0.0)
     assert log.stopped == [job.id, "the-sweep"]
 
 
@@ -217,7 +218,7 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
 @pytest.mark.parametrize(
     ("code", "kind", "killed"),
     [(-9, None, True), (137, None, True), (1, None, False), (None, "JOB_SUPERVISOR_ACTOR_DIED", True),
-     (None, "RUNTIME_ENV_SETUP_FAILURE", False)],
+     (None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True), (None, "RUNTIME_ENV_SETUP_FAILURE", False)],
 )  # fmt: skip
 def test_a_job_that_was_killed_is_told_from_one_that_failed(code: int | None, kind: str | None, killed: bool) -> None:
     info = JobDetails(
