@@ -311,7 +311,7 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
     url = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + START_TIMEOUT_S
     while head.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(ConnectionError, RuntimeError):
+        with contextlib.suppress(OSError, RuntimeError):  # requests' errors are of OSError
             client_of(url).list_jobs()
             return head, url
         time.sleep(0.3)
