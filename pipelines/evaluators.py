@@ -19,7 +19,7 @@ from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.training import devices
 from pipelines import nodes, ray_private
-from pipelines.failures import DeviceFailure, WorkerFailure
+from pipelines.failures import DeviceFailure, WorkerFailure, describe
 from pipelines.places import Places, own_gpus
 from pipelines.ray_private import actor_id
 from pipelines.sharing import Deal, share
@@ -224,7 +224,7 @@ class RayEvaluators:
             return failure
         if not any(passed):
             return error
-        words = f"this device fails where those of {sum(passed)} other evaluators do not: {error}"
+        words = f"this device fails where those of {sum(passed)} other evaluators do not: {describe(error)}"
         for (number, worker), right in zip(placed.items(), passed, strict=True):
             if not right:
                 self._record(worker, sampled.model, words)

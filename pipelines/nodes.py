@@ -116,6 +116,12 @@ def name_of(node_id: str) -> str:
     return next((str(node["NodeName"]) for node in ray.nodes() if node["NodeID"] == node_id), node_id)
 
 
+def names_of(workers: Sequence[Any]) -> frozenset[str]:
+    """Return the names of the nodes on which these workers run, or ran last."""
+    placed = filter(ray_private.has_process, workers)
+    return frozenset(name_of(ray_private.node_of(worker)) for worker in placed)
+
+
 def record_failure(job: StageJob, model: str, name: str, why: str) -> None:
     """Store the failure of a node's device; log it, and that the node is avoided from now on."""
     try:

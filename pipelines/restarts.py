@@ -23,7 +23,10 @@ WORKED_S = 3600.0
 NEAR_STEPS = 2
 """Most steps between crashes at the same place: progress is asked for each second, and a process that dies tells no more."""
 SAME, ALWAYS = 5, 10
-"""Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any."""
+"""Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any.
+
+Before an attempt's first step much fails that passes, such as connections: there twice and three times `ALWAYS`.
+"""
 
 
 def with_restarts(
@@ -92,8 +95,7 @@ def _stored_or(before: int, stored: Callable[[], int]) -> int:
 def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     """Whether the last attempts crashed at the same place, `near` images apart at most, by the same cause, wherever they ran.
 
-    Devices that failed do not, as long as one node was in all of these attempts. Before the first step of an attempt much can fail
-    that passes, such as connections: there it takes twice `ALWAYS` crashes, on two sets of nodes.
+    Devices that failed do not, as long as one node may have been in all of these attempts.
     """
     last = failures[-1]
 
@@ -103,12 +105,11 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
         return broken and bool(each.done) == bool(last.done) and abs(each.done - last.done) <= near
 
     alike = list(takewhile(same, reversed(failures)))
-    sets = [failure.nodes for failure in alike]
+    sets = [failure.nodes for failure in alike if failure.nodes]
     if isinstance(last, DeviceFailure):
-        return last.done > 0 and len(alike) >= SAME and not frozenset.intersection(*sets)
-    if last.done == 0:
-        return len(alike) >= 2 * ALWAYS and len(set(sets)) > 1
-    return len(alike) >= ALWAYS or (len(alike) >= SAME and len(set(sets)) > 1)
+        return last.done > 0 and len(sets) >= SAME and not frozenset.intersection(*sets)
+    on_two, on_any = (2 * ALWAYS, 3 * ALWAYS) if last.done == 0 else (SAME, ALWAYS)
+    return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
 
 
 def _last_words(name: str, failures: Sequence[WorkerFailure], near: int) -> str:

@@ -99,7 +99,7 @@ def share(
     try:
         watch(job, workers, calls, report, replace(policy, on_lost=deal.end))
     except WorkerFailure as error:
-        failure = error
+        failure, job.placed = error, nodes.names_of(workers)
     except ray.exceptions.RayTaskError:
         ray.get(deal.end())
         raise

@@ -18,7 +18,7 @@ from dis_scale.recipe import Evaluate, LatentShape, Precompute, Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, state
 from dis_scale.tracking import attempt_logs
-from pipelines import stage
+from pipelines import nodes, stage
 from pipelines.evaluators import RayEvaluators
 from pipelines.failures import WorkerFailure
 from pipelines.logs import JobLogs
@@ -262,3 +262,10 @@ def test_an_evaluator_that_is_lost_while_devices_are_compared_is_an_attempt(
     with pytest.raises(WorkerFailure, match="a worker was lost"):
         evaluators.sample(Sampled("dis", 0), evaluators.job.recipe.evaluate, [0, 1])
     assert state.node_failures(evaluators.job.sweep) == {}
+
+
+def test_a_worker_that_is_lost_tells_on_which_nodes_it_was(job: StageJob, tmp_path: Path) -> None:
+    """By them a crash that follows the work to other nodes is told from a bad node."""
+    workers = takers(job, 2, "prepare")
+    assert share(job, workers, "take", (tmp_path,), [*range(20), -1], lambda _: None, POLICY).failure
+    assert list(job.placed) == [nodes.living()[0].name]
