@@ -8,7 +8,7 @@ from functools import partial
 
 import ray
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import DisScaleError, StorageAway, UserError
 from dis_scale.storage.folder import open_folder
 from pipelines import nodes
 
@@ -45,10 +45,15 @@ def _require_shared(url: str, alive: list[nodes.Node]) -> None:
         )
 
 
-def failure_on(url: str, node: str, error: Exception) -> UserError:
-    """Return the error to raise for the folder's failure on a node of this name."""
-    why = " ".join(str(getattr(error, "cause", error)).split())[:200]
-    return UserError(f"storage.root: {url} cannot be used on {node}: {why}; {CURE}")
+def failure_on(url: str, node: str, error: Exception) -> DisScaleError:
+    """Return the error to raise for the folder's failure on a node of this name: it is asked again if it was away or slow."""
+    cause = getattr(error, "cause", error)
+    words = (
+        f"storage.root: {url} cannot be used on {node}: {' '.join(str(cause).split())[:200] or type(cause).__name__}"
+    )
+    if isinstance(cause, StorageAway | ray.exceptions.GetTimeoutError):
+        return nodes.LostNode(words)
+    return UserError(f"{words}; {CURE}")
 
 
 @ray.remote(num_cpus=0, max_retries=0)

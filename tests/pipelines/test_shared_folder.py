@@ -3,7 +3,7 @@
 import pytest
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from dis_scale.process.errors import StorageAway
+from dis_scale.process.errors import StorageAway, UserError
 from pipelines import nodes
 from pipelines.nodes import LostNode, Node
 from pipelines.shared_folder import failure_on
@@ -11,17 +11,25 @@ from pipelines.shared_folder import failure_on
 REFUSED = RayTaskError("_create", "Traceback ...", PermissionError("read-only file system"), pid=1, ip="192.0.2.1")
 
 
+AWAY = RayTaskError("_list", "Traceback ...", StorageAway("stale file handle"), pid=1, ip="192.0.2.1")
+
+
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "kind", "words"),
     [
-        (REFUSED, "/nfs cannot be used on a-node: read-only file system"),
-        (GetTimeoutError("timed out"), "/nfs cannot be used on a-node: timed out"),
+        (REFUSED, UserError, "/nfs cannot be used on a-node: read-only file system; or give an object store"),
+        (AWAY, LostNode, "/nfs cannot be used on a-node: stale file handle"),
+        (GetTimeoutError("timed out"), LostNode, "/nfs cannot be used on a-node: timed out"),
     ],
-    ids=["read-only", "hangs"],
+    ids=["read-only", "away", "hangs"],
 )
-def test_the_folders_own_failure_is_a_mistake(error: Exception, words: str) -> None:
-    """Exit code 2, which a RayJob never repeats."""
-    assert words in str(failure_on("/nfs", "a-node", error))
+def test_a_folder_that_refuses_is_a_mistake_and_one_that_is_away_or_slow_is_asked_again(
+    error: Exception, kind: type[Exception], words: str
+) -> None:
+    """A mistake has exit code 2, which a RayJob never repeats."""
+    raised = failure_on("/nfs", "a-node", error)
+    assert type(raised) is kind
+    assert words in str(raised)
 
 
 def test_a_node_that_dies_while_it_is_asked_is_left_out() -> None:
