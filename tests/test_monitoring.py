@@ -64,7 +64,7 @@ def test_states_of_slurm_jobs_are_exported(tmp_path: Path) -> None:
     subprocess.run([script, out], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True)
     lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
     assert lines == [
-        f'dis_scale_slurm_job_state{{job="{n}",state="{s}"}} 1' for n, s in ((7, "FAILED"), (8, "CANCELLED"))
+        f'dis_scale_slurm_job_state{{slurm_job="{n}",state="{s}"}} 1' for n, s in ((7, "FAILED"), (8, "CANCELLED"))
     ]
     (tmp_path / "sacct").write_text("#!/bin/sh\nexit 1\n")
     failed = subprocess.run([script, out], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=False)

@@ -12,7 +12,7 @@ jobs=$(sacct --allusers --allocations --noheader --parsable2 --name="$name" --st
     echo '# HELP dis_scale_slurm_job_state 1 for the state of a Slurm job.'
     echo '# TYPE dis_scale_slurm_job_state gauge'
     while IFS='|' read -r job state; do # "CANCELLED by 1000" is CANCELLED
-        [ -z "$job" ] || echo "dis_scale_slurm_job_state{job=\"$job\",state=\"${state%% *}\"} 1"
+        [ -z "$job" ] || echo "dis_scale_slurm_job_state{slurm_job=\"$job\",state=\"${state%% *}\"} 1"
     done <<< "$jobs"
 } > "$out.$$"
 chmod 644 "$out.$$"
