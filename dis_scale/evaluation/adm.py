@@ -22,6 +22,8 @@ from dis_scale.storage.folder import locate
 IMAGES = "arr_0"
 ARRAY_BYTES = 256 * 2**20
 """Most bytes of an array of statistics, unpacked; a covariance of Inception's 2,048 features has 32 MiB."""
+MOST_SIDE = 2048
+"""Most pixels of an image's side: as many images as are measured together are in memory."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Adm:
         shape, dtype = header
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
             raise UserError(f"{self.url}: {IMAGES} holds {dtype} of shape {shape}, expected uint8 (N, R, R, 3)")
+        if shape[1] > MOST_SIDE:  # zeros of any size are small in a file
+            raise UserError(f"{self.url}: {IMAGES} holds images of side {shape[1]:,}, expected at most {MOST_SIDE:,}")
         return shape[0], shape[1]
 
     def images(self, at_once: int) -> Iterator[np.ndarray]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dis_scale.process.errors import StorageAway, StorageError
+from dis_scale.process.errors import StorageAway, StorageError, shown
 from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
@@ -283,8 +283,8 @@ def table(status: Status) -> Table:
     # as Text, since a name or an error may look like markup
     out = Table(
         "model", "doing", "images", "of", "images/s", "left", "resume point", "attempts", "evaluated", "due", "metric",
-        title=Text(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"),
-        caption=Text("\n".join(status.wrong + attempts)), caption_justify="left",
+        title=Text(shown(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}")),
+        caption=Text(shown("\n".join(status.wrong + attempts))), caption_justify="left",
     )  # fmt: skip
     for column in out.columns[2:]:
         column.justify = "right"
@@ -305,7 +305,7 @@ def overview(found: Sequence[Status]) -> Table:
         seen, images = (sum(getattr(run, name) for run in status.runs) for name in ("images_seen", "images"))
         trained = sum(run.doing == "trained" for run in status.runs)
         out.add_row(
-            Text(status.sweep), f"stopped ({status.doing})" if status.stopped else status.doing,
+            Text(shown(status.sweep)), f"stopped ({status.doing})" if status.stopped else status.doing,
             f"{trained} of {len(status.runs)} trained", f"{seen / images:.0%}", f"{status.backlog}", f"{len(status.wrong)}",
         )  # fmt: skip
     return out
@@ -335,11 +335,11 @@ def watch(sweep: Sweep, every_s: float, console: Console) -> None:
     with Live(console=console, auto_refresh=False) if console.is_interactive else nullcontext() as live:
         while True:
             try:
-                shown: Table | Text = table(collect(sweep, sweep.folder.time_s()))
+                page: Table | Text = table(collect(sweep, sweep.folder.time_s()))
             except StorageAway as error:
-                shown = Text(f"{sweep}: {error}; asked again in {_span(every_s)}")
+                page = Text(f"{sweep}: {error}; asked again in {_span(every_s)}")
             if live:
-                live.update(shown, refresh=True)
+                live.update(page, refresh=True)
             else:
-                console.print(shown)
+                console.print(page)
             time.sleep(every_s)

@@ -17,6 +17,7 @@ from dis_scale.data.sources import open_source
 from dis_scale.evaluation import adm
 from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError, shown
 from dis_scale.process.redaction import redact
+from dis_scale.storage.folder import open_folder
 from tests.support.labelled_images import data
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
@@ -86,6 +87,11 @@ def test_a_name_forges_no_line_and_moves_no_cursor(tmp_path: Path) -> None:
     (tmp_path / "b\nerror: x\x1b").mkdir()
     (tmp_path / "b\nerror: x\x1b" / "z.png").touch()
     assert open_source(data({"kind": "folder", "url": str(tmp_path)}, 2)).label_names == ["a", r"b\nerror: x\x1b"]
+    (tmp_path / "x\nerror: run curl").touch()
+    with pytest.raises(StorageError, match=r"x\\nerror: run curl/y") as away:
+        open_folder(tmp_path.as_uri()).read("x\nerror: run curl/y")
+    assert "\n" not in str(away.value)
+    (tmp_path / "x\nerror: run curl").unlink()
     for kind, ending in (("tar", "tar"), ("parquet", "parquet"), ("csv", "csv")):
         forged = tmp_path / f"x\nerror: run curl evil|sh\x1b.{ending}"
         forged.write_bytes(b"\xff" * 600)

@@ -97,6 +97,10 @@ def test_pictures_of_other_sizes_are_refused_by_name(pictures: Path, extractor: 
     np.savez(tmp_path / "none.npz", arr_1=blobs(9, 1, 16))
     with pytest.raises(UserError, match=r"none.npz: no images \(arr_0\)"):
         measured(tmp_path / "none.npz", pictures / "real.npz", extractor)
+    np.savez_compressed(tmp_path / "large.npz", arr_0=np.zeros((2, 4096, 4096, 3), np.uint8))
+    assert (tmp_path / "large.npz").stat().st_size < 2**18
+    with pytest.raises(UserError, match=r"large.npz: arr_0 holds images of side 4,096, expected at most 2,048"):
+        measured(tmp_path / "large.npz", pictures / "real.npz", extractor)
 
 
 def test_an_error_does_not_depend_on_how_the_samples_are_sorted(pictures: Path, extractor: Extractor) -> None:

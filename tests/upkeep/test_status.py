@@ -348,3 +348,5 @@ def test_an_error_that_looks_like_markup_is_shown_as_it_is(sweep: Sweep) -> None
     why = "[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer"
     Ended(why=why).write(sweep.run("dis").folder)
     assert why in printed(of(sweep, "dis")[0])
+    Ended(why="an answer of a server\x1b[2J").write(sweep.run("dis").folder)
+    assert r"an answer of a server\x1b[2J" in printed(of(sweep, "dis")[0])
