@@ -4,6 +4,7 @@ Each exists when its manifest does, so a rerun makes only what is missing. The s
 as many workers as precompute has: they also read all images, on the same nodes. Kept parts are not computed again.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -86,7 +87,10 @@ class Preparer(Worker):
         net = small.train_vae(sweep.recipe.vae, pixels, sweep.recipe.seed, self._progress())
         self._held.require_held()
         vae.save(sweep.vae, net)
-        return f"autoencoder: mean squared error {small.reconstruction_error(net, pixels):.2g}"
+        error = max(small.reconstruction_error(net, pixels), 1e-12)  # of pixels in [-1, 1]
+        return (
+            f"autoencoder: its reconstructions have a PSNR of {10 * math.log10(4 / error):.1f} dB (dis-scale data show)"
+        )
 
     def _classifier(self, sweep: Sweep, name: str, kind: str) -> str:
         from dis_scale.evaluation.classifiers import train_classifier
