@@ -33,7 +33,7 @@ CHOSEN_ON_A_CPU, MOST_ON_A_CPU = 32, 128
 """Resolution that is chosen without a GPU, where shapes are visible after minutes, and the largest at which the sweep trains an
 autoencoder there: one for larger images takes seconds for each."""
 MOST_TOKENS_ON_A_CPU = 256
-SMALL_VAE = "widths: [8, 16, 32], norm_groups: 1, steps: 2400, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3"
+SMALL_VAE = "widths: [8, 16, 32], norm_groups: 1, steps: 4000, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3"
 VAES_ON_A_CPU = {
     32: SMALL_VAE, 64: SMALL_VAE, 128: "widths: [8, 16, 32, 32], norm_groups: 1, batch_images: 8, kl_weight: 1e-3",
 }  # fmt: skip
