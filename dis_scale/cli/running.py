@@ -23,6 +23,8 @@ from dis_scale.cli.shared import (
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe.shipped import EMBEDDED
 
+ROOT = "outputs"
+"""Default of `storage.root`."""
 Here = Annotated[
     bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")
 ]
@@ -80,7 +82,7 @@ def stop(
 def status(
     sweep: Annotated[
         str, typer.Argument(help="A sweep's folder or URL, or a storage root: all sweeps below it.")
-    ] = "outputs",
+    ] = ROOT,
     as_json: AsJson = False,
     every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit code 1 if something is wrong; for a timer.")] = False,
@@ -100,6 +102,8 @@ def status(
         raise UserError("status: expected --watch alone, with one sweep")
     if every:
         return statuses.watch(Sweep.open(sweep), every, console())
+    if sweep == ROOT and not below and not root.exists(RECIPE):
+        return show(as_json, [], f"no sweeps below {ROOT} yet: dis-scale sweep begins one; another root is an argument")
     found, unread = list[statuses.Status](), list[str]()
     for url in [folder.url for folder in below] or [sweep]:
         try:

@@ -104,16 +104,16 @@ def source_images(recipe: "Recipe", given: int | None) -> tuple[int | None, str]
 
 @contextmanager
 def naming_misspelt(at: str | Path) -> Iterator[None]:
-    """Turn a UserError into one that names the first part of a path or URL that is not there, if one is not."""
+    """Turn a UserError about a path or URL that is not there into one that says so, with the first part that is not."""
     from dis_scale.storage.folder import open_folder
     from dis_scale.sweep import missing
 
     try:
         yield
     except UserError as error:
-        if (folder := open_folder(at)).exists("") or not (words := missing(folder)):
+        if (folder := open_folder(at)).exists(""):
             raise
-        raise UserError(f"there is no {at}{words}") from error
+        raise UserError(f"there is no {at}{missing(folder)}") from error
 
 
 def load_recipe(recipe: str | Path | None, overrides: list[str] | None = None) -> "Recipe":

@@ -78,6 +78,8 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
     Class folders are labels if at least two of them have images. UserError if no image can be decoded.
     """
     folder = open_folder(url)
+    if folder.local and folder.local.is_file():
+        raise UserError(f"{folder} is a file: give the folder of the images")
     source = _open(folder, listed)
     numbers = Counter(_class_of(name) for name in source.names)
     require_classes(folder, [name for name in numbers if name])

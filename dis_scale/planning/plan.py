@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from rich import box
 from rich.table import Table
 
 from dis_scale.data.cache import share_read
@@ -248,21 +249,27 @@ def table(plan: Plan) -> Table:
         + "".join(f"; {line}" for line in _transfers(plan.recipe))
     )
     out = Table(
-        "model", "kind", "parameters", "tokens", "Gflops", "training PFLOP", "GPU", "resume point", "saving takes",
         title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}", caption=caption,
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True,
     )  # fmt: skip
-    for column in out.columns[2:]:
-        column.justify = "right"
+    for words in (
+        "model", "parameters", "tokens", "Gflops", "training\nPFLOP", "GPU", "resume\npoint", "saving\ntakes",
+    ):  # fmt: skip
+        out.add_column(words, justify="left" if words == "model" else "right", no_wrap=True)
     for name, c in plan.costs.items():
         train = plan.recipe.train_of(name)
         gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)
         state, serialised = c.parameters * 4 * len(kinds(train)), 2 * c.parameters * 4
         out.add_row(
-            name, plan.recipe.models[name].kind, f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
-            f"{plan.own_flops(name) / 1e15:.3g}", f"{gpu / 2**30:.1f} GiB",
-            f"{state / 1e6:,.1f} MB", f"{(state + serialised) / 1e6:,.1f} MB",
+            name, f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
+            f"{plan.own_flops(name) / 1e15:.3g}", f"{gpu / 2**30:.1f} GiB", _size(state), _size(state + serialised),
         )  # fmt: skip
     return out
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes in words."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
 def _transfers(recipe: Recipe) -> Iterator[str]:

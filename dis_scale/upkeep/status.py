@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -282,18 +283,17 @@ def table(status: Status) -> Table:
     attempts = [f"{run.model}: {', '.join([*_held(run), *run.ends])}" for run in status.runs if run.holder or run.ends]
     # as Text, since a name or an error may look like markup
     out = Table(
-        "model", "doing", "images", "of", "images/s", "left", "resume point", "attempts", "evaluated", "due", "metric",
         title=Text(shown(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}")),
         caption=Text(shown("\n".join(status.wrong + attempts))), caption_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True,
     )  # fmt: skip
-    for column in out.columns[2:]:
-        column.justify = "right"
+    for words in ("model", "doing", "images", "images/s", "left", "saved", "evaluated", "metric"):
+        out.add_column(words, justify="left" if words in ("model", "doing") else "right", no_wrap=True)
     for run in status.runs:
         out.add_row(
-            run.model, run.doing, f"{run.images_seen:,}", f"{run.images_seen / run.images:.0%}",
+            run.model, run.doing, f"{run.images_seen:,} ({run.images_seen / run.images:.0%})",
             "" if run.images_per_s is None else f"{run.images_per_s:,.0f}", _span(run.left_s), _span(run.resume_age_s, " ago"),
-            f"{run.attempts}", f"{run.evaluated}/{run.published}", f"{run.backlog}",
-            "" if run.metric is None else f"{run.metric:.4g}",
+            f"{run.evaluated} of {run.published}", "" if run.metric is None else f"{run.metric:.4g}",
         )  # fmt: skip
     return out
 

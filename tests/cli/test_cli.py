@@ -242,6 +242,15 @@ def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str
     assert "nobody" not in output
 
 
+def test_where_nothing_has_begun_status_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = invoke("status")
+    assert (code, output) == (
+        0,
+        "no sweeps below outputs yet: dis-scale sweep begins one; another root is an argument\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -255,6 +264,8 @@ def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str
         (["data", "show", "sweeps/tinny"], "there is no sweeps/tinny (did you mean 'tiny'?)"),
         (["init", "recipe"], "there is no recipe (did you mean 'recipes'?)"),
         (["init", "recipes"], "no images"),
+        (["init", "elsewhere/pictures"], "there is no elsewhere/pictures: {}/elsewhere is missing"),
+        (["init", "recipes/own.yaml"], "/recipes/own.yaml is a file: give the folder of the images"),
     ],
 )
 def test_a_misspelt_path_is_named_with_the_nearest(
