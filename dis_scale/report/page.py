@@ -140,7 +140,7 @@ def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
         span = f"{first:%H:%M} to {'' if first.date() == last.date() else f'{last:%Y-%m-%d} '}{last:%H:%M} UTC"
         found["Stopped" if status.stopped else status.doing.capitalize()] = (
             f"{time_words(times[1] - times[0])}",
-            f"{first:%Y-%m-%d} {span}",
+            f"from the first loss to the last result, {first:%Y-%m-%d} {span}",
         )
     return found
 

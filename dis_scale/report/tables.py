@@ -110,7 +110,8 @@ def notes(report: Report) -> list[str]:
     lines = [f"Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error, {error}"]
     if any(p.unfinished for p in report.points):
         lines.append(
-            f"{UNFINISHED.strip()} measured before the learning rate had fallen to its end: not in the lower hull"
+            f"{UNFINISHED.strip()}, hollow in figures: measured before the learning rate had fallen to its end; not in the lower "
+            "hull"
         )
     for p in report.means:
         if p.seeds < (expected := report.trainings(p)):

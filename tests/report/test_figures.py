@@ -156,7 +156,9 @@ def test_points_before_the_end_of_a_schedule_are_marked_and_not_in_the_hull(tmp_
     text = shown(reports.table(report))
     assert "3 ± 0.5 *" in text
     assert "2 ± 0.5 *" not in text
-    assert "* measured before the learning rate had fallen to its end: not in the lower hull" in text
+    assert (
+        "*, hollow in figures: measured before the learning rate had fallen to its end; not in the lower hull" in text
+    )
     axes = figures.compute_distance(report).axes[0]
     assert tuple(next(line for line in axes.lines if line.get_label() == "lower hull").get_ydata()) == (2.0,)
     (hollow,) = (line for line in axes.lines if line.get_markerfacecolor() == "white")
