@@ -16,7 +16,7 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import shown
 from dis_scale.process.redaction import redact
 
-PROGRESS_EVERY_S, IDLE_EVERY_S = 10.0, 600.0
+PROGRESS_EVERY_S, IDLE_EVERY_S = 8.0, 600.0
 """Intervals at which progress is logged at most, and at which that of an idle stage is logged again."""
 PROGRESS = (b'{"kind": "progress"',)
 """Beginning of the lines of progress, which stored logs leave out."""
@@ -103,7 +103,7 @@ class Log:
             self._log_progress(*self._progress)
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: 30 MB of lines in two weeks."""
+        """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: 40 MB of lines in two weeks."""
         now_s = time.monotonic()
         if (done, total, unit) == self._progress or (done < total and now_s < self._progress_s + PROGRESS_EVERY_S):
             return

@@ -20,7 +20,7 @@ ReportDone = Callable[[int], None]
 ReportShare = Callable[[int, int], None]
 """Called with the number done so far and the total."""
 
-PLAIN_EVERY_S = 9.0
+PLAIN_EVERY_S = 7.0
 LOG_EVERY_S = 5.0
 RATE_OVER_S = 300.0
 MOST_BAR = 40

@@ -109,6 +109,7 @@ def _build(library: Path) -> None:
     """
     # It warns of machines that have CUDA's compiler and no GPU, where a build for the CPU does not care.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger(__name__).warning("compiling the scan for this machine, once: about half a minute")
     from torch.utils import cpp_extension  # takes half a second to import
 
     # pip installs ninja next to this interpreter, whose folder need not be on the path.
