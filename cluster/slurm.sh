@@ -10,8 +10,8 @@
 #
 # The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
 # for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again; what may
-# have passed by then is, until the job has been queued 1,000 times for any reason: storage or a node that is away (74), a process
-# that was killed (128 and more), Ray's head that has died.
+# have passed by then is, until the job has been queued 1,000 times for any reason: storage or a node that is away (74), Ray's head
+# that has died. Also a process that was killed (128 and more), up to 100 times: it may do the same again.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -40,7 +40,7 @@ stop() { # whether to queue the job again
 trap 'stop yes' TERM
 trap 'stop no' INT
 passes() { # whether the end with $code may have passed in the next run
-    [ "$code" = 74 ] || [ "$code" -ge 128 ] || ! timeout 60 ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
+    [ "$code" = 74 ] || { [ "$code" -ge 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; } || ! timeout 60 ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
 }
 run() { # a command, whose exit code is then in $code; a signal to this script reaches it
     "$@" &
@@ -88,7 +88,7 @@ while (joined := nodes()) < wanted:
         sys.exit(74)
     time.sleep(5)
 '
-[ "$code" = 0 ] || [ "$code" = 74 ] || [ -n "$requested" ] || exit "$code"
+[ "$code" = 0 ] || [ "$code" = 74 ] || [ "$code" -ge 128 ] || [ -n "$requested" ] || exit "$code"
 
 if [ "$code" = 0 ] && [ -z "$requested" ]; then
     program=dis_scale.sweep

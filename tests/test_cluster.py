@@ -9,8 +9,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -409,7 +411,7 @@ def test_scarce_capacity_is_used_as_it_comes() -> None:
     [
         (0, 0, "", False), (1, 0, "", False), (2, 0, "", False), (74, 0, "", True), (74, 999, "", True), (74, 1000, "", False),
         (75, 0, "", False), (75, 0, "TERM", True), (75, 5000, "TERM", True), (74, 0, "TERM", True), (75, 0, "INT", False),
-        (74, 0, "INT", False), (137, 0, "", True), (137, 1000, "", False), (137, 0, "TERM", True), (1, 0, "TERM", False),
+        (74, 0, "INT", False), (137, 0, "", True), (137, 100, "", False), (137, 0, "TERM", True), (1, 0, "TERM", False),
     ],
 )  # fmt: skip
 def test_slurm_queues_again_what_may_continue(
@@ -479,18 +481,24 @@ def test_the_job_beside_a_cluster_follows_its_sweep_and_begins_a_failed_one_agai
             assert call[call.index("--") + 1 :] == shlex.split(container["command"][-1])
 
 
-def submitted(tmp_path: Path, command: list[str], states: list[str], **environment: str) -> tuple[int, list[list[str]]]:
-    """Run a submitter with a `ray` that answers so when asked for a job's state; return its exit code and its other calls."""
+def submitted(
+    tmp_path: Path, command: list[str], states: list[str], logs: str = "", **environment: str
+) -> tuple[int, list[list[str]]]:
+    """Run a submitter with a `ray` that answers so when asked for a job's state; return its exit code and its other calls.
+
+    Its calls for the log are told once, however often it asks again; `logs` is what these do.
+    """
     (answers := tmp_path / "answers").write_text("".join(f"{state}\n" for state in states))
     answer = f'line=$(head -1 {answers}); sed -i 1d {answers}; [ -n "$line" ] && echo "$line"'
     written = f"printf '%s|' \"$@\" >> {tmp_path}/asked; echo >> {tmp_path}/asked"
-    logged = f'case "$2" in logs|submit) {written};; status) {answer};; esac'
+    logged = f'case "$2" in submit) {written};; logs) {written}; {logs or ":"};; status) {answer};; esac'
     for name, body in {"ray": logged, "sleep": ""}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(command, env=os.environ | environment | path, timeout=60, check=False)
-    return done.returncode, [call.split("|")[:-1] for call in (tmp_path / "asked").read_text().splitlines()]
+    asked = groupby((tmp_path / "asked").read_text().splitlines())
+    return done.returncode, [call.split("|")[:-1] for call, _ in asked]
 
 
 @pytest.mark.parametrize(
@@ -520,6 +528,21 @@ def test_the_submitter_follows_the_job_to_its_end(
     assert [call[1] for call in calls] == asked
     if not known:
         assert calls[0][calls[0].index("--") + 1 :] == shlex.split(entrypoint)
+
+
+@pytest.mark.parametrize("name", pods.JOBS)
+def test_a_submitter_notices_a_head_that_vanished_while_its_log_is_silent(tmp_path: Path, name: str) -> None:
+    """The log's connection to it stays open for ever, and nothing would submit the command to the next head."""
+    every = {document["kind"]: document["spec"] for document in pods.documents(name)}
+    template = every["RayJob"]["submitterPodTemplate"] if "RayJob" in every else every["Job"]["template"]
+    (container,) = template["spec"]["containers"]
+    (tmp_path / "timeout").write_text('#!/bin/bash\nshift; [ "$1" = tail ] || "$@"\n')
+    (tmp_path / "timeout").chmod(0o755)
+    began_s = time.monotonic()
+    known = {"RAY_DASHBOARD_ADDRESS": "head:8265", "RAY_JOB_SUBMISSION_ID": "j", "JOB_UID": "u"}
+    done, _ = submitted(tmp_path, container["command"], [RUNS, RUNS, RUNS, ""], logs="exec /bin/sleep 30", **known)
+    assert done == 1
+    assert time.monotonic() - began_s < 20
 
 
 def test_a_submitter_without_a_token_says_so(tmp_path: Path) -> None:
