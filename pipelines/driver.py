@@ -232,7 +232,11 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
     if not (job.killed or stopped) or len(lately) == MOST_FOLLOWED:
         return False
     driver.followed_s[name] = [*lately, now_s]
-    what = "it was stopped for an earlier command" if stopped else f"its process was killed ({job.reason()[:200]})"
+    what = (
+        "it was stopped for an earlier command"
+        if stopped
+        else f"its process was killed, or not started ({job.reason()[:200]})"
+    )
     driver.board.say(f"{name}: {what}, and another job continues")
     return True
 
@@ -247,7 +251,8 @@ def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Jo
     try:
         job: Job = silence.insist(submitted, partial(go_on, driver))
     except BaseException:  # Ray may have taken a job, and its answer was lost
-        driver.jobs += [Job(cluster, name, ours=True) for name in cluster.unanswered]
+        known = {job.id for job in driver.jobs}
+        driver.jobs += [Job(cluster, name, ours=True, silence=silence) for name in cluster.unanswered - known]
         raise
     job.silence = silence
     driver.jobs.append(job)

@@ -36,7 +36,7 @@ from pipelines.silence import SILENT_S, Silence, Unanswered
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
-ACCIDENTS = {
+RAY_ACCIDENTS = {
     f"JOB_SUPERVISOR_ACTOR_{what}"
     for what in ("DIED", "START_TIMEOUT", "START_FAILURE", "UNSCHEDULABLE", "UNKNOWN_FAILURE")
 }
@@ -138,7 +138,7 @@ class Job:
             line and line.kind == "error" for line in map(lines.parse, self._tail)
         ):
             return False
-        code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type in ACCIDENTS
+        code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type in RAY_ACCIDENTS
         return bool(lost) or (code is not None and not 0 <= code < 128)
 
     def error(self, words: str) -> DisScaleError:
@@ -235,9 +235,8 @@ def end_own_job(
     if own is None or not (stopped or final):
         return
     ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time
-    deadline = (
-        time.monotonic() + silent_s
-    )  # nothing else waits: if Ray itself stops this process, it ends it in a minute
+    # Nothing else waits. A process that Ray stops has a minute.
+    deadline = time.monotonic() + silent_s
     while True:
         with contextlib.suppress(OSError, RuntimeError):
             connect(None).stop_job(own)

@@ -6,6 +6,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, command_lease
 from pipelines import jobs, last_ray
 from pipelines.cluster import ray_address
+from pipelines.silence import Unanswered
 
 
 def stop_sweep(url: str, address: str | None) -> list[str]:
@@ -23,6 +24,8 @@ def stop_sweep(url: str, address: str | None) -> list[str]:
         if address is None and ray_address() is None:
             address = last_ray.address_of(sweep)
         return asked + jobs.stop_all(sweep, address)
+    except Unanswered as error:
+        raise Unanswered(f"{error}; a request was left for {asked[0]}" if asked else str(error)) from error
     except UserError as error:
         if dead:
             raise UserError(f"{error}; a request was left for {asked[0]}, of which no heartbeat came lately") from error

@@ -40,6 +40,7 @@ from dis_scale.weights import warm_start
 from pipelines import last_ray, nodes
 from pipelines.cluster import Cluster, open_cluster, require_root
 from pipelines.driver import (
+    Drained,
     Driver,
     Failures,
     go_on,
@@ -332,8 +333,12 @@ def seen_alive(driver: Driver, drains: Callable[[], bool]) -> Iterator[None]:
     try:
         with repeating(look, EXPORT_EVERY_S, "alive"):
             yield
-    except Preempted:
-        driver.gauge(ENDED, time.time())
+    except (Drained, Preempted) as error:
+        stopped = isinstance(error, Preempted) or not driver.drained
+        if stopped:
+            driver.gauge(ENDED, time.time())
+        if isinstance(error, Drained) and stopped:
+            go_on(driver)  # a stop was requested while the jobs saved
         raise
 
 

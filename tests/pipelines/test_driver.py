@@ -110,7 +110,12 @@ def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver:
     jobs = iter([*every, SUCCEEDED])
     driver.poll_every_s, driver.submit = 0.0, lambda *_: next(jobs)  # type: ignore[assignment,return-value]
     run_stage(driver, cluster("here"), "precompute")
-    assert logged(driver).count("precompute: its process was killed (exit code -9), and another job continues") == 10
+    assert (
+        logged(driver).count(
+            "precompute: its process was killed, or not started (exit code -9), and another job continues"
+        )
+        == 10
+    )
     with pytest.raises(DisScaleError, match="precompute failed: exit code -9"):
         jobs = iter(every)
         run_stage(driver, cluster("here"), "precompute")
@@ -225,13 +230,26 @@ def test_a_drained_node_stops_the_sweep_as_a_failure_that_is_tried_again(
     """Once its jobs have saved: Ray keeps a node that is drained until these have ended."""
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     job = FakeJob([JobStatus.RUNNING] * 3 + [JobStatus.FAILED])
-    job.stop = lambda: None  # type: ignore[attr-defined]
+    job.stop = lambda: True  # type: ignore[attr-defined]
     driver.jobs = [job]  # type: ignore[list-item]
     with pytest.raises(Drained) as error, stopping_jobs(driver), seen_alive(driver, lambda: True):
         driver.stop_requested.wait(60)
         go_on(driver)
     assert (error.value.exit_code, job.status) == (StorageAway.exit_code, JobStatus.FAILED)
     assert "the node of this command is being drained: its jobs save, and it ends" in logged(driver)
+
+
+def test_a_stop_while_the_jobs_of_a_drained_node_save_is_final(driver: Driver) -> None:
+    """Otherwise another head would begin what a user has stopped."""
+    driver.gauge = lambda *gauge: gauges.append(gauge)
+    gauges = list[tuple[str, float]]()
+    with pytest.raises(Preempted), seen_alive(driver, lambda: True):
+        driver.stop_requested.wait(60)
+        try:
+            go_on(driver)
+        finally:
+            driver.drained = False  # as a request through storage does
+    assert "sweep_ended_timestamp_seconds" in dict(gauges)
 
 
 @pytest.mark.parametrize(("error", "ended_well"), [(Preempted("stopped"), True), (DisScaleError("a bug"), False)])
