@@ -52,7 +52,7 @@ def only(node_id: str) -> NodeAffinitySchedulingStrategy:
 
 
 class LostNode(DisScaleError):
-    """A node that was to be asked is gone, or takes no task. A later attempt finds others."""
+    """A node that was to be asked is gone, takes no task, or has no answer in time. A later attempt finds others."""
 
     exit_code = StorageAway.exit_code
 

@@ -42,7 +42,7 @@ def with_restarts(
     before, away_since_s, in_a_row = _stored_or(0, stored), float("inf"), 0
     near = NEAR_STEPS * job.recipe.train.batch_images
     while True:
-        began_s = job.now_s()
+        began_s, job.placed = job.now_s(), frozenset()
         try:
             return attempt(failures[-1] if failures else None)
         except (WorkerFailure, StorageAway, ray.exceptions.RayError) as error:

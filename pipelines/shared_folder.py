@@ -48,12 +48,9 @@ def _require_shared(url: str, alive: list[nodes.Node]) -> None:
 def failure_on(url: str, node: str, error: Exception) -> DisScaleError:
     """Return the error to raise for the folder's failure on a node of this name: it is asked again if it was away or slow."""
     cause = getattr(error, "cause", error)
-    words = (
-        f"storage.root: {url} cannot be used on {node}: {' '.join(str(cause).split())[:200] or type(cause).__name__}"
-    )
-    if isinstance(cause, StorageAway | ray.exceptions.GetTimeoutError):
-        return nodes.LostNode(words)
-    return UserError(f"{words}; {CURE}")
+    why = " ".join(str(cause).split())[:200] or type(cause).__name__
+    passes = isinstance(cause, StorageAway | ray.exceptions.GetTimeoutError)
+    return (nodes.LostNode if passes else UserError)(f"storage.root: {url} cannot be used on {node}: {why}; {CURE}")
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -186,9 +186,8 @@ class _Csv(_OneFileEach):
 
     def _present(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """Yield the entries; UserError at the end that counts all whose file is not there. Each folder is listed once."""
-        hashes = cache(
-            lambda folder: array("q", sorted(map(hash, folder.list())))
-        )  # 8 bytes a name, of which there may be millions
+        # Eight bytes a name, of which there may be millions.
+        hashes = cache(lambda folder: array("q", sorted(map(hash, folder.list()))))
         missing = list[str]()
         for entry in entries:
             folder, name = _place(self._root, entry.name)
