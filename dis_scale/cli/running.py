@@ -102,8 +102,8 @@ def status(
         raise UserError("status: expected --watch alone, with one sweep")
     if every:
         return statuses.watch(Sweep.open(sweep), every, console())
-    if sweep == ROOT and not below and not root.exists(RECIPE):
-        return show(as_json, [], f"no sweeps below {ROOT} yet: dis-scale sweep begins one; another root is an argument")
+    if sweep == ROOT and not (below or check or root.exists(RECIPE)):
+        return show(as_json, [], f"no sweeps below {ROOT} yet: dis-scale sweep begins one")
     found, unread = list[statuses.Status](), list[str]()
     for url in [folder.url for folder in below] or [sweep]:
         try:

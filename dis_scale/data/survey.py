@@ -79,7 +79,9 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
     """
     folder = open_folder(url)
     if folder.local and folder.local.is_file():
-        raise UserError(f"{folder} is a file: give the folder of the images")
+        raise UserError(
+            f"{folder} is a file: give a folder of images; a tar, Parquet or CSV needs a recipe with its data.source.kind"
+        )
     source = _open(folder, listed)
     numbers = Counter(_class_of(name) for name in source.names)
     require_classes(folder, [name for name in numbers if name])

@@ -287,15 +287,19 @@ def table(status: Status) -> Table:
         caption=Text(shown("\n".join(status.wrong + attempts))), caption_justify="left",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True,
     )  # fmt: skip
-    for words in ("model", "doing", "images", "images/s", "left", "saved", "evaluated", "metric"):
-        out.add_column(words, justify="left" if words in ("model", "doing") else "right", no_wrap=True)
+    for words in ("model", "doing", "images", "images\n/s", "left", "saved\nago", "evalu-\nated", "metric"):
+        out.add_column(words, justify="left" if words in ("model", "doing") else "right", no_wrap=words != "model")
     for run in status.runs:
         out.add_row(
-            run.model, run.doing, f"{run.images_seen:,} ({run.images_seen / run.images:.0%})",
-            "" if run.images_per_s is None else f"{run.images_per_s:,.0f}", _span(run.left_s), _span(run.resume_age_s, " ago"),
-            f"{run.evaluated} of {run.published}", "" if run.metric is None else f"{run.metric:.4g}",
+            run.model, run.doing, f"{_count(run.images_seen)} ({run.images_seen / run.images:.0%})",
+            "" if run.images_per_s is None else f"{run.images_per_s:,.0f}", _span(run.left_s), _span(run.resume_age_s),
+            f"{run.evaluated}/{run.published}", "" if run.metric is None else f"{run.metric:.4g}",
         )  # fmt: skip
     return out
+
+
+def _count(images: int) -> str:
+    return f"{images:,}" if images < 10**7 else f"{images / 1e6:,.1f} M"
 
 
 def overview(found: Sequence[Status]) -> Table:

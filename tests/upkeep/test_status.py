@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -345,12 +345,15 @@ def printed(found: Status) -> str:
 
 
 def test_all_columns_fit_a_terminal_of_80(sweep: Sweep) -> None:
-    from rich.console import Console
-
-    console = Console(width=80)
+    console, (found, run) = Console(width=80), of(sweep, "dis")
+    large = replace(
+        run, model="dis-s-seed-2", doing="training", images_seen=51_234_567, images=102_400_000, images_per_s=1234.5,
+        left_s=4e4, resume_age_s=990, evaluated=12, published=16, metric=12.345,
+    )  # fmt: skip
     with console.capture() as capture:
-        console.print(status.table(of(sweep, "dis")[0]))
+        console.print(status.table(replace(found, runs=[large])))
     assert "…" not in capture.get()
+    assert "51.2 M (50%)" in capture.get()
 
 
 def test_an_error_that_looks_like_markup_is_shown_as_it_is(sweep: Sweep) -> None:
