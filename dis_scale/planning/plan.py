@@ -255,13 +255,13 @@ def table(plan: Plan) -> Table:
     for words in (
         "model", "parameters", "tokens", "Gflops", "training\nPFLOP", "GPU", "resume\npoint", "saving\ntakes",
     ):  # fmt: skip
-        out.add_column(words, justify="left" if words == "model" else "right", no_wrap=True)
+        out.add_column(words, justify="left" if words == "model" else "right", no_wrap=words != "model")
     for name, c in plan.costs.items():
-        train = plan.recipe.train_of(name)
+        train, kind = plan.recipe.train_of(name), plan.recipe.models[name].kind
         gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)
         state, serialised = c.parameters * 4 * len(kinds(train)), 2 * c.parameters * 4
         out.add_row(
-            name, f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
+            name if kind in name else f"{name} ({kind})", f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
             f"{plan.own_flops(name) / 1e15:.3g}", f"{gpu / 2**30:.1f} GiB", _size(state), _size(state + serialised),
         )  # fmt: skip
     return out
