@@ -309,17 +309,24 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
             start_new_session=True,
         )  # fmt: skip
     url = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while head.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError, RuntimeError):  # requests' errors are of OSError
-            client_of(url).list_jobs()
-            return head, url
-        time.sleep(0.3)
+    if answers(head, lambda: client_of(url).list_jobs()):
+        return head, url
     head.kill()
     tail = " ".join((folder / "start.log").read_text(errors="replace").split())[-300:]
     raise DisScaleError(
         f"a local Ray did not start within {START_TIMEOUT_S:.0f} s (ports {port}, {dashboard}, {agent}): {tail}"
     )
+
+
+def answers(head: subprocess.Popen, ask: Callable[[], object], time_s: float = START_TIMEOUT_S) -> bool:
+    """Ask the dashboard of a head that has just started until it answers; return whether it has, before the head ends."""
+    deadline = time.monotonic() + time_s
+    while head.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError, RuntimeError):  # requests' errors are of OSError
+            ask()
+            return True
+        time.sleep(0.3)
+    return False
 
 
 def _die_with_parent() -> None:

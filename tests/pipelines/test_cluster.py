@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import requests
 
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import reading
@@ -100,3 +101,18 @@ def test_in_a_job_on_one_node_a_relative_root_is_below_the_home(monkeypatch: pyt
 )
 def test_any_other_root_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool) -> None:
     assert root(monkeypatch, given, in_job) == given
+
+
+def test_a_dashboard_that_needs_long_for_its_first_answer_is_asked_again() -> None:
+    """On a loaded machine requests give up before it."""
+    lost = iter([requests.ReadTimeout("10 s"), requests.ConnectionError("refused"), ConnectionError("refused")])
+
+    def ask() -> None:
+        if error := next(lost, None):
+            raise error
+
+    with subprocess.Popen(["sleep", "60"]) as head:
+        assert cluster.answers(head, ask)
+        assert not cluster.answers(head, lambda: 1 / 0, time_s=0)
+        head.kill()
+    assert not cluster.answers(head, lambda: 1 / 0)
