@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -276,17 +276,15 @@ def _wrong(reader: _Reader, runs: list[RunStatus]) -> list[str]:
     ]
 
 
-def table(status: Status) -> Table:
-    """Return one row per model."""
+def table(status: Status) -> Group:
+    """Return what a sweep does, one row per model, and what is wrong: as wide as the terminal, since commands are copied."""
     how = f"stopped ({status.doing})" if status.stopped else status.doing
     how += f": {status.stage}" if status.stage else ""
     attempts = [f"{run.model}: {', '.join([*_held(run), *run.ends])}" for run in status.runs if run.holder or run.ends]
     # as Text, since a name or an error may look like markup
-    out = Table(
-        title=Text(shown(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}")),
-        caption=Text(shown("\n".join(status.wrong + attempts))), caption_justify="left",
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True,
-    )  # fmt: skip
+    head = Text(shown(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"))
+    below = Text(shown("\n".join(status.wrong + attempts)))
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for words in ("model", "doing", "images", "images\n/s", "left", "saved\nago", "evalu-\nated", "metric"):
         out.add_column(words, justify="left" if words in ("model", "doing") else "right", no_wrap=words != "model")
     for run in status.runs:
@@ -295,7 +293,7 @@ def table(status: Status) -> Table:
             "" if run.images_per_s is None else f"{run.images_per_s:,.0f}", _span(run.left_s), _span(run.resume_age_s),
             f"{run.evaluated}/{run.published}", "" if run.metric is None else f"{run.metric:.4g}",
         )  # fmt: skip
-    return out
+    return Group(head, out, below) if below else Group(head, out)
 
 
 def _count(images: int) -> str:
@@ -339,7 +337,7 @@ def watch(sweep: Sweep, every_s: float, console: Console) -> None:
     with Live(console=console, auto_refresh=False) if console.is_interactive else nullcontext() as live:
         while True:
             try:
-                page: Table | Text = table(collect(sweep, sweep.folder.time_s()))
+                page: Group | Text = table(collect(sweep, sweep.folder.time_s()))
             except StorageAway as error:
                 page = Text(f"{sweep}: {error}; asked again in {_span(every_s)}")
             if live:
