@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -21,6 +20,7 @@ from dis_scale.cli.shared import (
     source_images,
 )
 from dis_scale.process.errors import UserError, nearest
+from dis_scale.process.tables import narrow_table
 
 if TYPE_CHECKING:
     from dis_scale.planning.fleet import Fleet
@@ -109,7 +109,7 @@ def _forecast(forecast: "FleetForecast", train: "Train") -> list[RenderableType]
 
 def _memory(forecast: "FleetForecast", train: "Train") -> Table:
     models, usable = forecast.models, forecast.usable_bytes
-    table = _table(
+    table = narrow_table(
         f"GiB of a worker by ZeRO stage and checkpointing, {train.micro_images or train.lane_images} images in a forward pass; "
         f"* is over the usable {usable / 2**30:.1f}",
         "model",
@@ -123,7 +123,7 @@ def _memory(forecast: "FleetForecast", train: "Train") -> Table:
 
 
 def _training(forecast: "FleetForecast") -> Table:
-    table = _table(
+    table = narrow_table(
         "training, by arithmetic", "model", "GPUs", "sent\na step", "steps/s", "days", "GPU hours", "resume\npoint",
         "every,\nimages", "lost", "evaluation\nGPU hours", "stored", "price",
     )  # fmt: skip
@@ -139,19 +139,14 @@ def _training(forecast: "FleetForecast") -> Table:
 
 
 def _sizes(forecast: "FleetForecast") -> Table:
-    table = _table("the sweep, by the number of GPUs", "GPUs", "days", "GPU hours", "largest loss", "stored", "price")
+    table = narrow_table(
+        "the sweep, by the number of GPUs", "GPUs", "days", "GPU hours", "largest loss", "stored", "price"
+    )
     for each in forecast.by_gpus:
         table.add_row(
             f"{each.gpus:,}{'' if each.fits else ' too small'}", _number(each.days), _number(each.gpu_hours),
             f"{each.largest_loss:.1%}", f"{each.stored_bytes / 1e9:,.1f} GB", _money(each.price),
         )  # fmt: skip
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     return table
 
 

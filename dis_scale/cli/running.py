@@ -21,10 +21,10 @@ from dis_scale.cli.shared import (
     show,
 )
 from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.recipe import Storage
 from dis_scale.recipe.shipped import EMBEDDED
 
-ROOT = "outputs"
-"""Default of `storage.root`."""
+ROOT: str = Storage.model_fields["root"].default
 Here = Annotated[
     bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")
 ]

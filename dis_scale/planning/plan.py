@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from rich import box
 from rich.table import Table
 
 from dis_scale.data.cache import share_read
@@ -15,6 +14,7 @@ from dis_scale.models import transfer
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.planning.fleet import MOST_GPUS, Fleet, Forecast, forecast
 from dis_scale.process.errors import UserError
+from dis_scale.process.tables import narrow_table
 from dis_scale.recipe import Evaluate, LatentShape, Model, ModelTrain, Recipe
 from dis_scale.training.engine import kinds
 from dis_scale.training.lanes import largest_share
@@ -248,14 +248,11 @@ def table(plan: Plan) -> Table:
         f"{train.precision}; Gflops are multiply-adds (DiT's convention); host memory while saving is over all workers"
         + "".join(f"; {line}" for line in _transfers(plan.recipe))
     )
-    out = Table(
-        title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}", caption=caption,
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True,
+    out = narrow_table(
+        f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}",
+        "model", "parameters", "tokens", "Gflops", "training\nPFLOP", "GPU", "resume\npoint", "saving\ntakes", caption=caption,
     )  # fmt: skip
-    for words in (
-        "model", "parameters", "tokens", "Gflops", "training\nPFLOP", "GPU", "resume\npoint", "saving\ntakes",
-    ):  # fmt: skip
-        out.add_column(words, justify="left" if words == "model" else "right", no_wrap=words != "model")
+    out.columns[0].no_wrap = False
     for name, c in plan.costs.items():
         train, kind = plan.recipe.train_of(name), plan.recipe.models[name].kind
         gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)

@@ -10,12 +10,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from dis_scale.process.errors import StorageAway, StorageError, shown
+from dis_scale.process.tables import narrow_table
 from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
@@ -284,9 +284,19 @@ def table(status: Status) -> Group:
     # as Text, since a name or an error may look like markup
     head = Text(shown(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"))
     below = Text(shown("\n".join(status.wrong + attempts)))
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
-    for words in ("model", "doing", "images", "images\n/s", "left", "saved\nago", "evalu-\nated", "metric"):
-        out.add_column(words, justify="left" if words in ("model", "doing") else "right", no_wrap=words != "model")
+    out = narrow_table(
+        "",
+        "model",
+        "doing",
+        "images",
+        "images\n/s",
+        "left",
+        "saved\nago",
+        "evalu-\nated",
+        "metric",
+        left=("model", "doing"),
+    )
+    out.columns[0].no_wrap = False
     for run in status.runs:
         out.add_row(
             run.model, run.doing, f"{_count(run.images_seen)} ({run.images_seen / run.images:.0%})",
