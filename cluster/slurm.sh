@@ -31,7 +31,7 @@
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
 set -euo pipefail
 
-again=no requested='' child=''
+again=no requested='' child='' restarts=${SLURM_RESTART_COUNT:-0}
 # shellcheck disable=SC2317 # called by a trap
 stop() { # whether to queue the job again
     again=$1 requested=yes
@@ -40,7 +40,8 @@ stop() { # whether to queue the job again
 trap 'stop yes' TERM
 trap 'stop no' INT
 passes() { # whether the end with $code may have passed in the next run
-    [ "$code" = 74 ] || { [ "$code" -ge 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; } || ! timeout 60 ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
+    [ "$code" = 74 ] || { [ "$code" -ge 128 ] && [ "$restarts" -lt 100 ]; } ||
+        ! timeout 60 ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
 }
 run() { # a command, whose exit code is then in $code; a signal to this script reaches it
     "$@" &
@@ -98,7 +99,7 @@ elif [ -n "$requested" ]; then
     code=75
 fi
 if [ "$code" != 75 ]; then # which is a stop: a signal has said whether it continues
-    [ -n "$requested" ] || [ "${SLURM_RESTART_COUNT:-0}" -ge 1000 ] || again=yes
+    [ -n "$requested" ] || [ "$restarts" -ge 1000 ] || again=yes
     [ "$code" != 0 ] && passes || again=no
 fi
 if [ "$again" = yes ]; then

@@ -237,8 +237,9 @@ class TrainingRun:
         used = {place.node for place in ranks.places}
         with lease.hold(sweep.run(self.model).lease) as held:
             state.record_device(sweep.run(self.model), self.device)
-            cuda, places = self.device == "cuda", Places.now(self.job.recipe)
-            shared = places.avoiding_failed(sweep, self.device).shared if cuda else 0.0
+            shared = 0.0
+            if self.device == "cuda":
+                shared = Places.now(self.job.recipe).avoiding_failed(sweep, self.device).shared
             arguments = (sweep, self.model, held, self.device, start, shared, self.more_passes)
             results = [worker.train.remote(*arguments) for worker in ranks.workers]
             drained, grows = set[str](), False

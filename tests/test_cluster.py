@@ -486,7 +486,7 @@ def submitted(
 ) -> tuple[int, list[list[str]]]:
     """Run a submitter with a `ray` that answers so when asked for a job's state; return its exit code and its other calls.
 
-    Its calls for the log are told once, however often it asks again; `logs` is what these do.
+    Its calls for the log are returned once, however often it asks again; `logs` is what these do.
     """
     (answers := tmp_path / "answers").write_text("".join(f"{state}\n" for state in states))
     answer = f'line=$(head -1 {answers}); sed -i 1d {answers}; [ -n "$line" ] && echo "$line"'

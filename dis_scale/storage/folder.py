@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from dis_scale.process import faults
-from dis_scale.process.errors import StorageError, UserError, printable
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.settings import absolute
 from dis_scale.storage import local
 from dis_scale.storage.retries import PATIENT_TRIES, TRIES, cause_of, http_status, with_retries
@@ -287,7 +287,7 @@ class Folder:
         full = f"{self.url}/{path}"
         fs, inner = fsspec.url_to_fs(full, **_options(full), skip_instance_cache=True)
         write = (lambda: local.replace(Path(inner), data)) if self.local else (lambda: fs.pipe_file(inner, data))
-        with_retries(write, f"cannot write {printable(full)}", self.tries)
+        with_retries(write, f"cannot write {full}", self.tries)
 
     def _do(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
         full = f"{self.url}/{path}" if path else self.url
@@ -298,7 +298,7 @@ class Folder:
             faults.at(verb, path=full)
             return action(fs, f"{base}/{path}" if path else base)  # fsspec would expand `*` and `::` in a name
 
-        done = with_retries(once, f"cannot {verb} {printable(full)}", self.tries, None if self.local else store)
+        done = with_retries(once, f"cannot {verb} {full}", self.tries, None if self.local else store)
         if verb in ("write", "create"):
             faults.at("written", path=full)
         return done

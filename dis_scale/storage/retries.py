@@ -13,7 +13,7 @@ from typing import TypeVar
 import fsspec
 
 from dis_scale.process import counts
-from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError, printable
 
 T = TypeVar("T")
 
@@ -54,12 +54,12 @@ def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[st
             if _precondition_failed(error):
                 raise FileExistsError(what) from error
             expired = _expired_key(error, store)
-            cause = f"{expired}{cause_of(error)}"
+            words = f"{printable(what)}: {expired}{cause_of(error)}"
             if not (expired or _may_pass(error)):
                 kind = StorageFull if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else StorageError
-                raise kind(f"{what}: {cause}") from error
+                raise kind(words) from error
             if attempt == tries - 1:
-                raise StorageAway(f"{what}: {cause}") from error
+                raise StorageAway(words) from error
         counts.add(counts.STORAGE_RETRIES)
         time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # jitter: many workers share one store
         counts.add_seconds(counts.STORAGE_AWAY_S, began_s)

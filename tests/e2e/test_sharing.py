@@ -237,7 +237,7 @@ def judged(tiny: Recipe, tmp_path: Path) -> Callable[..., RayEvaluators]:
 
 
 def test_a_kernel_that_is_wrong_on_one_device_counts_against_its_node(judged: Callable[..., RayEvaluators]) -> None:
-    """The attempt after it goes on with the evaluators whose devices passed."""
+    """The next attempt continues with the evaluators whose devices passed."""
     evaluators = judged(True, False, True)
     sampled = Sampled(next(iter(evaluators.job.recipe.models)), 0)
     with pytest.raises(
@@ -265,7 +265,7 @@ def test_an_evaluator_that_is_lost_while_devices_are_compared_is_an_attempt(
 
 
 def test_a_worker_that_is_lost_tells_on_which_nodes_it_was(job: StageJob, tmp_path: Path) -> None:
-    """By them a crash that follows the work to other nodes is told from a bad node."""
+    """They distinguish a crash that follows the work to other nodes from a bad node."""
     workers = takers(job, 2, "prepare")
     assert share(job, workers, "take", (tmp_path,), [*range(20), -1], lambda _: None, POLICY).failure
     assert list(job.placed) == [nodes.living()[0].name]
