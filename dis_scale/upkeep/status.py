@@ -285,17 +285,8 @@ def table(status: Status) -> Group:
     head = Text(shown(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"))
     below = Text(shown("\n".join(status.wrong + attempts)))
     out = narrow_table(
-        "",
-        "model",
-        "doing",
-        "images",
-        "images\n/s",
-        "left",
-        "saved\nago",
-        "evalu-\nated",
-        "metric",
-        left=("model", "doing"),
-    )
+        "", "model", "doing", "images", "images\n/s", "left", "saved\nago", "evalu-\nated", "metric", left=("model", "doing"),
+    )  # fmt: skip
     out.columns[0].no_wrap = False
     for run in status.runs:
         out.add_row(
