@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rows import Job, Row, measure, on_threads, report
-from dis_scale.scan import Direction, choose, native, selective_scan, two_way_conv_silu, two_way_scan
+from dis_scale.scan import Direction, choose, native_build, selective_scan, two_way_conv_silu, two_way_scan
 
 B, L, E, N, TAPS = 4, 258, 736, 16, 4  # DiS-S/2 of the public code at 32x32 latents, four images
 LENGTHS = {66: 62, 258: 16, 1026: 4, 4098: 1}  # length: sequences; about the same number of tokens each
@@ -80,9 +80,9 @@ def product(tokens: int, E: int) -> Job:
 
 
 def on(isa: str, job: Job) -> None:
-    native.use_instruction_set(isa)
+    native_build.use_instruction_set(isa)
     job()
-    native.use_instruction_set(native.instruction_set())
+    native_build.use_instruction_set(native_build.instruction_set())
 
 
 def jobs() -> dict[str, Job]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dis_scale.process.errors import DisScaleError, UserError, nearest
-from dis_scale.scan import counts, native
+from dis_scale.scan import counts, native_build
 from dis_scale.scan.backend import Backend, Direction
 from dis_scale.scan.graphs import outside_graphs
 
@@ -143,7 +143,7 @@ def _automatic(device: str) -> Choice:
         return Choice("chunked", f"auto: {device}")
     if error := problem(best, device):
         return Choice("chunked", f"auto: {error}")
-    return Choice(best, f"auto: {device}, {native.instruction_set() if best == 'native' else 'an NVIDIA GPU'}")
+    return Choice(best, f"auto: {device}, {native_build.instruction_set() if best == 'native' else 'an NVIDIA GPU'}")
 
 
 def problem(name: str, device: str) -> DisScaleError | None:
@@ -152,7 +152,7 @@ def problem(name: str, device: str) -> DisScaleError | None:
         wrong = UserError(
             f"the native scan is for the CPU, got tensors on {device}: set the backend to auto or chunked"
         )
-        return native.problem() if device == "cpu" else wrong
+        return native_build.problem() if device == "cpu" else wrong
     if name not in GPU_BACKENDS:
         return None
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,9 +1,9 @@
-// Memory, views and layouts between PyTorch's tensors and the kernels. Included by native.cpp.
+// Memory, threads, and layouts between PyTorch's tensors and the kernels. Included by native.cpp.
 
 // Make the C library keep up to 256 MiB of freed memory, in all of the process, unless the environment sets its thresholds (as
 // jobs do: pipelines/worker.py). A training step frees what the next one allocates again. By default large pieces go back to
 // the system, and to fault them in again takes as long as a scan.
-void keep_freed_memory() {
+void keep_memory() {
 #ifdef __GLIBC__
   if (std::getenv("MALLOC_TRIM_THRESHOLD_")) return;
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
@@ -11,19 +11,16 @@ void keep_freed_memory() {
 #endif
 }
 
-// Scratch memory of a thread, kept from call to call: fresh pages would cost more than a small scan.
-float* thread_memory(int64_t floats) {
+// Scratch memory of a thread, kept from call to call: fresh pages would cost more than a small scan. `poison` fills it with NaN.
+float* thread_memory(int64_t floats, bool poison) {
   struct Free { void operator()(float* p) const { std::free(p); } };
   static thread_local std::unique_ptr<float, Free> memory;
   static thread_local int64_t size = 0;
   if (floats > size) {
-    memory.reset();
     memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
-    TORCH_CHECK(memory, "selective scan: no memory for ", floats, " floats of scratch");
     size = floats;
   }
-  if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
-    std::fill_n(memory.get(), floats, std::numeric_limits<float>::quiet_NaN());
+  if (poison) std::fill_n(memory.get(), floats, std::numeric_limits<float>::quiet_NaN());
   return memory.get();
 }
 
@@ -38,21 +35,10 @@ struct Arena {
   }
 };
 
-Tensor cast(const Tensor& x, at::ScalarType type) { return x.scalar_type() == type ? x : x.to(type); }
-
-// x in float32 with contiguous channels; a copy only if necessary.
-Tensor rowwise(const Tensor& x) {
-  const Tensor floats = cast(x, at::kFloat);
-  return floats.size(-1) == 1 || floats.stride(-1) == 1 ? floats : floats.contiguous();
-}
-
-struct View {  // a (batch, length, channels) tensor as float rows
-  float* data = nullptr;
-  int64_t batch = 0, row = 0, length = 0;
-  View() = default;
-  explicit View(const Tensor& x)
-      : data(x.data_ptr<float>()), batch(x.stride(0)), row(x.stride(1)), length(x.size(1)) {}
-  Rows rows(int64_t b, int64_t channel, bool reverse) const {
+struct View {  // a float32 tensor of (batch, length, channels), and the strides of the first two; null if there is none
+  float* data;
+  int64_t batch, row;
+  Rows rows(int64_t b, int64_t channel, int64_t length, bool reverse) const {
     if (!data) return {};
     float* first = data + b * batch + channel;
     return reverse ? Rows{first + (length - 1) * row, -row} : Rows{first, row};
@@ -83,10 +69,19 @@ struct Blocks {
   int64_t width(int64_t block) const { return std::min(lanes, channels - block * lanes); }
 };
 
+// Call work(begin, end) on each thread for its share of `count` items.
+template <typename Work>
+void on_threads(int64_t threads, int64_t count, const Work& work) {
+  const int64_t share = (count + threads - 1) / threads;
+#pragma omp parallel for schedule(static, 1) if (threads > 1 && count > 1)
+  for (int64_t i = 0; i < threads; i++)
+    if (i * share < count) work(i * share, std::min((i + 1) * share, count));
+}
+
 // Call work(row, blocks) on all threads, for runs of consecutive blocks of each row.
 template <typename Work>
-void for_runs(int64_t rows, const Blocks& blocks, const Work& work) {
-  at::parallel_for(0, rows * blocks.count, 1, [&](int64_t begin, int64_t end) {
+void for_runs(int64_t threads, int64_t rows, const Blocks& blocks, const Work& work) {
+  on_threads(threads, rows * blocks.count, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t first = begin % blocks.count, last = std::min(first + end - begin, blocks.count);
       work(begin / blocks.count, Span{first, last});
@@ -111,34 +106,37 @@ void for_chunks(int64_t length, int64_t lanes, Span run, const Work& work) {
 }
 
 // Pack parameters as vectors over a block's channels, padded with zeros: (blocks, columns, lanes). Writes `scale` times the
-// columns of matrix_EK, from column `first` on.
-void pack(const Tensor& matrix_EK, float scale, const Blocks& blocks, int64_t columns, int64_t first, float* to) {
-  const Tensor floats = cast(matrix_EK, at::kFloat).contiguous();
-  const float* from = floats.data_ptr<float>();
-  const int64_t count = floats.numel() / blocks.channels;
+// `count` columns of a matrix, from column `first` on.
+void pack(const float* matrix_EK, int64_t count, float scale, const Blocks& blocks, int64_t columns, int64_t first,
+          float* to) {
   for (int64_t block = 0; block < blocks.count; block++)
     for (int64_t k = 0; k < count; k++) {
       float* vector = to + (block * columns + first + k) * blocks.lanes;
-      const float* column = from + block * blocks.lanes * count + k;
+      const float* column = matrix_EK + block * blocks.lanes * count + k;
       for (int64_t lane = 0; lane < blocks.width(block); lane++) vector[lane] = column[lane * count] * scale;
     }
 }
 
 // The gradient of such a matrix: the partial sums of `groups` groups of batch rows, added in order.
-Tensor unpack(const Tensor& sums, const Tensor& like, const Blocks& blocks, int64_t groups, int64_t columns,
-              int64_t first) {
-  Tensor out = at::empty(like.sizes(), like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
-  const int64_t count = out.numel() / blocks.channels, group = blocks.count * columns * blocks.lanes;
-  const float* from = sums.data_ptr<float>();
-  float* to = out.data_ptr<float>();
+void unpack(const float* sums, int64_t groups, const Blocks& blocks, int64_t columns, int64_t first, int64_t count,
+            float* matrix_EK) {
+  const int64_t group = blocks.count * columns * blocks.lanes;
   for (int64_t block = 0; block < blocks.count; block++)
     for (int64_t k = 0; k < count; k++) {
-      const float* vector = from + (block * columns + first + k) * blocks.lanes;
-      float* column = to + block * blocks.lanes * count + k;
+      const float* vector = sums + (block * columns + first + k) * blocks.lanes;
+      float* column = matrix_EK + block * blocks.lanes * count + k;
       float sum[16] = {};
       for (int64_t g = 0; g < groups; g++)
         for (int64_t lane = 0; lane < blocks.lanes; lane++) sum[lane] += vector[g * group + lane];
       for (int64_t lane = 0; lane < blocks.width(block); lane++) column[lane * count] = sum[lane];
     }
-  return cast(out, like.scalar_type());
+}
+
+// Add the other parts to the first one, in order.
+void sum_parts(int64_t threads, int64_t parts, int64_t count, float* at) {
+  if (parts > 1)
+    on_threads(threads, count, [&](int64_t begin, int64_t end) {
+      for (int64_t p = 1; p < parts; p++)
+        for (int64_t i = begin; i < end; i++) at[i] += at[p * count + i];
+    });
 }

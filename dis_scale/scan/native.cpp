@@ -1,14 +1,10 @@
-// The native CPU backend as PyTorch operators. native.py compiles this file and defines MOST_STATES, MOST_TAPS and
-// NATIVE_CHUNK. The .inl files are included below: kernels.inl has the arithmetic, memory.inl tensors and memory, scan.inl
-// and conv.inl threads and gradients. This file has the interface to the kernels, the instruction sets and the operators.
+// The native CPU backend. native.py compiles this file, defines MOST_STATES, MOST_TAPS, NATIVE_CHUNK and GROUP_CHANNELS, and
+// calls the functions at its end with pointers: without PyTorch's headers it compiles in a third of the time, and once for all
+// versions of PyTorch. The .inl files are included below: kernels.inl has the arithmetic, memory.inl memory and threads,
+// scan.inl and conv.inl the jobs. This file has the interface to the kernels, the instruction sets and the functions.
 //
 // The work is divided by shape only, never by the number of threads, and partial sums are added in a fixed order. So
 // results are bit-equal at any number of threads.
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -16,9 +12,8 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <string>
+#include <string_view>
 #include <utility>
-#include <vector>
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -119,47 +114,9 @@ namespace avx512 {
 
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
 const Kernels* chosen = &plain::kernels;
 
 const Kernels& kernels() { return *chosen; }
-
-// Select the named instruction set, or the best one of this processor if the name is empty; return its name. A forward
-// pass keeps tensors in the layout of one instruction set, so its backward pass must use the same.
-std::string use_instruction_set(const std::string& name) {
-  std::vector<const Kernels*> known{&plain::kernels}, here{&plain::kernels};
-#ifdef DISPATCH
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  known.insert(known.end(), {&avx2::kernels, &avx512::kernels});
-  if (has_avx2) here.push_back(&avx2::kernels);
-  if (has_avx512) here.push_back(&avx512::kernels);
-#endif
-  const auto find = [&](const std::vector<const Kernels*>& among) {
-    return std::find_if(among.begin(), among.end(), [&](const Kernels* k) { return name == k->name; });
-  };
-  TORCH_CHECK_VALUE(name.empty() || find(known) != known.end(), "no instruction set '", name,
-                    "': there are plain, avx2 and avx512");
-  TORCH_CHECK_VALUE(name.empty() || find(here) != here.end(), "this processor has no ", name, ", only ",
-                    here.back()->name);
-  chosen = name.empty() ? here.back() : *find(here);
-  return chosen->name;
-}
-
-// The gradients are not differentiable: a second derivative must fail, not return zeros.
-void refuse_second_order() {
-  TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "the native scan is differentiable once: for second "
-                              "derivatives (create_graph=True) set the backend to reference");
-}
-
-bool wants_gradient(at::TensorList inputs) {
-  return at::GradMode::is_enabled() &&
-         std::any_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.requires_grad(); });
-}
 
 #include "memory.inl"
 
@@ -169,9 +126,37 @@ bool wants_gradient(at::TensorList inputs) {
 
 }  // namespace
 
-TORCH_LIBRARY(dis_scale, library) {
-  keep_freed_memory();
-  library.def("scan(Tensor[] inputs, bool reverse) -> Tensor", &scan);
-  library.def("conv_silu(Tensor[] inputs, bool reverse) -> Tensor[]", &conv_silu);
-  library.def("use_instruction_set(str name) -> str", &use_instruction_set);
+extern "C" {
+
+// Select the named instruction set, or the best one of this processor if the name is empty; return its name, or null if this
+// processor lacks it. A forward pass keeps arrays in the layout of one instruction set, so its backward pass must use the same.
+const char* use_instruction_set(const char* name) {
+  const Kernels* found = nullptr;
+  const auto offer = [&](const Kernels& kernels, bool here) {
+    if (here && (!*name || std::string_view(name) == kernels.name)) found = &kernels;
+  };
+  offer(plain::kernels, true);
+#ifdef DISPATCH
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  offer(avx2::kernels, has_avx2);
+  offer(avx512::kernels, has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));
+#endif
+  if (!found) return nullptr;
+  chosen = found;
+  return chosen->name;
 }
+
+int64_t lanes() { return kernels().lanes; }
+
+void keep_freed_memory() { keep_memory(); }
+
+void scan_forward(const ScanJob* job) { forward(*job); }
+
+void scan_backward(const ScanJob* job) { Backward(*job).run(); }
+
+void conv_forward(const ConvJob* job) { forward(*job); }
+
+void conv_backward(const ConvJob* job) { backward(*job); }
+
+}  // extern "C"

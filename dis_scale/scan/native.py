@@ -1,147 +1,249 @@
-"""The native CPU backend: builds native.cpp on first use, loads it, and calls its operators.
+"""The native CPU backend: native.cpp's functions on tensors, with their gradients. native_build.py builds and loads them.
 
 * It computes in float32. float16 and bfloat16 inputs are converted (a copy), outputs converted back; float64 is refused.
 * Inputs may be views with a contiguous last axis, such as chunks and splits of a product. Anything else costs a copy.
 * With a gate the output is kept, and the backward pass divides it by the gate to get y: a smaller |z| than 1e-30 counts as
   1e-30, and the output must not be changed in place.
 * Results are bit-equal at any number of threads.
-* `DIS_SCALE_ISA=plain|avx2|avx512` forces an instruction set.
-* Once loaded, the process keeps up to 256 MiB of freed memory (glibc only): see memory.inl.
-* The library is stored in `$XDG_CACHE_HOME/dis_scale` (or `~/.cache/dis_scale`) under a hash of its sources and flags.
 """
 
-import contextlib
-import fcntl
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import sysconfig
-import tempfile
-import time
-from collections.abc import Iterator
-from pathlib import Path
+import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import UserError
 from dis_scale.scan.backend import NATIVE_CHUNK, Backend, Direction
+from dis_scale.scan.native_build import GROUP_CHANNELS, MOST_STATES, MOST_TAPS, library
 
-SOURCES = [
-    Path(__file__).with_name(name) for name in ("native.cpp", "kernels.inl", "memory.inl", "scan.inl", "conv.inl")
-]
-"""The one translation unit, then the files that it includes. A change of any of them rebuilds the library."""
-MOST_STATES, MOST_TAPS = 256, 16
-FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += [f"-DMOST_STATES={MOST_STATES}", f"-DMOST_TAPS={MOST_TAPS}", f"-DNATIVE_CHUNK={NATIVE_CHUNK}"]
-if platform.machine() == "x86_64":
-    # These flags change only the order of instructions and how registers are loaded: 5 to 10 % faster, on AMD too.
-    FLAGS += ["-mtune=skylake-avx512", "-fschedule-insns", "-fsched-pressure", "-fno-tree-loop-distribute-patterns"]
-COMPILER_LINES = 8
+GROUP_STEPS = 128
+"""The least that share one partial sum of A's gradient: these take at most 1/7 of u's memory."""
 
 
-@functools.cache
-def problem() -> DisScaleError | None:
-    """Build and load the library; return the error, or None. Cached: once per process."""
-    try:
-        _load(cached_library())
-        instruction_set()
-    except DisScaleError as error:
-        return error
-    return None
+class _View(ctypes.Structure):
+    """A float32 tensor (batch, length, channels) with contiguous channels: its address and its first two strides."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("row", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, x_BLE: Tensor) -> "_View":
+        return cls(x_BLE.data_ptr(), x_BLE.stride(0), x_BLE.stride(1))
 
 
-@functools.cache
-def instruction_set() -> str:
-    """Select `DIS_SCALE_ISA`, or the best instruction set of this processor; return its name."""
-    try:
-        return use_instruction_set(os.environ.get("DIS_SCALE_ISA", ""))
-    except ValueError as error:
-        raise UserError(f"DIS_SCALE_ISA: {error}") from error
+class _ScanDirection(ctypes.Structure):
+    """As in scan.inl."""
 
-
-def use_instruction_set(name: str) -> str:
-    """Select an instruction set for all later calls; never between a forward pass and its backward pass."""
-    return str(torch.ops.dis_scale.use_instruction_set(name))
-
-
-def cached_library() -> Path:
-    """Path of the library built from these sources, with these flags, for this torch and processor."""
-    inputs = [path.read_text() for path in SOURCES] + [*FLAGS, torch.__version__, platform.machine()]
-    key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "dis_scale" / f"native-{key}.so"
-
-
-def _load(library: Path) -> None:
-    if _loads(library):
-        return
-    with _one_builder(library):
-        if not _loads(library):
-            _build(library)
-
-
-def _loads(library: Path) -> bool:
-    try:
-        torch.ops.load_library(library)
-    except OSError:  # missing or damaged
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _one_builder(library: Path) -> Iterator[None]:
-    """Let one process of a machine build at a time: ranks that start together would all compile the same for half a minute."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a file system without locks: all build, and still do not collide
-            library.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(library.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
-        yield
-
-
-def _build(library: Path) -> None:
-    """Build and load the library, then publish it by one rename, so that builders cannot collide.
-
-    Loading the library twice, under two names, would abort the process: its operators would be registered twice.
-    """
-    # It warns of machines that have CUDA's compiler and no GPU, where a build for the CPU does not care.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    logging.getLogger(__name__).warning("compiling the scan for this machine, once: about half a minute")
-    from torch.utils import cpp_extension  # takes half a second to import
-
-    # pip installs ninja next to this interpreter, whose folder need not be on the path.
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale_builds(library.parent)
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
-            cpp_extension.load(
-                "native", str(SOURCES[0]), extra_cflags=FLAGS, build_directory=folder, is_python_module=False
-            )
-            (built,) = Path(folder).glob("native*.so")  # PyTorch adds a version to the name after a build that failed
-            built.replace(library)
-    except (RuntimeError, OSError) as error:
-        raise DisScaleError(_build_error(str(error))) from error
-
-
-def _remove_stale_builds(cache: Path) -> None:
-    """Remove build folders of killed processes: those older than an hour, longer than any build."""
-    for folder in cache.glob("build-*"):
-        if time.time() - folder.stat().st_mtime > 3600:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _build_error(error: str) -> str:
-    """The last lines of the build's output, and what to do."""
-    lines = [line for line in error.splitlines() if line.strip() and "ninja: build stopped" not in line]
-    output = "\n  ".join(lines[-COMPILER_LINES:])
-    return (
-        f"the native scan cannot be built; the last lines of its build:\n  {output}\n"
-        "install a C++ compiler (g++ 11 or newer) and ninja, or set the backend to chunked"
+    _fields_ = (
+        *((name, _View) for name in ("u", "delta", "B", "C")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "bias", "weights", "starts")),
+        *((name, _View) for name in ("du", "ddelta")),
+        *((name, ctypes.c_void_p) for name in ("dB", "dC", "dweights", "dA", "dD", "dbias")),
     )
+
+
+_SIZES = ("threads", "poison", "directions", "reverse", "batch", "length", "channels")
+
+
+class _ScanJob(ctypes.Structure):
+    """As in scan.inl."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in (*_SIZES, "states", "batch_groups")),
+        *((name, _View) for name in ("z", "y", "dz", "dy")),
+        ("direction", _ScanDirection * 2),
+    )
+
+
+class _ConvDirection(ctypes.Structure):
+    """As in conv.inl."""
+
+    _fields_ = (
+        ("y", _View),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "packed", "dpacked", "dweight", "dbias")),
+    )
+
+
+class _ConvJob(ctypes.Structure):
+    """As in conv.inl."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in (*_SIZES, "taps", "batch_groups")),
+        ("x", _View),
+        ("dx", _View),
+        ("direction", _ConvDirection * 2),
+    )
+
+
+def _at(*tensors: Tensor | None) -> list[int | None]:
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
+def _job(kind: type[Any], x_BLE: Tensor, directions: int, reverse: bool) -> Any:
+    batch, length, channels = x_BLE.shape
+    return kind(
+        threads=torch.get_num_threads(),
+        poison=torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        directions=directions,
+        reverse=reverse,
+        batch=batch,
+        length=length,
+        channels=channels,
+        batch_groups=min(max(batch * length // GROUP_STEPS, 1), batch),
+    )
+
+
+def _prepared(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In float32: sequences with contiguous channels, parameters contiguous; copies only if necessary."""
+    if any(x.dtype == torch.float64 for x in tensors):
+        raise UserError("the native scan computes in float32, got float64: convert, or set the backend to chunked")
+    floats = [x.float() for x in tensors]
+    return [x if x.dim() == 3 and (x.shape[-1] == 1 or x.stride(-1) == 1) else x.contiguous() for x in floats]
+
+
+def _by_block(parameter_of: Tensor, columns: int) -> Tensor:
+    """Zeros for parameters in the kernels' layout: (blocks of channels, columns, lanes)."""
+    lanes: int = library().lanes()
+    return parameter_of.new_zeros((parameter_of.shape[0] + lanes - 1) // lanes, columns, lanes)
+
+
+def _as_given(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True)]
+
+
+def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _refuse_second_order() -> None:
+    """The gradients are not differentiable: a second derivative must fail, not return zeros."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "the native scan is differentiable once: for second derivatives (create_graph=True) set the backend to reference"
+        )
+
+
+def _scan_job(inputs: Sequence[Tensor], reverse: bool, kept: Sequence[Tensor | None]) -> Any:
+    """`inputs`: seven per direction, then z if there is a gate; `kept`: weights and starts of each direction."""
+    job = _job(_ScanJob, inputs[0], len(inputs) // 7, reverse)
+    job.states = inputs[3].shape[2]
+    for i, (u, delta, A, B, C, D, bias) in enumerate(zip(*[iter(inputs)] * 7, strict=False)):
+        to = job.direction[i]
+        to.u, to.delta, to.B, to.C = map(_View.of, (u, delta, B, C))
+        to.A, to.D, to.bias, to.weights, to.starts = _at(A, D, bias, *kept[2 * i : 2 * i + 2])
+    if len(inputs) % 7:
+        job.z = _View.of(inputs[-1])
+    return job
+
+
+def _scan_forward(given: Sequence[Tensor], reverse: bool, keep: bool) -> tuple[Tensor, list[Tensor | None]]:
+    """Return y in float32, and what the backward pass needs of each direction."""
+    inputs, kept = _prepared(given), list[Tensor | None]()
+    (batch, length, _), states = inputs[0].shape, inputs[3].shape[2]
+    for A in inputs[2::7]:
+        weights = _by_block(A, states + 2)
+        chunks = max(length - 1, 0) // NATIVE_CHUNK
+        starts = A.new_empty(batch, chunks, weights.shape[0], states, weights.shape[2]) if keep else None
+        kept += [weights, starts]
+    y = inputs[0].new_empty(inputs[0].shape)
+    job = _scan_job(inputs, reverse, kept)
+    job.y = _View.of(y)
+    library().scan_forward(ctypes.byref(job))
+    return y, kept
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reverse: bool, *inputs: Tensor) -> Tensor:
+        y, kept = _scan_forward(inputs, reverse, keep=True)
+        ctx.reverse = reverse
+        ctx.save_for_backward(*inputs, *kept, *([y] if len(inputs) % 7 else []))
+        return y.to(inputs[0].dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order()
+        saved = ctx.saved_tensors
+        directions, gate = len(saved) // 9, len(saved) % 9 // 2  # two more tensors with a gate: z and y
+        given, kept = saved[: 7 * directions + gate], saved[7 * directions + gate : 9 * directions + gate]
+        inputs, (dy,) = _prepared(given), _prepared([dy])
+        if kept[0].shape[2] != library().lanes():
+            raise RuntimeError("the instruction set changed between forward and backward")
+        job, gradients, sums = _scan_job(inputs, ctx.reverse, kept), list[Tensor](), list[Tensor]()
+        job.dy = _View.of(dy)
+        for i in range(directions):
+            u, _, A, B, _, D, bias = inputs[7 * i : 7 * i + 7]
+            du, ddelta = u.new_empty(u.shape), u.new_empty(u.shape)
+            parts = (u.shape[2] + GROUP_CHANNELS - 1) // GROUP_CHANNELS, *B.shape
+            dB, dC, dA, dD, dbias = B.new_empty(parts), B.new_empty(parts), *map(torch.empty_like, (A, D, bias))
+            dweights = A.new_zeros(job.batch_groups, *kept[2 * i].shape)
+            to = job.direction[i]
+            to.du, to.ddelta = _View.of(du), _View.of(ddelta)
+            to.dB, to.dC, to.dweights, to.dA, to.dD, to.dbias = _at(dB, dC, dweights, dA, dD, dbias)
+            gradients += [du, ddelta, dA, dB[0], dC[0], dD, dbias]
+            sums.append(dweights)
+        if gate:
+            gradients.append(u.new_empty(u.shape))
+            job.dz, job.y = _View.of(gradients[-1]), _View.of(saved[-1])
+        library().scan_backward(ctypes.byref(job))
+        return None, *_as_given(gradients, given)
+
+
+def _scan(inputs: Sequence[Tensor], reverse: bool) -> Tensor:
+    if _wants_gradient(inputs):
+        y: Tensor = _Scan.apply(reverse, *inputs)
+        return y
+    return _scan_forward(inputs, reverse, keep=False)[0].to(inputs[0].dtype)
+
+
+def _conv_job(inputs: Sequence[Tensor], reverse: bool, ys: Sequence[Tensor], packed: Sequence[Tensor]) -> Any:
+    """`inputs`: x, then a weight and a bias per direction; `ys`: the outputs, or their gradients."""
+    job = _job(_ConvJob, inputs[0], len(ys), reverse)
+    job.taps, job.x = inputs[1].shape[1], _View.of(inputs[0])
+    for i, (y, weight, bias, by_block) in enumerate(zip(ys, inputs[1::2], inputs[2::2], packed, strict=True)):
+        job.direction[i].y = _View.of(y)
+        job.direction[i].weight, job.direction[i].bias, job.direction[i].packed = _at(weight, bias, by_block)
+    return job
+
+
+def _conv_forward(given: Sequence[Tensor], reverse: bool) -> tuple[Tensor, ...]:
+    inputs = _prepared(given)
+    ys = [inputs[0].new_empty(inputs[0].shape) for _ in inputs[1::2]]
+    packed = [_by_block(weight, weight.shape[1] + 1) for weight in inputs[1::2]]
+    library().conv_forward(ctypes.byref(_conv_job(inputs, reverse, ys, packed)))
+    return tuple(y.to(given[0].dtype) for y in ys)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reverse: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.reverse = reverse
+        ctx.save_for_backward(*inputs)
+        return _conv_forward(inputs, reverse)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order()
+        given = ctx.saved_tensors
+        inputs, ready = _prepared(given), _prepared(dys)
+        packed = [_by_block(weight, weight.shape[1] + 1) for weight in inputs[1::2]]
+        job = _conv_job(inputs, ctx.reverse, ready, packed)
+        gradients = [inputs[0].new_empty(inputs[0].shape), *map(torch.empty_like, inputs[1:])]
+        dpacked = [x.new_zeros(job.batch_groups, *x.shape) for x in packed]
+        job.dx = _View.of(gradients[0])
+        for i, sums in enumerate(dpacked):
+            to = job.direction[i]
+            to.dpacked, to.dweight, to.dbias = _at(sums, *gradients[1 + 2 * i : 3 + 2 * i])
+        library().conv_backward(ctypes.byref(job))
+        return None, *_as_given(gradients, given)
+
+
+def _conv(inputs: Sequence[Tensor], reverse: bool) -> tuple[Tensor, ...]:
+    if _wants_gradient(inputs):
+        ys: tuple[Tensor, ...] = _Conv.apply(reverse, *inputs)
+        return ys
+    return _conv_forward(inputs, reverse)
 
 
 def _check_limit(what: str, got: int, most: int) -> None:
@@ -149,35 +251,24 @@ def _check_limit(what: str, got: int, most: int) -> None:
         raise UserError(f"the native scan takes at most {most} {what}, got {got}: set the backend to chunked")
 
 
-def _floats(*tensors: Tensor) -> list[Tensor]:
-    for x in tensors:
-        if x.dtype == torch.float64:
-            raise UserError("the native scan computes in float32, got float64: convert, or set the backend to chunked")
-    return list(tensors)
-
-
 def _selective_scan(direction: Direction, reverse: bool) -> Tensor:
     _check_limit("states", direction.A_EN.shape[1], MOST_STATES)
-    y_BLE: Tensor = torch.ops.dis_scale.scan(_floats(*direction), reverse)
-    return y_BLE
+    return _scan(direction, reverse)
 
 
 def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
     _check_limit("states", max(forward.A_EN.shape[1], backward.A_EN.shape[1]), MOST_STATES)
-    gate = () if z_BLE is None else (z_BLE,)
-    y_BLE: Tensor = torch.ops.dis_scale.scan(_floats(*forward, *backward, *gate), False)
-    return y_BLE
+    return _scan([*forward, *backward, *(() if z_BLE is None else (z_BLE,))], False)
 
 
 def _causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
     _check_limit("taps", weight_EW.shape[1], MOST_TAPS)
-    y_BLE: Tensor = torch.ops.dis_scale.conv_silu(_floats(x_BLE, weight_EW, bias_E), reverse)[0]
-    return y_BLE
+    return _conv([x_BLE, weight_EW, bias_E], reverse)[0]
 
 
 def _two_way_conv_silu(x_BLE: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
     _check_limit("taps", weights[0].shape[1], MOST_TAPS)
-    forward, backward = torch.ops.dis_scale.conv_silu(_floats(x_BLE, *weights), False)
+    forward, backward = _conv([x_BLE, *weights], False)
     return forward, backward
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dis_scale.scan import choose, native
+from dis_scale.scan import choose, native_build
 from tests.support.scans import (
     CALLS,
     SIZES,
@@ -31,13 +31,13 @@ ISAS = ["plain", "avx2", "avx512"]
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     choose("native", "cpu")
-    before = native.instruction_set()
+    before = native_build.instruction_set()
     try:
-        yield native.use_instruction_set(request.param)
+        yield native_build.use_instruction_set(request.param)
     except ValueError as error:
         pytest.skip(str(error))
     finally:
-        native.use_instruction_set(before)
+        native_build.use_instruction_set(before)
 
 
 def rows() -> Iterator[Any]:
@@ -88,7 +88,7 @@ def test_native_is_bit_equal_for_views_and_contiguous_tensors(call: str) -> None
 @pytest.mark.parametrize("sizes", [(2, 63, 33, 16), (3, 66, 21, 5), (2, 258, 17, 16), WIDE], ids=str)
 @pytest.mark.parametrize("call", CALLS)
 def test_every_instruction_set(isa: str, call: str, sizes: tuple[int, int, int, int]) -> None:
-    assert native.use_instruction_set(isa) == isa
+    assert native_build.use_instruction_set(isa) == isa
     check_results(call, sizes, torch.float32, outputs_and_gradients(call, random_tensors(sizes), "native"))
 
 

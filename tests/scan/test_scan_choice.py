@@ -23,7 +23,7 @@ from dis_scale.scan import (
     _choose,
     causal_conv_silu,
     choose,
-    native,
+    native_build,
     selective_scan,
     two_way_conv_silu,
     two_way_scan,
@@ -50,7 +50,8 @@ def random_direction(B: int, L: int, E: int, N: int) -> Direction:
 def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """Simulate a new process with an empty cache: nothing selected, nothing built. Loaded libraries stay loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "problem", functools.cache(native.problem.__wrapped__))
+    for name in ("problem", "instruction_set", "library"):
+        monkeypatch.setattr(native_build, name, functools.cache(getattr(native_build, name).__wrapped__))
     _choose.cache_clear()
     _backend.cache_clear()
     yield monkeypatch
@@ -59,7 +60,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[p
 
 
 def test_the_choice_gives_its_reason() -> None:
-    assert str(choose("auto", "cpu")) == f"native (auto: cpu, {native.instruction_set()})"
+    assert str(choose("auto", "cpu")) == f"native (auto: cpu, {native_build.instruction_set()})"
     assert str(choose("chunked", "cpu")) == "chunked (as asked)"
     assert str(choose("auto", "meta")) == "chunked (auto: meta)"
 
@@ -172,21 +173,20 @@ def test_a_failed_build_shows_the_compilers_output_and_auto_uses_chunked(
 ) -> None:
     source = tmp_path / "broken.cpp"
     source.write_text("int main( { return nothing; }\n")
-    fresh_process.setattr(native, "SOURCES", [source])
+    fresh_process.setattr(native_build, "SOURCES", [source])
     with pytest.raises(DisScaleError) as error:
         choose("native", "cpu")
     assert "the native scan cannot be built" in str(error.value)
     assert "broken.cpp:1" in str(error.value)
     assert "install a C++ compiler" in str(error.value)
-    build = native._build
-    fresh_process.setattr(native, "_build", lambda _: pytest.fail("built twice"))
+    build = native_build._build
+    fresh_process.setattr(native_build, "_build", lambda _: pytest.fail("built twice"))
     assert choose("auto", "cpu").name == "chunked"
     assert str(choose("auto", "cpu")).startswith("chunked (auto: the native scan cannot be built")
     assert selective_scan(*random_direction(1, 3, 2, 4)).shape == (1, 3, 2)
     assert [path.suffix for path in (tmp_path / "dis_scale").iterdir()] == [".lock"], "no incomplete library"
-    source.write_text("int answer() { return 42; }\n")
-    build(tmp_path / "mended.so")
-    assert (tmp_path / "mended.so").exists(), "a process can build after a build that failed"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    assert build(tmp_path / "mended.so").answer() == 42, "a process can build after a build that failed"
 
 
 def test_no_compiler_is_the_same_failure(fresh_process: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_build_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
     for name, age_s in (("build-old", 4000), ("build-now", 0)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
-    native._remove_stale_builds(tmp_path)
+    native_build._remove_stale_builds(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["build-now"]
 
 
@@ -208,11 +208,11 @@ def test_a_library_that_does_not_load_is_rebuilt(
     fresh_process: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
 ) -> None:
     built: list[Path] = []
-    fresh_process.setattr(native, "_build", built.append)
+    fresh_process.setattr(native_build, "_build", built.append)
     library = tmp_path / "native.so"
     if content is not None:
         library.write_bytes(content)
-    native._load(library)
+    native_build._load(library)
     assert built == [library]
 
 
@@ -220,16 +220,16 @@ def test_processes_wait_for_the_one_that_builds(fresh_process: pytest.MonkeyPatc
     """They load what it has built."""
     library, loaded = tmp_path / "native.so", list[Path]()
 
-    def load(path: Path) -> None:
-        if not path.exists():
+    def load(path: str) -> None:
+        if not Path(path).exists():
             raise OSError("no such file")
-        loaded.append(path)
+        loaded.append(Path(path))
 
-    fresh_process.setattr(torch.ops, "load_library", load)
-    fresh_process.setattr(native, "_build", lambda _: pytest.fail("built twice"))
+    fresh_process.setattr(native_build.ctypes, "CDLL", load)
+    fresh_process.setattr(native_build, "_build", lambda _: pytest.fail("built twice"))
     with library.with_suffix(".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=native._load, args=[library])
+        waiting = threading.Thread(target=native_build._load, args=[library])
         waiting.start()
         waiting.join(0.5)
         assert waiting.is_alive()
@@ -239,18 +239,18 @@ def test_processes_wait_for_the_one_that_builds(fresh_process: pytest.MonkeyPatc
 
 
 def test_the_librarys_name_depends_on_its_sources_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = native.cached_library()
-    assert native.cached_library() == before
-    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-g"])
-    assert native.cached_library() != before
-    files = {path for pattern in ("*.cpp", "*.inl") for path in Path(native.__file__).parent.glob(pattern)}
-    assert files == set(native.SOURCES)
+    before = native_build.cached_library()
+    assert native_build.cached_library() == before
+    monkeypatch.setattr(native_build, "FLAGS", [*native_build.FLAGS, "-g"])
+    assert native_build.cached_library() != before
+    files = {path for pattern in ("*.cpp", "*.inl") for path in Path(native_build.__file__).parent.glob(pattern)}
+    assert files == set(native_build.SOURCES)
 
 
 def test_an_unknown_instruction_set_is_an_error() -> None:
     choose("native", "cpu")
-    with pytest.raises(ValueError, match="no instruction set 'sse9': there are plain, avx2 and avx512"):
-        native.use_instruction_set("sse9")
+    with pytest.raises(ValueError, match="no instruction set 'sse9': there are plain, avx2, avx512"):
+        native_build.use_instruction_set("sse9")
 
 
 RIGHT = random_direction(2, 5, 3, 4)
