@@ -32,7 +32,7 @@ def write(
     title = f"{model} after {images_seen:,} images{by}: {metric}"
     distances, errors = [row[metric] for row in rows], [row.get(f"{metric}_error", float("nan")) for row in rows]
     name = f"{state.ablation_name(setting, guide)}-{model}-{images_name(images_seen)}"
-    figure = figures.curve(title, metric, setting, values, distances, errors)
+    figure = figures.curve(sweep.recipe, model, setting, values, distances, errors)
     files = {f"{name}.{ending}": data for ending, data in drawing.render(figure).items()}
     for file, data in (files | {f"{name}.csv": _csv(setting, values, rows)}).items():
         sweep.report.write(file, data)

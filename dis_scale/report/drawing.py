@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from matplotlib.transforms import Bbox
 
 from dis_scale.models import families
+from dis_scale.recipe import Recipe
 from dis_scale.report.points import Point, Report
 from dis_scale.report.tables import with_error
 
@@ -182,7 +183,7 @@ def _widen(axes: Axes, floors: list[float]) -> None:
 
 def draw_lines(axes: Axes, report: Report, points: list[Point], along: str) -> list[Name]:
     """Plot a line for each model, and one for the cooled-down points of each trunk; return their names."""
-    colours = colours_of(report)
+    colours = colours_of(report.recipe)
     for model, line in _by_model(points).items():
         draw_line(axes, report, line, along, colours[line[0].trunk], model)
     return last_names(report, points, along)
@@ -193,7 +194,11 @@ def draw_line(axes: Axes, report: Report, points: list[Point], along: str, colou
 
     Markers of unfinished schedules are hollow.
     """
-    family, colours, x = families.of_curve(points[0].kind), colours_of(report), [getattr(p, along) for p in points]
+    family, colours, x = (
+        families.of_curve(points[0].kind),
+        colours_of(report.recipe),
+        [getattr(p, along) for p in points],
+    )
     y = [report.distance(p) for p in points]
     errors = [float("nan") if (error := report.error(p)) is None else error for p in points]
     axes.errorbar(
@@ -214,7 +219,7 @@ def _words(report: Report, p: Point) -> str:
 
 def last_names(report: Report, drawn: list[Point], along: str) -> list[Name]:
     """Return each model's name at its last point of those that are drawn."""
-    lasts, colours = {name: points[-1] for name, points in _by_model(drawn).items()}, colours_of(report)
+    lasts, colours = {name: points[-1] for name, points in _by_model(drawn).items()}, colours_of(report.recipe)
     return [Name(name, getattr(p, along), report.distance(p), colours[p.trunk], p.kind) for name, p in lasts.items()]
 
 
@@ -230,10 +235,10 @@ def _line_of(p: Point) -> str:
     return p.model if p.trunk == p.group else f"{p.trunk}, cooled down"
 
 
-def colours_of(report: Report) -> dict[str, str]:
+def colours_of(recipe: Recipe) -> dict[str, str]:
     """Return the colour of each model, in the recipe's order; seeds and branches of one model have its own."""
-    branches = {name: settings.branch for name, settings in report.recipe.models.items()}
-    trunks = {name: report.groups[branch.of if branch else name] for name, branch in branches.items()}
+    groups, branches = recipe.seed_groups(), {name: settings.branch for name, settings in recipe.models.items()}
+    trunks = {name: groups[branch.of if branch else name] for name, branch in branches.items()}
     order = list(dict.fromkeys(trunks.values()))
     colours = dict(zip(order, COLOURS if len(order) <= len(COLOURS) else shades(len(order)), strict=False))
     return {name: colours[trunk] for name, trunk in trunks.items()}

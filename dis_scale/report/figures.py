@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from dis_scale.models import families
+from dis_scale.recipe import Recipe
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import drawing, fits, isoflop
 from dis_scale.report.points import Point, Report
@@ -114,7 +115,7 @@ def training_loss(report: Report, rows: Mapping[str, Sequence[Row]]) -> Figure |
     """Plot the loss of training over images seen: a line for each model, the mean of neighbouring rows. None without rows."""
     figure, axes = drawing.new_axes(report, "images seen")
     axes.set_ylabel("training loss")
-    ends, colours = list[drawing.Name](), drawing.colours_of(report)
+    ends, colours = list[drawing.Name](), drawing.colours_of(report.recipe)
     for model, known in rows.items():
         if values := [(row.images, row.value) for row in known if row.images and row.value > 0]:
             means = np.array([part.mean(0) for part in np.array_split(values, min(CURVE_POINTS, len(values)))])
@@ -169,8 +170,10 @@ def isoflop_profiles(report: Report, metric: str) -> Figure | None:
 def _profile(axes: Axes, profile: isoflop.Profile, kind: str, shade: str) -> None:
     """Plot the runs of a budget, their parabola, and a cross at its minimum; runs that are not fitted are hollow."""
     sizes, family = np.geomspace(*drawing.ends(profile.parameters.tolist()), 100), families.of_curve(kind)
-    axes.plot(*profile.beyond, family.marker, color=shade, markerfacecolor="white", markersize=5)
-    axes.plot(profile.parameters, profile.values, family.marker, color=shade, markersize=5)
+    fitted = [(x, y, shade) for x, y in zip(profile.parameters, profile.values, strict=True)]
+    for x, y, face in [*fitted, *((x, y, "white") for x, y in profile.beyond.T)]:
+        words = f"{x:,.0f} parameters, {profile.budget:g} FLOPs: {axes.get_ylabel()} {y:.4g}"
+        axes.plot(x, y, family.marker, color=shade, markerfacecolor=face, markersize=5, url=f"#{words}")
     axes.plot(sizes, profile.at(sizes), family.line, color=shade, linewidth=1)
     if profile.best:
         parameters, _, value = profile.best
@@ -256,13 +259,20 @@ def distance_images(report: Report) -> Figure:
 
 
 def curve(
-    title: str, metric: str, setting: str, values: Sequence[float], distances: Sequence[float], errors: Sequence[float]
+    recipe: Recipe,
+    model: str,
+    setting: str,
+    values: Sequence[float],
+    distances: Sequence[float],
+    errors: Sequence[float],
 ) -> Figure:
-    """Plot one model's distance against one sampling setting."""
-    figure = Figure(figsize=drawing.SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    axes.errorbar(values, distances, errors, marker="o", capsize=2, color="black")
-    axes.set(xlabel=setting, ylabel=metric, title=title)
+    """Plot one model's distance against one sampling setting, in its colour."""
+    figure, family = Figure(figsize=drawing.SIZE, layout="constrained"), families.find(recipe.models[model].kind)
+    axes, colour = figure.add_subplot(), drawing.colours_of(recipe)[model]
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="black", alpha=0.08)
+    axes.errorbar(values, distances, errors, marker=family.marker, linestyle=family.line, capsize=2, color=colour)
+    axes.set(xlabel=setting, ylabel=f"{recipe.evaluate.metric} (lower is better)", title=model)
     return figure
 
 

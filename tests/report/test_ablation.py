@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dis_scale.recipe import Recipe
-from dis_scale.report import ablation
+from dis_scale.report import ablation, drawing
 from dis_scale.sweep import Sampled, state
 from tests.support.documents import put_metrics
 from tests.support.evaluations import sweep_at
@@ -25,5 +25,7 @@ def test_differences_from_the_lowest_have_the_paired_error(tmp_path: Path, tiny:
     assert "9 ± 2" in (text := console.export_text())
     assert "2 ± 0" in text
     (name,) = (name for name in sweep.report.list() if name.endswith(".csv"))
+    svg = sweep.report.read(name.replace(".csv", ".svg")).decode()
+    assert drawing.colours_of(sweep.recipe)["dis"] in svg, "the model's own colour"
     rows = list(csv.DictReader(io.StringIO(sweep.report.read(name).decode())))
     assert [float(row["above_lowest"]) for row in rows] == pytest.approx([2, 0, 1])

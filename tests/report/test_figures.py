@@ -68,7 +68,7 @@ def test_each_loss_ends_at_a_point_and_a_line_without_space_for_its_name_is_in_t
     }
     assert beside
     assert sorted([*beside, *below]) == sorted(models), "each once"
-    assert below.items() <= drawing.colours_of(report).items()
+    assert below.items() <= drawing.colours_of(report.recipe).items()
 
 
 def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None:

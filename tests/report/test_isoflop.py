@@ -254,6 +254,9 @@ def test_the_figure_marks_the_minima(measured: Report) -> None:
     assert figure
     parabolas, minima, lowest = figure.axes
     crosses = [line.get_xdata()[0] for line in parabolas.lines if line.get_marker() == "x"]
+    words = [line.get_url() for line in parabolas.lines if line.get_marker() not in ("x", "None")]
+    assert len(words) == sum(p.kind == "dis" for p in measured.main)
+    assert all(re.match(r"#[\d,]+ parameters, [124]e\+10 FLOPs: held_out_loss [\d.]+$", each) for each in words)
     assert crosses == pytest.approx([3e4, 3e4 * 2**0.5, 6e4], rel=1e-3)
     sizes = next(line for line in minima.lines if "dis: compute^" in line.get_label())
     assert list(sizes.get_xdata()) == [1e10, 2e10, 4e10]

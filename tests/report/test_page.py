@@ -75,7 +75,7 @@ def test_colours_of_models_are_apart_for_all_eyes_and_visible_on_both_papers(eye
 
 def test_a_model_has_one_colour_in_all_figures(sweep: Sweep) -> None:
     report = collect(sweep)
-    colours = drawing.colours_of(report)
+    colours = drawing.colours_of(report.recipe)
     for figure, _ in figures.every(report, {}).values():
         texts = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
         assert {"dis", "dis32", "dis64", "dis128"} <= texts.keys()
