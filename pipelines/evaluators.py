@@ -238,7 +238,8 @@ class RayEvaluators:
 
     def _record(self, worker: Any, model: str, why: str) -> None:
         """Count a failure of an evaluator's device against its node."""
-        nodes.record_failure(self.job, model, nodes.name_of(ray_private.node_of(worker)), why)
+        name = nodes.name_of(ray_private.node_of(worker))
+        nodes.record_failure(self.job, self.job.sweep.evaluations(model), name, why)
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Let one evaluator measure the held-out loss."""

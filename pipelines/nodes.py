@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
+from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
 from pipelines import ray_private
@@ -122,10 +123,11 @@ def names_of(workers: Sequence[Any]) -> frozenset[str]:
     return frozenset(name_of(ray_private.node_of(worker)) for worker in placed)
 
 
-def record_failure(job: StageJob, model: str, name: str, why: str) -> None:
-    """Store the failure of a node's device; log it, and that the node is avoided from now on."""
+def record_failure(job: StageJob, folder: Folder, name: str, why: str) -> None:
+    """Store the failure of a node's device in the folder of a model; log it, and that the node is avoided from now on."""
+    model = folder.name
     try:
-        state.record_node_failure(job.sweep.run(model), name, why)
+        state.record_node_failure(folder, name, why)
         failures = state.node_failures(job.sweep)[name]
     except (StorageError, StorageAway) as error:
         job.say(f"{model}: the failure of a node's device is not stored: {error}")

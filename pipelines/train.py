@@ -195,7 +195,8 @@ class TrainingRun:
             return self._train(ranks, avoided, start)
         except DeviceFailure as broken:
             if ranks:
-                nodes.record_failure(self.job, self.model, nodes.name_of(ranks.places[broken.worker].node), str(broken))
+                name = nodes.name_of(ranks.places[broken.worker].node)
+                nodes.record_failure(self.job, self.job.sweep.run(self.model).folder, name, str(broken))
             raise
         except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
             if self.more_passes:

@@ -245,15 +245,15 @@ def require_device(sweep: Sweep, device: str, why: str) -> None:
         )
 
 
-def record_node_failure(run: Run, node: str, why: str) -> None:
-    """Add a device's failure on a node to the run's file, which placement reads."""
-    failures = _node_failures(run)
-    FailedNodes(failures=failures | {node: (*failures.get(node, ()), why)}).write(run.folder)
+def record_node_failure(folder: Folder, node: str, why: str) -> None:
+    """Add a device's failure on a node to the file, which placement reads, in the folder of a model's run or evaluations."""
+    failures = _node_failures(folder)
+    FailedNodes(failures=failures | {node: (*failures.get(node, ()), why)}).write(folder)
 
 
 def node_failures(sweep: Sweep) -> Counter[str]:
-    """Return the number of failed devices by node, over all models of the sweep."""
-    every = [_node_failures(sweep.run(model)) for model in sweep.recipe.models]
+    """Return the number of failed devices by node, over trainings and evaluations of all models of the sweep."""
+    every = [_node_failures(folder) for folder in _failure_folders(sweep)]
     return Counter({node: sum(len(each.get(node, ())) for each in every) for node in set().union(*every)})
 
 
@@ -268,15 +268,22 @@ def forgive_node(sweep: Sweep, node: str) -> int:
     if node not in every:
         known = f"expected one of: {', '.join(sorted(every))}" if every else "no node has any"
         raise UserError(f"{sweep}: node {node!r} has no failures of its devices{nearest(node, every)}: {known}")
-    for run in map(sweep.run, sweep.recipe.models):
-        failures = _node_failures(run)
+    for folder in _failure_folders(sweep):
+        failures = _node_failures(folder)
         if failures.pop(node, None):
-            FailedNodes(failures=failures).write(run.folder)
+            FailedNodes(failures=failures).write(folder)
     return every[node]
 
 
-def _node_failures(run: Run) -> dict[str, tuple[str, ...]]:
-    known = FailedNodes.find_intact(run.folder)
+def _failure_folders(sweep: Sweep) -> Iterator[Folder]:
+    """Two for a model, because its training and its evaluation, in one file, would overwrite each other's."""
+    for model in sweep.recipe.models:
+        yield sweep.run(model).folder
+        yield sweep.evaluations(model)
+
+
+def _node_failures(folder: Folder) -> dict[str, tuple[str, ...]]:
+    known = FailedNodes.find_intact(folder)
     return known.failures if known else {}
 
 

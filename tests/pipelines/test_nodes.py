@@ -20,11 +20,13 @@ def job(tiny: Recipe, tmp_path: Path) -> RecordedJob:
 
 
 def test_two_failures_exclude_a_node_for_all_models(job: RecordedJob) -> None:
+    """A model's training and its evaluation keep them apart: both write at the same time."""
     first, second = list(job.recipe.models)[:2]
-    nodes.record_failure(job, first, "a", "CUDA error: unknown error")
-    nodes.record_failure(job, first, "b", "CUDA error: unknown error")
+    of_training, of_evaluation = job.sweep.run(second).folder, job.sweep.evaluations(second)
+    nodes.record_failure(job, job.sweep.run(first).folder, "a", "CUDA error: unknown error")
+    nodes.record_failure(job, of_training, "b", "CUDA error: unknown error")
     assert nodes.excluded(job, LIVING, lambda _: True) == []
-    nodes.record_failure(job, second, "a", "a matrix product is wrong")
+    nodes.record_failure(job, of_evaluation, "a", "a matrix product is wrong")
     assert nodes.excluded(job, LIVING, lambda _: True) == ["id-a"]
     failures = job.events_named("node_failure")
     assert [(event["node"], event["failures"]) for event in failures] == [("a", 1), ("b", 1), ("a", 2)]
@@ -34,8 +36,8 @@ def test_two_failures_exclude_a_node_for_all_models(job: RecordedJob) -> None:
 def test_without_capacity_elsewhere_the_node_is_used_again(job: RecordedJob) -> None:
     model = next(iter(job.recipe.models))
     for _ in range(2):
-        nodes.record_failure(job, model, "a", "No CUDA GPUs are available")
-        nodes.record_failure(job, model, "c", "No CUDA GPUs are available")
+        nodes.record_failure(job, job.sweep.run(model).folder, "a", "No CUDA GPUs are available")
+        nodes.record_failure(job, job.sweep.run(model).folder, "c", "No CUDA GPUs are available")
     given = []
     assert nodes.excluded(job, LIVING, lambda ids: bool(given.append(set(ids)))) == []
     assert given == [{"id-a"}], "a node that is gone excludes nothing"
@@ -45,8 +47,8 @@ def test_without_capacity_elsewhere_the_node_is_used_again(job: RecordedJob) -> 
 def test_a_node_that_is_forgiven_is_used_again_and_no_other(job: RecordedJob) -> None:
     """The gauge behind the alert DisScaleNodeExcluded falls with it."""
     for model in list(job.recipe.models)[:2]:
-        nodes.record_failure(job, model, "a", "CUDA error: unknown error")
-        nodes.record_failure(job, model, "b", "CUDA error: unknown error")
+        nodes.record_failure(job, job.sweep.run(model).folder, "a", "CUDA error: unknown error")
+        nodes.record_failure(job, job.sweep.run(model).folder, "b", "CUDA error: unknown error")
     shown: dict[str, float] = {}
     assert state.excluded_nodes(job.sweep) == ["a", "b"]
     assert state.forgive_node(job.sweep, "a") == 2

@@ -98,10 +98,10 @@ def test_a_damaged_list_of_failed_nodes_is_named_and_excludes_none(
     sweep: Sweep, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     sweep.run("dis").folder.write(FailedNodes.NAME, damage)
-    state.record_node_failure(sweep.run("dit"), "node", "ECC")
+    state.record_node_failure(sweep.run("dit").folder, "node", "ECC")
     assert state.node_failures(sweep) == {"node": 1}
     assert "failed_nodes.json: damaged: " in caplog.text
-    state.record_node_failure(sweep.run("dis"), "node", "ECC")
+    state.record_node_failure(sweep.run("dis").folder, "node", "ECC")
     assert state.node_failures(sweep) == {"node": 2}
 
 
