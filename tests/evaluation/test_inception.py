@@ -114,6 +114,20 @@ def test_features_equal_torch_fidelity_and_spatial_ones_a_hook(tmp_path: Path) -
     np.testing.assert_allclose(ours.spatial, expected.reshape(3, -1), atol=1e-4 * expected.std())
 
 
+def test_in_float64_the_features_equal_torch_fidelity_to_1e_6(tmp_path: Path, small: None) -> None:
+    """So the differences above are those of float32 sums in another memory layout, and of nothing else."""
+    path, _ = seeded_inception.write(tmp_path)
+    outputs = ["2048", "logits_unbiased"]
+    their = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=str(path))
+    ours = Inception(seeded_inception.state()).eval()
+    for net in (their, ours.net):
+        net.double().feature_extractor_internal_dtype = torch.float64
+    pixels = as_tensor(blobs(3, 5, 64))
+    pooled, _, logits = ours(pixels)
+    for our, other in zip((pooled, logits), their(pixels), strict=True):
+        torch.testing.assert_close(our, other, rtol=0, atol=1e-6 * float(other.std()))
+
+
 def test_metrics_of_equal_features_equal_torch_fidelity() -> None:
     """Many samples at default sizes, with features as skewed as Inception's."""
     rng = np.random.default_rng(0)
