@@ -125,17 +125,6 @@ class GaussianDiffusion:
         used = spaced_times(self.num_steps, count)
         return Chain(self.chain.times_K[used], self.chain.alpha_bars_K[used])
 
-    def log_snr_chain(self, count: int) -> Chain:
-        """`count` steps of equal size in log-SNR, from the noisiest alpha_bar down to alpha_bar[0], short of 1.
-
-        This is the grid of DPM-Solver's analysis. More steps cannot reduce the error of the jump from alpha_bar[0] to 1.
-        """
-        log_snr = np.log(self.chain.alpha_bars_K / (1 - self.chain.alpha_bars_K))
-        grid = np.linspace(log_snr[0], log_snr[-1], count + 1)
-        alpha_bars = 1 / (1 + np.exp(-grid))
-        times_K = np.interp(-grid[1:], -log_snr, self.chain.times_K)
-        return Chain(times_K, alpha_bars[1:], end=float(alpha_bars[0]))
-
 
 def linear_betas(steps: int) -> Table:
     """1e-4 to 0.02 over 1000 steps (Ho et al.), scaled so that chains of other lengths end equally noisy (ADM)."""

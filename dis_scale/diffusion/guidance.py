@@ -13,9 +13,6 @@ from dis_scale.diffusion.process import ModelFn
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Sampling
 
-OFFICIAL_CHANNELS = 3
-"""Channels of a latent (of four) that the public code of DiT and DiS guides. Here the default is all of them."""
-
 
 class Labelled(Protocol):
     """A model that takes labels; the label `num_classes` means none."""

@@ -20,7 +20,7 @@ def build(settings: Gaussian | Flow) -> diffusion.GaussianDiffusion | diffusion.
 def eps_model(chain_of_training, s=S):
     """The perfect noise prediction, with the lower end of the learned variance range.
 
-    Model times may lie between those of the chain: alpha_bar is interpolated in log-SNR, as in `log_snr_chain`.
+    Model times may lie between those of the chain: alpha_bar is interpolated in log-SNR, as in test_samplers.py's `log_snr_chain`.
     """
     log_snr = np.log(chain_of_training.alpha_bars_K / (1 - chain_of_training.alpha_bars_K))
 
