@@ -30,8 +30,13 @@ AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instru
 Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
 CAUSES = get_args(Cause)
 """In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
-LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
-"""Errors of a worker whose process is gone; the second: Ray killed it because its node ran low on memory."""
+LOST = (
+    ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.ActorUnschedulableError,
+    ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.ObjectLostError,
+)  # fmt: skip
+"""Errors of a worker whose process is gone: Ray killed it because its node ran low on memory, the node for which it was meant is
+gone, or that which held its answer."""
 ACCIDENTS = {"device", "lost", "storage", "connection"}
 """Causes after which a new attempt may succeed."""
 

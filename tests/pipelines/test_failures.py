@@ -70,6 +70,25 @@ def test_a_worker_that_ray_killed_for_its_nodes_memory_is_a_lost_one() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.ActorUnschedulableError(
+            "The node specified via NodeAffinitySchedulingStrategy doesn't exist any more"
+        ),
+        ray.exceptions.NodeDiedError("the node died"),
+        ray.exceptions.WorkerCrashedError(),
+        ray.exceptions.LocalRayletDiedError(),
+        ray.exceptions.ObjectLostError("ab", None, ""),
+        ray.exceptions.OwnerDiedError("ab", None, ""),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_node_that_dies_while_a_worker_is_placed_or_answers_is_an_accident(error: Exception) -> None:
+    assert may_pass(error)
+    assert describe(error).startswith("a worker was lost (")
+
+
 def task_error(cause: Exception) -> ray.exceptions.RayTaskError:
     return ray.exceptions.RayTaskError("train", "trace", cause)
 
