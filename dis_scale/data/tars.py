@@ -168,8 +168,11 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Return the member of a header; ReadError for an extended header that would fill the memory."""
+        """Return the member of a header; ReadError for an extended header that would fill the memory, and for a size below 0, which
+        would go back to an earlier header for ever."""
         member = super().frombuf(buf, encoding, errors)
+        if member.size < 0:
+            raise tarfile.ReadError(f"a member of {member.size:,} bytes")
         if member.type in EXTENDED and member.size > LABEL_BYTES:
             raise tarfile.ReadError(
                 f"an extended header of {member.size:,} bytes, and at most {LABEL_BYTES:,} are read"
