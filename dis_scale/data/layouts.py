@@ -33,6 +33,7 @@ from dis_scale.process.errors import StorageError, UndecodableImage, UserError, 
 from dis_scale.process.progress import some
 from dis_scale.recipe import LatentsSource, TarSource
 from dis_scale.storage import npy
+from dis_scale.storage.document import LARGEST_BYTES
 from dis_scale.storage.folder import Folder
 
 LABELS = "dataset.json"
@@ -288,7 +289,9 @@ def _in_zip(root: Folder, name: str, labelled: bool) -> Iterator[Entry | LeftOut
     where, version = f"{root}/{name}", root.version(name)
     try:
         with root.open(name) as file, zipfile.ZipFile(file) as opened:
-            labels = _labels(lambda: opened.read(LABELS), f"{where}/{LABELS}") if labelled else None
+            labels = (
+                _labels(lambda: npy.member(opened, LABELS, LARGEST_BYTES), f"{where}/{LABELS}") if labelled else None
+            )
             members = sorted((m for m in opened.infolist() if not m.is_dir()), key=lambda m: m.header_offset)
             end = opened.start_dir
     except zipfile.BadZipFile as error:

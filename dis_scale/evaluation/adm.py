@@ -17,6 +17,7 @@ import numpy as np
 
 from dis_scale.evaluation.metrics import MeanCovariance
 from dis_scale.process.errors import StorageError, UserError
+from dis_scale.storage import npy
 from dis_scale.storage.folder import locate
 
 IMAGES = "arr_0"
@@ -106,7 +107,8 @@ class Adm:
         if (size := self.file.getinfo(f"{name}.npy").file_size) > ARRAY_BYTES:
             raise UserError(f"{self.url}: {name} has {size:,} bytes, and statistics have at most {ARRAY_BYTES:,}")
         with self._intact():
-            return np.lib.format.read_array(io.BytesIO(self.file.read(f"{name}.npy")), allow_pickle=False)
+            data = npy.member(self.file, f"{name}.npy", ARRAY_BYTES)
+            return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
 def open_reference(url: str, what: str = "evaluate.reference") -> Adm:

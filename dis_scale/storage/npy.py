@@ -65,4 +65,18 @@ def read_all(data: bytes, most_bytes: int) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(data)) as z:
         if (size := sum(member.file_size for member in z.infolist())) > most_bytes:
             raise ValueError(f"unpacked it has {size:,} bytes, and at most {most_bytes:,} are read")
-        return {name.removesuffix(".npy"): read(z.read(name)).copy() for name in z.namelist()}
+        return {name.removesuffix(".npy"): read(member(z, name, most_bytes)).copy() for name in z.namelist()}
+
+
+def member(file: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
+    """Return a file of a zip; ValueError if it has more bytes than `most_bytes`, KeyError if there is none.
+
+    `ZipFile.read` unpacks up to 2 GiB before it compares them with the size that the zip states, which may be false.
+    """
+    info = file.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name}: packed by a method that is not read: expected stored or deflated")
+    if info.file_size > most_bytes:
+        raise ValueError(f"{name}: unpacked it has {info.file_size:,} bytes, and at most {most_bytes:,} are read")
+    with file.open(info) as stream:
+        return stream.read(info.file_size)

@@ -2,10 +2,13 @@
 
 import io
 import os
+import struct
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from dis_scale.data.sources import open_source
 from dis_scale.evaluation import adm
 from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError, shown
 from dis_scale.process.redaction import redact
+from dis_scale.storage import npy
 from dis_scale.storage.folder import open_folder
 from tests.support.labelled_images import data
 
@@ -108,6 +112,53 @@ def test_a_huge_extended_header_is_not_read(tmp_path: Path) -> None:
         out.addfile(info, io.BytesIO())
     with pytest.raises(StorageError, match=r"a.tar: not a complete tar: an extended header of 17,8\d\d,\d\d\d bytes"):
         open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE])
+def test_a_member_of_less_than_no_bytes_is_refused(tmp_path: Path, kind: bytes) -> None:
+    """A header of another program; read again and again, it would never end."""
+    headers = []
+    for name, type_ in (("0.png", tarfile.REGTYPE), ("1.png", kind)):
+        info = tarfile.TarInfo(name)
+        info.type = type_
+        headers.append(bytearray(info.tobuf(tarfile.USTAR_FORMAT)))
+    headers[1][124:136] = b"\xff" + (256**11 - 1024).to_bytes(11, "big")
+    headers[1][148:156] = b" " * 8
+    headers[1][148:156] = b"%06o\0 " % sum(headers[1])
+    (tmp_path / "a.tar").write_bytes(b"".join(headers) + bytes(10240))
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: a member of -1,024 bytes"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
+def false_zip(name: str) -> bytes:
+    """A zip of one member of 400 MB of zeros, packed, which states a size of 200 bytes."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = packer.compress(bytes(400 * 10**6)) + packer.flush()
+    sizes = struct.pack("<IIIHH", 0, len(packed), 200, len(name), 0)
+    local = struct.pack("<4sHHHHH", b"PK\3\4", 20, 0, 8, 0, 0) + sizes + name.encode() + packed
+    central = struct.pack("<4sHHHHHH", b"PK\1\2", 20, 20, 0, 8, 0, 0) + sizes
+    central += struct.pack("<HHHII", 0, 0, 0, 0, 0) + name.encode()
+    return local + central + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, len(central), len(local), 0)
+
+
+def test_a_zip_that_states_a_false_size_fills_no_memory(tmp_path: Path) -> None:
+    """In our own files, in ADM's statistics, and in the labels of EDM2's latents."""
+    (tmp_path / "x.npz").write_bytes(false_zip("mu.npy"))
+    (tmp_path / "set.zip").write_bytes(false_zip("dataset.json"))
+    own = false_zip("a.npy")
+    tracemalloc.start()
+    try:
+        with pytest.raises(zipfile.BadZipFile, match="CRC"):
+            npy.read_all(own, 256 * 2**20)
+        with pytest.raises(StorageError, match=r"x.npz: damaged: Bad CRC"):
+            adm.open_reference(str(tmp_path / "x.npz")).statistics("mu", "sigma", 4)
+        source = {"kind": "latents", "layout": "edm2", "url": str(tmp_path / "set.zip")}
+        with pytest.raises(StorageError, match=r"set.zip: not a complete zip: Bad CRC"):
+            open_source(data(source, 10, mirror=False))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 50 * 10**6
 
 
 def test_statistics_that_unpack_to_more_than_there_are_are_refused(tmp_path: Path) -> None:
