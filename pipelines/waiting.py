@@ -64,7 +64,7 @@ class Wait:
         if count:
             job.raise_if_stopped()
             if alone:
-                job.show_advance()
+                job.show_idle()
         if text := self.poll(count, request, together):
             job.emit("waiting", workers=count)
             job.say(text)

@@ -74,7 +74,7 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A sweep; `wrong` are lines that name what is wrong and what to do."""
+    """A sweep; `wrong` are lines that name what is wrong and what to do, `known` such that the sweep goes on without."""
 
     sweep: str
     doing: str
@@ -89,6 +89,7 @@ class Status:
     backlog: int
     """Evaluations that are due."""
     wrong: list[str]
+    known: list[str]
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,15 @@ def _collect(reader: _Reader) -> Status:
     for stage, holding in zip(active, (held[1], held[0], held[2]), strict=True):
         if active[stage] and holding:
             wrong += _silent(sweep, stage, holding, progress, now)
-    wrong += [*_wrong(reader, runs), *(f"skipped: {each}: {why}" for each, why in skipped.items()), *reader.damaged]
+    excluded = reader.read("the failures of nodes", lambda: state.excluded_nodes(sweep)) or []
+    known = [
+        f"{node}: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md" for node in excluded
+    ]
+    wrong += [*_wrong(runs), *(f"skipped: {each}: {why}" for each, why in skipped.items()), *reader.damaged]
     stage = f"{progress}, {_span(now - progress.at, ' ago')}" if progress and doing in STAGES else ""
-    return Status(str(sweep), doing, stopped, _holder(held[0]) if commanded else "", stage, runs, len(left), wrong)
+    return Status(
+        str(sweep), doing, stopped, _holder(held[0]) if commanded else "", stage, runs, len(left), wrong, known
+    )
 
 
 def _silent(sweep: Sweep, stage: str, holding: Holding, progress: StageProgress | None, now: float) -> list[str]:
@@ -256,8 +263,8 @@ def _doing(sweep: Sweep, runs: list[RunStatus], backlog: int) -> str:
     return "encoding latents" if state.prepared(sweep) else "preparing"
 
 
-def _wrong(reader: _Reader, runs: list[RunStatus]) -> list[str]:
-    """Return what is wrong with the models and the nodes, the most urgent first."""
+def _wrong(runs: list[RunStatus]) -> list[str]:
+    """Return what is wrong with the models, the most urgent first."""
     lines = []
     for run in runs:
         if run.doing == "failed":
@@ -270,10 +277,7 @@ def _wrong(reader: _Reader, runs: list[RunStatus]) -> list[str]:
         if run.doing == "stopped":
             lost = f"; {_no_heartbeat(run.holder, run.beat_age_s)}" if run.holder else ""
             lines.append(f"{run.model}: stopped at {run.images_seen:,} images{lost}")
-    excluded = reader.read("the failures of nodes", lambda: state.excluded_nodes(reader.sweep)) or []
-    return lines + [
-        f"{node}: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md" for node in excluded
-    ]
+    return lines
 
 
 def table(status: Status) -> Group:
@@ -283,7 +287,7 @@ def table(status: Status) -> Group:
     attempts = [f"{run.model}: {', '.join([*_held(run), *run.ends])}" for run in status.runs if run.holder or run.ends]
     # as Text, since a name or an error may look like markup
     head = Text(shown(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"))
-    below = Text(shown("\n".join(status.wrong + attempts)))
+    below = Text(shown("\n".join(status.wrong + status.known + attempts)))
     out = narrow_table(
         "", "model", "doing", "images", "images\n/s", "left", "saved\nago", "evalu-\nated", "metric", left=("model", "doing"),
     )  # fmt: skip
