@@ -24,7 +24,7 @@ from dis_scale.training import devices
 from pipelines.failures import WorkerFailure
 from pipelines.nodes import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.sharing import SHARED, Deal, capacity, share
+from pipelines.sharing import Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import SILENT, watch
 from pipelines.worker import Request, Worker, request_for, spawn
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from dis_scale.vae import Vae
 
 
-UNITS = {"encode": "images", "mix": "images mixed"}
-POLICIES = {"encode": SHARED, "mix": replace(SHARED, hang_after_s=SILENT.hang_after_s)}
-"""A worker that mixes makes no progress while it reads the runs of a group."""
+UNITS = {"encode": "images", "mix": "reads and writes of images, to mix them"}
 
 
 class Encoder(Worker):
@@ -138,7 +136,7 @@ class RayEncoders:
         """Write the shards of these groups from the encoded parts."""
         mixer = MixedOrder.of(len(source), self.job.recipe.precompute, encoding)
         images = sum(len(mixer.group(n)) for n in left)
-        self._share("mix", mixing_request(mixer), len(left), (latents, mixer), left, images, len(source))
+        self._share("mix", mixing_request(mixer), len(left), (latents, mixer), left, 2 * images, 2 * len(source))
 
     def _share(
         self,
@@ -150,7 +148,7 @@ class RayEncoders:
         images: int,
         total: int,
     ) -> None:
-        """Let up to `most` workers share this work on the numbers in `left`, which have this many of all images."""
+        """Let up to `most` workers share this work on the numbers in `left`, which have this many `images` of `total`."""
         if work != self.work:  # their GPUs, or their memory, are for others now
             for worker in self.workers:
                 ray.kill(worker)
@@ -161,7 +159,7 @@ class RayEncoders:
         workers += [spawn(self.job, Encoder, request, self.job.sweep, self.device) for _ in missing]
         self.workers, _, failure = share(
             self.job, workers, work, arguments, left,
-            lambda done: self.job.progress(min(total - images + sum(done), total), total, UNITS[work]), POLICIES[work],
+            lambda done: self.job.progress(min(total - images + sum(done), total), total, UNITS[work]),
         )  # fmt: skip
         if failure:
             raise failure

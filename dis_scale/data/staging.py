@@ -184,7 +184,7 @@ def delete_parts(latents: Folder) -> None:
 class Mixing:
     """Mixing by one worker, which keeps the memory of a group and the indexes of parts from one group to the next.
 
-    `report` gets the number of images written since its last call, 0 after a read, and may raise.
+    `report` gets the number of images read, and then of images written, since its last call, and may raise.
     """
 
     latents: Folder
@@ -223,10 +223,10 @@ class Mixing:
             put_shard(self.latents, shard, [each for each in places if isinstance(each, Sample)], refused)
             return len(places)
 
-        lost = list[str]()
-        run_bytes = -(-self._moments.nbytes // len(self.mixer.parts))
-        for name in in_order(self.mixer.parts, read, _threads(READS_AT_ONCE, run_bytes)):
-            self.report(0)
+        lost, parts = list[str](), self.mixer.parts
+        run_bytes = -(-self._moments.nbytes // len(parts))
+        for part, name in zip(parts, in_order(parts, read, _threads(READS_AT_ONCE, run_bytes)), strict=True):
+            self.report(len(places[part]))
             lost += [name] if name else []
         if lost:
             raise StorageAway(
