@@ -9,15 +9,13 @@ import ray
 from dis_scale.process import counts
 from dis_scale.process.errors import DisScaleError, StorageAway
 from pipelines.failures import DeviceFailure, StorageFailure, WorkerFailure, blame, describe, may_pass
-from pipelines.stage import StageJob
+from pipelines.stage import STORAGE_AWAY_S, StageJob
 
 T = TypeVar("T")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
 """Wait before the second consecutive attempt without progress; it doubles from one to the next."""
 LONGEST_FOR_DEVICE_S = 600.0
 """The longest after a failed device: a node that is excluded is used while others are away, and these may be for hours."""
-STORAGE_AWAY_S = 3600.0
-"""Time for which attempts that end because storage is away are repeated; they do not count towards the limit."""
 WORKED_S = 3600.0
 """Time of an attempt after which storage was there in it: one that is away ends an attempt within minutes."""
 NEAR_STEPS = 2

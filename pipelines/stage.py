@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import ray
 
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Preempted
+from dis_scale.process.errors import DisScaleError, Preempted, StorageAway
 from dis_scale.process.redaction import redact
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
@@ -26,6 +26,11 @@ from pipelines.lines import Log
 from pipelines.logs import JobLogs
 from pipelines.metrics import Exporter
 from pipelines.ray_private import Resources
+
+STORAGE_AWAY_S = 3600.0
+"""Time for which a stage waits for storage that is away."""
+ASK_STORAGE_EVERY_S = 60.0
+"""Between two openings of the sweep, each of which asks for about a minute."""
 
 
 @dataclass
@@ -81,7 +86,7 @@ class StageJob:
             self.show_advance()
 
     def show_idle(self) -> None:
-        """Export the present time as that of the last progress while there is no work, and now and then log it again."""
+        """Export the present time as that of the last progress while work or capacity lacks; now and then log it again."""
         self.show_advance()
         self.log.repeat_progress()
 
@@ -139,12 +144,27 @@ def run_program(program: Program, url: str, *arguments: str) -> None:
         signal.signal(number, lambda *_: stop.set())
     logs = JobLogs(None, log.context)
     try:
-        sweep = Sweep.open(url, patient=True)
+        sweep = _opened(url, log, stop)
         logs = JobLogs.of(sweep, log.context)
         program(StageJob(sweep, arguments, log, stop, logs))
         logs.close()
     except Exception as error:
         _exit_with(error, log, logs)
+
+
+def _opened(url: str, log: Log, stop: threading.Event) -> Sweep:
+    """Open the sweep; storage that is away when the job begins is waited for as long as later, or one job would end all."""
+    until_s = time.monotonic() + STORAGE_AWAY_S
+    while True:
+        try:
+            return Sweep.open(url, patient=True)
+        except StorageAway as error:
+            if stop.is_set():
+                raise Preempted("stopped as requested, before storage answered") from error
+            if time.monotonic() > until_s:
+                raise
+            log.say(f"storage does not answer, asked again for an hour: {error}", level="warning")
+            stop.wait(ASK_STORAGE_EVERY_S)
 
 
 def _show_warnings(log: Log) -> None:

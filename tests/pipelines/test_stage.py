@@ -1,8 +1,18 @@
-"""The handlers of signals in a stage."""
+"""The handlers of signals in a stage, and storage that is away when one begins."""
 
 import signal
+import threading
+from pathlib import Path
 
+import pytest
+
+from dis_scale.process.context import Context
+from dis_scale.process.errors import Preempted, StorageAway
+from dis_scale.recipe import Recipe
+from dis_scale.sweep import Sweep
 from pipelines import stage
+from pipelines.lines import Log
+from tests.support.evaluations import sweep_at
 
 
 def test_handlers_of_signals_stay_ours() -> None:
@@ -10,3 +20,31 @@ def test_handlers_of_signals_stay_ours() -> None:
     with stage.keeping_handlers():
         signal.signal(signal.SIGTERM, lambda *_: None)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_stage_that_begins_while_storage_is_away_waits_for_it(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For as long as a stage that has begun: a job that ended by it would end all others. A stop request ends the wait."""
+    sweep, answers = (
+        sweep_at(tmp_path, "tiny", tiny),
+        [StorageAway("503"), StorageAway("503"), None, *[StorageAway("503")] * 9],
+    )
+    said, stop = list[str](), threading.Event()
+
+    def opened(url: str, patient: bool) -> Sweep:
+        if answer := answers.pop(0):
+            raise answer
+        return sweep
+
+    monkeypatch.setattr(stage.Sweep, "open", opened)
+    monkeypatch.setattr(stage, "ASK_STORAGE_EVERY_S", 0.01)
+    log = Log(Context(), said.append)
+    assert stage._opened(sweep.folder.url, log, stop) is sweep
+    assert len(said) == 2
+    stop.set()
+    with pytest.raises(Preempted):
+        stage._opened(sweep.folder.url, log, stop)
+    monkeypatch.setattr(stage, "STORAGE_AWAY_S", 0.0)
+    with pytest.raises(StorageAway):
+        stage._opened(sweep.folder.url, log, threading.Event())
