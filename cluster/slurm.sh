@@ -9,9 +9,10 @@
 # override them on sbatch's command line.
 #
 # The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
-# for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again; what may
+# for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2) is not queued again; what may
 # have passed by then is, until the job has been queued 1,000 times for any reason: storage or a node that is away (74), Ray's head
-# that has died. Also a process that was killed (128 and more), up to 100 times: it may do the same again.
+# that has died. Also, up to 100 times, a process that was killed (128 and more), which may do the same again, and a sweep that
+# another process holds (69): Slurm may take a node for lost whose processes live on.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -40,7 +41,7 @@ stop() { # whether to queue the job again
 trap 'stop yes' TERM
 trap 'stop no' INT
 passes() { # whether the end with $code may have passed in the next run
-    [ "$code" = 74 ] || { [ "$code" -ge 128 ] && [ "$restarts" -lt 100 ]; } ||
+    [ "$code" = 74 ] || { { [ "$code" = 69 ] || [ "$code" -ge 128 ]; } && [ "$restarts" -lt 100 ]; } ||
         ! timeout 60 ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
 }
 run() { # a command, whose exit code is then in $code; a signal to this script reaches it
@@ -56,6 +57,9 @@ run() { # a command, whose exit code is then in $code; a signal to this script r
 # Nobody else on these nodes may submit jobs to this Ray (https://docs.ray.io/en/latest/ray-security/token-auth.html).
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+token=$HOME/.dis-scale/ray-$SLURM_JOB_ID.token # for you: ops/runbooks/README.md, "On Slurm"
+mkdir -p "$HOME/.dis-scale"
+(umask 077 && echo "$RAY_AUTH_TOKEN" > "$token")
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export RAY_IP=${RAY_IP:-$(hostname -I | cut -d' ' -f1)} # of the first node, where this script runs
 # Ports by the job's number: two jobs may share a node.

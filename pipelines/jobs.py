@@ -227,11 +227,11 @@ def end_own_job(
     """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
 
     KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
-    is never a failure; if `FINAL` is set, nor are a user's mistake, a lease held elsewhere and a finished failure. Storage that is
-    away may be back for the next attempt.
+    is never a failure; if `FINAL` is set, nor are a user's mistake and a finished failure. Storage that is away may be back for the
+    next attempt, and a lease that another process holds be free: the scheduler may take a head for lost that is alive.
     """
     own, stopped = own_job(), exit_code == Preempted.exit_code
-    final = FINAL in os.environ and exit_code != StorageAway.exit_code
+    final = FINAL in os.environ and exit_code not in (StorageAway.exit_code, Held.exit_code)
     if own is None or not (stopped or final):
         return
     ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time

@@ -410,6 +410,7 @@ def test_scarce_capacity_is_used_as_it_comes() -> None:
     ("code", "restarts", "signal", "queued"),
     [
         (0, 0, "", False), (1, 0, "", False), (2, 0, "", False), (74, 0, "", True), (74, 999, "", True), (74, 1000, "", False),
+        (69, 0, "", True), (69, 100, "", False),
         (75, 0, "", False), (75, 0, "TERM", True), (75, 5000, "TERM", True), (74, 0, "TERM", True), (75, 0, "INT", False),
         (74, 0, "INT", False), (137, 0, "", True), (137, 100, "", False), (137, 0, "TERM", True), (1, 0, "TERM", False),
     ],
@@ -442,11 +443,14 @@ def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_RESTART_COUNT": str(restarts), "RAY_IP": "127.0.0.1"}
+    slurm |= {"HOME": str(tmp_path)}
     script = ["env", "--default-signal=INT", "bash", str(ROOT / "cluster/slurm.sh"), "recipe.yaml"]
     done = subprocess.run(
         script, env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout=60, check=False
     )
     assert done.returncode == (0 if code == 75 else code)
+    token = tmp_path / ".dis-scale/ray-7.token"
+    assert (len(token.read_text().strip()), token.stat().st_mode & 0o777) == (64, 0o600)
     asked = tmp_path / "asked"
     assert not asked.exists() or asked.read_text() == "requeue 7\n"
     return asked.exists()
@@ -552,9 +556,9 @@ def test_a_submitter_without_a_token_says_so(tmp_path: Path) -> None:
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     job = {"RAY_DASHBOARD_ADDRESS": "h", "RAY_JOB_SUBMISSION_ID": "j", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        container["command"], env=os.environ | job, timeout=60, capture_output=True, text=True, check=False
-    )
+    command = [word.replace("$SECONDS -gt 900", "$SECONDS -gt 1") for word in container["command"]]
+    assert command != container["command"]
+    done = subprocess.run(command, env=os.environ | job, timeout=60, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "token refused"
 

@@ -96,7 +96,7 @@ def test_a_running_log_is_never_read_as_a_whole() -> None:
         (75, False, True),
         (75, True, True),
         (2, True, True),
-        (69, True, True),
+        (69, True, False),
         (1, True, True),
         (74, True, False),
         (2, False, False),
