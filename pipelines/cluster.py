@@ -33,7 +33,7 @@ from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
 from pipelines.ray_private import DashboardClient, gpus_by_node
 from pipelines.shared_folder import require_shared
-from pipelines.silence import Silence
+from pipelines.silence import Silence, Unanswered
 from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
@@ -237,7 +237,8 @@ def _connect() -> None:
             with keeping_handlers():
                 ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (ConnectionError, ValueError) as error:
-            raise UserError(
+            kind = Unanswered if in_ray_job() else UserError  # the Ray of a job was there a moment ago
+            raise kind(
                 f"no Ray answers at RAY_ADDRESS={ray_address()}: start it, or unset the variable to run here"
             ) from error
 
