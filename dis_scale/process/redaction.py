@@ -9,7 +9,7 @@ import re
 from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
-_NAMES = re.compile("KEY|SECRET|TOKEN|PASSW|PASS(PHRASE)?$|AUTH$|_PWD$|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
+_NAMES = re.compile(r"KEY|SECRET|TOKEN|PASSW|PASS(PHRASE)?\d*$|AUTH$|_PWD$|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
 """Parts of the names of environment variables whose values are secret."""
 _FILES = re.compile("(_FILE|_PATH|_DIR)$", re.IGNORECASE)
 """Ends of the names of variables that name a file, such as RAY_AUTH_TOKEN_PATH; errors must be able to name it, too."""

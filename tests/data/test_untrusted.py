@@ -171,7 +171,7 @@ def test_statistics_that_unpack_to_more_than_there_are_are_refused(tmp_path: Pat
         adm.open_reference(str(tmp_path / "x.npz")).statistics("mu", "sigma", 4)
 
 
-@pytest.mark.parametrize("name", ["DB_PASS", "PGPASS", "SSH_PASSPHRASE", "HTTP_BASIC_AUTH"])
+@pytest.mark.parametrize("name", ["DB_PASS", "SMTP_PASS1", "PGPASS", "SSH_PASSPHRASE", "HTTP_BASIC_AUTH"])
 def test_more_names_of_secrets_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "correct-horse")
     assert redact("login failed: correct-horse") == "login failed: ***"
