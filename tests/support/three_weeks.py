@@ -452,7 +452,7 @@ class Weeks:
                 if BAD in placed:
                     self.happened["GPU failed"] += 1
                     why = str(BrokenDevice("uncorrectable ECC error encountered"))
-                    nodes.record_failure(job, model, BAD, why)
+                    nodes.record_failure(job, job.sweep.run(model).folder, BAD, why)
                     raise DeviceFailure(why, placed.index(BAD), seen)
                 seen += 1
                 if step % 3 == 0:
