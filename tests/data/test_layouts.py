@@ -216,6 +216,13 @@ def test_each_float16_comes_back_through_a_deviation_but_for_those_next_to_one()
     assert layouts.moments(source("webdataset"), False, layouts.mean_and_log_variance(beyond, True), "x").min() == -30
 
 
+def test_a_pickled_latent_names_no_module_that_numpy_1_lacks() -> None:
+    """MaskDiT's environment has NumPy 1, whose functions are in `numpy.core`."""
+    written = layouts.mean_and_log_variance(np.ones((8, 2, 2), np.float16), True)
+    assert (b"numpy.core.multiarray" in written, b"_core" in written) == (True, False)
+    np.testing.assert_array_equal(pickle.loads(written), np.ones((8, 2, 2), np.float32))
+
+
 @pytest.mark.parametrize("layout", ["edm2", "webdataset"])
 def test_latents_without_variance_come_back(layout: str) -> None:
     assert layouts.NO_VARIANCE == NO_VARIANCE
