@@ -252,7 +252,7 @@ def write_manifest(latents: Folder, numbers: range, made_from: MadeFrom) -> Late
     Another precompute that seals the set at the same time writes the same bytes, so neither needs a lease.
     """
     shards, sums, refused, labels, sizes = [], [], list[str](), LabelCounts(), latents.sizes()
-    read = in_order(numbers, lambda n: ShardSidecar.read_signed(latents, f"{shard_name(n)}.json"), READS_AT_ONCE)
+    read = in_order(numbers, lambda n: ShardSidecar.read(latents, f"{shard_name(n)}.json"), READS_AT_ONCE)
     for n, sidecar in zip(numbers, read, strict=True):  # one at a time: up to 100,000 sidecars, each with 1,000 labels
         _require_size(latents, n, sidecar, sizes)
         shards.append(
@@ -281,10 +281,15 @@ def _require_size(latents: Folder, number: int, sidecar: ShardSidecar, sizes: di
 
 
 def _intact(latents: Folder, number: int) -> ShardSidecar | None:
-    """Return a shard's sidecar, None if it is missing or damaged."""
+    """Return a shard's sidecar, None if it is missing or damaged; StorageError if it cannot be read: its shard may be good."""
+    name = f"{shard_name(number)}.json"
     try:
-        return ShardSidecar.read_signed(latents, f"{shard_name(number)}.json")
-    except (FileNotFoundError, StorageError):
+        data = latents.read(name)
+    except FileNotFoundError:
+        return None
+    try:
+        return ShardSidecar.parse(data, f"{latents}/{name}")
+    except StorageError:
         return None
 
 

@@ -113,9 +113,11 @@ class Evaluation:
 
     def _kept(self, folder: Folder, name: str, parse: Callable[[bytes, str], Any]) -> bool:
         try:
-            parse(folder.read(name), f"{folder}/{name}")
+            data = folder.read(name)  # a block that storage refuses to read may be good: no reason to make it again
         except FileNotFoundError:
             return False
+        try:
+            parse(data, f"{folder}/{name}")
         except StorageError as error:
             self.say(f"made again: {error}")
             return False

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from dis_scale.process.errors import Damaged
 from dis_scale.recipe import LatentShape, Sampling
 from dis_scale.storage.document import Document
-from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest, Manifest, Sealed
 
 NUMBERS = float | tuple[float, ...]
@@ -320,11 +319,11 @@ class ShardSidecar(Document):
         return self.changed(facts_sha256=self._hash())
 
     @classmethod
-    def read_signed(cls, folder: Folder, name: str) -> Self:
+    def parse(cls, data: bytes, where: str) -> Self:
         """Return the facts; Damaged if they differ from their hash."""
-        sidecar = cls.read(folder, name)
+        sidecar = super().parse(data, where)
         if sidecar.facts_sha256 != sidecar._hash():
-            raise Damaged(f"{folder}/{name}: damaged: its facts have another sha256 than it says")
+            raise Damaged(f"{where}: damaged: its facts have another sha256 than it says")
         return sidecar
 
     def _hash(self) -> str:

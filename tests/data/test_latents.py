@@ -58,7 +58,7 @@ def test_the_sums_of_a_shard_are_those_of_numpy(posterior: bool, tmp_path: Path)
     shards.put_shard(
         open_folder(tmp_path), 0, [Sample(n, "", 0, each, posterior) for n, each in enumerate(moments)], []
     )
-    sums = ShardSidecar.read_signed(open_folder(tmp_path), "000000.json").sums
+    sums = ShardSidecar.read(open_folder(tmp_path), "000000.json").sums
     means, log_variances = (moments[:, 0, half].astype(np.float64) for half in (np.s_[:4], np.s_[4:]))
     assert sums.count == 5 * 36
     np.testing.assert_array_equal(sums.mean, means.mean((0, 2, 3)))
@@ -114,7 +114,7 @@ def test_two_encoders_of_a_shard_leave_one_of_their_bytes(order: tuple[str, ...]
             TURNS[name].release()
             assert PAUSED.acquire(timeout=60)
     assert over == {*TURNS}
-    sidecar = ShardSidecar.read_signed(open_folder(tmp_path), "000000.json")
+    sidecar = ShardSidecar.read(open_folder(tmp_path), "000000.json")
     assert sidecar.sha256 == hashlib.sha256((tmp_path / "000000.tar").read_bytes()).hexdigest()
 
 
@@ -178,17 +178,30 @@ def test_a_late_encoder_changes_no_finished_shard(store_url: str) -> None:
     assert shards.finished(at, range(1)) == {0}
 
 
+def test_a_sidecar_that_cannot_be_read_is_an_error_and_its_shard_stays(tmp_path: Path) -> None:
+    """A folder instead of a file stands for what storage refuses to read: the shard may be good, and the set sealed with it."""
+    shards.put_shard(open_folder(tmp_path), 0, samples(0, 3), [])
+    before = (tmp_path / "000000.tar").read_bytes()
+    (tmp_path / "000000.json").unlink()
+    (tmp_path / "000000.json").mkdir()
+    with pytest.raises(StorageError, match=r"cannot read .*000000.json: .*Is a directory"):
+        shards.finished(open_folder(tmp_path), range(1))
+    with pytest.raises(StorageError, match=r"cannot read .*000000.json: .*Is a directory"):
+        shards.put_shard(open_folder(tmp_path), 0, samples(3, 3), [])
+    assert (tmp_path / "000000.tar").read_bytes() == before
+
+
 @settings(max_examples=100, deadline=None)
 @given(at=st.integers(0), bit=st.integers(0, 7))
 def test_no_flipped_bit_of_a_sidecar_passes(tmp_path_factory: pytest.TempPathFactory, at: int, bit: int) -> None:
     """Most of its bytes are digits of sums, with which it would still be JSON."""
     folder = open_folder(tmp_path_factory.mktemp("set"))
     shards.put_shard(folder, 0, samples(0, 3), [])
-    intact, data = ShardSidecar.read_signed(folder, "000000.json"), bytearray(folder.read("000000.json"))
+    intact, data = ShardSidecar.read(folder, "000000.json"), bytearray(folder.read("000000.json"))
     data[at % len(data)] ^= 1 << bit
     folder.write("000000.json", bytes(data))
     if shards.finished(folder, range(1)):
-        assert ShardSidecar.read_signed(folder, "000000.json") == intact
+        assert ShardSidecar.read(folder, "000000.json") == intact
 
 
 def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:

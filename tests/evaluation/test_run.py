@@ -1,8 +1,12 @@
-"""What an evaluation cost: the seconds of all evaluators by part, and the machines that sampled."""
+"""What an evaluation cost: the seconds of all evaluators by part, and the machines that sampled. Which blocks are made again."""
 
 from pathlib import Path
+from typing import Any, cast
 
-from dis_scale.evaluation.run import Spent, cost_of_samples
+import pytest
+
+from dis_scale.evaluation.run import Evaluation, Spent, block_name, cost_of_samples
+from dis_scale.process.errors import StorageError
 from dis_scale.storage.folder import open_folder
 from tests.support.documents import put_metrics
 
@@ -24,3 +28,21 @@ def test_kept_blocks_keep_the_cost_of_the_evaluation_that_sampled_them(tmp_path:
     assert cost_of_samples(nothing, folder) == ((), {})
     put_metrics(folder, seconds={"sampling": 6.0}, sampled_on=("an H200",))
     assert cost_of_samples(nothing, folder) == (("an H200",), {"sampling": 6.0})
+
+
+def test_a_damaged_block_is_made_again_and_one_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    """A folder instead of a file stands for what storage refuses to read, such as another user's file."""
+    folder, logged, nothing = open_folder(tmp_path), list[str](), cast(Any, None)
+    evaluation = Evaluation(nothing, nothing, {}, {}, nothing, logged.append, lambda: None)
+
+    def parse(data: bytes, where: str) -> None:
+        if data != b"good":
+            raise StorageError(f"{where}: damaged")
+
+    for number, block in enumerate((b"good", b"bad")):
+        folder.write(block_name(number), block)
+    assert evaluation._missing(folder, 3, parse) == [1, 2]
+    assert logged == [f"made again: {folder}/{block_name(1)}: damaged"]
+    (tmp_path / block_name(2)).mkdir()
+    with pytest.raises(StorageError, match=r"cannot read .*Is a directory"):
+        evaluation._missing(folder, 3, parse)
