@@ -19,7 +19,7 @@ from dis_scale.data import shards, staging
 from dis_scale.data.shards import EncodedShard, Sample, shard_positions
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import DisScaleError, UndecodableImage, UserError
+from dis_scale.process.errors import DisScaleError, UndecodableImage, UserError, printable
 from dis_scale.process.threads import batched, in_order, one_ahead
 from dis_scale.recipe import Data, Precompute, Recipe
 from dis_scale.storage.folder import Folder
@@ -128,21 +128,21 @@ def encode_shards(setup: Setup, numbers: Iterable[int], report: Callable[[int], 
 def encode_mixed(setup: Setup, numbers: Iterable[int], refused: Collection[str]) -> Iterator[EncodedShard]:
     """Yield shards of a set that was mixed after encoding: each batch with one of their samples is encoded again.
 
-    `refused` are the names of the set's refused images, which were in no batch.
+    `refused` are the names of the set's refused images, as `printable`, which were in no batch.
     """
     mixer, settings, names = setup.mixer, setup.recipe.precompute, setup.source.names
     for number in numbers:
         entries = mixer.order[np.array(shard_positions(number, mixer.images, settings))].tolist()
         wanted, samples = set(entries), dict[int, Sample]()
         for part in sorted({entry // settings.shard_images for entry in entries}):
-            encoded = [n for n in shard_positions(part, mixer.images, settings) if names[n] not in refused]
+            encoded = [n for n in shard_positions(part, mixer.images, settings) if printable(names[n]) not in refused]
             for batch in batched(encoded, settings.encode_images):
                 if not wanted.isdisjoint(batch):
                     pixels = [setup.source.pixels(n, setup.recipe.data.resolution) for n in batch]
                     moments = setup.begin(pixels)()
                     samples |= {sample.position: sample for sample in _samples(setup, batch, moments)}
         yield EncodedShard(
-            number, [samples[n] for n in entries if n in samples], [names[n] for n in entries if n not in samples]
+            number, [samples[n] for n in entries if n in samples], [printable(names[n]) for n in entries if n not in samples]
         )
 
 
@@ -167,7 +167,7 @@ def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_DecodedRange]:
 def _encode_shard(
     setup: Setup, ranges: Iterable[_DecodedRange], report: Callable[[int], None]
 ) -> tuple[list[Sample], list[str]]:
-    """Return a shard's samples and the names of its skipped images. Only its last encode batch may be short.
+    """Return a shard's samples and the printable names of its skipped images. Only its last encode batch may be short.
 
     While the device encodes a batch, the one before it becomes samples.
     """
@@ -177,7 +177,7 @@ def _encode_shard(
         for part in ranges:
             images, skipped = select_decodable(part.positions, part.images, setup.recipe.data.undecodable)
             if skipped:
-                refused.extend(setup.source.names[position] for position in skipped)
+                refused.extend(printable(setup.source.names[position]) for position in skipped)
                 report(len(skipped))
             yield from images
 

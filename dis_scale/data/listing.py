@@ -180,8 +180,8 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
         raise contents.without_images(left_out)
     names, final, largest = labels.final()
     manifest = ListingManifest(
-        files={}, count=count, sha256=total.hexdigest(), label_names=names, final_labels=final, largest=largest,
-        left_out=left_out, version=contents.version,
+        files={}, count=count, sha256=total.hexdigest(), label_names=names and [printable(name) for name in names],
+        final_labels=final, largest=largest, left_out=left_out, version=contents.version,
     )  # fmt: skip
     if contents.mixed:
         order = permutation(count)

@@ -166,7 +166,7 @@ def _find(kind: SourceKind) -> Contents:
 
 
 def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
-    """Return the classes' names as they can be shown, or their numbers if they have none; empty for unlabelled images.
+    """Return the classes' names, or their numbers if they have none; empty for unlabelled images.
 
     UserError if their number is not the recipe's.
     """
@@ -176,8 +176,8 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
     if names is None and largest >= data.num_classes:
         raise UserError(f"data.num_classes: got {data.num_classes}, but {where} has labels up to {largest}")
     if names is not None and len(names) != data.num_classes:
-        shown = ", ".join(map(printable, names[:5]))
+        shown = ", ".join(names[:5])
         raise UserError(
             f"data.num_classes: got {data.num_classes}, but the source has {len(names)} classes ({shown}, ...)"
         )
-    return list(map(printable, names or ())) or [str(i) for i in range(data.num_classes)]
+    return list(names or ()) or [str(i) for i in range(data.num_classes)]

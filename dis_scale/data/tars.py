@@ -330,4 +330,6 @@ def _label(member: _InTar, where: str, settings: TarSource) -> int | str:
         raise UserError(f"{where}: no label {sought}: {type(error).__name__}: {error}") from error
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise UserError(f"{where}: label {label!r}, expected a number or a name")
-    return number_or_name(label) if isinstance(label, str) else label
+    if isinstance(label, int):
+        return label
+    return number_or_name(label.encode(errors="backslashreplace").decode())  # JSON may have half a surrogate pair

@@ -26,7 +26,9 @@ from dis_scale.data import listing, survey
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep.documents import LatentsManifest
 from tests.data.test_mixing import sweep_of
+from tests.support.commands import invoke
 from tests.support.labelled_images import FEATURES, data, parquet, tar
 from tests.support.stages import make_latents
 
@@ -128,6 +130,37 @@ def test_every_image_is_encoded_once_or_named(
     listed = open_source(sweep.recipe.data, sweep.store)
     assert {why: count for why, (count, _) in listed.listing.manifest.left_out.items()} == left_out
     assert all(f"{count:,} {why} (" in listed.left_out for why, count in left_out.items())
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_names_that_are_not_utf_8_are_stored_as_escapes(kind: str, tmp_path: Path) -> None:
+    """A class, and a broken image; JSON has no room for their bytes."""
+    root, members = open_folder(tmp_path / "source"), {"a/1.png": picture(1), "caf\udce9/2.png": picture(2)}
+    members |= {"caf\udce9/\udcfe.png": b"broken"}
+    for name, content in members.items() if kind == "folder" else ():
+        root.write(name, content)
+    if kind == "tar":
+        root.write("a.tar", tar(members))
+    source = {"kind": kind, "url": root.url} | ({"label": "folder"} if kind == "tar" else {})
+    sweep = sweep_of(tmp_path, source, "data.undecodable=skip", "precompute.shard_images=16", classes=2)
+    sweep.save_recipe()
+    latents = make_latents(sweep)
+    manifest = LatentsManifest.require(latents)
+    assert in_shards(latents) == Counter({(1, 0): 1, (2, 1): 1})
+    assert manifest.made_from.label_names == ("a", r"caf\udce9")
+    assert manifest.refused == ("a.tar/" * (kind == "tar") + r"caf\udce9/\udcfe.png",)
+    before = latents.read("000000.tar")
+    latents.write("000000.tar", b"damaged")
+    code, output = invoke("data", "repair", sweep.folder.url)
+    assert (code, latents.read("000000.tar")) == (0, before), output
+
+
+def test_half_a_surrogate_pair_in_a_label_of_json_is_an_escape(tmp_path: Path) -> None:
+    members = {k: v for i, label in enumerate((r"a\ud800", "b"))
+               for k, v in ((f"{i}.png", picture(i)), (f"{i}.json", b'{"label": "%s"}' % label.encode()))}  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    source = data({"kind": "tar", "url": str(tmp_path), "label": "json"})
+    assert open_source(source, open_folder(tmp_path / "store")).label_names == [r"a\ud800", "b"]
 
 
 def test_what_tars_have_twice_or_from_a_mac_or_that_is_beside_them_is_left_out(tmp_path: Path) -> None:
