@@ -5,6 +5,7 @@ fetch only the byte range of the images that are needed.
 """
 
 import json
+import posixpath
 import re
 import tarfile
 from array import array
@@ -181,29 +182,26 @@ class _Member(tarfile.TarInfo):
 
 
 class _InTar(NamedTuple):
-    """A member that is a file, or a link: where its bytes are, and these if it may hold a label."""
+    """A member that is no folder: its path when unpacked, where its bytes are, and these if it may hold a label."""
 
     name: str
-    is_link: bool
     start: int
     size: int
     data: bytes = b""
-    later: bool = False
-    """Whether the tar has the file again, as `tar --update` leaves it."""
-
-    @property
-    def key(self) -> tuple[str, bool]:
-        """What the unpacked file shares with those that replace it."""
-        return self.name.removeprefix("./"), self.is_link
+    why: str = ""
+    """Reason to leave it out; empty for a file."""
 
 
 def _last(members: Iterable[_InTar]) -> Iterator[_InTar]:
     """Yield the members; of a file that the tar has again the last one, in the place of the first, as if the tar was unpacked."""
-    final = dict[tuple[str, bool], _InTar]()
+    final = dict[str, _InTar]()
     for member in members:
-        if member.key in final:
-            yield final[member.key]._replace(later=True)
-        final[member.key] = member
+        if member.why:
+            yield member
+            continue
+        if earlier := final.get(member.name):
+            yield earlier._replace(why="files that their tar has again")
+        final[member.name] = member
     yield from final.values()
 
 
@@ -211,7 +209,8 @@ def _each_once(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
     """Yield the members of a large tar as they come; UserError at the end if it has one again. Hashes: it may have ten million."""
     names = array("q")
     for member in members:
-        names.append(hash(member.key))
+        if not member.why:
+            names.append(hash(member.name))
         yield member
     if len(np.unique(names)) < len(names):
         raise UserError(
@@ -221,7 +220,7 @@ def _each_once(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
 
 
 def _members(file: BinaryIO) -> Iterator[_InTar]:
-    """Yield the members that are files or links; of small ones that may hold a label also their bytes."""
+    """Yield the members but folders; of small ones that may hold a label also their bytes."""
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
         while (member := _next(tar, file)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
@@ -229,17 +228,22 @@ def _members(file: BinaryIO) -> Iterator[_InTar]:
                 raise tarfile.ReadError(
                     f"{printable(member.name)} has holes that are left out: write it without --sparse"
                 )
-            if not (member.isreg() or member.islnk() or member.issym()):
+            if member.isdir():
+                continue
+            name = posixpath.normpath(member.name)  # ./1.png and 1.cls are one sample
+            if not member.isreg():
+                links = member.islnk() or member.issym()
+                yield _InTar(name, 0, 0, why="links in tars" if links else "members of tars that are no files")
                 continue
             data = b""
-            if member.isreg() and member.name.endswith((".cls", ".json")):
+            if name.endswith((".cls", ".json")):
                 if member.size > LABEL_BYTES:
                     raise tarfile.ReadError(
                         f"{printable(member.name)} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}"
                     )
                 file.seek(member.offset_data)
                 data = file.read(member.size)
-            yield _InTar(member.name, not member.isreg(), member.offset_data, member.size, data)
+            yield _InTar(name, member.offset_data, member.size, data)
 
 
 def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
@@ -268,9 +272,8 @@ def _images(
     key, images, label = "", list[_InTar](), None
     for member in members:
         folder, _, base = member.name.rpartition("/")
-        if hidden(member.name) or member.is_link or member.later:  # such as macOS's ._x.jpg, and hard-linked files
-            kind = "links in tars" if member.is_link else "files that their tar has again"
-            yield LeftOut(f"{tar}/{member.name}", "hidden" if hidden(member.name) else kind)
+        if member.why or hidden(member.name):  # such as hard-linked files, and macOS's ._x.jpg
+            yield LeftOut(f"{tar}/{member.name}", "hidden" if hidden(member.name) else member.why)
             continue
         stem, _, kind = base.partition(".")
         if f"{folder}/{stem}" != key:

@@ -196,6 +196,28 @@ def test_what_tars_have_twice_or_from_a_mac_or_that_is_beside_them_is_left_out(t
     }
 
 
+def test_a_folder_of_a_tar_is_no_class_if_it_is_the_tar_itself(tmp_path: Path) -> None:
+    """`tar -c .` writes `./` before each name, other programs do not: a sample may have both."""
+    both = {"./1.png": picture(1), "1.cls": b"1", "a//2.png": picture(2), "a/./2.cls": b"0"}
+    (tmp_path / "a.tar").write_bytes(tar(both))
+    assert list(open_source(data({"kind": "tar", "url": str(tmp_path)})).labels) == [1, 0]
+    (tmp_path / "a.tar").write_bytes(tar({"./cat/1.png": picture(1), "./dog/2.png": picture(2), "./3.png": picture(3)}))
+    with pytest.raises(UserError, match=r"a.tar: 3.png has no label: expected a folder around it"):
+        open_source(data({"kind": "tar", "url": str(tmp_path), "label": "folder"}, 3))
+
+
+@pytest.mark.parametrize("kind", [b"M", b"Z", tarfile.FIFOTYPE])
+def test_a_member_of_a_tar_that_is_no_file_is_counted(kind: bytes, tmp_path: Path) -> None:
+    """Such as the rest of a file that began in another volume, or of a letter that no program knows."""
+    with tarfile.open(tmp_path / "a.tar", "w") as out:
+        for name, type_ in (("folder", tarfile.DIRTYPE), ("1.png", tarfile.REGTYPE), ("2.png", kind)):
+            member = tarfile.TarInfo(name)
+            member.type = type_
+            out.addfile(member)
+    source = open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, 1))
+    assert (list(source.names), source.left_out) == (["a.tar/1.png"], "1 members of tars that are no files (a.tar/2.png)")
+
+
 @pytest.mark.parametrize("again", ["1.png", "./1.png"])
 def test_a_file_that_a_large_tar_has_twice_is_refused(
     again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
