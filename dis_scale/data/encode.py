@@ -142,7 +142,9 @@ def encode_mixed(setup: Setup, numbers: Iterable[int], refused: Collection[str])
                     moments = setup.begin(pixels)()
                     samples |= {sample.position: sample for sample in _samples(setup, batch, moments)}
         yield EncodedShard(
-            number, [samples[n] for n in entries if n in samples], [printable(names[n]) for n in entries if n not in samples]
+            number,
+            [samples[n] for n in entries if n in samples],
+            [printable(names[n]) for n in entries if n not in samples],
         )
 
 

@@ -32,6 +32,8 @@ The first that divides a tar's size is taken for its own: a larger one would hid
 """
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
+BESIDE = ("cls", "json")
+"""Endings of the members beside the images that may hold the labels."""
 LATENT = "latent"
 """Ending of a latent; a recipe of latents says neither which file of a sample is the image nor where the labels are."""
 
@@ -148,16 +150,23 @@ def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> It
     where, version = printable(f"{root}/{name}"), root.version(name)
     try:
         with root.open(name) as file:
-            members = _members(file)
+            members = _members(file, where, settings.label if labelled and settings.label in BESIDE else "")
             final = _each_once(members, where) if root.size(name) > LARGE_BYTES else _last(members)
             for found in _images(final, name, where, settings, labelled):
                 yield found._replace(version=version) if isinstance(found, Entry) else found
     except (tarfile.TarError, EOFError) as error:
+        first = root.read(name, 0, max(map(len, COMPRESSED)))
+        if unpack := next((program for magic, program in COMPRESSED.items() if first.startswith(magic)), None):
+            raise StorageError(
+                f"{where}: it is compressed, and images are read by byte range: {unpack} it"
+            ) from error
         raise StorageError(
             f"{where}: not a complete tar: {error}; repair it or remove it from data.source.files"
         ) from error
 
 
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+"""First bytes of compressed files, and the program that unpacks them."""
 EXTENDED = {
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 }  # fmt: skip
@@ -219,14 +228,19 @@ def _each_once(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
         )
 
 
-def _members(file: BinaryIO) -> Iterator[_InTar]:
-    """Yield the members but folders; of small ones that may hold a label also their bytes."""
+def _kind(name: str) -> str:
+    """Return a file's ending as WebDataset takes it, all after the first dot; capitals are no other kind."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
+
+
+def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
+    """Yield the members but folders; of those of the ending `label` also their bytes, if any."""
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
         while (member := _next(tar, file)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
             if member.issparse():
-                raise tarfile.ReadError(
-                    f"{printable(member.name)} has holes that are left out: write it without --sparse"
+                raise StorageError(
+                    f"{where}: {printable(member.name)} has holes that are left out: write it without --sparse"
                 )
             if member.isdir():
                 continue
@@ -236,10 +250,10 @@ def _members(file: BinaryIO) -> Iterator[_InTar]:
                 yield _InTar(name, 0, 0, why="links in tars" if links else "members of tars that are no files")
                 continue
             data = b""
-            if name.endswith((".cls", ".json")):
+            if label and _kind(name) == label:
                 if member.size > LABEL_BYTES:
-                    raise tarfile.ReadError(
-                        f"{printable(member.name)} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}"
+                    raise StorageError(
+                        f"{where}: {printable(name)} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}"
                     )
                 file.seek(member.offset_data)
                 data = file.read(member.size)
@@ -275,13 +289,13 @@ def _images(
         if member.why or hidden(member.name):  # such as hard-linked files, and macOS's ._x.jpg
             yield LeftOut(f"{tar}/{member.name}", "hidden" if hidden(member.name) else member.why)
             continue
-        stem, _, kind = base.partition(".")
+        stem, kind = base.partition(".")[0], _kind(base)
         if f"{folder}/{stem}" != key:
             yield from _sample_entries(images, label, tar, where, settings, labelled)
             key, images, label = f"{folder}/{stem}", [], None
-        if kind == settings.image or (settings.image is None and f".{kind.lower()}".endswith(SUFFIXES)):
+        if f".{kind}".endswith(SUFFIXES) if settings.image is None else kind == settings.image.lower():
             images.append(member)
-        elif kind == settings.label:
+        elif kind == settings.label and kind in BESIDE:
             label = _label(member, f"{where}: {printable(member.name)}", settings) if labelled else None
         else:
             yield LeftOut(f"{tar}/{member.name}", ending(base))
@@ -292,7 +306,7 @@ def _sample_entries(
     images: list[_InTar], label: int | str | None, tar: str, where: str, settings: TarSource, labelled: bool
 ) -> Iterator[Entry]:
     latents = settings.image == LATENT
-    if len(images) > 1 and settings.label in ("cls", "json"):
+    if len(images) > 1 and settings.label in BESIDE:
         if latents:
             raise UserError(
                 f"{where}: {printable(images[0].name)} is there twice: write the tar again with one of them"

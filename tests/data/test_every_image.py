@@ -3,9 +3,12 @@
 A picture's number is in its pixels; the reader is a plain `tarfile`, and knows nothing of the project.
 """
 
+import bz2
+import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -215,7 +218,38 @@ def test_a_member_of_a_tar_that_is_no_file_is_counted(kind: bytes, tmp_path: Pat
             member.type = type_
             out.addfile(member)
     source = open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, 1))
-    assert (list(source.names), source.left_out) == (["a.tar/1.png"], "1 members of tars that are no files (a.tar/2.png)")
+    assert (list(source.names), source.left_out) == (
+        ["a.tar/1.png"],
+        "1 members of tars that are no files (a.tar/2.png)",
+    )
+
+
+def test_a_huge_json_that_is_no_label_is_counted(tmp_path: Path) -> None:
+    """Such as the annotations of a set."""
+    (tmp_path / "a.tar").write_bytes(tar({"all.json": bytes(17 * 2**20), "cat/1.png": picture(1)}))
+    source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
+    assert open_source(data(source, 1)).left_out == "1 .json (a.tar/all.json)"
+    assert len(open_source(data(source | {"label": "json"}, "none"))) == 1
+    with pytest.raises(StorageError, match=r"a.tar: all.json has 17,825,792 bytes, and a label at most 16,777,216"):
+        open_source(data(source | {"label": "json"}))
+
+
+@pytest.mark.parametrize("image", ["jpg", "JPG", None])
+def test_capitals_in_an_ending_mean_nothing(image: str | None, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"1.JPG": picture(1), "1.CLS": b"0", "2.Jpg": picture(2), "2.cls": b"1"}))
+    source = {"kind": "tar", "url": str(tmp_path)} | ({"image": image} if image else {})
+    assert list(open_source(data(source)).labels) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("pack", "program"), [(gzip.compress, "gunzip"), (bz2.compress, "bunzip2"), (lzma.compress, "unxz")]
+)
+def test_a_compressed_tar_is_named_by_its_bytes(pack: Callable[[bytes], bytes], program: str, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(pack(tar({"1.png": picture(1), "1.cls": b"0"})))
+    with pytest.raises(
+        StorageError, match=rf"a.tar: it is compressed, and images are read by byte range: {program} it"
+    ):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}))
 
 
 @pytest.mark.parametrize("again", ["1.png", "./1.png"])
