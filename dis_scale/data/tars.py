@@ -32,6 +32,8 @@ The first that divides a tar's size is taken for its own: a larger one would hid
 """
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
+JOINED = "files that their tar has again: two sets with the same keys? If so, write the second with other keys"
+"""Reason to leave out files of a tar of which half are there again: keys often begin at 0, and `tar --update` replaces few."""
 BESIDE = ("cls", "json")
 """Endings of the members beside the images that may hold the labels."""
 LATENT = "latent"
@@ -53,9 +55,10 @@ def splits_in(names: Iterable[str]) -> set[str]:
 
 
 def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]:
-    """Return the folder and its files that match `pattern`, sorted; a URL ending in `suffix` is one file.
+    """Return the folder and its files that match `pattern` and are not hidden, sorted; a URL ending in `suffix` is one file.
 
-    UserError if there are none, or if they are of several parts of a set, such as train and test, and no pattern selects some.
+    UserError if there are none, if one is a link that leads nowhere, or if they are of several parts of a set, such as train and
+    test, and no pattern selects some.
     """
     if url.name.endswith(suffix):
         parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name
@@ -65,10 +68,12 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
             raise UserError(f"data.source.url: no file {url}") from error
         return parent, [name]
     every = url.list()
-    names = [name for name in every if fnmatch(name, pattern)]
+    names = [name for name in every if fnmatch(name, pattern) and not hidden(name)]  # such as a Mac's ._a.tar
     if not names:
         there = f"there are {some(every)}" if every else "it is empty or does not exist"
         raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}, {there}")
+    if gone := [name for name in names if url.local and not (url.local / name).exists()]:
+        raise UserError(f"data.source.url: {url}: links that lead nowhere: {some(gone)}; correct or delete them")
     if pattern == f"*{suffix}" and len(parts := splits_in(names)) > 1:
         raise UserError(
             f"data.source.files: {url} has files of {' and '.join(sorted(parts))}: say which to train on, for example "
@@ -157,9 +162,7 @@ def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> It
     except (tarfile.TarError, EOFError) as error:
         first = root.read(name, 0, max(map(len, COMPRESSED)))
         if unpack := next((program for magic, program in COMPRESSED.items() if first.startswith(magic)), None):
-            raise StorageError(
-                f"{where}: it is compressed, and images are read by byte range: {unpack} it"
-            ) from error
+            raise StorageError(f"{where}: it is compressed, and images are read by byte range: {unpack} it") from error
         raise StorageError(
             f"{where}: not a complete tar: {error}; repair it or remove it from data.source.files"
         ) from error
@@ -203,14 +206,16 @@ class _InTar(NamedTuple):
 
 def _last(members: Iterable[_InTar]) -> Iterator[_InTar]:
     """Yield the members; of a file that the tar has again the last one, in the place of the first, as if the tar was unpacked."""
-    final = dict[str, _InTar]()
+    final, replaced = dict[str, _InTar](), list[_InTar]()
     for member in members:
         if member.why:
             yield member
             continue
         if earlier := final.get(member.name):
-            yield earlier._replace(why="files that their tar has again")
+            replaced.append(earlier)
         final[member.name] = member
+    why = JOINED if 2 * len(replaced) >= len(final) else "files that their tar has again"
+    yield from (member._replace(why=why) for member in replaced)
     yield from final.values()
 
 

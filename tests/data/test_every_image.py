@@ -252,6 +252,19 @@ def test_a_compressed_tar_is_named_by_its_bytes(pack: Callable[[bytes], bytes], 
         open_source(data({"kind": "tar", "url": str(tmp_path)}))
 
 
+def test_two_sets_with_the_same_keys_in_one_tar_are_named(tmp_path: Path) -> None:
+    """As two shards are joined whose keys begin at 0: unpacked, the second would replace the first."""
+    (tmp_path / "a.tar").write_bytes(tar({f"{i}.png": picture(i) for i in range(3)}))
+    with tarfile.open(tmp_path / "a.tar", "a") as out:
+        for i in range(3):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(picture(10 + i))
+            out.addfile(member, io.BytesIO(picture(10 + i)))
+    source = open_source(data({"kind": "tar", "url": str(tmp_path / "a.tar")}, "none"))
+    assert [int(source.pixels(i, 8)[0, 0, 0]) for i in range(len(source))] == [10, 11, 12]
+    assert "3 files that their tar has again: two sets with the same keys? If so, write the second" in source.left_out
+
+
 @pytest.mark.parametrize("again", ["1.png", "./1.png"])
 def test_a_file_that_a_large_tar_has_twice_is_refused(
     again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -466,6 +479,19 @@ def test_parquet_files_whose_numbers_mean_other_classes_are_refused(tmp_path: Pa
         (tmp_path / f"{name}.parquet").write_bytes(parquet([(picture(0), 0)], metadata=metadata))
     with pytest.raises(UserError, match=r"b.parquet: its classes are dog, cat, those of the first file cat, dog"):
         open_source(data({"kind": "parquet", "url": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_hidden_files_of_a_mac_are_no_tars_and_a_link_that_leads_nowhere_is_named(kind: str, tmp_path: Path) -> None:
+    """A Mac writes `._a.tar` beside `a.tar` on a disk of another system."""
+    content = tar({"1.png": picture(1), "1.cls": b"0"}) if kind == "tar" else parquet([(picture(1), 0)])
+    (tmp_path / f"a.{kind}").write_bytes(content)
+    (tmp_path / f"._a.{kind}").write_bytes(b"\0\5\x16\7" + bytes(4092))
+    source = data({"kind": kind, "url": str(tmp_path)})
+    assert open_source(source).left_out == f"1 hidden (._a.{kind})"
+    (tmp_path / f"b.{kind}").symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"links that lead nowhere: b.{kind}; correct or delete them"):
+        open_source(source)
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
