@@ -1,8 +1,10 @@
 """The kinds of source: how each lists and reads its images. Tars, Parquet and other programs' latents have files of their own."""
 
 import csv
+import errno
 import io
 import itertools
+import posixpath
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
@@ -25,6 +27,8 @@ from dis_scale.storage.folder import Folder, open_folder
 
 UNLISTED = ("http://", "https://")
 """Beginnings of URLs whose folders cannot be listed: what is not there is found when it is read."""
+NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""Answers of a file system to a path that is no file: a folder, below a file, too long."""
 LINE_CHARACTERS = 2**20
 """Most characters of a CSV's line: paths have up to 4,096, and a field of Python's csv up to 131,072."""
 
@@ -165,15 +169,21 @@ class _Csv(_OneFileEach):
     def read_one(self, entry: Entry) -> bytes | None:
         """Read from the folder of the CSV, or from where its line says. The listing may be of a time when that was allowed."""
         try:
-            return _read_anywhere(self._root, self._allowed(entry).name)
+            return None if "\0" in entry.name else _read_anywhere(self._root, self._allowed(entry).name)
         except FileNotFoundError:
             return None
+        except StorageError as error:
+            if getattr(error.__cause__, "errno", None) in NO_FILE:
+                return None
+            raise
 
     def _each_once(self) -> Iterator[Entry]:
         """Yield the CSV's images; UserError at the end if two lines name one. Hashes: there may be a hundred million."""
         names, lines = array("q"), array("q")
         for entry in _csv_entries(self._root, self._file.name, self._path, self._label):
-            names.append(hash(entry.name))
+            names.append(
+                hash(entry.name if "://" in entry.name else posixpath.normpath(entry.name))
+            )  # ./0.png is 0.png
             lines.append(entry.location[0])
             yield entry
         order = np.argsort(hashes := np.asarray(names), kind="stable")

@@ -382,7 +382,11 @@ def _options(url: str) -> dict[str, Any]:
 
 
 def _client(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL and the path there."""
+    """Return the file system of a URL and the path there. UserError for `::`, of which fsspec makes a chain of file systems."""
+    if "::" in url:
+        raise UserError(
+            f"storage {url}: got '::' in the path of a folder, and it separates two stores: rename the folder"
+        )
     if url.startswith("hf://"):
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when its client is imported
     try:

@@ -537,6 +537,9 @@ def test_an_image_on_two_lines_of_a_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("path,label\n0.png,0\n1.png,0\n2.png,1\n1.png,1\n0.png,0\n")
     with pytest.raises(UserError, match=r"labels.csv: lines [23] and [56] name the same image, of 2 such lines: leave"):
         open_source(data({"kind": "csv", "url": f"{tmp_path}/labels.csv"}))
+    (tmp_path / "labels.csv").write_text("path,label\n0.png,0\n1.png,0\n./0.png,1\na/..//1.png,0\n")
+    with pytest.raises(UserError, match=r"labels.csv: lines [23] and [45] name the same image, of 2 such lines: leave"):
+        open_source(data({"kind": "csv", "url": f"{tmp_path}/labels.csv"}, csv_outside="allow"))
 
 
 def test_all_missing_files_of_a_csv_are_named_at_once_or_skipped(tmp_path: Path) -> None:
@@ -553,6 +556,26 @@ def test_all_missing_files_of_a_csv_are_named_at_once_or_skipped(tmp_path: Path)
     decoded = skipping.decoded(range(8), 8)
     missing = {skipping.names[i] for i, image in enumerate(decoded) if isinstance(image, UndecodableImage)}
     assert missing == {"5.png", "6.png", "gone/x.png"}
+
+
+@pytest.mark.parametrize("path", ["folder", "1.png/x.png", "x" * 300 + ".png", "a\0b.png"])
+def test_a_line_of_a_csv_that_names_no_file_is_a_missing_one(path: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "1.png").write_bytes(picture(1))
+    (tmp_path / "labels.csv").write_text(f"path,label\n1.png,0\n{path},1\n")
+    source = open_source(data({"kind": "csv", "url": f"{tmp_path}/labels.csv"}, undecodable="skip"))
+    broken = [image for image in source.decoded(range(2), 8) if isinstance(image, UndecodableImage)]
+    assert ["there is no such file" in str(each) for each in broken] == [True]
+
+
+def test_two_colons_in_a_path_are_refused(tmp_path: Path) -> None:
+    """fsspec reads a chain of stores: here in a folder, in a line of a CSV."""
+    (tmp_path / "a::b/cat").mkdir(parents=True)
+    (tmp_path / "a::b/cat/1.png").write_bytes(picture(1))
+    (tmp_path / "labels.csv").write_text("path,label\na::b/cat/1.png,0\n")
+    for kind, url in (("folder", f"{tmp_path}/a::b"), ("csv", f"{tmp_path}/labels.csv")):
+        with pytest.raises(UserError, match=r"storage .*a::b.*: got '::' in the path of a folder.*: rename the folder"):
+            open_source(data({"kind": kind, "url": url}, 1))
 
 
 def test_a_relative_folder_is_another_source_in_another_project(
