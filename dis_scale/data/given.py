@@ -12,17 +12,18 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import TypeAdapter
 
-from dis_scale.data import layouts, mixing, shards
+from dis_scale.data import layouts, listing, mixing, shards
 from dis_scale.data.sources import Source, lists_mixed, select_decodable
 from dis_scale.process.errors import UserError
-from dis_scale.process.progress import ReportShare
+from dis_scale.process.progress import ReportShare, some
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data, SourceSettings
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import read_verified
-from dis_scale.sweep.documents import LatentsManifest
+from dis_scale.sweep.documents import LatentsManifest, ListingManifest
 from dis_scale.vae import Vae
 
 CHECKED, DECODED = 64, 8
@@ -102,12 +103,8 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
     identity = f"{layout} of {latents}".encode()
     if next(folder.walk(), None) is not None and not _began(folder, identity):
         raise UserError(f"--out {folder}: it has files: give a new folder, or delete them")
-    if layout == "repa" and (manifest.refused or manifest.made_from.source["kind"] in ("tar", "parquet", "csv")):
-        raise UserError(
-            f"{latents}: REPA pairs latents with the images of a folder by their order: expected a source of kind folder, of which "
-            f"no image is left out; this one is of kind {manifest.made_from.source['kind']}, {len(manifest.refused)} left out: use "
-            "--layout edm2"
-        )
+    if layout == "repa":
+        _require_paired(latents, manifest)
     folder.write(layouts.UNFINISHED, identity)
     places, labels = _places(manifest), dict[str, int]()
     for done, entry in enumerate(manifest.shards, 1):
@@ -122,6 +119,25 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
         folder.write(layouts.LABELS, json.dumps({"labels": classes}).encode())
     folder.delete(layouts.UNFINISHED)
     return manifest.count
+
+
+def _require_paired(latents: Folder, manifest: LatentsManifest) -> None:
+    """UserError unless REPA's code pairs the latents with the images: it lists these by Pillow's endings, hidden ones included."""
+    source = manifest.made_from.source
+    if manifest.refused or source["kind"] in ("tar", "parquet", "csv"):
+        raise UserError(
+            f"{latents}: REPA pairs latents with the images of a folder by their order: expected a source of kind folder, of which "
+            f"no image is left out; this one is of kind {source['kind']}, {len(manifest.refused)} left out: use --layout edm2"
+        )
+    if manifest.made_from.num_classes is None:
+        raise UserError(f"{latents}: it has no classes, and REPA needs one for each image: use --layout edm2")
+    listed = ListingManifest.find(listing.folder_of(Folder(latents.url.rsplit("/", 2)[0]), source))
+    firsts = [first for _, first in listed.left_out.values()] if listed else []
+    if beside := [first for first in firsts if first.lower().endswith(tuple(Image.registered_extensions()))]:
+        raise UserError(
+            f"{latents}: REPA would pair latents with other images: its tool also takes {some(beside)}, which the listing left "
+            "out: remove them and their like and change data.source.version and the sweep's name, or use --layout edm2"
+        )
 
 
 def _began(folder: Folder, identity: bytes) -> bool:

@@ -76,7 +76,9 @@ class InFiles(NamedTuple):
 
 
 def root_of(source: LatentsSource, url: Folder) -> Folder:
-    """Return the folder of the latents: REPA's is beside that of its images."""
+    """Return the folder of the latents: REPA's is beside that of its images. UserError if the URL is that folder itself."""
+    if source.layout == "repa" and url.name == REPA_FOLDER:
+        raise UserError(f"data.source.url: {url} has the latents: layout repa expects the folder above {REPA_FOLDER}")
     return url / REPA_FOLDER if source.layout == "repa" else url
 
 

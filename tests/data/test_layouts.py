@@ -36,6 +36,7 @@ from dis_scale.vae.interface import NO_VARIANCE
 from tests.conftest import TINY
 from tests.support.autoencoders import exported
 from tests.support.commands import invoke
+from tests.support.labelled_images import png
 from tests.support.stages import make_latents
 
 IMAGES = 1797
@@ -162,6 +163,38 @@ def test_repas_layout_is_refused_where_its_images_would_have_another_order(
     code, output = invoke("data", "export", latents.url, "--layout", "repa", "--out", str(tmp_path / "out"))
     assert (code, f"of kind {kind}, 0 left out: use --layout edm2" in " ".join(output.split())) == (2, True), output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("beside", "classes", "words"),
+    [
+        ("top.png", 2, r"REPA would pair latents with other images: its tool also takes top.png, which the listing"),
+        ("a/.x.png", 2, r"its tool also takes a/.x.png, which the listing left out: remove them and their like"),
+        ("a/x.jp2", 2, r"its tool also takes a/x.jp2, which"),
+        ("a/notes.txt", "none", r"it has no classes, and REPA needs one for each image: use --layout edm2"),
+        ("a/notes.txt", 2, None),
+    ],
+)
+def test_repas_layout_is_refused_if_its_code_would_read_other_images_or_no_classes(
+    beside: str, classes: int | str, words: str | None, tmp_path: Path
+) -> None:
+    images, out = open_folder(tmp_path / "images"), open_folder(tmp_path / "out")
+    for name in ("a/1.png", "b/2.png", beside):
+        images.write(name, png(1))
+    more = [f"data.source={{kind: folder, url: {images}}}", f"data.num_classes={classes}"]
+    more += [*WITHOUT_IMAGES[:2], "evaluate.guidance=1", "evaluate.variants={}"] if classes == "none" else []
+    latents = make_latents(sweep_of(tmp_path / "root", "{kind: none}", *more))
+    if words is None:
+        assert exporting.export(latents, "repa", out, lambda *_: None) == 2
+        return
+    with pytest.raises(UserError, match=words):
+        exporting.export(latents, "repa", out, lambda *_: None)
+
+
+def test_the_folder_of_repas_latents_itself_is_refused(tmp_path: Path) -> None:
+    settings = {"source": source("repa", tmp_path / "vae-sd"), "resolution": 8, "num_classes": 10, "mirror": False}
+    with pytest.raises(UserError, match=r"vae-sd has the latents: layout repa expects the folder above vae-sd"):
+        open_source(Data.model_validate(settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
