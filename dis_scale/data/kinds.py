@@ -114,11 +114,21 @@ class _ClassFolders(_OneFileEach):
 
     def find(self) -> Contents:
         """List the images at any depth, as torchvision's ImageFolder does: the first folder of a path is the class."""
+        if not self._labelled:
+            return Contents(self._of_one_set(self._entries(self._root.walk(), {})))
         classes = [name for name in self._root.folders() if not images.hidden(name)]
         require_classes(self._root, classes)
-        if not self._labelled:
-            return Contents(self._entries(self._root.walk(), {}))
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
+
+    def _of_one_set(self, entries: Iterable[Entry | LeftOut]) -> Iterator[Entry | LeftOut]:
+        """Yield the entries; UserError at the end if their folders are parts of a set: to list these first, S3 lists all files."""
+        folders = list[str]()
+        for entry in entries:
+            folder, slash, _ = entry.name.partition("/")
+            if slash and not images.hidden(folder) and folder not in folders[-1:]:
+                folders.append(folder)
+            yield entry
+        require_classes(self._root, folders)
 
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
         for file in files:

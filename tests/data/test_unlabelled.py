@@ -15,7 +15,7 @@ from dis_scale.data.images import square
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import UserError
 from dis_scale.storage.folder import Folder, open_folder
-from tests.support import labelled_images
+from tests.support import labelled_images, store_requests
 from tests.support.labelled_images import KINDS, data, png
 
 
@@ -66,3 +66,11 @@ def test_unlabelled_images_need_no_label(unlabelled: Callable[[Folder], dict[str
     assert sorted(pictures) == sorted(expected)
     with pytest.raises(UserError):
         open_source(data(images, 2))
+
+
+def test_an_unlabelled_folder_is_listed_once(tmp_path: Path) -> None:
+    """In S3 a list of its folders is one of all files: a million names are a thousand requests."""
+    source = data(labelled_images.class_folders(open_folder(tmp_path)), "none")
+    with store_requests.noted() as requests:
+        assert len(open_source(source)) == len(labelled_images.LABELS)
+    assert [path for verb, path in requests if verb == "list"] == [str(tmp_path), f"{tmp_path}/cat", f"{tmp_path}/dog"]
