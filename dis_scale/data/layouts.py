@@ -142,10 +142,9 @@ def mean_and_deviation(moments_XHW: np.ndarray, posterior: bool) -> bytes:
 
 def mean_and_log_variance(moments_XHW: np.ndarray, posterior: bool) -> bytes:
     """Return MaskDiT's `.latent` of one latent's moments, float16 (2C, h, w)."""
-    pickled = pickle.dumps(np.concatenate(_split(moments_XHW, posterior)).astype(np.float32), 2)
-    return pickled.replace(
-        b"cnumpy._core.", b"cnumpy.core."
-    )  # NumPy 1, MaskDiT's, knows only the old name; NumPy 2 both
+    pickled = pickle.dumps(np.concatenate(_split(moments_XHW, posterior)).astype(np.float32), 3)
+    # NumPy 1, which MaskDiT uses, knows only the old name; NumPy 2 knows both.
+    return pickled.replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
 def _split(moments_XHW: np.ndarray, posterior: bool) -> tuple[np.ndarray, np.ndarray]:

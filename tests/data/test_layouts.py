@@ -253,6 +253,7 @@ def test_a_pickled_latent_names_no_module_that_numpy_1_lacks() -> None:
     """MaskDiT's environment has NumPy 1, whose functions are in `numpy.core`."""
     written = layouts.mean_and_log_variance(np.ones((8, 2, 2), np.float16), True)
     assert (b"numpy.core.multiarray" in written, b"_core" in written) == (True, False)
+    assert np.ones((8, 2, 2), np.float32).tobytes() in written, "as bytes, not as text of protocol 2, which is longer"
     np.testing.assert_array_equal(pickle.loads(written), np.ones((8, 2, 2), np.float32))
 
 
