@@ -122,7 +122,7 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
 
 
 def _require_paired(latents: Folder, manifest: LatentsManifest) -> None:
-    """UserError unless REPA's code pairs the latents with the images: it lists these by Pillow's endings, hidden ones included."""
+    """UserError unless REPA's code pairs the latents with the images, which it lists by Pillow's endings, also hidden ones."""
     source = manifest.made_from.source
     if manifest.refused or source["kind"] in ("tar", "parquet", "csv"):
         raise UserError(

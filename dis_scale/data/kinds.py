@@ -121,7 +121,7 @@ class _ClassFolders(_OneFileEach):
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
 
     def _of_one_set(self, entries: Iterable[Entry | LeftOut]) -> Iterator[Entry | LeftOut]:
-        """Yield the entries; UserError at the end if their folders are parts of a set: to list these first, S3 lists all files."""
+        """Yield the entries; UserError at the end if their folders are parts of a set: S3 lists all files for these."""
         folders = list[str]()
         for entry in entries:
             folder, slash, _ = entry.name.partition("/")

@@ -57,8 +57,8 @@ def splits_in(names: Iterable[str]) -> set[str]:
 def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]:
     """Return the folder and its files that match `pattern` and are not hidden, sorted; a URL ending in `suffix` is one file.
 
-    UserError if there are none, if one is a link that leads nowhere, or if they are of several parts of a set, such as train and
-    test, and no pattern selects some.
+    UserError if there are none, if one is a link that leads nowhere, or if they are of several parts of a set, such as train
+    and test, and no pattern selects some.
     """
     if url.name.endswith(suffix):
         parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name

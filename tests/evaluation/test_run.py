@@ -1,4 +1,4 @@
-"""What an evaluation cost: the seconds of all evaluators by part, and the machines that sampled. Which blocks are made again."""
+"""What an evaluation cost: seconds of all evaluators by part, machines that sampled. Which blocks are made again."""
 
 from pathlib import Path
 from typing import Any, cast
