@@ -1,7 +1,9 @@
 """Fixtures that many tests share: a tiny recipe of real parts, and a real object store where the machine has one."""
 
+import fcntl
 import os
 import signal
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +75,14 @@ def ceph() -> Iterator[object_store.ObjectStore]:
 def bucket(ceph: object_store.ObjectStore) -> str:
     """A fresh bucket's URL."""
     return object_store.make_bucket(ceph, f"bucket-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture
+def whole_machine() -> Iterator[None]:
+    """Run alone of all tests that ask for this, in any worker: names of networks and limits of memory are the machine's."""
+    with (Path(tempfile.gettempdir()) / "dis-scale-whole-machine.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

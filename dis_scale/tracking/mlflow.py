@@ -126,6 +126,8 @@ def _existing(uri: str) -> str:
 
 def _experiment(uri: str, sweep_name: str) -> str:
     """The id of this sweep's experiment. With SQLite its files are stored next to the database."""
+    from mlflow.exceptions import MlflowException
+
     client, name = open_client(uri), f"dis-scale {sweep_name}"
     if existing := client.get_experiment_by_name(name):
         return str(existing.experiment_id)
@@ -134,7 +136,15 @@ def _experiment(uri: str, sweep_name: str) -> str:
         database = Path(uri.removeprefix(SQLITE))
         database.parent.mkdir(parents=True, exist_ok=True)
         location = (database.parent / "mlflow-artifacts" / sweep_name).as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException as error:
+        made = client.get_experiment_by_name(
+            name
+        )  # its client asks again if an answer is late: it was made the first time
+        if made is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return str(made.experiment_id)
 
 
 @dataclass

@@ -28,7 +28,7 @@ def links() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.faults
-@pytest.mark.xdist_group("links")
+@pytest.mark.usefixtures("whole_machine")
 def test_a_node_whose_link_is_cut_costs_an_attempt(links: dict[str, str], tmp_path: Path) -> None:
     sweep = sweep_to_train(tmp_path, *SETTINGS)
     run = sweep.run("dit")

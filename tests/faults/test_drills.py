@@ -7,7 +7,7 @@ import pytest
 from ops.drills.__main__ import DRILLS
 from ops.drills.drill import Missing, perform, run_undisturbed
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200), pytest.mark.xdist_group("links")]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200), pytest.mark.usefixtures("whole_machine")]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import open_folder
@@ -61,6 +62,18 @@ def test_runs_are_created_once_and_new_models_are_added(sweep: Sweep, uri: str) 
     run = mlflow.open_client(uri).get_run(after.models["dis"])
     assert run.data.params == {"gmacs_forward": "1.5", "seed": "0"}
     assert run.data.tags["mlflow.parentRunId"] == before.sweep
+
+
+def test_an_experiment_whose_creation_was_not_answered_in_time_is_found(
+    sweep: Sweep, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client then asks again, and is told that the name is taken."""
+    find = MlflowClient.get_experiment_by_name
+    answers: list[Any] = [lambda *_: None, find]
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", lambda self, name: answers.pop(0)(self, name))
+    experiment = mlflow._experiment(uri, sweep.folder.name)
+    assert mlflow.open_client(uri).get_run(TrackingIds.read(sweep.folder).sweep).info.experiment_id == experiment
+    assert answers == []
 
 
 def test_models_are_listed_in_the_recipes_order_with_colours_of_their_own(tmp_path: Path, tiny: Recipe) -> None:
