@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import s3fs
+
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Run, Sweep, state
@@ -198,6 +200,7 @@ class Drill:
         self.ends.callback(server.stop)
         self.ends.callback(os.environ.update, before)
         self.ends.callback(os.environ.clear)
+        s3fs.S3FileSystem.clear_instance_cache()  # of the server of an earlier drill, by the same arguments
         bucket = object_store.make_bucket(server, f"drill-{os.getpid()}")
         copy_tree(Path(self.store), open_folder(bucket))
         self.store = bucket
