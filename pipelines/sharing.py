@@ -85,6 +85,7 @@ def share(
     arguments: tuple[Any, ...],
     numbers: list[int],
     report: Report = lambda _: None,
+    policy: Watch = SHARED,
 ) -> Shared:
     """Call the method `work` of all workers with `arguments` and a `Deal` of these numbers.
 
@@ -96,7 +97,7 @@ def share(
     calls = [getattr(worker, work).remote(*arguments, deal) for worker in workers]
     failure = None
     try:
-        watch(job, workers, calls, report, replace(SHARED, on_lost=deal.end))
+        watch(job, workers, calls, report, replace(policy, on_lost=deal.end))
     except WorkerFailure as error:
         failure, job.placed = error, nodes.names_of(workers)
     except ray.exceptions.RayTaskError:

@@ -259,7 +259,7 @@ def unpriced(path: Path) -> list[str]:
         if model.branch or recipe.seed_groups()[name] != name:
             continue  # its size is priced
         cost = price_model(model, shape, recipe.data.num_classes)
-        trained = 2 * cost.gmacs_training * recipe.train.images / 1e9
+        trained = 2 * cost.gmacs_training * recipe.train_of(name).images / 1e9
         sampled = 2 * cost.gmacs_forward * passes * recipe.evaluate.steps * recipe.evaluate.samples / 1e9
         rows.append(f"# {name} {cost.parameters:,} {cost.gmacs_forward:.4g} {trained:.3g} {sampled:.3g}")
     return [row for row in rows if row not in lines]

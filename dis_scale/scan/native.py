@@ -153,7 +153,7 @@ def _scan_forward(given: Sequence[Tensor], reverse: bool, keep: bool) -> tuple[T
     return y, kept
 
 
-class _Scan(torch.autograd.Function):
+class _NativeScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reverse: bool, *inputs: Tensor) -> Tensor:
         y, kept = _scan_forward(inputs, reverse, keep=True)
@@ -192,7 +192,7 @@ class _Scan(torch.autograd.Function):
 
 def _scan(inputs: Sequence[Tensor], reverse: bool) -> Tensor:
     if _wants_gradient(inputs):
-        y: Tensor = _Scan.apply(reverse, *inputs)
+        y: Tensor = _NativeScan.apply(reverse, *inputs)
         return y
     return _scan_forward(inputs, reverse, keep=False)[0].to(inputs[0].dtype)
 
@@ -215,7 +215,7 @@ def _conv_forward(given: Sequence[Tensor], reverse: bool) -> tuple[Tensor, ...]:
     return tuple(y.to(given[0].dtype) for y in ys)
 
 
-class _Conv(torch.autograd.Function):
+class _NativeConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reverse: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.reverse = reverse
@@ -241,7 +241,7 @@ class _Conv(torch.autograd.Function):
 
 def _conv(inputs: Sequence[Tensor], reverse: bool) -> tuple[Tensor, ...]:
     if _wants_gradient(inputs):
-        ys: tuple[Tensor, ...] = _Conv.apply(reverse, *inputs)
+        ys: tuple[Tensor, ...] = _NativeConv.apply(reverse, *inputs)
         return ys
     return _conv_forward(inputs, reverse)
 
