@@ -35,6 +35,8 @@ _BUSY = {
     "RequestThrottled", "SlowDown", "EC2ThrottledException",
 }  # fmt: skip
 """Error codes that botocore's standard retries repeat, whatever the status (botocore/retries/standard.py); some come with 400."""
+_NO_UPLOAD = "NoSuchUpload"
+"""Error code after the last answer to an object in parts was lost: s3fs aborts its upload, which has ended, and hides the cause."""
 _allowed_at: dict[tuple[str, str], float] = {}
 """Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
 
@@ -48,9 +50,10 @@ def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[st
             if store:
                 _allowed_at[store] = time.monotonic()
             return done
-        except (FileNotFoundError, FileExistsError, UserError):
-            raise
         except Exception as error:
+            final = isinstance(error, FileNotFoundError | FileExistsError | UserError)
+            if final and _s3_code(error) != _NO_UPLOAD:
+                raise
             if _precondition_failed(error):
                 raise FileExistsError(what) from error
             expired = _expired_key(error, store)
@@ -72,7 +75,7 @@ def _may_pass(error: Exception) -> bool:
         return True
     if type(error).__name__ in _MISTAKES:
         return False
-    if _s3_code(error) in _BUSY:
+    if _s3_code(error) in {*_BUSY, _NO_UPLOAD}:
         return True
     status = http_status(error)
     if status is not None:

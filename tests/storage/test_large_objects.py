@@ -23,7 +23,10 @@ FAULTS: list[list[Fault]] = [
     ["closed", "closed"],
     ["hangs"],
     [429] * 8,
+    ["lost", 409],
 ]
+LONGER_BYTES = 110 * 10**6
+"""From 100 MiB on s3fs writes in several parts, of 50 MiB."""
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +48,32 @@ def test_faults_of_a_long_object_are_retried(
     assert not gateway.faults
 
 
-@pytest.mark.parametrize("faults", [[500, 503], [(400, "SlowDown")], ["closed", "closed"], [429] * 8], ids=str)
+@pytest.mark.parametrize("faults", [faults for faults in FAULTS if "cut" not in faults], ids=str)
 def test_faults_while_a_long_object_is_written_are_retried(
-    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway
+    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes out in several parts: one that failed must not leave a hole, nor a part of the object."""
+    monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 2)
     at = open_folder(bucket).patient
-    gateway.concerns = lambda request: request.method in ("PUT", "POST") and request.path.endswith("long")
+    gateway.concerns = lambda request: request.method == "PUT" and request.path.endswith("long")
     gateway.faults = list(faults)
     at.write("long", data)
     assert not gateway.faults
     assert hashlib.sha256(at.read("long")).digest() == hashlib.sha256(data).digest()
+
+
+@pytest.mark.parametrize("at", ["uploads", "partNumber=2", "uploadId"])
+@pytest.mark.parametrize("fault", [503, "closed", "lost"])
+def test_a_fault_of_an_object_that_is_written_in_parts_leaves_no_hole(
+    at: str, fault: Fault, data: bytes, bucket: str, gateway: Gateway
+) -> None:
+    """At the beginning, in the second part, and at any request of the upload: the end is the last one."""
+    longer = (data * 3)[:LONGER_BYTES]
+    folder_ = open_folder(bucket).patient
+    gateway.concerns = lambda request: "long?" in request.path and at in request.path and request.method != "GET"
+    gateway.faults = [None, None, None, fault] if at == "uploadId" else [fault]
+    folder_.write("long", longer)
+    assert not gateway.faults
+    assert hashlib.sha256(folder_.read("long")).digest() == hashlib.sha256(longer).digest()
 
 
 def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(
