@@ -1,16 +1,5 @@
 // Memory, threads, and layouts between PyTorch's tensors and the kernels. Included by native.cpp.
 
-// Make the C library keep up to 256 MiB of freed memory, in all of the process, unless the environment sets its thresholds (as
-// jobs do: pipelines/worker.py). A training step frees what the next one allocates again. By default large pieces go back to
-// the system, and to fault them in again takes as long as a scan.
-void keep_memory() {
-#ifdef __GLIBC__
-  if (std::getenv("MALLOC_TRIM_THRESHOLD_")) return;
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);
-  mallopt(M_TRIM_THRESHOLD, 256 << 20);
-#endif
-}
-
 // Scratch memory of a thread, kept from call to call: fresh pages would cost more than a small scan. `poison` fills it with NaN.
 float* thread_memory(int64_t floats, bool poison) {
   struct Free { void operator()(float* p) const { std::free(p); } };
@@ -18,6 +7,10 @@ float* thread_memory(int64_t floats, bool poison) {
   static thread_local int64_t size = 0;
   if (floats > size) {
     memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
+    if (!memory) {  // no exception leaves a thread of OpenMP
+      std::fprintf(stderr, "native scan: no memory for %lld floats of scratch\n", static_cast<long long>(floats));
+      std::abort();
+    }
     size = floats;
   }
   if (poison) std::fill_n(memory.get(), floats, std::numeric_limits<float>::quiet_NaN());

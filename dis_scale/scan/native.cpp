@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -118,6 +119,22 @@ const Kernels* chosen = &plain::kernels;
 
 const Kernels& kernels() { return *chosen; }
 
+// Return the kernels of an instruction set, or of the best one if the name is empty; null if this processor lacks it.
+const Kernels* find_kernels(const char* name) {
+  const Kernels* found = nullptr;
+  const auto offer = [&](const Kernels& kernels, bool here) {
+    if (here && (!*name || std::string_view(name) == kernels.name)) found = &kernels;
+  };
+  offer(plain::kernels, true);
+#ifdef DISPATCH
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  offer(avx2::kernels, has_avx2);
+  offer(avx512::kernels, has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));
+#endif
+  return found;
+}
+
 #include "memory.inl"
 
 #include "scan.inl"
@@ -131,25 +148,26 @@ extern "C" {
 // Select the named instruction set, or the best one of this processor if the name is empty; return its name, or null if this
 // processor lacks it. A forward pass keeps arrays in the layout of one instruction set, so its backward pass must use the same.
 const char* use_instruction_set(const char* name) {
-  const Kernels* found = nullptr;
-  const auto offer = [&](const Kernels& kernels, bool here) {
-    if (here && (!*name || std::string_view(name) == kernels.name)) found = &kernels;
-  };
-  offer(plain::kernels, true);
-#ifdef DISPATCH
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  offer(avx2::kernels, has_avx2);
-  offer(avx512::kernels, has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));
-#endif
+  const Kernels* found = find_kernels(name);
   if (!found) return nullptr;
   chosen = found;
   return chosen->name;
 }
 
+const char* best_instruction_set() { return find_kernels("")->name; }
+
 int64_t lanes() { return kernels().lanes; }
 
-void keep_freed_memory() { keep_memory(); }
+// Make the C library keep up to 256 MiB of freed memory, in all of the process, unless the environment sets its thresholds (as
+// jobs do: pipelines/worker.py). A training step frees what the next one allocates again. By default large pieces go back to
+// the system, and to fault them in again takes as long as a scan.
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  if (std::getenv("MALLOC_TRIM_THRESHOLD_")) return;
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 256 << 20);
+#endif
+}
 
 void scan_forward(const ScanJob* job) { forward(*job); }
 

@@ -197,21 +197,25 @@ def _scan(inputs: Sequence[Tensor], reverse: bool) -> Tensor:
     return _scan_forward(inputs, reverse, keep=False)[0].to(inputs[0].dtype)
 
 
-def _conv_job(inputs: Sequence[Tensor], reverse: bool, ys: Sequence[Tensor], packed: Sequence[Tensor]) -> Any:
-    """`inputs`: x, then a weight and a bias per direction; `ys`: the outputs, or their gradients."""
+def _conv_job(inputs: Sequence[Tensor], reverse: bool, ys: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """Return a job, and the packed weights, to hold as long as it runs.
+
+    `inputs`: x, then a weight and a bias per direction; `ys`: the outputs, or their gradients.
+    """
     job = _job(_ConvJob, inputs[0], len(ys), reverse)
+    packed = [_by_block(weight, weight.shape[1] + 1) for weight in inputs[1::2]]
     job.taps, job.x = inputs[1].shape[1], _View.of(inputs[0])
     for i, (y, weight, bias, by_block) in enumerate(zip(ys, inputs[1::2], inputs[2::2], packed, strict=True)):
         job.direction[i].y = _View.of(y)
         job.direction[i].weight, job.direction[i].bias, job.direction[i].packed = _at(weight, bias, by_block)
-    return job
+    return job, packed
 
 
 def _conv_forward(given: Sequence[Tensor], reverse: bool) -> tuple[Tensor, ...]:
     inputs = _prepared(given)
     ys = [inputs[0].new_empty(inputs[0].shape) for _ in inputs[1::2]]
-    packed = [_by_block(weight, weight.shape[1] + 1) for weight in inputs[1::2]]
-    library().conv_forward(ctypes.byref(_conv_job(inputs, reverse, ys, packed)))
+    job, _held = _conv_job(inputs, reverse, ys)
+    library().conv_forward(ctypes.byref(job))
     return tuple(y.to(given[0].dtype) for y in ys)
 
 
@@ -227,8 +231,7 @@ class _NativeConv(torch.autograd.Function):
         _refuse_second_order()
         given = ctx.saved_tensors
         inputs, ready = _prepared(given), _prepared(dys)
-        packed = [_by_block(weight, weight.shape[1] + 1) for weight in inputs[1::2]]
-        job = _conv_job(inputs, ctx.reverse, ready, packed)
+        job, packed = _conv_job(inputs, ctx.reverse, ready)
         gradients = [inputs[0].new_empty(inputs[0].shape), *map(torch.empty_like, inputs[1:])]
         dpacked = [x.new_zeros(job.batch_groups, *x.shape) for x in packed]
         job.dx = _View.of(gradients[0])

@@ -1,7 +1,7 @@
 """Builds native.cpp on first use and loads it.
 
 * `DIS_SCALE_ISA=plain|avx2|avx512` forces an instruction set.
-* Once loaded, the process keeps up to 256 MiB of freed memory (glibc only): see memory.inl.
+* Once loaded, the process keeps up to 256 MiB of freed memory (glibc only): see native.cpp.
 * The library is stored in `$XDG_CACHE_HOME/dis_scale` (or `~/.cache/dis_scale`) under a hash of its sources and flags.
 """
 
@@ -64,7 +64,7 @@ def use_instruction_set(name: str) -> str:
     """Select an instruction set for all later calls; never between a forward pass and its backward pass."""
     chosen: bytes | None = library().use_instruction_set(name.encode())
     if chosen is None and name in INSTRUCTION_SETS:
-        raise ValueError(f"this processor has no {name}, only {use_instruction_set('')}")
+        raise ValueError(f"this processor has no {name}, only {library().best_instruction_set().decode()}")
     if chosen is None:
         raise ValueError(f"no instruction set {name!r}: there are {', '.join(INSTRUCTION_SETS)}")
     return chosen.decode()
@@ -91,7 +91,7 @@ def _load(path: Path) -> ctypes.CDLL:
 def library() -> ctypes.CDLL:
     """The loaded library. DisScaleError if it cannot be built."""
     loaded = _load(cached_library())
-    loaded.use_instruction_set.restype = ctypes.c_char_p
+    loaded.use_instruction_set.restype = loaded.best_instruction_set.restype = ctypes.c_char_p
     loaded.lanes.restype = ctypes.c_int64
     loaded.keep_freed_memory()
     return loaded
