@@ -32,11 +32,12 @@ _BUSY = {
     "RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete", "Throttling", "ThrottlingException",
     "ThrottledException", "RequestThrottledException", "TooManyRequestsException", "ProvisionedThroughputExceededException",
     "TransactionInProgressException", "RequestLimitExceeded", "BandwidthLimitExceeded", "LimitExceededException",
-    "RequestThrottled", "SlowDown", "EC2ThrottledException",
+    "RequestThrottled", "SlowDown", "EC2ThrottledException", "NoSuchUpload",
 }  # fmt: skip
-"""Error codes that botocore's standard retries repeat, whatever the status (botocore/retries/standard.py); some come with 400."""
-_NO_UPLOAD = "NoSuchUpload"
-"""Error code after the last answer to an object in parts was lost: s3fs aborts its upload, which has ended, and hides the cause."""
+"""Error codes that botocore's standard retries repeat, whatever the status (botocore/retries/standard.py); some come with 400.
+
+And that of an object in parts whose last answer was lost: s3fs aborts its upload, which has ended, and hides the cause.
+"""
 _allowed_at: dict[tuple[str, str], float] = {}
 """Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
 
@@ -52,7 +53,7 @@ def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[st
             return done
         except Exception as error:
             final = isinstance(error, FileNotFoundError | FileExistsError | UserError)
-            if final and _s3_code(error) != _NO_UPLOAD:
+            if final and _s3_code(error) not in _BUSY:
                 raise
             if _precondition_failed(error):
                 raise FileExistsError(what) from error
@@ -75,7 +76,7 @@ def _may_pass(error: Exception) -> bool:
         return True
     if type(error).__name__ in _MISTAKES:
         return False
-    if _s3_code(error) in {*_BUSY, _NO_UPLOAD}:
+    if _s3_code(error) in _BUSY:
         return True
     status = http_status(error)
     if status is not None:

@@ -139,12 +139,9 @@ def _experiment(uri: str, sweep_name: str) -> str:
     try:
         return str(client.create_experiment(name, artifact_location=location))
     except MlflowException as error:
-        made = client.get_experiment_by_name(
-            name
-        )  # its client asks again if an answer is late: it was made the first time
-        if made is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or not (made := client.get_experiment_by_name(name)):
             raise
-        return str(made.experiment_id)
+        return str(made.experiment_id)  # MLflow's client asks again if an answer is late: it was made the first time
 
 
 @dataclass

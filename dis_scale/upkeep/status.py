@@ -74,7 +74,7 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A sweep; `wrong` are lines that name what is wrong and what to do, `known` such that the sweep goes on without."""
+    """A sweep; `wrong` are lines that name what is wrong and what to do, `known` what it continues without."""
 
     sweep: str
     doing: str

@@ -61,19 +61,21 @@ def test_faults_while_a_long_object_is_written_are_retried(
     assert hashlib.sha256(at.read("long")).digest() == hashlib.sha256(data).digest()
 
 
-@pytest.mark.parametrize("at", ["uploads", "partNumber=2", "uploadId"])
+@pytest.mark.parametrize("request_of", ["uploads", "partNumber=2", "uploadId"])
 @pytest.mark.parametrize("fault", [503, "closed", "lost"])
 def test_a_fault_of_an_object_that_is_written_in_parts_leaves_no_hole(
-    at: str, fault: Fault, data: bytes, bucket: str, gateway: Gateway
+    request_of: str, fault: Fault, data: bytes, bucket: str, gateway: Gateway
 ) -> None:
     """At the beginning, in the second part, and at any request of the upload: the end is the last one."""
     longer = (data * 3)[:LONGER_BYTES]
-    folder_ = open_folder(bucket).patient
-    gateway.concerns = lambda request: "long?" in request.path and at in request.path and request.method != "GET"
-    gateway.faults = [None, None, None, fault] if at == "uploadId" else [fault]
-    folder_.write("long", longer)
+    at = open_folder(bucket).patient
+    gateway.concerns = lambda request: (
+        "long?" in request.path and request_of in request.path and request.method != "GET"
+    )
+    gateway.faults = [None, None, None, fault] if request_of == "uploadId" else [fault]
+    at.write("long", longer)
     assert not gateway.faults
-    assert hashlib.sha256(folder_.read("long")).digest() == hashlib.sha256(longer).digest()
+    assert hashlib.sha256(at.read("long")).digest() == hashlib.sha256(longer).digest()
 
 
 def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(

@@ -67,7 +67,7 @@ def test_runs_are_created_once_and_new_models_are_added(sweep: Sweep, uri: str) 
 def test_an_experiment_whose_creation_was_not_answered_in_time_is_found(
     sweep: Sweep, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow's client then asks again, and is told that the name is taken."""
+    """MLflow's client then asks again, and learns that the name is taken."""
     find = MlflowClient.get_experiment_by_name
     answers: list[Any] = [lambda *_: None, find]
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", lambda self, name: answers.pop(0)(self, name))

@@ -311,7 +311,7 @@ def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) 
     assert (run.doing, run.published, run.evaluated, run.metric) == ("trained", 3, 1, 12.5)
     assert found.backlog == len(state.Backlog(sweep).left()) > 0
     assert found.known == ["node-7: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md"]
-    assert "node-7" not in "".join(found.wrong), "a sweep that goes on without it needs nobody at night"
+    assert "node-7" not in "".join(found.wrong), "a sweep that continues without it needs nobody at night"
     assert json.loads(json.dumps(asdict(found)))["runs"][0]["metric"] == 12.5
 
 
