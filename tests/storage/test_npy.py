@@ -104,5 +104,6 @@ def failures(read: Callable[[bytes], object], data: bytes) -> int:
 def test_threads_that_read_at_the_same_time_do_not_fail(interrupted: None) -> None:
     data = saved(np.ones((2, 8, 4, 4), np.float16))
     assert failures(npy.read, data) == 0
-    if sys.version_info[:3] == (3, 11, 7):
-        assert failures(lambda data: np.load(io.BytesIO(data)), data) > 0, "NumPy's way does not fail: is ours needed?"
+    if sys.version_info[:3] == (3, 11, 7):  # a round fails about twice, and one of ten not at all
+        rounds = (failures(lambda data: np.load(io.BytesIO(data)), data) for _ in range(100))
+        assert any(rounds), "NumPy's way does not fail: is ours needed?"
