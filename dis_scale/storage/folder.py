@@ -145,16 +145,17 @@ class Folder:
         return bool(self._do("look up", path, lambda fs, full: fs.exists(full)))
 
     def time_s(self) -> float:
-        """Return the Unix time by the clock of the store, or of a file system's server; to a second.
+        """Return the Unix time by the clock of the store, or of a file system's server, to a second.
 
-        By this machine's for other stores than these, and for a folder in which nothing can be written.
+        By this machine's for a folder in which nothing can be written, and a store that tells no times.
         """
-        if self.local:
-            return local.time_s(self.local)
-        if not self.url.startswith("s3://"):
+        if self.url.startswith("s3://"):
+            page = self._do("list", "", lambda fs, full: _page(fs, full, {"MaxKeys": 1}))
+            return parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+        try:
+            return self._do("write", f"time{local.TEMPORARY}{uuid.uuid4().hex}", _time_of_a_write)
+        except (StorageError, FileNotFoundError, NotImplementedError):
             return time.time()
-        page = self._do("list", "", lambda fs, full: _page(fs, full, {"MaxKeys": 1}))
-        return parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
     def folders(self, path: str = "") -> list[str]:
         """Return the sorted names of the folders directly below `path`, links to folders included; none if it does not exist."""
@@ -354,6 +355,15 @@ def _shown(entry: str, path: str) -> bool:
 def _page(fs: Any, full: str, more: Mapping[str, str | int]) -> Any:
     bucket, key, _ = fs.split_path(full)
     return fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
+
+
+def _time_of_a_write(fs: Any, full: str) -> float:
+    """Return the time that a store gives an object which is written now."""
+    fs.pipe_file(full, b"")
+    try:
+        return float(fs.modified(full).timestamp())
+    finally:
+        fs.rm_file(full)
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

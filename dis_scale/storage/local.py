@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from itertools import takewhile
@@ -23,19 +22,6 @@ def replace(path: Path, data: bytes) -> None:
     """Write a file, in the place of an older one."""
     with _written(path, data) as part:
         part.replace(path)
-
-
-def time_s(folder: Path) -> float:
-    """Return the Unix time by the clock that stamps files in a folder; by this machine's if nothing can be written there."""
-    part = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        part.touch()
-        try:
-            return part.stat().st_mtime
-        finally:
-            part.unlink()
-    except OSError:
-        return time.time()
 
 
 def create(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -389,6 +390,23 @@ def test_a_stores_time_is_its_own(bucket: str, tmp_path: Path, monkeypatch: pyte
     assert open_folder(tmp_path).time_s() == pytest.approx(now_s, abs=20), "a file server's"
     assert list(tmp_path.iterdir()) == []
     assert open_folder(tmp_path / "none").time_s() == now_s + 61, "nothing can be written there"
+    assert not (tmp_path / "none").exists()
+    fsspec.register_implementation("ahead", StoreAhead, clobber=True)
+    assert open_folder("ahead://bucket/sweep").time_s() == StoreAhead.at_s
+    assert open_folder("ahead://bucket").list("sweep") == []
+
+
+class StoreAhead(MemoryFileSystem):
+    """A store with a clock of its own."""
+
+    protocol = "ahead"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    at_s = 2e9
+
+    def modified(self, path: str) -> datetime:
+        assert self.exists(path)
+        return datetime.fromtimestamp(self.at_s, UTC)
 
 
 class OneFact(MemoryFileSystem):
