@@ -79,7 +79,9 @@ class PublishedEvaluation:
 
 
 def show_backlog(backlog: state.Backlog, gauge: SetGauge) -> None:
+    """Set the gauges of checkpoints that are not yet evaluated, and of excluded nodes."""
     gauge("evaluation_backlog", len(backlog.left()))
+    gauge("failed_nodes", len(state.excluded_nodes(backlog.sweep)))
 
 
 def free_gpus(sweep: Sweep) -> int | None:

@@ -128,9 +128,9 @@ def show_rows(rows: Iterable[Row], settings: Train, since: float, gauge: SetGaug
             gauge("resume_interval_seconds", settings.resume_every_images / row.value)
 
 
-def show_run(sweep: Sweep, model: str, excluded: int, gauge: SetGauge) -> None:
-    """Set the gauges that come from a run's newest resume point, and the number of its excluded nodes."""
-    gauge("failed_nodes", excluded)
+def show_run(sweep: Sweep, model: str, gauge: SetGauge) -> None:
+    """Set the gauges that come from a run's newest resume point, and the number of excluded nodes."""
+    gauge("failed_nodes", len(state.excluded_nodes(sweep)))
     run = sweep.run(model)
     point = state.newest_complete(run)
     if point and (saved := ResumePointManifest.find(run.resume_point(point))):

@@ -130,7 +130,7 @@ def train_one(job: StageJob) -> None:
     job.say(f"{model}: device {device} ({why})")
     state.require_device(sweep, device, why)
     training = TrainingRun(job, model, device)
-    copy, refresh = RunCopy(sweep, model), partial(_show_run, job, model)
+    copy, refresh = RunCopy(sweep, model), partial(metrics.show_run, job.sweep, model, job.gauge)
     with RowCopies(job, copy).running(), repeating(refresh, metrics.REFRESH_EVERY_S, "gauges"):
         try:
             stored = partial(state.resumable_images, sweep.run(model))
@@ -140,10 +140,6 @@ def train_one(job: StageJob) -> None:
     if images_seen < training.settings.images:
         job.raise_if_stopped()
     copy.finish("FINISHED")
-
-
-def _show_run(job: StageJob, model: str) -> None:
-    metrics.show_run(job.sweep, model, len(state.excluded_nodes(job.sweep)), job.gauge)
 
 
 @dataclass(frozen=True)

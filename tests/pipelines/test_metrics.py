@@ -82,5 +82,7 @@ def test_the_backlog_counts_what_is_published_and_not_evaluated(tmp_path: Path, 
     for images in (0, 160):
         put_published(sweep.run("dit").published_at(images))
     put_metrics(sweep.evaluation(Sampled("dit", 0)))
+    for _ in range(state.MOST_NODE_FAILURES):
+        state.record_node_failure(sweep.evaluations("dit"), "node", "CUDA error: unknown error")
     evaluate.show_backlog(state.Backlog(sweep), shown.__setitem__)
-    assert shown == {"evaluation_backlog": 3}, "two checkpoints under two settings, less one"
+    assert shown == {"evaluation_backlog": 3, "failed_nodes": 1}, "two checkpoints under two settings, less one"

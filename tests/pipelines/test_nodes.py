@@ -53,7 +53,7 @@ def test_a_node_that_is_forgiven_is_used_again_and_no_other(job: RecordedJob) ->
     assert state.excluded_nodes(job.sweep) == ["a", "b"]
     assert state.forgive_node(job.sweep, "a") == 2
     assert nodes.excluded(job, LIVING, lambda _: True) == ["id-b"]
-    metrics.show_run(job.sweep, model, len(state.excluded_nodes(job.sweep)), shown.__setitem__)
+    metrics.show_run(job.sweep, model, shown.__setitem__)
     assert shown["failed_nodes"] == 1
     with pytest.raises(UserError, match="node 'a' has no failures of its devices: expected one of: b"):
         state.forgive_node(job.sweep, "a")
