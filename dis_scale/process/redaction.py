@@ -25,8 +25,11 @@ _PARAMETERS = re.compile(
     re.IGNORECASE,
 )
 """Secret parameters of a URL, of its signature and of a connection string."""
-_HEADERS = re.compile(r"(\bAuthorization\b\W{1,4}(?:Basic|Bearer|Token)\s+)[^\s'\",]+", re.IGNORECASE)
-"""Secrets in HTTP's header, in the spelling of any library."""
+_HEADERS = re.compile(
+    r"(\b(?:Authorization\b\W{1,4}(?:Basic|Bearer|Token)\s+|X-[\w-]*(?:Key|Token|Secret)\b\W{1,4}))[^\s'\",]+",
+    re.IGNORECASE,
+)
+"""Secrets in HTTP's headers, in the spelling of any library."""
 _PASSWORDS = re.compile(rf"https?://[^/?#]*@|://{_PASSWORD}@", re.IGNORECASE)
 """Password of a URL, and any user of HTTP, which may be a token; `postgresql://user@host` and `abfs://container@host` have none."""
 

@@ -128,6 +128,7 @@ def test_a_line_without_an_end_is_bounded(output: Path) -> None:
         ("mysql://h/db?user=u&password=p/w&ssl=1", "mysql://h/db?user=u&password=***&ssl=1"),
         ("{'Authorization': 'Basic dXNlcjpwYXNz'}", "{'Authorization': 'Basic ***'}"),
         ("authorization: Bearer e30.e30.abc, retry", "authorization: Bearer ***, retry"),
+        ("{'x-api-key': 'k3y', 'X-Auth-Token':t0k, 'x-id': 7}", "{'x-api-key': '***', 'X-Auth-Token':***, 'x-id': 7}"),
         ("AccountName=a;AccountKey=k3y==;EndpointSuffix=e", "AccountName=a;AccountKey=***;EndpointSuffix=e"),
         ("near 'azure;0123'", "near '***'"),
         ("mysql: my-secret-pwd", "mysql: ***"),
