@@ -60,6 +60,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 token=$HOME/.dis-scale/ray-$SLURM_JOB_ID.token # for you: ops/runbooks/README.md, "On Slurm"
 mkdir -p "$HOME/.dis-scale"
 (umask 077 && echo "$RAY_AUTH_TOKEN" > "$token")
+trap 'rm -f "$token"' EXIT
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export RAY_IP=${RAY_IP:-$(hostname -I | cut -d' ' -f1)} # of the first node, where this script runs
 # Ports by the job's number: two jobs may share a node.
