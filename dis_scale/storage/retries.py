@@ -4,6 +4,7 @@ A client's errors tell little by their classes: s3fs, gcsfs, adlfs and aiohttp e
 """
 
 import errno
+import os
 import random
 import socket
 import time
@@ -12,7 +13,7 @@ from typing import TypeVar
 
 import fsspec
 
-from dis_scale.process import counts
+from dis_scale.process import context, counts
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError, printable
 
 T = TypeVar("T")
@@ -43,7 +44,8 @@ _allowed_at: dict[tuple[str, str], float] = {}
 
 
 def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[str, str] | None = None) -> T:
-    """Return the action's result. A refusal by a `store` that allowed the same before is temporary: keys expire and are rotated."""
+    """Return the action's result. A refusal by a `store` is temporary if it allowed the same before, or the start of this sweep
+    has: keys expire and are rotated, and services that hand them out are away for moments."""
     for attempt in range(tries):
         began_s = time.monotonic()
         try:
@@ -87,11 +89,12 @@ def _may_pass(error: Exception) -> bool:
 
 def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
     """Say so if a store refuses what it allowed before, and forget its clients, so that the next one reads its key; else empty."""
-    if store is None or store not in _allowed_at or not _denied(error):
+    if store is None or not (store in _allowed_at or context.VARIABLE in os.environ) or not _denied(error):
         return ""
     fsspec.get_filesystem_class(store[0].split("://")[0]).clear_instance_cache()
-    ago_s = time.monotonic() - _allowed_at[store]
-    return f"refused, but allowed {ago_s:.0f} s ago: the key has expired, was replaced or lost its rights; "
+    at_s = _allowed_at.get(store)
+    before = "at the sweep's start" if at_s is None else f"{time.monotonic() - at_s:.0f} s ago"
+    return f"refused, but allowed {before}: the key has expired, was replaced or lost its rights; "
 
 
 def _denied(error: Exception) -> bool:

@@ -18,6 +18,7 @@ import pytest
 from botocore.retries import standard
 from fsspec.implementations.memory import MemoryFileSystem
 
+from dis_scale.process.context import Context
 from dis_scale.process.errors import Damaged, StorageAway, StorageError, UserError
 from dis_scale.storage.document import Document
 from dis_scale.storage.folder import open_folder
@@ -182,6 +183,23 @@ def test_a_rotated_key_is_read_again_and_an_expired_one_is_named(
     write(object_store.KEY)
     root.write("a", b"three")
     assert root.read("a") == b"three"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_job_whose_key_does_not_come_in_time_tries_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service that hands out keys to pods may be away while an attempt begins; the sweep's start had one."""
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    root = open_folder(bucket) / "late"
+    with pytest.raises(StorageError, match="no credentials"):
+        root.list()
+    for name, value in Context("s", "train").variable().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageAway, match=r"refused, but allowed at the sweep's start: .* no credentials"):
+        root.list()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
