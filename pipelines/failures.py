@@ -50,6 +50,8 @@ class WorkerFailure(DisScaleError):
         self.cause: Cause = "lost"
         self.nodes = frozenset[str]()
         """Names of the nodes that the attempt ran on, as far as they are known."""
+        self.node_gone = False
+        """Whether one of these is gone, as a node of spare capacity may be at any time."""
 
 
 class StorageFailure(WorkerFailure):

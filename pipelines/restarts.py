@@ -48,7 +48,7 @@ def with_restarts(
                 raise
             job.raise_if_stopped()
             failure = error if isinstance(error, WorkerFailure) else _failure(error)
-        failure.nodes = job.placed
+        failure.nodes, failure.node_gone = job.placed, job.lost_a_node()
         now = _stored_or(before, stored)
         failures, in_a_row = (failures, in_a_row + 1) if now == before else ([], 1)
         if now != before or job.now_s() - began_s > WORKED_S:
@@ -93,8 +93,12 @@ def _stored_or(before: int, stored: Callable[[], int]) -> int:
 def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     """Whether the last attempts crashed at the same place, `near` images apart at most, by the same cause, wherever they ran.
 
-    Devices that failed do not, as long as one node may have been in all of these attempts.
+    Devices that failed do not, as long as one node may have been in all of these attempts. Losses of nodes are left out: in a
+    storm of preemptions many attempts in a row end before a step.
     """
+    failures = [failure for failure in failures if not failure.node_gone]
+    if not failures:
+        return False
     last = failures[-1]
 
     def same(each: WorkerFailure) -> bool:
@@ -111,7 +115,7 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
 
 
 def _last_words(name: str, failures: Sequence[WorkerFailure], near: int) -> str:
-    points = {failure.done for failure in failures}
+    points = {failure.done for failure in failures if not failure.node_gone}
     if (len(points) == 1 and len(failures) > 1 and max(points)) or _deterministic(failures, near):
         return (
             f"{name}: crashed {len(failures)} times in a row with {failures[-1].done} done: this looks deterministic; see this "

@@ -119,6 +119,10 @@ class StageJob:
         if self.held:
             self.held.require_held()
 
+    def lost_a_node(self) -> bool:
+        """Whether a node that the current attempt ran on is gone: it was taken away, or has crashed."""
+        return bool(self.placed - {str(node["NodeName"]) for node in ray.nodes() if node["Alive"]})
+
     def now_s(self) -> float:
         """Return the time of a clock that never jumps."""
         return time.monotonic()

@@ -133,6 +133,23 @@ def test_a_deterministic_crash_does_not_burn_all_restarts(
     assert made == attempts
 
 
+@pytest.mark.parametrize("done", [0, 5_000_032], ids=["before a step", "a step after a resume point"])
+def test_a_storm_of_preemptions_is_not_deterministic(tiny: Recipe, done: int) -> None:
+    """An hour and more in which each node is taken away before the attempt gets anywhere."""
+    job, made = job_of(tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 100})})), 0
+
+    def attempt(_: WorkerFailure | None) -> int:
+        nonlocal made
+        made += 1
+        job.placed = job.gone = {f"node-{made}", f"node-{made + 1}"}  # type: ignore[assignment]
+        if made == 90:
+            return made
+        raise WorkerFailure("a worker was lost", done)
+
+    assert with_restarts(job, "dis", attempt, lambda: done) == 90
+    assert job.now_s() > 3600
+
+
 @pytest.mark.parametrize(
     ("nodes", "attempts"),
     [(("ab", "ac"), 11), (("", ""), 11), (("ab", "cd"), 5)],

@@ -23,6 +23,8 @@ class RecordedJob(StageJob):
     events: list[dict[str, Any]] = field(default_factory=list)
     gauges: list[tuple[str, float]] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+    """Names of nodes that are gone."""
 
     def connect(self) -> None:
         """Join no cluster."""
@@ -35,6 +37,9 @@ class RecordedJob(StageJob):
 
     def gauge(self, name: str, value: float) -> None:
         self.gauges.append((name, value))
+
+    def lost_a_node(self) -> bool:
+        return not self.gone.isdisjoint(self.placed)
 
     def now_s(self) -> float:
         return sum(self.pauses)
@@ -50,7 +55,7 @@ class RecordedJob(StageJob):
 class RayJob(RecordedJob):
     """A recorded job for workers on a real Ray: its pauses take their time."""
 
-    now_s, pause = StageJob.now_s, StageJob.pause
+    lost_a_node, now_s, pause = StageJob.lost_a_node, StageJob.now_s, StageJob.pause
 
 
 def job_of(recipe: Recipe, root: object = "/nowhere", kind: type[RecordedJob] = RecordedJob) -> RecordedJob:
