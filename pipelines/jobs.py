@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,8 @@ STOP_WAIT_S = 30.0
 STOP_ASKED_S = 20.0
 """Time for which Ray is asked to stop the jobs of a command that has no time to wait for their end."""
 ASK_AGAIN_S = 0.3
+LAST_LINES_ASKED = 20
+"""How often an ended job's last lines are asked for, which have the reason of its end: for ten seconds and more."""
 AGENT_S = 10.0
 """Time that the agent of a Ray that has just started needs on a busy machine; its dashboard is there before."""
 
@@ -91,11 +94,11 @@ class Job:
         return new
 
     def _rest(self) -> str:
-        for last in (False, False, True):
+        for _ in range(LAST_LINES_ASKED):
             try:
                 return self.cluster.client.get_job_logs(self.id)[self._returned :]
             except (OSError, RuntimeError):  # an answer was lost, or its agent has gone
-                time.sleep(0 if last else self.silence.pause_s)
+                time.sleep(self.silence.pause_s)
         return ""
 
     def _new(self) -> str:
@@ -197,7 +200,7 @@ def submit_new(
             )
             return Job(cluster, name, ours=True)
         except (RuntimeError, ValueError, OSError) as error:
-            if "already" in str(error):
+            if f"{name} already exists" in str(error):
                 return Job(cluster, name, ours=name in cluster.unanswered)
             why = f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}"
             # requests' errors of connections, and a gateway's: the job may have been taken
@@ -248,14 +251,22 @@ def end_own_job(
 
 
 def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> None:
-    """Ask Ray to stop these jobs, each until it answers or `asked_s` and `wait_s` are over; wait up to `wait_s` for their end."""
-    began_s, unasked = time.monotonic(), [job for job in jobs if not job.stop()]
-    with contextlib.suppress(Unanswered):
+    """Ask Ray to stop the jobs that run, each until it answers or `asked_s` and `wait_s` are over; wait `wait_s` for their end.
+
+    All are asked at the same time: a dashboard that is silent takes ten seconds for each question.
+    """
+    began_s, running = time.monotonic(), [job for job in jobs if job.status not in ENDED]
+    with ThreadPoolExecutor(max(1, len(running))) as pool, contextlib.suppress(Unanswered):
+
+        def still_unasked(jobs: list[Job]) -> list[Job]:
+            return [job for job, answered in zip(jobs, pool.map(lambda job: job.stop(), jobs), strict=True) if not answered]
+
+        unasked = still_unasked(running)
         while (unasked and time.monotonic() < began_s + asked_s) or (
-            time.monotonic() < began_s + wait_s and not all(job.ended() for job in jobs)
+            time.monotonic() < began_s + wait_s and not all(job.ended() for job in running)
         ):
             time.sleep(ASK_AGAIN_S)
-            unasked = [job for job in unasked if not job.stop()]
+            unasked = still_unasked(unasked)
 
 
 def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], Any] = client_of) -> list[str]:

@@ -123,10 +123,28 @@ def test_what_a_new_cluster_would_only_repeat_ends_as_stopped(
 
 
 def test_all_given_jobs_are_stopped_also_those_of_an_earlier_command() -> None:
-    log = Log([], [], JobStatus.STOPPED)
+    log = Log([], [], JobStatus.RUNNING)
     joined = Job(job_of(log).cluster, "tiny-train-1", ours=False)
     jobs.stop_jobs([joined], 0.0)
     assert log.stopped == ["tiny-train-1"]
+
+
+def test_a_silent_dashboard_does_not_delay_a_stop_by_each_job_of_three_weeks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question takes its ten seconds, here a tenth; one job in three is still running."""
+    asked = []
+
+    def silent(name: str) -> None:
+        asked.append(name)
+        time.sleep(0.1)
+        raise OSError("timed out")
+
+    every = [job_of(Log([], [], (JobStatus.RUNNING, JobStatus.FAILED, JobStatus.SUCCEEDED)[n % 3])) for n in range(30)]
+    for job in every:
+        job.ended()
+        monkeypatch.setattr(job.cluster.client, "stop_job", silent)
+    began_s = time.monotonic()
+    jobs.stop_jobs(every, 0.0, asked_s=0.0)
+    assert (len(asked), time.monotonic() - began_s < 0.9) == (10, True)
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 30.0], ids=["in a Ray job, which is not waited for", "on a Ray of its own"])
@@ -154,9 +172,8 @@ def test_a_stop_whose_answer_is_lost_is_asked_for_again(wait_s: float, monkeypat
 
 def test_a_job_is_submitted_again_until_the_dashboard_answers() -> None:
     """It was taken although its answer was lost."""
-    answers = iter(
-        [RuntimeError("No available agent"), requests.ConnectionError("aborted"), RuntimeError("already exists")]
-    )
+    taken = RuntimeError("Job with submission_id tiny-train-1 already exists. Please use a different submission_id.")
+    answers = iter([RuntimeError("No available agent"), requests.ConnectionError("aborted"), taken])
 
     class Client:
         def submit_job(self, **_: object) -> None:
