@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
@@ -22,8 +22,13 @@ PROGRESS = (b'{"kind": "progress"',)
 """Beginning of the lines of progress, which stored logs leave out."""
 Kind = Literal["progress", "message", "event", "error"]
 _OF_EVERY_LINE = {"kind", "time", "level", *Context.__annotations__}
-_OF_KIND = {"progress": {"done", "total", "unit"}, "message": {"message"}, "event": {"event"}, "error": {"message"}}
-"""What a line of each kind has besides; a library's line with less is not of the protocol."""
+_OF_KIND: dict[str, dict[str, type]] = {
+    "progress": {"done": int, "total": int, "unit": str},
+    "message": {"message": str},
+    "event": {"event": str},
+    "error": {"message": str},
+}
+"""What a line of each kind has besides; a library's line with less, or with other types, is not of the protocol."""
 
 
 class Line(NamedTuple):
@@ -40,7 +45,8 @@ def parse(line: str) -> Line | None:
         return None
     with contextlib.suppress(ValueError):  # the lines of two threads in one, or the first part of a long one
         facts = json.loads(line)
-        if facts["kind"] in get_args(Kind) and facts.keys() >= _OF_EVERY_LINE | _OF_KIND[facts["kind"]]:
+        own = _OF_KIND.get(facts["kind"], {})
+        if own and facts.keys() >= _OF_EVERY_LINE and all(isinstance(facts.get(name), own[name]) for name in own):
             return Line(facts["kind"], facts.get("message", ""), facts)
     return None
 

@@ -10,12 +10,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from textwrap import indent
 from typing import Any, NoReturn
 
 import ray
 
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Preempted, StorageAway
+from dis_scale.process.errors import DisScaleError, Preempted, StorageAway, shown
 from dis_scale.process.redaction import redact
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
@@ -196,7 +197,8 @@ def _exit_with(error: BaseException, log: Log, logs: JobLogs) -> NoReturn:
     if isinstance(cause, DisScaleError):
         log.fail(str(cause))
     else:
-        print(redact("".join(traceback.format_exception(error))), end="", flush=True)
+        # Indented: what a library quotes, such as a name with the end of a line in it, is no line of the protocol.
+        print(indent(shown(redact("".join(traceback.format_exception(error)))), "  "), end="", flush=True)
         log.fail(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}")
     logs.close()
     os._exit(cause.exit_code if isinstance(cause, DisScaleError) else 1)

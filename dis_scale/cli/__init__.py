@@ -17,7 +17,8 @@ from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampl
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Preempted, UserError
+from dis_scale.process.errors import DisScaleError, Preempted, UserError, shown
+from dis_scale.process.redaction import redact
 
 NAME = "dis-scale"
 
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception:
         if not drives:
             raise
-        traceback.print_exc()
+        print(shown(redact(traceback.format_exc())), file=sys.stderr)
         _end_own_job(DisScaleError.exit_code)
         raise SystemExit(DisScaleError.exit_code) from None
 

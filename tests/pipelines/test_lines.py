@@ -39,7 +39,13 @@ def test_what_is_written_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", ["NCCL INFO of somebody else", '{"kind": "mes{"kind": "message"}', '{"kind": "else"}']
+    "other",
+    [
+        "NCCL INFO of somebody else",
+        '{"kind": "mes{"kind": "message"}',
+        '{"kind": "else"}',
+        jsonlog.entry(RANK, "progress", "info", done="x", total=3, unit="images"),
+    ],
 )
 def test_other_lines_are_of_nobody(other: str) -> None:
     assert lines.parse(other) is None

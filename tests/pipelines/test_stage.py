@@ -1,16 +1,19 @@
 """The handlers of signals in a stage, and storage that is away when one begins."""
 
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
 from dis_scale.process.errors import Preempted, StorageAway
 from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep
-from pipelines import stage
+from pipelines import lines, stage
 from pipelines.lines import Log
 from tests.support.evaluations import sweep_at
 
@@ -20,6 +23,22 @@ def test_handlers_of_signals_stay_ours() -> None:
     with stage.keeping_handlers():
         signal.signal(signal.SIGTERM, lambda *_: None)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_an_error_quotes_is_no_line_of_the_protocol() -> None:
+    """An image's name may have the end of a line in it, and a sequence that a terminal obeys."""
+    forged = jsonlog.entry(Context(), "message", "info", message="everything is fine")
+    code = (
+        "import sys; from dis_scale.process.context import Context; from pipelines import lines, logs, stage\n"
+        "stage._exit_with(KeyError(Exception(sys.argv[1])), lines.Log(Context()), logs.JobLogs(None, Context()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"x\n{forged}\x1b[2J"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "everything is fine" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert [line.kind for line in map(lines.parse, done.stdout.splitlines()) if line] == ["error"]
 
 
 def test_a_stage_that_begins_while_storage_is_away_waits_for_it(
