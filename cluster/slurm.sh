@@ -108,8 +108,11 @@ if [ "$code" != 75 ]; then # which is a stop: a signal has said whether it conti
     [ "$code" != 0 ] && passes || again=no
 fi
 if [ "$again" = yes ]; then
+    for _ in {1..40}; do # ten minutes, in which Slurm's controller may restart
+        ! scontrol requeue "$SLURM_JOB_ID" || break
+        sleep 15
+    done
     echo "queued again: the sweep continues in the next run of job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # Slurm ends this run
 fi
 [ "$code" != 75 ] || exit 0 # stopped as requested: a job that FAILED would page
