@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
+from typing import TypeVar
 
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.process.progress import Board
@@ -19,6 +20,9 @@ from pipelines.cluster import Cluster, in_ray_job
 from pipelines.jobs import Job, stop_jobs, submit
 from pipelines.metrics import SetGauge
 from pipelines.silence import Silence
+from pipelines.stage import STORAGE_AWAY_S
+
+T = TypeVar("T")
 
 
 class Drained(DisScaleError):
@@ -112,6 +116,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
     """Train models in the recipe's order, as many at a time as the cluster can hold, with the evaluation next to them."""
     sweep, failures = driver.sweep, Failures()
     waiting = [model for model in sweep.recipe.models if not state.trained(sweep, model)]
+    driver.gauge("models_failed", 0)
     for model in waiting:
         sweep.run(model).folder.delete(Ended.NAME)
     evaluation = _Evaluation(driver, cluster, failures)
@@ -129,16 +134,35 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
             if ended:
                 del training[model]
                 asked_s = float("-inf")  # a branch may begin now
-                if job.status != "SUCCEEDED":
-                    if not state.trained(sweep, model) and _goes_on_again(driver, job, f"train {model}"):
-                        training[model] = _submit(driver, cluster, "train", model)
-                        continue
-                    why = _failure(driver, job, model)
-                    if state.trained(sweep, model):
-                        driver.board.say(f"{model} is trained anyway: its last count is published")
-                        continue
-                    _fail(driver, failures, model, why)
+                if job.status != "SUCCEEDED" and (following := _after(driver, cluster, failures, model, job)):
+                    training[model] = following
     return failures
+
+
+def _after(driver: Driver, cluster: Cluster, failures: Failures, model: str, job: Job) -> Job | None:
+    """Return the job that follows one of training that did not end well; None if the model is trained anyway, or has failed."""
+    trained = partial(_insist, driver, partial(state.trained, driver.sweep, model))
+    if not trained() and _goes_on_again(driver, job, f"train {model}"):
+        return _submit(driver, cluster, "train", model)
+    why = _failure(driver, job, model)
+    if trained():
+        driver.board.say(f"{model} is trained anyway: its last count is published")
+    else:
+        _fail(driver, failures, model, why)
+    return None
+
+
+def _insist(driver: Driver, ask: Callable[[], T], for_s: float = STORAGE_AWAY_S) -> T:
+    """Return what storage answers; one that is away is asked for as long as the jobs themselves wait for it."""
+    until_s = time.monotonic() + for_s
+    while True:
+        try:
+            return ask()
+        except StorageAway:
+            if time.monotonic() > until_s:
+                raise
+            go_on(driver)
+            time.sleep(driver.poll_every_s)
 
 
 class _Evaluation:
@@ -209,7 +233,8 @@ def _has_passed(sweep: Sweep, branch: Branch) -> bool:
 def _fail(driver: Driver, failures: Failures, model: str, why: str) -> None:
     """Note that a model has failed; the others continue."""
     failures.models[model] = why
-    Ended(why=why).write(driver.sweep.run(model).folder)
+    driver.gauge("models_failed", len(failures.models))
+    _insist(driver, partial(Ended(why=why).write, driver.sweep.run(model).folder))
 
 
 def _failure(driver: Driver, job: Job, name: str) -> str:

@@ -259,7 +259,9 @@ def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> 
     with ThreadPoolExecutor(max(1, len(running))) as pool, contextlib.suppress(Unanswered):
 
         def still_unasked(jobs: list[Job]) -> list[Job]:
-            return [job for job, answered in zip(jobs, pool.map(lambda job: job.stop(), jobs), strict=True) if not answered]
+            return [
+                job for job, answered in zip(jobs, pool.map(lambda job: job.stop(), jobs), strict=True) if not answered
+            ]
 
         unasked = still_unasked(running)
         while (unasked and time.monotonic() < began_s + asked_s) or (

@@ -46,6 +46,7 @@ GAUGES = {
     "mlflow_away": "1 if the last copy to MLflow failed, otherwise 0.",
     "sweep_alive_timestamp_seconds": "Time of the last turn of the loop of the sweep's command.",
     "sweep_ended_timestamp_seconds": "Time at which the sweep's command ended with all done, or by a stop request.",
+    "models_failed": "Models that have failed, while others may go on.",
     "evaluation_failed": "1 if the last evaluation job failed, otherwise 0.",
     "progress_timestamp_seconds": "Time at which the stage's work last advanced, or had nothing to do, or no worker.",
     "evaluation_backlog": "Published checkpoints that are not evaluated, counted for each sampling setting.",

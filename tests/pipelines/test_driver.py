@@ -1,8 +1,10 @@
 """The jobs of a running sweep: which failures are whose, and what a stop, a lost storage or a late failure changes."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.job_submission import JobStatus
@@ -10,6 +12,7 @@ from ray.job_submission import JobStatus
 from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
+from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import StageProgress
 from pipelines.cluster import Cluster
@@ -166,6 +169,34 @@ def test_a_job_that_fails_after_the_last_count_is_published_fails_no_model(drive
     assert "dit is trained anyway: its last count is published" in logged(driver)
 
 
+def test_a_job_that_ends_while_storage_is_away_ends_no_other(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its model is trained is asked until storage answers, and so is the note that it is not."""
+    away, exists, write = [0], Folder.exists, Folder.write
+
+    def first(action: Callable[..., Any]) -> Callable[..., Any]:
+        def lost(*arguments: Any) -> Any:
+            away[0] -= 1
+            if away[0] >= 0:
+                raise StorageAway("503")
+            return action(*arguments)
+
+        return lost
+
+    def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
+        if words != ("train", "dit"):
+            return SUCCEEDED
+        monkeypatch.setattr(Folder, "exists", first(exists))
+        monkeypatch.setattr(Folder, "write", first(write))
+        away[0] = 3
+        job = failed(LOST)
+        job.reason = lambda: away.append(away.pop() + 3) or LOST  # type: ignore[method-assign,func-returns-value]
+        return job
+
+    driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
+    assert train_and_evaluate(driver, cluster("here")) == Failures({"dit": LOST})
+    assert state.ended(driver.sweep, "dit") == LOST
+
+
 @pytest.mark.parametrize("polls", range(6))
 def test_an_evaluation_that_fails_at_any_moment_is_noted(driver: Driver, polls: int) -> None:
     """After the end of training, before or after any poll of its status."""
@@ -207,7 +238,7 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
     driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
     assert train_and_evaluate(driver, cluster("here")) == Failures()
     assert submitted.count("evaluate") == 3
-    assert [value for _, value in gauges] == [1, 0, 1, 0]
+    assert [value for name, value in gauges if name == "evaluation_failed"] == [1, 0, 1, 0]
     mistake = FakeJob([JobStatus.FAILED], UserError("no such extractor"))
     jobs["evaluate"] = [mistake]
     assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor")
@@ -216,7 +247,7 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
 @pytest.mark.parametrize("taken_over", [False, True])
 def test_jobs_that_another_driver_of_the_same_ray_has_joined_are_not_stopped(driver: Driver, taken_over: bool) -> None:
     stopped = list[str]()
-    job = FakeJob([JobStatus.SUCCEEDED])
+    job = FakeJob([JobStatus.RUNNING, JobStatus.SUCCEEDED])
     job.stop = lambda: not stopped.append("dit")  # type: ignore[attr-defined,func-returns-value]
     driver.jobs, driver.taken_over = [job], taken_over  # type: ignore[list-item]
     with pytest.raises(Preempted), stopping_jobs(driver):
