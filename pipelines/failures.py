@@ -1,5 +1,6 @@
 """Failures of workers: which have a cause that a new attempt may survive, and which of several is to blame."""
 
+import errno
 import re
 import time
 from collections.abc import Sequence
@@ -27,6 +28,12 @@ CONNECTION = re.compile(
 """Parts of the errors of a process group that lost a member."""
 AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instruction")
 """Parts of the errors of a program or of a device: worth another attempt, but no reason to exclude a node."""
+NODE = re.compile("std::bad_alloc|can't start new thread|unable to mmap|Cannot allocate memory")
+"""Parts of the errors of a node that is short of memory or of processes."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+"""Errors of a node's own disk, in the cache of kernels or a temporary file. Storage raises its own class."""
+SHORT = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+"""Errors of a node that is short of memory, processes or files."""
 Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
 CAUSES = get_args(Cause)
 """In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
@@ -107,8 +114,10 @@ def blame(error: Exception) -> Cause:
     cause = getattr(error, "cause", None)
     if isinstance(cause, StorageAway):
         return "storage"
-    if isinstance(cause, BrokenDevice):
+    if isinstance(cause, BrokenDevice) or (isinstance(cause, OSError) and cause.errno in DISK):
         return "device"
+    if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in SHORT:
+        return "lost"
     if not isinstance(cause, RuntimeError):
         return "mistake"
     text = f"{type(cause).__name__}: {cause}"
@@ -116,7 +125,7 @@ def blame(error: Exception) -> Cause:
         return "memory"
     if REJECTED.search(text):
         return "mistake"
-    if AMBIGUOUS.search(text):
+    if AMBIGUOUS.search(text) or NODE.search(text):
         return "lost"
     if DEVICE.search(text):
         return "device"

@@ -1,5 +1,7 @@
 """Failures of workers: which of their errors a new attempt may survive, and which of several is to blame."""
 
+import errno
+
 import pytest
 import ray
 import torch
@@ -50,6 +52,11 @@ PEER_LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] C
         (torch.AcceleratorError("CUDA error: invalid configuration argument"), False),
         (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"), False),
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/triton/x"), True),
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), False),
+        (MemoryError(), True),
+        (RuntimeError("can't start new thread"), True),
         (OUT_OF_MEMORY, False),
         (torch.AcceleratorError("CUDA error: out of memory"), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
@@ -97,6 +104,7 @@ def task_error(cause: Exception) -> ray.exceptions.RayTaskError:
     ("failures", "kind", "words"),
     [
         ([PEER_LOST, ECC], DeviceFailure, "uncorrectable ECC"),
+        ([PEER_LOST, OSError(errno.EIO, "Input/output error")], DeviceFailure, "Input/output error"),
         ([PEER_LOST, StorageAway("503")], StorageFailure, "503"),
         ([PEER_LOST, OUT_OF_MEMORY], OutOfMemory, "Tried to allocate"),
         ([PEER_LOST, ValueError("mistake")], ray.exceptions.RayTaskError, "trace"),
