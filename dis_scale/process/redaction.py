@@ -9,7 +9,10 @@ import re
 from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
-_NAMES = re.compile(r"KEY|SECRET|TOKEN|PASSW|PASS(PHRASE)?\d*$|AUTH$|_PWD$|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
+_NAMES = re.compile(
+    r"KEY|SECRET|TOKEN|PASS(W|PHRASE|CODE|\d*(_|$))|AUTH(ORIZATION|_HEADER)?$|_PWD$|_PAT$|CREDENTIAL|CONNECTION_STRING|COOKIE|WEBHOOK",
+    re.IGNORECASE,
+)
 """Parts of the names of environment variables whose values are secret."""
 _FILES = re.compile("(_FILE|_PATH|_DIR)$", re.IGNORECASE)
 """Ends of the names of variables that name a file, such as RAY_AUTH_TOKEN_PATH; errors must be able to name it, too."""
@@ -21,7 +24,8 @@ _IN_URLS = re.compile(rf"(?<=://)(?:{_PASSWORD}|[^\s/@'\"]+)(?=@)")
 """User and password, or user alone, of a URL in a text."""
 _PARAMETERS = re.compile(
     r"((?:Signature|Security-Token|Credential|AccountKey|"
-    r"[?&;](?:sig|pwd|key|code|auth|[\w.-]*(?:token|passw(?:or)?d|secret|api[_-]?key|access[_-]?key(?:id)?)))=)[^&;\s'\"]+",
+    r"[?&;#](?:sig|pwd|key|code|auth|jwt|[\w.-]*(?:token|pass(?:w(?:or)?d|phrase)?\d*|secret|[_-]key|(?:api|access)key(?:id)?)))=)"
+    r"[^&;\s'\"]+",
     re.IGNORECASE,
 )
 """Secret parameters of a URL, of its signature and of a connection string."""

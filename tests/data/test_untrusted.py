@@ -171,13 +171,16 @@ def test_statistics_that_unpack_to_more_than_there_are_are_refused(tmp_path: Pat
         adm.open_reference(str(tmp_path / "x.npz")).statistics("mu", "sigma", 4)
 
 
-@pytest.mark.parametrize("name", ["DB_PASS", "SMTP_PASS1", "PGPASS", "SSH_PASSPHRASE", "HTTP_BASIC_AUTH"])
+@pytest.mark.parametrize(
+    "name",
+    ["DB_PASS", "SMTP_PASS1", "SMTP_PASS_ROOT", "PGPASS", "SSH_PASSPHRASE", "HTTP_AUTHORIZATION", "GH_PAT", "COOKIE"],
+)
 def test_more_names_of_secrets_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "correct-horse")
     assert redact("login failed: correct-horse") == "login failed: ***"
 
 
-@pytest.mark.parametrize("key", ["key", "code", "auth"])
+@pytest.mark.parametrize("key", ["key", "code", "auth", "pass", "secret_key", "password1", "jwt"])
 def test_more_parameters_of_urls_are_secret(key: str) -> None:
     assert redact(f"https://host/x?{key}=abcdef&n=1") == f"https://host/x?{key}=***&n=1"
     with pytest.raises(ValueError, match="credentials"):

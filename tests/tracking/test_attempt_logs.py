@@ -129,6 +129,7 @@ def test_a_line_without_an_end_is_bounded(output: Path) -> None:
         ("{'Authorization': 'Basic dXNlcjpwYXNz'}", "{'Authorization': 'Basic ***'}"),
         ("authorization: Bearer e30.e30.abc, retry", "authorization: Bearer ***, retry"),
         ("{'x-api-key': 'k3y', 'X-Auth-Token':t0k, 'x-id': 7}", "{'x-api-key': '***', 'X-Auth-Token':***, 'x-id': 7}"),
+        ("at s3://b/x?private-key=p/q&passphrase=w&n=1#access_token=e", "at s3://b/x?private-key=***&passphrase=***&n=1#access_token=***"),
         ("AccountName=a;AccountKey=k3y==;EndpointSuffix=e", "AccountName=a;AccountKey=***;EndpointSuffix=e"),
         ("near 'azure;0123'", "near '***'"),
         ("mysql: my-secret-pwd", "mysql: ***"),
