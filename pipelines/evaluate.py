@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from dis_scale.evaluation.run import Evaluation, block_count, stored_blocks, values_in_words
+from dis_scale.evaluation.run import Evaluation, stored_blocks, values_in_words
 from dis_scale.process.errors import DisScaleError, Held, OutOfMemory, Preempted, StorageAway, StorageFull, WrongKernel
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Evaluate
@@ -73,7 +73,7 @@ class PublishedEvaluation:
     def _open(self) -> tuple[Evaluation, RayEvaluators]:
         gpus = 0
         if self.device == "cuda":
-            self.job.progress(0, _blocks(self.job.sweep), "blocks")  # for whoever reads the status while it waits
+            self.job.progress(0, _images(self.job.sweep), "images")  # for whoever reads the status while it waits
             gpus = await_gpus(self.job, partial(free_gpus, self.job.sweep), self.poll_every_s)
         return (self.open or _open_published)(self.job, self.device, gpus)
 
@@ -116,7 +116,7 @@ def ablate(job: StageJob) -> None:
     device, _ = choose_device(job.recipe)
     samplings = state.ablations(job.recipe.evaluate, setting, [float(value) for value in values], guide)
     gpus = max(1, Places.now(job.recipe).most_evaluators())
-    evaluation, _ = open_evaluation(job, device, gpus, samplings, sum(map(block_count, samplings.values())))
+    evaluation, _ = open_evaluation(job, device, gpus, samplings, len(samplings) * job.recipe.evaluate.samples)
     for variant in samplings:
         sampled = Sampled(model, int(images), variant)
         if not job.sweep.evaluation(sampled).exists(Metrics.NAME):
@@ -192,23 +192,23 @@ def _signs_of_training(sweep: Sweep) -> list[list[str]]:
 
 def _open_published(job: StageJob, device: str, gpus: int) -> tuple[Evaluation, RayEvaluators]:
     """Open the evaluation of all checkpoints that the recipe publishes."""
-    return open_evaluation(job, device, gpus, job.recipe.evaluate.samplings, _blocks(job.sweep))
+    return open_evaluation(job, device, gpus, job.recipe.evaluate.samplings, _images(job.sweep))
 
 
-def _blocks(sweep: Sweep) -> int:
-    """Return the number of blocks of all checkpoints that the recipe publishes, and of the floor if it is due."""
+def _images(sweep: Sweep) -> int:
+    """Return the number of samples of all checkpoints that the recipe publishes, and of the floor if it is due."""
     recipe = sweep.recipe
     checkpoints = sum(len(recipe.train_of(model).publish_images) for model in recipe.models)
-    floor = 0 if state.floor_settled(sweep) else block_count(recipe.evaluate)
-    return checkpoints * sum(map(block_count, recipe.evaluate.samplings.values())) + floor
+    floor = 0 if state.floor_settled(sweep) else recipe.evaluate.samples
+    return checkpoints * sum(settings.samples for settings in recipe.evaluate.samplings.values()) + floor
 
 
 def open_evaluation(
     job: StageJob, device: str, gpus: int, samplings: dict[str, Evaluate], total: int
 ) -> tuple[Evaluation, RayEvaluators]:
-    """Return an evaluation of `total` blocks and its workers on Ray, of which `gpus` at most get a GPU of their own."""
+    """Return an evaluation of `total` samples and its workers on Ray, of which `gpus` at most get a GPU of their own."""
     sweep = job.sweep
-    evaluators = RayEvaluators(job, device, gpus, lambda done: job.progress(done, total, "blocks"))
+    evaluators = RayEvaluators(job, device, gpus, lambda done: job.progress(min(done, total), total, "images"))
     evaluators.spawn()
     from dis_scale.evaluation import reference
     from dis_scale.evaluation.sampling import labels_of

@@ -34,7 +34,10 @@ NICE = 19
 
 
 class Evaluator(Worker):
-    """Samples blocks and measures the held-out loss; progress counts the blocks that it sampled, without kept ones."""
+    """Samples blocks and measures the held-out loss; progress counts the images that it sampled, without kept ones.
+
+    A block may take an hour on a GPU that is shared, and what makes no progress for so long is killed.
+    """
 
     def __init__(self, sweep: Sweep, device: str, shared_gpu: int | None = None) -> None:
         super().__init__()
@@ -111,12 +114,14 @@ class Evaluator(Worker):
                 if self.stop_requested():
                     break
                 model, guide = models()
-                block = self.sampler.sample(model, settings, number, guide)
+                block = self.sampler.sample(model, settings, number, guide, self._count)
                 folder.write(block_name(number), block.to_bytes())
-                self.report(self._done + 1)
                 images += len(block.right)
             seconds = {part: s - before[part] for part, s in self.sampler.seconds.items()}
             return Spent(images, machine_name(self.sampler.device), seconds)
+
+    def _count(self, images: int) -> None:
+        self.report(self._done + images)
 
     def floor(self, deal: Deal) -> None:
         """Measure and keep the blocks of real images that `deal` names."""
@@ -131,7 +136,7 @@ class Evaluator(Worker):
                     break
                 block = floor.make_block(self.sampler, source, chosen, number)
                 self.sweep.floor.write(block_name(number), block.to_bytes())
-                self.report(self._done + 1)
+                self._count(len(block.numbers))
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Return the loss on the images that training never saw."""
@@ -159,11 +164,11 @@ class RayEvaluators:
     gpus: int
     """Number of those with a GPU of their own."""
     report: Callable[[int], None]
-    """Gets the number of blocks that were sampled here."""
+    """Gets the number of images that were sampled here."""
     _workers: dict[int, Any] = field(default_factory=dict)
     """Living evaluators by their number among the requests."""
-    _blocks: dict[str, int] = field(default_factory=dict)
-    """Blocks that each has sampled, also the lost ones, by its actor's id."""
+    _images: dict[str, int] = field(default_factory=dict)
+    """Images that each has sampled, also the lost ones, by its actor's id."""
 
     def spawn(self) -> None:
         """Start the evaluators that are missing: all of them, or those that were lost or had no capacity.
@@ -195,8 +200,8 @@ class RayEvaluators:
         self._workers = {}
 
         def count(done: list[int]) -> None:
-            self._blocks |= dict(zip(map(actor_id, workers), done, strict=True))
-            self.report(sum(self._blocks.values()))
+            self._images |= dict(zip(map(actor_id, workers), done, strict=True))
+            self.report(sum(self._images.values()))
 
         try:
             living, spent, failure = share(self.job, workers, method, arguments, blocks, count)

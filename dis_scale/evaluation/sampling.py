@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import distribution
 from itertools import accumulate
@@ -122,11 +122,20 @@ class BlockSampler:
         verify_sampling(model, settings, self.device)
         return model
 
-    def sample(self, model: Backbone, settings: Evaluate, block: int, guide: Backbone | None = None) -> SampleBlock:
-        """Sample one block: guide, decode, extract features, judge."""
+    def sample(
+        self,
+        model: Backbone,
+        settings: Evaluate,
+        block: int,
+        guide: Backbone | None = None,
+        sampled: Callable[[int], None] = lambda _: None,
+    ) -> SampleBlock:
+        """Sample one block: guide, decode, extract features, judge. `sampled` gets the number of images of each micro-batch."""
         numbers = block_numbers(settings.samples, settings.block_images, block)
-        micro = settings.batch_images
-        parts = [self._pixels(model, settings, numbers[i : i + micro], guide) for i in range(0, len(numbers), micro)]
+        parts = []
+        for start in range(0, len(numbers), settings.batch_images):
+            parts.append(self._pixels(model, settings, numbers[start : start + settings.batch_images], guide))
+            sampled(len(parts[-1]))
         pixels, labels = np.concatenate(parts), self.labels[numbers.start : numbers.stop]
         with self._timed("features"):
             features, right = {e.name: e(pixels) for e in self.extractors}, self._judge(pixels, labels)

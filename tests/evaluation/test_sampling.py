@@ -82,7 +82,12 @@ def sample_blocks(sweep: Sweep, order: list[int], variant: str = "") -> dict[int
 
 
 def test_blocks_are_bit_equal_for_any_workers_and_order(sweep: Sweep) -> None:
-    alone = sample_blocks(sweep, [0, 1])
+    """Progress counts each micro-batch: a block may take an hour."""
+    alone, counted = sample_blocks(sweep, [0, 1]), list[int]()
+    one, settings = sampler(sweep), sweep.recipe.evaluate
+    one.sample(one.model("dis", 160, settings), settings, 0, sampled=counted.append)
+    assert len(counted) > 1
+    assert counted == [settings.batch_images] * (settings.block_images // settings.batch_images)
     shared = sample_blocks(sweep, [1]) | sample_blocks(sweep, [0])
     assert alone == shared
     assert alone[0] != alone[1]

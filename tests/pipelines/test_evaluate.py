@@ -212,7 +212,7 @@ def test_a_wait_for_training_shows_that_it_lives(job: RecordedJob, monkeypatch: 
     monkeypatch.setattr(time, "monotonic", job.now_s)
     logged = list[str]()
     job.log = Log(Context(), logged.append)
-    job.progress(0, 9, "blocks")
+    job.progress(0, 90, "images")
     evaluate.wait_for_training(job, lambda: job.now_s() > 6 * 3600)
     progress = [line.facts["done"] for line in map(parse, logged) if line and line.kind == "progress"]
     assert progress == [0] * len(progress)
