@@ -18,7 +18,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dis_scale.process.errors import OutOfMemory
+from dis_scale.process.errors import OutOfMemory, WrongKernel
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Train
 from dis_scale.storage import lease
@@ -161,6 +161,8 @@ class TrainingRun:
     """That of one worker on the nodes that the current attempt began with."""
     more_passes: int = 0
     """Forward passes of a step besides those that memory seems to need: one after a GPU's memory was too small."""
+    wrong: set[str] = field(default_factory=set)
+    """Ids of the nodes on which a kernel was wrong for a rank that was alone: another node says whether it is the kernel."""
 
     @property
     def settings(self) -> Train:
@@ -182,7 +184,7 @@ class TrainingRun:
         """Run one attempt at a fixed world size; return the images seen, fewer if it stopped to move."""
         start = (failure.at, failure.silent_s) if failure else (time.time(), None)
         self.request = request_for("train", self.device, 1)
-        avoided = nodes.excluded(self.job, nodes.living(), self._fits_without)
+        avoided = {*nodes.excluded(self.job, nodes.living(), self._fits_without), *self.wrong}
         world, group = self._place(avoided)
         ranks = None
         try:
@@ -191,9 +193,16 @@ class TrainingRun:
             return self._train(ranks, avoided, start)
         except DeviceFailure as broken:
             if ranks:
-                name = nodes.name_of(ranks.places[broken.worker].node)
-                nodes.record_failure(self.job, self.job.sweep.run(self.model).folder, name, str(broken))
+                self._record_failure(ranks.places[broken.worker], str(broken))
             raise
+        except WrongKernel as error:
+            if not ranks or len(ranks.places) > 1:
+                raise
+            self.wrong.add(ranks.places[0].node)
+            if not self._fits_without({*avoided, *self.wrong}):
+                raise
+            self._record_failure(ranks.places[0], describe(error))
+            raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
         except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
             if self.more_passes:
                 raise
@@ -203,6 +212,10 @@ class TrainingRun:
             ) from error
         finally:
             remove_placement_group(group)
+
+    def _record_failure(self, place: Place, why: str) -> None:
+        """Count a failure of a rank's device against its node."""
+        nodes.record_failure(self.job, self.job.sweep.run(self.model).folder, nodes.name_of(place.node), why)
 
     def _start(self, group: Any, world: int) -> Ranks:
         """Start a worker in each bundle, and log where the ranks are."""

@@ -1,17 +1,34 @@
 """World sizes: the largest of the recipe that has capacity. Ranks: ordered by node and GPU. The copy of rows in MLflow."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
+import ray
 
+from dis_scale.process.errors import WrongKernel
 from dis_scale.recipe import Recipe, reading
+from dis_scale.sweep import state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowWriter
-from pipelines.train import Place, RowCopies, group_waits_s, largest_fitting, rank_order, training_watch
+from pipelines import nodes, train
+from pipelines.restarts import with_restarts
+from pipelines.train import (
+    Place,
+    Ranks,
+    RowCopies,
+    TrainingRun,
+    group_waits_s,
+    largest_fitting,
+    rank_order,
+    training_watch,
+)
 from pipelines.waiting import capacity
+from pipelines.worker import Request
 from tests.conftest import TINY
 from tests.support.stage_jobs import RecordedJob, job_of
 
@@ -37,6 +54,46 @@ def test_ranks_are_in_the_order_of_nodes_and_gpus() -> None:
     ]  # fmt: skip
     assert rank_order(places) == [3, 2, 1, 0]
     assert [places[::-1][n] for n in rank_order(places[::-1])] == [places[n] for n in rank_order(places)]
+
+
+class OneRank(TrainingRun):
+    """Attempts of one rank without Ray: on each node in turn that is not avoided; `right` are those whose kernels are right."""
+
+    every = ("a", "b", "c")
+    right = frozenset[str]()
+
+    def _fits_without(self, avoided: Collection[str]) -> bool:
+        return not set(self.every) <= set(avoided)
+
+    def _place(self, avoided: Collection[str]) -> tuple[int, Any]:
+        return 1, next(node for node in self.every if node not in avoided)
+
+    def _start(self, group: Any, world: int) -> Ranks:
+        return Ranks([None], [Place("ip", group, [], 1, "")])
+
+    def _check(self, ranks: Ranks) -> None: ...
+
+    def _train(self, ranks: Ranks, *_: object) -> int:
+        if ranks.places[0].node not in self.right:
+            raise ray.exceptions.RayTaskError("train", "", WrongKernel("wrong by 0.1")).as_instanceof_cause()
+        return self.settings.images
+
+
+@pytest.mark.parametrize(("right", "failed"), [("c", ["a", "b"]), ("a", []), ("", ["a", "b"])])
+def test_a_kernel_that_is_wrong_for_one_rank_alone_is_tried_on_other_nodes(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, failed: list[str]
+) -> None:
+    """One wrong GPU would end model after model. Only if it is wrong on all nodes it is a mistake."""
+    monkeypatch.setattr(train, "remove_placement_group", lambda _: None)
+    monkeypatch.setattr(train, "request_for", lambda *_: Request({}))
+    monkeypatch.setattr(nodes, "living", list)
+    monkeypatch.setattr(nodes, "name_of", str)
+    job = job_of(tiny, tmp_path)
+    run = OneRank(job, "dit", "cuda")
+    run.right = frozenset(right)
+    with contextlib.nullcontext() if right else pytest.raises(WrongKernel):
+        assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
+    assert sorted(state.node_failures(job.sweep)) == failed
 
 
 @pytest.mark.parametrize("hang_after_s", [1.0, 900.0, 86_400.0])
