@@ -256,8 +256,7 @@ class _ManyInAFile(ABC):
 
     def require_unchanged(self, entry: Entry) -> None:
         """StorageError if the entry's file is another one than when it was listed."""
-        if entry.version:
-            require_version(f"{self.root}/{entry.file}", entry.version, self.root.version(entry.file))
+        require_version(f"{self.root}/{entry.file}", entry.version, self.root.version(entry.file))
 
     @abstractmethod
     def listed(self) -> Contents: ...

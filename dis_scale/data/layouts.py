@@ -28,7 +28,7 @@ import numpy as np
 
 from dis_scale.data import tars
 from dis_scale.data.images import ending, hidden
-from dis_scale.data.listing import Contents, Entry, LeftOut
+from dis_scale.data.listing import Contents, Entry, LeftOut, of_files
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import LatentsSource, TarSource
@@ -264,7 +264,7 @@ def _labels(read: Callable[[], bytes], where: str) -> dict[str, int]:
 
 
 def _labelled(
-    files: Iterable[tuple[str, str, tuple[int, int]]], labels: dict[str, int] | None, where: str, version: str = ""
+    files: Iterable[tuple[str, str, tuple[int, int]]], labels: dict[str, int] | None, where: str
 ) -> Iterator[Entry | LeftOut]:
     """Yield the latents among files, each a name, the file with its bytes, and where it is there, with their classes."""
     left = dict(labels or ())
@@ -275,7 +275,7 @@ def _labelled(
         label = left.pop(name, None) if labels is not None else 0
         if label is None:
             raise UserError(f"{where}: {printable(name)} has no class in {LABELS}: add it, or remove the file")
-        yield Entry(name, label, file, location, version)
+        yield Entry(name, label, file, location)
     if left:
         raise UserError(
             f"{where}: {len(left):,} files of {LABELS} are not there: {some([printable(name) for name in left])}; "
@@ -284,13 +284,12 @@ def _labelled(
 
 
 def _find_in_zips(root: Folder, names: list[str], labelled: bool) -> Contents:
-    (name,) = names
-    return Contents(_in_zip(root, name, labelled))
+    return Contents(of_files(root, names, lambda name: _in_zip(root, name, labelled), 0))
 
 
 def _in_zip(root: Folder, name: str, labelled: bool) -> Iterator[Entry | LeftOut]:
     """Yield the latents of a zip; each is stored as it is, between its own header and the next member's."""
-    where, version = f"{root}/{name}", root.version(name)
+    where = f"{root}/{name}"
     try:
         with root.open(name) as file, zipfile.ZipFile(file) as opened:
             labels = (
@@ -309,7 +308,7 @@ def _in_zip(root: Folder, name: str, labelled: bool) -> Iterator[Entry | LeftOut
         (member.filename, name, (member.header_offset, end - member.header_offset))
         for member, end in zip(members, ends, strict=True) if member.filename != LABELS
     )  # fmt: skip
-    yield from _labelled(files, labels, where, version)
+    yield from _labelled(files, labels, where)
 
 
 def _read_zip(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
@@ -386,7 +385,7 @@ def _tensors(root: Folder, file: str, mirror: bool) -> dict[str, _Tensor]:
 
 
 def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Entry]:
-    version, tensors = root.version(name), _tensors(root, name, mirror)
+    tensors = _tensors(root, name, mirror)
     count = tensors["latents"].shape[0]
     labels: Iterable[int] = repeat(0, count)
     if labelled:
@@ -396,7 +395,7 @@ def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Ent
             raise UserError(f"{root}/{name}: labels are {got}, expected {count:,} integers, one for each latent")
         labels = known.read(root, name, 0, count).tolist()
     for row, label in enumerate(labels):
-        yield Entry(f"{name}/{row:06d}", label, name, (row, 1), version)
+        yield Entry(f"{name}/{row:06d}", label, name, (row, 1))
 
 
 class _Safetensors:
@@ -407,7 +406,7 @@ class _Safetensors:
         self._tensors = cache(lambda root, file, _: _tensors(root, file, mirror))
 
     def find(self, root: Folder, names: list[str], labelled: bool) -> Contents:
-        return Contents(entry for name in names for entry in _rows(root, name, labelled, self._mirror))
+        return Contents(of_files(root, names, lambda name: _rows(root, name, labelled, self._mirror), 0))
 
     def read(self, root: Folder, entries: Sequence[Entry]) -> list[bytes]:
         """Return each row as a `.npy`: (2, C, h, w) with its mirror image, else (1, C, h, w)."""

@@ -37,6 +37,8 @@ MOST_REASONS = 20
 """Kinds of files that are distinguished among what is left out."""
 REPORT_EVERY = 1000
 FILES_AT_ONCE = 8
+UNKNOWN = "of unknown time"
+"""End of `Folder.version` of a store that states neither hash nor time."""
 LISTINGS = "listings"
 """Folder of all listings below a storage root."""
 T = TypeVar("T")
@@ -88,17 +90,27 @@ class Numeral(str):
 
 
 def of_files(
-    root: Folder, names: Sequence[str], entries: Callable[[str], Iterator[T]], large_bytes: int
-) -> Iterator[T]:
-    """Yield the entries of files in the order of `names`.
+    root: Folder, names: Sequence[str], entries: Callable[[str], Iterator[Entry | LeftOut]], large_bytes: int
+) -> Iterator[Entry | LeftOut]:
+    """Yield the entries of files in the order of `names`, each with the version that its file has before it is read.
 
     The first is read alone, for whoever looks for one image only; then several at once, and those over `large_bytes` are streamed.
+    UserError if a store does not state versions.
     """
 
-    def of_file(name: str) -> Iterable[T]:
-        return entries(name) if root.size(name) > large_bytes else list(entries(name))
+    def versioned(name: str) -> Iterator[Entry | LeftOut]:
+        if (version := root.version(name)).endswith(UNKNOWN):
+            raise UserError(
+                f"data.source.url: {printable(f'{root}/{name}')}: its server states neither a time nor an ETag, so labels could be "
+                "those of other images if it is written again: copy it to a disk or to S3"
+            )
+        for found in entries(name):
+            yield found._replace(version=version) if isinstance(found, Entry) else found
 
-    yield from entries(names[0])
+    def of_file(name: str) -> Iterable[Entry | LeftOut]:
+        return versioned(name) if root.size(name) > large_bytes else list(versioned(name))
+
+    yield from versioned(names[0])
     for each in in_order(names[1:], of_file, FILES_AT_ONCE):
         yield from each
 
@@ -169,7 +181,7 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
     for number, entries in enumerate(batched(_counted(kept(contents.entries, left_out), report), PART)):
         ids = [labels.id_of(entry) for entry in entries]
         for entry in entries:
-            total.update(os.fsencode(f"{entry.name}\t{entry.label}\t{entry.file}\t{entry.location}\n"))
+            total.update(os.fsencode(f"{entry.name}\t{entry.label}\t{entry.file}\t{entry.location}\t{entry.version}\n"))
         part = _Part.of(entries, ids)
         if contents.mixed:
             parts.append(part)

@@ -67,7 +67,6 @@ def _entries(
     root: Folder, name: str, settings: ParquetSource, labelled: bool, classes: list[str] | None
 ) -> Iterator[Entry]:
     """Yield a file's rows. UserError if its integers mean other classes than those of the first file."""
-    version = root.version(name)
     with _opened(root, name) as file:
         where = printable(f"{root}/{name}")
         _require_columns(file, where, settings, labelled)
@@ -86,7 +85,7 @@ def _entries(
                 if not isinstance(label, int | str):
                     raise UserError(f"{where}: row {row + i}: label {label!r}, expected a number or a name")
                 kind = number_or_name(label) if isinstance(label, str) else label
-                yield Entry(f"{name}#{row + i}", kind, name, (group, i), version)
+                yield Entry(f"{name}#{row + i}", kind, name, (group, i))
             row += len(labels)
 
 

@@ -152,13 +152,12 @@ def near(first: Entry, entry: Entry) -> bool:
 
 
 def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> Iterator[Entry | LeftOut]:
-    where, version = printable(f"{root}/{name}"), root.version(name)
+    where = printable(f"{root}/{name}")
     try:
         with root.open(name) as file:
             members = _members(file, where, settings.label if labelled and settings.label in BESIDE else "")
             final = _each_once(members, where) if root.size(name) > LARGE_BYTES else _last(members)
-            for found in _images(final, name, where, settings, labelled):
-                yield found._replace(version=version) if isinstance(found, Entry) else found
+            yield from _images(final, name, where, settings, labelled)
     except (tarfile.TarError, EOFError) as error:
         first = root.read(name, 0, max(map(len, COMPRESSED)))
         if unpack := next((program for magic, program in COMPRESSED.items() if first.startswith(magic)), None):

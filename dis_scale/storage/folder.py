@@ -44,10 +44,13 @@ _READ_TIMEOUT_S = 60
 _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
 _VERSIONS = (
-    "ETag", "etag", "blob_id", "md5Hash", "mtime", "last_modified", "Content-MD5", "Digest", "Last-Modified", "LastModified",
-    "xet_hash", "sha", "hex", "updated", "modificationTime", "modify", "modified",
+    "md5Hash", "generation", "Content-MD5", "Digest", "blob_id", "xet_hash", "sha", "hex", "ETag", "etag", "mtime",
+    "last_modified", "Last-Modified", "LastModified", "updated", "modificationTime", "modify", "modified",
 )  # fmt: skip
-"""Keys of an object's hash or time in fsspec's file systems: S3, Google, Azure, Hugging Face, HTTP, GitHub, git, HDFS, FTP."""
+"""Keys of an object's hash or time in fsspec's file systems: S3, Google, Azure, Hugging Face, HTTP, GitHub, git, HDFS, FTP.
+
+Those of the content are first: Google's `etag` changes with the metadata, and a composed object has no `md5Hash`.
+"""
 LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
 """Stores beside S3 whose cache of listings is turned off; `require_usable` refuses any store that remembers listings."""
 

@@ -473,6 +473,27 @@ def test_a_file_of_a_web_server_that_is_written_again_is_refused(tmp_path: Path)
         server.shutdown()
 
 
+class NoTimeServer(WebServer):
+    """Serves a folder by range, and states neither time nor ETag."""
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword != "Last-Modified":
+            super().send_header(keyword, value)
+
+
+def test_a_file_whose_server_states_no_version_is_refused(tmp_path: Path) -> None:
+    """If it was written again, nothing would tell, and all labels could be wrong."""
+    (tmp_path / "a.tar").write_bytes(tar({"1.png": picture(1), "1.cls": b"0"}))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(NoTimeServer, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.tar"
+        with pytest.raises(
+            UserError, match=r"a.tar: its server states neither a time nor an ETag, .*: copy it to a disk"
+        ):
+            open_source(data({"kind": "tar", "url": url}))
+        server.shutdown()
+
+
 def test_parquet_files_whose_numbers_mean_other_classes_are_refused(tmp_path: Path) -> None:
     other = {"info": {"features": {"label": {"names": ["dog", "cat"], "_type": "ClassLabel"}}}}
     for name, metadata in (("a", FEATURES), ("b", other)):

@@ -51,7 +51,15 @@ def test_the_hash_is_of_content_and_order() -> None:
 
     one, two = list(entries(2))
     assert sha([one, two]) == sha([one, two])
-    assert len({sha(x) for x in ([one, two], [two, one], [one], [one._replace(label=3), two])}) == 4
+    assert (
+        len(
+            {
+                sha(x)
+                for x in ([one, two], [two, one], [one], [one._replace(label=3), two], [one._replace(version="2"), two])
+            }
+        )
+        == 5
+    )
 
 
 def list_many(where: str, count: int, part: int, mixed: bool) -> None:

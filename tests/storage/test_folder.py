@@ -440,8 +440,8 @@ class OneFact(MemoryFileSystem):
 @pytest.mark.parametrize(
     "key",
     [
-        "ETag", "etag", "Last-Modified", "Content-MD5", "md5Hash", "updated", "last_modified", "blob_id", "xet_hash", "sha",
-        "mtime", "modificationTime", "modify",
+        "ETag", "etag", "Last-Modified", "Content-MD5", "md5Hash", "generation", "updated", "last_modified", "blob_id", "xet_hash",
+        "sha", "mtime", "modificationTime", "modify",
     ],
 )  # fmt: skip
 def test_a_version_is_taken_under_the_name_that_each_client_gives_it(key: str) -> None:
@@ -451,3 +451,6 @@ def test_a_version_is_taken_under_the_name_that_each_client_gives_it(key: str) -
         OneFact.fact = {key: value}
         versions.append(open_folder("onefact://bucket").version("x"))
     assert versions == ["3 bytes, one", "3 bytes, two"]
+    OneFact.fact = {"etag": "of the metadata too", "mtime": 1, key: "of the content"}
+    if key in ("md5Hash", "generation"):  # Google's
+        assert open_folder("onefact://bucket").version("x") == "3 bytes, of the content"
