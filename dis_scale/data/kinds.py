@@ -33,19 +33,6 @@ LINE_CHARACTERS = 2**20
 """Most characters of a CSV's line: paths have up to 4,096, and a field of Python's csv up to 131,072."""
 
 
-def require_classes(root: Folder, folders: Sequence[str]) -> None:
-    """UserError if some folders are parts of a set, such as train and test, or most are like these, such as test2017."""
-    parts = sorted(name for name in folders if name.lower() in tars.SPLITS)
-    if len(tars.splits_in(parts)) < 2:
-        alike = sorted(name for name in folders if tars.splits_in([name]))
-        parts = alike if 2 * len(alike) > len(folders) else []
-    if len(tars.splits_in(parts)) > 1:
-        raise UserError(
-            f"data.source.url: {', '.join(map(printable, parts))} in {root} are parts of a set, not classes: "
-            f"give one of them, such as {root}/{printable(parts[0])}"
-        )
-
-
 class SourceKind(Protocol):
     """A kind of source: how to list and read it."""
 
@@ -109,26 +96,16 @@ class _ClassFolders(_OneFileEach):
         self.missing = (
             f"no images in class folders below {self._root}; expected {self._root}/<class>/<image>.png"
             if labelled
-            else f"no images in {self._root} or its folders; expected {self._root}/<image>.png"
+            else f"no images in {self._root} or its folders ({', '.join(images.SUFFIXES)}); expected {self._root}/<image>.png; "
+            "tars, Parquet, a CSV and latents need a recipe with their data.source.kind"
         )
 
     def find(self) -> Contents:
         """List the images at any depth, as torchvision's ImageFolder does: the first folder of a path is the class."""
         if not self._labelled:
-            return Contents(self._of_one_set(self._entries(self._root.walk(), {})))
+            return Contents(self._entries(self._root.walk(), {}))
         classes = [name for name in self._root.folders() if not images.hidden(name)]
-        require_classes(self._root, classes)
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
-
-    def _of_one_set(self, entries: Iterable[Entry | LeftOut]) -> Iterator[Entry | LeftOut]:
-        """Yield the entries; UserError at the end if their folders are parts of a set: S3 lists all files for these."""
-        folders = list[str]()
-        for entry in entries:
-            folder, slash, _ = entry.name.partition("/")
-            if slash and not images.hidden(folder) and folder not in folders[-1:]:
-                folders.append(folder)
-            yield entry
-        require_classes(self._root, folders)
 
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
         for file in files:

@@ -15,6 +15,7 @@ from dis_scale.data import images, layouts, listing
 from dis_scale.data.kinds import SourceKind, gone, open_kind, require_version
 from dis_scale.data.listing import Column, Contents, Entry, Listing
 from dis_scale.data.mixing import order_hash, permutation
+from dis_scale.data.parts import of_one_set
 from dis_scale.process.errors import UndecodableImage, UserError, printable
 from dis_scale.process.progress import ReportDone
 from dis_scale.recipe import Data, LatentsSource, ParquetSource, SourceSettings, TarSource
@@ -162,7 +163,9 @@ def require_source(data: Data, store: Folder) -> None:
 
 def _find(kind: SourceKind) -> Contents:
     version = kind.version()  # before the labels are read: a file that is written meanwhile is refused later
-    return kind.find()._replace(mixed=kind.mixed, missing=kind.missing, where=kind.where, version=version)
+    found = kind.find()
+    entries = of_one_set(found.entries, kind.where)
+    return found._replace(entries=entries, mixed=kind.mixed, missing=kind.missing, where=kind.where, version=version)
 
 
 def _label_names(opened: Listing, data: Data, where: str) -> list[str]:

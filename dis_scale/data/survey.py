@@ -3,13 +3,13 @@
 Images are listed, read and decoded as a sweep does it. Read next: first_recipe.py, for the recipe that fits them.
 """
 
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dis_scale.data import images
-from dis_scale.data.kinds import require_classes
 from dis_scale.data.listing import Entry
 from dis_scale.data.sources import Source, open_source
 from dis_scale.process.errors import UndecodableImage, UserError, printable
@@ -47,7 +47,7 @@ class Survey:
     left_out: str = ""
     """What else is in the folder, in words."""
     nested: str = ""
-    """The only folder with images, if these are in several folders of it: they may be the classes."""
+    """The innermost folder around all images, if these are in several folders of it: they may be the classes."""
 
     @property
     def count(self) -> int:
@@ -82,9 +82,9 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
         raise UserError(
             f"{folder} is a file: give a folder of images; a tar, Parquet or CSV needs a recipe with its data.source.kind"
         )
-    source = _open(folder, listed)
+    settings = {"source": {"kind": "folder", "url": folder.url}, "resolution": 1, "num_classes": "none"}
+    source = open_source(Data.model_validate(settings), None, listed)
     numbers = Counter(_class_of(name) for name in source.names)
-    require_classes(folder, [name for name in numbers if name])
     beside = numbers.pop("", 0)
     labelled = len(numbers) > 1
     chosen = [i for i, name in enumerate(source.names) if not labelled or _class_of(name)]
@@ -125,28 +125,15 @@ def describe(found: Survey) -> list[str]:
     return lines
 
 
-def _open(folder: Folder, listed: ReportDone) -> Source:
-    data = {"source": {"kind": "folder", "url": folder.url}, "resolution": 1, "num_classes": "none"}
-    try:
-        return open_source(Data.model_validate(data), None, listed)
-    except UserError as error:
-        suffixes = ", ".join(images.SUFFIXES)
-        raise UserError(
-            f"{folder}: no images ({suffixes}) there or below it; tars, Parquet, a CSV and latents need a recipe with their "
-            f"data.source.kind: {error}"
-        ) from error
-
-
 def _class_folders(folder: Folder) -> list[str]:
     """Return the folders that a sweep takes for classes, those without images included."""
     return [name for name in folder.folders() if not images.hidden(name)]
 
 
 def _nested(names: Iterable[str]) -> str:
-    """Return the only folder of all images if they are in at least two folders of it; else empty."""
-    parts = {tuple(name.split("/")[:-1][:2]) for name in names}
-    first = {each[0] if each else "" for each in parts}
-    return first.pop() if len(first) == 1 and len(parts) > 1 and all(len(each) == 2 for each in parts) else ""
+    """Return the innermost folder around all images if they are in at least two folders of it; else empty."""
+    folders = {name.rpartition("/")[0] for name in names}
+    return "" if (around := posixpath.commonpath(folders)) in folders else around
 
 
 def _class_of(name: str) -> str:

@@ -6,7 +6,6 @@ fetch only the byte range of the images that are needed.
 
 import json
 import posixpath
-import re
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending, hidden
 from dis_scale.data.listing import Contents, Entry, LeftOut, number_or_name, of_files
+from dis_scale.data.parts import splits_in
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import TarSource
@@ -38,20 +38,6 @@ BESIDE = ("cls", "json")
 """Endings of the members beside the images that may hold the labels."""
 LATENT = "latent"
 """Ending of a latent; a recipe of latents says neither which file of a sample is the image nor where the labels are."""
-
-
-SPLITS = (
-    dict.fromkeys(("train", "training"), "train")
-    | dict.fromkeys(("test", "testing", "holdout"), "test")
-    | dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "validation")
-    | dict.fromkeys(("unlabeled", "unlabelled"), "unlabelled")
-)
-"""Words in the names of files and folders that hold one part of a set, and the part."""
-
-
-def splits_in(names: Iterable[str]) -> set[str]:
-    """Return the parts of a set that the names speak of: words between other characters than letters."""
-    return {SPLITS[word] for name in names for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS}
 
 
 def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]:
@@ -98,36 +84,23 @@ def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = T
     Several tars are indexed at once. The members of a large tar are streamed instead, since it may hold ten million.
     """
     entries = of_files(root, names, lambda name: _entries(root, name, settings, labelled), LARGE_BYTES)
-    return Contents(_of_one_set(entries, root, by_folder=labelled and settings.label == "folder"))
+    return Contents(_with_classes(entries, root) if labelled and settings.label == "folder" else entries)
 
 
-def _of_one_set(entries: Iterable[Entry | LeftOut], root: Folder, *, by_folder: bool) -> Iterator[Entry | LeftOut]:
-    """Yield the entries; UserError at the end if their folders in the tars are of several parts of a set, such as train and val.
-
-    Also if the class is the folder, and all are in one of the same name below others, as in `<class>/images/<image>`.
-    """
-    parts, before = dict[str, str](), ""
+def _with_classes(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[Entry | LeftOut]:
+    """Yield the entries; UserError at the end if all are in folders of one name below others, as in `<class>/images/<image>`."""
     classes, folders = set[str](), set[str]()  # at most two of each
     for entry in entries:
-        folder = entry.name.rpartition("/")[0]
-        if isinstance(entry, Entry) and folder != before:
-            before, (_, *path) = folder, folder.split("/")
-            parts |= {SPLITS[word.lower()]: word for word in path if word.lower() in SPLITS}
-            if len(classes) < 2:
-                classes.update(path[-1:])
-            if len(folders) < 2:
-                folders.add("/".join(path))
+        if isinstance(entry, Entry) and (len(classes) < 2 or len(folders) < 2):
+            folder = entry.name.partition("/")[2].rpartition("/")[0]
+            classes.add(folder.rpartition("/")[2])
+            folders.add(folder)
         yield entry
-    if by_folder and len(classes) == 1 and len(folders) > 1:
+    if len(classes) == 1 and len(folders) > 1:
         raise UserError(
             f"data.source.label: an image's folder is its class, and all images are in folders named {printable(classes.pop())}, "
-            f"such as {' and '.join(map(printable, sorted(folders)))}: write the tars of {root} without these, or unpack them and "
-            "give that folder"
-        )
-    if len(parts) > 1:
-        raise UserError(
-            f"data.source.url: {', '.join(map(printable, sorted(parts.values())))} in the tars of {root} are parts of a set: write "
-            "a tar with the images of one of them, or unpack it and give that folder"
+            f"such as {' and '.join(map(printable, sorted(folders)[:2]))}: write the tars of {root} without these, or unpack them "
+            "and give that folder"
         )
 
 

@@ -406,22 +406,6 @@ def test_a_line_of_a_csv_with_more_fields_than_its_header_is_refused(line: str, 
         open_source(data({"kind": "csv", "url": f"{tmp_path}/a.csv"}))
 
 
-@pytest.mark.parametrize(
-    "folders", [("Training", "Testing"), ("seg_train", "seg_test"), ("train2017", "val2017"), ("train", "test")]
-)
-@pytest.mark.parametrize("classes", [2, "none"])
-def test_folders_of_parts_of_a_set_are_no_classes(folders: tuple[str, str], classes: int | str, tmp_path: Path) -> None:
-    for number, folder in enumerate(folders):
-        (tmp_path / folder / "cat").mkdir(parents=True)
-        (tmp_path / folder / "cat/0.png").write_bytes(picture(number))
-    for other in ("docs", "devkit", "notes") if folders == ("train", "test") else ():
-        (tmp_path / other).mkdir()  # these two names are parts of a set beside any others
-    with pytest.raises(
-        UserError, match=rf"{folders[0]}.* are parts of a set, not classes|{folders[1]}, {folders[0]} in"
-    ):
-        open_source(data({"kind": "folder", "url": str(tmp_path)}, classes))
-
-
 class WholeServer(SimpleHTTPRequestHandler):
     """Answers with the complete file, whatever range is asked for."""
 
@@ -513,33 +497,6 @@ def test_hidden_files_of_a_mac_are_no_tars_and_a_link_that_leads_nowhere_is_name
     (tmp_path / f"b.{kind}").symlink_to("nowhere")
     with pytest.raises(UserError, match=rf"links that lead nowhere: b.{kind}; correct or delete them"):
         open_source(source)
-
-
-@pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_parts_of_a_set_are_not_trained_on_together(kind: str, tmp_path: Path) -> None:
-    for part in ("train", "test"):
-        content = tar({"1.png": picture(1), "1.cls": b"0"}) if kind == "tar" else parquet([(picture(1), 0)])
-        (tmp_path / f"{part}-00000-of-00001.{kind}").write_bytes(content)
-    source = {"kind": kind, "url": str(tmp_path)}
-    with pytest.raises(UserError, match=rf"files of test and train: say which .* '\*train\*.{kind}'"):
-        open_source(data(source))
-    (tmp_path / f"extra.{kind}").write_bytes(content)
-    with pytest.raises(UserError, match="files of test and train: say which"):
-        open_source(data(source))
-    assert len(open_source(data(source | {"files": f"train-*.{kind}"}))) == 1
-
-
-@pytest.mark.parametrize("label", ["folder", "cls"])
-def test_parts_of_a_set_in_one_tar_are_not_trained_on_together(label: str, tmp_path: Path) -> None:
-    """The innermost folder is the class, and the images of val would be among those of train."""
-    members = {f"{part}/{c}/{part}{c}.{end}": picture(1) if end == "png" else c.encode()
-               for part in ("train", "Val") for c in "01" for end in ("png", "cls")}  # fmt: skip
-    (tmp_path / "all.tar").write_bytes(tar(members))
-    source = {"kind": "tar", "url": str(tmp_path), "label": label}
-    with pytest.raises(UserError, match=r"Val, train in the tars of .* are parts of a set: write a tar with"):
-        open_source(data(source))
-    (tmp_path / "all.tar").write_bytes(tar({name: x for name, x in members.items() if name.startswith("train")}))
-    assert list(open_source(data(source)).labels) in ([0, 1], [1, 0])
 
 
 def test_a_tar_whose_images_are_all_in_folders_of_one_name_has_no_classes(tmp_path: Path) -> None:

@@ -42,15 +42,17 @@ def test_class_folders_sizes_and_progress(tmp_path: Path) -> None:
 
 
 def test_deeper_images_belong_to_the_first_folder_and_parts_of_a_set_are_no_classes(tmp_path: Path) -> None:
+    root = tmp_path / "data/set"
     for name in ("train/cat/1.png", "train/dog/deep/2.png"):
-        image(tmp_path / name, 40, 40)
-    found = surveyed(tmp_path)
+        image(root / name, 40, 40)
+    assert surveyed(tmp_path).nested == "data/set/train"
+    found = surveyed(root)
     assert (found.classes, found.nested) == ({}, "train")
-    assert f"nested   train has folders of images: for these as classes, give {tmp_path}/train" in describe(found)
-    assert surveyed(tmp_path / "train").classes == {"cat": 1, "dog": 1}
-    image(tmp_path / "val" / "cat" / "3.png", 40, 40)
-    with pytest.raises(UserError, match=rf"train, val in {tmp_path} are parts of a set, not classes: give one of them"):
-        surveyed(tmp_path)
+    assert f"nested   train has folders of images: for these as classes, give {root}/train" in describe(found)
+    assert surveyed(root / "train").classes == {"cat": 1, "dog": 1}
+    image(root / "val" / "cat" / "3.png", 40, 40)
+    with pytest.raises(UserError, match=rf"train and val in {root} are parts of a set: give the folder of one of them"):
+        surveyed(root)
 
 
 def test_images_without_class_folders_are_unlabelled(tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_a_folder_without_a_good_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(
         UserError,
-        match=rf"{tmp_path}: no images \(.jpg, .*\) there or below it; .*a recipe .*there are 1 .txt \(notes.txt\)$",
+        match=rf"no images in {tmp_path} or its folders \(.jpg, .*\); .*a recipe .*; there are 1 .txt \(notes.txt\)$",
     ):
         surveyed(tmp_path)
     (tmp_path / "1.png").write_bytes(b"")

@@ -1,0 +1,55 @@
+"""Parts of a set, such as train and test, by the names of files and folders: training on one must not use the others' images."""
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from dis_scale.data.listing import Entry, LeftOut
+from dis_scale.process.errors import UserError, printable
+
+SPLITS = (
+    dict.fromkeys(("train", "training"), "train")
+    | dict.fromkeys(("test", "testing", "holdout"), "test")
+    | dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "validation")
+    | dict.fromkeys(("unlabeled", "unlabelled"), "unlabelled")
+)
+"""Words in the names of files and folders that hold one part of a set, and the part."""
+
+
+def splits_in(names: Iterable[str]) -> set[str]:
+    """Return the parts of a set that the names speak of: words between other characters than letters."""
+    return {SPLITS[word] for name in names for word in _words(name) if word in SPLITS}
+
+
+def of_one_set(entries: Iterable[Entry | LeftOut], where: str) -> Iterator[Entry | LeftOut]:
+    """Yield the entries; UserError if two folders around images, at any depth, are parts of a set.
+
+    They are in one folder, and their names differ in the word for the part and in numbers only: `seg_train` and `seg_test`,
+    `train2017` and `val2017`. A tar has its own folders.
+    """
+    before, first_of = "", dict[tuple[str, ...], str]()
+    for entry in entries:
+        folder = entry.name.removeprefix(f"{entry.file}/").rpartition("/")[0] if isinstance(entry, Entry) else before
+        if folder != before:
+            before = folder
+            for path in accumulate(folder.split("/"), "{}/{}".format):
+                _require_same_part(first_of, path, where)
+        yield entry
+
+
+def _require_same_part(first_of: dict[tuple[str, ...], str], path: str, where: str) -> None:
+    """UserError if the folder is another part than the first of those that are like it; it may be that first one."""
+    around, _, name = path.rpartition("/")
+    if not (part := splits_in([name])):
+        return
+    alike = (around, *("" if word in SPLITS else word for word in _words(name)))
+    first = first_of.setdefault(alike, path)
+    if splits_in([first.rpartition("/")[2]]) != part:
+        raise UserError(
+            f"data.source.url: {printable(first)} and {printable(path)} in {where} are parts of a set: give the folder of one of "
+            "them, or write the tars or the CSV with one; to use all, rename the folders"
+        )
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z]+", name.lower())

@@ -1,0 +1,72 @@
+"""Parts of a set, such as train and test, are not listed together without a word; other folders are what they are."""
+
+from pathlib import Path
+
+import pytest
+
+from dis_scale.data import survey
+from dis_scale.data.sources import open_source
+from dis_scale.process.errors import UserError
+from tests.support.labelled_images import data, parquet, png, tar
+
+
+def of_kind(kind: str, root: Path, names: list[str]) -> dict[str, str]:
+    """Write images of these names as a folder, a tar or a CSV; return the source's settings."""
+    for name in names if kind != "tar" else ():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(1))
+    if kind == "tar":
+        (root / "all.tar").write_bytes(tar({name: png(1) for name in names}))
+        return {"kind": "tar", "url": str(root), "label": "folder"}
+    (root / "l.csv").write_text("\n".join(["path,label", *(f"{name},{name.split('/')[-2]}" for name in names)]))
+    return {"kind": kind, "url": f"{root}/l.csv" if kind == "csv" else str(root)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "csv"])
+@pytest.mark.parametrize("classes", [2, "none"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Training", "Testing"),
+        ("seg_train", "seg_test"),
+        ("train2017", "val2017"),
+        ("train", "test"),
+        ("ILSVRC/Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/val"),
+        ("bottle/train/good", "bottle/test/good"),
+    ],
+)
+def test_parts_of_a_set_at_any_depth_are_not_listed_together(
+    kind: str, classes: int | str, first: str, second: str, tmp_path: Path
+) -> None:
+    names = [f"{part}/{c}/0.png" for part in (first, second) for c in ("n01", "n02")]
+    source = of_kind(kind, tmp_path, ["docs/n01/0.png", *names])
+    parts = [part.removesuffix("/good") for part in (first, second)]
+    one, other = sorted(parts) if kind == "folder" else parts  # the order of listing
+    with pytest.raises(
+        UserError, match=rf"{one} and {other} in {tmp_path}.* are parts of a set: give the folder of one"
+    ):
+        open_source(data(source, classes))
+    if kind == "folder":
+        with pytest.raises(UserError, match=rf"^data.source.url: {one} and {other} in .* are parts of a set"):
+            survey.take_survey(str(tmp_path), lambda _: None, lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "csv"])
+@pytest.mark.parametrize("around", ["home/dev/train", "test/train", "train_station", "a/train test"])
+def test_a_part_in_another_is_no_second_one(kind: str, around: str, tmp_path: Path) -> None:
+    source = of_kind(kind, tmp_path, [f"{around}/{c}/{c}.png" for c in "ab"] + ["test_tube/c/c.png"])
+    assert len(open_source(data(source, "none"))) == 3
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_parts_of_a_set_are_not_trained_on_together(kind: str, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        content = tar({"1.png": png(1), "1.cls": b"0"}) if kind == "tar" else parquet([(png(1), 0)])
+        (tmp_path / f"{part}-00000-of-00001.{kind}").write_bytes(content)
+    source = {"kind": kind, "url": str(tmp_path)}
+    with pytest.raises(UserError, match=rf"files of test and train: say which .* '\*train\*.{kind}'"):
+        open_source(data(source))
+    (tmp_path / f"extra.{kind}").write_bytes(content)
+    with pytest.raises(UserError, match="files of test and train: say which"):
+        open_source(data(source))
+    assert len(open_source(data(source | {"files": f"train-*.{kind}"}))) == 1
