@@ -26,10 +26,8 @@ LARGE_BYTES = 8 * 2**30
 """A larger tar is indexed on its own."""
 SPAN_BYTES = 8 * 2**20
 """Most bytes of images that one read returns, unless a single one is larger."""
-RECORDS = (10240, *(2**k for k in range(18, 8, -1)))
-"""Sizes that programs fill up with zeros at the end of a tar, after two blocks of zeros: 10 KiB unless an option says otherwise.
-The first that divides a tar's size is taken for its own: a larger one would hide more missing images.
-"""
+MOST_ZEROS = 2**20 + 2 * tarfile.BLOCKSIZE
+"""Most bytes of zeros at the end of a tar: two blocks, and more that fill up a record, which has up to 1 MiB (`tar -b 2048`)."""
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 JOINED = "files that their tar has again: two sets with the same keys? If so, write the second with other keys"
@@ -245,13 +243,10 @@ def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
     member = tar.next()
     if member is None:
         file.seek(tar.offset)
-        rest = file.read(max(RECORDS) + 2 * tarfile.BLOCKSIZE)
-        size = tar.offset + len(rest)
-        most = next((record for record in RECORDS if size % record == 0), 0) + 2 * tarfile.BLOCKSIZE
-        if not tarfile.BLOCKSIZE <= len(rest) < most or rest.strip(b"\0"):
+        rest = file.read(MOST_ZEROS + 1)
+        if not tarfile.BLOCKSIZE <= len(rest) <= MOST_ZEROS or rest.strip(b"\0"):
             raise tarfile.ReadError(
-                f"damaged or truncated at byte {tar.offset}, or there is another tar after it; its end is zeros that fill up a "
-                "record, of 10,240 bytes or a power of 2: if nothing is missing, write it again"
+                f"damaged or truncated at byte {tar.offset}, or there is another tar after it; it ends with zeros, of up to 1 MiB"
             )
     return member
 
