@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dis_scale.process.errors import UndecodableImage, printable
 from dis_scale.recipe.data import Crop
@@ -23,6 +23,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 """Pillow's names of the formats that are decoded, whatever a file is called: for others it starts programs, such as Ghostscript."""
 MOST_IN_AN_ENDING = 10
 """Characters of a file's ending; what is longer is a part of its name."""
+_TURNS: dict[int | None, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What makes an image of each orientation upright, by EXIF's number. `ImageOps.exif_transpose` also rewrites all other metadata."""
 IMAGE_BYTES = 2**30
 """Most bytes of an image's file; no more are read. The most pixels that Pillow decodes have half as many, uncompressed."""
 
@@ -78,7 +83,7 @@ def exact(data: bytes, name: str, in_flight: InFlight) -> np.ndarray:
 
 def measure(data: bytes, name: str, in_flight: InFlight) -> tuple[int, int]:
     """Decode all of an image; return width and height of the upright image. UndecodableImage and `in_flight` as `decode`."""
-    return _decoded(data, name, lambda image: rgb(ImageOps.exif_transpose(image)).size, in_flight)
+    return _decoded(data, name, lambda image: _upright(image).size, in_flight)
 
 
 def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T], in_flight: InFlight) -> T:
@@ -107,7 +112,7 @@ def square(image: Image.Image, resolution: int, crop: Crop | None = None) -> np.
 
     With `crop` it is that square of the upright image; ValueError if the image does not contain it.
     """
-    image = rgb(ImageOps.exif_transpose(image))
+    image = _upright(image)
     if crop is not None:
         left, top, side = crop
         if image.width < left + side or image.height < top + side:
@@ -123,6 +128,18 @@ def square(image: Image.Image, resolution: int, crop: Crop | None = None) -> np.
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return np.asarray(image)[top : top + resolution, left : left + resolution]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Rotate as its metadata say, and convert to RGB. Metadata that cannot be read say nothing: the pixels are good."""
+    image.load()  # metadata may be after the pixels
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises many kinds, as for damaged pixels
+        turn = None
+    return rgb(image if turn is None else image.transpose(turn))
 
 
 def rgb(image: Image.Image) -> Image.Image:

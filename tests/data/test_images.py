@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dis_scale.data.images import decode, square
+from dis_scale.data.images import InFlight, decode, measure, square
 from dis_scale.process.errors import UndecodableImage
 
 
@@ -61,7 +61,7 @@ def test_the_first_frame_of_an_animation_is_used(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("orientation", "where"), [(1, (0, 0)), (2, (0, 15)), (3, (15, 15)), (4, (15, 0)), (6, (0, 15)), (8, (15, 0))]
+    ("orientation", "where"), [*enumerate([(0, 0), (0, 15), (15, 15), (15, 0), (0, 0), (0, 15), (15, 15), (15, 0)], 1)]
 )
 def test_rotation_by_exif_is_applied(orientation: int, where: tuple[int, int]) -> None:
     """The stored picture's red corner is the upper left one."""
@@ -71,6 +71,43 @@ def test_rotation_by_exif_is_applied(orientation: int, where: tuple[int, int]) -
     exif[0x0112] = orientation
     pixels = decode(saved(image, "PNG", exif=exif.tobytes()), "x", 16)
     assert np.argwhere(pixels[:, :, 0] == 255).tolist() == [list(where)]
+
+
+def with_chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a PNG with a chunk of metadata before its pixels."""
+    png = saved(Image.new("RGB", (16, 8), "red"), "PNG")
+    return (
+        png[:33]
+        + struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        + png[33:]
+    )
+
+
+ORIENTED = struct.pack("<HHII", 0x112, 3, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("data", "upright"),
+    [
+        (with_chunk(b"eXIf", b"garbage!garbage!"), False),
+        (with_chunk(b"eXIf", b"II*\0"), False),
+        (with_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n  10\nzzzz"), False),
+        (with_chunk(b"eXIf", b"II*\0\x08\0\0\0\x01\0" + ORIENTED + bytes(4)), True),
+        (
+            with_chunk(
+                b"eXIf", b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHI4s", 0x11A, 2, 4, b"abc") + ORIENTED + bytes(4)
+            ),
+            True,
+        ),
+    ],
+    ids=["garbage", "cut", "no digits", "good", "a resolution in letters"],
+)
+def test_metadata_that_cannot_be_read_do_not_spoil_the_image(data: bytes, upright: bool) -> None:
+    assert measure(data, "x", InFlight()) == ((8, 16) if upright else (16, 8))
+    assert decode(data, "x", 8)[4, 4].tolist() == [255, 0, 0]
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
