@@ -19,6 +19,8 @@ import pickletools
 import re
 import struct
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import repeat
@@ -92,7 +94,7 @@ def many_in_a_file(source: LatentsSource, mirror: bool) -> InFiles | None:
             files = _Safetensors(mirror)
             return InFiles(".safetensors", files.find, files.read, _rows_near)
         case _:
-            return InFiles(".zip", _find_in_zips, _read_zip, tars.near) if source.url.endswith(".zip") else None
+            return InFiles(".zip", _find_in_zips, tars.read, tars.near) if source.url.endswith(".zip") else None
 
 
 def require_finished(root: Folder) -> None:
@@ -115,7 +117,7 @@ def moments(source: LatentsSource, mirror: bool, data: bytes, name: str) -> np.n
     try:
         match source.layout:
             case "edm2" | "repa":
-                return _of_mean_and_deviation(npy.read(data))
+                return _of_mean_and_deviation(npy.read(_unzipped(data) if source.url.endswith(".zip") else data))
             case "webdataset":
                 return _of_mean_and_log_variance(_unpickled(data))
             case "safetensors":
@@ -252,7 +254,8 @@ def _labels(read: Callable[[], bytes], where: str) -> dict[str, int]:
             raise ValueError("a file is named twice")
     except (FileNotFoundError, KeyError) as error:
         raise UserError(
-            f"data.source.url: no classes in {where}; for latents without classes set data.num_classes: none"
+            f"data.source.url: no classes in {where}, which is beside the folder 00000; for latents without classes set "
+            "data.num_classes: none"
         ) from error
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f'{where}: expected {{"labels": [[file, class], ...]}}: {error}') from error
@@ -303,6 +306,8 @@ def _in_zip(root: Folder, name: str, labelled: bool) -> Iterator[Entry | LeftOut
         raise UserError(
             f"{where}: {printable(packed)} is compressed, and single latents are read: write it with zip -0"
         )
+    if twice := next((name for name, count in Counter(m.filename for m in members).items() if count > 1), None):
+        raise UserError(f"{where}: {printable(twice)} is in it twice: write it again with one of them")
     ends = [member.header_offset for member in members[1:]] + [end]
     files = (
         (member.filename, name, (member.header_offset, end - member.header_offset))
@@ -311,19 +316,17 @@ def _in_zip(root: Folder, name: str, labelled: bool) -> Iterator[Entry | LeftOut
     yield from _labelled(files, labels, where)
 
 
-def _read_zip(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
-    return [_without_header(member) for member in tars.read(root, entries)]
-
-
-def _without_header(member: bytes) -> bytes:
-    if len(member) < _LOCAL_HEADER or member[:4] != b"PK\3\4":
-        return b""
-    name, extra = struct.unpack("<HH", member[26:_LOCAL_HEADER])
+def _unzipped(member: bytes) -> bytes:
+    """Return the file of a zip's member, which may have its CRC after its bytes; ValueError if it is damaged."""
+    if member[:4] != b"PK\3\4":
+        raise ValueError("its header in the zip is damaged")
+    flags, name, extra = struct.unpack("<6xH18xHH", member[:_LOCAL_HEADER])
     file = member[_LOCAL_HEADER + name + extra :]
-    try:
-        return file[: npy.header(file).size]  # a member that was streamed has its size after its bytes
-    except ValueError:
-        return file
+    size = npy.header(file).size
+    crc = file[size:].removeprefix(b"PK\7\10")[:4] if flags & 8 else member[14:18]
+    if zlib.crc32(file[:size]) != int.from_bytes(crc, "little"):
+        raise ValueError("its bytes are not those of the zip's CRC: it is damaged")
+    return file[:size]
 
 
 class _Tensor(NamedTuple):

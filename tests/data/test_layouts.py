@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ from dis_scale.vae.interface import NO_VARIANCE
 from tests.conftest import TINY
 from tests.support.autoencoders import exported
 from tests.support.commands import invoke
-from tests.support.labelled_images import png
+from tests.support.labelled_images import data, png
 from tests.support.stages import make_latents
 
 IMAGES = 1797
@@ -371,7 +372,8 @@ def test_what_is_beside_latents_is_counted_and_unlabelled_ones_need_no_classes(
     (out / "00000/._img-mean-std-00000000.npy").write_text("of macOS")
     (out / "dataset.json").unlink()
     with pytest.raises(
-        UserError, match=r"no classes in .*dataset.json; for latents without classes set data.num_classes: none"
+        UserError,
+        match=r"no classes in .*dataset.json, which is beside the folder 00000; for latents without .*num_classes: none",
     ):
         make_latents(given(tmp_path / "root", vae, "edm2", out))
     unlabelled = given(
@@ -438,6 +440,38 @@ def test_a_compressed_zip_and_a_damaged_one_are_refused(encoded: tuple[str, Fold
     (tmp_path / "cut.zip").write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(StorageError, match=r"cut.zip: not a complete zip"):
         make_latents(given(tmp_path / "root", vae, "edm2", tmp_path / "cut.zip"))
+
+
+@pytest.mark.parametrize(
+    ("hole", "why"),
+    [
+        (range(400, 600), "its bytes are not those of the zip's CRC: it is damaged"),
+        (range(20), "its header in the zip is damaged"),
+    ],
+    ids=["values", "header"],
+)
+def test_a_damaged_latent_of_a_zip_is_named(hole: range, why: str, tmp_path: Path) -> None:
+    latents = np.ones((3, 8, 8, 8), np.float32)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
+        for i, latent in enumerate(latents):
+            file.writestr(layouts.edm2_file(i), npy(latent))
+    content = bytearray((tmp_path / "set.zip").read_bytes())
+    second = content.index(b"PK\3\4", 100)
+    content[second + hole.start : second + hole.stop] = bytes(len(hole))
+    (tmp_path / "set.zip").write_bytes(content)
+    source = {"kind": "latents", "layout": "edm2", "url": f"{tmp_path}/set.zip"}
+    opened = open_source(data(source, "none", mirror=False))
+    broken = [each for each in opened.decoded(range(3), 8) if isinstance(each, UndecodableImage)]
+    assert [each.why for each in broken] == [why]
+
+
+def test_a_latent_that_a_zip_has_twice_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as file, warnings.catch_warnings(action="ignore"):
+        for _ in range(2):
+            file.writestr(layouts.edm2_file(0), b"x")
+    source = {"kind": "latents", "layout": "edm2", "url": f"{tmp_path}/set.zip"}
+    with pytest.raises(UserError, match=r"set.zip: 00000/img-mean-std-00000000.npy is in it twice: write it again"):
+        open_source(data(source, "none", mirror=False))
 
 
 def test_a_zip_that_was_streamed_is_read(encoded: tuple[str, Folder], tmp_path: Path) -> None:
