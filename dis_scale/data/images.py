@@ -28,6 +28,8 @@ _TURNS: dict[int | None, Image.Transpose] = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """What makes an image of each orientation upright, by EXIF's number. `ImageOps.exif_transpose` also rewrites all other metadata."""
+SYSTEM = ("__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+"""Folders that macOS adds to archives, and Linux, Synology and Windows to disks."""
 IMAGE_BYTES = 2**30
 """Most bytes of an image's file; no more are read. The most pixels that Pillow decodes have half as many, uncompressed."""
 
@@ -55,8 +57,8 @@ class InFlight:
 
 
 def hidden(path: str) -> bool:
-    """Whether a file, or a folder around it, has a name that begins with a dot, or is in what macOS adds to archives."""
-    return any((part.startswith(".") and part.strip(".")) or part == "__MACOSX" for part in path.split("/"))
+    """Whether a file, or a folder around it, has a name that begins with a dot, or that a system gives to its own folders."""
+    return any((part.startswith(".") and part.strip(".")) or part in SYSTEM for part in path.split("/"))
 
 
 def ending(name: str) -> str:

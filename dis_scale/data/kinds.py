@@ -110,6 +110,10 @@ class _ClassFolders(_OneFileEach):
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
         for file in files:
             folder, slash, _ = file.partition("/")
+            if "//" in f"/{file}":  # a key in S3; its folder has another's name
+                raise UserError(
+                    f"data.source.url: {printable(f'{self._root}/{file}')}: an empty name of a folder (//): rename it or delete it"
+                )
             if images.hidden(file):
                 yield LeftOut(file, "hidden")
             elif not file.lower().endswith(images.SUFFIXES):

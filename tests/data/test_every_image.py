@@ -209,6 +209,26 @@ def test_a_folder_of_a_tar_is_no_class_if_it_is_the_tar_itself(tmp_path: Path) -
         open_source(data({"kind": "tar", "url": str(tmp_path), "label": "folder"}, 3))
 
 
+def test_folders_of_a_system_are_no_classes(tmp_path: Path) -> None:
+    """Of a disk's root, and of a Synology, which keeps small copies."""
+    for folder in ("a", "a/@eaDir/1.png", "lost+found", "$RECYCLE.BIN", "b"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("a/1.jpg", "a/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "b/2.jpg"):
+        (tmp_path / name).write_bytes(picture(1))
+    source = open_source(data({"kind": "folder", "url": str(tmp_path)}))
+    assert (source.label_names, sorted(source.names)) == (["a", "b"], ["a/1.jpg", "b/2.jpg"])
+    assert source.left_out == "1 hidden (a/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg)"
+
+
+@pytest.mark.parametrize("key", ["a//2.png", "/b/3.png"])
+def test_a_key_with_an_empty_folder_is_refused_by_name(key: str, bucket: str) -> None:
+    """Its folder would be a class of another's name."""
+    for name in ("a/1.png", key):
+        open_folder(bucket).write(f"im/{name}", picture(1))
+    with pytest.raises(UserError, match=rf"im/{key}: an empty name of a folder \(//\): rename it or delete it"):
+        open_source(data({"kind": "folder", "url": f"{bucket}/im"}))
+
+
 @pytest.mark.parametrize("kind", [b"M", b"Z", tarfile.FIFOTYPE])
 def test_a_member_of_a_tar_that_is_no_file_is_counted(kind: bytes, tmp_path: Path) -> None:
     """Such as the rest of a file that began in another volume, or of a letter that no program knows."""

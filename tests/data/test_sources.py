@@ -96,6 +96,8 @@ def test_number_labels_are_kept_and_names_are_sorted(tmp_path: Path) -> None:
     order = permutation(2).tolist()
     assert list(numbers.labels) == [[10, 2][i] for i in order]
     assert (list(named.labels), named.label_names) == (order, ["z10", "z2"])
+    root.write("f.tar", labelled_images.tar({"2/a.png": png(1), "10/b.png": png(1)}))
+    assert open_source(data({"kind": "tar", "url": f"{root}/f.tar", "label": "folder"})).label_names == ["10", "2"]
 
 
 def test_paths_of_a_csv_may_be_urls_if_a_setting_allows_it(tmp_path: Path) -> None:
