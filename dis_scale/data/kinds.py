@@ -172,9 +172,8 @@ class _Csv(_OneFileEach):
         """Yield the CSV's images; UserError at the end if two lines name one. Hashes: there may be a hundred million."""
         names, lines = array("q"), array("q")
         for entry in _csv_entries(self._root, self._file.name, self._path, self._label):
-            names.append(
-                hash(entry.name if "://" in entry.name else posixpath.normpath(entry.name))
-            )  # ./0.png is 0.png
+            folder, name = _place(self._root, entry.name)
+            names.append(hash(posixpath.normpath(f"{folder}/{name}".removeprefix("file://"))))  # ../here/0.png is 0.png
             lines.append(entry.location[0])
             yield entry
         order = np.argsort(hashes := np.asarray(names), kind="stable")
@@ -409,10 +408,12 @@ def _read_anywhere(root: Folder, path: str) -> bytes:
 
 def _place(root: Folder, path: str) -> tuple[Folder, str]:
     """Return the folder and the name of a CSV's image, which is relative to the CSV's folder unless it is complete."""
-    parent, _, name = path.rpartition("/")
-    if "://" in path or path.startswith("/"):
+    path = path.removeprefix("file://")
+    if "://" in path:
+        parent, _, name = path.rpartition("/")
         return Folder(parent), name
-    return (root / parent if parent else root), name
+    *folders, name = [part for part in path.split("/") if part not in ("", ".")] or [""]
+    return Folder("/".join(["" if path.startswith("/") else root.url, *folders]) or "/"), name
 
 
 @cache

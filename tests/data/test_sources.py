@@ -102,12 +102,13 @@ def test_number_labels_are_kept_and_names_are_sorted(tmp_path: Path) -> None:
 
 def test_paths_of_a_csv_may_be_urls_if_a_setting_allows_it(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/x.png").write_bytes(png(0))
+    for name in "xyz":
+        (tmp_path / f"elsewhere/{name}.png").write_bytes(png(0))
     lines = [
         "path,label",
         f"{tmp_path}/elsewhere/x.png,0",
-        f"file://{tmp_path}/elsewhere/x.png,1",
-        "../elsewhere/x.png,1",
+        f"file://{tmp_path}/elsewhere/y.png,1",
+        "../elsewhere/z.png,1",
     ]
     open_folder(tmp_path).write("lists/l.csv", "\n".join(lines).encode())
     refusing = data({"kind": "csv", "url": f"{tmp_path}/lists/l.csv"})
@@ -117,9 +118,35 @@ def test_paths_of_a_csv_may_be_urls_if_a_setting_allows_it(tmp_path: Path) -> No
     np.testing.assert_array_equal(source.pixels(0, 16), source.pixels(2, 16))
     listed = open_source(refusing, open_folder(tmp_path))
     with pytest.raises(
-        UserError, match=r"l.csv: image .*elsewhere/x.png is outside the CSV's folder; .*csv_outside=allow"
+        UserError, match=r"l.csv: image .*elsewhere/[xyz].png is outside the CSV's folder; .*csv_outside=allow"
     ):
         listed.pixels(0, 16)
+
+
+@pytest.mark.parametrize("again", ["{0}/l/0.png", "file://{0}/l/0.png", "../l/0.png", "{0}/./l//0.png"])
+def test_an_image_under_two_paths_of_a_csv_is_one(again: str, tmp_path: Path) -> None:
+    open_folder(tmp_path).write("l/0.png", png(0))
+    open_folder(tmp_path).write("l/l.csv", f"path,label\n0.png,0\n{again.format(tmp_path)},1\n".encode())
+    with pytest.raises(UserError, match=r"l.csv: lines 2 and 3 name the same image, of 1 such lines"):
+        open_source(data({"kind": "csv", "url": f"{tmp_path}/l/l.csv"}, csv_outside="allow"))
+
+
+@pytest.mark.parametrize("path", ["/x.png", "file:///x.png"])
+def test_a_path_below_the_root_is_not_below_the_current_folder(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.png").write_bytes(png(0))
+    (tmp_path / "l.csv").write_text(f"path,label\n{path},0\n")
+    with pytest.raises(UserError, match=r"1 of its images are not there: .*x.png \(line 2\)"):
+        open_source(data({"kind": "csv", "url": f"{tmp_path}/l.csv"}, 1, csv_outside="allow"))
+
+
+def test_a_point_in_a_path_of_a_csv_is_its_folder(store_url: str) -> None:
+    root = open_folder(store_url)
+    root.write("a/0.png", png(0))
+    root.write("l.csv", b"path,label\n./a//0.png,0\n")
+    assert open_source(data({"kind": "csv", "url": f"{root}/l.csv"}, 1)).pixels(0, 16).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("kind", ["folder", "csv"])
