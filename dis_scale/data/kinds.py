@@ -102,6 +102,11 @@ class _ClassFolders(_OneFileEach):
 
     def find(self) -> Contents:
         """List the images at any depth, as torchvision's ImageFolder does: the first folder of a path is the class."""
+        if self._root.local and self._root.local.is_file():
+            raise UserError(
+                f"data.source.url: {self._root} is a file: give a folder of images (unpack a zip); a tar, Parquet or CSV needs a "
+                "recipe with its data.source.kind"
+            )
         if not self._labelled:
             return Contents(self._entries(self._root.walk(), {}))
         classes = [name for name in self._root.folders() if not images.hidden(name)]
@@ -127,7 +132,7 @@ class _ClassFolders(_OneFileEach):
 
     def read_one(self, entry: Entry) -> bytes | None:
         try:
-            return self._root.read_up_to(entry.name, images.IMAGE_BYTES)
+            return _read(self._root, entry.name)
         except (FileNotFoundError, StorageError) as error:
             path = Path(self._root.local or "", entry.name)
             if self._root.local and path.is_symlink() and not path.is_file():
@@ -160,7 +165,7 @@ class _Csv(_OneFileEach):
     def read_one(self, entry: Entry) -> bytes | None:
         """Read from the folder of the CSV, or from where its line says. The listing may be of a time when that was allowed."""
         try:
-            return None if "\0" in entry.name else _read_anywhere(self._root, self._allowed(entry).name)
+            return None if "\0" in entry.name else _read(*_place(self._root, self._allowed(entry).name))
         except FileNotFoundError:
             return None
         except StorageError as error:
@@ -401,9 +406,18 @@ def _is_in(ordered: Sequence[int], number: int) -> bool:
     return place < len(ordered) and ordered[place] == number
 
 
-def _read_anywhere(root: Folder, path: str) -> bytes:
-    folder, name = _place(root, path)
+def _read(folder: Folder, name: str) -> bytes | None:
+    """Return an image's bytes; None for a pipe, from which a read may wait for ever."""
+    if folder.local and _is_pipe(folder.local / name):
+        return None
     return folder.read_up_to(name, images.IMAGE_BYTES)
+
+
+def _is_pipe(path: Path) -> bool:
+    try:
+        return path.is_fifo()
+    except OSError:
+        return False  # reading it gives the reason
 
 
 def _place(root: Folder, path: str) -> tuple[Folder, str]:

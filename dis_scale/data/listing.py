@@ -294,10 +294,10 @@ class _Labels:
         expected = (
             f"a class from 0 to {len(self._known) - 1}" if self._known else "either a name or a number from 0 in all"
         )
-        raise UserError(f"{self._where}: image {printable(entry.name)}: label {label!r}, expected {expected}")
+        raise UserError(f"{self._where}: image {printable(entry.name)}: label {entry.label!r:.99}, expected {expected}")
 
     def _number(self, entry: Entry, written: str) -> int:
-        number = int(written)
+        number = int(written) if len(written) < 20 else -1  # Python refuses over 4,300 digits
         if (first := self._written.setdefault(number, written)) != written:
             raise UserError(
                 f"{self._where}: image {printable(entry.name)}: label {written!r}, and {first!r} before: write numbers in one way"

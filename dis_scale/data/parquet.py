@@ -102,6 +102,8 @@ def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, 
     schema = file.schema_arrow
     columns = {"image": settings.image} | ({"label": settings.label} if labelled else {})
     for key, column in columns.items():
+        if schema.names.count(column) > 1:
+            raise UserError(f"data.source.{key}: {where} has two columns {column!r}: write it again with one of them")
         if column not in schema.names:
             near = nearest(column, schema.names)
             raise UserError(

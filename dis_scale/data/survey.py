@@ -78,10 +78,6 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
     Class folders are labels if at least two of them have images. UserError if no image can be decoded.
     """
     folder = open_folder(url)
-    if folder.local and folder.local.is_file():
-        raise UserError(
-            f"{folder} is a file: give a folder of images; a tar, Parquet or CSV needs a recipe with its data.source.kind"
-        )
     settings = {"source": {"kind": "folder", "url": folder.url}, "resolution": 1, "num_classes": "none"}
     source = open_source(Data.model_validate(settings), None, listed)
     numbers = Counter(_class_of(name) for name in source.names)

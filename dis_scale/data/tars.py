@@ -39,20 +39,23 @@ LATENT = "latent"
 
 
 def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]:
-    """Return the folder and its files that match `pattern` and are not hidden, sorted; a URL ending in `suffix` is one file.
+    """Return the folder and its files that match `pattern` and are not hidden, sorted; a URL ending in `suffix` is one file
+    if it is no folder.
 
     UserError if there are none, if one is a link that leads nowhere, or if they are of several parts of a set, such as train
     and test, and no pattern selects some.
     """
-    if url.name.endswith(suffix):
+    if url.name.endswith(suffix) and not (url.local and url.local.is_dir()):
         parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name
         try:  # fsspec's `exists` takes a web server that does not answer for one without the file
             parent.read_up_to(name, 1)
+            return parent, [name]
         except FileNotFoundError as error:
-            raise UserError(f"data.source.url: no file {url}") from error
-        return parent, [name]
+            if not url.list():
+                raise UserError(f"data.source.url: no file {url}") from error
     every = url.list()
     names = [name for name in every if fnmatch(name, pattern) and not hidden(name)]  # such as a Mac's ._a.tar
+    names = sorted({*names} - {*url.folders()}) if names else []  # Spark writes a folder `x.parquet`
     if not names:
         there = f"there are {some(every)}" if every else "it is empty or does not exist"
         raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}, {there}")
@@ -129,7 +132,7 @@ def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> It
             members = _members(file, where, settings.label if labelled and settings.label in BESIDE else "")
             final = _each_once(members, where) if root.size(name) > LARGE_BYTES else _last(members)
             yield from _images(final, name, where, settings, labelled)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, RecursionError) as error:  # the last for a chain of extended headers
         first = root.read(name, 0, max(map(len, COMPRESSED)))
         if unpack := next((program for magic, program in COMPRESSED.items() if first.startswith(magic)), None):
             raise StorageError(f"{where}: it is compressed, and images are read by byte range: {unpack} it") from error
@@ -147,18 +150,22 @@ EXTENDED = {
 
 
 class _Member(tarfile.TarInfo):
-    """A tar's member, of which no long header is read."""
+    """A member of one tar, of which no long headers are read."""
+
+    extended_bytes = 0
+    """Of extended headers since the last member; a subclass for each tar counts its own."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Return the member of a header; ReadError for an extended header that would fill the memory, and for a size below 0, which
+        """Return the member of a header; ReadError for extended headers that would fill the memory, and for a size below 0, which
         would go back to an earlier header for ever."""
         member = super().frombuf(buf, encoding, errors)
         if member.size < 0:
             raise tarfile.ReadError(f"a member of {member.size:,} bytes")
-        if member.type in EXTENDED and member.size > LABEL_BYTES:
+        cls.extended_bytes = cls.extended_bytes + member.size if member.type in EXTENDED else 0
+        if cls.extended_bytes > LABEL_BYTES:
             raise tarfile.ReadError(
-                f"an extended header of {member.size:,} bytes, and at most {LABEL_BYTES:,} are read"
+                f"extended headers of {cls.extended_bytes:,} bytes, and at most {LABEL_BYTES:,} are read"
             )
         return member
 
@@ -210,7 +217,7 @@ def _kind(name: str) -> str:
 
 def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
     """Yield the members but folders; of those of the ending `label` also their bytes, if any."""
-    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=type("_Member", (_Member,), {})) as tar:
         while (member := _next(tar, file)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
             if member.issparse():
@@ -255,7 +262,7 @@ def _images(
     members: Iterator[_InTar], tar: str, where: str, settings: TarSource, labelled: bool
 ) -> Iterator[Entry | LeftOut]:
     """Yield the images, with their labels if `labelled`; the files of one sample are adjacent and share a key, as in WebDataset."""
-    key, images, label = "", list[_InTar](), None
+    key, images, labels = "", list[_InTar](), list[_InTar]()
     for member in members:
         folder, _, base = member.name.rpartition("/")
         if member.why or hidden(member.name):  # such as hard-linked files, and macOS's ._x.jpg
@@ -263,20 +270,24 @@ def _images(
             continue
         stem, kind = base.partition(".")[0], _kind(base)
         if f"{folder}/{stem}" != key:
-            yield from _sample_entries(images, label, tar, where, settings, labelled)
-            key, images, label = f"{folder}/{stem}", [], None
+            yield from _sample_entries(images, labels, tar, where, settings, labelled)
+            key, images, labels = f"{folder}/{stem}", [], []
         if f".{kind}".endswith(SUFFIXES) if settings.image is None else kind == settings.image.lower():
             images.append(member)
         elif kind == settings.label and kind in BESIDE:
-            label = _label(member, f"{where}: {printable(member.name)}", settings) if labelled else None
+            labels.append(member)
         else:
             yield LeftOut(f"{tar}/{member.name}", ending(base))
-    yield from _sample_entries(images, label, tar, where, settings, labelled)
+    yield from _sample_entries(images, labels, tar, where, settings, labelled)
 
 
 def _sample_entries(
-    images: list[_InTar], label: int | str | None, tar: str, where: str, settings: TarSource, labelled: bool
-) -> Iterator[Entry]:
+    images: list[_InTar], labels: list[_InTar], tar: str, where: str, settings: TarSource, labelled: bool
+) -> Iterator[Entry | LeftOut]:
+    if not images:
+        yield from (LeftOut(f"{tar}/{member.name}", "labels without an image") for member in labels)
+        return
+    label = _label(labels[-1], f"{where}: {printable(labels[-1].name)}", settings) if labels and labelled else None
     latents = settings.image == LATENT
     if len(images) > 1 and settings.label in BESIDE:
         if latents:
@@ -315,7 +326,7 @@ def _label(member: _InTar, where: str, settings: TarSource) -> int | str:
         if settings.label == "cls":
             return number_or_name(member.data.decode())
         label = json.loads(member.data)[settings.json_key]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: no label {sought}: {type(error).__name__}: {error}") from error
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise UserError(f"{where}: label {label!r}, expected a number or a name")

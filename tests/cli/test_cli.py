@@ -263,7 +263,7 @@ def test_where_nothing_has_begun_status_says_so(tmp_path: Path, monkeypatch: pyt
         (["init", "recipe"], "there is no recipe (did you mean 'recipes'?)"),
         (["init", "recipes"], "no images"),
         (["init", "elsewhere/pictures"], "there is no elsewhere/pictures: {}/elsewhere is missing"),
-        (["init", "recipes/own.yaml"], "/recipes/own.yaml is a file: give a folder of images; a tar,"),
+        (["init", "recipes/own.yaml"], "/recipes/own.yaml is a file: give a folder of images (unpack a zip); a tar,"),
     ],
 )
 def test_a_misspelt_path_is_named_with_the_nearest(

@@ -254,6 +254,23 @@ def test_a_huge_json_that_is_no_label_is_counted(tmp_path: Path) -> None:
         open_source(data(source | {"label": "json"}))
 
 
+@pytest.mark.parametrize("classes", [1, "none"])
+def test_labels_without_an_image_are_counted(classes: int | str, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"0.cls": b"0", "1.cls": b"0", "1.png": picture(1), "2.cls": b"\xff"}))
+    source = open_source(data({"kind": "tar", "url": str(tmp_path)}, classes))
+    assert (list(source.names), source.left_out) == (["a.tar/1.png"], "2 labels without an image (a.tar/0.cls)")
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_a_pipe_is_no_image_and_nobody_waits_for_it(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a/1.png")
+    (tmp_path / "l.csv").write_text("path,label\na/1.png,0\n")
+    source = open_source(data({"kind": kind, "url": f"{tmp_path}/l.csv" if kind == "csv" else str(tmp_path)}, 1))
+    with pytest.raises(UndecodableImage, match=r"image a/1.png: there is no such file"):
+        source.pixels(0, 8)
+
+
 @pytest.mark.parametrize("image", ["jpg", "JPG", None])
 def test_capitals_in_an_ending_mean_nothing(image: str | None, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar({"1.JPG": picture(1), "1.CLS": b"0", "2.Jpg": picture(2), "2.cls": b"1"}))

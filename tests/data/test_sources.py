@@ -218,6 +218,7 @@ def test_a_huge_row_group_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
 
 SAMPLE = labelled_images.tar({"1.png": png(1), "1.cls": b"0"})
 DAMAGED_HEADER = SAMPLE.replace(b"1.cls", b"0.cls", 1)
+TWICE = labelled_images.parquet([(png(1), 0)], columns=("image", "label", "label"))
 PARQUET = labelled_images.parquet([(png(1), 0)])
 
 
@@ -232,6 +233,28 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
 def test_a_web_server_that_does_not_answer_is_no_missing_file(no_pauses: None) -> None:
     with pytest.raises(StorageAway):
         open_source(data({"kind": "parquet", "url": "http://127.0.0.1:9/x.parquet"}))
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("below", ["", "/set"])
+def test_a_folder_that_is_called_like_a_file_is_a_folder(kind: str, below: str, store_url: str) -> None:
+    """As Spark writes Parquet; beside files it is a sub-folder."""
+    url = f"{store_url}{below}/x.{kind}"
+    open_folder(url).write(f"part-0.{kind}", SAMPLE if kind == "tar" else PARQUET)
+    open_folder(url).write("_SUCCESS", b"x")
+    source = open_source(data({"kind": kind, "url": url}))
+    assert (len(source), source.left_out) == (1, "1 files that data.source.files does not match (_SUCCESS)")
+    if below:
+        open_folder(store_url).write(f"set/a.{kind}", SAMPLE if kind == "tar" else PARQUET)
+        beside = open_source(data({"kind": kind, "url": store_url + below}))
+        assert (len(beside), beside.left_out) == (1, f"1 sub-folders (x.{kind})")
+
+
+@pytest.mark.parametrize("classes", [2, "none"])
+def test_a_zip_is_no_folder(classes: int | str, tmp_path: Path) -> None:
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(UserError, match=r"a.zip is a file: give a folder of images \(unpack a zip\)"):
+        open_source(data({"kind": "folder", "url": f"{tmp_path}/a.zip"}, classes))
 
 
 @pytest.mark.parametrize(
@@ -271,6 +294,15 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
             "a.tar", labelled_images.tar({"img.0.png": png(1), "img.1.png": png(2), "img.cls": b"0"}), {},
             r"two images of one sample: a sample's name ends at its first dot; say which .* = 0.png, or rename them",
         ),
+        (
+            "a.tar", labelled_images.tar({"1.png": png(1), "1.json": b"[" * 10**5}), {"label": "json"},
+            r"a.tar: 1.json: no label 'label': RecursionError: ",
+        ),
+        (
+            "a.tar", labelled_images.tar({"1.png": png(1), "1.cls": b"9" * 5000}), {},
+            r"image a.tar/1.png: label '9{98}, expected either a name or a number from 0 in all",
+        ),
+        ("a.parquet", TWICE, {}, r"data.source.label: .*a.parquet has two columns 'label': write it again with one of"),
         ("a.tar", SAMPLE[:700], {}, r"a.tar: not a complete tar: unexpected end of data"),
         ("a.tar", DAMAGED_HEADER, {}, r"a.tar: not a complete tar: .*damaged or truncated at byte "),
         ("a.csv", b"path,class\n1.png,0\n", {}, r"data.source.label: no column 'label' in .*a.csv; it has path, class"),

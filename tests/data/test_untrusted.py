@@ -110,7 +110,20 @@ def test_a_huge_extended_header_is_not_read(tmp_path: Path) -> None:
     info.pax_headers = {"comment": "x" * (17 * 2**20)}
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as out:
         out.addfile(info, io.BytesIO())
-    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: an extended header of 17,8\d\d,\d\d\d bytes"):
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: extended headers of 17,8\d\d,\d\d\d bytes"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "why"),
+    [(400, 0, "maximum recursion depth"), (20, 2**20, r"extended headers of 17,825,792 bytes, and at most 16,777,216")],
+)
+def test_a_chain_of_extended_headers_is_refused(number: int, size: int, why: str, tmp_path: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, size
+    record = b"%d comment=%s\n" % (size, bytes(size - 17)) if size else b""
+    (tmp_path / "a.tar").write_bytes((info.tobuf(tarfile.USTAR_FORMAT) + record) * number + bytes(10240))
+    with pytest.raises(StorageError, match=rf"a.tar: not a complete tar: {why}"):
         open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
 
 

@@ -35,11 +35,17 @@ def tar(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def parquet(rows: list[tuple[bytes | None, Any]], group: int = 2, metadata: dict[str, Any] | None = FEATURES) -> bytes:
+def parquet(
+    rows: list[tuple[bytes | None, Any]],
+    group: int = 2,
+    metadata: dict[str, Any] | None = FEATURES,
+    columns: tuple[str, ...] = ("image", "label"),
+) -> bytes:
     images = pa.array(
         [{"bytes": data, "path": None} for data, _ in rows], pa.struct({"bytes": pa.binary(), "path": pa.string()})
     )
-    table = pa.table({"image": images, "label": pa.array([label for _, label in rows])})
+    labels = pa.array([label for _, label in rows])
+    table = pa.Table.from_arrays([images, labels, labels][: len(columns)], columns)
     if metadata:
         table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
     buffer = io.BytesIO()
