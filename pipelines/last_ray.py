@@ -52,14 +52,21 @@ def words() -> str:
 def record(sweep: Sweep, cluster: Cluster) -> None:
     """Store that the sweep runs on this cluster."""
     kuberay, slurm = map(os.environ.get, ("RAY_CLUSTER_NAME", "SLURM_JOB_ID"))
-    last = LastRay(address=cluster.address, host=socket.gethostname(), gpus=cluster.gpus, kuberay=kuberay, slurm=slurm)
-    last.write(sweep.folder)
+    LastRay(
+        address=cluster.address,
+        host=socket.gethostname(),
+        gpus=cluster.gpus,
+        kuberay=kuberay,
+        slurm=slurm,
+        at=time.time(),
+    ).write(sweep.folder)
 
 
 def end_left_jobs(sweep: Sweep, say: Callable[[str], None], raise_if_stopped: Callable[[], None]) -> None:
     """End the jobs that a killed command of this machine left: they hold leases until they notice that their Ray is gone.
 
-    Each is requested to stop, and killed after the recipe's grace period. Only for a command that holds the sweep's lease.
+    Each is requested to stop, and killed after the recipe's grace period. Only for a command that holds the sweep's lease. Jobs
+    that are older than that command's Ray are left alone: a cluster's, on its head's machine, which refused that command.
     """
     last = LastRay.find_intact(sweep.folder)
     if last is None or not last.address or last.host != socket.gethostname():
@@ -68,7 +75,11 @@ def end_left_jobs(sweep: Sweep, say: Callable[[str], None], raise_if_stopped: Ca
     leases |= {f"train {model}": sweep.run(model).lease for model in sweep.recipe.models}
     last_holdings = in_order(leases.values(), lease.last_holding, lease.AT_ONCE)
     holdings = {name: holding for name, holding in zip(leases, last_holdings, strict=True) if holding}
-    left = {name: holding for name, holding in holdings.items() if holding.end is None and holding.alive}
+    left = {
+        name: holding
+        for name, holding in holdings.items()
+        if holding.end is None and holding.alive and (holding.holder.at or 0.0) >= last.at
+    }
     for name, holding in left.items():
         say(
             f"left     {name} of a command that was killed, process {holding.holder}: stopped before this one continues"

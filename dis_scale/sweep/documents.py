@@ -54,6 +54,8 @@ class LastRay(Document):
     """Name of the RayCluster, which KubeRay's operator sets in each pod; None elsewhere."""
     slurm: str | None = None
     """ID of the Slurm job; None elsewhere."""
+    at: float = 0.0
+    """Unix time, by this machine's clock, at which the sweep began there."""
 
 
 class StageProgress(Document):

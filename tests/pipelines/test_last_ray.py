@@ -84,6 +84,11 @@ def test_jobs_that_a_killed_command_left_are_ended_before_the_next_continues(tmp
     said = list[str]()
     last_ray.end_left_jobs(sweep, said.append, lambda: None)
     assert (said, evaluate.alive, train.alive) == ([], True, True)
+    ON_THIS_MACHINE.changed(at=time.time()).write(
+        sweep.folder
+    )  # they are of a cluster that has refused a command of this machine
+    last_ray.end_left_jobs(sweep, said.append, lambda: None)
+    assert (said, evaluate.alive, train.alive) == ([], True, True)
     ON_THIS_MACHINE.write(sweep.folder)
     last_ray.end_left_jobs(sweep, said.append, lambda: None)
     assert [line.partition(", process")[0] for line in said] == [
@@ -160,7 +165,9 @@ def test_what_is_recorded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sweep = stored(tmp_path)
     monkeypatch.setenv("RAY_CLUSTER_NAME", "imagenet256-x7k")
     last_ray.record(sweep, joined_cluster())
-    assert LastRay.find_intact(sweep.folder) == LastRay(host=socket.gethostname(), gpus=16, kuberay="imagenet256-x7k")
+    last = LastRay.read(sweep.folder)
+    assert last == LastRay(host=socket.gethostname(), gpus=16, kuberay="imagenet256-x7k", at=last.at)
+    assert time.time() - last.at < 60
     with pytest.raises(UserError, match=f"it last ran on {socket.gethostname()}.*--address"):
         last_ray.address_of(sweep)
 
