@@ -92,8 +92,12 @@ def _occurrence(labels_S: np.ndarray) -> np.ndarray:
 
 def require_enough(images: int, references: Mapping[str, Reference]) -> None:
     """DisScaleError if the images are too few for the covariance of an extractor's features."""
-    for reference in references.values():
-        require_samples(images, len(reference.pooled.mean))
+    features = max((len(reference.pooled.mean) for reference in references.values()), default=0)
+    if images <= features:
+        raise DisScaleError(
+            f"{images:,} images are too few for the covariance of {features:,} features: expected at least {features + 1:,}, "
+            "which are half of the source's images and evaluate.samples at most"
+        )
 
 
 def make_block(sampler: BlockSampler, source: Source, chosen: np.ndarray, number: int) -> FloorBlock:

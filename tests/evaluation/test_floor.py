@@ -175,7 +175,9 @@ def test_features_of_other_weights_are_refused() -> None:
 
 
 def test_too_few_images_are_refused_before_any_is_read() -> None:
-    with pytest.raises(DisScaleError, match="12 samples are too few for the covariance of 12 features"):
+    with pytest.raises(
+        DisScaleError, match=r"12 images are too few .* of 12 features: expected at least 13, which are half of"
+    ):
         floor.require_enough(12, {"digits": Reference("seeded", fit(images(real_labels(0), 0)))})
 
 
