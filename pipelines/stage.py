@@ -122,7 +122,8 @@ class StageJob:
 
     def lost_a_node(self) -> bool:
         """Whether a node that the current attempt ran on is gone: it was taken away, or has crashed."""
-        return bool(self.placed - {str(node["NodeName"]) for node in ray.nodes() if node["Alive"]})
+        alive = {str(node["NodeName"]) for node in ray.nodes() if node["Alive"]} if self.placed else set[str]()
+        return bool(self.placed - alive)
 
     def now_s(self) -> float:
         """Return the time of a clock that never jumps."""
