@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception:
         if not drives:
             raise
-        print(shown(redact(traceback.format_exc())), file=sys.stderr)
+        print(shown(redact(traceback.format_exc())), end="", file=sys.stderr)
         _end_own_job(DisScaleError.exit_code)
         raise SystemExit(DisScaleError.exit_code) from None
 
