@@ -31,7 +31,7 @@ SMALL = (
     "vae={kind: none}", "data.resolution=16", "data.num_classes=20", "precompute.shard_images=8",
     "precompute.encode_images=8", "precompute.workers=2",
 )  # fmt: skip
-NOT_OF_TRAINING = {name for name in metrics.GAUGES if name.startswith(("evaluation_", "sweep_", "waited_"))}
+NOT_OF_TRAINING = {name for name in metrics.GAUGES if name.startswith(("evaluation_", "models_", "sweep_", "waited_"))}
 """The last is exported after a wait of ten minutes."""
 
 
