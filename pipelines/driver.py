@@ -20,7 +20,7 @@ from pipelines.cluster import Cluster, in_ray_job
 from pipelines.jobs import Job, stop_jobs, submit
 from pipelines.metrics import SetGauge
 from pipelines.silence import Silence
-from pipelines.stage import STORAGE_AWAY_S
+from pipelines.stage import insist
 
 T = TypeVar("T")
 
@@ -152,17 +152,14 @@ def _after(driver: Driver, cluster: Cluster, failures: Failures, model: str, job
     return None
 
 
-def _insist(driver: Driver, ask: Callable[[], T], for_s: float = STORAGE_AWAY_S) -> T:
+def _insist(driver: Driver, ask: Callable[[], T]) -> T:
     """Return what storage answers; one that is away is asked for as long as the jobs themselves wait for it."""
-    until_s = time.monotonic() + for_s
-    while True:
-        try:
-            return ask()
-        except StorageAway:
-            if time.monotonic() > until_s:
-                raise
-            go_on(driver)
-            time.sleep(driver.poll_every_s)
+
+    def wait(_: StorageAway) -> None:
+        go_on(driver)
+        time.sleep(driver.poll_every_s)
+
+    return insist(ask, wait)
 
 
 class _Evaluation:

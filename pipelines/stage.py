@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from textwrap import indent
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import ray
 
@@ -28,6 +28,7 @@ from pipelines.logs import JobLogs
 from pipelines.metrics import Exporter
 from pipelines.ray_private import Resources
 
+T = TypeVar("T")
 STORAGE_AWAY_S = 3600.0
 """Time for which a stage waits for storage that is away."""
 ASK_STORAGE_EVERY_S = 60.0
@@ -160,17 +161,26 @@ def run_program(program: Program, url: str, *arguments: str) -> None:
 
 def _opened(url: str, log: Log, stop: threading.Event) -> Sweep:
     """Open the sweep; storage that is away when the job begins is waited for as long as later, or one job would end all."""
+
+    def wait(error: StorageAway) -> None:
+        if stop.is_set():
+            raise Preempted("stopped as requested, before storage answered") from error
+        log.say(f"storage does not answer, asked again for an hour: {error}", level="warning")
+        stop.wait(ASK_STORAGE_EVERY_S)
+
+    return insist(lambda: Sweep.open(url, patient=True), wait)
+
+
+def insist(ask: Callable[[], T], between: Callable[[StorageAway], None]) -> T:
+    """Return what storage answers, asked again after `between` while it is away; StorageAway after `STORAGE_AWAY_S`."""
     until_s = time.monotonic() + STORAGE_AWAY_S
     while True:
         try:
-            return Sweep.open(url, patient=True)
+            return ask()
         except StorageAway as error:
-            if stop.is_set():
-                raise Preempted("stopped as requested, before storage answered") from error
+            between(error)
             if time.monotonic() > until_s:
                 raise
-            log.say(f"storage does not answer, asked again for an hour: {error}", level="warning")
-            stop.wait(ASK_STORAGE_EVERY_S)
 
 
 def _show_warnings(log: Log) -> None:
