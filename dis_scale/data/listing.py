@@ -25,7 +25,7 @@ from dis_scale.process.progress import ReportDone
 from dis_scale.process.threads import batched, in_order
 from dis_scale.storage import npy
 from dis_scale.storage.document import FORMAT
-from dis_scale.storage.folder import Folder
+from dis_scale.storage.folder import UNKNOWN, Folder
 from dis_scale.storage.manifest import Digest
 from dis_scale.sweep.documents import LeftOutByReason, ListingManifest
 
@@ -37,8 +37,6 @@ MOST_REASONS = 20
 """Kinds of files that are distinguished among what is left out."""
 REPORT_EVERY = 1000
 FILES_AT_ONCE = 8
-UNKNOWN = "of unknown time"
-"""End of `Folder.version` of a store that states neither hash nor time."""
 LISTINGS = "listings"
 """Folder of all listings below a storage root."""
 T = TypeVar("T")

@@ -51,6 +51,8 @@ _VERSIONS = (
 
 Those of the content are first: Google's `etag` changes with the metadata, and a composed object has no `md5Hash`.
 """
+UNKNOWN = "of unknown time"
+"""End of the version of an object whose store states neither hash nor time."""
 LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
 """Stores beside S3 whose cache of listings is turned off; `require_usable` refuses any store that remembers listings."""
 
@@ -124,7 +126,7 @@ class Folder:
         """Return words that change when the object is written again: its size with its ETag or time."""
         facts = self._do("look up", path, lambda fs, full: fs.info(full))
         known = (facts.get(key) for key in _VERSIONS)
-        return f"{facts.get('size')} bytes, {next((str(each).strip(chr(34)) for each in known if each), 'of unknown time')}"
+        return f"{facts.get('size')} bytes, {next((str(each).strip(chr(34)) for each in known if each), UNKNOWN)}"
 
     def write(self, path: str, data: bytes) -> None:
         """Write the object atomically; replaces an older one."""
