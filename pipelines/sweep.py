@@ -102,7 +102,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: S
 
 
 def await_storage(sweep: Folder, console: Console) -> None:
-    """Wait for storage that is away for about a minute, since somebody may sit at the terminal; StorageAway after that."""
+    """Wait for storage that is away for about a minute, since a person may sit at the terminal; StorageAway after that."""
     try:
         open_folder(sweep.url).exists(RECIPE)
     except StorageAway as error:
