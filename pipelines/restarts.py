@@ -96,17 +96,17 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     Devices that failed do not, as long as one node may have been in all of these attempts. Losses of nodes are left out: in a
     storm of preemptions many attempts in a row end before a step.
     """
-    failures = [failure for failure in failures if not failure.node_gone]
-    if not failures:
+    crashes = _crashes(failures)
+    if not crashes:
         return False
-    last = failures[-1]
+    last = crashes[-1]
 
     def same(each: WorkerFailure) -> bool:
         # A process that dies breaks others' connections: which of both is seen first is chance.
         broken = each.cause == last.cause or {each.cause, last.cause} == {"lost", "connection"}
         return broken and bool(each.done) == bool(last.done) and abs(each.done - last.done) <= near
 
-    alike = list(takewhile(same, reversed(failures)))
+    alike = list(takewhile(same, reversed(crashes)))
     sets = [failure.nodes for failure in alike if failure.nodes]
     if isinstance(last, DeviceFailure):
         return last.done > 0 and len(sets) >= SAME and not frozenset.intersection(*sets)
@@ -114,9 +114,15 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
 
 
+def _crashes(failures: Sequence[WorkerFailure]) -> list[WorkerFailure]:
+    """Return the failures that no loss of a node explains."""
+    return [failure for failure in failures if not failure.node_gone]
+
+
 def _last_words(name: str, failures: Sequence[WorkerFailure], near: int) -> str:
-    points = {failure.done for failure in failures if not failure.node_gone}
-    if (len(points) == 1 and len(failures) > 1 and max(points)) or _deterministic(failures, near):
+    crashes = _crashes(failures)
+    points = {crash.done for crash in crashes}
+    if (len(points) == 1 and len(crashes) > 1 and max(points)) or _deterministic(failures, near):
         return (
             f"{name}: crashed {len(failures)} times in a row with {failures[-1].done} done: this looks deterministic; see this "
             f"job's log, last failure: {failures[-1]}"

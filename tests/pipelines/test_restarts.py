@@ -150,6 +150,18 @@ def test_a_storm_of_preemptions_is_not_deterministic(tiny: Recipe, done: int) ->
     assert job.now_s() > 3600
 
 
+def test_one_crash_among_losses_of_nodes_is_not_called_deterministic(job: RecordedJob) -> None:
+    """The message names what to look for: not a step that fails each time."""
+
+    def attempt(_: WorkerFailure | None) -> int:
+        job.placed = frozenset({f"node-{len(job.pauses)}"})
+        job.gone = set(job.placed) if job.pauses else set()
+        raise WorkerFailure("a worker was lost", 112)
+
+    with pytest.raises(DisScaleError, match="dis: 4 attempts in a row failed without progress: a worker was lost"):
+        with_restarts(job, "dis", attempt, lambda: 80)
+
+
 @pytest.mark.parametrize(
     ("nodes", "attempts"),
     [(("ab", "ac"), 11), (("", ""), 11), (("ab", "cd"), 5)],
