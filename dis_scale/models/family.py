@@ -14,6 +14,7 @@ from dis_scale.process.settings import LatentShape
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dis_scale.models.public_names import PublicWeight
     from dis_scale.models.tokens import Backbone
 
 
@@ -37,8 +38,8 @@ class PublicLayout(Protocol):
         """Return a model of a public file's sizes, without weights. UserError names what is missing or misshapen."""
         ...
 
-    def rename(self, ours: str, model: "Backbone") -> str:
-        """Return the public name of one of the model's weights. UserError for options that the public code lacks."""
+    def weights(self, ours: str, model: "Backbone") -> "list[PublicWeight]":
+        """Return the public weights that one of the model's holds. UserError for options that the public code lacks."""
         ...
 
     def added(self, model: "Backbone", weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":

@@ -3,22 +3,14 @@
 Read next: dis/public.py, dit/public.py.
 """
 
-from typing import NamedTuple
-
+import torch
 from torch import Tensor
 
 from dis_scale.models import check_finite, families
 from dis_scale.models.family import PublicLayout
-from dis_scale.models.public_names import StateDict
+from dis_scale.models.public_names import PublicWeight, StateDict
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
-
-
-class PublicWeight(NamedTuple):
-    """Name and shape of a weight in the public layout."""
-
-    name: str
-    shape: tuple[int, ...]
 
 
 def layout_of(model: Backbone) -> PublicLayout:
@@ -28,17 +20,16 @@ def layout_of(model: Backbone) -> PublicLayout:
     return public()
 
 
-def layout(model: Backbone) -> dict[str, PublicWeight]:
-    """Map the name of each of the model's weights to its public name and shape."""
-    rename = layout_of(model).rename
-    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    return {ours: PublicWeight(rename(ours, model), _shape(ours, shape, model)) for ours, shape in shapes.items()}
+def layout(model: Backbone) -> dict[str, list[PublicWeight]]:
+    """Map the name of each of the model's weights to the public weights that it holds."""
+    return {ours: _public(ours, model) for ours in model.state_dict()}
 
 
 def to_official(model: Backbone) -> dict[str, Tensor]:
     """Return the weights in the public code's names and shapes. UserError for options that the public code lacks."""
     weights = model.state_dict()
-    out = {weight.name: weights[ours].detach().reshape(weight.shape).clone() for ours, weight in layout(model).items()}
+    views = {each.name: each.view(weights[ours]) for ours, parts in layout(model).items() for each in parts}
+    out = {name: view.clone(memory_format=torch.contiguous_format) for name, view in views.items()}
     return {**out, **layout_of(model).added(model, out)}
 
 
@@ -51,17 +42,19 @@ def read_public(state_dict: StateDict, heads: int | None = None) -> Backbone:
     return model
 
 
-def _shape(ours: str, shape: tuple[int, ...], model: Backbone) -> tuple[int, ...]:
-    """Shape in the public layout: convolutions have one axis more."""
-    if ours == "patches.weight":
-        return (shape[0], model.shape.channels, model.patch, model.patch)
-    return (shape[0], 1, shape[1]) if ours.endswith("conv_weight") else shape
+def _public(ours: str, model: Backbone) -> list[PublicWeight]:
+    """The patches' product is a strided convolution in all layouts."""
+    parts = layout_of(model).weights(ours, model)
+    if ours != "patches.weight":
+        return parts
+    kernel = model.shape.channels, model.patch, model.patch
+    return [each._replace(view=lambda weight: weight.unflatten(1, kernel)) for each in parts]
 
 
 def _load(model: Backbone, state_dict: StateDict) -> None:
     """Load public weights. UserError names missing, unknown, misshapen or non-finite ones."""
-    public = layout(model)
-    expected = {weight.name: weight.shape for weight in public.values()}
+    empty, public = model.state_dict(), layout(model)
+    expected = {each.name: tuple(each.view(empty[ours]).shape) for ours, parts in public.items() for each in parts}
     beside = layout_of(model).added(model, state_dict)
     faults = [f"{name} is missing" for name in expected if name not in state_dict]
     faults += [f"{name} is not known" for name in state_dict if name not in expected and name not in beside]
@@ -71,7 +64,10 @@ def _load(model: Backbone, state_dict: StateDict) -> None:
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"not a {type(model).__name__} in the public layout: {'; '.join(faults[:3])}{more}")
-    shapes = {ours: tuple(weight.shape) for ours, weight in model.state_dict().items()}
-    weights = {ours: state_dict[weight.name].reshape(shapes[ours]).clone() for ours, weight in public.items()}
+    weights = {}
+    for ours, parts in public.items():
+        weights[ours] = torch.empty(empty[ours].shape, dtype=state_dict[parts[0].name].dtype)
+        for name, view in parts:
+            view(weights[ours]).copy_(state_dict[name])
     model.load_state_dict(weights, assign=True)
     check_finite(model)

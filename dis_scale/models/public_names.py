@@ -1,12 +1,25 @@
-"""What the families' public layouts share: names of weights, and sizes that are read from their shapes."""
+"""What the families' public layouts share: names of weights, their places in ours, and sizes that are read from their shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from dis_scale.process.errors import UserError
 
 StateDict = Mapping[str, Tensor]
+
+
+def whole(ours: Tensor) -> Tensor:
+    """A public weight that is all of ours."""
+    return ours
+
+
+class PublicWeight(NamedTuple):
+    """A weight's public name, and the view of our weight that it is. Those of a weight of ours cover all of it."""
+
+    name: str
+    view: Callable[[Tensor], Tensor] = whole
 
 
 def renamed(ours: str, names: Mapping[str, str]) -> str:

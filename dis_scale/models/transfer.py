@@ -55,4 +55,4 @@ def _inputs(model: Backbone, name: str, parameter: Tensor) -> int:
     """Inputs of one output of a product or a convolution; 1 for other parameters."""
     if name.startswith(TABLES) or model.rate_group(name, parameter) in ("dynamics", "vectors"):
         return 1
-    return parameter.shape[1]
+    return parameter.shape[-1]

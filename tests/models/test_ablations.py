@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from dis_scale.models import build
 from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis.s6 import taps_and_bias
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.network import position_table
 from dis_scale.models.public import to_official
@@ -76,10 +77,10 @@ def test_one_direction_is_the_forward_scan_of_the_forward_convolution():
     torch.manual_seed(2)
     h = torch.randn(2, 18, 16, dtype=torch.float64)
     x, z = F.linear(h, mixer.in_proj).chunk(2, dim=-1)
-    u = causal_conv_silu(x, mixer.conv_weight, mixer.conv_bias, backend="reference")
-    y = selective_scan(*mixer.rightward(u), backend="reference") * F.silu(z)
+    u = causal_conv_silu(x, *taps_and_bias(mixer.conv[0]), backend="reference")
+    y = selective_scan(*mixer.directions(u)[0], backend="reference") * F.silu(z)
     assert torch.allclose(mixer(h), F.linear(y, mixer.out_proj), atol=1e-10)
-    assert not [name for name, _ in mixer.named_parameters() if "leftward" in name or "back_" in name]
+    assert {len(p) for p in (mixer.conv, mixer.x_proj, mixer.dt_proj, mixer.dynamics)} == {1}
 
 
 def test_with_one_direction_a_token_changes_later_ones_only():

@@ -81,7 +81,7 @@ def test_blocks_take_the_orders_in_turn_and_then_reversed() -> None:
     for block, order in zip(model.blocks, expected, strict=True):
         got = torch.arange(18) if block.order is None else block.order
         assert got.tolist() == [0, 1, *(2 + order.flatten()).tolist()]
-    assert model.blocks[0].mixer.leftward is None
+    assert len(model.blocks[0].mixer.conv) == 1
 
 
 def test_the_published_order_adds_nothing_and_others_are_not_exported_as_published() -> None:

@@ -29,7 +29,8 @@ def mixer(**options: object) -> SsdMixer:
     return made
 
 
-def convolved(x_BLX: Tensor, weight: Tensor, bias: Tensor, before: int, after: int) -> Tensor:
+def convolved(x_BLX: Tensor, rows_XE: Tensor, before: int, after: int) -> Tensor:
+    weight, bias = rows_XE[:-1].T, rows_XE[-1]
     padded = F.pad(x_BLX.transpose(1, 2), (before, after))
     return F.silu(F.conv1d(padded, weight[:, None], bias, groups=len(bias))).transpose(1, 2)
 
@@ -57,10 +58,10 @@ def sizes(made: SsdMixer, h_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def by_sum(made: SsdMixer, h_BLD: Tensor) -> Tensor:
     mixed, z, step, A = sizes(made, h_BLD)
-    B, C, x = convolved(mixed[..., : 2 * N + E], made.conv_weight, made.conv_bias, 3, 0).split([N, N, E], -1)
+    B, C, x = convolved(mixed[..., : 2 * N + E], made.conv[0], 3, 0).split([N, N, E], -1)
     y = one_way(x, step[..., :1], A[0], B, C) + made.D[0] * x
     turned = mixed[..., 2 * N :].flip(1)
-    x, B, C = convolved(turned, made.back_conv_weight, made.back_conv_bias, 3, 0).split([E, N, N], -1)
+    x, B, C = convolved(turned, made.conv[1], 3, 0).split([E, N, N], -1)
     y = y + (one_way(x, step[..., 1:].flip(1), A[1], B, C) + made.D[1] * x).flip(1)
     return finished(made, y, z)
 
@@ -68,7 +69,7 @@ def by_sum(made: SsdMixer, h_BLD: Tensor) -> Tensor:
 def by_hydra(made: SsdMixer, h_BLD: Tensor) -> Tensor:
     """shift(SS(x)) + flip(shift(SS(flip x))) + (W x + D) x (arXiv 2407.09941, equation 8)."""
     mixed, z, step, A = sizes(made, h_BLD)
-    Bf, Cf, x, Bb, Cb = convolved(mixed, made.conv_weight, made.conv_bias, 3, 3).split([N, N, E, N, N], -1)
+    Bf, Cf, x, Bb, Cb = convolved(mixed, made.conv[0], 3, 3).split([N, N, E, N, N], -1)
     assert made.own_proj is not None
     y = (x @ made.own_proj.T + made.D) * x
     for i, (B, C) in enumerate(((Bf, Cf), (Bb, Cb))):

@@ -121,15 +121,14 @@ def test_sums_over_the_width_learn_slower_and_decay_as_fast(settings: Dit | Dis 
     always = {"time.down.weight", "modulation.weight", "final.weight"}
     own = {
         "dit": {"qkv.weight", "out.weight", "up.weight", "down.weight"},
-        "dis": {f"mixer.{name}" for name in ("in_proj", "out_proj", "rightward.dt_proj", "leftward.x_proj")}
-        | {"time.up.weight"},
+        "dis": {f"mixer.{name}" for name in ("in_proj", "out_proj", "dt_proj", "x_proj")} | {"time.up.weight"},
         "diffussm": {f"{name}.weight" for name in ("W0", "W_up", "W_down", "W1", "W2", "W3", "W4")},
     }[settings.kind]
     assert always | own <= doubled
     kept = {name for name, factor in growth.items() if factor == 1}
     assert {"label.weight", "time.up.bias", "final.bias"} <= kept
     assert not any(
-        name.endswith(("A_log", "dt_bias", "conv_weight", "log_dt", ".C", ".B", "position")) for name in doubled
+        name.endswith(("dynamics", "A_log", "dt_bias", "conv", "log_dt", ".C", ".B", "position")) for name in doubled
     )
     plain, scaled = ({p: g for g in parameter_groups(model, train(b)) for p in g["params"]} for b in (None, 32))
     for name, p in model.named_parameters():

@@ -177,8 +177,6 @@ def only_products_decay(stage: int) -> None:
             "out_proj",
             "x_proj",
             "dt_proj",
-            "conv_weight",
-            "back_conv_weight",
             "C",
         }
         assert "weight" in last_parts

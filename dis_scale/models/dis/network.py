@@ -119,7 +119,9 @@ class DiS(Backbone):
     """depth / 2 in-blocks, a middle block, depth / 2 out-blocks. An out-block takes in an in-block's branch: last in, first out."""
 
     settings: Dis
-    dynamics = frozenset({"A_log", "dt_bias"})
+    dynamics = frozenset({"dynamics", "A_log", "dt_bias"})
+    vectors = Backbone.vectors | {"conv"}
+    undecayed = Backbone.undecayed | {"conv"}
 
     def __init__(
         self,
@@ -211,7 +213,7 @@ class DiS(Backbone):
         """B and C have as many values at each width."""
         for name, weight in weights.items():
             if name.endswith("x_proj"):
-                weight[-2 * self.settings.state_size :].mul_(growth[name] ** -0.5)
+                weight[:, -2 * self.settings.state_size :].mul_(growth[name] ** -0.5)
 
     def resized(self, name: str, weight: Tensor) -> tuple[Tensor, str] | None:
         """Learned positions, interpolated."""

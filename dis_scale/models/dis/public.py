@@ -1,19 +1,19 @@
 """The layout of DiS's public weights (feizc/DiS). Read next: ../public.py."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dis_scale.models.dis.network import DiS
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.public_names import StateDict, count, renamed, sized
+from dis_scale.models.public_names import PublicWeight, StateDict, count, renamed, sized, whole
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.process.settings import LatentShape
 
-DIRECTIONS = {"rightward": ("conv", "", "A_log", "D"), "leftward": ("back_conv", "_b", "A_b_log", "D_b")}
-"""Forward and backward direction (see network.Mixer): our names, then the public code's suffix and names."""
 NAMES = {
     "position": "pos_embed",
     "norm": "norm_f.weight",
@@ -24,6 +24,23 @@ NAMES = {
     "modulation": "final_layer.adaLN_modulation.1",
     "final": "final_layer.linear",
 }
+BLOCK = {
+    "norm": "norm.weight",
+    "mixer.in_proj": "mixer.in_proj.weight",
+    "mixer.out_proj": "mixer.out_proj.weight",
+    "skip": "skip_linear",
+}
+DIRECTIONS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+    "mixer.conv": {"conv1d{}.weight": lambda rows: rows[:-1].T.unsqueeze(1), "conv1d{}.bias": lambda rows: rows[-1]},
+    "mixer.x_proj": {"x_proj{}.weight": whole},
+    "mixer.dt_proj": {"dt_proj{}.weight": whole},
+    "mixer.dynamics": {
+        "A{}_log": lambda rows: rows[:-2].T,
+        "D{}": lambda rows: rows[-2],
+        "dt_proj{}.bias": lambda rows: rows[-1],
+    },
+}
+"""What the public code has of each direction, as views of a direction's part of our weight."""
 
 
 def recognises(state_dict: StateDict) -> bool:
@@ -50,32 +67,36 @@ def model(state_dict: StateDict, heads: int | None = None) -> DiS:
         return DiS(settings, shape, None if label is None else len(label) - 1)
 
 
-def rename(ours: str, model: Backbone) -> str:
-    """Return the public name of a weight. UserError for options that the public code lacks."""
+def weights(ours: str, model: Backbone) -> list[PublicWeight]:
+    """Return the public weights that one of ours holds. UserError for options that the public code lacks."""
     assert isinstance(model, DiS)
     if unlike := model.settings.unpublished:
         raise UserError(
             f"the public layout of DiS has no {unlike}: {getattr(model.settings, unlike)}: export another way"
         )
     if not ours.startswith("blocks."):
-        return renamed(ours, NAMES)
+        return [PublicWeight(renamed(ours, NAMES))]
     _, index, rest = ours.split(".", 2)
     offset = int(index) - model.settings.depth // 2  # before, at or after the middle block
     block = f"in_blocks.{index}" if offset < 0 else "mid_block" if offset == 0 else f"out_blocks.{offset - 1}"
-    return f"{block}.{_block_name(rest)}"
+    return [PublicWeight(f"{block}.{name}", view) for name, view in _of_block(rest)]
 
 
-def added(model: Backbone, weights: StateDict) -> dict[str, Tensor]:  # noqa: ARG001
+def added(model: Backbone, public: StateDict) -> dict[str, Tensor]:  # noqa: ARG001
     """Nothing: each public weight is one of ours."""
     return {}
 
 
-def _block_name(rest: str) -> str:
-    names = {"norm": "norm.weight", "mixer.in_proj": "mixer.in_proj.weight", "mixer.out_proj": "mixer.out_proj.weight"}
-    for direction, (conv, suffix, A_log, D) in DIRECTIONS.items():
-        ours = f"mixer.{direction}."
-        names |= {ours + "A_log": f"mixer.{A_log}", ours + "D": f"mixer.{D}"}
-        names |= {ours + "x_proj": f"mixer.x_proj{suffix}.weight", ours + "dt_proj": f"mixer.dt_proj{suffix}.weight"}
-        names |= {ours + "dt_bias": f"mixer.dt_proj{suffix}.bias"}
-        names |= {f"mixer.{conv}_{kind}": f"mixer.conv1d{suffix}.{kind}" for kind in ("weight", "bias")}
-    return names[rest] if rest in names else renamed(rest, {"skip": "skip_linear"})
+def _of_block(rest: str) -> list[PublicWeight]:
+    """A block's weight. Both directions share ours (see s6.Mixer); the public code has its own of each."""
+    if rest not in DIRECTIONS:
+        return [PublicWeight(renamed(rest, BLOCK))]
+    return [
+        PublicWeight(f"mixer.{name.format(suffix)}", functools.partial(_of_direction, way, view))
+        for way, suffix in enumerate(("", "_b"))
+        for name, view in DIRECTIONS[rest].items()
+    ]
+
+
+def _of_direction(way: int, view: Callable[[Tensor], Tensor], ours: Tensor) -> Tensor:
+    return view(ours[way])

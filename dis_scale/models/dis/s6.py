@@ -27,27 +27,6 @@ def step_rank(width: int) -> int:
     return math.ceil(width / 16)
 
 
-class DirectionProjections(nn.Module):
-    """Projections of one direction: the convolved u_BLE to the scan's inputs (Gu and Dao 2023, Algorithm 2)."""
-
-    def __init__(self, settings: Dis, reverse: bool):
-        super().__init__()
-        E, N, R = inner_width(settings.width), settings.state_size, step_rank(settings.width)
-        self.sizes = [R, N, N]
-        self.x_proj = uniform(R + 2 * N, E, bound=E**-0.5)
-        self.dt_proj = uniform(E, R, bound=R**-0.5)
-        # The published code leaves the backward direction's bias at 0: softplus(0) = 0.69 remembers one or two tokens.
-        bias_is_zero = reverse and settings.init == "official"
-        self.dt_bias = nn.Parameter(torch.zeros(E) if bias_is_zero else log_uniform_steps(E))
-        self.A_log = nn.Parameter(torch.arange(1, N + 1, dtype=torch.float32).log().repeat(E, 1))
-        self.D = nn.Parameter(torch.ones(E))
-
-    def forward(self, u_BLE: Tensor) -> Direction:
-        step_BLR, B_BLN, C_BLN = product(u_BLE, self.x_proj).split(self.sizes, dim=-1)
-        delta_BLE = product(step_BLR, self.dt_proj)
-        return Direction(u_BLE, delta_BLE, -wide(self.A_log).exp(), B_BLN, C_BLN, self.D, self.dt_bias)
-
-
 def log_uniform_steps(E: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Tensor:
     """Return E biases whose softplus is log-uniform in [low, high] (Mamba's initialisation)."""
     steps_E = torch.empty(E).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
@@ -57,35 +36,66 @@ def log_uniform_steps(E: int, low: float = 1e-3, high: float = 0.1, floor: float
 class Mixer(nn.Module):
     """The bidirectional mixer ("bimamba v2"): (s_f + s_b) SiLU(z) between two products; the sum is not averaged. Or s_f SiLU(z).
 
-    `rightward` and `leftward` are the forward and the backward direction in token order. They are state-dict keys, so their
-    names stay; everywhere else the directions are called forward and backward.
+    Both directions share parameters, the forward direction's first: DeepSpeed and autograd take Python's time for each.
+
+        conv        (ways, W + 1, E)    a row for each tap, the current token's last, and the bias
+        x_proj      (ways, R + 2 N, E)  from the convolved u to the step, B and C (Gu and Dao 2023, Algorithm 2)
+        dt_proj     (ways, E, R)
+        dynamics    (ways, N + 2, E)    log(-A), a row for each state; D; and the step's bias
     """
 
     def __init__(self, settings: Dis, scan: str):
         super().__init__()
-        D, E = settings.width, inner_width(settings.width)
-        self.scan = scan
+        D, E, N, R = settings.width, inner_width(settings.width), settings.state_size, step_rank(settings.width)
+        self.scan, self.sizes = scan, [R, N, N]
         self.in_proj = uniform(2 * E, D, bound=D**-0.5)
-        self.conv_weight, self.conv_bias = conv_parameters(E)
-        if settings.ways == 2:
-            self.back_conv_weight, self.back_conv_bias = conv_parameters(E)
-        self.rightward = DirectionProjections(settings, reverse=False)
-        self.leftward = DirectionProjections(settings, reverse=True) if settings.ways == 2 else None
+        self.conv = conv_parameters(E, settings.ways)
+        x_projs, dt_projs, dynamics = [], [], []
+        for way in range(settings.ways):
+            x_projs.append(uniform(R + 2 * N, E, bound=E**-0.5))
+            dt_projs.append(uniform(E, R, bound=R**-0.5))
+            # The published code leaves the backward direction's bias at 0: softplus(0) = 0.69 remembers one or two tokens.
+            bias_E = torch.zeros(E) if way and settings.init == "official" else log_uniform_steps(E)
+            log_A_NE = torch.arange(1, N + 1, dtype=torch.float32).log()[:, None].expand(N, E)
+            dynamics.append(torch.cat([log_A_NE, torch.ones(1, E), bias_E[None]]))
+        self.x_proj, self.dt_proj, self.dynamics = (
+            nn.Parameter(torch.stack(each)) for each in (x_projs, dt_projs, dynamics)
+        )
         self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)  # GPT-2's 1 / sqrt(depth)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
         x_BLE, z_BLE = product(h_BLD, self.in_proj).chunk(2, dim=-1)
-        if self.leftward is None:
-            u_BLE = causal_conv_silu(x_BLE, self.conv_weight, self.conv_bias, backend=self.scan)
-            direction: Direction = self.rightward(u_BLE)
+        if len(self.conv) == 1:
+            u_BLE = causal_conv_silu(x_BLE, *taps_and_bias(self.conv[0]), backend=self.scan)
+            (direction,) = self.directions(u_BLE)
             y_BLE = selective_scan(*direction, backend=self.scan) * F.silu(z_BLE)
         else:
-            convs = (self.conv_weight, self.conv_bias, self.back_conv_weight, self.back_conv_bias)
-            forward_BLE, backward_BLE = two_way_conv_silu(x_BLE, *convs, backend=self.scan)
-            y_BLE = two_way_scan(self.rightward(forward_BLE), self.leftward(backward_BLE), z_BLE, backend=self.scan)
+            forward, backward = map(taps_and_bias, self.conv.unbind())
+            u_of = two_way_conv_silu(x_BLE, *forward, *backward, backend=self.scan)
+            front, back = self.directions(*u_of)
+            y_BLE = two_way_scan(front, back, z_BLE, backend=self.scan)
         return product(y_BLE, self.out_proj)
 
+    def directions(self, *u_of: Tensor) -> list[Direction]:
+        """Project each direction's convolved u (B, L, E) to the inputs of its scan."""
+        rows_of, A_of, directions = self.dynamics.unbind(), (-wide(self.dynamics[:, :-2]).exp()).mT.unbind(), []
+        for u_BLE, x_proj, dt_proj, rows, A_EN in zip(
+            u_of, self.x_proj.unbind(), self.dt_proj.unbind(), rows_of, A_of, strict=True
+        ):
+            step_BLR, B_BLN, C_BLN = product(u_BLE, x_proj).split(self.sizes, dim=-1)
+            directions.append(Direction(u_BLE, product(step_BLR, dt_proj), A_EN, B_BLN, C_BLN, rows[-2], rows[-1]))
+        return directions
 
-def conv_parameters(E: int, taps: int = TAPS) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return weight (E, taps) and bias (E) of a convolution of each channel, at PyTorch's default."""
-    return uniform(E, taps, bound=taps**-0.5), uniform(E, bound=taps**-0.5)
+
+def conv_parameters(channels: int, ways: int, taps: int = TAPS) -> nn.Parameter:
+    """Return the convolutions of each channel (ways, taps + 1, channels), the bias last, at PyTorch's default."""
+    rows = []
+    for _ in range(ways):
+        weight, bias = uniform(channels, taps, bound=taps**-0.5), uniform(channels, bound=taps**-0.5)
+        rows.append(torch.cat([weight.T, bias[None]]))
+    return nn.Parameter(torch.stack(rows))
+
+
+def taps_and_bias(rows_XE: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (E, W) and bias (E) of a convolution from their rows."""
+    return rows_XE[:-1].T, rows_XE[-1]

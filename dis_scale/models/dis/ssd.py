@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_scale.models.dis.s6 import conv_parameters, inner_width, log_uniform_steps
+from dis_scale.models.dis.s6 import TAPS, conv_parameters, inner_width, log_uniform_steps, taps_and_bias
 from dis_scale.models.dis.settings import Dis, head_size
 from dis_scale.models.tokens import product, uniform, wide
 from dis_scale.scan import causal_conv_silu
@@ -44,9 +44,7 @@ class SsdMixer(nn.Module):
         self.sizes = [sum(self.mixed), E, ways * H]
         self.in_proj = uniform(sum(self.sizes), D, bound=D**-0.5)
         convolved = sum(self.mixed) if self.hydra else E + 2 * N
-        self.conv_weight, self.conv_bias = conv_parameters(convolved, *([AROUND] if self.hydra else []))
-        if ways == 2 and not self.hydra:
-            self.back_conv_weight, self.back_conv_bias = conv_parameters(convolved)
+        self.conv = conv_parameters(convolved, *((1, AROUND) if self.hydra else (ways, TAPS)))
         self.own_proj = uniform(H, E, bound=E**-0.5) if self.hydra else None
         # Of both directions, in one axis: vectors to an optimizer.
         self.dt_bias = nn.Parameter(log_uniform_steps(ways * H))
@@ -64,14 +62,12 @@ class SsdMixer(nn.Module):
 
     def _sum(self, mixed_BLX: Tensor, steps: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> Tensor:
         """Sum of both directions, each of its own convolution of x, B and C."""
-        convs = [(self.conv_weight, self.conv_bias)]
-        if self.ways == 2:
-            convs.append((self.back_conv_weight, self.back_conv_bias))
         ys, D_of = [], self.D.chunk(self.ways)
-        for i, conv in enumerate(convs):
+        for i, rows_XE in enumerate(self.conv.unbind()):
             sizes = self.mixed[2 * i : 2 * i + 3]
             part_BLX = mixed_BLX[..., -sum(sizes) :] if i else mixed_BLX[..., : sum(sizes)]
-            parts = causal_conv_silu(part_BLX, *conv, reverse=bool(i), backend=self.scan).split(sizes, dim=-1)
+            convolved_BLX = causal_conv_silu(part_BLX, *taps_and_bias(rows_XE), reverse=bool(i), backend=self.scan)
+            parts = convolved_BLX.split(sizes, dim=-1)
             x_BLE, B_BLN, C_BLN = parts if i else (parts[2], parts[0], parts[1])
             way = Way(steps[i], decays[i], B_BLN, C_BLN)
             own_BLH = steps[i] * (wide(B_BLN) * C_BLN).sum(-1, keepdim=True) + D_of[i]
@@ -82,7 +78,7 @@ class SsdMixer(nn.Module):
         """Hydra's matrix: a token takes from each direction what its neighbour there would."""
         half = AROUND // 2
         padded_BLX = F.pad(mixed_BLX, (0, 0, 0, half))
-        convolved_BLX = causal_conv_silu(padded_BLX, self.conv_weight, self.conv_bias, backend=self.scan)[:, half:]
+        convolved_BLX = causal_conv_silu(padded_BLX, *taps_and_bias(self.conv[0]), backend=self.scan)[:, half:]
         B_BLN, C_BLN, x_BLE, *back = convolved_BLX.split(self.mixed, dim=-1)
         earlier = Way(steps[0], decays[0], B_BLN, F.pad(C_BLN[:, :-1], (0, 0, 1, 0)))
         later = Way(steps[1], decays[1], back[0], F.pad(back[1][:, 1:], (0, 0, 0, 1))) if back else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dis_scale.models.dit.network import DiT
 from dis_scale.models.dit.settings import Dit, published_heads
-from dis_scale.models.public_names import StateDict, count, renamed, sized
+from dis_scale.models.public_names import PublicWeight, StateDict, count, renamed, sized
 from dis_scale.models.tokens import Backbone, position_table, time_features
 from dis_scale.process.errors import UserError
 from dis_scale.process.settings import LatentShape
@@ -74,25 +74,25 @@ def model(state_dict: StateDict, heads: int | None = None) -> DiT:
     return empty
 
 
-def rename(ours: str, model: Backbone) -> str:
-    """Return the public name of a weight. UserError for a model with parts that the public code lacks."""
+def weights(ours: str, model: Backbone) -> list[PublicWeight]:
+    """Return the public weight that is one of ours. UserError for a model with parts that the public code lacks."""
     assert isinstance(model, DiT)
     if model.settings.modern:
         raise UserError(
             f"the public layout of DiT has no modern: [{', '.join(model.settings.modern)}]: export another way"
         )
     if not ours.startswith("blocks."):
-        return renamed(ours, NAMES)
+        return [PublicWeight(renamed(ours, NAMES))]
     _, index, rest = ours.split(".", 2)
-    return f"blocks.{index}.{renamed(rest, BLOCK)}"
+    return [PublicWeight(f"blocks.{index}.{renamed(rest, BLOCK)}")]
 
 
-def added(model: Backbone, weights: StateDict) -> dict[str, Tensor]:
+def added(model: Backbone, public: StateDict) -> dict[str, Tensor]:
     """Return the table of positions. UserError for a DiT trained as a flow.
 
     Readers know a SiT, whose time runs the other way, by a variance that is still zero.
     """
-    if not isinstance(model, SiT) and _is_sit(weights, model.shape.channels):
+    if not isinstance(model, SiT) and _is_sit(public, model.shape.channels):
         raise UserError(
             "a DiT that was trained as a flow has no public layout: it would be taken for a SiT; export it as .safetensors"
         )
