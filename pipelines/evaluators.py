@@ -28,7 +28,7 @@ from pipelines.watching import SILENT, watch
 from pipelines.worker import Worker, spawn
 
 if TYPE_CHECKING:
-    from dis_scale.models.tokens import Backbone
+    from dis_scale.diffusion.generate import Generator
 
 NICE = 19
 
@@ -97,18 +97,20 @@ class Evaluator(Worker):
 
     def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> Spent:
         """Sample and keep the blocks that `deal` names."""
+        from dis_scale.models.replay import replayed
         from dis_scale.training.throughput import machine_name
 
         with self._working():
             folder, images, before = self.sweep.evaluation(sampled), 0, dict(self.sampler.seconds)
 
             @cache
-            def models() -> "tuple[Backbone, Backbone | None]":
+            def models() -> "tuple[Generator, Generator | None]":
                 """The model and the one that guides it, loaded for the first block only; never if no block is left."""
                 guide = self.sampler.guide(settings)
                 model = self.sampler.model(sampled.model, sampled.images_seen, settings)
                 self.emit("work")
-                return model, guide
+                device = self.sampler.device
+                return replayed(model, device), None if guide is None else replayed(guide, device)
 
             for number in iter(deal, None):
                 if self.stop_requested():

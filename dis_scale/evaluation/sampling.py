@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from dis_scale import diffusion, models
 from dis_scale.data.encode import allow_tf32
 from dis_scale.data.sources import Source
-from dis_scale.diffusion.generate import batch_sizes, generate
+from dis_scale.diffusion.generate import Generator, batch_sizes, generate
 from dis_scale.diffusion.guidance import forward_images
 from dis_scale.evaluation import npz
 from dis_scale.evaluation.classifiers import Classifier
@@ -124,10 +124,10 @@ class BlockSampler:
 
     def sample(
         self,
-        model: Backbone,
+        model: Generator,
         settings: Evaluate,
         block: int,
-        guide: Backbone | None = None,
+        guide: Generator | None = None,
         sampled: Callable[[int], None] = lambda _: None,
     ) -> SampleBlock:
         """Sample one block: guide, decode, extract features, judge. `sampled` gets the number of images of each micro-batch."""
@@ -142,7 +142,7 @@ class BlockSampler:
         shown = set(grid_numbers(self.labels))
         return SampleBlock(features, right, pixels[[number in shown for number in numbers]])
 
-    def _pixels(self, model: Backbone, settings: Evaluate, numbers: range, guide: Backbone | None) -> np.ndarray:
+    def _pixels(self, model: Generator, settings: Evaluate, numbers: range, guide: Generator | None) -> np.ndarray:
         """Return the images of a micro-batch, uint8 (B, H, W, 3)."""
         labels = None if model.num_classes is None else self.labels[numbers.start : numbers.stop].tolist()
         with self._timed("sampling"), torch.no_grad():

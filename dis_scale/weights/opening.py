@@ -16,6 +16,7 @@ from dis_scale import diffusion, vae
 from dis_scale.diffusion.generate import batch_sizes, generate
 from dis_scale.diffusion.guidance import forward_images
 from dis_scale.models import verify_kernels
+from dis_scale.models.replay import replayed
 from dis_scale.models.tokens import Backbone, check_labels
 from dis_scale.process import seeds
 from dis_scale.process.errors import UserError, nearest
@@ -276,9 +277,13 @@ def sample_pictures(
     for each in (model, guide) if guide else (model,):
         verify_kernels(each, torch.device(device), images, training=False)
     opened.decoder.net.to(device)
+    drawn, guides = (
+        replayed(model, torch.device(device)),
+        None if guide is None else replayed(guide, torch.device(device)),
+    )
     for first in range(0, count, batch):
         numbers = range(first, min(first + batch, count))
         part = None if isinstance(labels, int) else labels[numbers.start : numbers.stop]
         with torch.no_grad():
-            latents = generate(model, process, part, numbers, sampling, seed=seed, device=device, guide=guide)
+            latents = generate(drawn, process, part, numbers, sampling, seed=seed, device=device, guide=guides)
         yield opened.decoder.decode(latents)

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dis_scale import models
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.replay import Replayed
+from dis_scale.process.settings import LatentShape
 from dis_scale.scan.selftest import Case, verify
 from dis_scale.scan.triton_fill import FULL, Filling
 from tests.support.scans import (
@@ -115,6 +119,19 @@ def test_each_way_to_fill_a_gpu(dtype: torch.dtype, fill: Filling, monkeypatch: 
     got = outputs_and_gradients("two-way scan", tensors, "triton")
     exact = [x.detach().double().requires_grad_() for x in tensors]
     compare(got, outputs_and_gradients("two-way scan", exact, "chunked", dtype), GPU_TOLERANCE[dtype])
+
+
+def test_a_graph_of_a_pass_computes_the_same_numbers() -> None:
+    """Of a new input after another one, with the guided batch between them."""
+    model = (
+        models.build(Dis(kind="dis", width=64, depth=2, patch=2), LatentShape(4, 8), 10).cuda().requires_grad_(False)
+    )
+    drawn = Replayed(model)
+    for batch in (3, 6, 3):
+        x_BCHW, t_B = torch.randn(batch, 4, 8, 8, device="cuda"), torch.rand(batch, device="cuda") * 999
+        y_B = torch.arange(batch, device="cuda")
+        assert torch.equal(drawn(x_BCHW, t_B, y_B), model(x_BCHW, t_B, y_B))
+    assert model not in drawn._passes.values(), "a capture failed"
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])

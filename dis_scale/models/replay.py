@@ -1,0 +1,71 @@
+"""A model's forward pass on a GPU as CUDA graphs: one launch instead of thousands, which Python would have to make one by one.
+
+Sampling needs no gradients and has few shapes, so each is captured at its first call and replayed afterwards. A pass that cannot be
+captured, or whose graph computes other numbers, is not replayed; a line says so.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dis_scale.models.tokens import Backbone
+
+log = logging.getLogger(__name__)
+Forward = Callable[..., Tensor]
+WARM_UP = 2
+"""Passes before a capture, which must find all kernels compiled and all libraries' memory allocated."""
+
+
+class Replayed:
+    """A model for sampling by CUDA graphs. Its weights must stay where they are."""
+
+    def __init__(self, model: Backbone):
+        self.model, self.num_classes, self.shape = model, model.num_classes, model.shape
+        self._passes: dict[tuple[object, ...], Forward] = {}
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+        inputs = [x for x in (x_BCHW, t_B, y_B) if x is not None]
+        kind = tuple((x.shape, x.dtype) for x in inputs)
+        if kind not in self._passes:
+            self._passes[kind] = self._replay(inputs)
+        return self._passes[kind](*inputs)
+
+    def _replay(self, inputs: list[Tensor]) -> Forward:
+        try:
+            replay = captured(self.model, inputs)
+            if torch.equal(replay(*inputs), self.model(*inputs)):
+                return replay
+            reason = "its CUDA graph computes other numbers"
+        except RuntimeError as error:  # also if memory lacks
+            reason = str(error).partition("\n")[0]
+        log.warning("sampling launches each kernel of a pass of %d images by itself: %s", len(inputs[0]), reason)
+        return self.model
+
+
+def captured(model: Forward, inputs: list[Tensor]) -> Forward:
+    """Return the pass of a model on inputs of these shapes and types as one CUDA graph; each output is a copy."""
+    static = [x.clone() for x in inputs]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            model(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(*static)
+
+    def replay(*given: Tensor) -> Tensor:
+        for to, x in zip(static, given, strict=True):
+            to.copy_(x)
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+def replayed(model: Backbone, device: torch.device) -> Backbone | Replayed:
+    """Return the model as sampling calls it on a device."""
+    return Replayed(model) if device.type == "cuda" else model
