@@ -18,7 +18,14 @@ DAY_S = 86_400.0
 MOST_GPUS = 1024
 NODE_GPUS = 8
 ASSUMED_MFU = 0.15
-"""Share of a GPU's peak that training reaches. No GPU was measured; the kernels' instructions allow DiS-L/2 0.31."""
+"""Share of a GPU's peak that training reaches. No GPU was measured; the kernels' instructions allow DiS-L/2 0.33."""
+HOST_S, STEP_S = 1.0e-3, 0.01
+"""Python's time for a block's forward and backward pass, and for DeepSpeed's optimizer, which waits for the GPU and lets it wait.
+
+Measured without a GPU for DiS (benchmarks/results/kernels.md#host-time); other families are taken to need as much.
+"""
+OPTIMIZER_BYTES, MEMORY_GB_S = 100, 2000.0
+"""A parameter's bytes that the copies, the norm, Adam and an average move, and 10^9 bytes/s of the slowest GPU's memory in GPUS."""
 
 
 class Gpu(NamedTuple):
@@ -130,7 +137,8 @@ class Forecast:
 def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Forecast:
     """Return the training of `own_images` with these settings on a fleet.
 
-    The slowest worker's lanes set the time of a step, and the network if it is slower: products and messages overlap.
+    The slowest worker's lanes set the time of a step, or the network or Python if they are slower: products, messages and launches
+    overlap. The optimizer comes in addition.
     """
     world = min(fleet.count, settings.lanes)
     share_images = largest_share(settings.lanes, world) * settings.lane_images
@@ -138,7 +146,9 @@ def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Fore
     at_once = settings.micro_images or max(micro, settings.lane_images)
     wire = wire_bytes(cost, settings, world, -(-share_images // at_once))
     compute_s = share_images * cost.training_flops(at_once) / fleet.flops(settings.precision)
-    step_s = max(compute_s, fleet.sending_s(wire, world))
+    host_s = -(-share_images // at_once) * len(cost.kept.blocks) * HOST_S
+    optimizer_s = STEP_S + cost.parameters / world * OPTIMIZER_BYTES / (1e9 * MEMORY_GB_S)
+    step_s = max(compute_s, fleet.sending_s(wire, world), host_s) + optimizer_s
     resume_bytes = 4 * cost.parameters * len(kinds(settings))
     every_s, loss = preemption(
         fleet.preemptions_per_day * world / fleet.count,

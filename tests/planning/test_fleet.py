@@ -15,11 +15,23 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dis_scale.models import build
-from dis_scale.models.cost import price_model
+from dis_scale.models.cost import Cost, price_model
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.families import preset
-from dis_scale.planning.fleet import ASSUMED_MFU, GPUS, MOST_GPUS, Fleet, forecast, preemption, wire_bytes
+from dis_scale.planning.fleet import (
+    ASSUMED_MFU,
+    GPUS,
+    HOST_S,
+    MEMORY_GB_S,
+    MOST_GPUS,
+    OPTIMIZER_BYTES,
+    STEP_S,
+    Fleet,
+    forecast,
+    preemption,
+    wire_bytes,
+)
 from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.training import engine, resume
 from dis_scale.training.memory import most_images, worker_bytes
@@ -151,9 +163,25 @@ def test_more_gpus_take_less_time_up_to_the_lanes(stage: int) -> None:
     assert all(more <= 1.05 * fewer for fewer, more in pairwise(days)), "a rank of a larger ring sends a little more"
     assert {n: each.gpus for n, each in found.items()} == {n: min(n, 64) for n in counts}
     flops = 102_400_000 * H.training_flops(16)
-    assert found[1].days == pytest.approx(flops / (989e12 * ASSUMED_MFU) / 86_400)
+    steps = 102_400_000 / train().batch_images
+    optimizer_s = steps * (STEP_S + H.parameters * OPTIMIZER_BYTES / (1e9 * MEMORY_GB_S))
+    assert found[1].days == pytest.approx((flops / (989e12 * ASSUMED_MFU) + optimizer_s) / 86_400)
     assert found[64].days >= found[1].days / 64
     assert all(each.fits for each in found.values())
+
+
+def test_python_sets_the_pace_of_a_small_model_on_many_gpus() -> None:
+    """On 8 GPUs S/2 is paced by them, on 64 by Python: a pass of 25 blocks takes 25 ms, whatever its images."""
+    small, settings = price_model(Dis(**preset("DiS-S/2")), SHAPE, 1000), train()
+    few, many = (forecast(small, settings, 1024, Fleet("h200", count)) for count in (8, 64))
+    assert few.steps_per_s == pytest.approx(
+        1 / (128 * small.training_flops(128) / Fleet("h200", 8).flops("bf16") + optimizer(small, 8))
+    )
+    assert many.steps_per_s == pytest.approx(1 / (25 * HOST_S + optimizer(small, 64)))
+
+
+def optimizer(cost: Cost, world: int) -> float:
+    return STEP_S + cost.parameters / world * OPTIMIZER_BYTES / (1e9 * MEMORY_GB_S)
 
 
 def test_the_most_images_are_those_that_fit() -> None:
