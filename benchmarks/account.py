@@ -1,21 +1,24 @@
 """Where the time of a DiS block goes on an H200, by count: `python -m benchmarks.account`. Needs no GPU.
 
 A training pass of each size at 256 pixels, bf16, 32 images, nothing recomputed; the mean of an in-block and of an out-block, which
-concatenates its skip. Times are lower bounds, in ns per token: products at 790 TFLOP/s; the scan by its kernels' instructions
-and the programs of the busiest multiprocessor; the convolution by its instructions; all other operations by the bytes that they
-read and write at 4.8 TB/s, counted on tensors without memory. The MFU is of the whole model, with these times for its blocks.
+concatenates its skip. Times are lower bounds, in ns per token: products at 790 TFLOP/s or 4.3 TB/s; the scan by its kernels'
+instructions and the programs of the busiest multiprocessor; the convolution by its instructions; all other operations by the bytes
+that they read and write at 4.8 TB/s, counted on tensors without memory. The MFU is of the whole model, with these times for its
+blocks.
 
 State-space duality, of the presets DiS2: its launches, with those of the norm behind its gate, are compiled ahead, and each takes
 the longest of its instructions, its products at 790 TFLOP/s, and its bytes. Last, the sum of two directions, and fewer images
 with more tokens.
 
 `waves` is the time that the scan's programs take relative to what they would if all multiprocessors had the same number: with one
-lane per channel, and as the GPU is filled. `kernels` are a block's launches, `us each` the time in which Python must launch
-one, or the GPU waits.
+lane per channel, and as the GPU is filled. `kernels` are a block's launches. `step MFU` is of a step of 128 images on one GPU, with
+the optimizer; `images` is their number in a pass up to which the GPU waits for Python (both as dis_scale/planning/fleet.py says).
 """
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -29,41 +32,42 @@ from dis_scale.models.cost import price_model
 from dis_scale.models.dis import network, s6, ssd
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.families import preset
+from dis_scale.planning.fleet import HOST_S, OPTIMIZER_BYTES, STEP_S
 from dis_scale.recipe import LatentShape
-from dis_scale.scan import Choice, duality, gated_norm
+from dis_scale.scan import Choice, duality, mixer, norms
+from dis_scale.scan.backend import KeepingStates
 from dis_scale.scan.triton_fill import Filling, filling
 from dis_scale.scan.triton_launch import LANES, WARPS, Launch, flat
 
 SIZE, CLASSES, IMAGES = 32, 1000, 32
-PEAK, PRODUCTS = 989e12, 790e12
-"""FLOP/s in bf16: of the datasheet, and of large products."""
+PEAK, PRODUCTS, COPIES = 989e12, 790e12, 4.3e12
+"""FLOP/s in bf16 of the datasheet and of large products; bytes/s that copies reach."""
+STEP_IMAGES = 128
 CONV_NS = 61.9e3 / (32 * 258 * 2048)
 """Per token and channel, both passes: benchmarks/instructions.py."""
-SCAN_KERNELS, CONV_KERNELS, NORM_KERNELS = 9, 3, 3
-NORM_BYTES = 20
-"""Per element of the stream, which is read twice: PyTorch's RMSNorm on a GPU is one kernel forward and two backward."""
+CONV_KERNELS = 3
 
 
 class Work(NamedTuple):
     """A block's operations, without scan and convolution; and the launches of state-space duality."""
 
     launches: int
-    flops: float
+    products_s: float
     bytes: float
     scan: list["Least"]
 
 
 class Products(Counts):
-    """`Counts` that keeps products apart: `flops` are theirs, `bytes` all others'."""
+    """`Counts` that keeps products apart: `seconds` are theirs, of their FLOPs or of their bytes, and `bytes` all others'."""
 
-    flops = 0.0
+    seconds = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.bytes
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
-            self.bytes, a = before, args[-2]
-            self.flops += 2 * a.numel() * args[-1].shape[-1]
+        if func.overloadpacket.__name__.strip("_") in ("mm", "bmm", "addmm", "baddbmm"):
+            moved, self.bytes, a = self.bytes - before, before, args[-2]
+            self.seconds += max(2 * a.numel() * args[-1].shape[-1] / PRODUCTS, moved / COPIES)
         return result
 
 
@@ -92,7 +96,7 @@ def least(launch: Launch, arguments: tuple[Any, ...], program: Any) -> Least:
 
 
 class _Nothing(torch.autograd.Function):
-    """In place of scan, convolution and norm: outputs like the first input, gradients like all inputs."""
+    """In place of a convolution: outputs like the first input, gradients like all inputs."""
 
     @staticmethod
     def forward(ctx: Any, outputs: int, *inputs: Tensor) -> Any:
@@ -104,31 +108,33 @@ class _Nothing(torch.autograd.Function):
         return None, *[torch.empty_like(x) for x in ctx.saved_tensors]
 
 
+@contextmanager
+def recorded() -> Iterator[list[tuple[Launch, tuple[Any, ...], Any]]]:
+    """Launches and their arguments, as `ahead` gives them; nothing is compiled."""
+    found = list[tuple[Launch, tuple[Any, ...], Any]]()
+    with patch.object(Launch, "__call__", lambda launch, *arguments: found.append((launch, arguments, None))):
+        yield found
+
+
 def operations(settings: Dis, skip: bool, images: int, T: int) -> Work:
-    """Count a block's training pass."""
-    norm = patch.object(
-        network, "rms_norm", lambda *inputs: _Nothing.apply(1, *inputs)[0]
-    )  # on the CPU it is not one kernel
-    scans = patch.multiple(
-        s6,
-        two_way_scan=lambda f, b, z, **_: _Nothing.apply(1, *f, *b, z)[0],
-        two_way_conv_silu=lambda *inputs, **_: _Nothing.apply(2, *inputs),
-    )
+    """Count a block's training pass. Launches of the selective scan and its convolution are not compiled: `row` has their time."""
     conv = patch.object(ssd, "causal_conv_silu", lambda *inputs, **_: _Nothing.apply(1, *inputs)[0])
-    chosen, norm_chosen = (
-        patch.object(x, "choose", lambda *_: Choice("triton", "by count")) for x in (duality, gated_norm)
-    )
+    triton = [patch.object(x, "choose", lambda *_: Choice("triton", "by count")) for x in (duality, norms, mixer)]
     D, half = settings.width, torch.bfloat16
     with torch.device("meta"):
-        block = network.DiSBlock(settings, "auto", skip)
+        block = network.DiSBlock(settings, "triton", skip)
         h_BLD, skip_BLD = (torch.empty(images, T, D, dtype=half, requires_grad=True) for _ in range(2))
         r_BLD, c_BD = torch.empty(images, T, D, requires_grad=True), torch.empty(images, D, dtype=half)
         inputs = [h_BLD, r_BLD, *([skip_BLD] if skip else []), *block.parameters()]
-        with norm, scans, conv, chosen, norm_chosen, ahead() as launched, Products() as counts:
+        seen = ahead() if settings.mixer == "ssd" else recorded()
+        with conv, triton[0], triton[1], triton[2], seen as launched, KeepingStates(), Products() as counts:
             outs = block(h_BLD, r_BLD, c_BD, skip_BLD if skip else None, None)
             torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
-    scan = [least(*launch) for launch in launched]
-    return Work(counts.launches + NORM_KERNELS, counts.flops, counts.bytes + NORM_BYTES * r_BLD.numel(), scan)
+    norms_of = [arguments for launch, arguments, _ in launched if launch.kernel.fn.__name__.startswith("added_norm")]
+    moved = sum(sum({id(x): x.nbytes for x in flat(arguments)}.values()) for arguments in norms_of)
+    compiled = [each for each in launched if each[2] and not each[0].kernel.fn.__name__.startswith("added_norm")]
+    scan = [least(*each) for each in compiled]
+    return Work(counts.launches + len(launched), counts.seconds, counts.bytes + moved, scan)
 
 
 def tokens(settings: Dis, size: int) -> int:
@@ -156,23 +162,40 @@ def row(name: str, settings: Dis, images: int, size: int) -> None:
     """Print a size's time per token."""
     length, E, shape = tokens(settings, size), s6.inner_width(settings.width), LatentShape(4, size)
     both = [operations(settings, skip, images, length) for skip in (False, True)]
-    kernels, flops, moved = (sum(x) / 2 for x in zip(*[work[:3] for work in both], strict=True))
+    kernels, products_s, moved = (sum(x) / 2 for x in zip(*[work[:3] for work in both], strict=True))
     count, programs = images * length, images * -(-E // (LANES * WARPS))
     if settings.mixer == "ssd":
         ns, waved = 1e9 * sum(map(max, both[0].scan)) / count, (1.0, 1.0)
     else:
         fill = filling(programs, settings.state_size, 2, SMS)
         ns, waved = scan_ns(fill, images, E, length), (waves(programs), waves(programs * fill.backward))
-    times = 1e9 * flops / PRODUCTS / count, ns, conv_ns(settings), 1e9 * moved / BYTES_PER_S / count
+    times = 1e9 * products_s / count, ns, conv_ns(settings), 1e9 * moved / BYTES_PER_S / count
     seconds = 1e-9 * sum(times) * length * (settings.depth + 1)
-    mfu = price_model(settings, shape, CLASSES).training_flops(images) / seconds / PEAK
-    kernels, us = kernels + (len(both[0].scan) or SCAN_KERNELS) + CONV_KERNELS, 1e-3 * sum(times) * count
-    cells = *times, sum(times), mfu, *waved, kernels, us, us / kernels
+    cost = price_model(settings, shape, CLASSES)
+    mfu = cost.training_flops(images) / seconds / PEAK
+    step_s = STEP_IMAGES * seconds + STEP_S + OPTIMIZER_BYTES * cost.parameters / COPIES
+    mfu_of_step = STEP_IMAGES * cost.training_flops(images) / step_s / PEAK
+    paced = HOST_S / (1e-9 * sum(times) * length)
+    kernels, us = kernels + CONV_KERNELS * (settings.mixer == "ssd"), 1e-3 * sum(times) * count
+    cells = *times, sum(times), mfu, mfu_of_step, paced, *waved, kernels, us
     print(f"{name:22}", *(f"{x:9.2f}" for x in cells))
 
 
 def main() -> None:
-    heads = "products", "scan", "conv", "other", "total", "MFU", "waves", "filled", "kernels", "block us", "us each"
+    heads = (
+        "products",
+        "scan",
+        "conv",
+        "other",
+        "total",
+        "MFU",
+        "step MFU",
+        "images",
+        "waves",
+        "filled",
+        "kernels",
+        "block us",
+    )
     print(f"{'':22}", *(f"{head:>9}" for head in heads))
     for name in (f"{family}-{size}/2" for family in ("DiS", "DiS2") for size in "SBMLH"):
         row(name, Dis(**preset(name)), IMAGES, SIZE)

@@ -44,8 +44,9 @@ CYCLES = {"MUFU": 8, "LSU": 4}
 UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL"), "LSU")}
 SCAN = {"LANES": LANES, "WARPS": WARPS, "SPLIT": 1, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "STATE_ROWS": CHUNK}
 SCAN |= {"GATED": True, "u_row": E, "delta_row": E, "z_row": 2 * E, "dy_row": E}  # z is half of a product
+SCAN |= {"A_channel": 1, "A_state": E}
 CONV = {"LANES": LANES * WARPS, "ROWS": ROWS, "TAPS": 4, "E": E, "L": L, "FORWARD": True, "BACKWARD": True}
-CONV |= {"x_row": 2 * E}
+CONV |= {"x_row": 2 * E, "w_channel": 1, "w_tap": E}
 FUNCTIONS: dict[str, Any] = {
     "scan_forward": triton_scan.scan_forward,
     "scan_backward": triton_backward.scan_backward,
@@ -58,12 +59,13 @@ FLOAT32_PAIR = "*fp32", "*fp32"
 
 def forward(second: bool, for_backward: bool, keep: bool = False) -> dict[str, Any]:
     order = {"REVERSE": second, "FIRST": not second, "SECOND": second}
-    return SCAN | order | {"FOR_BACKWARD": for_backward, "KEEP": keep}
+    out_row = 2 * E if for_backward else E  # the gate's gradient is half of the product's
+    return SCAN | order | {"out_row": out_row, "FOR_BACKWARD": for_backward, "KEEP": keep}
 
 
 def backward(gate: bool) -> dict[str, Any]:
     ways = {"u_rows": (E,), "delta_rows": (E,)}
-    constants = SCAN | ways | {"REVERSE": True, "STATES": N, "GATE_GRADIENT": gate}
+    constants = SCAN | ways | {"REVERSE": True, "STATES": N, "GATE_GRADIENT": gate, "dz_row": 2 * E}
     return {name: value for name, value in constants.items() if name not in ("u_row", "delta_row")}
 
 
@@ -77,7 +79,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "scan_backward": backward(gate=False),
     "scan_backward, of the gate, too": backward(gate=True),
     "conv_forward": CONV,
-    "conv_backward": CONV | {"SEGMENT": SEGMENT, "dy0_row": E, "dy1_row": E},
+    "conv_backward": CONV | {"SEGMENT": SEGMENT, "dy0_row": E, "dy1_row": E, "dx_row": 2 * E},
 }
 """Compile-time constants of each kernel."""
 BYTES = {

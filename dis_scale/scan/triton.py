@@ -36,6 +36,7 @@ from dis_scale.scan.backend import Backend, Direction, keeps_states
 from dis_scale.scan.triton_fill import Filling
 from dis_scale.scan.triton_launch import (
     Launch,
+    alike,
     compile_together,
     filling_on,
     padded,
@@ -43,7 +44,7 @@ from dis_scale.scan.triton_launch import (
     rowwise,
     without_memory,
 )
-from dis_scale.scan.triton_memory import Gradients, KeptStates, Parts, new_parts, new_states
+from dis_scale.scan.triton_memory import Gradients, KeptStates, ScanGradients, new_parts, new_states
 from dis_scale.scan.triton_numbers import ConvBackward, ConvKind, ScanBackward, ScanForward, ScanKind
 
 META = torch.device("meta")
@@ -90,7 +91,7 @@ def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-class _Operands(NamedTuple):
+class Operands(NamedTuple):
     """One direction's inputs as the kernels take them; BC is B and C in the layout of `_by_state`."""
 
     u: Tensor
@@ -101,20 +102,14 @@ class _Operands(NamedTuple):
     bias: Tensor
 
 
-def _kind(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], fill: Filling) -> tuple[ScanKind, list[Direction]]:
-    """The inputs of each direction, which follow each other, as the kernels take them."""
-    directions = [
-        Direction(rowwise(u), rowwise(delta), plain(A), rowwise(B, False), rowwise(C, False), plain(D), plain(bias))
-        for u, delta, A, B, C, D, bias in zip(*[iter(inputs)] * 7, strict=True)
-    ]
-    u, (B, L, E), N = directions[0].u_BLE, directions[0].u_BLE.shape, directions[0].A_EN.shape[1]
-    kind = ScanKind(
-        u.device, tuple([None if x is None else x.dtype for x in (*inputs, z)]), B, L, E, N,
+def _kind(reverse: bool, z: Tensor | None, directions: Sequence[Direction], fill: Filling) -> ScanKind:
+    first, (B, L, E) = directions[0], directions[0].u_BLE.shape
+    return ScanKind(
+        first.u_BLE.device, tuple([x.dtype for direction in directions for x in direction]), B, L, E, first.A_EN.shape[1],
         tuple([(x.u_BLE.stride(1), x.delta_BLE.stride(1)) for x in directions]),
-        tuple([x.stride(1) for direction in directions for x in direction[3:5]]),
-        None if z is None else z.stride(1), reverse, fill,
+        tuple([x.stride(1) for direction in directions for x in direction[3:5]]), first.A_EN.stride(),
+        None if z is None else (z.dtype, z.stride(1)), reverse, fill,
     )  # fmt: skip
-    return kind, directions
 
 
 class _Scan(torch.autograd.Function):
@@ -123,14 +118,13 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
         keep = any(ctx.needs_input_grad) and keeps_states()
+        matrices = alike(inputs[2::7])
+        directions = [
+            Direction(rowwise(u), rowwise(delta), A, rowwise(B, False), rowwise(C, False), plain(D), plain(bias))
+            for (u, delta, _, B, C, D, bias), A in zip(zip(*[iter(inputs)] * 7, strict=True), matrices, strict=True)
+        ]
         with torch.cuda.device_of(inputs[0]):
-            gate = None if z is None else rowwise(z)
-            kind, directions = _kind(reverse, gate, inputs, _filling(inputs))
-            launches = numbers.scan_forward(kind, keep)
-            if kind.device.type == "cuda" and launches.by_state.is_new:
-                compile_together(lambda: compile_forward(kind, gate, directions, keep))
-            out, operands, kept = _forward(launches, kind, gate, directions, keep)
-        ctx.kind = kind
+            out, ctx.kind, operands, kept = run_scan(None if z is None else rowwise(z), directions, keep, reverse)
         # Without memory if nothing is kept: a recomputed block must save as many tensors as it did at first.
         ctx.save_for_backward(z, kept.y, *kept.states, *[x for direction in operands for x in direction])
         return out
@@ -141,23 +135,63 @@ class _Scan(torch.autograd.Function):
         z, y, *saved = ctx.saved_tensors
         count = len(saved) // 7
         # A hook on saved tensors may have returned copies of them, with other strides than in the forward pass.
+        matrices = alike(saved[count + 2 :: 6])
         operands = [
-            _Operands(rowwise(u), rowwise(delta), *map(plain, others))
-            for u, delta, *others in zip(*[iter(saved[count:])] * 6, strict=True)
+            Operands(rowwise(u), rowwise(delta), A, plain(BC), plain(D), plain(bias))
+            for (u, delta, _, BC, D, bias), A in zip(
+                zip(*[iter(saved[count:])] * 6, strict=True), matrices, strict=True
+            )
         ]
         with torch.cuda.device_of(dy):
-            z, dy, kept = None if z is None else rowwise(z), rowwise(dy), KeptStates(saved[:count], y)
-            rows = tuple([(x.u.stride(1), x.delta.stride(1)) for x in operands])
-            kind = ctx.kind._replace(rows=rows, z_row=None if z is None else z.stride(1))
-            launches = numbers.scan_backward(kind, kept.any, dy.stride(1))
-            if dy.is_cuda and launches.sums[0].is_new:
-                compile_together(lambda: compile_backward(kind, z, operands, dy, kept))
-            return None, *_backward(launches, kind, z, operands, dy, kept)
+            z, dz = None if z is None else rowwise(z), None if z is None else _empty_like(z)
+            into = [_new_gradients(x, ctx.kind.types[7 * i + 3 : 7 * i + 5]) for i, x in enumerate(operands)]
+            run_scan_backward(ctx.kind, z, operands, rowwise(dy), KeptStates(saved[:count], y), dz, into)
+        return None, dz, *[x for (memory, dA, dB, dC, dD, dbias) in into for x in (*memory, dA, dB, dC, dD, dbias)]
 
 
-def _filling(inputs: Sequence[Tensor]) -> Filling:
-    (B, L, E), N = inputs[0].shape, inputs[2].shape[1]
-    return filling_on(inputs[0].device, B, L, E, N, len(inputs) // 7)
+def _new_gradients(x: Operands, types: Sequence[torch.dtype]) -> ScanGradients:
+    """Memory for a direction's gradients; `types` are those of B and C."""
+    (B, L, _), N = x.u.shape, x.A.shape[1]
+    dB, dC = (x.BC.new_empty(B, L, N, dtype=dtype) for dtype in types)
+    memory = Gradients(_empty_like(x.u), _empty_like(x.delta))
+    return ScanGradients(memory, torch.empty_like(x.A), dB, dC, torch.empty_like(x.D), torch.empty_like(x.bias))
+
+
+def _filling(inputs: Sequence[Direction]) -> Filling:
+    u_BLE, N = inputs[0].u_BLE, inputs[0].A_EN.shape[1]
+    B, L, E = u_BLE.shape
+    return filling_on(u_BLE.device, B, L, E, N, len(inputs))
+
+
+def run_scan(
+    z: Tensor | None, directions: Sequence[Direction], keep: bool, reverse: bool = False
+) -> tuple[Tensor, ScanKind, list[Operands], KeptStates]:
+    """Launch a forward pass for tensors as the kernels take them; `keep`: the states for the backward pass."""
+    kind = _kind(reverse, z, directions, _filling(directions))
+    launches = numbers.scan_forward(kind, keep)
+    if kind.device.type == "cuda" and launches.by_state.is_new:
+        compile_together(lambda: compile_forward(kind, z, directions, keep))
+    out, operands, kept = _forward(launches, kind, z, directions, keep)
+    return out, kind, operands, kept
+
+
+def run_scan_backward(
+    kind: ScanKind,
+    z: Tensor | None,
+    operands: Sequence[Operands],
+    dy: Tensor,
+    kept: KeptStates,
+    dz: Tensor | None,
+    into: Sequence[ScanGradients],
+) -> None:
+    """Launch a backward pass. A recomputed block has `kind` from its first forward pass, `kept` from its second."""
+    rows = tuple([(x.u.stride(1), x.delta.stride(1)) for x in operands])
+    kind = kind._replace(rows=rows, A=operands[0].A.stride(), z=None if z is None else (z.dtype, z.stride(1)))
+    dz_row, dBC_row = (dy if dz is None else dz).stride(1), into[0].dB.stride(1)
+    launches = numbers.scan_backward(kind, kept.any, dy.stride(1), dz_row, dBC_row)
+    if dy.is_cuda and launches.sums[0].is_new:
+        compile_together(lambda: compile_backward(kind, z, operands, dy, kept, dz, into))
+    _backward(launches, kind, z, operands, dy, kept, dz, into)
 
 
 def compile_forward(kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool) -> None:
@@ -168,21 +202,30 @@ def compile_forward(kind: ScanKind, z: Tensor | None, directions: Sequence[Direc
 
 
 def compile_backward(
-    kind: ScanKind, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: KeptStates
+    kind: ScanKind,
+    z: Tensor | None,
+    operands: Sequence[Operands],
+    dy: Tensor,
+    kept: KeptStates,
+    dz: Tensor | None,
+    into: Sequence[ScanGradients],
 ) -> None:
     """Compile all kernels of a backward pass."""
-    gate, empty = None if z is None else without_memory(z), [_Operands(*map(without_memory, x)) for x in directions]
+    gate, empty = None if z is None else without_memory(z), [Operands(*map(without_memory, x)) for x in operands]
     states = KeptStates([without_memory(x) for x in kept.states], without_memory(kept.y))
-    kind = kind._replace(device=META)
-    launches = numbers.scan_backward(kind, kept.any, dy.stride(1))
-    _backward(launches, kind, gate, empty, without_memory(dy), states)
+    outs = [ScanGradients(Gradients(*map(without_memory, x.memory)), *map(without_memory, x[1:])) for x in into]
+    kind, none = kind._replace(device=META), None if dz is None else without_memory(dz)
+    launches = numbers.scan_backward(
+        kind, kept.any, dy.stride(1), (dy if dz is None else dz).stride(1), into[0].dB.stride(1)
+    )
+    _backward(launches, kind, gate, empty, without_memory(dy), states, none, outs)
 
 
 def _forward(
     launches: ScanForward, kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool
-) -> tuple[Tensor, list[_Operands], KeptStates]:
+) -> tuple[Tensor, list[Operands], KeptStates]:
     operands = [
-        _Operands(x.u_BLE, x.delta_BLE, x.A_EN, BC, x.D_E, x.delta_bias_E)
+        Operands(x.u_BLE, x.delta_BLE, x.A_EN, BC, x.D_E, x.delta_bias_E)
         for x, BC in zip(directions, _by_state(launches.by_state, kind, directions), strict=True)
     ]
     out, gate = _empty_like(directions[0].u_BLE), directions[0].u_BLE if z is None else z
@@ -211,35 +254,31 @@ def _backward(
     launches: ScanBackward,
     kind: ScanKind,
     z: Tensor | None,
-    directions: Sequence[_Operands],
+    directions: Sequence[Operands],
     dy: Tensor,
     kept: KeptStates,
-) -> list[Tensor | None]:
-    """The gradients of z and of the inputs. A recomputed block has `kind` from its first forward pass, `kept` from its second."""
-    dz = None if z is None else _empty_like(z)
-    gate, out = dy if z is None else z, dy if dz is None else dz
-    memories = [Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
+    dz: Tensor | None,
+    into: Sequence[ScanGradients],
+) -> None:
+    gate, out, memories = dy if z is None else z, dy if dz is None else dz, [x.memory for x in into]
     if kept.any:
         states = [(x, x) for x in kept.states]
     else:
         states = _repeat_forward(launches.repeat, gate, directions, dy, out, memories)
     kept_y, count = kept.y if kept.y.numel() else dy, len(directions) // len(launches.scans)
     parts = [new_parts(x.BC, kind.N, kind.E, launches.scans[0].grid[0]) for x in directions[:count]]
-    gradients: list[Tensor | None] = [dz]
     for i, launch in enumerate(launches.scans):
         some = slice(i * count, i * count + count)
         launch(
             tuple(directions[some]), gate, dy, tuple(states[some]), tuple([x.warp_sums for x in parts]), tuple(memories[some]),
             tuple([x.dBC for x in parts]), tuple([x.parameters for x in parts]), kept_y, out,
         )  # fmt: skip
-        for j, part in enumerate(parts, i * count):
-            types = kind.types[7 * j + 3 : 7 * j + 5]
-            gradients += [*memories[j], *_sum_parts(launches.sums[j], directions[j], types, part)]
-    return gradients
+        for part, sums, (_, *gradients) in zip(parts, launches.sums[some], into[some], strict=True):
+            sums(part.dBC, part.parameters, *gradients)
 
 
 def _repeat_forward(
-    launches: Sequence[Launch], gate: Tensor, directions: Sequence[_Operands], dy: Tensor, out: Tensor,
+    launches: Sequence[Launch], gate: Tensor, directions: Sequence[Operands], dy: Tensor, out: Tensor,
     memories: Sequence[Gradients],
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """Store the states of each direction in the memory of its gradients. The first direction stores its output in that of
@@ -250,71 +289,90 @@ def _repeat_forward(
     return states
 
 
-def _sum_parts(
-    launch: Launch, operands: _Operands, types: Sequence[torch.dtype | None], parts: Parts
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of A, B, C, D and the bias; `types` are those of B and C."""
-    (B, L, _), N = operands.u.shape, operands.A.shape[1]
-    dB, dC = (operands.BC.new_empty(B, L, N, dtype=dtype) for dtype in types)
-    dA, dD, dbias = torch.empty_like(operands.A), torch.empty_like(operands.D), torch.empty_like(operands.bias)
-    launch(parts.dBC, parts.parameters, dA, dB, dC, dD, dbias)
-    return dA, dB, dC, dD, dbias
-
-
 class _Conv(torch.autograd.Function):
     """Forward direction with the first weight and bias, backward direction with the second; None skips a direction."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weights = rowwise(x), tuple([None if w is None else plain(w) for w in weights])
-        ctx.save_for_backward(x, *weights)
+        x, given = rowwise(x), _plain_weights(weights)
+        ctx.save_for_backward(x, *given)
+        outs = [None if weight is None else _empty_like(x) for weight in given[::2]]
         with torch.cuda.device_of(x):
-            return tuple(_conv_forward(x, weights))
+            run_conv(x, given, outs)
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        x, weights = rowwise(x), [None if w is None else plain(w) for w in weights]
+        x, weights = rowwise(x), _plain_weights(weights)
+        given, dx = [x if dy is None else rowwise(dy) for dy in dys], _empty_like(x)
+        gradients = [None if w is None else torch.empty_like(w) for w in weights]
         with torch.cuda.device_of(x):
-            kind, given = _conv_kind(x, weights), tuple([x if dy is None else rowwise(dy) for dy in dys])
-            launches = numbers.conv_backward(kind, given[0].stride(1), given[1].stride(1))
-            if x.is_cuda and launches.sums.is_new:
-                compile_together(lambda: compile_conv(kind, x, weights, given))
-            return tuple(_conv_backward(launches, kind, x, weights, given))
+            run_conv_backward(x, weights, given, dx, gradients)
+        return dx, *gradients
 
 
-def compile_conv(kind: ConvKind, x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]) -> None:
+def _plain_weights(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Weights and biases as the kernels take them, of each direction or None."""
+    matrices = iter(alike([w for w in weights[::2] if w is not None]))
+    biases = [None if bias is None else plain(bias) for bias in weights[1::2]]
+    return [x for bias in biases for x in (None if bias is None else next(matrices), bias)]
+
+
+def run_conv(x: Tensor, weights: Sequence[Tensor | None], outs: Sequence[Tensor | None]) -> None:
+    """Launch a forward pass for tensors as the kernels take them; None for a skipped direction."""
+    numbers.conv_forward(_conv_kind(x, weights))(x, _both(weights[::2]), _both(weights[1::2]), _both(outs))
+
+
+def run_conv_backward(
+    x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor], dx: Tensor, gradients: Sequence[Tensor | None]
+) -> None:
+    """Launch a backward pass; the gradients of the weights lie as they do."""
+    kind, rows = _conv_kind(x, weights), [each.stride(1) for each in (*dys, dx)]
+    launches = numbers.conv_backward(kind, *rows)
+    if x.is_cuda and launches.sums.is_new:
+        compile_together(lambda: compile_conv(kind, x, weights, dys, dx, gradients))
+    _conv_backward(launches, kind, x, weights, dys, dx, gradients)
+
+
+def compile_conv(
+    kind: ConvKind,
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    dys: Sequence[Tensor],
+    dx: Tensor,
+    gradients: Sequence[Tensor | None],
+) -> None:
     """Compile both kernels of a convolution's backward pass; the forward pass has only one."""
-    kind, without = kind._replace(device=META), [None if w is None else without_memory(w) for w in weights]
-    launches = numbers.conv_backward(kind, dys[0].stride(1), dys[1].stride(1))
-    _conv_backward(launches, kind, without_memory(x), without, [without_memory(dy) for dy in dys])
+    kind, rows = kind._replace(device=META), [each.stride(1) for each in (*dys, dx)]
+    without, outs = ([None if w is None else without_memory(w) for w in each] for each in (weights, gradients))
+    given = [without_memory(dy) for dy in dys]
+    _conv_backward(
+        numbers.conv_backward(kind, *rows), kind, without_memory(x), without, given, without_memory(dx), outs
+    )
 
 
 def _conv_kind(x: Tensor, weights: Sequence[Tensor | None]) -> ConvKind:
-    (B, L, E), taps = x.shape, next(w.shape[1] for w in weights if w is not None)
+    (B, L, E), weight = x.shape, next(w for w in weights if w is not None)
     types = tuple([None if w is None else w.dtype for w in (x, *weights)])
-    return ConvKind(x.device, types, B, L, E, taps, x.stride(1))
-
-
-def _conv_forward(x: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The outputs of both directions; None for a skipped one."""
-    outs = [None if weight is None else _empty_like(x) for weight in weights[::2]]
-    numbers.conv_forward(_conv_kind(x, weights))(x, _both(weights[::2]), _both(weights[1::2]), _both(outs))
-    return outs
+    return ConvKind(x.device, types, B, L, E, weight.shape[1], x.stride(1), weight.stride())
 
 
 def _conv_backward(
-    launches: ConvBackward, kind: ConvKind, x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients of the input, and of each direction's weight and bias."""
-    dx, shape = _empty_like(x), (kind.parts, kind.taps + 1, kind.E)
+    launches: ConvBackward,
+    kind: ConvKind,
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    dys: Sequence[Tensor],
+    dx: Tensor,
+    gradients: Sequence[Tensor | None],
+) -> None:
+    shape = kind.parts, kind.taps + 1, kind.E
     sums = tuple([x.new_empty(shape, dtype=torch.float32) for w in weights[::2] if w is not None])
     launches.conv(x, _both(weights[::2]), _both(weights[1::2]), tuple(dys), dx, _both(sums))
-    gradients = [None if w is None else _empty_like(w) for w in weights]
     dweights, dbiases = (tuple([g for g in gradients[i::2] if g is not None]) for i in range(2))
     launches.sums(sums, dweights, dbiases)
-    return [dx, *gradients]
 
 
 def _both(tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:

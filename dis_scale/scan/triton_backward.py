@@ -135,14 +135,14 @@ def _store_parts(
 
 @triton.jit
 def _load_state(
-    A, h_high, h_low, dA, n, first, e, inside,
+    A, h_high, h_low, dA, n, first, e, inside, A_channel: tl.constexpr, A_state: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Load what one state needs in a chunk: A, its value, the gradient from the next chunk, the sum for A's gradient."""
     at, after = n * E + e, inside & (first + CHUNK < L)
     start = state_row(first // CHUNK - 1, n, L, STATE_ROWS, CHUNK, REVERSE) * E + e
     return (
-        load_scaled(A, n, e, inside, N),
+        load_scaled(A, n, e, inside, A_channel, A_state),
         load_halves(h_high + start, h_low + start, inside & (first > 0)),
         tl.load(dA + at + (N + 2) * E, mask=after, other=0.0),
         tl.load(dA + at, mask=after, other=0.0),
@@ -196,8 +196,8 @@ def _store_vector_gradients(at, E: tl.constexpr, dD_e, dbias_e, share, inside, S
 
 @triton.jit
 def _through_gate(
-    dy_e, z, z_row: tl.constexpr, kept_y, dz, own, j: tl.constexpr, e, inside, E: tl.constexpr, L: tl.constexpr,
-    REVERSE: tl.constexpr, GATE_GRADIENT: tl.constexpr,
+    dy_e, z, z_row: tl.constexpr, kept_y, dz, dz_row: tl.constexpr, own, j: tl.constexpr, e, inside, E: tl.constexpr,
+    L: tl.constexpr, REVERSE: tl.constexpr, GATE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of the scan's output before the gate SiLU(z); store the gate's own gradient if asked."""
     z_e = load(z, z_row, own, j, e, inside, L, REVERSE)
@@ -205,14 +205,15 @@ def _through_gate(
     if GATE_GRADIENT:
         y_e = load(kept_y, E, own, j, e, inside, L, REVERSE)
         dz_e = y_e * (dy_e * gate_e * (1.0 + z_e * (1.0 - gate_e)))
-        store(dz, E, own, j, e, dz_e, inside, L, REVERSE)
+        store(dz, dz_row, own, j, e, dz_e, inside, L, REVERSE)
     return dy_e * (z_e * gate_e)
 
 
 @triton.jit
 def _one_way_gradients(
     inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters, kept_y, dz,
-    u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
+    u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr, dz_row: tl.constexpr,
+    A_channel: tl.constexpr, A_state: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
     GATE_GRADIENT: tl.constexpr, PRODUCTS: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
@@ -227,7 +228,7 @@ def _one_way_gradients(
     du, ddelta = gradients
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * BOTH
     z, dy, du, ddelta = z + rows * z_row, dy + rows * dy_row, du + rows * E, ddelta + rows * E
-    kept_y, dz = kept_y + rows * E, dz + rows * E
+    kept_y, dz = kept_y + rows * E, dz + rows * dz_row
     h_high, h_low = state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
     dA = parameters + batch * (2 * N + 2) * E
     warp_sums, dBC = warp_sums + program * N * WARPS * LANES, dBC + program * BOTH
@@ -247,18 +248,22 @@ def _one_way_gradients(
         for j in tl.static_range(0, CHUNK, SPLIT):
             dy_e = load(dy, dy_row, own, j, e, inside, L, REVERSE)
             if GATED:
-                dy_e = _through_gate(dy_e, z, z_row, kept_y, dz, own, j, e, inside, E, L, REVERSE, GATE_GRADIENT)
+                dy_e = _through_gate(
+                    dy_e, z, z_row, kept_y, dz, dz_row, own, j, e, inside, E, L, REVERSE, GATE_GRADIENT
+                )
             own_delta_us, own_dys = own_delta_us + (own_deltas[j // SPLIT] * us[j // SPLIT],), own_dys + (dy_e,)
         deltas, delta_us = spread(own_deltas, SPLIT), spread(own_delta_us, SPLIT)
         dys = spread(own_dys, SPLIT)
         for _ in tl.static_range(CHUNK):
             d_delta_us, d_deltas = d_delta_us + (tl.zeros_like(D_e),), d_deltas + (tl.zeros_like(D_e),)
-        prefetched = _load_state(A, h_high, h_low, dA, share, first, e, inside, E, L, N, REVERSE, STATE_ROWS, CHUNK)
+        prefetched = _load_state(
+            A, h_high, h_low, dA, share, first, e, inside, A_channel, A_state, E, L, N, REVERSE, STATE_ROWS, CHUNK
+        )
         for i in range(HELD):
             n, next_n = i * SPLIT + share, min(i + 1, HELD - 1) * SPLIT + share
             A_e, h_e, carry_e, dA_e = prefetched  # the next state's are loaded while this one is computed
             prefetched = _load_state(
-                A, h_high, h_low, dA, next_n, first, e, inside, E, L, N, REVERSE, STATE_ROWS, CHUNK
+                A, h_high, h_low, dA, next_n, first, e, inside, A_channel, A_state, E, L, N, REVERSE, STATE_ROWS, CHUNK
             )
             B_t = load_steps(BC + 4 * SPLIT * i, first, e, CHUNK, LENGTH, N, SPLIT, REVERSE)
             C_t = load_steps(BC + (N * LENGTH + 4 * SPLIT * i), first, e, CHUNK, LENGTH, N, SPLIT, REVERSE)
@@ -285,7 +290,8 @@ def _one_way_gradients(
 @triton.jit
 def scan_backward(
     inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters, kept_y, dz,
-    u_rows: tl.constexpr, delta_rows: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
+    u_rows: tl.constexpr, delta_rows: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr, dz_row: tl.constexpr,
+    A_channel: tl.constexpr, A_state: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
     GATE_GRADIENT: tl.constexpr, PRODUCTS: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
@@ -295,6 +301,6 @@ def scan_backward(
         if tl.program_id(2) == way:
             _one_way_gradients(
                 inputs[way], z, dy, h_halves[way], warp_sums[way], gradients[way], dBC[way], parameters[way], kept_y, dz,
-                u_rows[way], delta_rows[way], z_row, dy_row, E, L, N, (way == 1) != REVERSE, GATED,
+                u_rows[way], delta_rows[way], z_row, dy_row, dz_row, A_channel, A_state, E, L, N, (way == 1) != REVERSE, GATED,
                 GATE_GRADIENT and way == len(inputs) - 1, PRODUCTS, STATE_ROWS, LANES, WARPS, SPLIT, STATES, CHUNK,
             )  # fmt: skip

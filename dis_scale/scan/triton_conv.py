@@ -8,6 +8,7 @@ Names end in their axes: e channels, t time. Sizes and flags, all compile-time c
 
     E, L            channels, time
     x_row, ...      distance between two rows of that tensor, in elements
+    w_channel, ...  distance between two channels of a weight and of its gradient, and between two taps
     FORWARD         compute direction 0, which reads earlier steps (causal): weights[0], biases[0], outs[0], dys[0], sums[0]
     BACKWARD        compute direction 1, which reads later steps: weights[1], ...
     SIGN            1 for the forward direction, -1 for the backward direction
@@ -31,11 +32,11 @@ from dis_scale.scan.triton_tiles import sigmoid
 
 
 @triton.jit
-def _load_taps(weight, bias, e, inside, TAPS: tl.constexpr):
+def _load_taps(weight, bias, e, inside, w_channel: tl.constexpr, w_tap: tl.constexpr, TAPS: tl.constexpr):
     """Load a weight and its bias as TAPS + 1 vectors over the channels."""
     taps = ()
     for k in tl.static_range(TAPS):
-        taps += (tl.load(weight + e * TAPS + k, mask=inside, other=0.0).to(tl.float32),)
+        taps += (tl.load(weight + e * w_channel + k * w_tap, mask=inside, other=0.0).to(tl.float32),)
     return taps + (tl.load(bias + e, mask=inside, other=0.0).to(tl.float32),)
 
 
@@ -50,8 +51,8 @@ def _load_steps(x, row: tl.constexpr, first, e, inside, L: tl.constexpr, BEGIN: 
 
 
 @triton.jit
-def _store_step(out, first, j, e, value_e, inside, E: tl.constexpr, L: tl.constexpr):
-    tl.store(out + (first * E + e) + j * E, value_e.to(out.dtype.element_ty), mask=inside & (first + j < L))
+def _store_step(out, row: tl.constexpr, first, j, e, value_e, inside, L: tl.constexpr):
+    tl.store(out + (first * row + e) + j * row, value_e.to(out.dtype.element_ty), mask=inside & (first + j < L))
 
 
 @triton.jit
@@ -71,19 +72,21 @@ def _store_outputs(
     """Convolution and SiLU of one direction."""
     for j in tl.static_range(ROWS):
         total_e = _convolved(x_t, taps, j + len(taps) - 2, SIGN)
-        _store_step(out, first, j, e, total_e * sigmoid(total_e), inside, E, L)
+        _store_step(out, E, first, j, e, total_e * sigmoid(total_e), inside, L)
 
 
 @triton.jit
 def conv_forward(
-    x, weights, biases, outs, x_row: tl.constexpr, E: tl.constexpr, L: tl.constexpr,
+    x, weights, biases, outs, x_row: tl.constexpr, w_channel: tl.constexpr, w_tap: tl.constexpr, E: tl.constexpr, L: tl.constexpr,
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Convolution and SiLU of one group of steps, in one or both directions."""
     e, rows = tl.program_id(0) * LANES + tl.arange(0, LANES), tl.program_id(1).to(tl.int64) * L
     inside, first = e < E, tl.program_id(2) * ROWS
-    taps0 = _load_taps(weights[0], biases[0], e, inside, TAPS)
-    taps1 = _load_taps(weights[1], biases[1], e, inside, TAPS)  # before the first store, which a load would wait for
+    taps0 = _load_taps(weights[0], biases[0], e, inside, w_channel, w_tap, TAPS)
+    taps1 = _load_taps(
+        weights[1], biases[1], e, inside, w_channel, w_tap, TAPS
+    )  # before the first store, which a load would wait for
     x_t = _load_steps(x + rows * x_row, x_row, first, e, inside, L, 1 - TAPS, ROWS + TAPS - 1)
     if FORWARD:
         _store_outputs(x_t, taps0, outs[0] + rows * E, first, e, inside, E, L, 1, ROWS)
@@ -135,7 +138,8 @@ def _store_sums(sums, out, part, e, inside, E: tl.constexpr):
 
 @triton.jit
 def conv_backward(
-    x, weights, biases, dys, dx, sums, x_row: tl.constexpr, dy0_row: tl.constexpr, dy1_row: tl.constexpr,
+    x, weights, biases, dys, dx, sums, x_row: tl.constexpr, w_channel: tl.constexpr, w_tap: tl.constexpr,
+    dy0_row: tl.constexpr, dy1_row: tl.constexpr, dx_row: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +148,8 @@ def conv_backward(
     inside, rows, first = e < E, batch * L, tl.program_id(2) * SEGMENT
     end = min(first + SEGMENT, L)
     part = batch * tl.num_programs(2) + tl.program_id(2)
-    taps0 = _load_taps(weights[0], biases[0], e, inside, TAPS)
-    taps1 = _load_taps(weights[1], biases[1], e, inside, TAPS)
+    taps0 = _load_taps(weights[0], biases[0], e, inside, w_channel, w_tap, TAPS)
+    taps1 = _load_taps(weights[1], biases[1], e, inside, w_channel, w_tap, TAPS)
     sums0, sums1 = _zeros(e, TAPS + 1), _zeros(e, TAPS + 1)
     while first < end:  # the interpreter's `range` takes no tensor
         x_t = _load_steps(x + rows * x_row, x_row, first, e, inside, L, 1 - TAPS, ROWS + TAPS - 1)
@@ -157,7 +161,7 @@ def conv_backward(
             dy = dys[1] + rows * dy1_row
             dx_t, sums1 = _add_gradients(dx_t, sums1, x_t, taps1, dy, dy1_row, first, e, inside, L, -1, ROWS)
         for j in tl.static_range(ROWS):
-            _store_step(dx + rows * E, first, j, e, dx_t[j], inside, E, L)
+            _store_step(dx + rows * dx_row, dx_row, first, j, e, dx_t[j], inside, L)
         first += ROWS
     if FORWARD:
         _store_sums(sums0, sums[0], part, e, inside, E)

@@ -81,6 +81,15 @@ def plain(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
+def alike(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices with contiguous rows, or all with contiguous columns, and aligned; copies only if necessary."""
+    shape = matrices[0].shape
+    for strides in ((1, shape[0]), (shape[1], 1)):
+        if all(x.stride() == strides and not x.data_ptr() % ALIGNMENT for x in matrices):
+            return list(matrices)
+    return [plain(x) for x in matrices]
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b rounded up. `triton.cdiv`, which kernels can call too, takes many microseconds."""
     return -(-a // b)

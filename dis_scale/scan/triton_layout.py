@@ -58,34 +58,41 @@ def _store(out, at, total, inside):
 
 @triton.jit(do_not_specialize=["batch"])
 def sum_scan(
-    dBC, parameters, dA, dB, dC, dD, dbias, batch, E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, LENGTH: tl.constexpr,
-    REVERSE: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    dBC, parameters, dA, dB, dC, dD, dbias, batch, BC_row: tl.constexpr, A_channel: tl.constexpr, A_state: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr, PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Sum one direction's gradients of B and C over PARTS programs (axis 1: 0), and of the parameters over the batch (1)."""
+    """Sum one direction's gradients of B and C over PARTS programs (axis 1: 0), and of the parameters over the batch (1).
+
+    BC_row is the distance between two rows of B's and C's gradients.
+    """
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     if tl.program_id(1) == 0:
         size = batch.to(tl.int64) * (2 * N * LENGTH)
         total = _sum_parts(dBC, i, i < size, PARTS, size)
         t = i // (4 * N) % (LENGTH // 4) * 4 + i % 4 - _padding(L, LENGTH, REVERSE)
         n, which = i // 4 % N, i // (LENGTH * N) % 2
-        at, inside = (i // (2 * N * LENGTH) * L + t) * N + n, (i < size) & (t >= 0) & (t < L)
+        at, inside = (i // (2 * N * LENGTH) * L + t) * BC_row + n, (i < size) & (t >= 0) & (t < L)
         _store(dB, at, total, inside & (which == 0))
         _store(dC, at, total, inside & (which == 1))
     else:
         total = _sum_parts(parameters, i, i < (N + 2) * E, batch, (2 * N + 2) * E)
         n, e = i // E, i % E
-        _store(dA, e * N + n, total, n < N)
+        _store(dA, e * A_channel + n * A_state, total, n < N)
         _store(dD, e, total, n == N)
         _store(dbias, e, total, n == N + 1)
 
 
 @triton.jit(do_not_specialize=["parts"])
-def sum_conv(sums, dweights, dbiases, parts, E: tl.constexpr, TAPS: tl.constexpr, SIZE: tl.constexpr):
+def sum_conv(
+    sums, dweights, dbiases, parts, w_channel: tl.constexpr, w_tap: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
     """Sum the gradients of weights and biases over parts, for each direction (axis 1)."""
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     for way in tl.static_range(len(sums)):
         if tl.program_id(1) == way:
             total = _sum_parts(sums[way], i, i < (TAPS + 1) * E, parts, (TAPS + 1) * E)
             k, e = i // E, i % E
-            _store(dweights[way], e * TAPS + k, total, k < TAPS)
+            _store(dweights[way], e * w_channel + k * w_tap, total, k < TAPS)
             _store(dbiases[way], e, total, k == TAPS)

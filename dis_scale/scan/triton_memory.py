@@ -26,6 +26,17 @@ class Gradients(NamedTuple):
         return self.halves() if N <= CHUNK else (states := new_states(self.du, N), states)
 
 
+class ScanGradients(NamedTuple):
+    """Where a direction's gradients go: rows of B's and C's are evenly spaced, A's lies as A does."""
+
+    memory: Gradients
+    dA: Tensor
+    dB: Tensor
+    dC: Tensor
+    dD: Tensor
+    dbias: Tensor
+
+
 class KeptStates(NamedTuple):
     """What a forward pass keeps beside its inputs: each direction's states, and y before the gate if there is one."""
 

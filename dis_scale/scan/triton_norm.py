@@ -1,6 +1,6 @@
-"""The norm behind a gate by Triton: one kernel for each pass, which keeps only its inputs. Every run has the same bits.
+"""The norms of norms.py by Triton: one kernel for each pass, which keeps only its inputs. Every run has the same bits.
 
-Axes: B batch, L time, E channels, G groups of rows. Read next: triton_norm_kernels.py.
+Axes: B batch, L time, E or D channels, G groups of rows. Read next: triton_norm_kernels.py.
 """
 
 import functools
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dis_scale.scan import triton_norm_kernels as kernels
-from dis_scale.scan.gated_norm import EPS
+from dis_scale.scan.norms import EPS
 from dis_scale.scan.triton_launch import Launch, ceil_div, next_power_of_2, plain, rowwise
 
 ROWS = 16
@@ -19,26 +19,32 @@ ROWS = 16
 
 
 def gated_rms_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
-    """`gated_norm.gated_rms_norm` with sums in float32."""
+    """`norms.gated_rms_norm` with sums in float32."""
     out_BLE: Tensor = _GatedNorm.apply(y_BLE, z_BLE.to(y_BLE.dtype), weight_E.float())
     return out_BLE
 
 
+def added_rms_norm(r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+    """`norms.added_rms_norm` of a float32 stream."""
+    both: tuple[Tensor, Tensor] = _AddedNorm.apply(r_BLD, h_BLD, weight_D.float())
+    return both
+
+
 class NormKind(NamedTuple):
-    """All that distinguishes one call's launches from another's."""
+    """All that distinguishes one call's launches from another's: the second input's type too, and the rows' distances of both."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, torch.dtype]
     rows: int
     """Rows of all images."""
     E: int
-    y_row: int
-    z_row: int
+    first_row: int
+    second_row: int
 
     @classmethod
-    def of(cls, y_BLE: Tensor, z_BLE: Tensor) -> "NormKind":
-        B, L, E = y_BLE.shape
-        return cls(y_BLE.device, y_BLE.dtype, B * L, E, y_BLE.stride(1), z_BLE.stride(1))
+    def of(cls, first_BLE: Tensor, second_BLE: Tensor) -> "NormKind":
+        (B, L, E), types = first_BLE.shape, (first_BLE.dtype, second_BLE.dtype)
+        return cls(first_BLE.device, types, B * L, E, first_BLE.stride(1), second_BLE.stride(1))
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -46,9 +52,8 @@ class _GatedNorm(torch.autograd.Function):
     def forward(ctx: Any, y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
         ctx.save_for_backward(y_BLE, z_BLE, weight_E)
         with torch.cuda.device_of(y_BLE):
-            y_BLE, z_BLE = rowwise(y_BLE), rowwise(z_BLE)
-            out_BLE = torch.empty_like(y_BLE, memory_format=torch.contiguous_format)
-            _forward(NormKind.of(y_BLE, z_BLE))(y_BLE, z_BLE, plain(weight_E), out_BLE)
+            y_BLE, z_BLE, out_BLE = rowwise(y_BLE), rowwise(z_BLE), _empty_like(y_BLE)
+            _forward(kernels.gated_norm, NormKind.of(y_BLE, z_BLE))(y_BLE, z_BLE, plain(weight_E), out_BLE)
             return out_BLE
 
     @staticmethod
@@ -57,24 +62,56 @@ class _GatedNorm(torch.autograd.Function):
         y_BLE, z_BLE, weight_E = ctx.saved_tensors
         with torch.cuda.device_of(dout_BLE):
             y_BLE, z_BLE, dout_BLE = rowwise(y_BLE), rowwise(z_BLE), rowwise(dout_BLE)
-            dy_BLE, dz_BLE = (torch.empty_like(y_BLE, memory_format=torch.contiguous_format) for _ in range(2))
-            launch = _backward(NormKind.of(y_BLE, z_BLE), dout_BLE.stride(1))
+            dy_BLE, dz_BLE = _empty_like(y_BLE), _empty_like(y_BLE)
+            launch = _backward(kernels.gated_norm_backward, NormKind.of(y_BLE, z_BLE), dout_BLE)
             parts_GE = weight_E.new_empty(launch.grid[0], len(weight_E))
             launch(y_BLE, z_BLE, dout_BLE, plain(weight_E), dy_BLE, dz_BLE, parts_GE)
             return dy_BLE, dz_BLE, parts_GE.sum(0)
 
 
+class _AddedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.dtype = h_BLD.dtype
+        with torch.cuda.device_of(r_BLD):
+            r_BLD, h_BLD = rowwise(r_BLD), rowwise(h_BLD)
+            sum_BLD, out_BLD = _empty_like(r_BLD), _empty_like(h_BLD)
+            _forward(kernels.added_norm, NormKind.of(r_BLD, h_BLD))(r_BLD, h_BLD, plain(weight_D), sum_BLD, out_BLD)
+        ctx.save_for_backward(sum_BLD, weight_D)
+        return sum_BLD, out_BLD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dsum_BLD: Tensor, dout_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r_BLD, weight_D = ctx.saved_tensors
+        with torch.cuda.device_of(r_BLD):
+            r_BLD, dsum_BLD, dout_BLD = rowwise(r_BLD), rowwise(dsum_BLD), rowwise(dout_BLD)
+            dr_BLD, dh_BLD = _empty_like(r_BLD), torch.empty_like(dout_BLD, memory_format=torch.contiguous_format)
+            launch = _backward(kernels.added_norm_backward, NormKind.of(r_BLD, dsum_BLD), dout_BLD)
+            parts_GD = weight_D.new_empty(launch.grid[0], len(weight_D))
+            launch(r_BLD, dsum_BLD, dout_BLD, plain(weight_D), dr_BLD, dh_BLD, parts_GD)
+            return dr_BLD, dh_BLD, parts_GD.sum(0)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @functools.cache
-def _forward(kind: NormKind) -> Launch:
+def _forward(kernel: Any, kind: NormKind) -> Launch:
     """With a program for each row."""
-    return _launch(kernels.gated_norm, kind, kind.rows, y_row=kind.y_row, z_row=kind.z_row)
+    return _launch(kernel, kind, kind.rows)
+
+
+def _backward(kernel: Any, kind: NormKind, dout: Tensor) -> Launch:
+    return _backward_of(kernel, kind, dout.dtype, dout.stride(1))
 
 
 @functools.cache
-def _backward(kind: NormKind, dout_row: int) -> Launch:
-    numbers = {"y_row": kind.y_row, "z_row": kind.z_row, "dout_row": dout_row, "COUNT": kind.rows, "ROWS": ROWS}
-    return _launch(kernels.gated_norm_backward, kind, ceil_div(kind.rows, ROWS), **numbers)
+def _backward_of(kernel: Any, kind: NormKind, dtype: torch.dtype, dout_row: int) -> Launch:  # noqa: ARG001
+    return _launch(kernel, kind, ceil_div(kind.rows, ROWS), count=kind.rows, dout_row=dout_row, ROWS=ROWS)
 
 
-def _launch(kernel: Any, kind: NormKind, programs: int, **numbers: int) -> Launch:
-    return Launch(kernel, (programs, 1, 1), E=kind.E, EPS=EPS, SIZE=next_power_of_2(kind.E), num_warps=8, **numbers)
+def _launch(kernel: Any, kind: NormKind, programs: int, **numbers: float) -> Launch:
+    numbers |= {"first_row": kind.first_row, "second_row": kind.second_row, "E": kind.E, "EPS": EPS}
+    return Launch(kernel, (programs, 1, 1), SIZE=next_power_of_2(kind.E), num_warps=8, **numbers)

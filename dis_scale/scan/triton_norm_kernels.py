@@ -1,7 +1,7 @@
-"""The norm behind a gate on NVIDIA GPUs: a program has one row after the other, all channels at once, in float32.
+"""The norms behind a gate and behind a sum on NVIDIA GPUs: a program has one row after the other, all channels, in float32.
 
-E channels, in tiles of SIZE; `y_row`, `z_row` and `dout_row` are the distances between two rows. `parts` has the weight's
-gradient of each program's rows. Read next: gated_norm.py.
+E channels, in tiles of SIZE; `first_row`, `second_row` and `dout_row` are the distances between two rows of both inputs and of the
+output's gradient. `parts` has the weight's gradient of each program's rows. Read next: norms.py.
 """
 
 import triton
@@ -10,34 +10,34 @@ import triton.language as tl
 
 @triton.jit
 def gated_norm(
-    y, z, weight, out, E: tl.constexpr, y_row: tl.constexpr, z_row: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr
+    y, z, weight, out, first_row: tl.constexpr, second_row: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
     """out = h rsqrt(mean(h^2) + EPS) weight, of h = y SiLU(z)."""
     row, e = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     inside = e < E
-    y_E = tl.load(y + row * y_row + e, mask=inside, other=0.0).to(tl.float32)
-    z_E = tl.load(z + row * z_row + e, mask=inside, other=0.0).to(tl.float32)
+    y_E = tl.load(y + row * first_row + e, mask=inside, other=0.0).to(tl.float32)
+    z_E = tl.load(z + row * second_row + e, mask=inside, other=0.0).to(tl.float32)
     h_E = y_E * z_E * tl.sigmoid(z_E)
     scale = tl.rsqrt(tl.sum(h_E * h_E, 0) / E + EPS)
     out_E = h_E * scale * tl.load(weight + e, mask=inside, other=0.0)
     tl.store(out + row * E + e, out_E.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def gated_norm_backward(
-    y, z, dout, weight, dy, dz, parts,
-    E: tl.constexpr, y_row: tl.constexpr, z_row: tl.constexpr, dout_row: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr,
-    EPS: tl.constexpr, SIZE: tl.constexpr,
+    y, z, dout, weight, dy, dz, parts, count,
+    first_row: tl.constexpr, second_row: tl.constexpr, dout_row: tl.constexpr, E: tl.constexpr,
+    ROWS: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of y and z, and the rows' part of the weight's. Rows behind the last one, COUNT - 1, add nothing."""
+    """The gradients of y and z, and the rows' part of the weight's. Rows behind the last one, count - 1, add nothing."""
     program, e = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     weight_E = tl.load(weight + e, mask=e < E, other=0.0)
     part_E = tl.zeros((SIZE,), tl.float32)
     for i in range(ROWS):
         row = program * ROWS + i
-        inside = (e < E) & (row < COUNT)
-        y_E = tl.load(y + row * y_row + e, mask=inside, other=0.0).to(tl.float32)
-        z_E = tl.load(z + row * z_row + e, mask=inside, other=0.0).to(tl.float32)
+        inside = (e < E) & (row < count)
+        y_E = tl.load(y + row * first_row + e, mask=inside, other=0.0).to(tl.float32)
+        z_E = tl.load(z + row * second_row + e, mask=inside, other=0.0).to(tl.float32)
         dout_E = tl.load(dout + row * dout_row + e, mask=inside, other=0.0).to(tl.float32)
         open_E = tl.sigmoid(z_E)
         h_E = y_E * z_E * open_E
@@ -48,4 +48,45 @@ def gated_norm_backward(
         tl.store(dy + row * E + e, (dh_E * z_E * open_E).to(dy.dtype.element_ty), mask=inside)
         dz_E = dh_E * y_E * open_E * (1.0 + z_E * (1.0 - open_E))
         tl.store(dz + row * E + e, dz_E.to(dz.dtype.element_ty), mask=inside)
+    tl.store(parts + program * E + e, part_E, mask=e < E)
+
+
+@triton.jit
+def added_norm(
+    r, h, weight, total, out,
+    first_row: tl.constexpr, second_row: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """total = r + h; out = total rsqrt(mean(total^2) + EPS) weight."""
+    row, e = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    inside = e < E
+    x_E = tl.load(r + row * first_row + e, mask=inside, other=0.0)
+    x_E += tl.load(h + row * second_row + e, mask=inside, other=0.0).to(tl.float32)
+    tl.store(total + row * E + e, x_E, mask=inside)
+    scale = tl.rsqrt(tl.sum(x_E * x_E, 0) / E + EPS)
+    out_E = x_E * scale * tl.load(weight + e, mask=inside, other=0.0)
+    tl.store(out + row * E + e, out_E.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def added_norm_backward(
+    total, dtotal, dout, weight, dr, dh, parts, count,
+    first_row: tl.constexpr, second_row: tl.constexpr, dout_row: tl.constexpr, E: tl.constexpr,
+    ROWS: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of r and h, which differ in type alone, and the rows' part of the weight's."""
+    program, e = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    weight_E = tl.load(weight + e, mask=e < E, other=0.0)
+    part_E = tl.zeros((SIZE,), tl.float32)
+    for i in range(ROWS):
+        row = program * ROWS + i
+        inside = (e < E) & (row < count)
+        x_E = tl.load(total + row * first_row + e, mask=inside, other=0.0)
+        dout_E = tl.load(dout + row * dout_row + e, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x_E * x_E, 0) / E + EPS)
+        part_E += dout_E * x_E * scale
+        dnormed_E = dout_E * weight_E
+        dx_E = scale * (dnormed_E - x_E * (scale * scale * tl.sum(dnormed_E * x_E, 0) / E))
+        dx_E += tl.load(dtotal + row * second_row + e, mask=inside, other=0.0)
+        tl.store(dr + row * E + e, dx_E, mask=inside)
+        tl.store(dh + row * E + e, dx_E.to(dh.dtype.element_ty), mask=inside)
     tl.store(parts + program * E + e, part_E, mask=e < E)

@@ -21,8 +21,9 @@ STEPS, SIZE = 32, 256
 class ScanKind(NamedTuple):
     """All that distinguishes one scan's launches from another's.
 
-    `types` are those of the inputs and of the gate, which has none if there is none; rows are the distances between the rows of
-    each direction's u and delta, of each direction's B and C, and of the gate. `reverse` is the first direction's.
+    `types` are those of the inputs; rows are the distances between the rows of each direction's u and delta, and of each
+    direction's B and C; A has those between its channels and between its states, z the gate's type and its row, if there is one.
+    `reverse` is the first direction's.
     """
 
     device: torch.device
@@ -33,7 +34,8 @@ class ScanKind(NamedTuple):
     N: int
     rows: tuple[tuple[int, int], ...]
     BC_rows: tuple[int, ...]
-    z_row: int | None
+    A: tuple[int, ...]
+    z: tuple[torch.dtype, int] | None
     reverse: bool
     fill: Filling
 
@@ -71,63 +73,70 @@ def scan_forward(kind: ScanKind, keep: bool) -> ScanForward:
         LENGTH=length, REVERSE=kind.reverse, STATES=next_power_of_2(kind.N), SIZE=STEPS,
     )  # fmt: skip
     count = len(kind.rows)
-    scans = [_one_forward(kind, i, None, i + 1 < count, i > 0, keep) for i in range(count)]
+    scans = [_one_forward(kind, i, None, kind.E, i + 1 < count, i > 0, keep) for i in range(count)]
     return ScanForward(by_state, tuple(scans))
 
 
 @functools.cache
-def scan_backward(kind: ScanKind, kept: bool, dy_row: int) -> ScanBackward:
-    """For a y whose gradient has rows at this distance; `kept`: the forward pass stored states and y."""
-    gated, count, lanes = kind.z_row is not None, len(kind.rows), kind.fill.backward
-    repeat = [_one_forward(kind, i, dy_row, gated and i + 1 < count, gated and i > 0, False) for i in range(count)]
+def scan_backward(kind: ScanKind, kept: bool, dy_row: int, dz_row: int, dBC_row: int) -> ScanBackward:
+    """For gradients of y, the gate, and B and C with rows at these distances; `kept`: the forward pass stored states and y."""
+    gated, count, lanes = kind.z is not None, len(kind.rows), kind.fill.backward
+    repeat = [
+        _one_forward(kind, i, dy_row, dz_row, gated and i + 1 < count, gated and i > 0, False) for i in range(count)
+    ]
     ways = [range(count)] if kind.fill.both and count == 2 else [range(i, i + 1) for i in range(count)]
     programs, B, _ = grid(kind.B, kind.L, kind.E, lanes=lanes)
     scans = [
         Launch(
             triton_backward.scan_backward, (programs, B, len(way)), u_rows=tuple(kind.rows[i][0] for i in way),
-            delta_rows=tuple(kind.rows[i][1] for i in way), **_sizes(kind, lanes, dy_row), REVERSE=kind.reverse != bool(way[0]),
+            delta_rows=tuple(kind.rows[i][1] for i in way), dz_row=dz_row,
+            **_sizes(kind, lanes, dy_row), REVERSE=kind.reverse != bool(way[0]),
             GATED=gated, GATE_GRADIENT=gated and kept and count - 1 in way, PRODUCTS=kind.products,
             STATES=next_power_of_2(kind.N),
         )
         for way in ways
     ]  # fmt: skip
-    return ScanBackward(tuple(repeat), tuple(scans), tuple(_sum_scan(kind, i, programs) for i in range(count)))
+    return ScanBackward(tuple(repeat), tuple(scans), tuple(_sum_scan(kind, i, programs, dBC_row) for i in range(count)))
 
 
-def _one_forward(kind: ScanKind, i: int, dy_row: int | None, first: bool, second: bool, keep: bool) -> Launch:
+def _one_forward(
+    kind: ScanKind, i: int, dy_row: int | None, out_row: int, first: bool, second: bool, keep: bool
+) -> Launch:
     """A direction's forward kernel; with `dy_row` as it is repeated for the backward pass."""
     (u_row, delta_row), lanes = kind.rows[i], kind.fill.forward
     return Launch(
         triton_scan.scan_forward, grid(kind.B, kind.L, kind.E, lanes=lanes), u_row=u_row, delta_row=delta_row,
-        **_sizes(kind, lanes, dy_row), REVERSE=kind.reverse != bool(i), FIRST=first, SECOND=second,
-        GATED=kind.z_row is not None, FOR_BACKWARD=dy_row is not None, KEEP=keep,
+        out_row=out_row, **_sizes(kind, lanes, dy_row), REVERSE=kind.reverse != bool(i), FIRST=first, SECOND=second,
+        GATED=kind.z is not None, FOR_BACKWARD=dy_row is not None, KEEP=keep,
     )  # fmt: skip
 
 
 def _sizes(kind: ScanKind, lanes: int, dy_row: int | None) -> dict[str, int]:
     """If there is no gate, dy takes its place, or u in the forward pass, where the gate takes dy's."""
-    z_row, u_row = kind.z_row, kind.rows[0][0]
+    z_row, u_row = None if kind.z is None else kind.z[1], kind.rows[0][0]
     rows = {
         "z_row": next(row for row in (z_row, dy_row, u_row) if row is not None),
         "dy_row": next(row for row in (dy_row, z_row, u_row) if row is not None),
     }
     tile = {"LANES": LANES, "WARPS": WARPS, "SPLIT": lanes, "CHUNK": CHUNK, "num_warps": WARPS}
-    return {"E": kind.E, "L": kind.L, "N": kind.N, "STATE_ROWS": state_rows(kind.N)} | rows | tile
+    sizes = {"A_channel": kind.A[0], "A_state": kind.A[1], "E": kind.E, "L": kind.L, "N": kind.N}
+    return sizes | {"STATE_ROWS": state_rows(kind.N)} | rows | tile
 
 
-def _sum_scan(kind: ScanKind, i: int, parts: int) -> Launch:
+def _sum_scan(kind: ScanKind, i: int, parts: int, dBC_row: int) -> Launch:
     """A direction's gradients of A, B, C, D and the bias; B's and C's have so many parts."""
     B, L, E, N, length = kind.B, kind.L, kind.E, kind.N, padded(kind.L)
     blocks = ceil_div(max(2 * B * N * length, (N + 2) * E), SIZE)
     return Launch(
-        triton_layout.sum_scan, (blocks, 2, 1), batch=B, E=E, L=L, N=N, LENGTH=length, REVERSE=kind.reverse != bool(i),
+        triton_layout.sum_scan, (blocks, 2, 1), batch=B, BC_row=dBC_row, A_channel=kind.A[0],
+        A_state=kind.A[1], E=E, L=L, N=N, LENGTH=length, REVERSE=kind.reverse != bool(i),
         PARTS=parts, SIZE=SIZE,
     )  # fmt: skip
 
 
 class ConvKind(NamedTuple):
-    """All that distinguishes one convolution's launches from another's: types of input and weights, sizes, the distance between
-    the input's rows, and the directions."""
+    """All that distinguishes one convolution's launches from another's: types of input and weights, sizes, the distances between
+    the input's rows and between a weight's channels and its taps, and the directions."""
 
     device: torch.device
     types: tuple[torch.dtype | None, ...]
@@ -136,6 +145,7 @@ class ConvKind(NamedTuple):
     E: int
     taps: int
     x_row: int
+    weight: tuple[int, ...]
 
     @property
     def directions(self) -> tuple[bool, bool]:
@@ -161,17 +171,29 @@ def conv_forward(kind: ConvKind) -> Launch:
 
 
 @functools.cache
-def conv_backward(kind: ConvKind, dy0_row: int, dy1_row: int) -> ConvBackward:
-    """For outputs whose gradients have rows at these distances."""
+def conv_backward(kind: ConvKind, dy0_row: int, dy1_row: int, dx_row: int) -> ConvBackward:
+    """For gradients of the outputs and of the input with rows at these distances."""
     B, L, E, taps, directions = kind.B, kind.L, kind.E, kind.taps, sum(kind.directions)
-    rows, blocks = {"dy0_row": dy0_row, "dy1_row": dy1_row}, ceil_div((taps + 1) * E, SIZE)
+    rows, blocks = {"dy0_row": dy0_row, "dy1_row": dy1_row, "dx_row": dx_row}, ceil_div((taps + 1) * E, SIZE)
     return ConvBackward(
         Launch(triton_conv.conv_backward, grid(B, L, E, SEGMENT), **_conv(kind), **rows, SEGMENT=SEGMENT),
-        Launch(triton_layout.sum_conv, (blocks, directions, 1), parts=kind.parts, E=E, TAPS=taps, SIZE=SIZE),
+        Launch(
+            triton_layout.sum_conv,
+            (blocks, directions, 1),
+            parts=kind.parts,
+            **_weight(kind),
+            E=E,
+            TAPS=taps,
+            SIZE=SIZE,
+        ),
     )
 
 
 def _conv(kind: ConvKind) -> dict[str, int]:
     forward, backward = kind.directions
     sizes = {"E": kind.E, "L": kind.L, "TAPS": kind.taps, "x_row": kind.x_row, "FORWARD": forward, "BACKWARD": backward}
-    return sizes | {"ROWS": ROWS, "LANES": LANES * WARPS, "num_warps": WARPS}
+    return sizes | _weight(kind) | {"ROWS": ROWS, "LANES": LANES * WARPS, "num_warps": WARPS}
+
+
+def _weight(kind: ConvKind) -> dict[str, int]:
+    return {"w_channel": kind.weight[0], "w_tap": kind.weight[1]}

@@ -23,12 +23,14 @@ from dis_scale.scan.triton_tiles import (
 
 
 @triton.jit
-def _initial_states(A, e, inside, N: tl.constexpr, SPLIT: tl.constexpr):
+def _initial_states(
+    A, e, inside, A_channel: tl.constexpr, A_state: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
     """A lane's states, which are zero, and their A / ln 2."""
     h, A_n = (), ()
     for n in tl.static_range(0, N, SPLIT):
         h += (tl.zeros(e.shape, tl.float32),)
-        A_n += (load_scaled(A, n + share_of(e, SPLIT), e, inside, N),)
+        A_n += (load_scaled(A, n + share_of(e, SPLIT), e, inside, A_channel, A_state),)
     return h, A_n
 
 
@@ -88,7 +90,7 @@ def _load_group(
 
 @triton.jit
 def _store_output(
-    ys, first_ys, zs, dys, out, y_high, y_low, kept_y, first, e, inside, E: tl.constexpr, L: tl.constexpr,
+    ys, first_ys, zs, dys, out, y_high, y_low, kept_y, out_row, first, e, inside, E: tl.constexpr, L: tl.constexpr,
     SPLIT: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, GATE: tl.constexpr,
     FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -109,13 +111,14 @@ def _store_output(
             high, low = address(y_high, E, first, step, e, L, REVERSE), address(y_low, E, first, step, e, L, REVERSE)
             store_halves(high, low, y_e, inside & (first + step < L))
         else:
-            store(out, E, first, step, e, y_e, inside, L, REVERSE)
+            store(out, out_row, first, step, e, y_e, inside, L, REVERSE)
 
 
 @triton.jit
 def scan_forward(
     inputs, z, dy, out, y_halves, h_halves, kept_y,
-    u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
+    u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr, out_row: tl.constexpr,
+    A_channel: tl.constexpr, A_state: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     GATED: tl.constexpr, FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
@@ -129,13 +132,13 @@ def scan_forward(
     GATE: tl.constexpr = GATED and not FIRST
     u, delta, A, BC, D, bias = inputs
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * (2 * N * CHUNKS * CHUNK)
-    z, dy, out, kept_y = z + rows * z_row, dy + rows * dy_row, out + rows * E, kept_y + rows * E
+    z, dy, out, kept_y = z + rows * z_row, dy + rows * dy_row, out + rows * out_row, kept_y + rows * E
     y_high, y_low = y_halves[0] + rows * E, y_halves[1] + rows * E
     h_high, h_low = state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
     D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)
     bias_e = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
     share = share_of(e, SPLIT)
-    h, A_n = _initial_states(A, e, inside, N, SPLIT)
+    h, A_n = _initial_states(A, e, inside, A_channel, A_state, N, SPLIT)
     for chunk in range(CHUNKS if OUTPUT else CHUNKS - 1):
         for first in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L), STEPS):
             raws, us, first_ys, zs, dys = _load_group(
@@ -146,7 +149,7 @@ def scan_forward(
             h, ys = _advance(h, A_n, BC, D_e, deltas, us, first, e, CHUNKS * CHUNK, N, SPLIT, REVERSE, OUTPUT)
             if OUTPUT:
                 _store_output(
-                    ys, first_ys, zs, dys, out, y_high, y_low, kept_y, first + share, e, inside, E, L,
+                    ys, first_ys, zs, dys, out, y_high, y_low, kept_y, out_row, first + share, e, inside, E, L,
                     SPLIT, REVERSE, FIRST, SECOND, GATE, FOR_BACKWARD, KEEP,
                 )  # fmt: skip
         if FOR_BACKWARD or KEEP:

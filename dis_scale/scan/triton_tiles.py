@@ -14,6 +14,7 @@ Sizes and flags, all compile-time constants:
 
     E, L, N         channels, time, states
     u_row, ...      distance between two rows of that tensor, in elements
+    A_channel, ...  distance between two channels of A and of its gradient, and between two states
     LANES, WARPS    lanes of a warp, warps of a program
     SPLIT           lanes of a channel, which divide N
     CHUNK           steps between two stored states
@@ -230,9 +231,9 @@ def step_sizes(raws, bias_e, own, inside, L: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def load_scaled(A, n, e, inside, N: tl.constexpr):
+def load_scaled(A, n, e, inside, A_channel: tl.constexpr, A_state: tl.constexpr):
     """Load one state's A / ln 2, for decays as powers of 2."""
-    return tl.load(A + e * N + n, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    return tl.load(A + e * A_channel + n * A_state, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.settings import FamilySettings
 from dis_scale.recipe import LatentShape
-from dis_scale.scan.gated_norm import by_definition
+from dis_scale.scan.norms import by_definition
 
 PARAMETERS = {
     "DiS-S368/2": 29_132_752, "DiS-S368/4": 29_115_184, "DiS-S368/8": 29_309_872,

@@ -225,7 +225,8 @@ def compared(
 ) -> list[tuple[object, ...]]:
     """What `verify_kernels` compares on a GPU."""
     seen = list[tuple[object, ...]]()
-    monkeypatch.setattr(network, "verify", lambda name, _, dtype, case: seen.append((name, dtype, case)))
+    monkeypatch.setattr(network, "verify_block", lambda _make, _width, *given: seen.append((given[0], *given[2:])))
+    network._verify_once.cache_clear()
     model = build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
     models.verify_kernels(model, torch.device("cuda"), images, training)
     return seen

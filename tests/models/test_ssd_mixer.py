@@ -8,12 +8,15 @@ from torch import Tensor
 from dis_scale.models import build
 from dis_scale.models.cost import price_model
 from dis_scale.models.dis import ssd as module
+from dis_scale.models.dis.network import DiSBlock
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dis.ssd import SsdMixer, verify_mixer
+from dis_scale.models.dis.ssd import SsdMixer
+from dis_scale.models.dis.verification import verify_block
 from dis_scale.models.families import preset
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.scan.duality import Way, ssd
+from dis_scale.scan.selftest import Case
 from tests.conftest import TINY
 
 E, N, H = 32, 8, 1
@@ -130,16 +133,23 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     )
 
 
+def verify(settings: Dis, L: int, dtype: torch.dtype, gradients: bool = True) -> None:
+    case = Case(L, gradients=gradients)
+    verify_block(
+        lambda scan: DiSBlock(settings, scan, False), settings.width, "reference", torch.device("cpu"), dtype, case
+    )
+
+
 def test_a_mixer_that_computes_wrongly_on_its_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the random state of the model's initial weights stays as it was."""
     settings = Dis(kind="dis", width=64, depth=2, patch=2, mixer="ssd", combine="hydra", state_size=N)
-    cpu, state = torch.device("cpu"), torch.get_rng_state()
-    verify_mixer(settings, 66, "reference", cpu, torch.float32, True)
-    verify_mixer(settings, 66, "reference", cpu, torch.bfloat16, True)
+    state = torch.get_rng_state()
+    verify(settings, 66, torch.float32)
+    verify(settings, 66, torch.bfloat16)
     for combine in ("hydra", "sum"):  # of a single head the norm cancels the scale, and so nearly all of four gradients
         one_head = settings.model_copy(update={"width": 32, "combine": combine})
         for length in (35, 66, 258):
-            verify_mixer(one_head, length, "reference", cpu, torch.bfloat16, True)
+            verify(one_head, length, torch.bfloat16)
     assert torch.equal(state, torch.get_rng_state())
 
     def forgets(x: Tensor, own: Tensor, earlier: Way, later: Way, exclusive: bool, backend: str) -> Tensor:
@@ -147,6 +157,6 @@ def test_a_mixer_that_computes_wrongly_on_its_device_is_named(monkeypatch: pytes
 
     monkeypatch.setattr(module, "ssd", forgets)
     with pytest.raises(
-        DisScaleError, match=r"reference scan is wrong on cpu: output is off by .* \(torch.float32, ssd hydra, L8"
+        DisScaleError, match=r"reference scan is wrong on cpu: output is off by .* \(torch.float32, 2 images, L8"
     ):
-        verify_mixer(settings, 8, "reference", cpu, torch.float32, False)
+        verify(settings, 8, torch.float32, gradients=False)

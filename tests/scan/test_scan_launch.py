@@ -53,7 +53,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def sum_conv(parts: int) -> Launch:
-    return Launch(triton_layout.sum_conv, (1, 1, 1), parts=parts, E=6, TAPS=4, SIZE=32)
+    return Launch(triton_layout.sum_conv, (1, 1, 1), parts=parts, w_channel=4, w_tap=1, E=6, TAPS=4, SIZE=32)
 
 
 def test_a_later_launch_passes_what_the_first_one_did(recorder: Recorder) -> None:
@@ -62,7 +62,7 @@ def test_a_later_launch_passes_what_the_first_one_did(recorder: Recorder) -> Non
     launch((sums,), (weight,), (bias,))
     first, again = recorder.launched
     assert first[:5] == again[:5] == (1, 1, 1, 1, (sums,))
-    assert first[7:] == again[7:] == (3, 6, 4, 32)
+    assert first[7:] == again[7:] == (3, 4, 1, 6, 4, 32)
 
 
 def test_the_number_of_parts_is_no_constant(recorder: Recorder) -> None:
@@ -76,12 +76,14 @@ def test_the_scans_small_kernels_compile(recorder: Recorder) -> None:
     B, L, E, N = 2, 5, 8, 3
     u, A, ones = torch.ones(B, L, E).bfloat16(), torch.ones(E, N), torch.ones(E)
     b, c = torch.ones(B, L, 2 * N).bfloat16().chunk(2, -1)
-    kind, directions = scan_triton._kind(False, None, Direction(u, u, A, b, c, ones, ones), FULL)
-    operands = scan_triton._Operands(
+    directions = [Direction(u, u, A, b, c, ones, ones)]
+    kind = scan_triton._kind(False, None, directions, FULL)
+    operands = scan_triton.Operands(
         u, u, A, *scan_triton._by_state(triton_numbers.scan_forward(kind, False).by_state, kind, directions), ones, ones
     )
-    launches, parts = triton_numbers.scan_backward(kind, False, E), new_parts(operands.BC, N, E, 1)
-    gradients = scan_triton._sum_parts(launches.sums[0], operands, kind.types[3:5], parts)
+    launches, parts = triton_numbers.scan_backward(kind, False, E, E, N), new_parts(operands.BC, N, E, 1)
+    _, *gradients = scan_triton._new_gradients(operands, kind.types[3:5])
+    launches.sums[0](parts.dBC, parts.parameters, *gradients)
     assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in (A, b, c, ones, ones)]
     assert [launch[:3] for launch in recorder.launched] == [(1, B, 2), (1, 2, 1)]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dis_scale import models
+from dis_scale.models.dis import network, verification
 from dis_scale.models.dis.settings import Dis
 from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import LatentShape
@@ -83,7 +84,7 @@ def test_the_lanes_are_those_that_the_backend_selects(h200: None, images: int, d
     (L, E, N, *_) = case = L2._replace(images=images, directions=directions)
     with FakeTensorMode():
         u, A, rest = torch.empty(images, L, E, device=CUDA), torch.empty(E, N), [torch.empty(1)] * 4
-        selected = triton._filling([u, u, A, *rest] * directions)
+        selected = triton._filling([Direction(u, u, A, *rest)] * directions)
     assert filling_of(CUDA, case) == selected
 
 
@@ -115,13 +116,14 @@ def test_a_model_compiles_nothing_after_the_self_test(
     model = models.build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
     model.keeps_states = keeps
     images, t, y = torch.randn(3, 4, 8, 8), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
-    cases = model._cases([3], training=True)  # type: ignore[operator]
     try:
         launched = launches_of(lambda: model(images, t, y).sum().backward(), monkeypatch)
-        compared = launches_of(lambda: [errors("triton", CPU, torch.bfloat16, case) for case in cases], monkeypatch)
+        monkeypatch.setattr(verification, "require_small", lambda *_: None)
+        network._verify_once.cache_clear()
+        compared = launches_of(lambda: model.verify_kernels(CPU, [3], training=True), monkeypatch)
     finally:
-        _backend.cache_clear()
-        _choose.cache_clear()
+        for cached in (_backend, _choose, network._verify_once):
+            cached.cache_clear()
     assert {name for name, *_ in launched} >= {"scan_forward", "scan_backward", "conv_forward", "conv_backward"}
     assert launched <= compared
     keeping = {("KEEP", "True") in launch for launch in launched if launch[0] == "scan_forward"}

@@ -253,7 +253,8 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(
     failed = let_wait_for_each_other(monkeypatch, triton_scan.scan_forward)
     shapes = [(1, 5, 8), (1, 5, 8), (8, 1), (1, 5, 1), (1, 5, 1), (8,), (8,)]
     inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
-    kind, directions = scan_triton._kind(False, z, inputs, FULL)
+    directions = [Direction(*inputs[:7]), Direction(*inputs[7:])]
+    kind = scan_triton._kind(False, z, directions, FULL)
     compile_together(lambda: scan_triton.compile_forward(kind, z, directions, keep=False))
     assert not failed, ["".join(traceback.format_exception(error)) for error in failed]
     assert sorted(compiles) == ["by_state", "scan_forward", "scan_forward"]
@@ -268,8 +269,9 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
     failed = let_wait_for_each_other(monkeypatch, triton_conv.conv_backward, triton_layout.sum_conv)
     x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
     dys, kind = [torch.ones(1, 5, 8)] * 2, scan_triton._conv_kind(x, weights)
-    compile_together(lambda: scan_triton.compile_conv(kind, x, weights, dys))
+    dx, gradients = torch.empty(1, 5, 8), [torch.empty_like(w) for w in weights]
+    compile_together(lambda: scan_triton.compile_conv(kind, x, weights, dys, dx, gradients))
     assert (sorted(compiles), failed) == (["conv_backward", "sum_conv"], [])
     monkeypatch.setattr(Launch, "__call__", only_compile)
-    scan_triton._conv_backward(triton_numbers.conv_backward(kind, 8, 8), kind, x, weights, dys)
+    scan_triton._conv_backward(triton_numbers.conv_backward(kind, 8, 8, 8), kind, x, weights, dys, dx, gradients)
     assert len(compiles) == 2

@@ -15,14 +15,16 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from dis_scale.models.checkpointing import run_block
+from dis_scale.models.dis.network import DiSBlock
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dis.ssd import verify_mixer
-from dis_scale.scan import choose, triton_backward, triton_layout, triton_numbers
+from dis_scale.models.dis.verification import verify_block
+from dis_scale.scan import choose, triton_backward, triton_layout, triton_mixer, triton_numbers
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
-from dis_scale.scan.gated_norm import by_definition, gated_rms_norm
+from dis_scale.scan.norms import by_definition, gated_rms_norm
 from dis_scale.scan.selftest import Case, verify
 from dis_scale.scan.triton_fill import Filling
+from dis_scale.scan.triton_mixer import takes
 from tests.support import ssd
 from tests.support.scans import (
     CALLS,
@@ -187,7 +189,9 @@ def test_a_convolution_over_several_segments() -> None:
 def test_sums_of_more_parts_than_are_loaded_together() -> None:
     parts, taps, E = 2 * triton_layout.TOGETHER.value + 1, 4, 30
     sums, weight, bias = torch.randn(parts, taps + 1, E), torch.empty(E, taps), torch.empty(E, dtype=torch.bfloat16)
-    triton_layout.sum_conv[3, 1, 1]((sums,), (weight,), (bias,), parts, E=E, TAPS=taps, SIZE=64)
+    triton_layout.sum_conv[3, 1, 1](
+        (sums,), (weight,), (bias,), parts, w_channel=taps, w_tap=1, E=E, TAPS=taps, SIZE=64
+    )
     torch.testing.assert_close(weight, sums.sum(0)[:taps].t())
     torch.testing.assert_close(bias, sums.sum(0)[taps].bfloat16())
 
@@ -240,6 +244,35 @@ def test_extreme_gates() -> None:
     check_extreme_gates("triton")
 
 
+def verified(settings: Dis, L: int, dtype: torch.dtype, **changes: Any) -> None:
+    """Compare a block by Triton with itself by PyTorch's operations."""
+    verify_block(
+        lambda scan: DiSBlock(settings, scan, False),
+        settings.width,
+        "triton",
+        torch.device("cpu"),
+        dtype,
+        Case(L, **changes),
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"keeping": True}, {"gradients": False}, {"images": 3}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_whose_mixer_is_one_function(
+    changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two chunks of steps; both directions' products in one, gradients in halves of one tensor, the norm with the sum."""
+    taken = list[bool]()
+    monkeypatch.setattr(triton_mixer, "takes", lambda *given: taken.append(takes(*given)) or taken[-1])
+    verified(Dis(kind="dis", width=12, depth=2, patch=2, state_size=3), 18, dtype, **changes)
+    assert taken == [True]
+
+
+def test_a_mixer_of_another_width_has_a_function_for_each_part() -> None:
+    """Its halves would not be aligned."""
+    verified(Dis(kind="dis", width=5, depth=2, patch=2, state_size=2), 4, torch.float32)
+
+
 @pytest.mark.parametrize("combine", ["sum", "hydra"])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.faults), torch.bfloat16], ids=str)
 def test_the_self_test_of_state_space_duality_passes(
@@ -261,7 +294,7 @@ def test_the_self_test_of_state_space_duality_passes(
         "combine": combine,
         "state_size": 16,
     }
-    verify_mixer(Dis.model_validate(settings), 66, "triton", torch.device("cpu"), dtype, True)
+    verified(Dis.model_validate(settings), 66, dtype)
 
 
 def test_the_norm_behind_a_gate() -> None:

@@ -4,6 +4,7 @@ Axes: B samples, C channels, L tokens (label, time, patches), D width. The resid
 Read next: s6.py, ssd.py and attention.py (the mixers), public.py.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Collection, Mapping
@@ -19,7 +20,8 @@ from dis_scale.models.dis.attention import Attention
 from dis_scale.models.dis.orders import orders_of
 from dis_scale.models.dis.s6 import Mixer, inner_width
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dis.ssd import SsdMixer, verify_mixer
+from dis_scale.models.dis.ssd import SsdMixer
+from dis_scale.models.dis.verification import verify_block
 from dis_scale.models.tokens import (
     Backbone,
     Linear,
@@ -33,12 +35,8 @@ from dis_scale.models.tokens import (
 from dis_scale.process.settings import LatentShape
 from dis_scale.scan import choose
 from dis_scale.scan.backend import KeepingStates
-from dis_scale.scan.counts import fused
-from dis_scale.scan.selftest import Case, distinct, verify
-
-EPS = 1e-5
-"""RMSNorm's epsilon in the public code."""
-
+from dis_scale.scan.norms import added_rms_norm, normalised
+from dis_scale.scan.selftest import Case, distinct
 
 MIXERS = {"s6": Mixer, "ssd": SsdMixer}
 
@@ -65,6 +63,7 @@ class DiSBlock(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("place", None if order is None else order.argsort(), persistent=False)
         D = settings.width
+        self.scan = scan
         self.norm = nn.Parameter(torch.ones(D))
         self.mixer = attention or MIXERS[settings.mixer](settings, scan)
         self.skip = _zero_bias(Linear(2 * D, D)) if skip and settings.skip == "concat" else None
@@ -78,8 +77,11 @@ class DiSBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if skip_BLD is not None:
             h_BLD = h_BLD + skip_BLD if self.skip is None else self.skip(torch.cat([h_BLD, skip_BLD], dim=-1))
-        r_BLD = add_to_stream(r_BLD, h_BLD, drop_B)
-        n_BLD = normalised(r_BLD, self.norm, h_BLD.dtype)
+        if r_BLD is None:  # the first block's stream is the tokens themselves
+            r_BLD = wide(h_BLD)
+            n_BLD = normalised(r_BLD, self.norm, h_BLD.dtype)
+        else:
+            r_BLD, n_BLD = added_rms_norm(r_BLD, dropped(h_BLD, drop_B), self.norm, self.scan)
         if self.modulation is None:
             return self._mix(n_BLD), r_BLD
         shift_BD, scale_BD, *gate_BD = self.modulation(F.silu(c_BD)).chunk(2 + self.gated, dim=1)
@@ -93,21 +95,9 @@ class DiSBlock(nn.Module):
         return mixed_BLD if self.place is None else mixed_BLD.index_select(1, self.place)
 
 
-def add_to_stream(r_BLD: Tensor | None, h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:
-    """Return r + drop(h) in float32 or better. The first block's stream is the tokens themselves."""
-    if r_BLD is None:
-        return wide(h_BLD)
-    return r_BLD + (h_BLD if drop_B is None else h_BLD * drop_B.to(h_BLD.dtype)[:, None, None])
-
-
-def rms_norm(r_BLD: Tensor, weight_D: Tensor) -> Tensor:
-    """x / rms(x) * weight, in the type of the stream."""
-    return F.rms_norm(r_BLD, weight_D.shape, weight_D.to(r_BLD.dtype), EPS)
-
-
-def normalised(r_BLD: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm of the stream, in the type of the products; priced as GPUs' fused kernel if that is bfloat16."""
-    return rms_norm(r_BLD, weight_D) if dtype == r_BLD.dtype else fused(rms_norm, r_BLD, weight_D).to(dtype)
+def dropped(h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:
+    """A branch whose samples are multiplied by `drop_B` (drop path)."""
+    return h_BLD if drop_B is None else h_BLD * drop_B.to(h_BLD.dtype)[:, None, None]
 
 
 def _zero_bias(layer: nn.Linear) -> nn.Linear:
@@ -180,7 +170,7 @@ class DiS(Backbone):
         if drop is not None and self.drop_rates:
             drops[1:] = drop.unbind()
         h_BLD, r_BLD = self._run(h_BLD, c_BD, drops)
-        return self._image(add_to_stream(r_BLD, h_BLD, drops[-1]), c_BD, dtype)
+        return self._image(r_BLD + dropped(h_BLD, drops[-1]), c_BD, dtype)
 
     @property
     def tokens(self) -> int:
@@ -192,18 +182,18 @@ class DiS(Backbone):
         return self.length, inner_width(self.settings.width), self.settings.state_size
 
     def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:
-        """The scan, once for each set of compiled kernels; a mixer of state-space duality as a whole."""
+        """A block, once for each set of compiled kernels."""
         name = choose(self.scan, device).name
-        if self.settings.attention_every == 1:
-            return
-        if self.settings.mixer == "ssd":
-            verify_mixer(self.settings, self.length, name, device, self.compute_dtype, training)
-            return
         for case in distinct(name, device, self._cases(images, training)):
-            verify(name, device, self.compute_dtype, case)
+            _verify_once(self.settings, name, device, self.compute_dtype, case)
 
     def _cases(self, images: Collection[int], training: bool) -> list[Case]:
-        """All passes of these image counts. A recomputed block's second forward pass keeps states; the first has no backward."""
+        """All passes of these image counts. A recomputed block's second forward pass keeps states; the first has no backward.
+
+        Kernels of state-space duality depend on all sizes but these.
+        """
+        if self.settings.mixer == "ssd" or self.settings.attention_every == 1:
+            return [Case(*self.scan_sizes, 2, self.settings.ways, training)]
         mode, sizes = self.checkpointing if training else "none", self.scan_sizes
         first = training and recompute_every(mode) != 1
         passes = [(first, first and self.keeps_states), (True, True)][: 1 if mode == "none" else 2]
@@ -222,16 +212,17 @@ class DiS(Backbone):
         patches = self.length - self.extras
         return resized_positions(weight, self.extras, patches), f"positions of {patches} patches interpolated"
 
-    def _run(self, h_BLD: Tensor, c_BD: Tensor, drops: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    def _run(self, h_BLD: Tensor, c_BD: Tensor, drops: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         half = len(self.blocks) // 2
         skips: list[Tensor] = []
-        r_BLD: Tensor | None = None
+        r_BLD = None
         with KeepingStates() if self.keeps_states else nullcontext():
             for i, block in enumerate(self.blocks):
                 inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half and skips else None, drops[i])
                 h_BLD, r_BLD = run_block(self.checkpointing, i, block, *inputs)
                 if i < half and self.settings.skip != "none":
                     skips.append(h_BLD)
+        assert r_BLD is not None
         return h_BLD, r_BLD
 
     def _image(self, r_BLD: Tensor, c_BD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -242,6 +233,17 @@ class DiS(Backbone):
             shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
             x_BTD = modulate(x_BTD, shift_BD, scale_BD)
         return unpatchify(self.final(x_BTD), self.patch)
+
+
+@functools.cache
+def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dtype, case: Case) -> None:
+    plain = settings.model_copy(update={"conditioning": "tokens"})
+
+    def make(scan: str) -> DiSBlock:
+        alone = Attention(settings.width, settings.depth, case.L, 0) if settings.attention_every == 1 else None
+        return DiSBlock(plain, scan, False, attention=alone)
+
+    verify_block(make, settings.width, scan, device, dtype, case)
 
 
 def _token_orders(settings: Dis, extras: int, side: int) -> list[Tensor | None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.tokens import product, uniform, wide
 from dis_scale.scan import Direction, causal_conv_silu, selective_scan, two_way_conv_silu, two_way_scan
+from dis_scale.scan.mixer import fused_mixer
 
 TAPS = 4
 """Width of the causal convolution (Mamba's d_conv)."""
@@ -50,7 +51,7 @@ class Mixer(nn.Module):
         self.scan, self.sizes = scan, [R, N, N]
         self.in_proj = uniform(2 * E, D, bound=D**-0.5)
         self.conv = conv_parameters(E, settings.ways)
-        x_projs, dt_projs, dynamics = [], [], []
+        x_projs, dt_projs, dynamics = list[Tensor](), list[Tensor](), list[Tensor]()
         for way in range(settings.ways):
             x_projs.append(uniform(R + 2 * N, E, bound=E**-0.5))
             dt_projs.append(uniform(E, R, bound=R**-0.5))
@@ -64,6 +65,9 @@ class Mixer(nn.Module):
         self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)  # GPT-2's 1 / sqrt(depth)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
+        weights = self.in_proj, self.conv, self.x_proj, self.dt_proj, self.dynamics, self.out_proj
+        if len(self.conv) == 2 and (fused := fused_mixer(h_BLD, *weights, backend=self.scan)) is not None:
+            return fused
         x_BLE, z_BLE = product(h_BLD, self.in_proj).chunk(2, dim=-1)
         if len(self.conv) == 1:
             u_BLE = causal_conv_silu(x_BLE, *taps_and_bias(self.conv[0]), backend=self.scan)

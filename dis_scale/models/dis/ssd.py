@@ -5,8 +5,6 @@ One product gives all inputs of both directions. Short convolutions see x, B and
 Axes: B samples, L tokens, D width, E = 2D inner width, H heads, P channels of a head, N states.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,15 +14,10 @@ from dis_scale.models.dis.settings import Dis, head_size
 from dis_scale.models.tokens import product, uniform, wide
 from dis_scale.scan import causal_conv_silu
 from dis_scale.scan.duality import Way, ssd
-from dis_scale.scan.gated_norm import gated_rms_norm
-from dis_scale.scan.selftest import TOLERANCE, largest_error, require_small
+from dis_scale.scan.norms import gated_rms_norm
 
 AROUND = 7
 """Taps of Hydra's convolution, which is centred on a token."""
-PER_HEAD = {"gradient of D", "gradient of own_proj", "gradient of A_log", "gradient of dt_bias"}
-"""Sums over all tokens in which most cancels; of a single head nearly all, since the norm behind the gate cancels its scale."""
-CANCELLING = 4
-"""By how much their errors may exceed those of PyTorch's operations in the same types."""
 
 
 class SsdMixer(nn.Module):
@@ -88,42 +81,3 @@ class SsdMixer(nn.Module):
     def _mix(self, x_BLE: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None) -> Tensor:
         x_BLHP = x_BLE.unflatten(-1, (-1, self.head))
         return ssd(x_BLHP, own_BLH, earlier, later, exclusive=self.hydra, backend=self.scan)
-
-
-@functools.cache
-def verify_mixer(settings: Dis, L: int, scan: str, device: torch.device, dtype: torch.dtype, training: bool) -> None:
-    """Compare a mixer on the device where it will run with itself in float64 by PyTorch alone; WrongKernel if they differ.
-
-    `dtype` is that of the products. Kernels depend on all sizes but the number of images: training and sampling compile no others.
-    """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)
-        exact, made, plain = (
-            SsdMixer(settings, "chunked").double(),
-            SsdMixer(settings, scan),
-            SsdMixer(settings, "chunked"),
-        )
-        for each in (made, plain):
-            each.load_state_dict(exact.state_dict())
-        h_BLD, dy_BLD = torch.randn(2, 2, L, settings.width).to(dtype).unbind()
-    results = _results(exact.to(device), h_BLD.to(device, torch.float64), dy_BLD, training)
-
-    def errors_of(mixer: SsdMixer) -> dict[str, float]:
-        found = _results(mixer.to(device), h_BLD.to(device), dy_BLD, training)
-        return {what: largest_error(x, results[what]) for what, x in found.items()}
-
-    errors = errors_of(made)
-    if large := [what for what in PER_HEAD & errors.keys() if not errors[what] <= TOLERANCE[dtype]]:
-        plain_errors = errors_of(plain)
-        for what in large:
-            errors[what] /= max(1.0, CANCELLING * plain_errors[what] / TOLERANCE[dtype])
-    require_small(errors, scan, device, dtype, f"{settings.mixer} {settings.combine}, L{L}, width {settings.width}")
-
-
-def _results(mixer: SsdMixer, h_BLD: Tensor, dy_BLD: Tensor, gradients: bool) -> dict[str, Tensor]:
-    """Its output, and the gradients of its input and of each parameter."""
-    named = {"input": h_BLD.requires_grad_()} | dict(mixer.named_parameters())
-    with torch.set_grad_enabled(gradients):
-        y_BLD = mixer(h_BLD)
-    given = torch.autograd.grad(y_BLD, list(named.values()), dy_BLD.to(y_BLD)) if gradients else ()
-    return {"output": y_BLD.detach()} | {f"gradient of {name}": g for name, g in zip(named, given, strict=gradients)}
