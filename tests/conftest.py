@@ -5,6 +5,7 @@ import os
 import signal
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,7 +74,14 @@ def ceph() -> Iterator[object_store.ObjectStore]:
 
 @pytest.fixture
 def bucket(ceph: object_store.ObjectStore) -> str:
-    """A fresh bucket's URL."""
+    """A fresh bucket's URL. A gateway that ended is started again, and the end of its log is among the warnings."""
+    if ended := ceph.ended():
+        warnings.warn(f"Ceph is started again: {ended}", stacklevel=1)
+        ceph.stop()
+        os.environ.update(ceph.start().environment)
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()  # those of the port before
     return object_store.make_bucket(ceph, f"bucket-{uuid.uuid4().hex[:12]}")
 
 

@@ -75,7 +75,7 @@ class ObjectStore:
     def __init__(self, on_disk: bool = False) -> None:
         self.kind = "bluestore" if on_disk else "memstore"
         self.folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.port = 0
 
     @property
@@ -110,6 +110,14 @@ class ObjectStore:
     def stop(self) -> None:
         self._halt()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def ended(self) -> str:
+        """Return how a daemon ended that should run, with the end of its log; nothing if all run."""
+        ends = [(name, code) for name, x in self._daemons.items() if (code := x.poll()) is not None]
+        return "; ".join(
+            f"{name} ended with {code}: {(self.folder / f'{name}.out').read_text(errors='replace')[-2000:]}"
+            for name, code in ends
+        )
 
     def _until_it_serves(self, begin: Callable[[], None], tries: int = 4) -> None:
         for _ in range(tries):
@@ -166,13 +174,13 @@ class ObjectStore:
     def _daemon(self, program: str, *arguments: str) -> None:
         with (self.folder / f"{program}.out").open("ab") as out:
             command = self._command(program, *arguments)
-            self._daemons.append(subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
+            self._daemons[program] = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
 
     def _halt(self) -> None:
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             daemon.kill()
             daemon.wait()
-        self._daemons = []
+        self._daemons = {}
 
 
 def _wait(true: object, timeout_s: float = 15.0) -> None:
