@@ -112,7 +112,7 @@ class Train(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
     weight_decay: float = Field(0.0, ge=0)
-    """For products, convolutions and embeddings; the scans' dynamics, norms, biases and positions never decay."""
+    """For products and embeddings; the dynamics and convolutions of scans, norms, biases and positions never decay."""
     warmup_images: int = Field(0, ge=0)
     """Images over which the rate rises linearly from zero."""
     decay: Literal["none", "linear", "cosine"] = "none"
