@@ -12,7 +12,8 @@ with more tokens.
 
 `waves` is the time that the scan's programs take relative to what they would if all multiprocessors had the same number: with one
 lane per channel, and as the GPU is filled. `kernels` are a block's launches. `step MFU` is of a step of 128 images on one GPU, with
-the optimizer; `images` is their number in a pass up to which the GPU waits for Python (both as dis_scale/planning/fleet.py says).
+the optimizer at 4.3 TB/s; `images` is their number in a pass up to which the GPU waits for Python. The bytes of the optimizer and
+Python's times are those of dis_scale/planning/fleet.py.
 """
 
 import math

@@ -1,7 +1,11 @@
-"""Public files of weights to models and back, by the layout of the model's family. A round trip is bit-equal.
+"""Public files of weights to models and back, by the layout of the model's family.
+
+A round trip is bit-equal if the parts that make one weight of ours have one type.
 
 Read next: dis/public.py, dit/public.py.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -66,7 +70,8 @@ def _load(model: Backbone, state_dict: StateDict) -> None:
         raise UserError(f"not a {type(model).__name__} in the public layout: {'; '.join(faults[:3])}{more}")
     weights = {}
     for ours, parts in public.items():
-        weights[ours] = torch.empty(empty[ours].shape, dtype=state_dict[parts[0].name].dtype)
+        dtype = functools.reduce(torch.promote_types, (state_dict[each.name].dtype for each in parts))
+        weights[ours] = torch.empty(empty[ours].shape, dtype=dtype)
         for name, view in parts:
             view(weights[ours]).copy_(state_dict[name])
     model.load_state_dict(weights, assign=True)

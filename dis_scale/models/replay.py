@@ -4,8 +4,10 @@ Sampling needs no gradients and has few shapes, so each is captured at its first
 captured, or whose graph computes other numbers, is not replayed; a line says so.
 """
 
+import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,28 +36,28 @@ class Replayed:
 
     def _replay(self, inputs: list[Tensor]) -> Forward:
         try:
-            replay = captured(self.model, inputs)
+            replay = captured(self.model, [x.flip(0) for x in inputs])  # other numbers than it is compared on
             if torch.equal(replay(*inputs), self.model(*inputs)):
                 return replay
             reason = "its CUDA graph computes other numbers"
         except RuntimeError as error:  # also if memory lacks
-            reason = str(error).partition("\n")[0]
+            reason = str(error.__context__ or error).partition("\n")[0]
         log.warning("sampling launches each kernel of a pass of %d images by itself: %s", len(inputs[0]), reason)
         return self.model
 
 
 def captured(model: Forward, inputs: list[Tensor]) -> Forward:
     """Return the pass of a model on inputs of these shapes and types as one CUDA graph; each output is a copy."""
-    static = [x.clone() for x in inputs]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            model(*static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = model(*static)
+    static, device = [x.clone() for x in inputs], inputs[0].device
+    side, graph = _side_stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # restores the stream also if the capture is invalid, which `graph` does not
+            for _ in range(WARM_UP):
+                model(*static)
+            with torch.cuda.graph(graph, pool=_pool(device), stream=side):
+                out = model(*static)
+        torch.cuda.current_stream().wait_stream(side)
 
     def replay(*given: Tensor) -> Tensor:
         for to, x in zip(static, given, strict=True):
@@ -64,6 +66,19 @@ def captured(model: Forward, inputs: list[Tensor]) -> Forward:
         return out.clone()
 
     return replay
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
+def _pool(device: torch.device) -> Any:
+    """Memory of all graphs: they run one after the other, and outputs are copied."""
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()
 
 
 def replayed(model: Backbone, device: torch.device) -> Backbone | Replayed:

@@ -19,10 +19,11 @@ MOST_GPUS = 1024
 NODE_GPUS = 8
 ASSUMED_MFU = 0.15
 """Share of a GPU's peak that training reaches. No GPU was measured; the kernels' instructions allow DiS-L/2 0.33."""
-HOST_S, STEP_S = 1.0e-3, 0.01
+HOST_S, STEP_S = 1.3e-3, 0.01
 """Python's time for a block's forward and backward pass, and for DeepSpeed's optimizer, which waits for the GPU and lets it wait.
 
-Measured without a GPU for DiS (benchmarks/results/kernels.md#host-time); other families are taken to need as much.
+Measured without a GPU for DiS at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); all else is taken to need
+as much, so it is a lower bound at ZeRO 3 and where blocks are recomputed.
 """
 OPTIMIZER_BYTES, MEMORY_GB_S = 100, 2000.0
 """A parameter's bytes that the copies, the norm, Adam and an average move, and 10^9 bytes/s of the slowest GPU's memory in GPUS."""

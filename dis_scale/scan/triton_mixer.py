@@ -21,8 +21,9 @@ from dis_scale.scan.triton_memory import Gradients, KeptStates, ScanGradients
 
 def takes(h_BLD: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether all directions' and halves' first numbers are aligned, and types are those of training."""
-    in_proj, *_ = weights
+    in_proj, conv, _, _, dynamics, _ = weights
     aligned = in_proj.shape[0] // 2 % (ALIGNMENT // min(h_BLD.element_size(), 4)) == 0
+    aligned &= not (conv.data_ptr() | dynamics.data_ptr()) % ALIGNMENT
     return aligned and h_BLD.dtype != torch.float64 and all(weight.dtype == torch.float32 for weight in weights)
 
 

@@ -72,7 +72,6 @@ class _GatedNorm(torch.autograd.Function):
 class _AddedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.dtype = h_BLD.dtype
         with torch.cuda.device_of(r_BLD):
             r_BLD, h_BLD = rowwise(r_BLD), rowwise(h_BLD)
             sum_BLD, out_BLD = _empty_like(r_BLD), _empty_like(h_BLD)
