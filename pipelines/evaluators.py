@@ -110,7 +110,7 @@ class Evaluator(Worker):
                 model = self.sampler.model(sampled.model, sampled.images_seen, settings)
                 self.emit("work")
                 device = self.sampler.device
-                return replayed(model, device), None if guide is None else replayed(guide, device)
+                return replayed(model, device), guide and replayed(guide, device)
 
             for number in iter(deal, None):
                 if self.stop_requested():

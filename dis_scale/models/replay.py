@@ -36,7 +36,7 @@ class Replayed:
 
     def _replay(self, inputs: list[Tensor]) -> Forward:
         try:
-            replay = captured(self.model, [x.flip(0) for x in inputs])  # other numbers than it is compared on
+            replay = captured(self.model, [torch.zeros_like(x) for x in inputs])  # not what it is compared on
             if torch.equal(replay(*inputs), self.model(*inputs)):
                 return replay
             reason = "its CUDA graph computes other numbers"

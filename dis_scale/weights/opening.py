@@ -277,10 +277,7 @@ def sample_pictures(
     for each in (model, guide) if guide else (model,):
         verify_kernels(each, torch.device(device), images, training=False)
     opened.decoder.net.to(device)
-    drawn, guides = (
-        replayed(model, torch.device(device)),
-        None if guide is None else replayed(guide, torch.device(device)),
-    )
+    drawn, guides = replayed(model, torch.device(device)), guide and replayed(guide, torch.device(device))
     for first in range(0, count, batch):
         numbers = range(first, min(first + batch, count))
         part = None if isinstance(labels, int) else labels[numbers.start : numbers.stop]
