@@ -38,6 +38,7 @@ from dis_scale.scan.triton_launch import (
     Launch,
     alike,
     compile_together,
+    empty_like,
     filling_on,
     padded,
     plain,
@@ -87,10 +88,6 @@ def _scheme() -> str:
     return sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
 
 
-def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 class Operands(NamedTuple):
     """One direction's inputs as the kernels take them; BC is B and C in the layout of `_by_state`."""
 
@@ -118,10 +115,11 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
         keep = any(ctx.needs_input_grad) and keeps_states()
-        matrices = alike(inputs[2::7])
+        given = list(inputs)
+        given[2::7] = alike(inputs[2::7])
         directions = [
             Direction(rowwise(u), rowwise(delta), A, rowwise(B, False), rowwise(C, False), plain(D), plain(bias))
-            for (u, delta, _, B, C, D, bias), A in zip(zip(*[iter(inputs)] * 7, strict=True), matrices, strict=True)
+            for u, delta, A, B, C, D, bias in zip(*[iter(given)] * 7, strict=True)
         ]
         with torch.cuda.device_of(inputs[0]):
             out, ctx.kind, operands, kept = run_scan(None if z is None else rowwise(z), directions, keep, reverse)
@@ -134,26 +132,25 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         z, y, *saved = ctx.saved_tensors
         count = len(saved) // 7
+        states, saved = saved[:count], saved[count:]
         # A hook on saved tensors may have returned copies of them, with other strides than in the forward pass.
-        matrices = alike(saved[count + 2 :: 6])
+        saved[2::6] = alike(saved[2::6])
         operands = [
             Operands(rowwise(u), rowwise(delta), A, plain(BC), plain(D), plain(bias))
-            for (u, delta, _, BC, D, bias), A in zip(
-                zip(*[iter(saved[count:])] * 6, strict=True), matrices, strict=True
-            )
+            for u, delta, A, BC, D, bias in zip(*[iter(saved)] * 6, strict=True)
         ]
         with torch.cuda.device_of(dy):
-            z, dz = None if z is None else rowwise(z), None if z is None else _empty_like(z)
+            z, dz = None if z is None else rowwise(z), None if z is None else empty_like(z)
             into = [_new_gradients(x, ctx.kind.types[7 * i + 3 : 7 * i + 5]) for i, x in enumerate(operands)]
-            run_scan_backward(ctx.kind, z, operands, rowwise(dy), KeptStates(saved[:count], y), dz, into)
-        return None, dz, *[x for (memory, dA, dB, dC, dD, dbias) in into for x in (*memory, dA, dB, dC, dD, dbias)]
+            run_scan_backward(ctx.kind, z, operands, rowwise(dy), KeptStates(states, y), dz, into)
+        return None, dz, *[x for memory, *others in into for x in (*memory, *others)]
 
 
 def _new_gradients(x: Operands, types: Sequence[torch.dtype]) -> ScanGradients:
     """Memory for a direction's gradients; `types` are those of B and C."""
     (B, L, _), N = x.u.shape, x.A.shape[1]
     dB, dC = (x.BC.new_empty(B, L, N, dtype=dtype) for dtype in types)
-    memory = Gradients(_empty_like(x.u), _empty_like(x.delta))
+    memory = Gradients(empty_like(x.u), empty_like(x.delta))
     return ScanGradients(memory, torch.empty_like(x.A), dB, dC, torch.empty_like(x.D), torch.empty_like(x.bias))
 
 
@@ -187,11 +184,17 @@ def run_scan_backward(
     """Launch a backward pass. A recomputed block has `kind` from its first forward pass, `kept` from its second."""
     rows = tuple([(x.u.stride(1), x.delta.stride(1)) for x in operands])
     kind = kind._replace(rows=rows, A=operands[0].A.stride(), z=None if z is None else (z.dtype, z.stride(1)))
-    dz_row, dBC_row = (dy if dz is None else dz).stride(1), into[0].dB.stride(1)
-    launches = numbers.scan_backward(kind, kept.any, dy.stride(1), dz_row, dBC_row)
+    launches = _backward_launches(kind, dy, kept, dz, into)
     if dy.is_cuda and launches.sums[0].is_new:
         compile_together(lambda: compile_backward(kind, z, operands, dy, kept, dz, into))
     _backward(launches, kind, z, operands, dy, kept, dz, into)
+
+
+def _backward_launches(
+    kind: ScanKind, dy: Tensor, kept: KeptStates, dz: Tensor | None, into: Sequence[ScanGradients]
+) -> ScanBackward:
+    dz_row = (dy if dz is None else dz).stride(1)
+    return numbers.scan_backward(kind, kept.any, dy.stride(1), dz_row, into[0].dB.stride(1))
 
 
 def compile_forward(kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool) -> None:
@@ -215,9 +218,7 @@ def compile_backward(
     states = KeptStates([without_memory(x) for x in kept.states], without_memory(kept.y))
     outs = [ScanGradients(Gradients(*map(without_memory, x.memory)), *map(without_memory, x[1:])) for x in into]
     kind, none = kind._replace(device=META), None if dz is None else without_memory(dz)
-    launches = numbers.scan_backward(
-        kind, kept.any, dy.stride(1), (dy if dz is None else dz).stride(1), into[0].dB.stride(1)
-    )
+    launches = _backward_launches(kind, dy, kept, dz, into)
     _backward(launches, kind, gate, empty, without_memory(dy), states, none, outs)
 
 
@@ -228,11 +229,11 @@ def _forward(
         Operands(x.u_BLE, x.delta_BLE, x.A_EN, BC, x.D_E, x.delta_bias_E)
         for x, BC in zip(directions, _by_state(launches.by_state, kind, directions), strict=True)
     ]
-    out, gate = _empty_like(directions[0].u_BLE), directions[0].u_BLE if z is None else z
-    y, none = _empty_like(out, torch.float32) if len(directions) == 2 else out, out.new_empty(0)
+    out, gate = empty_like(directions[0].u_BLE), directions[0].u_BLE if z is None else z
+    y, none = empty_like(out, torch.float32) if len(directions) == 2 else out, out.new_empty(0)
     kept = KeptStates(
         [new_states(x.u, kind.N) if keep else none for x in operands],
-        _empty_like(out) if keep and z is not None else none,
+        empty_like(out) if keep and z is not None else none,
     )
     kept_y = kept.y if kept.y.numel() else out
     for launch, one, states in zip(launches.scans, operands, kept.states, strict=True):
@@ -296,7 +297,7 @@ class _Conv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
         x, given = rowwise(x), _plain_weights(weights)
         ctx.save_for_backward(x, *given)
-        outs = [None if weight is None else _empty_like(x) for weight in given[::2]]
+        outs = [None if weight is None else empty_like(x) for weight in given[::2]]
         with torch.cuda.device_of(x):
             run_conv(x, given, outs)
         return tuple(outs)
@@ -306,7 +307,7 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         x, weights = rowwise(x), _plain_weights(weights)
-        given, dx = [x if dy is None else rowwise(dy) for dy in dys], _empty_like(x)
+        given, dx = [x if dy is None else rowwise(dy) for dy in dys], empty_like(x)
         gradients = [None if w is None else torch.empty_like(w) for w in weights]
         with torch.cuda.device_of(x):
             run_conv_backward(x, weights, given, dx, gradients)

@@ -81,6 +81,11 @@ def plain(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous memory of x's shape."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def alike(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Matrices with contiguous rows, or all with contiguous columns, and aligned; copies only if necessary."""
     shape = matrices[0].shape

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dis_scale.scan import triton_norm_kernels as kernels
 from dis_scale.scan.norms import EPS
-from dis_scale.scan.triton_launch import Launch, ceil_div, next_power_of_2, plain, rowwise
+from dis_scale.scan.triton_launch import Launch, ceil_div, empty_like, next_power_of_2, plain, rowwise
 
 ROWS = 16
 """Of a program of the backward pass, which adds up their part of the weight's gradient."""
@@ -31,20 +31,20 @@ def added_rms_norm(r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor) -> tuple[Tens
 
 
 class NormKind(NamedTuple):
-    """All that distinguishes one call's launches from another's: the second input's type too, and the rows' distances of both."""
+    """All that distinguishes one call's launches from another's: `distances` are between the rows of each tensor that is read."""
 
     device: torch.device
-    dtypes: tuple[torch.dtype, torch.dtype]
+    dtypes: tuple[torch.dtype, ...]
     rows: int
     """Rows of all images."""
     E: int
-    first_row: int
-    second_row: int
+    distances: tuple[int, ...]
 
     @classmethod
-    def of(cls, first_BLE: Tensor, second_BLE: Tensor) -> "NormKind":
-        (B, L, E), types = first_BLE.shape, (first_BLE.dtype, second_BLE.dtype)
-        return cls(first_BLE.device, types, B * L, E, first_BLE.stride(1), second_BLE.stride(1))
+    def of(cls, *read_BLE: Tensor) -> "NormKind":
+        """Of both inputs, and of the output's gradient in the backward pass."""
+        (B, L, E), device = read_BLE[0].shape, read_BLE[0].device
+        return cls(device, tuple([x.dtype for x in read_BLE]), B * L, E, tuple([x.stride(1) for x in read_BLE]))
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _GatedNorm(torch.autograd.Function):
     def forward(ctx: Any, y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
         ctx.save_for_backward(y_BLE, z_BLE, weight_E)
         with torch.cuda.device_of(y_BLE):
-            y_BLE, z_BLE, out_BLE = rowwise(y_BLE), rowwise(z_BLE), _empty_like(y_BLE)
+            y_BLE, z_BLE, out_BLE = rowwise(y_BLE), rowwise(z_BLE), empty_like(y_BLE)
             _forward(kernels.gated_norm, NormKind.of(y_BLE, z_BLE))(y_BLE, z_BLE, plain(weight_E), out_BLE)
             return out_BLE
 
@@ -62,8 +62,8 @@ class _GatedNorm(torch.autograd.Function):
         y_BLE, z_BLE, weight_E = ctx.saved_tensors
         with torch.cuda.device_of(dout_BLE):
             y_BLE, z_BLE, dout_BLE = rowwise(y_BLE), rowwise(z_BLE), rowwise(dout_BLE)
-            dy_BLE, dz_BLE = _empty_like(y_BLE), _empty_like(y_BLE)
-            launch = _backward(kernels.gated_norm_backward, NormKind.of(y_BLE, z_BLE), dout_BLE)
+            dy_BLE, dz_BLE = empty_like(y_BLE), empty_like(y_BLE)
+            launch = _backward(kernels.gated_norm_backward, NormKind.of(y_BLE, z_BLE, dout_BLE))
             parts_GE = weight_E.new_empty(launch.grid[0], len(weight_E))
             launch(y_BLE, z_BLE, dout_BLE, plain(weight_E), dy_BLE, dz_BLE, parts_GE)
             return dy_BLE, dz_BLE, parts_GE.sum(0)
@@ -74,7 +74,7 @@ class _AddedNorm(torch.autograd.Function):
     def forward(ctx: Any, r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(r_BLD):
             r_BLD, h_BLD = rowwise(r_BLD), rowwise(h_BLD)
-            sum_BLD, out_BLD = _empty_like(r_BLD), _empty_like(h_BLD)
+            sum_BLD, out_BLD = empty_like(r_BLD), empty_like(h_BLD)
             _forward(kernels.added_norm, NormKind.of(r_BLD, h_BLD))(r_BLD, h_BLD, plain(weight_D), sum_BLD, out_BLD)
         ctx.save_for_backward(sum_BLD, weight_D)
         return sum_BLD, out_BLD
@@ -85,15 +85,11 @@ class _AddedNorm(torch.autograd.Function):
         r_BLD, weight_D = ctx.saved_tensors
         with torch.cuda.device_of(r_BLD):
             r_BLD, dsum_BLD, dout_BLD = rowwise(r_BLD), rowwise(dsum_BLD), rowwise(dout_BLD)
-            dr_BLD, dh_BLD = _empty_like(r_BLD), torch.empty_like(dout_BLD, memory_format=torch.contiguous_format)
-            launch = _backward(kernels.added_norm_backward, NormKind.of(r_BLD, dsum_BLD), dout_BLD)
+            dr_BLD, dh_BLD = empty_like(r_BLD), empty_like(dout_BLD)
+            launch = _backward(kernels.added_norm_backward, NormKind.of(r_BLD, dsum_BLD, dout_BLD))
             parts_GD = weight_D.new_empty(launch.grid[0], len(weight_D))
             launch(r_BLD, dsum_BLD, dout_BLD, plain(weight_D), dr_BLD, dh_BLD, parts_GD)
             return dr_BLD, dh_BLD, parts_GD.sum(0)
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -102,15 +98,12 @@ def _forward(kernel: Any, kind: NormKind) -> Launch:
     return _launch(kernel, kind, kind.rows)
 
 
-def _backward(kernel: Any, kind: NormKind, dout: Tensor) -> Launch:
-    return _backward_of(kernel, kind, dout.dtype, dout.stride(1))
-
-
 @functools.cache
-def _backward_of(kernel: Any, kind: NormKind, dtype: torch.dtype, dout_row: int) -> Launch:  # noqa: ARG001
-    return _launch(kernel, kind, ceil_div(kind.rows, ROWS), count=kind.rows, dout_row=dout_row, ROWS=ROWS)
+def _backward(kernel: Any, kind: NormKind) -> Launch:
+    return _launch(kernel, kind, ceil_div(kind.rows, ROWS), count=kind.rows, ROWS=ROWS)
 
 
 def _launch(kernel: Any, kind: NormKind, programs: int, **numbers: float) -> Launch:
-    numbers |= {"first_row": kind.first_row, "second_row": kind.second_row, "E": kind.E, "EPS": EPS}
-    return Launch(kernel, (programs, 1, 1), SIZE=next_power_of_2(kind.E), num_warps=8, **numbers)
+    numbers |= zip(("first_row", "second_row", "dout_row"), kind.distances, strict=False)
+    size = next_power_of_2(kind.E)
+    return Launch(kernel, (programs, 1, 1), E=kind.E, EPS=EPS, SIZE=size, num_warps=8, **numbers)

@@ -9,6 +9,23 @@ import triton.language as tl
 
 
 @triton.jit
+def _store_normalised(x_E, weight, out, row, e, E: tl.constexpr, EPS: tl.constexpr):
+    """Store x rsqrt(mean(x^2) + EPS) weight of a row; x is zero behind the last channel."""
+    scale = tl.rsqrt(tl.sum(x_E * x_E, 0) / E + EPS)
+    out_E = x_E * scale * tl.load(weight + e, mask=e < E, other=0.0)
+    tl.store(out + row * E + e, out_E.to(out.dtype.element_ty), mask=e < E)
+
+
+@triton.jit
+def _through_norm(x_E, dout_E, weight_E, E: tl.constexpr, EPS: tl.constexpr):
+    """Return the gradients of x and of the weight by a row."""
+    scale = tl.rsqrt(tl.sum(x_E * x_E, 0) / E + EPS)
+    dnormed_E = dout_E * weight_E
+    dx_E = scale * (dnormed_E - x_E * (scale * scale * tl.sum(dnormed_E * x_E, 0) / E))
+    return dx_E, dout_E * x_E * scale
+
+
+@triton.jit
 def gated_norm(
     y, z, weight, out, first_row: tl.constexpr, second_row: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
@@ -17,10 +34,7 @@ def gated_norm(
     inside = e < E
     y_E = tl.load(y + row * first_row + e, mask=inside, other=0.0).to(tl.float32)
     z_E = tl.load(z + row * second_row + e, mask=inside, other=0.0).to(tl.float32)
-    h_E = y_E * z_E * tl.sigmoid(z_E)
-    scale = tl.rsqrt(tl.sum(h_E * h_E, 0) / E + EPS)
-    out_E = h_E * scale * tl.load(weight + e, mask=inside, other=0.0)
-    tl.store(out + row * E + e, out_E.to(out.dtype.element_ty), mask=inside)
+    _store_normalised(y_E * z_E * tl.sigmoid(z_E), weight, out, row, e, E, EPS)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -40,11 +54,8 @@ def gated_norm_backward(
         z_E = tl.load(z + row * second_row + e, mask=inside, other=0.0).to(tl.float32)
         dout_E = tl.load(dout + row * dout_row + e, mask=inside, other=0.0).to(tl.float32)
         open_E = tl.sigmoid(z_E)
-        h_E = y_E * z_E * open_E
-        scale = tl.rsqrt(tl.sum(h_E * h_E, 0) / E + EPS)
-        part_E += dout_E * h_E * scale
-        dnormed_E = dout_E * weight_E
-        dh_E = scale * (dnormed_E - h_E * (scale * scale * tl.sum(dnormed_E * h_E, 0) / E))
+        dh_E, dweight_E = _through_norm(y_E * z_E * open_E, dout_E, weight_E, E, EPS)
+        part_E += dweight_E
         tl.store(dy + row * E + e, (dh_E * z_E * open_E).to(dy.dtype.element_ty), mask=inside)
         dz_E = dh_E * y_E * open_E * (1.0 + z_E * (1.0 - open_E))
         tl.store(dz + row * E + e, dz_E.to(dz.dtype.element_ty), mask=inside)
@@ -62,9 +73,7 @@ def added_norm(
     x_E = tl.load(r + row * first_row + e, mask=inside, other=0.0)
     x_E += tl.load(h + row * second_row + e, mask=inside, other=0.0).to(tl.float32)
     tl.store(total + row * E + e, x_E, mask=inside)
-    scale = tl.rsqrt(tl.sum(x_E * x_E, 0) / E + EPS)
-    out_E = x_E * scale * tl.load(weight + e, mask=inside, other=0.0)
-    tl.store(out + row * E + e, out_E.to(out.dtype.element_ty), mask=inside)
+    _store_normalised(x_E, weight, out, row, e, E, EPS)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -82,10 +91,8 @@ def added_norm_backward(
         inside = (e < E) & (row < count)
         x_E = tl.load(total + row * first_row + e, mask=inside, other=0.0)
         dout_E = tl.load(dout + row * dout_row + e, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x_E * x_E, 0) / E + EPS)
-        part_E += dout_E * x_E * scale
-        dnormed_E = dout_E * weight_E
-        dx_E = scale * (dnormed_E - x_E * (scale * scale * tl.sum(dnormed_E * x_E, 0) / E))
+        dx_E, dweight_E = _through_norm(x_E, dout_E, weight_E, E, EPS)
+        part_E += dweight_E
         dx_E += tl.load(dtotal + row * second_row + e, mask=inside, other=0.0)
         tl.store(dr + row * E + e, dx_E, mask=inside)
         tl.store(dh + row * E + e, dx_E.to(dh.dtype.element_ty), mask=inside)
