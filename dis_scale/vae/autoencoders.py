@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 
 from dis_scale.process.errors import UserError
-from dis_scale.process.imports import hidden
 from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Manifest
@@ -106,10 +105,9 @@ def _plain(value: Any) -> Any:
 def _diffusers(name: str) -> Any:
     """Import a class of diffusers only when needed: it takes seconds, and most of a sweep's processes open no VAE."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with hidden("scipy"):  # needed by some of diffusers' schedulers, which we do not use: one second
-        import diffusers
+    import diffusers
 
-        return getattr(diffusers, name)
+    return getattr(diffusers, name)
 
 
 def _defaults(kind: type) -> dict[str, Any]:

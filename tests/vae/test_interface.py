@@ -1,6 +1,10 @@
 """What holds for all autoencoders: the bytes of earlier latents, and latents that are pixels."""
 
 import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,3 +40,14 @@ def test_without_a_vae_every_pixel_value_is_restored() -> None:
     deviation = np.exp(np.float32(0.5) * moments[:, 3:].numpy())
     assert (deviation == 0).all()
     np.testing.assert_array_equal(pixels.decode(moments[:, :3]), image)
+
+
+def test_diffusers_finds_scipy(tmp_path: Path) -> None:
+    """Where scikit-learn and peft are installed, importing diffusers imports them, and they scipy."""
+    (tmp_path / "diffusers.py").write_text("import scipy.sparse\n\nAutoencoderKL = scipy.sparse.csr_array\n")
+    code = "from dis_scale.vae import autoencoders; print(autoencoders._diffusers('AutoencoderKL').__name__)"
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "csr_array", found.stderr
