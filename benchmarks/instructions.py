@@ -5,15 +5,10 @@ channels, for the scan also per state, from the machine code. An instruction of 
 the special-function units (MUFU), and 4 in the load-store unit (LSU), which four schedulers share. The largest of the three
 sums is a lower bound of the time; the bytes at 4.8 TB/s are another. Both are given for B32 on an H200. Neither includes
 latency. The last group of steps runs completely, with masks: L258 takes 260 or 272 steps.
-
-Last, the time of the two-way scan for fewer images with more tokens, by the programs of the busiest multiprocessor: with one lane
-per channel, and as `triton_fill.filling` fills the GPU. A program that is alone on a multiprocessor is assumed to take twice its
-time at full issue, since a single warp per scheduler does not issue in each cycle.
 """
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import re
@@ -30,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from dis_scale.scan import triton_backward, triton_conv, triton_fill, triton_scan
-from dis_scale.scan.triton_fill import FULL, Filling, filling
+from dis_scale.scan.triton_fill import Filling
 from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS, Launch
 from dis_scale.scan.triton_numbers import ROWS, SEGMENT
 
@@ -38,9 +33,8 @@ B, L, E, N = 32, 258, 2048, 16
 MULTIPROCESSORS, REGISTERS, CLOCK_HZ, BYTES_PER_S = 132, 65536, 1.98e9, 4.8e12
 """An H200 at its highest clock; its copies reach 4.3 of the datasheet's 4.8 TB/s."""
 SCHEDULERS = 4 * MULTIPROCESSORS
-SHAPES = (32, 258), (8, 1026), (2, 4098)
-"""Images and tokens: at 256 pixels, and at 512 pixels with patches of 2 and 1, about the same number of tokens each."""
 CYCLES = {"MUFU": 8, "LSU": 4}
+TARGET = re.compile("0x([0-9a-f]+)")
 UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL"), "LSU")}
 SCAN = {"LANES": LANES, "WARPS": WARPS, "SPLIT": 1, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "STATE_ROWS": CHUNK}
 SCAN |= {"GATED": True, "u_row": E, "delta_row": E, "z_row": 2 * E, "dy_row": E}  # z is half of a product
@@ -210,7 +204,11 @@ def code(program: Any) -> list[tuple[str, int]]:
     """A kernel's instructions in order, and how many loops each one is in."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)(.*?);", disassembled(program, "-sass"))
     operations = [(int(at, 16), op, rest) for at, op, rest in lines if op != "NOP"]
-    targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, op, rest in operations if op == "BRA"]
+    diverged = [int(to[1], 16) for _, _, rest in operations if rest.startswith(".DIV") and (to := TARGET.search(rest))]
+    operations = [
+        each for each in operations if each[0] < min(diverged, default=math.inf)
+    ]  # lanes that sleep part for a moment
+    targets = [(at, TARGET.search(rest)) for at, op, rest in operations if op == "BRA"]
     loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
     return [(op, sum(begin <= at <= end for begin, end in loops)) for at, op, _ in operations]
 
@@ -272,23 +270,6 @@ def per_state_and_step(name: str, lanes: int) -> tuple[float, int]:
     return max(counted(program, work(name, lanes)).values()), REGISTERS // a_program
 
 
-def shapes() -> None:
-    """Print the time per token of fewer and longer sequences, for each kind of pass before and after the GPU is filled."""
-    print(
-        f"\n{'':38} {'images':>6} {'tokens':>6} {'lanes':>6} {'programs':>9} {'busiest':>8} {'us':>6} {'ns':>6} {'ratio':>6}"
-    )
-    scans = {"scan, forward": FORWARD} | {what: names for what, names in TOTALS.items() if what.startswith("scan")}
-    for what, names in scans.items():
-        enough = launches(names, FULL, *SHAPES[0]).us / math.prod(SHAPES[0])
-        for (images, tokens), fill in itertools.product(SHAPES, (FULL, None)):
-            fill = fill or filling(images * E // (LANES * WARPS), N, 2, MULTIPROCESSORS)
-            made = launches(names, fill, images, tokens)
-            ns = 1e3 * made.us / (images * tokens)
-            lanes, programs, busiest = map(words, ((fill.forward, fill.backward), made.programs, made.busiest))
-            row = f"{what:38} {images:6} {tokens:6} {lanes:>6} {programs:>9} {busiest:>8}"
-            print(f"{row} {made.us:6.0f} {ns:6.1f} {ns / enough / 1e3:6.2f}")
-
-
 def by_lanes() -> None:
     """Print cycles per state, step and warp, and registers in parentheses, by lanes of a channel."""
     print(f"\n{'lanes of a channel':38}", *(f"{lanes:>11}" for lanes in triton_fill.FORWARD))
@@ -303,10 +284,6 @@ def by_lanes() -> None:
             program = compiled(name, 90, dtype, lanes)
             cells.append(f"{max(counted(program, work(name, lanes)).values()):5.1f} ({registers(program).used:3})")
         print(f"{f'{name}, {dtype}':38}", *cells)
-
-
-def words(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def main() -> None:
@@ -332,5 +309,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    shapes()
     by_lanes()

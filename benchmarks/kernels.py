@@ -1,8 +1,8 @@
 """Correctness of a GPU's kernels, with the time of a worker's self-test: `python -m benchmarks.kernels [--device cpu --quick]`.
 
 Each backend of the device is compared with the reference loop in float64, outputs and all gradients: at odd sizes and at DiS-L/2's
-at 256 pixels with 32 images. Triton's lanes of a channel depend on the number of images, so its rows cover 1, 2, 4 and 8 lanes in
-both passes; two more have longer sequences, as in training at 512 pixels with patches of 2 and 1.
+at 256 pixels with 32 images. Triton's lanes of a channel depend on the number of images, so its rows cover each number that occurs;
+two more have longer sequences, as in training at 512 pixels with patches of 2 and 1.
 The first time includes compilation, the second, of a backend's first case, is that of a later start.
 """
 

@@ -17,6 +17,7 @@ from dis_scale.scan.triton_tiles import (
     load_halves,
     load_scaled,
     load_steps,
+    settle,
     share_of,
     sigmoid,
     spread,
@@ -26,6 +27,9 @@ from dis_scale.scan.triton_tiles import (
     store,
     sum_over_bits,
     sum_over_channel,
+    touch_by_state,
+    touch_halves,
+    touch_steps,
 )
 
 
@@ -172,10 +176,11 @@ def _store_gradients(
 ):  # fmt: skip
     """Store the gradients of u and delta at a lane's own steps; return their parts of D's and the bias's."""
     dD_e, dbias_e = tl.zeros_like(D_e), tl.zeros_like(D_e)
+    CHUNK: tl.constexpr = len(deltas) * SPLIT
+    raws = _load_own(delta, delta_row, own, e, inside, L, CHUNK, SPLIT, REVERSE)
+    us = _load_own(u, u_row, own, e, inside, L, CHUNK, SPLIT, REVERSE)
     for j in tl.static_range(len(deltas)):
-        step = j * SPLIT
-        raw_e = load(delta, delta_row, own, step, e, inside, L, REVERSE) + bias_e
-        u_e = load(u, u_row, own, step, e, inside, L, REVERSE)
+        step, raw_e, u_e = j * SPLIT, raws[j] + bias_e, us[j]
         d_delta_e = d_deltas[j] * 0.6931471805599453 + d_delta_us[j] * u_e  # A is A / ln 2
         slope_e = tl.exp2((raw_e - deltas[j]) * 1.4426950408889634)  # softplus' derivative, exp(x - softplus(x))
         d_raw_e = tl.where(inside & (own + step < L), d_delta_e * slope_e, 0.0)
@@ -196,17 +201,50 @@ def _store_vector_gradients(at, E: tl.constexpr, dD_e, dbias_e, share, inside, S
 
 @triton.jit
 def _through_gate(
-    dy_e, z, z_row: tl.constexpr, kept_y, dz, dz_row: tl.constexpr, own, j: tl.constexpr, e, inside, E: tl.constexpr,
-    L: tl.constexpr, REVERSE: tl.constexpr, GATE_GRADIENT: tl.constexpr,
+    dys, zs, ys, dz, dz_row: tl.constexpr, own, e, inside, L: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """Return the gradient of the scan's output before the gate SiLU(z); store the gate's own gradient if asked."""
-    z_e = load(z, z_row, own, j, e, inside, L, REVERSE)
-    gate_e = sigmoid(z_e)
+    """Return the gradients of the scan's output before the gate SiLU(z); store the gate's own, for outputs `ys`, if there are."""
+    before = ()
+    for j in tl.static_range(len(dys)):
+        gate_e = sigmoid(zs[j])
+        if len(ys) > 0:
+            dz_e = ys[j] * (dys[j] * gate_e * (1.0 + zs[j] * (1.0 - gate_e)))
+            store(dz, dz_row, own, j * SPLIT, e, dz_e, inside, L, REVERSE)
+        before += (dys[j] * (zs[j] * gate_e),)
+    return before
+
+
+@triton.jit
+def _load_own(
+    x, x_row, own, e, inside, L: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr
+):
+    """Load a lane's own steps of a chunk."""
+    xs = ()
+    for j in tl.static_range(0, CHUNK, SPLIT):
+        xs += (load(x, x_row, own, j, e, inside, L, REVERSE),)
+    return xs
+
+
+@triton.jit
+def _touch_chunk(
+    u, delta, z, dy, kept_y, h_high, h_low, BC, u_row, delta_row, z_row, dy_row, chunk, e, E: tl.constexpr, L: tl.constexpr,
+    N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, GATE_GRADIENT: tl.constexpr, STATE_ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Touch all that a chunk loads, and the states at its start."""
+    LENGTH: tl.constexpr = (L + CHUNK - 1) // CHUNK * CHUNK
+    ROWS: tl.constexpr = L if STATE_ROWS == CHUNK else LENGTH // CHUNK * STATE_ROWS
+    first, state = chunk * CHUNK, tl.maximum(chunk - 1, 0) * STATE_ROWS
+    touched = touch_by_state(BC, first, e, LENGTH, N, CHUNK, REVERSE)
+    touched += touch_halves(h_high, h_low, E, state, e, E, ROWS, N, SPLIT, REVERSE)
+    touched += touch_steps(u, u_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
+    touched += touch_steps(delta, delta_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
+    touched += touch_steps(dy, dy_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
+    if GATED:
+        touched += touch_steps(z, z_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
     if GATE_GRADIENT:
-        y_e = load(kept_y, E, own, j, e, inside, L, REVERSE)
-        dz_e = y_e * (dy_e * gate_e * (1.0 + z_e * (1.0 - gate_e)))
-        store(dz, dz_row, own, j, e, dz_e, inside, L, REVERSE)
-    return dy_e * (z_e * gate_e)
+        touched += touch_steps(kept_y, E, first, e, E, L, CHUNK, SPLIT, REVERSE)
+    return touched
 
 
 @triton.jit
@@ -237,21 +275,30 @@ def _one_way_gradients(
     dD_e, dbias_e = tl.zeros_like(D_e), tl.zeros_like(D_e)
     HELD: tl.constexpr = N // SPLIT
     share = share_of(e, SPLIT)
+    touched = _touch_chunk(
+        u, delta, z, dy, kept_y, h_high, h_low, BC, u_row, delta_row, z_row, dy_row, CHUNKS - 1, e, E, L, N, REVERSE, GATED,
+        GATE_GRADIENT, STATE_ROWS, SPLIT, CHUNK,
+    )  # fmt: skip
     for chunk in range(CHUNKS):
         first = (CHUNKS - 1 - chunk) * CHUNK
         own = first + share
-        raws, us, own_delta_us, own_dys, d_delta_us, d_deltas = (), (), (), (), (), ()
-        for j in tl.static_range(0, CHUNK, SPLIT):
-            raws += (load(delta, delta_row, own, j, e, inside, L, REVERSE),)
-            us += (load(u, u_row, own, j, e, inside, L, REVERSE),)
+        settle(touched)
+        touched = _touch_chunk(
+            u, delta, z, dy, kept_y, h_high, h_low, BC, u_row, delta_row, z_row, dy_row, tl.maximum(CHUNKS - 2 - chunk, 0), e,
+            E, L, N, REVERSE, GATED, GATE_GRADIENT, STATE_ROWS, SPLIT, CHUNK,
+        )  # fmt: skip
+        zs, ys, own_delta_us, d_delta_us, d_deltas = (), (), (), (), ()
+        raws = _load_own(delta, delta_row, own, e, inside, L, CHUNK, SPLIT, REVERSE)
+        us = _load_own(u, u_row, own, e, inside, L, CHUNK, SPLIT, REVERSE)
+        own_dys = _load_own(dy, dy_row, own, e, inside, L, CHUNK, SPLIT, REVERSE)
+        if GATED:
+            zs = _load_own(z, z_row, own, e, inside, L, CHUNK, SPLIT, REVERSE)
+            if GATE_GRADIENT:
+                ys = _load_own(kept_y, E, own, e, inside, L, CHUNK, SPLIT, REVERSE)
+            own_dys = _through_gate(own_dys, zs, ys, dz, dz_row, own, e, inside, L, SPLIT, REVERSE)
         own_deltas = step_sizes(raws, bias_e, own, inside, L, SPLIT)
-        for j in tl.static_range(0, CHUNK, SPLIT):
-            dy_e = load(dy, dy_row, own, j, e, inside, L, REVERSE)
-            if GATED:
-                dy_e = _through_gate(
-                    dy_e, z, z_row, kept_y, dz, dz_row, own, j, e, inside, E, L, REVERSE, GATE_GRADIENT
-                )
-            own_delta_us, own_dys = own_delta_us + (own_deltas[j // SPLIT] * us[j // SPLIT],), own_dys + (dy_e,)
+        for j in tl.static_range(len(us)):
+            own_delta_us += (own_deltas[j] * us[j],)
         deltas, delta_us = spread(own_deltas, SPLIT), spread(own_delta_us, SPLIT)
         dys = spread(own_dys, SPLIT)
         for _ in tl.static_range(CHUNK):
@@ -259,11 +306,16 @@ def _one_way_gradients(
         prefetched = _load_state(
             A, h_high, h_low, dA, share, first, e, inside, A_channel, A_state, E, L, N, REVERSE, STATE_ROWS, CHUNK
         )
+        then = _load_state(
+            A, h_high, h_low, dA, min(1, HELD - 1) * SPLIT + share, first, e, inside, A_channel, A_state, E, L, N, REVERSE,
+            STATE_ROWS, CHUNK,
+        )  # fmt: skip
         for i in range(HELD):
-            n, next_n = i * SPLIT + share, min(i + 1, HELD - 1) * SPLIT + share
-            A_e, h_e, carry_e, dA_e = prefetched  # the next state's are loaded while this one is computed
-            prefetched = _load_state(
-                A, h_high, h_low, dA, next_n, first, e, inside, A_channel, A_state, E, L, N, REVERSE, STATE_ROWS, CHUNK
+            n, later_n = i * SPLIT + share, min(i + 2, HELD - 1) * SPLIT + share
+            A_e, h_e, carry_e, dA_e = prefetched  # those of the next two states are loaded while this one is computed
+            prefetched = then
+            then = _load_state(
+                A, h_high, h_low, dA, later_n, first, e, inside, A_channel, A_state, E, L, N, REVERSE, STATE_ROWS, CHUNK
             )
             B_t = load_steps(BC + 4 * SPLIT * i, first, e, CHUNK, LENGTH, N, SPLIT, REVERSE)
             C_t = load_steps(BC + (N * LENGTH + 4 * SPLIT * i), first, e, CHUNK, LENGTH, N, SPLIT, REVERSE)

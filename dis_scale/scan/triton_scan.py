@@ -11,6 +11,7 @@ from dis_scale.scan.triton_tiles import (
     load_halves,
     load_scaled,
     load_steps,
+    settle,
     share_of,
     sigmoid,
     spread,
@@ -19,6 +20,9 @@ from dis_scale.scan.triton_tiles import (
     step_sizes,
     store,
     store_halves,
+    touch_by_state,
+    touch_halves,
+    touch_steps,
 )
 
 
@@ -89,6 +93,25 @@ def _load_group(
 
 
 @triton.jit
+def _touch_inputs(
+    u, delta, z, dy, y_high, y_low, BC, u_row, delta_row, z_row, dy_row, first, e, E: tl.constexpr, L: tl.constexpr,
+    LENGTH: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
+    SECOND: tl.constexpr, GATE: tl.constexpr, FOR_BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Touch what `_load_group` and `_advance` load for the steps from step `first`."""
+    touched = touch_by_state(BC, first, e, LENGTH, N, STEPS, REVERSE)
+    touched += touch_steps(u, u_row, first, e, E, L, STEPS, SPLIT, REVERSE)
+    touched += touch_steps(delta, delta_row, first, e, E, L, STEPS, SPLIT, REVERSE)
+    if SECOND:
+        touched += touch_halves(y_high, y_low, E, first, e, E, L, STEPS, SPLIT, REVERSE)
+    if GATE:
+        touched += touch_steps(z, z_row, first, e, E, L, STEPS, SPLIT, REVERSE)
+        if FOR_BACKWARD:
+            touched += touch_steps(dy, dy_row, first, e, E, L, STEPS, SPLIT, REVERSE)
+    return touched
+
+
+@triton.jit
 def _store_output(
     ys, first_ys, zs, dys, out, y_high, y_low, kept_y, out_row, first, e, inside, E: tl.constexpr, L: tl.constexpr,
     SPLIT: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, GATE: tl.constexpr,
@@ -127,11 +150,12 @@ def scan_forward(
     e, batch = channels_of(LANES, WARPS, SPLIT), tl.program_id(1).to(tl.int64)
     inside, rows = e < E, batch * L  # the only 64-bit number: within a batch row, distances fit 32 bits
     CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
+    LENGTH: tl.constexpr = CHUNKS * CHUNK
     STEPS: tl.constexpr = 4 if SPLIT == 1 else CHUNK
     OUTPUT: tl.constexpr = GATED or not FOR_BACKWARD
     GATE: tl.constexpr = GATED and not FIRST
     u, delta, A, BC, D, bias = inputs
-    u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * (2 * N * CHUNKS * CHUNK)
+    u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * (2 * N * LENGTH)
     z, dy, out, kept_y = z + rows * z_row, dy + rows * dy_row, out + rows * out_row, kept_y + rows * E
     y_high, y_low = y_halves[0] + rows * E, y_halves[1] + rows * E
     h_high, h_low = state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
@@ -139,14 +163,23 @@ def scan_forward(
     bias_e = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
     share = share_of(e, SPLIT)
     h, A_n = _initial_states(A, e, inside, A_channel, A_state, N, SPLIT)
+    touched = _touch_inputs(
+        u, delta, z, dy, y_high, y_low, BC, u_row, delta_row, z_row, dy_row, 0, e, E, L, LENGTH, N, STEPS, SPLIT, REVERSE,
+        SECOND, GATE, FOR_BACKWARD,
+    )  # fmt: skip
     for chunk in range(CHUNKS if OUTPUT else CHUNKS - 1):
         for first in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L), STEPS):
+            settle(touched)
+            touched = _touch_inputs(
+                u, delta, z, dy, y_high, y_low, BC, u_row, delta_row, z_row, dy_row, tl.minimum(first + STEPS, LENGTH - STEPS),
+                e, E, L, LENGTH, N, STEPS, SPLIT, REVERSE, SECOND, GATE, FOR_BACKWARD,
+            )  # fmt: skip
             raws, us, first_ys, zs, dys = _load_group(
                 u, delta, z, dy, y_high, y_low, u_row, delta_row, z_row, dy_row, first + share, e, inside, E, L,
                 STEPS, SPLIT, REVERSE, SECOND, GATE, FOR_BACKWARD,
             )  # fmt: skip
             deltas = step_sizes(raws, bias_e, first + share, inside, L, SPLIT)
-            h, ys = _advance(h, A_n, BC, D_e, deltas, us, first, e, CHUNKS * CHUNK, N, SPLIT, REVERSE, OUTPUT)
+            h, ys = _advance(h, A_n, BC, D_e, deltas, us, first, e, LENGTH, N, SPLIT, REVERSE, OUTPUT)
             if OUTPUT:
                 _store_output(
                     ys, first_ys, zs, dys, out, y_high, y_low, kept_y, out_row, first + share, e, inside, E, L,

@@ -57,6 +57,11 @@ direction.
 import triton
 import triton.language as tl
 
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+"""Kernels of the interpreter have no inline assembly."""
+PIECE = tl.constexpr(32)
+"""Bytes that a GPU's caches load at a time."""
+
 
 @triton.jit
 def _softplus(x):
@@ -165,6 +170,75 @@ def load(x, x_row, first, j, e, inside, L: tl.constexpr, REVERSE: tl.constexpr):
     """Load step first + j in float32; zeros past the end."""
     valid = inside & (first + j < L)
     return tl.load(address(x, x_row, first, j, e, L, REVERSE), mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _touch(at):
+    """Load the PIECE bytes around each lane's address, which must be valid. Nothing waits for them before `settle`."""
+    if COMPILED:
+        aligned = at.to(tl.int64) & -PIECE
+        return tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [aligned], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return tl.zeros(at.shape, tl.int32)
+
+
+@triton.jit
+def settle(touched):
+    """Use what was touched, or the assembler would leave the loads out: one number in 2^32 makes its warp sleep for 1 ns."""
+    if COMPILED:
+        for i in tl.static_range(len(touched)):
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.eq.s32 p, $1, 1540483477; @p nanosleep.u32 1; mov.b32 $0, 0; }", "=r,r", [touched[i]],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
+def _touch_row(x, row, piece, e, E: tl.constexpr, SPLIT: tl.constexpr):
+    """Touch a piece of a warp's channels in the row that begins at this distance."""
+    first = e - lane_of(e) % (e.shape[0] // SPLIT)
+    return _touch(x + (row + tl.minimum(first + piece * (PIECE * 8 // x.dtype.element_ty.primitive_bitwidth), E - 1)))
+
+
+@triton.jit
+def touch_steps(
+    x, x_row, first, e, E: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """Touch a warp's channels at the steps from `first`, so that later loads find them in the multiprocessor's cache."""
+    PIECES: tl.constexpr = (e.shape[0] // SPLIT * x.dtype.element_ty.primitive_bitwidth // 8 + PIECE - 1) // PIECE
+    touched = ()
+    for j in tl.static_range(0, STEPS * PIECES, 32):
+        i = lane_of(e) + j
+        row = _row_of_step(tl.minimum(first + i % STEPS, L - 1), L, REVERSE) * x_row
+        touched += (_touch_row(x, row, i // STEPS % PIECES, e, E, SPLIT),)
+    return touched
+
+
+@triton.jit
+def touch_halves(
+    high, low, x_row, first, e, E: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Touch what `load_halves` loads at the steps from `first`."""
+    touched = touch_steps(high, x_row, first, e, E, L, STEPS, SPLIT, REVERSE)
+    if low.dtype.element_ty != tl.float32:
+        touched += touch_steps(low, x_row, first, e, E, L, STEPS, SPLIT, REVERSE)
+    return touched
+
+
+@triton.jit
+def touch_by_state(
+    BC, first, e, LENGTH: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """Touch B and C at the steps from `first`."""
+    FLOATS: tl.constexpr = PIECE // 4
+    touched, BC = (), BC + (LENGTH - STEPS - first if REVERSE else first) * N
+    for j in tl.static_range(0, N * STEPS // FLOATS, 32):
+        at = BC + tl.minimum(lane_of(e) + j, N * STEPS // FLOATS - 1) * FLOATS
+        touched += (_touch(at), _touch(at + N * LENGTH))
+    return touched
 
 
 @triton.jit

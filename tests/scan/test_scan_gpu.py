@@ -136,7 +136,7 @@ def test_a_graph_of_a_pass_computes_the_same_numbers() -> None:
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    """Accesses outside of an allocation, each tensor in one of its own; races in shared memory. One lane per channel, and eight."""
+    """Accesses outside of an allocation, each tensor in one of its own; races in shared memory. One lane per channel, and four."""
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if program is None:
         pytest.skip("compute-sanitizer is not installed")

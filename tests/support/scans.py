@@ -30,13 +30,8 @@ SIZES = [
 
 WIDE = (2, 3, 403, 16)
 
-FORWARD_CYCLES = {1: 18.0, 2: 18.0, 4: 19.3, 8: 23.3}
-BACKWARD_CYCLES = {1: 22.4, 2: 24.4, 4: 25.8, 8: 28.9}
-"""Cycles of Triton's scan per state, step and warp by lanes of a channel: both directions forward, one backward."""
-
-
 SANITIZED = [Case(35, 140, 3), Case(35, 140, 16)]
-"""Two images for compute-sanitizer. An odd number of states is computed by one lane; 16 states by eight, with so few programs."""
+"""Two images for compute-sanitizer. An odd number of states is computed by one lane; 16 states by four, with so few programs."""
 
 
 def random_tensors(sizes: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
