@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.dit_counts import Counts
-from benchmarks.instructions import BYTES_PER_S, CLOCK_HZ, SCHEDULERS, TOTALS, ahead, code, disassembled, launches
+from benchmarks.instructions import BYTES_PER_S, CLOCK_HZ, SCHEDULERS, TOTALS, ahead, code, disassembled, launches_us
 from benchmarks.instructions import MULTIPROCESSORS as SMS
 from dis_scale.models.cost import price_model
 from dis_scale.models.dis import network, s6, ssd
@@ -148,7 +148,7 @@ def waves(programs: int) -> float:
 
 def scan_ns(fill: Filling, images: int, channels: int, length: int) -> float:
     """Per token."""
-    return 1e3 * launches(TOTALS["scan, states kept"], fill, images, length, channels).us / (images * length)
+    return 1e3 * launches_us(TOTALS["scan, states kept"], fill, images, length, channels) / (images * length)
 
 
 def conv_ns(settings: Dis) -> float:

@@ -207,7 +207,7 @@ def code(program: Any) -> list[tuple[str, int]]:
     diverged = [int(to[1], 16) for _, _, rest in operations if rest.startswith(".DIV") and (to := TARGET.search(rest))]
     operations = [
         each for each in operations if each[0] < min(diverged, default=math.inf)
-    ]  # lanes that sleep part for a moment
+    ]  # behind: while lanes that sleep part
     targets = [(at, TARGET.search(rest)) for at, op, rest in operations if op == "BRA"]
     loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
     return [(op, sum(begin <= at <= end for begin, end in loops)) for at, op, _ in operations]
@@ -224,30 +224,19 @@ def counted(program: Any, units_of_depth: dict[int, float]) -> dict[str, float]:
     return cycles
 
 
-class Launches(NamedTuple):
-    """A scan's launches by the programs of the busiest multiprocessor, and their time without small kernels."""
-
-    programs: list[int]
-    busiest: list[int]
-    us: float
-
-
-def launches(names: Sequence[str], fill: Filling, images: int, tokens: int, channels: int = E) -> Launches:
-    """The launches of a scan; a name is one direction's."""
-    all_programs, busiest, seconds = list[int](), list[int](), 0.0
+def launches_us(names: Sequence[str], fill: Filling, images: int, tokens: int, channels: int = E) -> float:
+    """The time of a scan's launches by the programs of the busiest multiprocessor; a name is one direction's."""
+    seconds = 0.0
     for name in names:
         is_backward = name.startswith("scan_backward")
         lanes, at_once = (fill.backward, 1 + fill.both) if is_backward else (fill.forward, 1)
         programs = images * channels // (LANES // lanes * WARPS) * at_once
         cycles, resident = per_state_and_step(name, lanes)
         steps = rounded(name, lanes, tokens)
-        time = busy(programs, MULTIPROCESSORS, resident) * cycles * N / lanes * steps / CLOCK_HZ / at_once
-        summed = (
-            programs // at_once * (2 * N * tokens * 4) if is_backward else 0
-        )  # bytes: each program's part of dB and dC
-        seconds += time + summed / BYTES_PER_S
-        all_programs, busiest = [*all_programs, programs], [*busiest, -(-programs // MULTIPROCESSORS)]
-    return Launches(sorted({*all_programs}), sorted({*busiest}), 1e6 * seconds)
+        seconds += busy(programs, MULTIPROCESSORS, resident) * cycles * N / lanes * steps / CLOCK_HZ / at_once
+        if is_backward:  # each program's part of dB and dC
+            seconds += programs // at_once * (2 * N * tokens * 4) / BYTES_PER_S
+    return 1e6 * seconds
 
 
 def busy(programs: int, multiprocessors: int, resident: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import dit_counts, kernels, record, rows, throughput
+from benchmarks import dit_counts, kernels, record, rows, throughput, trace
 from benchmarks.bringup import Options
 
 ROOT = Path(__file__).parent.parent
@@ -224,3 +224,13 @@ def test_the_baseline_launches_no_more_than_public_code(capsys: pytest.CaptureFi
         assert (ours["name"], ours["code"], public["code"]) == (public["name"], "ours", "fast-DiT")
         assert 0 < ours["launches"] < public["launches"]
         assert 0 < ours["gbytes"] < public["gbytes"]
+
+
+def test_a_trace_has_gaps_and_kernels_by_their_time() -> None:
+    """Two kernels at once leave no gap between them."""
+    busy = [trace.Busy("a(int)", 0, 4), trace.Busy("void b<2>(int)", 1, 3), trace.Busy("a(long)", 9, 10)]
+    assert trace.gaps_of(busy) == [0, 5]
+    whole, *groups = trace.summary(busy)
+    assert whole == {"name": "GPU", "span_ms": 0.01, "busy": 0.5, "launches": 3}
+    assert [row["count"] for row in groups[:5]] == [0, 1, 0, 0, 0]
+    assert [(row["name"], row["ms"], row["count"]) for row in groups[5:]] == [("a", 0.005, 2), ("b<2>", 0.002, 1)]

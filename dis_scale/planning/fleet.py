@@ -18,8 +18,8 @@ DAY_S = 86_400.0
 MOST_GPUS = 1024
 NODE_GPUS = 8
 ASSUMED_MFU = 0.15
-"""Share of a GPU's peak that training reaches. One H100 reached 0.163 with DiS-L/2; its kernels' instructions allow
-0.32."""
+"""Share of a GPU's peak that training reaches. One H100 reached 0.163 with DiS-L/2; on an H200 its
+kernels' instructions allow 0.32."""
 HOST_S, STEP_S = 1.3e-3, 0.01
 """Python's time for a block's forward and backward pass, and for DeepSpeed's optimizer, which waits for the GPU and lets it wait.
 

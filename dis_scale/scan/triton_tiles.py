@@ -174,11 +174,14 @@ def load(x, x_row, first, j, e, inside, L: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def _touch(at):
-    """Load the PIECE bytes around each lane's address, which must be valid. Nothing waits for them before `settle`."""
+    """Load the PIECE bytes around each lane's address, which must be valid. Nothing waits for them before `settle`.
+
+    Only the first two are asked for: behind a tensor's last number of 16 bits there may be none.
+    """
     if COMPILED:
         aligned = at.to(tl.int64) & -PIECE
         return tl.inline_asm_elementwise(
-            "ld.global.b32 $0, [$1];", "=r,l", [aligned], dtype=tl.int32, is_pure=False, pack=1
+            "ld.global.u16 $0, [$1];", "=r,l", [aligned], dtype=tl.int32, is_pure=False, pack=1
         )
     else:
         return tl.zeros(at.shape, tl.int32)
@@ -186,11 +189,11 @@ def _touch(at):
 
 @triton.jit
 def settle(touched):
-    """Use what was touched, or the assembler would leave the loads out: one number in 2^32 makes its warp sleep for 1 ns."""
+    """Use what was touched, or the assembler would leave the loads out: one in 2^16 makes its warp sleep for 1 ns."""
     if COMPILED:
         for i in tl.static_range(len(touched)):
             tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.eq.s32 p, $1, 1540483477; @p nanosleep.u32 1; mov.b32 $0, 0; }", "=r,r", [touched[i]],
+                "{ .reg .pred p; setp.eq.s32 p, $1, 32767; @p nanosleep.u32 1; mov.b32 $0, 0; }", "=r,r", [touched[i]],
                 dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
 
@@ -235,8 +238,8 @@ def touch_by_state(
     """Touch B and C at the steps from `first`."""
     FLOATS: tl.constexpr = PIECE // 4
     touched, BC = (), BC + (LENGTH - STEPS - first if REVERSE else first) * N
-    for j in tl.static_range(0, N * STEPS // FLOATS, 32):
-        at = BC + tl.minimum(lane_of(e) + j, N * STEPS // FLOATS - 1) * FLOATS
+    for j in tl.static_range(0, (N * STEPS + FLOATS - 1) // FLOATS, 32):
+        at = BC + tl.minimum((lane_of(e) + j) * FLOATS, N * STEPS - 1)
         touched += (_touch(at), _touch(at + N * LENGTH))
     return touched
 

@@ -8,7 +8,7 @@ from dis_scale.scan.triton_fill import FULL, Filling, filling
 
 H200 = 132
 """Multiprocessors, as many as an H100 has."""
-FORWARD_US = {384: {1: 229, 4: 263}, 256: {1: 194, 4: 174}, 64: {2: 67, 4: 54, 8: 65}, 32: {4: 39, 8: 40}}
+FORWARD_US = {512: {1: 263, 2: 368}, 384: {1: 229, 4: 263}, 64: {2: 67, 4: 54, 8: 65}, 32: {4: 39, 8: 40}}
 BACKWARD_US = {256: {1: 436, 2: 488}, 128: {2: 246, 4: 301}, 64: {2: 128, 4: 153, 8: 263}, 32: {2: 91, 4: 77, 8: 133}}
 """Measured on an H100: both directions' kernels by programs (16 an image at L258 E2048 N16 in bf16), and by lanes of a channel."""
 
