@@ -205,9 +205,10 @@ def code(program: Any) -> list[tuple[str, int]]:
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)(.*?);", disassembled(program, "-sass"))
     operations = [(int(at, 16), op, rest) for at, op, rest in lines if op != "NOP"]
     diverged = [int(to[1], 16) for _, _, rest in operations if rest.startswith(".DIV") and (to := TARGET.search(rest))]
-    operations = [
-        each for each in operations if each[0] < min(diverged, default=math.inf)
-    ]  # behind: while lanes that sleep part
+    rare = min(
+        diverged, default=math.inf
+    )  # what a warp runs from here on, it runs while some of its lanes sleep (`settle`)
+    operations = [each for each in operations if each[0] < rare]
     targets = [(at, TARGET.search(rest)) for at, op, rest in operations if op == "BRA"]
     loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
     return [(op, sum(begin <= at <= end for begin, end in loops)) for at, op, _ in operations]

@@ -20,8 +20,8 @@ from dis_scale.sweep import Sweep
 from dis_scale.training.profile import profile_training
 from dis_scale.training.throughput import gpu_bytes
 
-IMAGES = {100: 128, 0: 64}
-"""Images a step by the GPU's memory in GiB, at least."""
+LARGE = 100 * 2**30
+"""Bytes of a GPU that holds 128 images."""
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 GAPS_US = (2.0, 10.0, 100.0, 1000.0)
 """Upper ends of the groups of gaps; one more group is longer."""
@@ -78,11 +78,7 @@ def short(name: str) -> str:
 
 
 def main(chosen: Options) -> None:
-    images = (
-        0
-        if chosen.quick
-        else next(n for least, n in IMAGES.items() if (gpu_bytes(chosen.device) or 0) >= least * 2**30)
-    )
+    images = 128 if (gpu_bytes(chosen.device) or 0) >= LARGE else 64
     job = QUICK_JOBS[1] if chosen.quick else Job("DiS-L/2", images)
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep.below(open_folder(scratch), recipe_of(job, chosen.device.type))

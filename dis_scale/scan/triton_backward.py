@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from dis_scale.scan.triton_tiles import (
+    buffer_rows,
     channels_of,
     collect,
     exchange,
@@ -233,7 +234,7 @@ def _touch_chunk(
 ):  # fmt: skip
     """Touch all that a chunk loads, and the states at its start."""
     LENGTH: tl.constexpr = (L + CHUNK - 1) // CHUNK * CHUNK
-    ROWS: tl.constexpr = L if STATE_ROWS == CHUNK else LENGTH // CHUNK * STATE_ROWS
+    ROWS: tl.constexpr = buffer_rows(L, STATE_ROWS, CHUNK)
     first, state = chunk * CHUNK, tl.maximum(chunk - 1, 0) * STATE_ROWS
     touched = touch_by_state(BC, first, e, LENGTH, N, CHUNK, REVERSE)
     touched += touch_halves(h_high, h_low, E, state, e, E, ROWS, N, SPLIT, REVERSE)

@@ -313,15 +313,20 @@ def load_scaled(A, n, e, inside, A_channel: tl.constexpr, A_state: tl.constexpr)
     return tl.load(A + e * A_channel + n * A_state, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
 
 
+@triton.constexpr_function
+def buffer_rows(L, STATE_ROWS, CHUNK):
+    """Rows of an image in a buffer of states."""
+    return L if STATE_ROWS == CHUNK else (L + CHUNK - 1) // CHUNK * STATE_ROWS
+
+
 @triton.jit
 def state_buffer(high, low, batch, E: tl.constexpr, L: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """The state buffers at this batch row; `state_row` counts rows from here."""
-    ROWS: tl.constexpr = L if STATE_ROWS == CHUNK else (L + CHUNK - 1) // CHUNK * STATE_ROWS
+    ROWS: tl.constexpr = buffer_rows(L, STATE_ROWS, CHUNK)
     return high + batch * ROWS * E, low + batch * ROWS * E
 
 
 @triton.jit
 def state_row(chunk, n, L: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr):
     """Row of state n after a chunk: one of the chunk's gradient rows, written later, or one of a separate buffer."""
-    ROWS: tl.constexpr = L if STATE_ROWS == CHUNK else (L + CHUNK - 1) // CHUNK * STATE_ROWS
-    return _row_of_step(chunk * STATE_ROWS + n, ROWS, REVERSE)
+    return _row_of_step(chunk * STATE_ROWS + n, buffer_rows(L, STATE_ROWS, CHUNK), REVERSE)

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds fo
 import triton
 from triton.runtime import driver
 
-from benchmarks.instructions import FORWARD, CompileOnly, ahead, code, compiled, counted, registers, work
+from benchmarks.instructions import FORWARD, CompileOnly, ahead, busy, code, compiled, counted, registers, work
 from dis_scale.process.errors import UserError
 from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers, triton_scan, triton_ssd
 from dis_scale.scan import triton as scan_triton
@@ -30,7 +30,10 @@ from dis_scale.scan.duality import Way
 from dis_scale.scan.triton_fill import FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together
 from tests.support.alone import in_its_own_process
+from tests.support.scans import BACKWARD_CYCLES, FORWARD_CYCLES
 
+PRODUCTS, TOUCHED = "threadsPerWarp = [32, 1], warpsPerCTA = [1, 4]", "threadsPerWarp = [8, 4], warpsPerCTA = [4, 1]"
+"""Layouts of a tile: of all that is loaded, stored or summed; and of addresses of which nothing else is loaded."""
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
 # Of the variants of scan_forward and scan_backward `make test` compiles those with the most registers.
 COMPILED = [
@@ -73,8 +76,8 @@ def check_program(program: Any, name: str, capability: int) -> None:
     assert "convert_layout" not in program.asm["ttgir"]
     if name.startswith("scan"):  # one layout: a thread reads only what it wrote, and sums over lanes are shuffles
         layouts = re.findall(r"(#\w+) = #ttg.blocked<{sizePerThread = \[1, 1\], (.*?), order", program.asm["ttgir"])
-        others = [name for name, layout in layouts if layout != "threadsPerWarp = [32, 1], warpsPerCTA = [1, 4]"]
-        assert len(others) < len(layouts), "products need this one"
+        assert {layout for _, layout in layouts} == {PRODUCTS, TOUCHED}, "products need the first"
+        others = [name for name, layout in layouts if layout != PRODUCTS]
         moved = [line for line in program.asm["ttgir"].splitlines() if re.search(r"tt\.(load|store|gather)", line)]
         assert not any(f"{other}>" in line for other in others for line in moved), "only what is touched has another"
 
@@ -123,7 +126,12 @@ def test_the_cycles_by_lanes_are_counted(lanes: int) -> None:
     forward = [counted(compiled(name, 90, "bf16", lanes), work(name, lanes)) for name in FORWARD]
     backward = counted(compiled("scan_backward", 90, "bf16", lanes), work("scan_backward", lanes))
     assert [cycles["MUFU"] for cycles in (*forward, backward)] == [8.5, 9.5, 10]
-    assert max(backward.values()) < 35
+    assert sum(max(cycles.values()) for cycles in forward) == pytest.approx(FORWARD_CYCLES[lanes], rel=0.01)
+    assert max(backward.values()) == pytest.approx(BACKWARD_CYCLES[lanes], rel=0.01)
+
+
+def test_a_multiprocessor_that_runs_one_program_takes_the_time_of_two() -> None:
+    assert [busy(programs, 2, 3) for programs in (1, 2, 3, 4, 6, 7, 8, 9)] == [2, 2, 2, 2, 3, 5, 5, 5]
 
 
 def test_no_load_of_a_group_of_steps_waits_for_a_store() -> None:
