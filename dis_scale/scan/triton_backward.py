@@ -232,14 +232,15 @@ def _touch_chunk(
     N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, GATE_GRADIENT: tl.constexpr, STATE_ROWS: tl.constexpr,
     SPLIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Touch all that a chunk loads, and the states at its start."""
+    """Touch what a chunk loads, and the states at its start."""
     LENGTH: tl.constexpr = (L + CHUNK - 1) // CHUNK * CHUNK
     ROWS: tl.constexpr = buffer_rows(L, STATE_ROWS, CHUNK)
     first, state = chunk * CHUNK, tl.maximum(chunk - 1, 0) * STATE_ROWS
     touched = touch_by_state(BC, first, e, LENGTH, N, CHUNK, REVERSE)
-    touched += touch_halves(h_high, h_low, E, state, e, E, ROWS, N, SPLIT, REVERSE)
-    touched += touch_steps(u, u_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
-    touched += touch_steps(delta, delta_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
+    if SPLIT != 2:  # two lanes have no registers left for these: the kernel would spill
+        touched += touch_halves(h_high, h_low, E, state, e, E, ROWS, N, SPLIT, REVERSE)
+        touched += touch_steps(u, u_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
+        touched += touch_steps(delta, delta_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
     touched += touch_steps(dy, dy_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
     if GATED:
         touched += touch_steps(z, z_row, first, e, E, L, CHUNK, SPLIT, REVERSE)

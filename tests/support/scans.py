@@ -31,7 +31,7 @@ SIZES = [
 WIDE = (2, 3, 403, 16)
 
 FORWARD_CYCLES = {1: 18.1, 2: 18.1, 4: 21.2, 8: 27.7}
-BACKWARD_CYCLES = {1: 22.6, 2: 25.6, 4: 28.25, 8: 33.3}
+BACKWARD_CYCLES = {1: 22.6, 2: 25.2, 4: 28.25, 8: 33.3}
 """Cycles of Triton's scan per state, step and warp by lanes of a channel: both directions forward, one backward."""
 
 SANITIZED = [Case(35, 140, 3), Case(35, 140, 16), Case(33, 17, 16, 1)]
