@@ -27,11 +27,11 @@ def of_one_set(entries: Iterable[Entry | LeftOut], where: str) -> Iterator[Entry
     They are in one folder, and their names differ in the word for the part and in numbers only: `seg_train` and `seg_test`,
     `train2017` and `val2017`. A tar has its own folders.
     """
-    before, first_of = "", dict[tuple[str, ...], str]()
+    seen, first_of = {""}, dict[tuple[str, ...], str]()
     for entry in entries:
-        folder = entry.name.removeprefix(f"{entry.file}/").rpartition("/")[0] if isinstance(entry, Entry) else before
-        if folder != before:
-            before = folder
+        folder = entry.name.removeprefix(f"{entry.file}/").rpartition("/")[0] if isinstance(entry, Entry) else ""
+        if folder not in seen:  # a CSV may name them in any order
+            seen.add(folder)
             for path in accumulate(folder.split("/"), "{}/{}".format):
                 _require_same_part(first_of, path, where)
         yield entry

@@ -47,6 +47,20 @@ def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Re
     assert driver.sweep.folder.list("leases/sweep") == ["0001"]
 
 
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_driver_whose_lease_has_a_successor_stops_and_leaves_jobs_that_the_other_has_joined(
+    where: str, tiny: Recipe, tmp_path: Path
+) -> None:
+    """It was suspended, and another process took it for dead."""
+    driver, leases = driver_of(tiny, tmp_path), driver_of(tiny, tmp_path).sweep.lease("sweep")
+    driver.requests_polled_every_s = 0.05
+    with pipeline.one_at_a_time(driver, cluster("here")):
+        Holder.read(leases, "0001").changed(cluster=where).write(leases, "0002")
+        assert driver.stop_requested.wait(30)
+        assert driver.taken_over == (where == "here")
+    assert "taken    another process has taken over this sweep: this one stops" in logged(driver)
+
+
 def test_a_missing_start_is_refused_before_anything_begins(tmp_path: Path) -> None:
     recipe = reading.load(TINY, [f"models.dit.start={{kind: file, path: nowhere.pt, sha256: '{'0' * 64}'}}"])
     driver, plan = driver_of(recipe, tmp_path), price_sweep(recipe, LatentShape(4, 8))

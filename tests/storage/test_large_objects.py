@@ -9,9 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from dis_scale.data import maintenance
+from dis_scale.data.latents import Latents
 from dis_scale.process.errors import StorageAway
 from dis_scale.storage import folder, retries
 from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import PointName, Run
+from dis_scale.training.resume import newest_point
+from tests.support import small_latents
+from tests.support.documents import put_resume_point
 from tests.support.faulty_gateway import Fault, Gateway
 
 LONG_BYTES = 40 * 10**6
@@ -88,6 +94,35 @@ def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(
     gateway.faults = ["cut"] * 100
     with pytest.raises(StorageAway, match="cannot read"):
         at.read("long")
+
+
+@pytest.mark.parametrize("faults", [["cut"] * 3, [500, 503], ["closed", "closed"]], ids=str)
+def test_shards_and_resume_points_of_real_length_are_read_and_verified_through_faults(
+    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As training reads them and `dis-scale data verify` does: nothing is called damaged."""
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.01)
+    at = open_folder(bucket)
+    latents = small_latents.make(at / "latents", [10_000])
+    assert latents.sizes()["000000.tar"] > 2**24, "s3fs reads it by several ranges"
+    run = Run(at / "run")
+    put_resume_point(run.resume_point(PointName(10, 1)), {"rank-00000.safetensors": data}, images=10)
+
+    def through_faults(suffix: str) -> None:
+        gateway.concerns = lambda request: request.method == "GET" and request.path.endswith(suffix)
+        gateway.faults = list(faults)
+
+    through_faults(".tar")
+    moments, labels = small_latents.read(Latents(latents, 0), 0, 16)
+    assert (len(moments), sorted(set(labels.tolist()) - set(range(small_latents.CLASSES)))) == (16, [])
+    assert not gateway.faults
+    through_faults(".tar")
+    assert maintenance.verify(latents, False, lambda *_: None) == {}
+    assert not gateway.faults
+    through_faults(".safetensors")
+    said = list[str]()
+    point = newest_point(run, said.append)
+    assert (point is not None and point.manifest.images, said, gateway.faults) == (10, [], [])
 
 
 @pytest.fixture
