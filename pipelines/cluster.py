@@ -53,8 +53,8 @@ class Cluster:
     runtime_env: dict[str, Any]
     description: str
     ours: bool
-    capacity: int
-    """Number of models that can train at the same time."""
+    at_once: Callable[[], int]
+    """Returns the number of models that can train at the same time now: nodes may join for days."""
     gpus: int
     gpu_fault: str
     """Why PyTorch cannot use this machine's GPUs; empty if it can, or if there are none."""
@@ -92,7 +92,7 @@ def open_cluster(
             head, dashboard = _start_head(recipe, folder, gpus)
             yield Cluster(
                 client_of(dashboard), {}, f"a local Ray that this command started ({dashboard})",
-                ours=True, capacity=1, gpus=gpus, gpu_fault=fault, id=folder.name, address=dashboard,
+                ours=True, at_once=lambda: 1, gpus=gpus, gpu_fault=fault, id=folder.name, address=dashboard,
                 gpu_bytes=smallest_gpu_bytes() if gpus else None,
             )  # fmt: skip
         finally:
@@ -250,13 +250,14 @@ def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], 
     _connect()
     packages.require_on_nodes(recipe)
     parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    (client, gpu_bytes), resources = reach(silence, go_on), ray.cluster_resources()
+    client, gpu_bytes = reach(silence, go_on)
     inherited = ("working_dir", "py_modules", "pip", "uv", "env_vars")
     return Cluster(
         client, {key: value for key, value in parent.items() if key in inherited},
-        f"the Ray cluster at {address}", ours=False, capacity=models_at_once(recipe, resources),
-        gpus=int(resources.get("GPU", 0)), gpu_fault=usable_gpus()[1], id=ray.get_runtime_context().get_session_name(),
-        gpu_bytes=gpu_bytes,
+        f"the Ray cluster at {address}", ours=False,
+        at_once=lambda: models_at_once(recipe, ray.cluster_resources()),
+        gpus=int(ray.cluster_resources().get("GPU", 0)), gpu_fault=usable_gpus()[1],
+        id=ray.get_runtime_context().get_session_name(), gpu_bytes=gpu_bytes,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
 from dis_scale.storage import lease
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import RECIPE, Sweep, state
 from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
@@ -205,9 +205,10 @@ def _begin_waiting(
     driver: Driver, cluster: Cluster, waiting: list[str], training: dict[str, Job], failures: Failures, ask: bool
 ) -> None:
     """Start to train waiting models while the cluster has room; branches only if storage may be asked about their trunks."""
+    at_once = cluster.at_once() if waiting else 0
     for model in list(waiting):
         branch = driver.sweep.recipe.models[model].branch
-        if len(training) == cluster.capacity or (branch and not ask):
+        if len(training) >= at_once or (branch and not ask):
             continue
         try:
             begins = state.may_begin(driver.sweep, model)
@@ -246,19 +247,24 @@ def _failure(driver: Driver, job: Job, name: str) -> str:
 
 
 def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
-    """Whether another job follows one that did not end well, a limited number of times: after an accident of its process, or if it
-    was stopped for an earlier command."""
-    stopped = job.status == "STOPPED" and not job.ours
+    """Whether another job follows one that did not end well, a limited number of times.
+
+    It does after an accident of its process, if it was stopped for an earlier command, and if storage was away, once that answers
+    again: StorageAway if it does not for as long as jobs wait.
+    """
+    stopped, away = job.status == "STOPPED" and not job.ours, isinstance(job.error(""), StorageAway)
     now_s = time.monotonic()
     lately = [at_s for at_s in driver.followed_s[name] if now_s - at_s < FOLLOWED_IN_S]
-    if not (job.killed or stopped) or len(lately) == MOST_FOLLOWED:
+    if not (job.killed or stopped or away) or len(lately) == MOST_FOLLOWED:
         return False
     driver.followed_s[name] = [*lately, now_s]
-    what = (
-        "it was stopped for an earlier command"
-        if stopped
-        else f"its process was killed, or not started ({job.reason()[:200]})"
-    )
+    why = job.reason()[:200]
+    what = f"its process was killed, or not started ({why})"
+    if stopped:
+        what = "it was stopped for an earlier command"
+    elif away:
+        _insist(driver, partial(driver.sweep.folder.exists, RECIPE))
+        what = f"storage or a node was away ({why})"
     driver.board.say(f"{name}: {what}, and another job continues")
     return True
 

@@ -6,7 +6,7 @@ They reserve no CPU and run at low priority: on a small machine a reserved CPU w
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.training import devices
 from pipelines import nodes, ray_private
-from pipelines.failures import DeviceFailure, WorkerFailure, describe
+from pipelines.failures import WorkerFailure, describe
 from pipelines.places import Places, own_gpus
 from pipelines.ray_private import actor_id
 from pipelines.sharing import Deal, share
@@ -187,15 +187,15 @@ class RayEvaluators:
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[Spent]:
         """Let the evaluators share the blocks of a checkpoint; return what each spent."""
         try:
-            return self._share("sample", (sampled, settings), blocks, sampled.model)
+            return self._share("sample", (sampled, settings), blocks)
         except WrongKernel as error:
             raise self._blame(error, sampled, settings) from error
 
     def floor(self, blocks: list[int]) -> None:
         """Let the evaluators share the blocks of the floor."""
-        self._share("floor", (), blocks, next(iter(self.job.recipe.models)))
+        self._share("floor", (), blocks)
 
-    def _share(self, method: str, arguments: tuple[Any, ...], blocks: list[int], model: str) -> list[Any]:
+    def _share(self, method: str, arguments: tuple[Any, ...], blocks: list[int]) -> list[Any]:
         """Let the evaluators share blocks. If one fails, raise its failure; the others stop after their current block."""
         self.spawn()
         before, workers = self._workers, list(self._workers.values())
@@ -212,7 +212,6 @@ class RayEvaluators:
             raise
         self._workers = {number: worker for number, worker in before.items() if worker in living}
         if failure:
-            self._note(failure, workers, model)
             raise failure
         return spent
 
@@ -227,35 +226,23 @@ class RayEvaluators:
             passed = watch(self.job, [*placed.values()], calls, policy=SILENT)
         except WorkerFailure as failure:
             self.end()
-            self._note(failure, [*placed.values()], sampled.model)
             return failure
         if not any(passed):
             return error
         words = f"this device fails where those of {sum(passed)} other evaluators do not: {describe(error)}"
         for (number, worker), right in zip(placed.items(), passed, strict=True):
             if not right:
-                self._record(worker, sampled.model, words)
+                nodes.record_failure(self.job, nodes.under(worker), words)
                 ray.kill(self._workers.pop(number))
         return WorkerFailure(words)
-
-    def _note(self, failure: WorkerFailure, workers: Sequence[Any], model: str) -> None:
-        """Count the failure of a device, if it is one, against the node of its worker."""
-        if isinstance(failure, DeviceFailure):
-            self._record(workers[failure.worker], model, str(failure))
-
-    def _record(self, worker: Any, model: str, why: str) -> None:
-        """Count a failure of an evaluator's device against its node."""
-        name = nodes.name_of(ray_private.node_of(worker))
-        nodes.record_failure(self.job, self.job.sweep.evaluations(model), name, why)
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Let one evaluator measure the held-out loss."""
         number, worker = next(iter(self._workers.items()))
         try:
             (values,) = watch(self.job, [worker], [worker.held_out.remote(sampled)], policy=SILENT)
-        except WorkerFailure as failure:
+        except WorkerFailure:
             del self._workers[number]
-            self._note(failure, [worker], sampled.model)
             raise
         except WrongKernel as error:
             raise self._blame(error, sampled, self.job.recipe.evaluate) from error

@@ -13,7 +13,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
-from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
 from pipelines import ray_private
@@ -117,26 +116,29 @@ def name_of(node_id: str) -> str:
     return next((str(node["NodeName"]) for node in ray.nodes() if node["NodeID"] == node_id), node_id)
 
 
+def under(worker: Any) -> str:
+    """Return the name of the node on which a worker runs, or ran last."""
+    return name_of(ray_private.node_of(worker))
+
+
 def names_of(workers: Sequence[Any]) -> frozenset[str]:
     """Return the names of the nodes on which these workers run, or ran last."""
-    placed = filter(ray_private.has_process, workers)
-    return frozenset(name_of(ray_private.node_of(worker)) for worker in placed)
+    return frozenset(map(under, filter(ray_private.has_process, workers)))
 
 
-def record_failure(job: StageJob, folder: Folder, name: str, why: str) -> None:
-    """Store the failure of a node's device in the folder of a model; log it, and that the node is avoided from now on."""
-    model = folder.name
+def record_failure(job: StageJob, name: str, why: str) -> None:
+    """Store the failure of a node's device; log it, and that the node is avoided from now on."""
     try:
-        state.record_node_failure(folder, name, why)
+        state.record_node_failure(job.failed_nodes, name, why)
         failures = state.node_failures(job.sweep)[name]
     except (StorageError, StorageAway) as error:
-        job.say(f"{model}: the failure of a node's device is not stored: {error}")
+        job.say(f"node {name}: the failure of its device is not stored: {error}")
         return
-    job.emit("node_failure", model=model, node=name, failures=failures)
-    job.say(f"{model}: node {name}: failure {failures} of its devices: {why}", level="warning")
+    job.emit("node_failure", node=name, failures=failures)
+    job.say(f"node {name}: failure {failures} of its devices: {why}", level="warning")
     if failures >= state.MOST_NODE_FAILURES:
-        job.emit("node_excluded", model=model, node=name)
-        job.say(f"{model}: node {name} is excluded after {failures} failures: drain it, or repair it", level="warning")
+        job.emit("node_excluded", node=name)
+        job.say(f"node {name} is excluded after {failures} failures: drain it, or repair it", level="warning")
 
 
 def failed(sweep: Sweep, nodes: Sequence[Node]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import SILENT, watch
-from pipelines.worker import Request, Worker, request_for, spawn
+from pipelines.worker import Request, Worker, elsewhere, request_for, spawn
 
 if TYPE_CHECKING:
     from dis_scale.vae import Vae
@@ -74,7 +74,9 @@ class Encoder(Worker):
         if recipe.data.given is None:  # copies are the same everywhere
             require_same_hardware(latents, self.device)
         self.report(0)
-        vae.net.to(devices.torch_device(self.device))
+        device = devices.torch_device(self.device)
+        devices.check_device(device)
+        vae.net.to(device)
         setup = Setup(open_source(recipe.data, self.sweep.store), vae, recipe)
         self.emit("work")
         put_shards(setup, latents, iter(deal, None), self._count)
@@ -109,7 +111,7 @@ class RayEncoders:
 
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
-        worker = spawn(self.job, Encoder, request_for("precompute", "cpu", 1), self.job.sweep, self.device)
+        worker = self._spawn(request_for("precompute", "cpu", 1))
         (encoding,) = watch(self.job, [worker], [worker.encoding.remote()], policy=replace(SILENT, keep_logs=False))
         if self.device == "cpu":
             self.workers = [worker]
@@ -117,7 +119,7 @@ class RayEncoders:
 
     def check(self) -> str:
         """Compare latents of another program with the VAE: `Encoder.check`."""
-        worker = spawn(self.job, Encoder, request_for("precompute", "cpu", 1), self.job.sweep, self.device)
+        worker = self._spawn(request_for("precompute", "cpu", 1))
         (line,) = watch(self.job, [worker], [worker.check.remote()], policy=replace(SILENT, keep_logs=False))
         ray.kill(worker)
         return str(line)
@@ -136,7 +138,8 @@ class RayEncoders:
         """Write the shards of these groups from the encoded parts."""
         mixer = MixedOrder.of(len(source), self.job.recipe.precompute, encoding)
         images = sum(len(mixer.group(n)) for n in left)
-        self._share("mix", mixing_request(mixer), len(left), (latents, mixer), left, 2 * images, 2 * len(source))
+        request = mixing_request(mixer)
+        self._share("mix", request, capacity(request), (latents, mixer), left, 2 * images, 2 * len(source))
 
     def _share(
         self,
@@ -148,21 +151,26 @@ class RayEncoders:
         images: int,
         total: int,
     ) -> None:
-        """Let up to `most` workers share this work on the numbers in `left`, which have this many `images` of `total`."""
+        """Let `most` workers share this work on the numbers in `left`, which have this many `images` of `total`.
+
+        Those for which the cluster has no capacity yet join when it does.
+        """
         if work != self.work:  # their GPUs, or their memory, are for others now
             for worker in self.workers:
                 ray.kill(worker)
             self.work, self.workers = work, []
-        count = min(most, len(left), capacity(request))
+        count = min(most, len(left))
         workers, self.workers = self.workers[:count], []
-        missing = range(count - len(workers))
-        workers += [spawn(self.job, Encoder, request, self.job.sweep, self.device) for _ in missing]
+        workers += [self._spawn(request) for _ in range(count - len(workers))]
         self.workers, _, failure = share(
             self.job, workers, work, arguments, left,
             lambda done: self.job.progress(min(total - images + sum(done), total), total, UNITS[work]),
         )  # fmt: skip
         if failure:
             raise failure
+
+    def _spawn(self, request: Request) -> Any:
+        return spawn(self.job, Encoder, elsewhere(self.job, request), self.job.sweep, self.device)
 
 
 def mixing_request(mixer: MixedOrder) -> Request:

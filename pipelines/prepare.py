@@ -6,7 +6,6 @@ as many workers as precompute has: they also read all images, on the same nodes.
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
 from typing import Any
 
 import ray
@@ -21,10 +20,10 @@ from pipelines.failures import WorkerFailure
 from pipelines.nodes import choose_device
 from pipelines.places import PREPARE_CPUS, Places
 from pipelines.restarts import with_restarts
-from pipelines.sharing import SHARED, Deal, capacity, share
+from pipelines.sharing import SHARED, Deal, share
 from pipelines.stage import StageJob
-from pipelines.watching import SILENT, watch
-from pipelines.worker import Request, Worker, request_for, spawn
+from pipelines.watching import SILENT, Report, watch
+from pipelines.worker import Request, Worker, elsewhere, request_for, spawn
 
 
 class Preparer(Worker):
@@ -150,20 +149,19 @@ def prepare_sweep(job: StageJob) -> None:
 
 
 def _prepare_with_one(job: StageJob, device: str, request: Request, held: Lease) -> None:
-    worker = spawn(job, Preparer, request, held)
+    worker = spawn(job, Preparer, elsewhere(job, request), held)
     result = worker.prepare.remote(job.sweep, device)
-    total = cache(partial(_steps_and_images, job.sweep))  # counted at the first report, while the worker starts
-    watch(job, [worker], [result], lambda done: job.progress(done[0], total(), "steps"), SHARED)
+    watch(job, [worker], [result], progress_by_part(job), SHARED)
 
 
 def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:
-    """Compute the missing parts with as many workers as precompute has and the cluster can hold; one of them merges all parts."""
+    """Compute the missing parts with as many workers as precompute has; one of them merges all parts."""
     sweep = job.sweep
     images = len(_source(sweep))
     left = state.reference_parts_missing(sweep, images)
     before = images - sum(len(part_positions(n, images)) for n in left)
-    request = request_for("precompute", device, 1)
-    count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity(request)))
+    request = elsewhere(job, request_for("precompute", device, 1))
+    count = max(1, min(sweep.recipe.precompute.workers, len(left)))
     workers = [spawn(job, Preparer, request, held) for _ in range(count)]
     job.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
     living, _, failure = share(
@@ -182,13 +180,31 @@ def _has_parts(sweep: Sweep, source: Source) -> bool:
     return bool(sweep.recipe.evaluate.of_images) and part_count(len(source)) > 1
 
 
-def _steps_and_images(sweep: Sweep) -> int:
-    """Return the optimizer steps, and the reference images of statistics without parts, that are left."""
-    vae = sweep.recipe.vae
-    steps = vae.steps if isinstance(vae, TrainedVae) and state.vae_missing(sweep) else 0
-    steps += _classifier_steps(sweep) * len(state.classifiers_missing(sweep))
-    source = _source(sweep)
-    return steps + len(source) * (bool(sweep.recipe.evaluate.extractors) and not _has_parts(sweep, source))
+def progress_by_part(job: StageJob) -> Report:
+    """Return a function that logs how far the worker is within what it makes: not all steps take the same time."""
+    left, before = _what_is_left(job.sweep), 0
+
+    def report(done: list[int]) -> None:
+        nonlocal before
+        while left:
+            unit, count = left[0]
+            job.progress(min(done[0] - before, count), count, unit)
+            if done[0] - before < count:
+                return
+            before += count
+            del left[0]
+
+    return report
+
+
+def _what_is_left(sweep: Sweep) -> list[tuple[str, int]]:
+    """Return (unit, number) of the optimizer steps, and of the reference images of statistics without parts, in their order."""
+    vae, source = sweep.recipe.vae, _source(sweep)
+    left = [("steps of the autoencoder", vae.steps)] if isinstance(vae, TrainedVae) and state.vae_missing(sweep) else []
+    left += [(f"steps of the {kind}", _classifier_steps(sweep)) for _, kind in state.classifiers_missing(sweep)]
+    if sweep.recipe.evaluate.extractors and not _has_parts(sweep, source):
+        left.append(("reference images", len(source)))
+    return left
 
 
 def _source(sweep: Sweep) -> Source:

@@ -20,6 +20,7 @@ from dis_scale.process.errors import DisScaleError, Preempted, StorageAway, show
 from dis_scale.process.redaction import redact
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
+from dis_scale.storage.folder import Folder
 from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sweep
 from pipelines import environment
@@ -64,6 +65,10 @@ class StageJob:
     @property
     def recipe(self) -> Recipe:
         return self.sweep.recipe
+
+    @property
+    def failed_nodes(self) -> Folder:
+        return self.sweep.failed_nodes(self.context.stage or "stage", self.context.model)
 
     def connect(self) -> None:
         """Join the cluster that this job runs on."""
@@ -144,8 +149,7 @@ Program = Callable[[StageJob], None]
 def run_program(program: Program, url: str, *arguments: str) -> None:
     """Run a stage's program on the sweep at `url`, patient with storage."""
     log, stop = Log(Context.from_environment()), threading.Event()
-    log.emit("driver")
-    log.say(environment.words())
+    log.emit("driver", environment=environment.words())
     _show_warnings(log)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

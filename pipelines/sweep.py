@@ -53,7 +53,6 @@ from pipelines.jobs import prefix_of
 from pipelines.metrics import EXPORT_EVERY_S, Exporter
 from pipelines.places import Places
 from pipelines.signals import obeying_signals
-from pipelines.waiting import Wait
 
 PAGE_EVERY_S, PAGE_SHARE = 30.0, 0.03
 """Least interval at which the page of a running sweep is written, and most of the time that this takes."""
@@ -140,7 +139,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
             last_ray.record(sweep, cluster)
             require_device(driver, cluster)
             if not cluster.ours:
-                await_nodes(driver, cluster)
+                name_needs(driver, cluster)
             require_memory(plan, cluster)
             if first:
                 ends.enter_context(dashboards.copying(sweep, store, board.say))
@@ -249,17 +248,11 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
     state.require_device(sweep, device, why + fault)
 
 
-def await_nodes(driver: Driver, cluster: Cluster) -> None:
-    """Wait until the nodes can hold each stage's workers: better now than after days."""
-    recipe = driver.sweep.recipe
-    device, _ = devices.device_of(recipe, cluster.gpus)
-    with Wait(driver.gauge) as wait:
-        while need := Places.now(recipe).lacking(device):
-            workers, request = need
-            if text := wait.poll(workers, request, together=workers):
-                driver.board.say(text)
-            go_on(driver)
-            time.sleep(driver.poll_every_s)
+def name_needs(driver: Driver, cluster: Cluster) -> None:
+    """Log the stages that no node can hold yet, not only after the days of those before them. Each waits when it is due."""
+    device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus)
+    for line in Places.now(driver.sweep.recipe).lacking(device):
+        driver.board.say(f"later    {line}")
 
 
 def require_memory(plan: Plan, cluster: Cluster) -> None:
@@ -276,7 +269,7 @@ def require_memory(plan: Plan, cluster: Cluster) -> None:
 
 def _shared(recipe: Recipe, cluster: Cluster) -> float:
     """The fraction of a GPU's memory that evaluators may take beside training."""
-    return recipe.evaluate.shared(cluster.gpus, cluster.gpus - cluster.capacity * recipe.train.most_workers)
+    return recipe.evaluate.shared(cluster.gpus, cluster.gpus - cluster.at_once() * recipe.train.most_workers)
 
 
 def _require_share(recipe: Recipe, cluster: Cluster) -> None:

@@ -29,7 +29,7 @@ from dis_scale.tracking.rows import RowReader
 from dis_scale.training import devices
 from dis_scale.training.lanes import largest_share
 from pipelines import environment, metrics, nodes, packages, ray_private
-from pipelines.failures import DeviceFailure, WorkerFailure, describe
+from pipelines.failures import WorkerFailure, describe
 from pipelines.nodes import choose_device
 from pipelines.places import Places
 from pipelines.ray_private import Resources
@@ -191,17 +191,13 @@ class TrainingRun:
             ranks = self._start(group, world)
             self._check(ranks)
             return self._train(ranks, avoided, start)
-        except DeviceFailure as broken:
-            if ranks:
-                self._record_failure(ranks.places[broken.worker], str(broken))
-            raise
         except WrongKernel as error:
             if not ranks or len(ranks.places) > 1:
                 raise
             self.wrong.add(ranks.places[0].node)
             if not self._fits_without({*avoided, *self.wrong}):
                 raise
-            self._record_failure(ranks.places[0], describe(error))
+            nodes.record_failure(self.job, nodes.name_of(ranks.places[0].node), describe(error))
             raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
         except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
             if self.more_passes:
@@ -212,10 +208,6 @@ class TrainingRun:
             ) from error
         finally:
             remove_placement_group(group)
-
-    def _record_failure(self, place: Place, why: str) -> None:
-        """Count a failure of a rank's device against its node."""
-        nodes.record_failure(self.job, self.job.sweep.run(self.model).folder, nodes.name_of(place.node), why)
 
     def _start(self, group: Any, world: int) -> Ranks:
         """Start a worker in each bundle, and log where the ranks are."""
@@ -281,19 +273,29 @@ class TrainingRun:
             self.job.say(f"{self.model}: ranks {ranks[0]} to {ranks[-1]} on node {name}: {interfaces}")
 
     def _place(self, avoided: Collection[str]) -> tuple[int, Any]:
-        """Return (world size, its placement group); the size is chosen again if its capacity is lost before it is placed."""
-        sizes = self.job.recipe.train.world_sizes
+        """Return (world size, its placement group), chosen again while it waits if capacity is lost or better nodes join."""
         while True:
             world = self._world_size(avoided)
             labels = [nodes.avoiding(avoided)] * world if avoided else None
             group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
             try:
-                if placed(self.job, group, world, self.bundle, lambda: largest_fitting(sizes, self._free(avoided))):
+                if placed(self.job, group, world, self.bundle, partial(self._waits_well, world, avoided)):
                     return world, group
             except BaseException:
                 remove_placement_group(group)
                 raise
             remove_placement_group(group)
+            self.request = request_for("train", self.device, 1)
+
+    def _waits_well(self, world: int, avoided: Collection[str]) -> bool:
+        """Whether a group that is not placed yet still asks for the right thing.
+
+        Not if only fewer workers fit now, as after the loss of a node, or if the first nodes have joined that declare training: the
+        group would take GPUs of evaluators, too.
+        """
+        fewer = 0 < largest_fitting(self.job.recipe.train.world_sizes, self._free(avoided)) < world
+        declared = request_for("train", self.device, 1).named()
+        return not fewer and (declared == self.request.named() or not declared)
 
     def _world_size(self, avoided: Collection[str]) -> int:
         """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
@@ -365,12 +367,12 @@ def rank_order(places: Sequence[Place]) -> list[int]:
     return sorted(range(len(places)), key=lambda n: places[n][:3])
 
 
-def placed(job: StageJob, group: Any, world: int, bundle: Resources, fitting: Callable[[], int]) -> bool:
-    """Wait for capacity, and log it; False if only fewer workers fit now, as after the loss of a node."""
+def placed(job: StageJob, group: Any, world: int, bundle: Resources, waits_well: Callable[[], bool]) -> bool:
+    """Wait for capacity, and log it; False if it is not worth waiting for any more."""
     ready = group.ready()
     with Wait(job.gauge) as wait:
         while not ray.wait([ready], timeout=1)[0]:
-            if 0 < fitting() < world:
+            if not waits_well():
                 return False
             wait.log(job, world, bundle, together=world)
     return True

@@ -78,13 +78,22 @@ class Wait:
 def words(count: int, request: Resources, nodes: Sequence[Resources], free: Resources, together: int = 1) -> str:
     """Say what `count` workers wait for, what the cluster has, and what to do if it cannot hold `together` of them."""
     left = _listed({name: free.get(name, 0) for name in request})
-    missing = capacity(request, nodes) < together
-    lack = "no node has all of that together" if together == 1 else f"the nodes hold {capacity(request, nodes)} of them"
-    cure = f"; {lack}, so they wait until one joins: {CURE}" if missing else ""
     return (
         f"waiting for capacity for {count} workers, each with {_listed(request)}; free in the cluster: {left}; "
-        f"nodes: {_kinds(nodes)}{cure}"
+        f"{_held(request, nodes, together)}"
     )
+
+
+def needs(stage: str, count: int, request: Resources, nodes: Sequence[Resources]) -> str:
+    """Say what the `count` workers of a later stage will wait for, which the cluster cannot hold yet."""
+    return f"{stage} needs {count} workers, each with {_listed(request)}; {_held(request, nodes, count)}"
+
+
+def _held(request: Resources, nodes: Sequence[Resources], together: int) -> str:
+    held = capacity(request, nodes)
+    lack = "no node has all of that together" if together == 1 else f"the nodes hold {held} of them"
+    cure = f"; {lack}, so they wait until one joins: {CURE}" if held < together else ""
+    return f"nodes: {_kinds(nodes)}{cure}"
 
 
 def _listed(resources: Resources) -> str:

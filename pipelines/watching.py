@@ -12,7 +12,8 @@ import ray
 
 from dis_scale.process import faults
 from dis_scale.process.errors import OutOfMemory, StorageAway
-from pipelines.failures import WorkerFailure, blame, describe, failure_of, failure_to_raise, may_pass
+from pipelines import nodes
+from pipelines.failures import DeviceFailure, WorkerFailure, blame, describe, failure_of, failure_to_raise, may_pass
 from pipelines.ray_private import actor_id, has_process
 from pipelines.stage import StageJob
 from pipelines.waiting import LOGGED_AFTER_S, Wait
@@ -76,7 +77,8 @@ def watch(
 ) -> list[Any]:
     """Wait for the result of each worker and return all; forward a stop request; pass the progress to `report`.
 
-    Raises the first failure at once: WorkerFailure if a new attempt may do better, also after a hang, whose stacks are logged.
+    Raises the first failure at once: WorkerFailure if a new attempt may do better, also after a hang, whose stacks are logged. That
+    of a device counts against its node.
     """
     policy = policy or Watch()
     if policy.keep_logs:
@@ -85,6 +87,8 @@ def watch(
         return _Loop(job, workers, results, report, policy).run()
     except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
         job.logs.collect(workers)
+        if isinstance(error, DeviceFailure):
+            nodes.record_failure(job, nodes.under(workers[error.worker]), str(error))
         if not isinstance(error, WorkerFailure | StorageAway):
             raise
         # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.
@@ -160,12 +164,13 @@ class _Loop:
         self._polls.ask({number for number, result in enumerate(self._results) if result not in self._running})
         unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running]
         request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
-        wait.log(self._job, len(unplaced), request, alone=len(unplaced) == len(self._running))
+        alone = len(unplaced) == len(self._running)
+        if alone and self._policy.independent and any(failure_of(result) is None for result in self._ended):
+            unplaced = self._running = []  # the others have done all the work
+        waits = alone or not self._policy.independent  # beside others that work, more of them join when nodes do
+        wait.log(self._job, len(unplaced) if waits else 0, request, alone=alone)
         if unplaced or sum(self._polls.done) > self._most_done:  # who waits for capacity does not hang
             self._most_done, self._progress_s = sum(self._polls.done), time.monotonic()
-        only_unplaced = self._policy.independent and len(self._running) == len(unplaced)
-        if only_unplaced and any(failure_of(result) is None for result in self._ended):
-            self._running = []
         return finished
 
     def _note_failures(self, finished: Sequence[Any]) -> None:

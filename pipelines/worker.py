@@ -9,7 +9,7 @@ import faulthandler
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,11 +19,12 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import Preempted
 from dis_scale.storage.folder import Folder
 from dis_scale.tracking.attempt_logs import KeptLog, LogName
+from pipelines import nodes
 from pipelines.lines import Log
 from pipelines.metrics import Exporter
-from pipelines.nodes import alive_nodes
 from pipelines.ray_private import Resources, actor_id
 from pipelines.stage import StageJob
+from pipelines.waiting import capacity
 
 
 class Worker:
@@ -108,13 +109,24 @@ class Request:
         return replace(self, options={**self.options, **options})
 
 
-def request_for(name: str, device: str, cpus: float, nodes: Sequence[Resources] | None = None) -> Request:
+def request_for(name: str, device: str, cpus: float, resources: Sequence[Resources] | None = None) -> Request:
     """Return one worker's request: a GPU if it computes on one, and the stage's named resource if a node for it declares that."""
     gpus = 1 if device == "cuda" else 0
-    nodes = alive_nodes() if nodes is None else nodes
-    declared = any(name in node for node in nodes if node.get("GPU", 0) >= gpus)
+    resources = nodes.alive_nodes() if resources is None else resources
+    declared = any(name in node for node in resources if node.get("GPU", 0) >= gpus)
     every = {"CPU": cpus, "GPU": gpus, name: int(declared)}
     return Request({name: amount for name, amount in every.items() if amount})
+
+
+def elsewhere(job: StageJob, request: Request) -> Request:
+    """Return the request on other nodes than those whose devices failed, as long as these hold one such worker."""
+    living = nodes.living()
+
+    def enough(bad: Collection[str]) -> bool:
+        return capacity(request.amounts, [node.resources for node in living if node.id not in bad]) > 0
+
+    bad = nodes.excluded(job, living, enough)
+    return request.on(label_selector=nodes.avoiding(bad)) if bad else request
 
 
 def spawn(job: StageJob, kind: type[Worker], request: Request, *arguments: Any) -> Any:

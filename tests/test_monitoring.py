@@ -58,18 +58,22 @@ def metrics_in(texts: list[str]) -> set[str]:
 
 
 def test_states_of_slurm_jobs_are_exported(tmp_path: Path) -> None:
-    (tmp_path / "sacct").write_text("#!/bin/sh\nprintf '7|FAILED\\n8|CANCELLED by 1000\\n'\n")
-    (tmp_path / "sacct").chmod(0o755)
+    reasons = ("None", "Priority", "JobHeldUser", "JobHeldAdmin", "JobHoldMaxRequeue", "launch failed requeued held")
+    queue = "".join(f"{job}|{reason}\\n" for job, reason in enumerate(reasons, 9))
+    for command, answer in (("sacct", "7|FAILED\\n8|CANCELLED by 1000\\n"), ("squeue", queue)):
+        (tmp_path / command).write_text(f"#!/bin/sh\nprintf '{answer}'\n")
+        (tmp_path / command).chmod(0o755)
     script, out = PROMETHEUS / "slurm-jobs.sh", tmp_path / "jobs.prom"
     subprocess.run([script, out], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True)
     lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
     assert lines == [
-        f'dis_scale_slurm_job_state{{slurm_job="{n}",state="{s}"}} 1' for n, s in ((7, "FAILED"), (8, "CANCELLED"))
+        f'dis_scale_slurm_job_state{{slurm_job="{n}",state="{s}"}} 1'
+        for n, s in ((7, "FAILED"), (8, "CANCELLED"), (12, "HELD"), (13, "HELD"), (14, "HELD"))
     ]
     (tmp_path / "sacct").write_text("#!/bin/sh\nexit 1\n")
     failed = subprocess.run([script, out], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=False)
     assert failed.returncode == 1
-    assert len(out.read_text().splitlines()) == 4, "what is known stays"
+    assert len(out.read_text().splitlines()) == 7, "what is known stays"
 
 
 def promtool(*arguments: object) -> None:

@@ -235,6 +235,14 @@ class Sweep:
         """Logs of the attempts of a stage, of training for one model."""
         return self.all_logs / (f"{stage}-{model}" if model else stage)
 
+    @property
+    def all_failed_nodes(self) -> Folder:
+        return self.folder / "failed_nodes"
+
+    def failed_nodes(self, stage: str, model: str | None = None) -> Folder:
+        """Where a stage's job counts failures of nodes: jobs that run at the same time would overwrite each other's in one file."""
+        return self.all_failed_nodes / (f"{stage}-{model}" if model else stage)
+
     def run(self, model: str) -> Run:
         """Return the run of a model; UserError with the nearest name for an unknown one."""
         if model not in self.recipe.models:

@@ -40,6 +40,7 @@ KINDS = (
     Kind("failed step", "runs/(?P<model>[^/]+)/evidence/[^/]+", BadStepManifest),
     Kind("evaluation", "evaluation/(?P<model>[^/]+)/[0-9]+(/.+)?", Metrics),
     Kind("logs", "logs/.+"),
+    Kind("failed nodes", "failed_nodes/.+"),
     Kind("report", "report"),
     Kind("sweep", r"\."),
 )

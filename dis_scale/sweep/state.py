@@ -246,13 +246,13 @@ def require_device(sweep: Sweep, device: str, why: str) -> None:
 
 
 def record_node_failure(folder: Folder, node: str, why: str) -> None:
-    """Add a device's failure on a node to the file, which placement reads, in the folder of a model's run or evaluations."""
+    """Add a device's failure on a node to the file, which placement reads, in the folder of a job: `Sweep.failed_nodes`."""
     failures = _node_failures(folder)
     FailedNodes(failures=failures | {node: (*failures.get(node, ()), why)}).write(folder)
 
 
 def node_failures(sweep: Sweep) -> Counter[str]:
-    """Return the number of failed devices by node, over trainings and evaluations of all models of the sweep."""
+    """Return the number of failed devices by node, over all jobs of the sweep."""
     every = [_node_failures(folder) for folder in _failure_folders(sweep)]
     return Counter({node: sum(len(each.get(node, ())) for each in every) for node in set().union(*every)})
 
@@ -275,11 +275,8 @@ def forgive_node(sweep: Sweep, node: str) -> int:
     return every[node]
 
 
-def _failure_folders(sweep: Sweep) -> Iterator[Folder]:
-    """Two for a model, because its training and its evaluation, in one file, would overwrite each other's."""
-    for model in sweep.recipe.models:
-        yield sweep.run(model).folder
-        yield sweep.evaluations(model)
+def _failure_folders(sweep: Sweep) -> list[Folder]:
+    return [sweep.all_failed_nodes / job for job in sweep.all_failed_nodes.list()]
 
 
 def _node_failures(folder: Folder) -> dict[str, tuple[str, ...]]:

@@ -109,7 +109,7 @@ def bad_gpu_or_node(drill: Drill) -> None:
 
 
 def pods_pending(drill: Drill) -> None:
-    """A cluster that has a node for one of two workers. A command that waits can be stopped, though it has no job yet."""
+    """A cluster that has a node for one of two workers. A sweep that waits can be stopped."""
     nodes = drill.cluster(cpus=2, options=[SLOT])
     stopped = drill.start()
     drill.until_logged(

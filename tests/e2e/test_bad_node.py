@@ -66,7 +66,7 @@ def test_evaluation_leaves_it_out_too_and_skips_no_checkpoint(nodes: RayNodes, t
     stages.train(sweep, "dit", tmp_path)
     (tmp_path / "faults").write_text("broken at check times=99\n")
     clusters.wait_for_nodes(nodes, 2, pod(nodes, "bad", **{faults.VARIABLE: str(tmp_path / "faults")}))
-    state.record_node_failure(sweep.run("dit").folder, "bad", "in training")
+    state.record_node_failure(sweep.failed_nodes("train", "dit"), "bad", "in training")
     events = Events(job := jobs.submit(nodes.cluster(), sweep, "evaluate"))
     event = events.wait("node_failure")
     assert (event["node"], event["failures"]) == ("bad", 2)

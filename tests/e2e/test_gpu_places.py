@@ -27,11 +27,12 @@ from pipelines import sweep as sweep_command
 from pipelines import train
 from pipelines.evaluate import PublishedEvaluation
 from pipelines.evaluators import RayEvaluators
+from pipelines.nodes import living, record_failure
 from pipelines.places import Places
 from pipelines.precompute import Encoder, RayEncoders
 from pipelines.ray_private import actor_id
 from pipelines.watching import Watch, watch
-from pipelines.worker import Request, request_for, spawn
+from pipelines.worker import Request, elsewhere, request_for, spawn
 from tests.conftest import TINY
 from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import driver_of, logged
@@ -50,7 +51,7 @@ def nodes() -> Iterator[Cluster]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         head = {"num_cpus": 2, "num_gpus": 0, "resources": {"prepare": 1, "train": 2}, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        cluster.add_node(num_cpus=2, num_gpus=GPUS, resources={"train": 2, "evaluate": 2})
+        cluster.add_node(num_cpus=2, num_gpus=GPUS, resources={"train": 2, "evaluate": 2}, node_name="gpus")
         ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
         ray.shutdown()
@@ -218,19 +219,47 @@ def test_a_group_that_is_larger_than_the_cluster_is_logged_with_the_cure(node: s
     group = placement_group([bundle] * 3)
     threading.Timer(8, job.stop.set).start()
     with pytest.raises(Preempted):
-        train.placed(job, group, 3, bundle, lambda: 0)
+        train.placed(job, group, 3, bundle, lambda: True)
     (line,) = job.said
     assert "the nodes hold 2 of them, so they wait until one joins: start such a node" in line
     remove_placement_group(group)
 
 
-def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold(node: str, tmp_path: Path) -> None:
-    """Not after the days of the stages before it."""
-    on_gpus: Any = SimpleNamespace(gpus=2)
-    large = driver_of(reading.load(TINY, ["device=cuda", "train.workers=3"]), tmp_path)
-    threading.Timer(8, large.stop_requested.set).start()
+def test_a_worker_of_any_stage_avoids_a_node_whose_devices_failed_while_others_hold_it(
+    node: str, tmp_path: Path
+) -> None:
+    job = job_of(recipe_of(), tmp_path)
+    name = next(each.name for each in living() if each.id == node)
+    head = next(each.id for each in living() if each.id != node)
+    for _ in range(2):
+        record_failure(job, name, "uncorrectable ECC error")
+    for _ in range(4):
+        probe = spawn(job, Probe, elsewhere(job, Request({"CPU": 1.0})))
+        assert ray.get(probe.where.remote())[0] == head
+        ray.kill(probe)
+    assert elsewhere(job, Request({"CPU": 1.0, "GPU": 1.0})).options == {}, "only that node has one"
+    assert job.events_named("exclusion_ignored") == [{"event": "exclusion_ignored", "nodes": [name]}]
+
+
+def test_a_group_that_waits_since_before_the_first_node_for_training_is_asked_for_again(node: str) -> None:
+    """Without what such a node declares, it would take the GPUs of evaluators, too."""
+    job = job_of(recipe_of("train.workers=3"))
+    run = train.TrainingRun(job, next(iter(job.recipe.models)), "cuda")
+    run.request = Request({"CPU": 1.0, "GPU": 1.0})
+    threading.Timer(5, job.stop.set).start()
     with pytest.raises(Preempted):
-        sweep_command.await_nodes(large, on_gpus)
-    assert logged(large).count("waiting for capacity for 3 workers, each with 1 CPU, 1 GPU, 1 train; ") == 1
-    fitting = driver_of(reading.load(TINY, ["device=cuda", "train.workers=2"]), tmp_path)
-    sweep_command.await_nodes(fitting, on_gpus)
+        run._place(())
+    assert run.request.named() == {"train": 1}
+
+
+def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold(node: str, tmp_path: Path) -> None:
+    """Not only after the days of the stages before it, which run meanwhile."""
+    on_gpus: Any = SimpleNamespace(gpus=2)
+    for workers, lines in ((2, 0), (3, 1)):
+        driver = driver_of(reading.load(TINY, ["device=cuda", f"train.workers={workers}"]), tmp_path)
+        sweep_command.name_needs(driver, on_gpus)
+        assert logged(driver).count("later    ") == lines
+    assert "later    train needs 3 workers, each with 1 CPU, 1 GPU, 1 train; nodes: " in logged(driver)
+    assert "; the nodes hold 2 of them, so they wait until one joins: start such a node" in " ".join(
+        logged(driver).split()
+    )

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import WrongKernel
+from dis_scale.process.errors import BrokenDevice, WrongKernel
 from dis_scale.recipe import Evaluate, LatentShape, Precompute, Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, state
@@ -33,8 +33,8 @@ POLICY = replace(SHARED, answer_s=2.0)
 """A worker without a process delays each poll by the time for an answer."""
 
 
-HANGS = 10**6
-"""A number at which a worker makes no more progress."""
+HANGS, BROKEN = 10**6, 10**6 + 1
+"""Numbers at which a worker makes no more progress, and at which its device fails."""
 
 
 class Taker(Worker):
@@ -48,6 +48,8 @@ class Taker(Worker):
         for number in iter(deal, None):
             if number == HANGS:
                 time.sleep(1e6)
+            if number == BROKEN:
+                raise BrokenDevice("uncorrectable ECC error")
             if number < 0:
                 time.sleep(1.5 * POLICY.poll_every_s)  # so that the driver has seen what was done before
                 os._exit(1)
@@ -138,6 +140,27 @@ def test_a_worker_without_capacity_holds_up_nothing(job: StageJob, tmp_path: Pat
     assert progress[-1] == [23]
 
 
+def test_more_workers_than_the_nodes_hold_do_not_count_as_waiting_beside_others(tiny: Recipe, tmp_path: Path) -> None:
+    """They join when a node does; until then nothing waits."""
+    job = job_of(tiny)
+    policy = replace(POLICY, logged_after_s=1.0)
+    placed = share(job, takers(job, 1), "take", (tmp_path,), [1]).workers
+    more = takers(job, 3)
+    assert share(job, [*placed, *more], "take", (tmp_path,), list(range(80)), policy=policy).workers == placed
+    assert [text for text in job.said if "waiting for capacity" in text] == []
+    assert {value for name, value in job.gauges if name == "waiting_workers"} <= {0, 1}
+
+
+def test_a_device_that_fails_counts_against_its_node_whatever_the_work(tiny: Recipe, tmp_path: Path) -> None:
+    job = job_of(tiny, tmp_path / "store")
+    job.context.stage = "precompute"
+    _, _, failure = share(job, takers(job, 1), "take", (tmp_path,), [1, BROKEN], policy=POLICY)
+    assert "uncorrectable ECC error" in str(failure)
+    (node,) = nodes.living()
+    assert state.node_failures(job.sweep) == {node.name: 1}
+    assert job.sweep.all_failed_nodes.list() == ["precompute"]
+
+
 def test_one_process_deals_for_all_work_and_is_replaced_if_it_dies(job: StageJob, tmp_path: Path) -> None:
     workers = takers(job, 1)
     for numbers in (3, 5):
@@ -152,7 +175,7 @@ def test_one_process_deals_for_all_work_and_is_replaced_if_it_dies(job: StageJob
 
 
 def dealing() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children(recursive=True) if each.cmdline()[:1] == ["ray::Dealer"]]
+    return [each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::Dealer")]
 
 
 def test_a_lost_worker_is_reported_soon_and_can_be_replaced(job: StageJob, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """cluster/slurm.sh on a real Slurm of two nodes: stopped by a signal it saves, is queued again and ends; by a request it stays."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,12 +35,40 @@ def submit(cluster: Slurm, root: Path) -> str:
     return cluster.run("sbatch", *output, *OPTIONS, *script).strip()
 
 
+def asked_as_the_runbook_says(cluster: Slurm, job: str, log: str) -> str:
+    """Return what `ray list nodes` prints by the commands of ops/runbooks/README.md, with the job's address from its log."""
+    found = re.search(r"--address='([0-9.:]+)'", log)
+    assert found, log
+    page = (sweeps.ROOT / "ops/runbooks/README.md").read_text().partition("## On Slurm")[2]
+    step, variables = (line.strip() for line in page.splitlines() if line.startswith("    "))
+    variables = variables.replace("JOB", job).replace("IP:PORT", found[1])
+    words = step.replace("JOB", job).replace("--pty bash", "bash -c").split()
+    return cluster.run(*words, f"{variables}; ray list nodes")
+
+
+def test_jobs_that_slurm_holds_are_exported_and_no_others(cluster: Slurm, tmp_path: Path) -> None:
+    """Slurm's own words for the reasons; `sacct` needs a database."""
+    wrap = ("--parsable", "--job-name=dis-scale", "--output=/dev/null", "--wrap=sleep 300")
+    held, runs = (cluster.run("sbatch", *wrap).strip() for _ in range(2))
+    cluster.run("sbatch", "--hold", *wrap)
+    wait_until(lambda: [cluster.state(job) for job in (held, runs)] == ["RUNNING 0 0:0"] * 2)
+    cluster.run("scontrol", "requeuehold", held)
+    wait_until(lambda: "held" in cluster.run("squeue", "--noheader", f"--jobs={held}", "--format=%r"))
+    (tmp_path / "sacct").write_text("#!/bin/sh\n")
+    (tmp_path / "sacct").chmod(0o755)
+    script, out = sweeps.ROOT / "ops/prometheus/slurm-jobs.sh", tmp_path / "jobs.prom"
+    cluster.run("env", f"PATH={tmp_path}:{cluster.environment['PATH']}", str(script), str(out))
+    lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
+    assert lines == [f'dis_scale_slurm_job_state{{slurm_job="{held}",state="HELD"}} 1']
+
+
 def test_a_signal_queues_the_job_again_and_a_request_does_not(cluster: Slurm, tmp_path: Path) -> None:
     root = tmp_path / "store"
     resume = open_folder(root) / "sweeps/tiny/runs/dit/resume"
     log = tmp_path / "log"
     job = submit(cluster, root)
     wait_until(lambda: len(resume.list()) >= 2, 400)
+    assert asked_as_the_runbook_says(cluster, job, log.read_text()).count("ALIVE") == 2
     cluster.run("scancel", "--batch", "--signal=TERM", job)  # as Slurm does before the time limit and at a preemption
     wait_until(lambda: "queued again" in log.read_text(), 120)
     wait_until(lambda: cluster.state(job) == "RUNNING 1 0:0", 400)

@@ -13,7 +13,7 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import RECIPE, Sweep, state
 from dis_scale.sweep.documents import StageProgress
 from pipelines.cluster import Cluster
 from pipelines.driver import (
@@ -195,6 +195,52 @@ def test_a_job_that_ends_while_storage_is_away_ends_no_other(driver: Driver, mon
     driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
     assert train_and_evaluate(driver, cluster("here")) == Failures({"dit": LOST})
     assert state.ended(driver.sweep, "dit") == LOST
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate"])
+def test_another_job_follows_one_that_gave_up_storage_once_that_answers(
+    driver: Driver, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that cannot take its lease waits a minute; storage may be away for an hour."""
+    asked, exists = list[str](), Folder.exists
+    lost = FakeJob([JobStatus.FAILED], StorageAway("503"))
+    jobs = {"prepare": [SUCCEEDED], "train": [SUCCEEDED] * 2, "evaluate": [SUCCEEDED]}
+    jobs[stage].insert(0, lost)
+
+    def away(folder: Folder, name: str) -> bool:
+        if name == RECIPE:
+            asked.append(name)
+            if len(asked) < 3:
+                raise StorageAway("503")
+        return exists(folder, name)
+
+    monkeypatch.setattr(Folder, "exists", away)
+    driver.poll_every_s, driver.submit = 0.0, lambda _, __, *words: jobs[words[0]].pop(0)  # type: ignore[assignment,return-value]
+    if stage == "prepare":
+        run_stage(driver, cluster("here"), "prepare")
+    else:
+        assert train_and_evaluate(driver, cluster("here")) == Failures()
+    assert len(asked) == 3
+    assert "storage or a node was away (503), and another job continues" in logged(driver)
+
+
+def test_as_many_models_train_as_the_cluster_holds_by_then(driver: Driver) -> None:
+    """Nodes join for days: on a cluster that began with its head, one model would train for ever."""
+    held, most = cluster("here"), list[int]()
+    running = {model: FakeJob([JobStatus.RUNNING] * 20 + [JobStatus.SUCCEEDED]) for model in ("evaluate", "dit")}
+    begun = list[str]()
+
+    def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
+        if words[0] == "evaluate":
+            return SUCCEEDED
+        begun.append(words[1])
+        most.append(sum(running[model].status == JobStatus.RUNNING for model in begun))
+        return running[words[1]]
+
+    held.at_once = lambda: 1 if len(running["evaluate"].statuses) > 10 else 2
+    driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
+    assert train_and_evaluate(driver, held) == Failures()
+    assert most == [1, 2]
 
 
 @pytest.mark.parametrize("polls", range(6))

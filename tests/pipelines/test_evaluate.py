@@ -118,7 +118,7 @@ def test_training_plans_with_what_evaluators_take_beside_it_once_a_node_has_fail
     sweep, places = job_of(recipe, tmp_path).sweep, Places(recipe, nodes)
     assert places.avoiding_failed(sweep, "cuda").shared == 0
     for _ in range(state.MOST_NODE_FAILURES):
-        state.record_node_failure(sweep.evaluations(next(iter(recipe.models))), "b", "uncorrectable ECC error")
+        state.record_node_failure(sweep.failed_nodes("evaluate"), "b", "uncorrectable ECC error")
     places = places.avoiding_failed(sweep, "cuda")
     assert own_gpus(sweep, places) == 0
     assert places.shared == pytest.approx(0.1)

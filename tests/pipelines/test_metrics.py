@@ -83,6 +83,6 @@ def test_the_backlog_counts_what_is_published_and_not_evaluated(tmp_path: Path, 
         put_published(sweep.run("dit").published_at(images))
     put_metrics(sweep.evaluation(Sampled("dit", 0)))
     for _ in range(state.MOST_NODE_FAILURES):
-        state.record_node_failure(sweep.evaluations("dit"), "node", "CUDA error: unknown error")
+        state.record_node_failure(sweep.failed_nodes("evaluate"), "node", "CUDA error: unknown error")
     evaluate.show_backlog(state.Backlog(sweep), shown.__setitem__)
     assert shown == {"evaluation_backlog": 3, "failed_nodes": 1}, "two checkpoints under two settings, less one"

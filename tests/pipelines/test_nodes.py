@@ -20,24 +20,22 @@ def job(tiny: Recipe, tmp_path: Path) -> RecordedJob:
 
 
 def test_two_failures_exclude_a_node_for_all_models(job: RecordedJob) -> None:
-    """A model's training and its evaluation keep them apart: both write at the same time."""
-    first, second = list(job.recipe.models)[:2]
-    of_training, of_evaluation = job.sweep.run(second).folder, job.sweep.evaluations(second)
-    nodes.record_failure(job, job.sweep.run(first).folder, "a", "CUDA error: unknown error")
-    nodes.record_failure(job, of_training, "b", "CUDA error: unknown error")
-    assert nodes.excluded(job, LIVING, lambda _: True) == []
-    nodes.record_failure(job, of_evaluation, "a", "a matrix product is wrong")
+    """Each job keeps its own: several write at the same time."""
+    for stage, model, node in (("train", "dis", "a"), ("train", "dit", "b"), ("precompute", None, "a")):
+        assert nodes.excluded(job, LIVING, lambda _: True) == []
+        job.context.stage, job.context.model = stage, model
+        nodes.record_failure(job, node, "CUDA error: unknown error")
     assert nodes.excluded(job, LIVING, lambda _: True) == ["id-a"]
+    assert {*job.sweep.all_failed_nodes.list()} == {"train-dis", "train-dit", "precompute"}
     failures = job.events_named("node_failure")
     assert [(event["node"], event["failures"]) for event in failures] == [("a", 1), ("b", 1), ("a", 2)]
-    assert job.events_named("node_excluded") == [{"event": "node_excluded", "model": second, "node": "a"}]
+    assert job.events_named("node_excluded") == [{"event": "node_excluded", "node": "a"}]
 
 
 def test_without_capacity_elsewhere_the_node_is_used_again(job: RecordedJob) -> None:
-    model = next(iter(job.recipe.models))
     for _ in range(2):
-        nodes.record_failure(job, job.sweep.run(model).folder, "a", "No CUDA GPUs are available")
-        nodes.record_failure(job, job.sweep.run(model).folder, "c", "No CUDA GPUs are available")
+        nodes.record_failure(job, "a", "No CUDA GPUs are available")
+        nodes.record_failure(job, "c", "No CUDA GPUs are available")
     given = []
     assert nodes.excluded(job, LIVING, lambda ids: bool(given.append(set(ids)))) == []
     assert given == [{"id-a"}], "a node that is gone excludes nothing"
@@ -46,14 +44,14 @@ def test_without_capacity_elsewhere_the_node_is_used_again(job: RecordedJob) -> 
 
 def test_a_node_that_is_forgiven_is_used_again_and_no_other(job: RecordedJob) -> None:
     """The gauge behind the alert DisScaleNodeExcluded falls with it."""
-    for model in list(job.recipe.models)[:2]:
-        nodes.record_failure(job, job.sweep.run(model).folder, "a", "CUDA error: unknown error")
-        nodes.record_failure(job, job.sweep.run(model).folder, "b", "CUDA error: unknown error")
+    for job.context.stage in ("evaluate", "precompute"):
+        nodes.record_failure(job, "a", "CUDA error: unknown error")
+        nodes.record_failure(job, "b", "CUDA error: unknown error")
     shown: dict[str, float] = {}
     assert state.excluded_nodes(job.sweep) == ["a", "b"]
     assert state.forgive_node(job.sweep, "a") == 2
     assert nodes.excluded(job, LIVING, lambda _: True) == ["id-b"]
-    metrics.show_run(job.sweep, model, shown.__setitem__)
+    metrics.show_run(job.sweep, next(iter(job.recipe.models)), shown.__setitem__)
     assert shown["failed_nodes"] == 1
     with pytest.raises(UserError, match="node 'a' has no failures of its devices: expected one of: b"):
         state.forgive_node(job.sweep, "a")

@@ -97,11 +97,11 @@ def test_metrics_that_may_not_be_read_are_not_measured_again(sweep: Sweep) -> No
 def test_a_damaged_list_of_failed_nodes_is_named_and_excludes_none(
     sweep: Sweep, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sweep.run("dis").folder.write(FailedNodes.NAME, damage)
-    state.record_node_failure(sweep.run("dit").folder, "node", "ECC")
+    sweep.failed_nodes("train", "dis").write(FailedNodes.NAME, damage)
+    state.record_node_failure(sweep.failed_nodes("train", "dit"), "node", "ECC")
     assert state.node_failures(sweep) == {"node": 1}
     assert "failed_nodes.json: damaged: " in caplog.text
-    state.record_node_failure(sweep.run("dis").folder, "node", "ECC")
+    state.record_node_failure(sweep.failed_nodes("train", "dis"), "node", "ECC")
     assert state.node_failures(sweep) == {"node": 2}
 
 

@@ -305,7 +305,7 @@ def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) 
     values = {sweep.recipe.evaluate.metric: 12.5}
     put_metrics(sweep.evaluation(Sampled("dis", 160)), values)
     for node in ("node-7", "node-8", "node-7"):
-        state.record_node_failure(sweep.run("dit").folder, node, "ECC")
+        state.record_node_failure(sweep.failed_nodes("train", "dit"), node, "ECC")
     found, run = of(sweep, "dis")
     assert run.backlog == len(state.Backlog(sweep, ("dis",)).left())
     assert (run.doing, run.published, run.evaluated, run.metric) == ("trained", 3, 1, 12.5)

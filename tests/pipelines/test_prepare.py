@@ -1,0 +1,27 @@
+"""What prepare says of its progress: tests/e2e has what it makes."""
+
+import json
+from pathlib import Path
+
+from dis_scale.process.context import Context
+from dis_scale.recipe import reading
+from pipelines.lines import Log
+from pipelines.prepare import progress_by_part
+from tests.conftest import TINY
+from tests.support.stage_jobs import job_of
+
+
+def test_progress_is_that_of_what_is_made_now(tmp_path: Path) -> None:
+    """One sum of steps of different cost would tell a wrong time left; what was skipped over is shown as done."""
+    lines, job = list[str](), job_of(reading.load(TINY, ["vae.steps=10", "evaluate.extractor.steps=5"]), tmp_path)
+    job.log = Log(Context(), lines.append)
+    report = progress_by_part(job)
+    for done in (4, 13, 20):
+        report([done])
+    shown = [(line["done"], line["total"], line["unit"]) for line in map(json.loads, lines)]
+    assert shown == [
+        (4, 10, "steps of the autoencoder"),
+        (10, 10, "steps of the autoencoder"),
+        (5, 5, "steps of the extractor"),
+        (5, 5, "steps of the judge"),
+    ]
