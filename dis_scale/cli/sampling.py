@@ -61,8 +61,11 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Sample a grid of images from one checkpoint, or a file of many for ADM's evaluator; on a GPU if there is one."""
+    from dis_scale.weights.checkpoints import find_checkpoint
+
     aside = say_aside if as_json else say
     require_folder(npz or out, "--npz" if npz else "--out")
+    find_checkpoint(checkpoint)  # a misspelt path is refused before PyTorch is loaded, which takes seconds
     aside("loading  the model; its kernels are compiled at their first use on a machine")
     import numpy as np
     import torch

@@ -193,8 +193,10 @@ def parse_block(data: bytes, where: str) -> "SampleBlock":
 
 
 def values_in_words(values: dict[str, float]) -> str:
-    """Metrics for a log line, without those of single noise levels."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
+    """Metrics for a log line, each with its error, without those of single noise levels."""
+    named = {name: value for name, value in values.items() if "/" not in name and not name.endswith("_error")}
+    errors = {name: f" ± {values[f'{name}_error']:.2g}" for name in named if f"{name}_error" in values}
+    return ", ".join(f"{name} {value:.4g}{errors.get(name, '')}" for name, value in named.items())
 
 
 def cost_of_samples(spent: list[Spent], folder: Folder) -> tuple[tuple[str, ...], dict[str, float]]:

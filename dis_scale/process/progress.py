@@ -66,7 +66,7 @@ class Board:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self._clock = console, clock
-        self._tasks, self._logged_s = dict[str, TaskID](), dict[str, float]()
+        self._tasks, self._logged_s = dict[tuple[str, str], TaskID](), dict[TaskID, float]()
         self._bars = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(None, table_column=Column(max_width=MOST_BAR)),
@@ -86,11 +86,10 @@ class Board:
         self.console.print(shown(line), highlight=False, markup=False, soft_wrap=True)
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
-        """Set the progress of the stage `name`; it never goes back."""
-        first = name not in self._tasks
-        if first:
-            self._tasks[name] = self._bars.add_task(escape(name), start=False, total=total, unit=unit)
-        task = self._bars.tasks[self._bars.task_ids.index(self._tasks[name])]
+        """Set the progress of the stage `name`, which never goes back; each unit has its own."""
+        if (name, unit) not in self._tasks:
+            self._tasks[name, unit] = self._bars.add_task(escape(name), start=False, total=total, unit=unit)
+        task = self._bars.tasks[self._bars.task_ids.index(self._tasks[name, unit])]
         if done and not task.started:
             self._bars.start_task(task.id)  # imports, a build or the compilation in a first step come once
         self._bars.update(task.id, completed=max(done, task.completed), total=total)
@@ -99,11 +98,11 @@ class Board:
 
     def _log(self, name: str, task: Task) -> None:
         now_s, over = self._clock(), task.finished
-        if now_s < self._logged_s.get(name, 0.0) + (0.0 if over else PLAIN_EVERY_S):
+        if now_s < self._logged_s.get(task.id, 0.0) + (0.0 if over else PLAIN_EVERY_S):
             return
         count = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}"
         self.say(f"{name}: {', '.join(filter(None, (count, *_words(task))))}")
-        self._logged_s[name] = float("inf") if over else now_s
+        self._logged_s[task.id] = float("inf") if over else now_s
 
 
 def listing_words(say: Callable[[str], None]) -> Callable[..., None]:

@@ -184,6 +184,15 @@ class ImportedFrom(Fields):
     sha256: str
 
 
+WEIGHTS_FILE = "weights.safetensors"
+"""Published weights that are evaluated and sampled from: the exponential average."""
+
+
+def file_of(name: str, attempt: int) -> str:
+    """Return the file in which an attempt writes an average."""
+    return f"{name.removesuffix('.safetensors')}-{attempt:04d}.safetensors"
+
+
 class PublishedManifest(Manifest):
     """Published weights: averages at one count of images seen."""
 
@@ -198,6 +207,11 @@ class PublishedManifest(Manifest):
     def cost(self) -> RunCost:
         """Cost of the run up to here; empty if it is not known."""
         return self.progress.cost if self.progress else RunCost()
+
+    def stored_file(self, name: str) -> str | None:
+        """Return the file of an average, None if it has none."""
+        file = file_of(name, self.attempt)
+        return file if file in self.files else None
 
 
 class BadStepManifest(Manifest):

@@ -21,9 +21,9 @@ from dis_scale.recipe import Branch, Recipe
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
 from dis_scale.sweep import PointName, Run, Sweep, state
-from dis_scale.sweep.documents import PublishedManifest, ResumePointManifest, RunState, Segments, Tables
+from dis_scale.sweep.documents import PublishedManifest, ResumePointManifest, RunState, Segments, Tables, file_of
 from dis_scale.training.engine import MOMENTS, WEIGHTS, Engine, Segment
-from dis_scale.weights.published import average_file, file_of
+from dis_scale.weights.published import average_file
 
 SIDECAR_WAIT_S = 600.0
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
 from dis_scale.process.errors import StorageAway, StorageError, shown
@@ -305,17 +304,23 @@ def _count(images: int) -> str:
     return f"{images:,}" if images < 10**7 else f"{images / 1e6:,.1f} M"
 
 
-def overview(found: Sequence[Status]) -> Table:
-    """Return one row per sweep."""
-    out = Table("sweep", "doing", "models", "images", "evaluations due", "wrong")
+def overview(found: Sequence[Status]) -> Group:
+    """Return one row per sweep, each by its name below the folder that has all of them."""
+    folders = {status.sweep.rpartition("/")[0] for status in found}
+    above = f"{folders.pop()}/" if len(folders) == 1 else ""
+    out = narrow_table(
+        "", "sweep", "doing", "models\ntrained", "images", "evalua-\ntions due", "wrong", left=("sweep", "doing"),
+    )  # fmt: skip
+    for column in out.columns[:2]:
+        column.no_wrap, column.overflow = False, "fold"
     for status in found:
         seen, images = (sum(getattr(run, name) for run in status.runs) for name in ("images_seen", "images"))
         trained = sum(run.doing == "trained" for run in status.runs)
         out.add_row(
-            Text(shown(status.sweep)), f"stopped ({status.doing})" if status.stopped else status.doing,
-            f"{trained} of {len(status.runs)} trained", f"{seen / images:.0%}", f"{status.backlog}", f"{len(status.wrong)}",
+            Text(shown(status.sweep.removeprefix(above))), f"stopped ({status.doing})" if status.stopped else status.doing,
+            f"{trained} of {len(status.runs)}", f"{seen / images:.0%}", f"{status.backlog}", f"{len(status.wrong)}",
         )  # fmt: skip
-    return out
+    return Group(Text(shown(f"below {above}")), out) if above else Group(out)
 
 
 def _held(run: RunStatus) -> list[str]:

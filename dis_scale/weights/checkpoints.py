@@ -9,8 +9,7 @@ from pathlib import Path
 from dis_scale.process.errors import UserError
 from dis_scale.storage.folder import Folder, locate, open_folder
 from dis_scale.sweep import Run, Sampled, Sweep, folder_around, missing, state
-from dis_scale.sweep.documents import PublishedManifest
-from dis_scale.weights.published import WEIGHTS_FILE, stored_file
+from dis_scale.sweep.documents import WEIGHTS_FILE, PublishedManifest
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def find_checkpoint(at: str) -> Located:
         folder = Run(folder).published_at(counts[-1])
     if folder.local.is_dir() if folder.local else PublishedManifest.exists(folder):
         manifest = PublishedManifest.find(folder)
-        name = (stored_file(WEIGHTS_FILE, manifest) if manifest else None) or WEIGHTS_FILE
+        name = (manifest.stored_file(WEIGHTS_FILE) if manifest else None) or WEIGHTS_FILE
     else:
         folder, name = locate(folder.url)
     if not folder.exists(name):

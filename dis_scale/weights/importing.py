@@ -19,9 +19,8 @@ from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import RECIPE, Sweep, command_lease, state
-from dis_scale.sweep.documents import ImportedFrom, PublishedManifest
+from dis_scale.sweep.documents import WEIGHTS_FILE, ImportedFrom, PublishedManifest, file_of
 from dis_scale.weights.export import SamplingFacts, describe
-from dis_scale.weights.published import WEIGHTS_FILE, file_of
 from dis_scale.weights.warm_start import fit, from_file, latents_difference
 
 

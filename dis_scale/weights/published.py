@@ -10,11 +10,9 @@ from dis_scale.process.errors import StorageError
 from dis_scale.recipe import Train
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Run, state
-from dis_scale.sweep.documents import PublishedManifest
+from dis_scale.sweep.documents import WEIGHTS_FILE, PublishedManifest
 from dis_scale.weights import ema
 from dis_scale.weights.ema import Snapshot
-
-WEIGHTS_FILE = "weights.safetensors"
 
 
 def load_published(run: Run, images_seen: int) -> dict[str, torch.Tensor]:
@@ -50,24 +48,13 @@ def _load(published: Folder, name: str) -> dict[str, torch.Tensor]:
     manifest = PublishedManifest.find(published)
     if manifest is None:
         raise StorageError(f"{published}: not published (no {PublishedManifest.NAME})")
-    stored = stored_file(name, manifest)
+    stored = manifest.stored_file(name)
     if stored is None:
         raise StorageError(
             f"{published}: no average {name}: power-function averages are tracked if train.power_ema is set"
         )
     tensors: dict[str, torch.Tensor] = safetensors.torch.load(manifest.read_file(published, stored))
     return tensors
-
-
-def stored_file(name: str, manifest: PublishedManifest) -> str | None:
-    """Return the file of an average in a published folder with this manifest, None if it has none."""
-    file = file_of(name, manifest.attempt)
-    return file if file in manifest.files else None
-
-
-def file_of(name: str, attempt: int) -> str:
-    """Return the file in which an attempt writes an average."""
-    return f"{name.removesuffix('.safetensors')}-{attempt:04d}.safetensors"
 
 
 def average_file(name: str) -> str:

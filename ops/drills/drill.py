@@ -19,9 +19,8 @@ import s3fs
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Run, Sweep, state
-from dis_scale.sweep.documents import PublishedManifest
+from dis_scale.sweep.documents import WEIGHTS_FILE, PublishedManifest
 from dis_scale.tracking import attempt_logs
-from dis_scale.weights.published import WEIGHTS_FILE, stored_file
 from ops.drills import object_store
 from ops.drills.nodes import ENVIRONMENT, RayNodes
 
@@ -225,7 +224,7 @@ def published_hashes(run: Run) -> dict[str, str]:
     hashes = {}
     for images in state.published_counts(run):
         contents = PublishedManifest.require(run.published_at(images))
-        weights = stored_file(WEIGHTS_FILE, contents)
+        weights = contents.stored_file(WEIGHTS_FILE)
         assert weights is not None
         hashes[str(images)] = contents.files[weights].sha256
     return hashes

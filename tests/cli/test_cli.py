@@ -210,6 +210,7 @@ def elsewhere(tmp_path: Path) -> Sweep:
 def test_an_operators_commands_need_no_pytorch(elsewhere: Sweep) -> None:
     commands = [["status", elsewhere.folder.url], ["stop", elsewhere.folder.url]]
     commands += [["fork", elsewhere.folder.url, "dit", "--at", "0", "--as", "x"], ["report", elsewhere.folder.url]]
+    commands += [["sample", "nowhere"]]  # a misspelt path is named before seconds of imports
     program = (
         "import sys; sys.modules['torch'] = None\n"
         "from dis_scale.cli import main\n"
@@ -225,7 +226,10 @@ def test_an_operators_commands_need_no_pytorch(elsewhere: Sweep) -> None:
         capture_output=True,
         text=True,
     )
-    assert re.findall(r"^(\w+ \d)$", done.stdout, re.MULTILINE) == ["status 0", "stop 2", "fork 2", "report 2"], done
+    assert re.findall(r"^(\w+ \d)$", done.stdout, re.MULTILINE) == [
+        "status 0", "stop 2", "fork 2", "report 2", "sample 2",
+    ], done  # fmt: skip
+    assert "no checkpoint at nowhere" in done.stderr
     assert "no Ray is known here" in done.stderr
     assert "dit has no resume point there" in done.stderr
 

@@ -15,13 +15,19 @@ from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import PointName, Run, state
-from dis_scale.sweep.documents import LatentsManifest, PublishedManifest, ResumePointManifest, RunState
+from dis_scale.sweep.documents import (
+    WEIGHTS_FILE,
+    LatentsManifest,
+    PublishedManifest,
+    ResumePointManifest,
+    RunState,
+)
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import loop, resume
 from dis_scale.training.loop import Attempt, Start
 from dis_scale.training.resume import Keep
 from dis_scale.training.schedule import learning_rate
-from dis_scale.weights.published import WEIGHTS_FILE, load_average, load_published
+from dis_scale.weights.published import load_average, load_published
 from tests.conftest import TINY
 from tests.support import ranks, store_requests
 from tests.support.documents import put_published, put_resume_point

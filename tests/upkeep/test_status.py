@@ -39,6 +39,20 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
     return made
 
 
+def test_all_sweeps_of_a_root_are_listed_by_their_whole_names(tmp_path: Path, tiny: Recipe) -> None:
+    """In 80 columns, which the names are copied from."""
+    names = ["tiny", "flowers-of-our-garden-in-summer-at-64-px"]
+    for name in names:
+        Sweep.below(open_folder(tmp_path / ("a" * 60)), tiny.model_copy(update={"name": name})).save_recipe()
+    console = Console(file=io.StringIO(), width=80)
+    root = open_folder(tmp_path / ("a" * 60)) / "sweeps"
+    console.print(status.overview([status.collect(Sweep.open(str(root / name)), NOW) for name in names]))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    folded = "".join(line.split("  ")[0].strip() for line in shown.splitlines()[5:])
+    assert shown.replace("\n", "").startswith(f"below {root}/")
+    assert [name for name in names if name not in folded] == []
+
+
 def train(sweep: Sweep, model: str, images: int, rate: float = 10.0, attempt: int = 1) -> None:
     """What a run leaves after `images`: a row now, a resume point 100 s old."""
     run = sweep.run(model)
