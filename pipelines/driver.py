@@ -13,7 +13,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
 from dis_scale.storage import lease
-from dis_scale.sweep import RECIPE, Sweep, state
+from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
@@ -263,7 +263,7 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
     if stopped:
         what = "it was stopped for an earlier command"
     elif away:
-        _insist(driver, partial(driver.sweep.folder.exists, RECIPE))
+        _insist(driver, driver.sweep.store.require_usable)  # it may answer, and refuse to write
         what = f"storage or a node was away ({why})"
     driver.board.say(f"{name}: {what}, and another job continues")
     return True

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from dis_scale.evaluation.run import Spent, block_name
-from dis_scale.process.errors import BrokenDevice, UserError, WrongKernel
+from dis_scale.process.errors import WrongKernel
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.training import devices
@@ -78,10 +78,7 @@ class Evaluator(Worker):
         with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
             compute_exactly()  # the number of threads is set per thread
             if not self._checked:
-                try:
-                    devices.check_device(self.sampler.device)
-                except UserError as error:  # of this node, not of a checkpoint
-                    raise BrokenDevice(str(error)) from error
+                devices.check_on_node(self.sampler.device)
                 self._checked = True
             yield
 

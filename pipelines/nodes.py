@@ -131,6 +131,7 @@ def record_failure(job: StageJob, name: str, why: str) -> None:
     try:
         state.record_node_failure(job.failed_nodes, name, why)
         failures = state.node_failures(job.sweep)[name]
+        job.gauge("failed_nodes", len(state.excluded_nodes(job.sweep)))
     except (StorageError, StorageAway) as error:
         job.say(f"node {name}: the failure of its device is not stored: {error}")
         return

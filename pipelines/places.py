@@ -7,7 +7,7 @@ from itertools import cycle, islice
 
 from dis_scale.recipe import Recipe, TrainedExtractor
 from dis_scale.sweep import Sweep, state
-from pipelines import nodes, waiting
+from pipelines import nodes
 from pipelines.cluster import models_at_once
 from pipelines.nodes import Node
 from pipelines.ray_private import Resources
@@ -58,13 +58,13 @@ class Places:
             "evaluate": (1, self.request("evaluate", device, 0).amounts),
         }
 
-    def lacking(self, device: str) -> list[str]:
-        """Return a line for each stage whose need the nodes cannot hold even when they are idle."""
-        return [
-            waiting.needs(stage, count, request, self._resources)
+    def lacking(self, device: str) -> dict[str, tuple[int, Resources]]:
+        """Return those of the needs that the nodes cannot hold even when they are idle."""
+        return {
+            stage: (count, request)
             for stage, (count, request) in self.needs(device).items()
             if request and capacity(request, self._resources) < count  # an evaluator on the CPU may ask for nothing
-        ]
+        }
 
     def spare_gpus(self) -> int:
         """Return how many evaluators get a GPU that training never uses, with as many models at once as the nodes hold.

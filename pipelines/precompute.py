@@ -75,7 +75,7 @@ class Encoder(Worker):
             require_same_hardware(latents, self.device)
         self.report(0)
         device = devices.torch_device(self.device)
-        devices.check_device(device)
+        devices.check_on_node(device)
         vae.net.to(device)
         setup = Setup(open_source(recipe.data, self.sweep.store), vae, recipe)
         self.emit("work")
@@ -111,7 +111,7 @@ class RayEncoders:
 
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
-        worker = self._spawn(request_for("precompute", "cpu", 1))
+        worker = self._spawn(elsewhere(self.job, request_for("precompute", "cpu", 1)))
         (encoding,) = watch(self.job, [worker], [worker.encoding.remote()], policy=replace(SILENT, keep_logs=False))
         if self.device == "cpu":
             self.workers = [worker]
@@ -119,7 +119,7 @@ class RayEncoders:
 
     def check(self) -> str:
         """Compare latents of another program with the VAE: `Encoder.check`."""
-        worker = self._spawn(request_for("precompute", "cpu", 1))
+        worker = self._spawn(elsewhere(self.job, request_for("precompute", "cpu", 1)))
         (line,) = watch(self.job, [worker], [worker.check.remote()], policy=replace(SILENT, keep_logs=False))
         ray.kill(worker)
         return str(line)
@@ -161,6 +161,7 @@ class RayEncoders:
             self.work, self.workers = work, []
         count = min(most, len(left))
         workers, self.workers = self.workers[:count], []
+        request = elsewhere(self.job, request) if len(workers) < count else request
         workers += [self._spawn(request) for _ in range(count - len(workers))]
         self.workers, _, failure = share(
             self.job, workers, work, arguments, left,
@@ -170,7 +171,7 @@ class RayEncoders:
             raise failure
 
     def _spawn(self, request: Request) -> Any:
-        return spawn(self.job, Encoder, elsewhere(self.job, request), self.job.sweep, self.device)
+        return spawn(self.job, Encoder, request, self.job.sweep, self.device)
 
 
 def mixing_request(mixer: MixedOrder) -> Request:

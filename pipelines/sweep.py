@@ -52,7 +52,9 @@ from pipelines.driver import (
 from pipelines.jobs import prefix_of
 from pipelines.metrics import EXPORT_EVERY_S, Exporter
 from pipelines.places import Places
+from pipelines.ray_private import Resources
 from pipelines.signals import obeying_signals
+from pipelines.waiting import Wait, needs
 
 PAGE_EVERY_S, PAGE_SHARE = 30.0, 0.03
 """Least interval at which the page of a running sweep is written, and most of the time that this takes."""
@@ -138,14 +140,14 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
                 last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
             last_ray.record(sweep, cluster)
             require_device(driver, cluster)
-            if not cluster.ours:
-                name_needs(driver, cluster)
             require_memory(plan, cluster)
             if first:
                 ends.enter_context(dashboards.copying(sweep, store, board.say))
             ends.enter_context(stopping_jobs(driver, joined=first))  # the first also stops jobs that a killed one left
             if not state.prepared(sweep):
+                name_needs(driver, cluster)
                 run_stage(driver, cluster, "prepare")
+            await_nodes(driver, cluster)
             if state.find_latents(sweep.folder) is None:
                 run_stage(driver, cluster, "precompute")
             failures = train_and_evaluate(driver, cluster)
@@ -249,10 +251,31 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
 
 
 def name_needs(driver: Driver, cluster: Cluster) -> None:
-    """Log the stages that no node can hold yet, not only after the days of those before them. Each waits when it is due."""
+    """Log which later stages the nodes cannot hold yet; what prepare needs, its job waits for."""
+    for stage, (count, request) in _lacking(driver, cluster).items():
+        driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
+
+
+def await_nodes(driver: Driver, cluster: Cluster) -> None:
+    """Wait until the nodes can hold the workers of each stage after prepare: better now than after days.
+
+    Before the first node joins that declares a stage, its workers would take the nodes of others.
+    """
+    with Wait(driver.gauge) as wait:
+        while lacking := _lacking(driver, cluster):
+            workers, request = next(iter(lacking.values()))
+            if text := wait.poll(workers, request, together=workers):
+                driver.board.say(text)
+            go_on(driver)
+            time.sleep(driver.poll_every_s)
+
+
+def _lacking(driver: Driver, cluster: Cluster) -> dict[str, tuple[int, Resources]]:
+    if cluster.ours:  # it declares what the recipe asks for
+        return {}
     device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus)
-    for line in Places.now(driver.sweep.recipe).lacking(device):
-        driver.board.say(f"later    {line}")
+    lacking = Places.now(driver.sweep.recipe).lacking(device)
+    return {stage: need for stage, need in lacking.items() if stage != "prepare"}
 
 
 def require_memory(plan: Plan, cluster: Cluster) -> None:

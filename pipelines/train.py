@@ -183,7 +183,11 @@ class TrainingRun:
     def _attempt(self, failure: WorkerFailure | None) -> int:
         """Run one attempt at a fixed world size; return the images seen, fewer if it stopped to move."""
         start = (failure.at, failure.silent_s) if failure else (time.time(), None)
-        self.request = request_for("train", self.device, 1)
+        request = request_for("train", self.device, 1)
+        if (
+            request.named() or not self.request.named()
+        ):  # nodes of training that are away come back: others' GPUs are not taken
+            self.request = request
         avoided = {*nodes.excluded(self.job, nodes.living(), self._fits_without), *self.wrong}
         world, group = self._place(avoided)
         ranks = None
@@ -273,29 +277,19 @@ class TrainingRun:
             self.job.say(f"{self.model}: ranks {ranks[0]} to {ranks[-1]} on node {name}: {interfaces}")
 
     def _place(self, avoided: Collection[str]) -> tuple[int, Any]:
-        """Return (world size, its placement group), chosen again while it waits if capacity is lost or better nodes join."""
+        """Return (world size, its placement group); the size is chosen again if its capacity is lost before it is placed."""
+        sizes = self.job.recipe.train.world_sizes
         while True:
             world = self._world_size(avoided)
             labels = [nodes.avoiding(avoided)] * world if avoided else None
             group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
             try:
-                if placed(self.job, group, world, self.bundle, partial(self._waits_well, world, avoided)):
+                if placed(self.job, group, world, self.bundle, lambda: largest_fitting(sizes, self._free(avoided))):
                     return world, group
             except BaseException:
                 remove_placement_group(group)
                 raise
             remove_placement_group(group)
-            self.request = request_for("train", self.device, 1)
-
-    def _waits_well(self, world: int, avoided: Collection[str]) -> bool:
-        """Whether a group that is not placed yet still asks for the right thing.
-
-        Not if only fewer workers fit now, as after the loss of a node, or if the first nodes have joined that declare training: the
-        group would take GPUs of evaluators, too.
-        """
-        fewer = 0 < largest_fitting(self.job.recipe.train.world_sizes, self._free(avoided)) < world
-        declared = request_for("train", self.device, 1).named()
-        return not fewer and (declared == self.request.named() or not declared)
 
     def _world_size(self, avoided: Collection[str]) -> int:
         """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
@@ -367,12 +361,12 @@ def rank_order(places: Sequence[Place]) -> list[int]:
     return sorted(range(len(places)), key=lambda n: places[n][:3])
 
 
-def placed(job: StageJob, group: Any, world: int, bundle: Resources, waits_well: Callable[[], bool]) -> bool:
-    """Wait for capacity, and log it; False if it is not worth waiting for any more."""
+def placed(job: StageJob, group: Any, world: int, bundle: Resources, fitting: Callable[[], int]) -> bool:
+    """Wait for capacity, and log it; False if only fewer workers fit now, as after the loss of a node."""
     ready = group.ready()
     with Wait(job.gauge) as wait:
         while not ray.wait([ready], timeout=1)[0]:
-            if not waits_well():
+            if 0 < fitting() < world:
                 return False
             wait.log(job, world, bundle, together=world)
     return True

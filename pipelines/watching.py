@@ -44,7 +44,7 @@ class Watch:
     independent: bool = False
     """Whether the accident of one worker leaves the others undisturbed; it is raised when these have ended.
 
-    When one of them has done its work, those without capacity are not waited for: their results are left out.
+    When the others have ended, those without capacity are not waited for: their results are left out.
     """
     on_lost: Callable[[], object] = lambda: None
     """Called at once when one of several independent workers is lost."""
@@ -165,8 +165,8 @@ class _Loop:
         unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running]
         request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
         alone = len(unplaced) == len(self._running)
-        if alone and self._policy.independent and any(failure_of(result) is None for result in self._ended):
-            unplaced = self._running = []  # the others have done all the work
+        if alone and self._policy.independent and self._ended:
+            unplaced = self._running = []  # the others have done all the work, or failed and hold what these wait for
         waits = alone or not self._policy.independent  # beside others that work, more of them join when nodes do
         wait.log(self._job, len(unplaced) if waits else 0, request, alone=alone)
         if unplaced or sum(self._polls.done) > self._most_done:  # who waits for capacity does not hang
@@ -190,7 +190,8 @@ class _Loop:
         if not failures:
             return
         if all(blame(failure) in ("connection", "mistake") for _, failure in failures):
-            ended, _ = ray.wait(list(self._results), num_returns=len(self._results), timeout=self._policy.settle_s)
+            placed = [result for n, result in enumerate(self._results) if n not in self._polls.unplaced]
+            ended, _ = ray.wait(placed, num_returns=len(placed), timeout=self._policy.settle_s)
             failures = self._failures(ended)
         raise failure_to_raise(failures, max(self._polls.done), silent_s)
 

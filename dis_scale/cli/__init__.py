@@ -59,7 +59,7 @@ recipe = _group(
     show=recipes.show_recipe, diff=recipes.diff, list=recipes.shipped, schema=recipes.schema,
 )  # fmt: skip
 app.add_typer(recipe, name="recipe")
-app.add_typer(_group("node ", "Nodes that training excludes.", forgive=stored.forgive), name="node")
+app.add_typer(_group("node ", "Nodes that a sweep excludes.", forgive=stored.forgive), name="node")
 app.add_typer(ablations, name="ablate")
 app.add_typer(data, name="data")
 app.add_typer(_group("mlflow ", "MLflow, a copy of what is in storage.", sync=results.sync), name="mlflow")

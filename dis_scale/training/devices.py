@@ -143,6 +143,14 @@ def check_device(device: "torch.device") -> None:
         raise BrokenDevice(f"{device}: {wrong} of {side * side} elements of a matrix product are wrong")
 
 
+def check_on_node(device: "torch.device") -> None:
+    """Check a device; BrokenDevice also if this PyTorch does not support it or its driver: other nodes may have better ones."""
+    try:
+        check_device(device)
+    except UserError as error:
+        raise BrokenDevice(str(error)) from error
+
+
 def check_group(device: "torch.device") -> None:
     """DistBackendError unless the sum over all ranks of the process group is right; collective.
 

@@ -19,7 +19,7 @@ queue=$(squeue --noheader --name="$name" --format='%A|%r') # a job and the reaso
     while IFS='|' read -r job reason; do # such as JobHeldAdmin, JobHoldMaxRequeue, "launch failed requeued held"
         case $reason in
             JobHeldUser) ;;
-            *[Hh]eld* | *[Hh]old*) echo "dis_scale_slurm_job_state{slurm_job=\"$job\",state=\"HELD\"} 1" ;;
+            *[Hh]eld* | JobHoldMaxRequeue) echo "dis_scale_slurm_job_state{slurm_job=\"$job\",state=\"HELD\"} 1" ;;
         esac
     done <<< "$queue"
 } > "$out.$$"

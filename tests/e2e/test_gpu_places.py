@@ -3,6 +3,7 @@
 Nothing computes on them.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -219,7 +220,7 @@ def test_a_group_that_is_larger_than_the_cluster_is_logged_with_the_cure(node: s
     group = placement_group([bundle] * 3)
     threading.Timer(8, job.stop.set).start()
     with pytest.raises(Preempted):
-        train.placed(job, group, 3, bundle, lambda: True)
+        train.placed(job, group, 3, bundle, lambda: 0)
     (line,) = job.said
     assert "the nodes hold 2 of them, so they wait until one joins: start such a node" in line
     remove_placement_group(group)
@@ -241,24 +242,19 @@ def test_a_worker_of_any_stage_avoids_a_node_whose_devices_failed_while_others_h
     assert job.events_named("exclusion_ignored") == [{"event": "exclusion_ignored", "nodes": [name]}]
 
 
-def test_a_group_that_waits_since_before_the_first_node_for_training_is_asked_for_again(node: str) -> None:
-    """Without what such a node declares, it would take the GPUs of evaluators, too."""
-    job = job_of(recipe_of("train.workers=3"))
-    run = train.TrainingRun(job, next(iter(job.recipe.models)), "cuda")
-    run.request = Request({"CPU": 1.0, "GPU": 1.0})
-    threading.Timer(5, job.stop.set).start()
-    with pytest.raises(Preempted):
-        run._place(())
-    assert run.request.named() == {"train": 1}
-
-
-def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold(node: str, tmp_path: Path) -> None:
-    """Not only after the days of the stages before it, which run meanwhile."""
-    on_gpus: Any = SimpleNamespace(gpus=2)
+def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before_it_encodes(
+    node: str, tmp_path: Path
+) -> None:
+    """Not only after the days of the stages before it; prepare runs meanwhile."""
+    on_gpus: Any = SimpleNamespace(gpus=2, ours=False)
     for workers, lines in ((2, 0), (3, 1)):
         driver = driver_of(reading.load(TINY, ["device=cuda", f"train.workers={workers}"]), tmp_path)
         sweep_command.name_needs(driver, on_gpus)
         assert logged(driver).count("later    ") == lines
+        threading.Timer(7, driver.stop_requested.set).start()
+        with contextlib.nullcontext() if workers == 2 else pytest.raises(Preempted):
+            sweep_command.await_nodes(driver, on_gpus)
+        assert logged(driver).count("waiting for capacity for 3 workers, each with 1 CPU, 1 GPU, 1 train; ") == lines
     assert "later    train needs 3 workers, each with 1 CPU, 1 GPU, 1 train; nodes: " in logged(driver)
     assert "; the nodes hold 2 of them, so they wait until one joins: start such a node" in " ".join(
         logged(driver).split()

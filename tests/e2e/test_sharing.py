@@ -151,6 +151,16 @@ def test_more_workers_than_the_nodes_hold_do_not_count_as_waiting_beside_others(
     assert {value for name, value in job.gauges if name == "waiting_workers"} <= {0, 1}
 
 
+def test_failures_of_all_that_work_are_raised_though_more_have_no_capacity(tiny: Recipe, tmp_path: Path) -> None:
+    """Those that failed live on and hold what the others wait for: only another attempt frees it."""
+    job = job_of(tiny, tmp_path / "store")
+    began_s = time.monotonic()
+    _, _, failure = share(job, takers(job, 3), "take", (tmp_path,), [BROKEN], policy=POLICY)
+    assert "uncorrectable ECC error" in str(failure)
+    assert time.monotonic() - began_s < 30
+    assert sum(state.node_failures(job.sweep).values()) == 1
+
+
 def test_a_device_that_fails_counts_against_its_node_whatever_the_work(tiny: Recipe, tmp_path: Path) -> None:
     job = job_of(tiny, tmp_path / "store")
     job.context.stage = "precompute"

@@ -13,7 +13,7 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import RECIPE, Sweep, state
+from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import StageProgress
 from pipelines.cluster import Cluster
 from pipelines.driver import (
@@ -201,20 +201,18 @@ def test_a_job_that_ends_while_storage_is_away_ends_no_other(driver: Driver, mon
 def test_another_job_follows_one_that_gave_up_storage_once_that_answers(
     driver: Driver, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that cannot take its lease waits a minute; storage may be away for an hour."""
-    asked, exists = list[str](), Folder.exists
+    """A job that cannot take its lease waits a minute; storage may be away for an hour, also for those who write."""
+    asked = list[Folder]()
     lost = FakeJob([JobStatus.FAILED], StorageAway("503"))
     jobs = {"prepare": [SUCCEEDED], "train": [SUCCEEDED] * 2, "evaluate": [SUCCEEDED]}
     jobs[stage].insert(0, lost)
 
-    def away(folder: Folder, name: str) -> bool:
-        if name == RECIPE:
-            asked.append(name)
-            if len(asked) < 3:
-                raise StorageAway("503")
-        return exists(folder, name)
+    def away(folder: Folder) -> None:
+        asked.append(folder)
+        if len(asked) < 3:
+            raise StorageAway("503")
 
-    monkeypatch.setattr(Folder, "exists", away)
+    monkeypatch.setattr(Folder, "require_usable", away)
     driver.poll_every_s, driver.submit = 0.0, lambda _, __, *words: jobs[words[0]].pop(0)  # type: ignore[assignment,return-value]
     if stage == "prepare":
         run_stage(driver, cluster("here"), "prepare")

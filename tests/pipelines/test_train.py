@@ -96,6 +96,23 @@ def test_a_kernel_that_is_wrong_for_one_rank_alone_is_tried_on_other_nodes(
     assert sorted(state.node_failures(job.sweep)) == failed
 
 
+def test_an_attempt_without_a_node_for_training_waits_for_one_if_there_was_one(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what such a node declares, its workers would take evaluators' GPUs, also once it is back."""
+    declared = Request({"CPU": 1.0, "GPU": 1.0, "train": 1.0})
+    asked = iter([Request({"CPU": 1.0}), declared, Request({"CPU": 1.0, "GPU": 1.0}), declared])
+    monkeypatch.setattr(train, "remove_placement_group", lambda _: None)
+    monkeypatch.setattr(train, "request_for", lambda *_: next(asked))
+    monkeypatch.setattr(nodes, "living", list)
+    run = OneRank(job_of(tiny, tmp_path), "dit", "cuda")
+    run.right, requests = frozenset("a"), list[Request]()
+    for _ in range(4):
+        run.attempts(None)
+        requests.append(run.request)
+    assert [request.named() for request in requests] == [{}, *[{"train": 1.0}] * 3]
+
+
 @pytest.mark.parametrize("hang_after_s", [1.0, 900.0, 86_400.0])
 def test_a_hang_is_logged_before_a_collective_fails(hang_after_s: float) -> None:
     """Also before the first step, which may take longer: NCCL ends the process of a rank whose collective fails."""
