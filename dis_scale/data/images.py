@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from dis_scale.process.errors import UndecodableImage, printable
 from dis_scale.recipe.data import Crop
@@ -141,6 +141,8 @@ def _upright(image: Image.Image) -> Image.Image:
         raise
     except Exception:  # Pillow raises many kinds, as for damaged pixels
         turn = None
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode.startswith("I;16"):
+        image = _grey_of_tiff(image)
     return rgb(image if turn is None else image.transpose(turn))
 
 
@@ -151,6 +153,13 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P":
         image = image.convert("RGBA")  # Pillow's advice for palettes with transparency
     return image.convert("RGB")
+
+
+def _grey_of_tiff(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
+    """Convert grey of up to 16 bits to 8 bits, by the file's own range: Pillow gives its numbers, also of 12 bits or a negative."""
+    most = 2 ** image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
+    grey = np.floor(np.asarray(image).astype(np.float64).clip(0, most) * 255 / most + 0.5).astype(np.uint8)
+    return Image.fromarray(255 - grey if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else grey)
 
 
 def _scaled(image: Image.Image) -> Image.Image:

@@ -172,3 +172,21 @@ def test_an_undecodable_image_is_named_with_the_reason(data: bytes, why: str) ->
     words = rf"image a/b.png cannot be decoded: .*({why}).*; repair or remove it, or --set data.undecodable=skip"
     with pytest.raises(UndecodableImage, match=words):
         decode(data, "a/b.png", 16)
+
+
+def grey_tiff(bits: int, photometric: int, value: int) -> bytes:
+    """Return a TIFF of 8 x 8 pixels of one value; two of 12 bits are in three bytes."""
+    two = struct.pack("<HH", value, value) if bits == 16 else (value << 12 | value).to_bytes(3, "big")
+    pixels = two * 32
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 8, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(("bits", "photometric", "shown"), [(12, 1, 191), (16, 1, 191), (16, 0, 64)])
+def test_grey_tiffs_have_the_range_and_the_sign_that_they_say(bits: int, photometric: int, shown: int) -> None:
+    """Pillow gives the numbers as they are stored: a negative came out as its opposite, 12 bits nearly black."""
+    data = grey_tiff(bits, photometric, round(0.75 * (2**bits - 1)))
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "I;16"
+    assert set(decode(data, "x", 8).ravel().tolist()) <= {shown, shown + 1}
