@@ -8,9 +8,9 @@ from dis_scale.data.listing import Entry, LeftOut
 from dis_scale.process.errors import UserError, printable
 
 SPLITS = (
-    dict.fromkeys(("train", "training"), "train")
-    | dict.fromkeys(("test", "testing", "holdout"), "test")
-    | dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "validation")
+    dict.fromkeys(("train", "training", "trainset"), "train")
+    | dict.fromkeys(("test", "testing", "testset", "holdout"), "test")
+    | dict.fromkeys(("val", "valid", "validation", "valset", "dev", "eval", "evaluation"), "validation")
     | dict.fromkeys(("unlabeled", "unlabelled"), "unlabelled")
 )
 """Words in the names of files and folders that hold one part of a set, and the part."""
@@ -52,4 +52,4 @@ def _require_same_part(first_of: dict[tuple[str, ...], str], path: str, where: s
 
 
 def _words(name: str) -> list[str]:
-    return re.findall("[a-z]+", name.lower())
+    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]

@@ -29,6 +29,9 @@ def of_kind(kind: str, root: Path, names: list[str]) -> dict[str, str]:
     [
         ("Training", "Testing"),
         ("seg_train", "seg_test"),
+        ("trainA", "testA"),
+        ("TrainSet", "TestSet"),
+        ("trainset", "testset"),
         ("train2017", "val2017"),
         ("train", "test"),
         ("ILSVRC/Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/val"),
