@@ -28,6 +28,8 @@ from dis_scale.vae import Vae
 
 CHECKED, DECODED = 64, 8
 """Latents whose deviation is compared with the autoencoder's scale; and that are decoded and encoded again."""
+MOST_APART = 3.0
+"""Difference of the posteriors' mean log-variance from that of the decoded images: a factor of 20 in the variance."""
 LEAST, MOST = 0.4, 2.5
 """Deviation of scaled latents, which is near 1 for the autoencoder's own images."""
 WRITES_AT_ONCE = 16
@@ -40,7 +42,7 @@ def require_own(source: Source, vae: Vae, data: Data) -> str:
     """Compare latents, evenly from the source, with the autoencoder; return a line with what was measured.
 
     UserError if their shape is not its, if their scaled deviation is far from 1 (they are scaled already, or are not its latents),
-    or if what it encodes of their decoded images is farther from them than their mean is.
+    or if what it encodes of their decoded images is farther from them than their mean is, or has other variances.
     """
     assert data.given is not None
     where, (channels, size) = source.listing.where, vae.latent(data.resolution)
@@ -57,10 +59,17 @@ def require_own(source: Source, vae: Vae, data: Data) -> str:
         )
     means_BCHW = np.stack([each[0, :channels] for each in moments]).astype(np.float32)
     deviation = float(vae.scaling.apply(means_BCHW.copy()).std((0, 2, 3)).mean())
-    explained = _explained(vae, means_BCHW[:DECODED], channels)
+    again_BCHW = _encoded_again(vae, means_BCHW[:DECODED])
+    explained = _explained(means_BCHW[:DECODED], again_BCHW[:, :channels])
     measured = (
         f"deviation {deviation:.2f} after the scale of vae, {explained:.0%} explained by encoding what it decodes"
     )
+    apart = _apart(np.stack(moments[:DECODED])[:, 0, channels:], again_BCHW[:, channels:])
+    if abs(apart) > MOST_APART:
+        raise UserError(
+            f"{where}: {measured}; the variances of its latents are {np.exp(apart):.2g} times those that vae gives the decoded "
+            "images: is the second half deviations or log-variances, as data.source.layout says?"
+        )
     if data.normalise == "vae" and not LEAST <= deviation <= MOST:
         raise UserError(
             f"{where}: {measured}; expected a deviation of about 1: are they scaled already, or another autoencoder's? If neither, "
@@ -71,10 +80,23 @@ def require_own(source: Source, vae: Vae, data: Data) -> str:
     return measured
 
 
-def _explained(vae: Vae, means_BCHW: np.ndarray, channels: int) -> float:
-    """Return the share of the latents' variance that is left when they are decoded and encoded again; 1 if they are restored."""
+def _encoded_again(vae: Vae, means_BCHW: np.ndarray) -> np.ndarray:
+    """Return the moments of the images that latents decode to."""
     pixels = vae.decode(torch.from_numpy(vae.scaling.apply(means_BCHW.copy())))
-    again_BCHW = vae.encode(pixels)[:, :channels].float().cpu().numpy()
+    again: np.ndarray = vae.encode(pixels).float().cpu().numpy()
+    return again
+
+
+def _apart(given_BCHW: np.ndarray, own_BCHW: np.ndarray) -> float:
+    """Return the difference of two mean log-variances; 0 if one has none, as latents that were stored without."""
+    if not (given_BCHW.size and own_BCHW.size) or given_BCHW.max() <= layouts.LEAST_LOG_VARIANCE:
+        return 0.0
+    given, own = (each.astype(np.float64).clip(layouts.LEAST_LOG_VARIANCE).mean() for each in (given_BCHW, own_BCHW))
+    return float(given - own)
+
+
+def _explained(means_BCHW: np.ndarray, again_BCHW: np.ndarray) -> float:
+    """Return the share of the latents' variance that is left when they are decoded and encoded again; 1 if they are restored."""
     spread = np.square(means_BCHW - means_BCHW.mean((0, 2, 3), keepdims=True)).mean()
     return float(1 - np.square(again_BCHW - means_BCHW).mean() / max(spread, np.finfo(np.float32).tiny))
 
@@ -132,8 +154,16 @@ def _require_paired(latents: Folder, manifest: LatentsManifest) -> None:
     if manifest.made_from.num_classes is None:
         raise UserError(f"{latents}: it has no classes, and REPA needs one for each image: use --layout edm2")
     listed = ListingManifest.find(listing.folder_of(Folder(latents.url.rsplit("/", 2)[0]), source))
-    firsts = [first for _, first in listed.left_out.values()] if listed else []
-    if beside := [first for first in firsts if first.lower().endswith(tuple(Image.registered_extensions()))]:
+    if listed is None:
+        raise UserError(
+            f"{latents}: the listing of its images is gone, so those that it left out, which REPA's tool may take, are not known: "
+            "use --layout edm2"
+        )
+    endings = tuple(Image.registered_extensions())
+    left_out = [(why, first) for why, (_, first) in listed.left_out.items()]
+    # Only the first of each reason is known, and hidden files and those of many kinds may be images or not.
+    unsure = (listing.HIDDEN, listing.OF_OTHER_KINDS)
+    if beside := [first for why, first in left_out if why in unsure or first.lower().endswith(endings)]:
         raise UserError(
             f"{latents}: REPA would pair latents with other images: its tool also takes {some(beside)}, which the listing left "
             "out: remove them and their like and change data.source.version and the sweep's name, or use --layout edm2"

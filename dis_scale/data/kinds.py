@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from dis_scale.data import images, layouts, parquet, tars
-from dis_scale.data.listing import Contents, Entry, LeftOut, number_or_name
+from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, number_or_name
 from dis_scale.process.errors import StorageError, UserError, nearest, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, LatentsSource, ParquetSource, TarSource
@@ -120,15 +120,28 @@ class _ClassFolders(_OneFileEach):
                     f"data.source.url: {printable(f'{self._root}/{file}')}: an empty name of a folder (//): rename it or delete it"
                 )
             if images.hidden(file):
-                yield LeftOut(file, "hidden")
+                yield LeftOut(file, HIDDEN)
             elif not file.lower().endswith(images.SUFFIXES):
-                yield LeftOut(file, images.ending(file))
+                yield LeftOut(file, self._lost_link(file, "" if slash else file) or images.ending(file))
             elif self._labelled and not slash:
                 yield LeftOut(file, "images beside the class folders")
             elif self._labelled and folder not in labels:
                 yield LeftOut(file, "images in folders that came while they were listed")
             else:
                 yield Entry(file, labels[folder] if self._labelled else 0)
+
+    def _lost_link(self, file: str, in_root: str) -> str:
+        """Return why a link to a folder is not followed, if the file is one; UserError if it would be a class."""
+        path = Path(self._root.local or "", file)
+        if not self._root.local or not path.is_symlink() or path.is_file():
+            return ""
+        if path.exists():
+            return "links to a folder around them"
+        if in_root and self._labelled:
+            raise UserError(
+                f"data.source.url: {printable(str(path))} is a link that leads nowhere: mount what it leads to, or delete it"
+            )
+        return "links that lead nowhere"
 
     def read_one(self, entry: Entry) -> bytes | None:
         try:

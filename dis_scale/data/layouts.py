@@ -30,7 +30,7 @@ import numpy as np
 
 from dis_scale.data import tars
 from dis_scale.data.images import ending, hidden
-from dis_scale.data.listing import Contents, Entry, LeftOut, of_files
+from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, of_files
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import LatentsSource, TarSource
@@ -273,7 +273,7 @@ def _labelled(
     left = dict(labels or ())
     for name, file, location in files:
         if hidden(name) or not name.endswith(".npy"):
-            yield LeftOut(name, "hidden" if hidden(name) else ending(name))
+            yield LeftOut(name, HIDDEN if hidden(name) else ending(name))
             continue
         label = left.pop(name, None) if labels is not None else 0
         if label is None:
@@ -368,6 +368,8 @@ def _tensors(root: Folder, file: str, mirror: bool) -> dict[str, _Tensor]:
             start, end = map(int, header[name]["data_offsets"])
             if kind not in _TYPES:
                 raise UserError(f"{where}: {name} is {kind}, expected one of {', '.join(_TYPES)}")
+            if name != "labels" and "F" not in kind:
+                raise UserError(f"{where}: {name} is {kind}, expected floating point")
             tensor = _Tensor(kind, shape, 8 + length + start)
             if (
                 min(shape, default=0) < 0

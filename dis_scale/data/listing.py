@@ -56,6 +56,10 @@ class Entry(NamedTuple):
     version: str = ""
 
 
+HIDDEN, OF_OTHER_KINDS = "hidden", "of other kinds"
+"""Reasons behind which anything may be."""
+
+
 class LeftOut(NamedTuple):
     """Something in a source that is no image of the set, and why."""
 
@@ -373,7 +377,7 @@ def kept(entries: Iterable[Entry | LeftOut], left_out: LeftOutByReason) -> Itera
         if isinstance(entry, Entry):
             yield entry
         else:
-            why = entry.why if entry.why in left_out or len(left_out) < MOST_REASONS else "of other kinds"
+            why = entry.why if entry.why in left_out or len(left_out) < MOST_REASONS else OF_OTHER_KINDS
             count, first = left_out.get(why, (0, printable(entry.name)))
             left_out[why] = count + 1, first
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple, Self
 import numpy as np
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending, hidden
-from dis_scale.data.listing import Contents, Entry, LeftOut, number_or_name, of_files
+from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, number_or_name, of_files
 from dis_scale.data.parts import splits_in
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
@@ -76,7 +76,7 @@ def beside(root: Folder, names: Iterable[str]) -> Iterator[LeftOut]:
     folders = set(root.folders())
     for name in sorted({*root.list(), *folders} - set(names)):
         kind = "sub-folders" if name in folders else "files that data.source.files does not match"
-        yield LeftOut(name, "hidden" if hidden(name) else kind)
+        yield LeftOut(name, HIDDEN if hidden(name) else kind)
 
 
 def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = True) -> Contents:
@@ -266,7 +266,7 @@ def _images(
     for member in members:
         folder, _, base = member.name.rpartition("/")
         if member.why or hidden(member.name):  # such as hard-linked files, and macOS's ._x.jpg
-            yield LeftOut(f"{tar}/{member.name}", "hidden" if hidden(member.name) else member.why)
+            yield LeftOut(f"{tar}/{member.name}", HIDDEN if hidden(member.name) else member.why)
             continue
         stem, kind = base.partition(".")[0], _kind(base)
         if f"{folder}/{stem}" != key:
@@ -324,7 +324,7 @@ def _label(member: _InTar, where: str, settings: TarSource) -> int | str:
     sought = "as text" if settings.label == "cls" else repr(settings.json_key)
     try:
         if settings.label == "cls":
-            return number_or_name(member.data.decode())
+            return number_or_name(member.data.decode("utf-8-sig"))
         label = json.loads(member.data)[settings.json_key]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: no label {sought}: {type(error).__name__}: {error}") from error

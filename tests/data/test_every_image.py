@@ -322,7 +322,8 @@ def test_links_that_lead_nowhere_are_images_that_cannot_be_decoded(tmp_path: Pat
     root = tmp_path / "set"
     for name in ("a/1.png", "b/2.png"):
         open_folder(root).write(name, picture(1))
-    for name, to in (("gone.png", "nowhere"), ("loop.png", root), ("self.png", root / "a/self.png"), ("loop", root)):
+    links = {"gone.png": "nowhere", "loop.png": root, "self.png": root / "a/self.png", "loop": root, "disk": "/nowhere"}
+    for name, to in links.items():
         (root / "a" / name).symlink_to(to)
     source = {"kind": "folder", "url": str(root)}
     with pytest.raises(UndecodableImage, match=r"image a/\w+.png: there is no such file; correct the CSV or the link"):
@@ -330,9 +331,31 @@ def test_links_that_lead_nowhere_are_images_that_cannot_be_decoded(tmp_path: Pat
     skipping = sweep_of(tmp_path, source, "data.undecodable=skip", "precompute.shard_images=16", classes=2)
     assert in_shards(make_latents(skipping)) == Counter({(1, 0): 1, (1, 1): 1})
     left_out = open_source(skipping.recipe.data).listing.manifest.left_out
-    assert {why: count for why, (count, _) in left_out.items()} == {"of no known ending": 1}
+    assert {why: count for why, (count, _) in left_out.items()} == {
+        "links to a folder around them": 1,
+        "links that lead nowhere": 1,
+    }
     found = survey.take_survey(root.as_posix(), lambda _: None, lambda *_: None)
     assert (found.count, {each.name for each in found.broken}) == (2, {"a/gone.png", "a/loop.png", "a/self.png"})
+
+
+def test_a_class_folder_whose_disk_is_not_there_is_refused(tmp_path: Path) -> None:
+    """The classes after it would have other numbers."""
+    for name in ("a/1.png", "c/2.png"):
+        open_folder(tmp_path).write(name, picture(1))
+    (tmp_path / "b").symlink_to("/nowhere")
+    with pytest.raises(UserError, match=r"/b is a link that leads nowhere: mount what it leads to, or delete it"):
+        open_source(data({"kind": "folder", "url": str(tmp_path)}, 3))
+    assert len(open_source(data({"kind": "folder", "url": str(tmp_path)}, "none"))) == 2
+
+
+def test_a_label_with_a_byte_order_mark_is_that_number(tmp_path: Path) -> None:
+    members = dict[str, bytes]()
+    for i in range(12):
+        members |= {f"{i}.png": picture(i), f"{i}.cls": f"\ufeff{i}".encode()}
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    source = open_source(data({"kind": "tar", "url": str(tmp_path), "label": "cls"}, 12))
+    assert {entry.name: entry.label for entry in source.listing} == {f"a.tar/{i}.png": i for i in range(12)}
 
 
 @pytest.mark.parametrize("lost", [1_100_000, 2_000_000])

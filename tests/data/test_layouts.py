@@ -171,6 +171,8 @@ def test_repas_layout_is_refused_where_its_images_would_have_another_order(
     [
         ("top.png", 2, r"REPA would pair latents with other images: its tool also takes top.png, which the listing"),
         ("a/.x.png", 2, r"its tool also takes a/.x.png, which the listing left out: remove them and their like"),
+        ("a/.DS_Store", 2, r"its tool also takes a/.DS_Store, which the listing left out"),
+        ("__MACOSX/z.png", 2, r"its tool also takes __MACOSX/z.png, which"),
         ("a/x.jp2", 2, r"its tool also takes a/x.jp2, which"),
         ("a/notes.txt", "none", r"it has no classes, and REPA needs one for each image: use --layout edm2"),
         ("a/notes.txt", 2, None),
@@ -395,6 +397,16 @@ def scaled(out: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
         (lambda z: z * np.float32(0.3), [], "deviation 0.19 after the scale of vae, .* are they scaled already"),
         (lambda z: z[:, ::2, ::2], [], r"latents are \(1, 24, 8, 8\), and vae makes \(1, 24, 16, 16\)"),
         (lambda z: np.concatenate([z[:12] + 20, z[12:]]), [], "-[0-9]+% explained .* expected over 0%"),
+        (
+            lambda z: np.concatenate([z[:12], z[12:] * 50]),
+            [],
+            "the variances of its latents are .* those that vae gives",
+        ),
+        (
+            lambda z: np.concatenate([z[:12], np.ones_like(z[12:])]),
+            [],
+            "is the second half deviations or log-variances",
+        ),
         (lambda z: z * np.nan, ["data.undecodable=skip"], "none of 64 latents can be read"),
     ],
 )
@@ -527,6 +539,7 @@ I64 = {"dtype": "I64", "shape": [2], "data_offsets": [8, 24]}
         (headed({"latents": F32}, bytes(8)), "labels are none, expected 2 integers"),
         (headed({"latents": F32, "labels": F32}, bytes(8)), r"labels are F32 \(2, 1, 1, 1\), expected 2 integers"),
         (headed({"latents": F32 | {"dtype": "F8_E4M3"}}, bytes(8)), "latents is F8_E4M3, expected one of"),
+        (headed({"latents": F32 | {"dtype": "I32"}}, bytes(8)), "latents is I32, expected floating point"),
         (headed({"images": F32}, bytes(8)), "no tensor 'latents', it has images"),
     ],
 )
