@@ -30,7 +30,7 @@ from dis_scale.training import devices
 from dis_scale.training.lanes import largest_share
 from pipelines import environment, metrics, nodes, packages, ray_private
 from pipelines.failures import WorkerFailure, describe
-from pipelines.nodes import choose_device
+from pipelines.nodes import Node, choose_device
 from pipelines.places import Places
 from pipelines.ray_private import Resources
 from pipelines.restarts import with_restarts
@@ -188,8 +188,7 @@ class TrainingRun:
             request.named() or not self.request.named()
         ):  # nodes of training that are away come back: others' GPUs are not taken
             self.request = request
-        avoided = {*nodes.excluded(self.job, nodes.living(), self._fits_without), *self.wrong}
-        world, group = self._place(avoided)
+        world, group, avoided = self._place()
         ranks = None
         try:
             ranks = self._start(group, world)
@@ -276,20 +275,27 @@ class TrainingRun:
             interfaces = places[ranks[0]].interfaces
             self.job.say(f"{self.model}: ranks {ranks[0]} to {ranks[-1]} on node {name}: {interfaces}")
 
-    def _place(self, avoided: Collection[str]) -> tuple[int, Any]:
-        """Return (world size, its placement group); the size is chosen again if its capacity is lost before it is placed."""
-        sizes = self.job.recipe.train.world_sizes
+    def _place(self) -> tuple[int, Any, set[str]]:
+        """Return (world size, its placement group, ids of avoided nodes), chosen again as long as they are `_outdated` before it is
+        placed."""
         while True:
+            living = nodes.living()
+            avoided = {*nodes.excluded(self.job, living, self._fits_without), *self.wrong}
             world = self._world_size(avoided)
             labels = [nodes.avoiding(avoided)] * world if avoided else None
             group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
             try:
-                if placed(self.job, group, world, self.bundle, lambda: largest_fitting(sizes, self._free(avoided))):
-                    return world, group
+                if placed(self.job, group, world, self.bundle, partial(self._outdated, world, avoided, living)):
+                    return world, group, avoided
             except BaseException:
                 remove_placement_group(group)
                 raise
             remove_placement_group(group)
+
+    def _outdated(self, world: int, avoided: Collection[str], living: Sequence[Node]) -> bool:
+        """Whether only fewer workers fit now, as after the loss of a node, or other nodes live: an avoided one may be needed."""
+        fewer = 0 < largest_fitting(self.job.recipe.train.world_sizes, self._free(avoided)) < world
+        return fewer or (bool(avoided) and {node.id for node in nodes.living()} != {node.id for node in living})
 
     def _world_size(self, avoided: Collection[str]) -> int:
         """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
@@ -361,12 +367,12 @@ def rank_order(places: Sequence[Place]) -> list[int]:
     return sorted(range(len(places)), key=lambda n: places[n][:3])
 
 
-def placed(job: StageJob, group: Any, world: int, bundle: Resources, fitting: Callable[[], int]) -> bool:
-    """Wait for capacity, and log it; False if only fewer workers fit now, as after the loss of a node."""
+def placed(job: StageJob, group: Any, world: int, bundle: Resources, outdated: Callable[[], bool]) -> bool:
+    """Wait for capacity, and log it; False once what is waited for is outdated."""
     ready = group.ready()
     with Wait(job.gauge) as wait:
         while not ray.wait([ready], timeout=1)[0]:
-            if 0 < fitting() < world:
+            if outdated():
                 return False
             wait.log(job, world, bundle, together=world)
     return True

@@ -220,7 +220,7 @@ def test_a_group_that_is_larger_than_the_cluster_is_logged_with_the_cure(node: s
     group = placement_group([bundle] * 3)
     threading.Timer(8, job.stop.set).start()
     with pytest.raises(Preempted):
-        train.placed(job, group, 3, bundle, lambda: 0)
+        train.placed(job, group, 3, bundle, lambda: False)
     (line,) = job.said
     assert "the nodes hold 2 of them, so they wait until one joins: start such a node" in line
     remove_placement_group(group)

@@ -16,6 +16,7 @@ from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowWriter
 from pipelines import nodes, train
+from pipelines.nodes import Node
 from pipelines.restarts import with_restarts
 from pipelines.train import (
     Place,
@@ -65,8 +66,8 @@ class OneRank(TrainingRun):
     def _fits_without(self, avoided: Collection[str]) -> bool:
         return not set(self.every) <= set(avoided)
 
-    def _place(self, avoided: Collection[str]) -> tuple[int, Any]:
-        return 1, next(node for node in self.every if node not in avoided)
+    def _place(self) -> tuple[int, Any, set[str]]:
+        return 1, next(node for node in self.every if node not in self.wrong), {*self.wrong}
 
     def _start(self, group: Any, world: int) -> Ranks:
         return Ranks([None], [Place("ip", group, [], 1, "")])
@@ -94,6 +95,22 @@ def test_a_kernel_that_is_wrong_for_one_rank_alone_is_tried_on_other_nodes(
     with contextlib.nullcontext() if right else pytest.raises(WrongKernel):
         assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
     assert sorted(state.node_failures(job.sweep)) == failed
+
+
+def test_a_group_that_waits_is_chosen_again_when_the_nodes_change_while_some_are_avoided(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those whose devices failed are used again once the others are gone."""
+    before, now = [Node("a", "a", {}), Node("b", "b", {})], [Node("a", "a", {})]
+    monkeypatch.setattr(nodes, "living", lambda: now)
+    monkeypatch.setattr(TrainingRun, "_free", lambda *_: 0)
+    run = TrainingRun(job_of(tiny, tmp_path), "dit", "cuda")
+    assert run._outdated(2, {"a"}, before)
+    assert not run._outdated(2, {"a"}, now)
+    assert not run._outdated(2, set(), before)
+    monkeypatch.setattr(TrainingRun, "_free", lambda *_: 1)
+    ranges = TrainingRun(job_of(reading.load(TINY, ["train.workers=1..2"]), tmp_path), "dit", "cuda")
+    assert ranges._outdated(2, set(), now), "one worker fits, and two were waited for"
 
 
 def test_an_attempt_without_a_node_for_training_waits_for_one_if_there_was_one(
