@@ -90,28 +90,37 @@ class ProgramVae(Vae):
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     def latent(self, resolution: int) -> LatentShape:
-        """Return the latents' shape of blank images.
+        """Return the latents' shape, by two images of noise.
 
-        UserError if the encoder samples, or if the programs do not fit the images or each other.
+        UserError if the encoder samples or depends on the batch, or if the programs do not fit the images or each other.
         """
-        blanks, path = torch.zeros(2, 3, resolution, resolution), self.settings.path
+        noise = torch.rand(2, 3, resolution, resolution, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        noise[1] /= 4  # another contrast, which a statistic of the batch would mix with the first one's
+        path = self.settings.path
         halves, expected = (2, "(2, 2C, h, h)") if self.settings.posterior else (1, "(2, C, h, h)")
         try:
-            encoded = self._encode(blanks)
-        except RuntimeError as error:  # such as of another precision
-            raise UserError(f"{path}: encode: {str(error).strip().splitlines()[-1]}") from error
+            encoded, again, alone = self._encode(noise), self._encode(noise), self._encode(noise[:1])
+        except RuntimeError as error:  # such as of another precision, or of one size of batch
+            raise UserError(
+                f"{path}: encode: {str(error).strip().splitlines()[-1]}; it has to take any number of images: dynamic_shapes of "
+                "torch.export.export"
+            ) from error
         if not encoded.isfinite().all():
-            raise UserError(f"{path}: encode returns values of blank images that are not finite")
-        if not torch.equal(encoded, self._encode(blanks)):
+            raise UserError(f"{path}: encode returns values of two images of noise that are not finite")
+        if not torch.equal(encoded, again):
             raise UserError(f"{path}: encode is random: return mean and log-variance, and set vae.posterior: true")
+        if not torch.allclose(encoded[:1], alone, rtol=1e-3, atol=1e-3):
+            raise UserError(
+                f"{path}: encode of an image depends on the others in its batch: export it in evaluation mode"
+            )
         if encoded.ndim != 4:
             raise UserError(f"{path}: encode returns {tuple(encoded.shape)} for two images, expected {expected}")
         decoded = self._decode(encoded.chunk(halves, dim=1)[0])
         images, channels, height, width = encoded.shape
-        if (images, channels % halves, height) != (2, 0, width) or decoded.shape != blanks.shape:
+        if (images, channels % halves, height) != (2, 0, width) or decoded.shape != noise.shape:
             raise UserError(
                 f"{path}: encode returns {tuple(encoded.shape)} and decode {tuple(decoded.shape)} for two images of "
-                f"{resolution} pixels, expected {expected} and {tuple(blanks.shape)}"
+                f"{resolution} pixels, expected {expected} and {tuple(noise.shape)}"
             )
         return LatentShape(channels // halves, height)
 

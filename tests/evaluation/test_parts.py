@@ -16,7 +16,7 @@ from dis_scale.data.listing import Entry
 from dis_scale.data.sources import Source, open_source
 from dis_scale.evaluation import parts, reference
 from dis_scale.evaluation.features import Extractor, load_extractors
-from dis_scale.process.errors import DisScaleError, Held, UndecodableImage
+from dis_scale.process.errors import DisScaleError, Held, UndecodableImage, UserError
 from dis_scale.recipe import reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
@@ -208,6 +208,27 @@ def photos(tmp_path: Path, count: int = 26) -> Sweep:
     source = f"data.source={{kind: folder, url: '{tmp_path}/photos'}}"
     settings = [source, "data.num_classes=2", f"evaluate.extractor={extractor}", "data.undecodable=skip"]
     return Sweep.below(open_folder(tmp_path) / "store", reading.load(TINY, settings))
+
+
+class InADict(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": x.float().flatten(1)}
+
+
+@pytest.mark.parametrize(
+    ("net", "got"), [(InADict(), "in a dict"), (Pixels(first=31, step=1), None), (torch.nn.Identity(), "of shape")]
+)
+def test_an_extractor_that_returns_no_features_is_named(net: torch.nn.Module, got: str | None, tmp_path: Path) -> None:
+    recipe = with_exported(a=export(tmp_path / "a.pt2", net))
+    extractor = load_extractors(Sweep.below(open_folder(tmp_path), recipe), torch.device("cpu"))[0]
+    blank = np.zeros((3, 32, 32, 3), np.uint8)
+    if got is None:
+        assert extractor(blank).pooled.shape == (3, 2)
+        return
+    with pytest.raises(
+        UserError, match=rf"a.pt2: features {got} .*for 3 images, expected \(3, d\) as its first output"
+    ):
+        extractor(blank)
 
 
 def test_an_undecodable_image_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,10 @@ class Returning(torch.nn.Module):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         if self.how == "random":
-            return x + torch.randn_like(x)
+            return x + torch.randn_like(x) * x.std()  # blank images would not show it
         if self.how == "nan":
+            return x / (0 * x)
+        if self.how == "batch":
             return x / x.std()
         if self.how == "first":
             return x[:1]
@@ -113,7 +115,8 @@ def test_other_programs_are_refused(tmp_path: Path) -> None:
     ("net", "words"),
     [
         (Returning("random"), "encode is random: return mean and log-variance, and set vae.posterior: true"),
-        (Returning("nan"), "encode returns values of blank images that are not finite"),
+        (Returning("nan"), "encode returns values of two images of noise that are not finite"),
+        (Returning("batch"), "encode of an image depends on the others in its batch: export it in evaluation mode"),
         (Returning("first"), r"encode returns \(1, 3, 32, 32\) and decode .* expected \(2, C, h, h\)"),
         (Returning("(B)"), r"encode returns \(2,\) for two images, expected \(2, C, h, h\)"),
         (Returning("(B, n)"), r"encode returns \(2, 3072\) for two images, expected \(2, C, h, h\)"),
