@@ -185,12 +185,13 @@ def _last(members: Iterable[_InTar]) -> Iterator[_InTar]:
     """Yield the members; of a file that the tar has again the last one, in the place of the first, as if the tar was unpacked."""
     final, replaced = dict[str, _InTar](), list[_InTar]()
     for member in members:
-        if member.why:
-            yield member
-            continue
         if earlier := final.get(member.name):
             replaced.append(earlier)
-        final[member.name] = member
+        if member.why:  # unpacked, a link takes the file's place
+            final.pop(member.name, None)
+            yield member
+        else:
+            final[member.name] = member
     why = JOINED if 2 * len(replaced) >= len(final) else "files that their tar has again"
     yield from (member._replace(why=why) for member in replaced)
     yield from final.values()

@@ -349,6 +349,24 @@ def test_a_class_folder_whose_disk_is_not_there_is_refused(tmp_path: Path) -> No
     assert len(open_source(data({"kind": "folder", "url": str(tmp_path)}, "none"))) == 2
 
 
+def test_a_file_that_its_tar_has_again_as_a_link_is_left_out(tmp_path: Path) -> None:
+    """The link is there once the tar is unpacked, and links in tars are not followed."""
+    with tarfile.open(tmp_path / "a.tar", "w") as made:
+        for name in ("1.png", "2.png", "3.png", "4.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(picture(1))
+            made.addfile(member, io.BytesIO(picture(1)))
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "2.png"
+        made.addfile(link)
+    listing = open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, "none")).listing
+    assert sorted(entry.name for entry in listing) == ["a.tar/2.png", "a.tar/3.png", "a.tar/4.png"]
+    assert {why: count for why, (count, _) in listing.manifest.left_out.items()} == {
+        "links in tars": 1,
+        "files that their tar has again": 1,
+    }
+
+
 def test_a_label_with_a_byte_order_mark_is_that_number(tmp_path: Path) -> None:
     members = dict[str, bytes]()
     for i in range(12):
