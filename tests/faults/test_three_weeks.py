@@ -60,7 +60,9 @@ def no_node_is_avoided(patch: pytest.MonkeyPatch) -> None:
 
 
 def storage_is_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    """Neither within a job, nor by another that follows once storage answers: each alone is enough."""
     patch.setattr(restarts, "STORAGE_AWAY_S", 0.0)
+    patch.setattr(driver, "MOST_FOLLOWED", 0)
 
 
 @pytest.mark.parametrize(
