@@ -28,7 +28,11 @@ MOST_BAR = 40
 
 
 def rate_words(per_second: float, unit: str) -> str:
-    """Return a rate in words: `12.3 images/s`, or `41 s per block` if one unit takes longer than a second."""
+    """Return a rate in words: `12.3 images/s`, or `41 s per block` if one unit takes longer than a second.
+
+    Of a unit such as `steps of the judge` it has the first word only.
+    """
+    unit = unit.partition(" of ")[0]
     if per_second >= 1:
         return f"{per_second:,.1f} {unit}/s"
     return f"{1 / per_second:,.{0 if per_second <= 0.1 else 1}f} s per {unit.removesuffix('s')}"

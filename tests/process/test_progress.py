@@ -213,6 +213,7 @@ def test_slow_units_are_shown_in_seconds_per_unit(clock: list[float], console: C
 )
 def test_rates_in_words(per_second: float, words: str) -> None:
     assert rate_words(per_second, "images") == words
+    assert rate_words(per_second, "images of noise") == words
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(50, "50 s"), (119, "119 s"), (2520, "42 min"), (12_600, "3.5 h")])
