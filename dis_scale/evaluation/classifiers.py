@@ -13,7 +13,6 @@ from dis_scale.process import seeds
 from dis_scale.process.progress import ReportDone
 from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS
 from dis_scale.vae import to_unit
-from dis_scale.vae.small import optimizer_step
 
 HELD_OUT = 6
 """Every sixth image is held out from the classifiers' training and measures their accuracy."""
@@ -43,11 +42,15 @@ def train_classifier(
         net = Classifier(kind, num_classes)
     unit, held = to_unit(images), np.arange(len(images)) % HELD_OUT == 0
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-2)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     inputs, targets = unit[~held], torch.from_numpy(labels[~held])
     for step in range(steps):
         rows = torch.from_numpy(seeds.generator(f"{kind} batch", seed, step).integers(0, len(inputs), 64))
         loss = F.cross_entropy(net(_jitter(inputs[rows], kind, seed, step)), targets[rows])
-        optimizer_step(optimizer, loss, 2e-3 * (1 - step / steps))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.step()
         report(step + 1)
     net.eval()
     with torch.no_grad():

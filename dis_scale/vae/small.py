@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 HALVES = 2
+"""Parts of a batch, each of which a thread has to itself."""
 
 
 def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: ReportDone) -> "AutoencoderKL":
@@ -85,12 +86,3 @@ def _halves(unit: Tensor, size: int, *where: int | str) -> Iterator[tuple[Tensor
     rows = torch.from_numpy(rng.integers(0, len(unit), size))
     for half in unit[rows].chunk(HALVES):
         yield half, torch.Generator().manual_seed(int(rng.integers(2**63)))
-
-
-def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
-    """Take one step of gradient descent on a loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
