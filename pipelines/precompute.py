@@ -161,8 +161,9 @@ class RayEncoders:
             self.work, self.workers = work, []
         count = min(most, len(left))
         workers, self.workers = self.workers[:count], []
-        request = elsewhere(self.job, request) if len(workers) < count else request
-        workers += [self._spawn(request) for _ in range(count - len(workers))]
+        if missing := count - len(workers):
+            placed = elsewhere(self.job, request)
+            workers += [self._spawn(placed) for _ in range(missing)]
         self.workers, _, failure = share(
             self.job, workers, work, arguments, left,
             lambda done: self.job.progress(min(total - images + sum(done), total), total, UNITS[work]),

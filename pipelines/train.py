@@ -184,9 +184,8 @@ class TrainingRun:
         """Run one attempt at a fixed world size; return the images seen, fewer if it stopped to move."""
         start = (failure.at, failure.silent_s) if failure else (time.time(), None)
         request = request_for("train", self.device, 1)
-        if (
-            request.named() or not self.request.named()
-        ):  # nodes of training that are away come back: others' GPUs are not taken
+        # Nodes of training that are away come back: meanwhile others' GPUs are not taken.
+        if request.named() or not self.request.named():
             self.request = request
         world, group, avoided = self._place()
         ranks = None

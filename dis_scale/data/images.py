@@ -158,7 +158,7 @@ def rgb(image: Image.Image) -> Image.Image:
 def _grey_of_tiff(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
     """Convert grey of up to 16 bits to 8 bits, by the file's own range: Pillow gives its numbers, also of 12 bits or a negative."""
     most = 2 ** image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
-    grey = np.floor(np.asarray(image).astype(np.float64).clip(0, most) * 255 / most + 0.5).astype(np.uint8)
+    grey = _eight_bits(np.asarray(image).clip(0, most), most)
     return Image.fromarray(255 - grey if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else grey)
 
 
@@ -167,4 +167,9 @@ def _scaled(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.max(initial=0) > 65535 or values.min(initial=0) < 0:
         raise ValueError(f"its pixels (mode {image.mode}) have no range that defines white: save it in 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return Image.fromarray(_eight_bits(values, 65535))
+
+
+def _eight_bits(values: np.ndarray, most: int) -> np.ndarray:
+    """Return numbers from 0 to `most`, of 16 bits, as the nearest from 0 to 255."""
+    return ((values.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)

@@ -122,7 +122,7 @@ class _ClassFolders(_OneFileEach):
             if images.hidden(file):
                 yield LeftOut(file, HIDDEN)
             elif not file.lower().endswith(images.SUFFIXES):
-                yield LeftOut(file, self._lost_link(file, "" if slash else file) or images.ending(file))
+                yield LeftOut(file, self._lost_link(file) or images.ending(file))
             elif self._labelled and not slash:
                 yield LeftOut(file, "images beside the class folders")
             elif self._labelled and folder not in labels:
@@ -130,14 +130,14 @@ class _ClassFolders(_OneFileEach):
             else:
                 yield Entry(file, labels[folder] if self._labelled else 0)
 
-    def _lost_link(self, file: str, in_root: str) -> str:
+    def _lost_link(self, file: str) -> str:
         """Return why a link to a folder is not followed, if the file is one; UserError if it would be a class."""
         path = Path(self._root.local or "", file)
         if not self._root.local or not path.is_symlink() or path.is_file():
             return ""
         if path.exists():
             return "links to a folder around them"
-        if in_root and self._labelled:
+        if self._labelled and "/" not in file:
             raise UserError(
                 f"data.source.url: {printable(str(path))} is a link that leads nowhere: mount what it leads to, or delete it"
             )

@@ -91,12 +91,9 @@ def _load_exported(settings: ExportedExtractor, device: torch.device) -> Net:
     def run(x_BCHW: Tensor) -> tuple[Tensor]:
         output = programs.run("features", _resized(x_BCHW, settings.size))
         features = output[0] if isinstance(output, tuple | list) and output else output
-        if not isinstance(features, Tensor) or features.shape[:1] != x_BCHW.shape[:1] or features.ndim != 2:
-            got = (
-                f"of shape {tuple(features.shape)}"
-                if isinstance(features, Tensor)
-                else f"in a {type(features).__name__}"
-            )
+        shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+        if len(shape) != 2 or shape[0] != len(x_BCHW):
+            got = f"of shape {shape}" if isinstance(features, Tensor) else f"in a {type(features).__name__}"
             raise UserError(
                 f"{settings.path}: features {got} for {len(x_BCHW)} images, expected ({len(x_BCHW)}, d) as its first output"
             )

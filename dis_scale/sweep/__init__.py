@@ -85,6 +85,11 @@ def missing(folder: Folder) -> str:
     return "" if name in names else f"{where}{nearest(name, names)}"
 
 
+def _job_name(stage: str, model: str | None) -> str:
+    """Return the name of a stage's job, of training for one model, in the sweep's folders."""
+    return f"{stage}-{model}" if model else stage
+
+
 def command_lease(sweep: Folder) -> Folder:
     """Return the lease of the command that runs the sweep in a folder; it is held before the recipe is stored."""
     return sweep / _LEASES / "sweep"
@@ -233,7 +238,7 @@ class Sweep:
 
     def logs(self, stage: str, model: str | None = None) -> Folder:
         """Logs of the attempts of a stage, of training for one model."""
-        return self.all_logs / (f"{stage}-{model}" if model else stage)
+        return self.all_logs / _job_name(stage, model)
 
     @property
     def all_failed_nodes(self) -> Folder:
@@ -241,7 +246,7 @@ class Sweep:
 
     def failed_nodes(self, stage: str, model: str | None = None) -> Folder:
         """Where a stage's job counts failures of nodes: jobs that run at the same time would overwrite each other's in one file."""
-        return self.all_failed_nodes / (f"{stage}-{model}" if model else stage)
+        return self.all_failed_nodes / _job_name(stage, model)
 
     def run(self, model: str) -> Run:
         """Return the run of a model; UserError with the nearest name for an unknown one."""
