@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,17 @@ class Cluster:
     description: str
     ours: bool
     at_once: Callable[[], int]
-    """Returns the number of models that can train at the same time now: nodes may join for days."""
-    gpus: int
+    """Returns the number of models that can train at the same time now. It and what follows are asked anew: nodes join for days."""
+    gpus: Callable[[], int]
+    """Returns the number of GPUs."""
     gpu_fault: str
     """Why PyTorch cannot use this machine's GPUs; empty if it can, or if there are none."""
     id: str
     """Distinguishes it from every other cluster."""
     address: str | None = None
     """Dashboard of a Ray of our own; other clusters are found by RAY_ADDRESS."""
-    gpu_bytes: int | None = None
-    """Memory of the smallest GPU of a Ray of our own, of the largest one of another cluster; None if none is known."""
+    gpu_bytes: Callable[[], int | None] = lambda: None
+    """Returns the memory of the smallest GPU of a Ray of our own, of the largest one of another cluster; None if none is known."""
     unanswered: set[str] = field(default_factory=set)
     """Jobs that were submitted without an answer, and may have been taken."""
 
@@ -92,8 +94,8 @@ def open_cluster(
             head, dashboard = _start_head(recipe, folder, gpus)
             yield Cluster(
                 client_of(dashboard), {}, f"a local Ray that this command started ({dashboard})",
-                ours=True, at_once=lambda: 1, gpus=gpus, gpu_fault=fault, id=folder.name, address=dashboard,
-                gpu_bytes=smallest_gpu_bytes() if gpus else None,
+                ours=True, at_once=lambda: 1, gpus=lambda: gpus, gpu_fault=fault, id=folder.name, address=dashboard,
+                gpu_bytes=lambda: smallest_gpu_bytes() if gpus else None,
             )  # fmt: skip
         finally:
             if head:
@@ -215,6 +217,22 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+class Room:
+    """How many models train at the same time on the nodes of now.
+
+    None once those that declare training are all away: they come back, and what others declare is for other stages.
+    """
+
+    def __init__(self, recipe: Recipe, resources: Callable[[], dict[str, float]]) -> None:
+        self._recipe, self._resources = recipe, resources
+        self._declared = False
+
+    def __call__(self) -> int:
+        resources = self._resources()
+        declared, self._declared = self._declared, self._declared or "train" in resources
+        return 0 if declared and "train" not in resources else models_at_once(self._recipe, resources)
+
+
 def models_at_once(recipe: Recipe, resources: dict[str, float]) -> int:
     """Return how many models train at the same time on a cluster of these resources."""
     slots = resources.get("train") or resources.get("GPU") or resources.get("CPU", 1)
@@ -250,25 +268,29 @@ def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], 
     _connect()
     packages.require_on_nodes(recipe)
     parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    client, gpu_bytes = reach(silence, go_on)
+    client = reach(silence, go_on)
     inherited = ("working_dir", "py_modules", "pip", "uv", "env_vars")
     return Cluster(
         client, {key: value for key, value in parent.items() if key in inherited},
         f"the Ray cluster at {address}", ours=False,
-        at_once=lambda: models_at_once(recipe, ray.cluster_resources()),
-        gpus=int(ray.cluster_resources().get("GPU", 0)), gpu_fault=usable_gpus()[1],
-        id=ray.get_runtime_context().get_session_name(), gpu_bytes=gpu_bytes,
+        at_once=Room(recipe, ray.cluster_resources),
+        gpus=lambda: int(ray.cluster_resources().get("GPU", 0)), gpu_fault=usable_gpus()[1],
+        id=ray.get_runtime_context().get_session_name(), gpu_bytes=partial(largest_gpu_bytes, client, silence, go_on),
     )  # fmt: skip
 
 
-def reach(silence: Silence, go_on: Callable[[], None]) -> tuple[JobSubmissionClient, int | None]:
-    """Return a client of the Ray at RAY_ADDRESS and the memory of its largest GPU; None if no node's agent reports one.
+def reach(silence: Silence, go_on: Callable[[], None]) -> JobSubmissionClient:
+    """Return a client of the Ray at RAY_ADDRESS."""
+    return silence.insist(lambda: client_of(None), go_on)
+
+
+def largest_gpu_bytes(client: JobSubmissionClient, silence: Silence, go_on: Callable[[], None]) -> int | None:
+    """Return the memory of a cluster's largest GPU; None if no node's agent reports one.
 
     The largest, since the smaller ones of a mixed cluster may be there for evaluation.
     """
-    client = silence.insist(lambda: client_of(None), go_on)
     nodes = silence.insist(lambda: gpus_by_node(client), go_on)
-    return client, max((gpu["memoryTotal"] * 2**20 for gpus in nodes for gpu in gpus), default=None)
+    return max((gpu["memoryTotal"] * 2**20 for gpus in nodes for gpu in gpus), default=None)
 
 
 def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Popen, str]:

@@ -55,7 +55,7 @@ def record(sweep: Sweep, cluster: Cluster) -> None:
     LastRay(
         address=cluster.address,
         host=socket.gethostname(),
-        gpus=cluster.gpus,
+        gpus=cluster.gpus(),
         kuberay=kuberay,
         slurm=slurm,
         at=time.time(),

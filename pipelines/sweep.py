@@ -140,7 +140,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
                 last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
             last_ray.record(sweep, cluster)
             require_device(driver, cluster)
-            require_memory(plan, cluster)
+            require_fits(plan, cluster)
             if first:
                 ends.enter_context(dashboards.copying(sweep, store, board.say))
             ends.enter_context(stopping_jobs(driver, joined=first))  # the first also stops jobs that a killed one left
@@ -148,6 +148,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
                 name_needs(driver, cluster)
                 run_stage(driver, cluster, "prepare")
             await_nodes(driver, cluster)
+            require_fits(plan, cluster)  # again, on the nodes that came
             if state.find_latents(sweep.folder) is None:
                 run_stage(driver, cluster, "precompute")
             failures = train_and_evaluate(driver, cluster)
@@ -237,7 +238,7 @@ def _name_deleted_weights(sweep: Sweep, board: Board) -> None:
 def require_device(driver: Driver, cluster: Cluster) -> None:
     """Log the device and the reason. UserError if this machine lacks its GPUs, or a run on GPUs would continue on the CPU."""
     sweep, recipe = driver.sweep, driver.sweep.recipe
-    device, why = devices.device_of(recipe, cluster.gpus)
+    device, why = devices.device_of(recipe, cluster.gpus())
     needed_here = recipe.device != "cpu" and (device == "cpu" or cluster.ours)
     fault = f"; {cluster.gpu_fault}" if cluster.gpu_fault and needed_here else ""
     driver.board.say(f"device   {device} ({why}{fault})")
@@ -245,8 +246,6 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
         recipe.require_scan_on(device)
     except ValueError as error:
         raise UserError(f"device: {device} ({why}): {error}") from None
-    if device == "cuda" and cluster.gpus:
-        _require_share(recipe, cluster)
     state.require_device(sweep, device, why + fault)
 
 
@@ -273,36 +272,34 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
 def _lacking(driver: Driver, cluster: Cluster) -> dict[str, tuple[int, Resources]]:
     if cluster.ours:  # it declares what the recipe asks for
         return {}
-    device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus)
+    device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus())
     lacking = Places.now(driver.sweep.recipe).lacking(device)
     return {stage: need for stage, need in lacking.items() if stage != "prepare"}
 
 
-def require_memory(plan: Plan, cluster: Cluster) -> None:
-    """UserError if the cluster's GPUs are too small for a model at one of the world sizes."""
-    shared = _shared(plan.recipe, cluster)
-    device, _ = devices.device_of(plan.recipe, cluster.gpus)
-    if cluster.gpu_bytes is None or device == "cpu":
+def require_fits(plan: Plan, cluster: Cluster) -> None:
+    """UserError if the memory of the cluster's GPUs is too small for a model at one of the world sizes, beside evaluators.
+
+    Nothing is said of a cluster that does not hold the smallest of these yet.
+    """
+    recipe, gpus = plan.recipe, cluster.gpus()
+    if gpus < recipe.train.world_sizes[-1] or devices.device_of(recipe, gpus)[0] == "cpu":
         return
-    for model, cost in plan.costs.items():
-        settings = plan.recipe.train_of(model)
-        for world in settings.world_sizes:
-            lanes_at_once(model, cost, settings, world, cluster.gpu_bytes, shared)
-
-
-def _shared(recipe: Recipe, cluster: Cluster) -> float:
-    """The fraction of a GPU's memory that evaluators may take beside training."""
-    return recipe.evaluate.shared(cluster.gpus, cluster.gpus - cluster.at_once() * recipe.train.most_workers)
-
-
-def _require_share(recipe: Recipe, cluster: Cluster) -> None:
-    """UserError if the evaluators that share one GPU with training would leave it no memory."""
-    share, shared = recipe.evaluate.gpu_share, _shared(recipe, cluster)
+    share, shared = (
+        recipe.evaluate.gpu_share,
+        recipe.evaluate.shared(gpus, gpus - cluster.at_once() * recipe.train.most_workers),
+    )
     if share is not None and shared >= 1:
         raise UserError(
             f"evaluate.gpu_share: {shared / share:.0f} evaluators with {share:g} of each GPU's memory leave training none: "
             f"expected less than {share / shared:.2g}, or fewer evaluate.workers"
         )
+    if (gpu_bytes := cluster.gpu_bytes()) is None:
+        return
+    for model, cost in plan.costs.items():
+        settings = recipe.train_of(model)
+        for world in settings.world_sizes:
+            lanes_at_once(model, cost, settings, world, gpu_bytes, shared)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,9 @@ class RayNodes:
     def cluster(self) -> Cluster:
         """Return the cluster for jobs that are submitted one by one."""
         client = JobSubmissionClient(self.url)
-        return Cluster(client, {}, self.url, ours=False, at_once=lambda: 1, gpus=0, gpu_fault="", id=self.folder)
+        return Cluster(
+            client, {}, self.url, ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id=self.folder
+        )
 
     def log_of(self, node: Node) -> str:
         return (Path(self.folder) / f"node-{self.nodes.index(node)}.log").read_text()

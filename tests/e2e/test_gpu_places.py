@@ -246,7 +246,7 @@ def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before
     node: str, tmp_path: Path
 ) -> None:
     """Not only after the days of the stages before it; prepare runs meanwhile."""
-    on_gpus: Any = SimpleNamespace(gpus=2, ours=False)
+    on_gpus: Any = SimpleNamespace(gpus=lambda: 2, ours=False)
     for workers, lines in ((2, 0), (3, 1)):
         driver = driver_of(reading.load(TINY, ["device=cuda", f"train.workers={workers}"]), tmp_path)
         sweep_command.name_needs(driver, on_gpus)

@@ -15,7 +15,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 from dis_scale.process.errors import Preempted, StorageAway
 from dis_scale.recipe import Recipe
-from pipelines.cluster import reach
+from pipelines.cluster import largest_gpu_bytes, reach
 from pipelines.driver import Driver, run_stage, stopping_jobs, train_and_evaluate
 from pipelines.jobs import Job, end_own_job
 from pipelines.ray_private import DashboardClient
@@ -203,14 +203,16 @@ def test_a_cluster_is_reached_although_answers_are_lost(
 ) -> None:
     """The memory is that of the largest GPU, as the nodes' agents report it."""
     server.gpus, server.loses = gpus, loses
-    client, gpu_bytes = reach(Silence(pause_s=0.0), go_on)
+    silence = Silence(pause_s=0.0)
+    client = reach(silence, go_on)
     assert isinstance(client, DashboardClient), "its requests end"
-    assert gpu_bytes == largest
+    assert largest_gpu_bytes(client, silence, go_on) == largest
     assert server.asked["version"] >= loses + 1
     assert server.asked["nodes?view=summary"] == loses + 1
 
 
 def test_a_stop_is_obeyed_while_a_cluster_is_not_reached(server: Server) -> None:
+    client = reach(Silence(), go_on)
     server.silent.set()
 
     def stopped() -> None:
@@ -218,6 +220,8 @@ def test_a_stop_is_obeyed_while_a_cluster_is_not_reached(server: Server) -> None
 
     with pytest.raises(Preempted):
         reach(Silence(), stopped)
+    with pytest.raises(Preempted):
+        largest_gpu_bytes(client, Silence(), stopped)
 
 
 def test_a_sweep_and_its_job_end_beside_a_dashboard_that_falls_silent(
@@ -226,7 +230,7 @@ def test_a_sweep_and_its_job_end_beside_a_dashboard_that_falls_silent(
     """A stop asks Ray to stop the jobs, and waits for them no longer than the grace period."""
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "j"}}')
     here = cluster("here")
-    here.client, _ = reach(Silence(), go_on)
+    here.client = reach(Silence(), go_on)
     driver.jobs = [Job(here, "j", True, Silence()), Job(here, "k", True, Silence())]
     server.silent.set()
     began_s = time.monotonic()

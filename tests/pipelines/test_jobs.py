@@ -180,7 +180,7 @@ def test_a_job_is_submitted_again_until_the_dashboard_answers() -> None:
             raise next(answers)
 
     client: Any = Client()
-    cluster = Cluster(client, {}, "a Ray", ours=True, at_once=lambda: 1, gpus=0, gpu_fault="", id="x")
+    cluster = Cluster(client, {}, "a Ray", ours=True, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="x")
     submit = partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {}, agent_s=0.0)
     assert Silence(pause_s=0.0).insist(submit, lambda: None).ours
 
@@ -191,7 +191,7 @@ def test_a_stop_is_obeyed_while_no_agent_takes_a_job() -> None:
             raise RuntimeError("No available agent")
 
     client: Any = Client()
-    cluster = Cluster(client, {}, "a Ray", ours=True, at_once=lambda: 1, gpus=0, gpu_fault="", id="x")
+    cluster = Cluster(client, {}, "a Ray", ours=True, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="x")
 
     def go_on() -> None:
         raise Preempted("stop")

@@ -271,20 +271,20 @@ def test_gpus_that_cannot_be_used_are_named_with_the_device(tmp_path: Path, devi
 
 def test_a_cluster_with_gpus_does_not_need_those_of_this_machine(tmp_path: Path) -> None:
     driver = driver_of(reading.load(TINY, ["device=auto"]), tmp_path)
-    faulty = replace(cluster("far"), gpus=8, gpu_fault="1 NVIDIA GPUs cannot be used: too old")
+    faulty = replace(cluster("far"), gpus=lambda: 8, gpu_fault="1 NVIDIA GPUs cannot be used: too old")
     pipeline.require_device(driver, faulty)
     assert "device   cuda (" in logged(driver)
     assert "too old" not in logged(driver)
-    pipeline.require_device(driver, replace(faulty, gpus=0))
+    pipeline.require_device(driver, replace(faulty, gpus=lambda: 0))
     assert "too old" in logged(driver)
 
 
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_spent(tiny: Recipe) -> None:
-    plan, gpus = price_sweep(tiny, LatentShape(4, 8)), replace(cluster("here"), gpus=2, gpu_bytes=2**30)
-    pipeline.require_memory(plan, gpus)
-    pipeline.require_memory(plan, replace(gpus, gpus=0, gpu_bytes=2**20))  # on the CPU
+    plan, gpus = price_sweep(tiny, LatentShape(4, 8)), replace(cluster("here"), gpus=lambda: 2, gpu_bytes=lambda: 2**30)
+    pipeline.require_fits(plan, gpus)
+    pipeline.require_fits(plan, replace(gpus, gpus=lambda: 0, gpu_bytes=lambda: 2**20))  # on the CPU
     with pytest.raises(UserError, match=r"dis: a worker needs 0\.0 GiB for 4 images in a forward pass"):
-        pipeline.require_memory(plan, replace(gpus, gpu_bytes=2**20))
+        pipeline.require_fits(plan, replace(gpus, gpu_bytes=lambda: 2**20))
 
 
 @pytest.mark.parametrize(
@@ -296,14 +296,17 @@ def test_evaluators_that_share_a_gpu_are_counted_together(gpus: int, own: int, s
     assert recipe.evaluate.shared(gpus, own) == pytest.approx(shared)
 
 
-def test_shares_of_a_gpu_that_leave_training_none_are_refused(tmp_path: Path) -> None:
+def test_shares_of_a_gpu_that_leave_training_none_are_refused() -> None:
     settings = ["device=cuda", "train.workers=2", "evaluate.workers=4"]
-    two_gpus = replace(cluster("here"), gpus=2)
-    for share, gpus in [(0.4, 2), (0.9, 6)]:  # two evaluators on each GPU; none shares
-        fitting = driver_of(reading.load(TINY, [*settings, f"evaluate.gpu_share={share}"]), tmp_path)
-        pipeline.require_device(fitting, replace(two_gpus, gpus=gpus))
-    driver = driver_of(reading.load(TINY, [*settings, "evaluate.gpu_share=0.5"]), tmp_path)
+
+    def require(share: float, gpus: int) -> None:
+        plan = price_sweep(reading.load(TINY, [*settings, f"evaluate.gpu_share={share}"]), LatentShape(4, 8))
+        pipeline.require_fits(plan, replace(cluster("here"), gpus=lambda: gpus))
+
+    require(0.4, 2)
+    require(0.9, 6)  # two evaluators on each GPU; none shares
+    require(0.5, 1)  # others will join
     with pytest.raises(
         UserError, match=r"2 evaluators with 0.5 of each GPU's memory leave training none: expected less than 0.5"
     ):
-        pipeline.require_device(driver, two_gpus)
+        require(0.5, 2)

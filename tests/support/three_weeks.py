@@ -380,7 +380,9 @@ class Weeks:
         """The driver's own loops; return the exit code of the command."""
         code, driver = 0, driver_of(self.recipe, self.root)
         driver.sweep, driver.poll_every_s, driver.submit = self.sweep, POLL_S, self._submit
-        cluster = clusters.Cluster(self.ray, {}, "", ours=False, at_once=lambda: 1, gpus=0, gpu_fault="", id="ray")  # type: ignore[arg-type]
+        cluster = clusters.Cluster(
+            self.ray, {}, "", ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="ray"
+        )  # type: ignore[arg-type]
         try:
             with drivers.stopping_jobs(driver, joined=True):
                 if not self.sweep.folder.exists("encoded"):
