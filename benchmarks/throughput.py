@@ -32,7 +32,7 @@ from dis_scale.models.replay import replayed
 from dis_scale.recipe import LatentShape, Recipe, Sampling, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
-from dis_scale.training.memory import keeps_states, state_bytes, worker_bytes
+from dis_scale.training.memory import plan_passes, state_bytes, worker_bytes
 from dis_scale.training.profile import profile_training
 from dis_scale.training.throughput import gpu_bytes, synchronize
 from dis_scale.vae import DiffusersVae
@@ -125,7 +125,7 @@ def computed(job: Job, recipe: Recipe, device: str) -> dict[str, float]:
     """Memory in GiB by the formula of training/memory.py, and its part that does not depend on the images."""
     cost = price_model(recipe.models["model"], job.shape, CLASSES)
     complete = worker_bytes(cost, recipe.train, 1, job.images)
-    if device == "cuda" and keeps_states(cost, recipe.train, 1, job.images, gpu_bytes(torch.device(device))):
+    if plan_passes("model", cost, recipe.train, 1, gpu_bytes(torch.device(device))).keeps_states:
         complete += job.images * cost.kept_in(recipe.train.precision).states
     return {"formula_gib": complete / 2**30, "states_gib": sum(state_bytes(cost, recipe.train, 1).values()) / 2**30}
 
@@ -152,7 +152,7 @@ def sample(size: str, images: int, device: str) -> None:
 
         return images * SAMPLING_STEPS / 50 / timed(run)
 
-    graphs, plain = rate(replayed(model, where)), rate(model)
+    graphs, plain = rate(replayed(model, where, after=0)), rate(model)
     facts = {"images_per_s_50_steps": graphs, "images": images, "times_faster_by_graphs": graphs / plain}
     print_row(f"sample {size}", facts)
 

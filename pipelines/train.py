@@ -102,9 +102,9 @@ class Trainer(Worker):
         device: str,
         start: tuple[float, float | None],
         shared: float,
-        more_passes: int,
+        short: bool,
     ) -> int:
-        """Train as one rank after `check`; return the images seen. `start`, `shared` and `more_passes` are as in `loop.Attempt`."""
+        """Train as one rank after `check`; return the images seen. `start`, `shared` and `short` are as in `loop.Attempt`."""
         import torch
 
         from dis_scale.training.loop import Attempt, Start, train_model
@@ -116,7 +116,7 @@ class Trainer(Worker):
             sweep=sweep, model=model, latents=state.require_latents(sweep.folder), number=held_lease.number,
             device=devices.torch_device(device),
             start=Start(*start), require_held=held_lease.require_held, stop_by=self.stop_by,
-            report=self.report, log=self.log, emit=self.emit, shared=shared, more_passes=more_passes,
+            report=self.report, log=self.log, emit=self.emit, shared=shared, short=short,
         )  # fmt: skip
         return train_model(attempt)
 
@@ -159,8 +159,8 @@ class TrainingRun:
     device: str
     request: Request = field(default_factory=lambda: Request({}))
     """That of one worker on the nodes that the current attempt began with."""
-    more_passes: int = 0
-    """Forward passes of a step besides those that memory seems to need: one after a GPU's memory was too small."""
+    short_with: int = 0
+    """The most workers with which a GPU's memory was too small for the planned forward passes."""
     wrong: set[str] = field(default_factory=set)
     """Ids of the nodes on which a kernel was wrong for a rank that was alone: another node says whether it is the kernel."""
 
@@ -202,9 +202,9 @@ class TrainingRun:
             nodes.record_failure(self.job, nodes.name_of(ranks.places[0].node), describe(error))
             raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
         except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
-            if self.more_passes:
+            if world <= self.short_with:
                 raise
-            self.more_passes = 1
+            self.short_with = world
             raise WorkerFailure(
                 f"{error}; forward passes are smaller from now on, if they have several lanes"
             ) from error
@@ -244,7 +244,7 @@ class TrainingRun:
             shared = 0.0
             if self.device == "cuda":
                 shared = Places.now(self.job.recipe).avoiding_failed(sweep, self.device).shared
-            arguments = (sweep, self.model, held, self.device, start, shared, self.more_passes)
+            arguments = (sweep, self.model, held, self.device, start, shared, len(ranks.workers) <= self.short_with)
             results = [worker.train.remote(*arguments) for worker in ranks.workers]
             drained, grows = set[str](), False
 

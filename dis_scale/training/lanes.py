@@ -17,21 +17,15 @@ class ForwardPass(NamedTuple):
     0 for a repeated lane: it keeps this rank in step with ranks that have more lanes."""
 
 
-def forward_passes(lanes: int, rank: int, world: int, at_once: int) -> list[ForwardPass]:
-    """Return a rank's forward passes of a step: equally many on each rank, with at most `at_once` lanes each.
+def forward_passes(lanes: int, rank: int, world: int, passes: int) -> list[ForwardPass]:
+    """Return a rank's forward passes of a step, as many as on each other rank; their lanes differ by one at most.
 
-    The shares of two ranks differ by one lane at most. There are at least as many lanes as ranks.
+    So do the shares of two ranks. There are at least as many lanes as ranks.
     """
     first, end = rank * lanes // world, (rank + 1) * lanes // world
-    passes, own = -(-largest_share(lanes, world) // at_once), end - first
+    own = end - first
     parts = [range(first + i * own // passes, first + (i + 1) * own // passes) for i in range(passes)]
     return [ForwardPass(part or range(first, first + 1), len(part) * passes * world / lanes) for part in parts]
-
-
-def with_more_passes(lanes: int, world: int, at_once: int, more: int) -> int:
-    """Return the lanes at once with which a step has at least `more` forward passes more; one if they cannot be as many."""
-    share = largest_share(lanes, world)
-    return max(1, share // (-(-share // at_once) + more)) if more else at_once
 
 
 def image_counts(passes: Iterable[ForwardPass], lane_images: int) -> set[int]:

@@ -38,8 +38,8 @@ from dis_scale.training.bad_step import dump_step
 from dis_scale.training.devices import check_on_all_ranks
 from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
-from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, with_more_passes
-from dis_scale.training.memory import keeps_states, lanes_at_once
+from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts
+from dis_scale.training.memory import plan_passes
 from dis_scale.training.resume import Keep, ResumePoint, Saver
 from dis_scale.training.schedule import learning_rate
 from dis_scale.training.stop import StopAgreement
@@ -87,8 +87,8 @@ class Attempt:
     """Called with the name and the facts of an event."""
     shared: float = 0.0
     """Fraction of each GPU's memory that evaluators may take."""
-    more_passes: int = 0
-    """Forward passes of a step besides those that memory seems to need."""
+    short: bool = False
+    """Whether a GPU's memory was too small for the planned forward passes."""
 
     @property
     def recipe(self) -> Recipe:
@@ -104,7 +104,7 @@ def train_model(attempt: Attempt) -> int:
     """Train from the newest complete resume point to the last published count, or to an agreed step if a stop is requested.
 
     Returns the images seen. The weights are bit-equal to those of an uninterrupted run with the same world size, ZeRO stage,
-    images in a forward pass, kind of device, number of threads and package versions.
+    images in a forward pass, with kept states or without, kind of device, number of threads and package versions.
     """
     training = begin(attempt)
     opened, records, settings = training.opened, training.records, attempt.recipe.train
@@ -268,20 +268,16 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     memory: list[int | None] = [None] * world
     dist.all_gather_object(memory, gpu_bytes(attempt.device))
     smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
-    at_once = lanes_at_once(attempt.model, price, settings, world, smallest, attempt.shared)
-    at_once = with_more_passes(settings.lanes, world, at_once, attempt.more_passes)
-    passes = forward_passes(settings.lanes, rank, world, at_once)
-    images, micro_images = image_counts(passes, settings.lane_images), at_once * settings.lane_images
-    keeps = not attempt.more_passes and keeps_states(price, settings, world, micro_images, smallest, attempt.shared)
+    count, keeps = plan_passes(attempt.model, price, settings, world, smallest, attempt.shared, attempt.short)
+    passes = forward_passes(settings.lanes, rank, world, count)
+    images = image_counts(passes, settings.lane_images)
     state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), images, keeps)
     if rank == 0:
         for line in how:
             attempt.log(f"{attempt.model}: {line}")
         kept = ", which keep the states of their scans" if keeps else ""
-        attempt.log(
-            f"{attempt.model}: {len(passes)} forward passes of up to {micro_images} images a worker and step{kept}"
-        )
-    meter = open_meter(price, settings, micro_images, world, attempt.device, log_rates)
+        attempt.log(f"{attempt.model}: {count} forward passes of up to {max(images)} images a worker and step{kept}")
+    meter = open_meter(price, settings, max(images), world, attempt.device, log_rates)
     process = diffusion.build(recipe.diffusion, latents.shape)
     return Opened(latents, process, state, model, passes, meter, images_seen, resumed, earlier)
 

@@ -3,7 +3,7 @@
 Read next: models/cost.py for the activations, lanes.py for what is done with the answer.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.cost import Cost
@@ -20,6 +20,18 @@ CURES: tuple[dict[str, Any], ...] = (
 """Runtime settings that need less memory, the cheapest first."""
 USABLE = 0.85
 """Share of a GPU's memory that may be planned with; CUDA's context, temporary tensors and fragments need the rest."""
+BUSY_BYTES = 0.22e9
+"""A block's kept states in a forward pass from which on the GPU takes longer than Python: those of DiS-S/2 at 103 images, of H/2 at
+18 already (benchmarks/results/kernels.md#a-blocks-time)."""
+
+
+class PassPlan(NamedTuple):
+    """How each worker computes its lanes of a step."""
+
+    passes: int
+    """Forward passes, which share the lanes evenly."""
+    keeps_states: bool
+    """Whether scans keep their states for the backward pass, which then computes nothing again."""
 
 
 def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
@@ -61,17 +73,28 @@ def most_images(cost: Cost, settings: Train, world: int, usable_bytes: float) ->
     return max(0, int((free - fixed) // image)) if free >= joined else 0
 
 
-def keeps_states(
-    cost: Cost, settings: Train, world: int, images: int, gpu_bytes: int | None, shared: float = 0.0
-) -> bool:
-    """Return whether a GPU has memory left for the states of all scans, with `images` in a forward pass and nothing recomputed.
+def plan_passes(
+    model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0, short: bool = False
+) -> PassPlan:
+    """Return the forward passes of a worker with a GPU of this many bytes, of which the fraction `shared` is evaluation's.
 
-    No setting: kept states need only memory that nothing else uses, and the loss is the same but for rounding.
+    As few as `lanes_at_once` allows; more if the states of their scans then fit, nothing is recomputed, and each keeps the GPU
+    busy. `short`: this memory was too small for that, so a pass more without states. No setting: the loss is the same but for
+    rounding.
     """
-    states = images * cost.kept_in(settings.precision).states
-    if not (gpu_bytes and states) or settings.checkpointing != "none":
-        return False
-    return worker_bytes(cost, settings, world, images) + states <= USABLE * (1 - shared) * gpu_bytes
+    share, usable = largest_share(settings.lanes, world), USABLE * (1 - shared) * (gpu_bytes or 0)
+    fewest = -(-share // lanes_at_once(model, cost, settings, world, gpu_bytes, shared))
+    if short:
+        return PassPlan(min(share, fewest + 1), keeps_states=False)
+    image, blocks = cost.kept_in(settings.precision).states, len(cost.kept.blocks)
+    most = fewest if settings.micro_images else share
+    for passes in range(fewest, most + 1) if image and settings.checkpointing == "none" else ():
+        images = -(-share // passes) * settings.lane_images
+        if passes > fewest and images * image < BUSY_BYTES * blocks:
+            break
+        if worker_bytes(cost, settings, world, images) + images * image <= usable:
+            return PassPlan(passes, keeps_states=True)
+    return PassPlan(fewest, keeps_states=False)
 
 
 def lanes_at_once(

@@ -243,21 +243,18 @@ def _verify_on_gpu(needs: Needs, model: str) -> None:
     from dis_scale.evaluation.sampling import verify_sampling
     from dis_scale.models.cost import price_model
     from dis_scale.training.lanes import forward_passes, image_counts
-    from dis_scale.training.memory import keeps_states, lanes_at_once
+    from dis_scale.training.memory import plan_passes
 
     recipe, device = needs.recipe.for_model(model), torch.device("cuda")
     train, settings, world = recipe.train, recipe.models[model], recipe.train.most_workers
     sizes = settings, vae.planned_shape(recipe.vae, recipe.data.resolution), recipe.data.num_classes
     memory = needs.here.gpu_bytes(), recipe.evaluate.shared(needs.gpus[0], needs.gpus[0] - world)
     cost = price_model(*sizes)
-    at_once = lanes_at_once(model, cost, train, world, *memory)
-    passes = [one for rank in range(world) for one in forward_passes(train.lanes, rank, world, at_once)]
+    count, keeps = plan_passes(model, cost, train, world, *memory)
+    passes = [one for rank in range(world) for one in forward_passes(train.lanes, rank, world, count)]
     with torch.device("meta"):
         net = models.construct(*sizes, scan=train.scan, checkpointing=train.checkpointing)
-    net.precision, net.keeps_states = (
-        train.precision,
-        keeps_states(cost, train, world, at_once * train.lane_images, *memory),
-    )
+    net.precision, net.keeps_states = train.precision, keeps
     models.verify_kernels(net, device, image_counts(passes, train.lane_images), training=True)
     for sampling in recipe.evaluate.samplings.values():
         verify_sampling(net, sampling, device)

@@ -1,7 +1,7 @@
 """World sizes: the largest of the recipe that has capacity. Ranks: ordered by node and GPU. The copy of rows in MLflow."""
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from dis_scale.process.errors import WrongKernel
+from dis_scale.process.errors import OutOfMemory, WrongKernel
 from dis_scale.recipe import Recipe, reading
 from dis_scale.sweep import state
 from dis_scale.sweep.documents import TrackingIds
@@ -95,6 +95,58 @@ def test_a_kernel_that_is_wrong_for_one_rank_alone_is_tried_on_other_nodes(
     with contextlib.nullcontext() if right else pytest.raises(WrongKernel):
         assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
     assert sorted(state.node_failures(job.sweep)) == failed
+
+
+class ShortOfMemory(TrainingRun):
+    """Attempts without Ray, the next with the next number of workers; `fits` are those whose planned passes fit in memory."""
+
+    worlds: Iterator[int]
+    fits = frozenset[int]()
+    even_smaller_fit = True
+    tried: list[tuple[int, bool]]
+
+    def _place(self) -> tuple[int, Any, set[str]]:
+        return next(self.worlds), None, set()
+
+    def _start(self, group: Any, world: int) -> Ranks:
+        return Ranks([None] * world, [Place("ip", "a", [], 1, "")] * world)
+
+    def _check(self, ranks: Ranks) -> None: ...
+
+    def _train(self, ranks: Ranks, *_: object) -> int:
+        world = len(ranks.workers)
+        self.tried.append((world, world <= self.short_with))
+        if world not in self.fits and not (self.tried[-1][1] and self.even_smaller_fit):
+            raise OutOfMemory("CUDA out of memory")
+        return 0 if len(self.tried) < 5 else self.settings.images
+
+
+def short_of_memory(recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> ShortOfMemory:
+    monkeypatch.setattr(train, "remove_placement_group", lambda _: None)
+    monkeypatch.setattr(train, "request_for", lambda *_: Request({}))
+    run = ShortOfMemory(job_of(recipe, root), "dit", "cuda")
+    run.tried = []
+    return run
+
+
+def test_passes_are_smaller_after_memory_was_short_until_more_workers_train(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them hold smaller parts of the states and have fewer lanes each."""
+    run = short_of_memory(tiny, tmp_path, monkeypatch)
+    run.worlds, run.fits = iter([8, 8, 32, 4, 8]), frozenset({32})
+    assert with_restarts(run.job, "dit", run.attempts, lambda: 0) == tiny.train.images
+    assert run.tried == [(8, False), (8, True), (32, False), (4, True), (8, True)]
+
+
+def test_memory_that_is_short_twice_ends_the_model(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = short_of_memory(tiny, tmp_path, monkeypatch)
+    run.worlds, run.even_smaller_fit = iter([8, 8]), False
+    with pytest.raises(OutOfMemory):
+        with_restarts(run.job, "dit", run.attempts, lambda: 0)
+    assert run.tried == [(8, False), (8, True)]
 
 
 def test_a_group_that_waits_is_chosen_again_when_the_nodes_change_while_some_are_avoided(

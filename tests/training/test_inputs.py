@@ -18,9 +18,9 @@ UNCONDITIONAL = (
 )  # fmt: skip
 
 
-def first_step(recipe: Recipe, latents: Latents, world: int, at_once: int) -> list[StepInput]:
+def first_step(recipe: Recipe, latents: Latents, world: int, passes: int) -> list[StepInput]:
     """The inputs of the first step, of all ranks in order."""
-    ranks = [forward_passes(recipe.train.lanes, rank, world, at_once) for rank in range(world)]
+    ranks = [forward_passes(recipe.train.lanes, rank, world, passes) for rank in range(world)]
     each = [step_inputs(recipe, recipe.seed, torch.device("cpu"), latents, (0.5,), 0, passes) for passes in ranks]
     return [next(inputs) for inputs, passes in zip(each, ranks, strict=True) for _ in passes]
 
@@ -29,10 +29,10 @@ def first_step(recipe: Recipe, latents: Latents, world: int, at_once: int) -> li
 def test_a_step_has_the_same_inputs_for_any_number_of_workers(more: tuple[str, ...], tmp_path: Path) -> None:
     recipe = reading.load(TINY, list(more))
     latents = Latents(make_latents(open_folder(tmp_path), recipe), seed=0)
-    (one,) = first_step(recipe, latents, world=1, at_once=4)
-    for world, at_once in ((1, 1), (2, 2), (2, 1), (4, 1)):
-        parts = first_step(recipe, latents, world, at_once)
-        assert len(parts) == recipe.train.lanes // at_once
+    (one,) = first_step(recipe, latents, world=1, passes=1)
+    for world, passes in ((1, 4), (2, 1), (2, 2), (4, 1)):
+        parts = first_step(recipe, latents, world, passes)
+        assert len(parts) == world * passes
         assert torch.equal(torch.cat([part.t_B for part in parts]), one.t_B)
         assert torch.equal(torch.cat([part.micro.x_BCHW for part in parts]), one.micro.x_BCHW)
         assert torch.equal(torch.cat([part.micro.noise_BCHW for part in parts]), one.micro.noise_BCHW)
