@@ -1,7 +1,7 @@
 """The reader: latents, labels and noise of each step, which depend neither on the world size nor on where a run starts.
 
 Threads load the next block's shards while the current block is read. Latents in an object store pass through the node's cache.
-Each shard is checked against the manifest's hash before use. Read next: order.py, cache.py and memory.py.
+Each shard is checked against the manifest's hash before its first use. Read next: order.py, cache.py and memory.py.
 """
 
 import hashlib
@@ -49,7 +49,11 @@ class Latents:
         self.scaling = Scaling.of(self.manifest, normalise)
         counts = [shard.count for shard in self.manifest.shards]
         self.order = Order(counts, seed, held_out=held_out, order_seed=order_seed)
-        self._cache, self._keep_all, self._buffer = cache, keep_all, MemoryBuffer(self._load, keep_all)
+        self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all)
+        # The disk of a file that is evicted is not free while it is mapped.
+        self._copy = keep_all and cache is not None and cache.bound_bytes < self.manifest.size_bytes
+        self._checked: set[str] = set()
+        """Hashes of the files on a local path that this process has checked."""
 
     @property
     def identity(self) -> str:
@@ -93,12 +97,18 @@ class Latents:
         shard = self.manifest.shards[index]
 
         def fetch() -> bytes:
-            return read_verified(self.folder, shard.name, shard.digest)
+            if (
+                shard.digest.sha256 in self._checked
+                and len(data := self.folder.read(shard.name)) == shard.digest.size_bytes
+            ):
+                return data
+            data = read_verified(self.folder, shard.name, shard.digest)
+            if self.folder.local:
+                self._checked.add(shard.digest.sha256)
+            return data
 
         data = self._cache.get(shard.digest, fetch) if self._cache else fetch()
-        if self._keep_all:  # the disk of a file that is evicted is not free while it is mapped
-            data = bytes(data)
-        return unpack(data, f"{self.folder}/{shard.name}")
+        return unpack(bytes(data) if self._copy else data, f"{self.folder}/{shard.name}")
 
 
 def open_latents(

@@ -1,5 +1,6 @@
 """The reader: each node reads a shard about once an epoch, ahead of use; it retries or names faults and never trains on them."""
 
+import mmap
 import multiprocessing
 import shutil
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dis_scale.data.cache import Cache
 from dis_scale.data.latents import Latents, fits_in_memory, open_latents
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
 from dis_scale.data.order import BLOCK_SHARDS
@@ -135,6 +137,36 @@ def test_a_damaged_shard_stops_training_only_when_it_is_needed(at: Path, how: st
         read(latents, position, position + 1)
     with pytest.raises(StorageError, match=words):
         read(latents, reached, reached + 1)
+
+
+def test_a_file_on_a_local_path_is_hashed_once_by_each_process(at: Path) -> None:
+    """As one in the cache: hashing takes longer than reading. What is cut later is still found."""
+    latents, images = Latents(open_folder(at), 0), sum(COUNTS)
+    epoch = [read(latents, first, first + 1) for first in range(images)]
+    for path in at.glob("*.tar"):
+        path.write_bytes(path.read_bytes().replace(b'{"label": 1,', b'{"label": 7,'))
+    again = [read(latents, first, first + 1) for first in range(images, 2 * images)]
+    assert {int(label) for _, labels in again for label in labels} - {
+        int(label) for _, labels in epoch for label in labels
+    } == {7}
+    for path in at.glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(StorageError, match="damaged"):
+        read(latents, 2 * images, 3 * images)
+
+
+def test_a_set_that_the_cache_holds_is_kept_once_for_all_workers_of_a_node(at: Path, tmp_path: Path) -> None:
+    """Mapped; what the cache may evict is copied."""
+    for bound, copied in ((10**9, False), (10**5, True)):
+        cache = Cache(tmp_path / f"cache-{bound}", bound, pytest.fail)
+        for _ in range(2):  # the first fetches
+            latents = Latents(open_folder(flaky(at)), 0, cache=cache, keep_all=True)
+            read(latents, 0, sum(COUNTS))
+        moments = latents._buffer[0].moments
+        while isinstance(moments.base, np.ndarray):
+            moments = moments.base
+        mapped = isinstance(getattr(moments.base, "obj", moments.base), mmap.mmap)
+        assert mapped != copied
 
 
 def test_a_failed_read_ahead_is_retried_when_needed() -> None:
