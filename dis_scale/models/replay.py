@@ -1,11 +1,12 @@
 """A model's forward pass on a GPU as CUDA graphs: one launch instead of thousands, which Python would have to make one by one.
 
-Sampling needs no gradients and has few shapes, so each is captured at its first call and replayed afterwards. A pass that cannot be
+Sampling needs no gradients and has few shapes, so each that is used for long is captured and then replayed. A pass that cannot be
 captured, or whose graph computes other numbers, is not replayed; a line says so.
 """
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,20 +17,26 @@ from dis_scale.models.tokens import Backbone
 
 log = logging.getLogger(__name__)
 Forward = Callable[..., Tensor]
+AFTER = 200
+"""Passes of a shape before it is captured: that takes the time of five, and saved 1 % of each with 64 images, 3 % with 16."""
 WARM_UP = 2
 """Passes before a capture, which must find all kernels compiled and all libraries' memory allocated."""
 
 
 class Replayed:
-    """A model for sampling by CUDA graphs. Its weights must stay where they are."""
+    """A model for sampling by CUDA graphs, `after` passes of each shape. Its weights must stay where they are."""
 
-    def __init__(self, model: Backbone):
+    def __init__(self, model: Backbone, after: int = AFTER):
         self.model, self.num_classes, self.shape = model, model.num_classes, model.shape
+        self._after, self._calls = after, Counter[tuple[object, ...]]()
         self._passes: dict[tuple[object, ...], Forward] = {}
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
         inputs = [x for x in (x_BCHW, t_B, y_B) if x is not None]
         kind = tuple((x.shape, x.dtype) for x in inputs)
+        self._calls[kind] += 1
+        if self._calls[kind] <= self._after:
+            return self.model(*inputs)
         if kind not in self._passes:
             self._passes[kind] = self._replay(inputs)
         return self._passes[kind](*inputs)
@@ -81,6 +88,6 @@ def _pool(device: torch.device) -> Any:
         return torch.cuda.graph_pool_handle()
 
 
-def replayed(model: Backbone, device: torch.device) -> Backbone | Replayed:
+def replayed(model: Backbone, device: torch.device, after: int = AFTER) -> Backbone | Replayed:
     """Return the model as sampling calls it on a device."""
-    return Replayed(model) if device.type == "cuda" else model
+    return Replayed(model, after) if device.type == "cuda" else model

@@ -49,13 +49,23 @@ def inputs(batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_a_pass_is_captured_once_for_a_shape(model: Backbone, shapes: list[tuple[int, ...]]) -> None:
     """The whole batch, a doubled one, and the last one, in turn: each output is that of its own inputs."""
-    drawn, kept = Replayed(model), list[tuple[Tensor, Tensor]]()
+    drawn, kept = Replayed(model, after=0), list[tuple[Tensor, Tensor]]()
     for seed, batch in enumerate((3, 6, 3, 2, 6)):
         given = inputs(batch, seed)
         kept.append((drawn(*given), model(*given)))
     assert all(torch.equal(got, expected) for got, expected in kept)
     assert shapes == [(3, 4, 8, 8), (6, 4, 8, 8), (2, 4, 8, 8)]
     assert (drawn.num_classes, drawn.shape) == (10, LatentShape(4, 8))
+
+
+def test_a_shape_that_is_used_for_a_few_passes_only_is_not_captured(
+    model: Backbone, shapes: list[tuple[int, ...]]
+) -> None:
+    drawn = Replayed(model, after=2)
+    for seed, batch in enumerate((3, 3, 2, 3, 2, 3)):
+        given = inputs(batch, seed)
+        assert torch.equal(drawn(*given), model(*given))
+    assert shapes == [(3, 4, 8, 8)]
 
 
 def test_a_pass_that_cannot_be_captured_runs_as_it_is(
@@ -72,7 +82,7 @@ def test_a_pass_that_cannot_be_captured_runs_as_it_is(
     given = inputs(3, 0)
     for capture, reason in ((fails, "not permitted when stream is capturing"), (of_other_numbers, "other numbers")):
         monkeypatch.setattr(replay, "captured", capture)
-        drawn = Replayed(model)
+        drawn = Replayed(model, after=0)
         with caplog.at_level(logging.WARNING):
             assert torch.equal(drawn(*given), model(*given))
         drawn(*given)

@@ -222,12 +222,15 @@ class Simulated(vae.PixelVae):
 
 
 def test_encoding_takes_the_time_of_the_network(sweep: Sweep) -> None:
-    """Though the host needs half as long for each batch: it works while the next is encoded. The median: a machine may pause."""
+    """90 % of it, though the host needs half as long for each batch: it works while the next is encoded.
+
+    The median: a machine may pause.
+    """
     device = Simulated()
     one = sweep.recipe.model_copy(update={"precompute": Precompute(shard_images=26, encode_images=3)})
     (shard,) = encode_shards(Setup(open_source(one.data), device, one), [0], lambda _: time.sleep(HOST_S))
     assert (len(shard.samples), len(device.ends_s)) == (26, 9)
-    assert np.median(np.diff(device.ends_s)) < BATCH_S + HOST_S / 2
+    assert np.median(np.diff(device.ends_s)) < BATCH_S / 0.9
 
 
 # -- reruns after a failure --------------------------------------------------------------------------------------------
