@@ -6,12 +6,12 @@ import psutil
 import pytest
 
 from pipelines import environment
-from pipelines.environment import INTERFACES, RECORDED_COLLECTIVES, REPRODUCIBLE
+from pipelines.environment import INTERFACES, NAMED_FAULTS, RECORDED_COLLECTIVES, REPRODUCIBLE
 
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in (*INTERFACES, *RECORDED_COLLECTIVES, *REPRODUCIBLE):
+    for variable in (*INTERFACES, *RECORDED_COLLECTIVES, *REPRODUCIBLE, *NAMED_FAULTS):
         monkeypatch.setenv(variable, "")  # restored after the test
         monkeypatch.delenv(variable)
 
@@ -35,6 +35,8 @@ def test_a_group_uses_the_nodes_interface_and_nccls_own_algorithm() -> None:
         "GLOO_SOCKET_IFNAME": lo,
         "NCCL_SOCKET_IFNAME": f"={lo}",
         "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
     }
     assert {variable: environment.os.environ[variable] for variable in expected} == expected
     assert environment.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
