@@ -1,6 +1,6 @@
 """Where a GPU's time goes in a step of training: `python -m benchmarks.trace [--device cpu --quick]`.
 
-DiS-L/2 with 128 images a step, or 64 where a GPU has less than 100 GiB, through everything but storage. Rows: the untraced rates;
+DiS-L/2 with 128 images a step, through everything but storage. Rows: the untraced rates;
 from one more step, traced, the share of time in which the GPU computes, the gaps between its kernels by length, and its kernels by
 their time. A trace costs the host time, so gaps in it are longer than in training.
 """
@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.bringup import Options, options
-from benchmarks.throughput import QUICK_JOBS, Job, random_latents, recipe_of
+from benchmarks.throughput import GOAL, QUICK_JOBS, random_latents, recipe_of
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.training.profile import profile_training
-from dis_scale.training.throughput import gpu_bytes
 
-LARGE = 100 * 2**30
-"""Bytes of a GPU that holds 128 images."""
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 GAPS_US = (2.0, 10.0, 100.0, 1000.0)
 """Upper ends of the groups of gaps; one more group is longer."""
@@ -78,8 +75,7 @@ def short(name: str) -> str:
 
 
 def main(chosen: Options) -> None:
-    images = 128 if (gpu_bytes(chosen.device) or 0) >= LARGE else 64
-    job = QUICK_JOBS[1] if chosen.quick else Job("DiS-L/2", images)
+    job = QUICK_JOBS[1] if chosen.quick else GOAL
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep.below(open_folder(scratch), recipe_of(job, chosen.device.type))
         random_latents(sweep, job.shape)
