@@ -290,7 +290,7 @@ def _sample_entries(
         return
     label = _label(labels[-1], f"{where}: {printable(labels[-1].name)}", settings) if labels and labelled else None
     latents = settings.image == LATENT
-    if len(images) > 1 and settings.label in BESIDE:
+    if len(images) > 1 and (settings.label in BESIDE or _mask_beside(images)):
         if latents:
             raise UserError(
                 f"{where}: {printable(images[0].name)} is there twice: write the tar again with one of them"
@@ -315,6 +315,16 @@ def _sample_entries(
                 f"none{otherwise}"
             )
         yield Entry(f"{tar}/{image.name}", image_label, tar, (image.start, image.size))
+
+
+def _mask_beside(images: Sequence[_InTar]) -> bool:
+    """Whether one of these names is another's with another ending, as 1.png or 1.seg.png beside 1.jpg: hardly an image."""
+    named = [image.name.lower().rpartition(".")[::2] for image in images]
+    return any(
+        f"{longer}.".startswith(f"{shorter}.") and ending != other
+        for shorter, ending in named
+        for longer, other in named
+    )
 
 
 def _from_name(name: str, tar: str, settings: TarSource) -> str:

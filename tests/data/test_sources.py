@@ -295,6 +295,14 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
             r"two images of one sample: a sample's name ends at its first dot; say which .* = 0.png, or rename them",
         ),
         (
+            "a.tar", labelled_images.tar({"cat/1.jpg": png(1), "cat/1.png": png(2)}), {"label": "folder"},
+            r"a.tar: cat/1.jpg and cat/1.png are two images of one sample: .*; say which .* = jpg, or rename them",
+        ),
+        (
+            "a.tar", labelled_images.tar({"1.jpg": png(1), "1.seg.png": png(2)}), {"label": "tar"},
+            r"a.tar: 1.jpg and 1.seg.png are two images of one sample: .*; say which .* = jpg, or rename them",
+        ),
+        (
             "a.tar", labelled_images.tar({"1.png": png(1), "1.json": b"[" * 10**5}), {"label": "json"},
             r"a.tar: 1.json: no label 'label': RecursionError: ",
         ),
