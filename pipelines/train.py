@@ -10,12 +10,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale.process.errors import OutOfMemory, WrongKernel
@@ -27,35 +26,20 @@ from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import devices
-from dis_scale.training.lanes import largest_share
-from pipelines import environment, metrics, nodes, packages, ray_private
+from pipelines import environment, metrics, nodes, packages
 from pipelines.failures import WorkerFailure, describe
-from pipelines.nodes import Node, choose_device
+from pipelines.nodes import choose_device
 from pipelines.places import Places
-from pipelines.ray_private import Resources
+from pipelines.ranks import Place, RankPlaces, rank_order
 from pipelines.restarts import with_restarts
 from pipelines.stage import StageJob
-from pipelines.waiting import Wait, capacity
 from pipelines.watching import FIRST, Watch, watch
-from pipelines.worker import Request, Worker, request_for, spawn
-
-CAPACITY_WAIT_S = 5.0
-"""Longest wait for resources that the previous attempt has not freed yet."""
+from pipelines.worker import Worker, spawn
 
 LOGS_WITHIN_S = 600.0
 """Time after a hang in which the watch, also of a busy driver, has logged the stacks of all workers."""
 
 FITS = "needs less memory: smaller train.micro_images, train.checkpointing=block, larger train.zero_stage, more train.workers"
-
-
-class Place(NamedTuple):
-    """Where a worker runs, a port that was free there, and the network interfaces that it uses, in words."""
-
-    ip: str
-    node: str
-    gpus: list[str]
-    port: int
-    interfaces: str
 
 
 class Trainer(Worker):
@@ -129,7 +113,7 @@ def train_one(job: StageJob) -> None:
     sweep, (device, why) = job.sweep, choose_device(job.recipe)
     job.say(f"{model}: device {device} ({why})")
     state.require_device(sweep, device, why)
-    training = TrainingRun(job, model, device)
+    training = TrainingRun(job, model, RankPlaces(job, model, device))
     copy, refresh = RunCopy(sweep, model), partial(metrics.show_run, job.sweep, model, job.gauge)
     with RowCopies(job, copy).running(), repeating(refresh, metrics.REFRESH_EVERY_S, "gauges"):
         try:
@@ -156,22 +140,17 @@ class TrainingRun:
 
     job: StageJob
     model: str
-    device: str
-    request: Request = field(default_factory=lambda: Request({}))
-    """That of one worker on the nodes that the current attempt began with."""
+    places: RankPlaces
     short_with: int = 0
     """The most workers with which a GPU's memory was too small for the planned forward passes."""
-    wrong: set[str] = field(default_factory=set)
-    """Ids of the nodes on which a kernel was wrong for a rank that was alone: another node says whether it is the kernel."""
 
     @property
     def settings(self) -> Train:
         return self.job.recipe.train_of(self.model)
 
     @property
-    def bundle(self) -> Resources:
-        """Resources of one worker."""
-        return self.request.amounts
+    def device(self) -> str:
+        return self.places.device
 
     def attempts(self, failure: WorkerFailure | None) -> int:
         """Return the images seen after attempts that follow each other without a failure: to grow, or to leave a node."""
@@ -183,11 +162,7 @@ class TrainingRun:
     def _attempt(self, failure: WorkerFailure | None) -> int:
         """Run one attempt at a fixed world size; return the images seen, fewer if it stopped to move."""
         start = (failure.at, failure.silent_s) if failure else (time.time(), None)
-        request = request_for("train", self.device, 1)
-        # Nodes of training that are away come back: meanwhile others' GPUs are not taken.
-        if request.named() or not self.request.named():
-            self.request = request
-        world, group, avoided = self._place()
+        world, group, avoided = self.places.choose()
         ranks = None
         try:
             ranks = self._start(group, world)
@@ -196,8 +171,8 @@ class TrainingRun:
         except WrongKernel as error:
             if not ranks or len(ranks.places) > 1:
                 raise
-            self.wrong.add(ranks.places[0].node)
-            if not self._fits_without({*avoided, *self.wrong}):
+            self.places.wrong.add(ranks.places[0].node)
+            if not self.places.fits_without({*avoided, *self.places.wrong}):
                 raise
             nodes.record_failure(self.job, nodes.name_of(ranks.places[0].node), describe(error))
             raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
@@ -209,12 +184,12 @@ class TrainingRun:
                 f"{error}; forward passes are smaller from now on, if they have several lanes"
             ) from error
         finally:
-            remove_placement_group(group)
+            self.places.free(group)
 
     def _start(self, group: Any, world: int) -> Ranks:
         """Start a worker in each bundle, and log where the ranks are."""
         bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
-        workers = [spawn(self.job, Trainer, self.request.on(scheduling_strategy=bundle)) for bundle in bundles]
+        workers = [spawn(self.job, Trainer, self.places.request.on(scheduling_strategy=bundle)) for bundle in bundles]
         codes = packages.brought(self.job.recipe)
         calls = [worker.place.remote(self.device, codes) for worker in workers]
         places = watch(self.job, workers, calls, policy=Watch(keep_logs=False))
@@ -251,10 +226,10 @@ class TrainingRun:
             def left_s() -> float | None:
                 """Time to save before the attempt moves; None while it stays."""
                 nonlocal grows
-                if (drained_s := self._drained_in_s(used, drained)) is not None:
+                if (drained_s := self.places.drained_in_s(used, drained)) is not None:
                     return drained_s
                 stays = grows or drained or self.job.stop_requested() or time.monotonic() < grow_at_s
-                grows = grows or (not stays and self._can_grow(len(ranks.workers), avoided))
+                grows = grows or (not stays and self.places.can_grow(len(ranks.workers), avoided))
                 return math.inf if grows or drained else None
 
             policy = replace(training_watch(self.settings), stop_early=left_s)
@@ -274,79 +249,6 @@ class TrainingRun:
             interfaces = places[ranks[0]].interfaces
             self.job.say(f"{self.model}: ranks {ranks[0]} to {ranks[-1]} on node {name}: {interfaces}")
 
-    def _place(self) -> tuple[int, Any, set[str]]:
-        """Return (world size, its placement group, ids of avoided nodes), chosen again as long as they are `_outdated` before it is
-        placed."""
-        while True:
-            living = nodes.living()
-            avoided = {*nodes.excluded(self.job, living, self._fits_without), *self.wrong}
-            world = self._world_size(avoided)
-            labels = [nodes.avoiding(avoided)] * world if avoided else None
-            group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
-            try:
-                if placed(self.job, group, world, self.bundle, partial(self._outdated, world, avoided, living)):
-                    return world, group, avoided
-            except BaseException:
-                remove_placement_group(group)
-                raise
-            remove_placement_group(group)
-
-    def _outdated(self, world: int, avoided: Collection[str], living: Sequence[Node]) -> bool:
-        """Whether only fewer workers fit now, as after the loss of a node, or other nodes live: an avoided one may be needed."""
-        fewer = 0 < largest_fitting(self.job.recipe.train.world_sizes, self._free(avoided)) < world
-        return fewer or (bool(avoided) and {node.id for node in nodes.living()} != {node.id for node in living})
-
-    def _world_size(self, avoided: Collection[str]) -> int:
-        """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
-
-        Resources of the attempt before come free a moment later: waits for them.
-        """
-        sizes, deadline_s = self.job.recipe.train.world_sizes, time.monotonic() + CAPACITY_WAIT_S
-        while True:
-            possible = largest_fitting(sizes, self._possible(avoided))
-            free = largest_fitting(sizes, self._free(avoided))
-            if free == possible or time.monotonic() > deadline_s or self.job.stop_requested():
-                return free or sizes[-1]
-            self.job.pause(0.2)
-
-    def _fits_without(self, avoided: Collection[str]) -> bool:
-        """Whether one of the world sizes fits on other nodes."""
-        return largest_fitting(self.settings.world_sizes, self._possible(avoided)) > 0
-
-    def _free(self, avoided: Collection[str]) -> int:
-        """Return how many more workers fit now on other nodes than the `avoided` ones."""
-        return capacity(self.bundle, _nodes_that_stay(ray_private.available_by_node(), avoided))
-
-    def _possible(self, avoided: Collection[str]) -> int:
-        """Return how many workers fit on other nodes than the `avoided` ones once all their resources are free."""
-        totals = {node.id: node.resources for node in nodes.living()}
-        return capacity(self.bundle, _nodes_that_stay(totals, avoided))
-
-    def _drained_in_s(self, used: set[str], logged: set[str]) -> float | None:
-        """Return the time until the first of the attempt's nodes goes that are being drained; log each once. None if none is."""
-        left_s = {node: left_s for node, left_s in ray_private.draining_nodes().items() if node in used}
-        if left_s.keys() - logged:
-            logged |= left_s.keys()
-            self.job.emit("drain", model=self.model)
-            self.job.say(
-                f"{self.model}: a node of its workers is being drained: they stop at a resume point and continue elsewhere"
-            )
-        return min(left_s.values(), default=None)
-
-    def _can_grow(self, world: int, avoided: Collection[str]) -> bool:
-        """Whether a larger world size fits now, counting the running workers' own resources, and is faster; logged if so."""
-        settings = self.job.recipe.train
-        if world == settings.most_workers:
-            return False
-        larger = largest_fitting(settings.world_sizes, world + self._free(avoided))
-        grows = larger > world and largest_share(settings.lanes, larger) < largest_share(settings.lanes, world)
-        if grows:
-            self.job.emit("grow", model=self.model, workers=world, to=larger)
-            self.job.say(
-                f"{self.model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}"
-            )
-        return grows
-
 
 def training_watch(settings: Train) -> Watch:
     """Return what counts as a hang in training; after the last step it waits for storage, which has a patience of its own."""
@@ -356,36 +258,6 @@ def training_watch(settings: Train) -> Watch:
 def group_waits_s(settings: Train) -> float:
     """Return the time limit of a collective: longer than the watch needs to find a hang and to log the stacks."""
     return FIRST * settings.hang_after_s + LOGS_WITHIN_S
-
-
-def rank_order(places: Sequence[Place]) -> list[int]:
-    """Return the workers' numbers by rank: in the order of nodes, then of GPUs.
-
-    A placement group's bundles have no order. Ranks that have one get the same neighbours on the same nodes in each attempt.
-    """
-    return sorted(range(len(places)), key=lambda n: places[n][:3])
-
-
-def placed(job: StageJob, group: Any, world: int, bundle: Resources, outdated: Callable[[], bool]) -> bool:
-    """Wait for capacity, and log it; False once what is waited for is outdated."""
-    ready = group.ready()
-    with Wait(job.gauge) as wait:
-        while not ray.wait([ready], timeout=1)[0]:
-            if outdated():
-                return False
-            wait.log(job, world, bundle, together=world)
-    return True
-
-
-def largest_fitting(sizes: Sequence[int], workers: int) -> int:
-    """Return the largest of the falling `sizes` that is at most `workers`; 0 if none is."""
-    return next((size for size in sizes if size <= workers), 0)
-
-
-def _nodes_that_stay(by_node: dict[str, Resources], avoided: Collection[str]) -> list[Resources]:
-    """Resources of the nodes that are not avoided or being drained: Ray still counts those that are, and places nothing there."""
-    left_out = ray_private.draining_nodes().keys() | set(avoided)
-    return [resources for node, resources in by_node.items() if node not in left_out]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pipelines.cluster import models_at_once
 from pipelines.jobs import FINAL
 from pipelines.nodes import Node
 from pipelines.places import Places
-from pipelines.train import largest_fitting
+from pipelines.ranks import largest_fitting
 from pipelines.waiting import capacity
 from tests.support import pods
 from tests.support.pages import require_shape

@@ -24,8 +24,8 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended
+from pipelines import ranks
 from pipelines import sweep as sweep_command
-from pipelines import train
 from pipelines.evaluate import PublishedEvaluation
 from pipelines.evaluators import RayEvaluators
 from pipelines.nodes import living, record_failure
@@ -220,7 +220,7 @@ def test_a_group_that_is_larger_than_the_cluster_is_logged_with_the_cure(node: s
     group = placement_group([bundle] * 3)
     threading.Timer(8, job.stop.set).start()
     with pytest.raises(Preempted):
-        train.placed(job, group, 3, bundle, lambda: False)
+        ranks.placed(job, group, 3, bundle, lambda: False)
     (line,) = job.said
     assert "the nodes hold 2 of them, so they wait until one joins: start such a node" in line
     remove_placement_group(group)

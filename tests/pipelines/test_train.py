@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,19 +16,11 @@ from dis_scale.sweep import state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowWriter
-from pipelines import nodes, train
+from pipelines import nodes
 from pipelines.nodes import Node
+from pipelines.ranks import Place, RankPlaces, largest_fitting, rank_order
 from pipelines.restarts import with_restarts
-from pipelines.train import (
-    Place,
-    Ranks,
-    RowCopies,
-    TrainingRun,
-    group_waits_s,
-    largest_fitting,
-    rank_order,
-    training_watch,
-)
+from pipelines.train import Ranks, RowCopies, TrainingRun, group_waits_s, training_watch
 from pipelines.waiting import capacity
 from pipelines.worker import Request
 from tests.conftest import TINY
@@ -57,17 +50,24 @@ def test_ranks_are_in_the_order_of_nodes_and_gpus() -> None:
     assert [places[::-1][n] for n in rank_order(places[::-1])] == [places[n] for n in rank_order(places)]
 
 
-class OneRank(TrainingRun):
-    """Attempts of one rank without Ray: on each node in turn that is not avoided; `right` are those whose kernels are right."""
+class OnePlace(RankPlaces):
+    """A place without Ray: on each of three nodes in turn that is not avoided."""
 
     every = ("a", "b", "c")
-    right = frozenset[str]()
 
-    def _fits_without(self, avoided: Collection[str]) -> bool:
+    def choose(self) -> tuple[int, Any, set[str]]:
+        return 1, next(node for node in self.every if node not in self.wrong), {*self.wrong}
+
+    def fits_without(self, avoided: Collection[str]) -> bool:
         return not set(self.every) <= set(avoided)
 
-    def _place(self) -> tuple[int, Any, set[str]]:
-        return 1, next(node for node in self.every if node not in self.wrong), {*self.wrong}
+    def free(self, group: Any) -> None: ...
+
+
+class OneRank(TrainingRun):
+    """Attempts of one rank without Ray; `right` are the nodes whose kernels are right."""
+
+    right = frozenset[str]()
 
     def _start(self, group: Any, world: int) -> Ranks:
         return Ranks([None], [Place("ip", group, [], 1, "")])
@@ -85,28 +85,34 @@ def test_a_kernel_that_is_wrong_for_one_rank_alone_is_tried_on_other_nodes(
     tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, failed: list[str]
 ) -> None:
     """One wrong GPU would end model after model. Only if it is wrong on all nodes it is a mistake."""
-    monkeypatch.setattr(train, "remove_placement_group", lambda _: None)
-    monkeypatch.setattr(train, "request_for", lambda *_: Request({}))
-    monkeypatch.setattr(nodes, "living", list)
     monkeypatch.setattr(nodes, "name_of", str)
     job = job_of(tiny, tmp_path)
-    run = OneRank(job, "dit", "cuda")
+    run = OneRank(job, "dit", OnePlace(job, "dit", "cuda"))
     run.right = frozenset(right)
     with contextlib.nullcontext() if right else pytest.raises(WrongKernel):
         assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
     assert sorted(state.node_failures(job.sweep)) == failed
 
 
-class ShortOfMemory(TrainingRun):
-    """Attempts without Ray, the next with the next number of workers; `fits` are those whose planned passes fit in memory."""
+@dataclass
+class GivenWorlds(RankPlaces):
+    """Places without Ray, for the next number of workers each time."""
 
-    worlds: Iterator[int]
-    fits = frozenset[int]()
-    even_smaller_fit = True
-    tried: list[tuple[int, bool]]
+    worlds: Iterator[int] = field(default_factory=lambda: iter(()))
 
-    def _place(self) -> tuple[int, Any, set[str]]:
+    def choose(self) -> tuple[int, Any, set[str]]:
         return next(self.worlds), None, set()
+
+    def free(self, group: Any) -> None: ...
+
+
+@dataclass
+class ShortOfMemory(TrainingRun):
+    """Attempts without Ray; `fits` are the numbers of workers whose planned passes fit in memory."""
+
+    fits: Collection[int] = ()
+    even_smaller_fit: bool = True
+    tried: list[tuple[int, bool]] = field(default_factory=list)
 
     def _start(self, group: Any, world: int) -> Ranks:
         return Ranks([None] * world, [Place("ip", "a", [], 1, "")] * world)
@@ -121,65 +127,56 @@ class ShortOfMemory(TrainingRun):
         return 0 if len(self.tried) < 5 else self.settings.images
 
 
-def short_of_memory(recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> ShortOfMemory:
-    monkeypatch.setattr(train, "remove_placement_group", lambda _: None)
-    monkeypatch.setattr(train, "request_for", lambda *_: Request({}))
-    run = ShortOfMemory(job_of(recipe, root), "dit", "cuda")
-    run.tried = []
-    return run
-
-
-def test_passes_are_smaller_after_memory_was_short_until_more_workers_train(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_passes_are_smaller_after_memory_was_short_until_more_workers_train(tiny: Recipe, tmp_path: Path) -> None:
     """More of them hold smaller parts of the states and have fewer lanes each."""
-    run = short_of_memory(tiny, tmp_path, monkeypatch)
-    run.worlds, run.fits = iter([8, 8, 32, 4, 8]), frozenset({32})
-    assert with_restarts(run.job, "dit", run.attempts, lambda: 0) == tiny.train.images
+    job = job_of(tiny, tmp_path)
+    run = ShortOfMemory(job, "dit", GivenWorlds(job, "dit", "cuda", worlds=iter([8, 8, 32, 4, 8])), fits={32})
+    assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
     assert run.tried == [(8, False), (8, True), (32, False), (4, True), (8, True)]
 
 
-def test_memory_that_is_short_twice_ends_the_model(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = short_of_memory(tiny, tmp_path, monkeypatch)
-    run.worlds, run.even_smaller_fit = iter([8, 8]), False
+def test_memory_that_is_short_twice_ends_the_model(tiny: Recipe, tmp_path: Path) -> None:
+    job = job_of(tiny, tmp_path)
+    run = ShortOfMemory(job, "dit", GivenWorlds(job, "dit", "cuda", worlds=iter([8, 8])), even_smaller_fit=False)
     with pytest.raises(OutOfMemory):
-        with_restarts(run.job, "dit", run.attempts, lambda: 0)
+        with_restarts(job, "dit", run.attempts, lambda: 0)
     assert run.tried == [(8, False), (8, True)]
 
 
+class FreePlaces(RankPlaces):
+    """Places without Ray, of which so many are free."""
+
+    count = 0
+
+    def _free(self, avoided: Collection[str]) -> int:
+        return self.count
+
+
 def test_a_group_that_waits_is_chosen_again_when_the_nodes_change_while_some_are_avoided(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, tmp_path: Path
 ) -> None:
     """Those whose devices failed are used again once the others are gone."""
     before, now = [Node("a", "a", {}), Node("b", "b", {})], [Node("a", "a", {})]
-    monkeypatch.setattr(nodes, "living", lambda: now)
-    monkeypatch.setattr(TrainingRun, "_free", lambda *_: 0)
-    run = TrainingRun(job_of(tiny, tmp_path), "dit", "cuda")
-    assert run._outdated(2, {"a"}, before)
-    assert not run._outdated(2, {"a"}, now)
-    assert not run._outdated(2, set(), before)
-    monkeypatch.setattr(TrainingRun, "_free", lambda *_: 1)
-    ranges = TrainingRun(job_of(reading.load(TINY, ["train.workers=1..2"]), tmp_path), "dit", "cuda")
-    assert ranges._outdated(2, set(), now), "one worker fits, and two were waited for"
+    places = FreePlaces(job_of(tiny, tmp_path), "dit", "cuda", living=lambda: now)
+    assert places.outdated(2, {"a"}, before)
+    assert not places.outdated(2, {"a"}, now)
+    assert not places.outdated(2, set(), before)
+    ranges = replace(places, job=job_of(reading.load(TINY, ["train.workers=1..2"]), tmp_path))
+    ranges.count = 1
+    assert ranges.outdated(2, set(), now), "one worker fits, and two were waited for"
 
 
-def test_an_attempt_without_a_node_for_training_waits_for_one_if_there_was_one(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attempt_without_a_node_for_training_waits_for_one_if_there_was_one(tiny: Recipe, tmp_path: Path) -> None:
     """Without what such a node declares, its workers would take evaluators' GPUs, also once it is back."""
-    declared = Request({"CPU": 1.0, "GPU": 1.0, "train": 1.0})
-    asked = iter([Request({"CPU": 1.0}), declared, Request({"CPU": 1.0, "GPU": 1.0}), declared])
-    monkeypatch.setattr(train, "remove_placement_group", lambda _: None)
-    monkeypatch.setattr(train, "request_for", lambda *_: next(asked))
-    monkeypatch.setattr(nodes, "living", list)
-    run = OneRank(job_of(tiny, tmp_path), "dit", "cuda")
-    run.right, requests = frozenset("a"), list[Request]()
-    for _ in range(4):
-        run.attempts(None)
-        requests.append(run.request)
-    assert [request.named() for request in requests] == [{}, *[{"train": 1.0}] * 3]
+    declared, places = (
+        Request({"CPU": 1.0, "GPU": 1.0, "train": 1.0}),
+        RankPlaces(job_of(tiny, tmp_path), "dit", "cuda"),
+    )
+    asked = []
+    for request in (Request({"CPU": 1.0}), declared, Request({"CPU": 1.0, "GPU": 1.0}), declared):
+        places.ask(request)
+        asked.append(places.request)
+    assert [request.named() for request in asked] == [{}, *[{"train": 1.0}] * 3]
 
 
 @pytest.mark.parametrize("hang_after_s", [1.0, 900.0, 86_400.0])

@@ -1,0 +1,166 @@
+"""Where the ranks of an attempt run: how many workers fit, on which nodes, and when other places would be better.
+
+Read next: train.py.
+"""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from dis_scale.training.lanes import largest_share
+from pipelines import nodes, ray_private
+from pipelines.nodes import Node
+from pipelines.ray_private import Resources
+from pipelines.stage import StageJob
+from pipelines.waiting import Wait, capacity
+from pipelines.worker import Request, request_for
+
+CAPACITY_WAIT_S = 5.0
+"""Longest wait for resources that the previous attempt has not freed yet."""
+
+
+class Place(NamedTuple):
+    """Where a worker runs, a port that was free there, and the network interfaces that it uses, in words."""
+
+    ip: str
+    node: str
+    gpus: list[str]
+    port: int
+    interfaces: str
+
+
+@dataclass
+class RankPlaces:
+    """The places that a cluster has for the workers of one model, an attempt after the other."""
+
+    job: StageJob
+    model: str
+    device: str
+    request: Request = field(default_factory=lambda: Request({}))
+    """That of one worker on the nodes that the current attempt began with."""
+    wrong: set[str] = field(default_factory=set)
+    """Ids of the nodes on which a kernel was wrong for a rank that was alone: another node says whether it is the kernel."""
+    living: Callable[[], list[Node]] = nodes.living
+
+    @property
+    def bundle(self) -> Resources:
+        """Resources of one worker."""
+        return self.request.amounts
+
+    def choose(self) -> tuple[int, Any, set[str]]:
+        """Return (world size, its placement group, ids of avoided nodes), chosen again as long as they are `outdated` before it is
+        placed."""
+        self.ask(request_for("train", self.device, 1))
+        while True:
+            living = self.living()
+            avoided = {*nodes.excluded(self.job, living, self.fits_without), *self.wrong}
+            world = self._world_size(avoided)
+            labels = [nodes.avoiding(avoided)] * world if avoided else None
+            group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
+            try:
+                if placed(self.job, group, world, self.bundle, partial(self.outdated, world, avoided, living)):
+                    return world, group, avoided
+            except BaseException:
+                remove_placement_group(group)
+                raise
+            remove_placement_group(group)
+
+    def ask(self, request: Request) -> None:
+        """Ask for this from now on. Nodes of training that are away come back: meanwhile others' GPUs are not taken."""
+        if request.named() or not self.request.named():
+            self.request = request
+
+    def free(self, group: Any) -> None:
+        """Give back the places of an attempt."""
+        remove_placement_group(group)
+
+    def outdated(self, world: int, avoided: Collection[str], living: Sequence[Node]) -> bool:
+        """Whether only fewer workers fit now, as after the loss of a node, or other nodes live: an avoided one may be needed."""
+        fewer = 0 < largest_fitting(self.job.recipe.train.world_sizes, self._free(avoided)) < world
+        return fewer or (bool(avoided) and {node.id for node in self.living()} != {node.id for node in living})
+
+    def _world_size(self, avoided: Collection[str]) -> int:
+        """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
+
+        Resources of the attempt before come free a moment later: waits for them.
+        """
+        sizes, deadline_s = self.job.recipe.train.world_sizes, time.monotonic() + CAPACITY_WAIT_S
+        while True:
+            possible = largest_fitting(sizes, self._possible(avoided))
+            free = largest_fitting(sizes, self._free(avoided))
+            if free == possible or time.monotonic() > deadline_s or self.job.stop_requested():
+                return free or sizes[-1]
+            self.job.pause(0.2)
+
+    def fits_without(self, avoided: Collection[str]) -> bool:
+        """Whether one of the world sizes fits on other nodes."""
+        return largest_fitting(self.job.recipe.train.world_sizes, self._possible(avoided)) > 0
+
+    def _free(self, avoided: Collection[str]) -> int:
+        """Return how many more workers fit now on other nodes than the `avoided` ones."""
+        return capacity(self.bundle, _nodes_that_stay(ray_private.available_by_node(), avoided))
+
+    def _possible(self, avoided: Collection[str]) -> int:
+        """Return how many workers fit on other nodes than the `avoided` ones once all their resources are free."""
+        totals = {node.id: node.resources for node in self.living()}
+        return capacity(self.bundle, _nodes_that_stay(totals, avoided))
+
+    def drained_in_s(self, used: set[str], logged: set[str]) -> float | None:
+        """Return the time until the first of the attempt's nodes goes that are being drained; log each once. None if none is."""
+        left_s = {node: left_s for node, left_s in ray_private.draining_nodes().items() if node in used}
+        if left_s.keys() - logged:
+            logged |= left_s.keys()
+            self.job.emit("drain", model=self.model)
+            self.job.say(
+                f"{self.model}: a node of its workers is being drained: they stop at a resume point and continue elsewhere"
+            )
+        return min(left_s.values(), default=None)
+
+    def can_grow(self, world: int, avoided: Collection[str]) -> bool:
+        """Whether a larger world size fits now, counting the running workers' own resources, and is faster; logged if so."""
+        settings = self.job.recipe.train
+        if world == settings.most_workers:
+            return False
+        larger = largest_fitting(settings.world_sizes, world + self._free(avoided))
+        grows = larger > world and largest_share(settings.lanes, larger) < largest_share(settings.lanes, world)
+        if grows:
+            self.job.emit("grow", model=self.model, workers=world, to=larger)
+            self.job.say(
+                f"{self.model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}"
+            )
+        return grows
+
+
+def rank_order(places: Sequence[Place]) -> list[int]:
+    """Return the workers' numbers by rank: in the order of nodes, then of GPUs.
+
+    A placement group's bundles have no order. Ranks that have one get the same neighbours on the same nodes in each attempt.
+    """
+    return sorted(range(len(places)), key=lambda n: places[n][:3])
+
+
+def placed(job: StageJob, group: Any, world: int, bundle: Resources, outdated: Callable[[], bool]) -> bool:
+    """Wait for capacity, and log it; False once what is waited for is outdated."""
+    ready = group.ready()
+    with Wait(job.gauge) as wait:
+        while not ray.wait([ready], timeout=1)[0]:
+            if outdated():
+                return False
+            wait.log(job, world, bundle, together=world)
+    return True
+
+
+def largest_fitting(sizes: Sequence[int], workers: int) -> int:
+    """Return the largest of the falling `sizes` that is at most `workers`; 0 if none is."""
+    return next((size for size in sizes if size <= workers), 0)
+
+
+def _nodes_that_stay(by_node: dict[str, Resources], avoided: Collection[str]) -> list[Resources]:
+    """Resources of the nodes that are not avoided or being drained: Ray still counts those that are, and places nothing there."""
+    left_out = ray_private.draining_nodes().keys() | set(avoided)
+    return [resources for node, resources in by_node.items() if node not in left_out]
