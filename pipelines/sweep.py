@@ -33,8 +33,6 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import REAL, RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import dashboards, mlflow, mlflow_copy
-from dis_scale.training import devices
-from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
 from pipelines import last_ray, nodes
@@ -51,10 +49,8 @@ from pipelines.driver import (
 )
 from pipelines.jobs import prefix_of
 from pipelines.metrics import EXPORT_EVERY_S, Exporter
-from pipelines.places import Places
-from pipelines.ray_private import Resources
+from pipelines.needs import await_nodes, name_needs, require_device, require_fits
 from pipelines.signals import obeying_signals
-from pipelines.waiting import Wait, needs
 
 PAGE_EVERY_S, PAGE_SHARE = 30.0, 0.03
 """Least interval at which the page of a running sweep is written, and most of the time that this takes."""
@@ -233,73 +229,6 @@ def _name_deleted_weights(sweep: Sweep, board: Board) -> None:
     for model, counts in state.missing_published(sweep).items():
         for count in counts:
             board.say(f"missing  {Sampled(model, count)}: {DELETED}")
-
-
-def require_device(driver: Driver, cluster: Cluster) -> None:
-    """Log the device and the reason. UserError if this machine lacks its GPUs, or a run on GPUs would continue on the CPU."""
-    sweep, recipe = driver.sweep, driver.sweep.recipe
-    device, why = devices.device_of(recipe, cluster.gpus())
-    needed_here = recipe.device != "cpu" and (device == "cpu" or cluster.ours)
-    fault = f"; {cluster.gpu_fault}" if cluster.gpu_fault and needed_here else ""
-    driver.board.say(f"device   {device} ({why}{fault})")
-    try:
-        recipe.require_scan_on(device)
-    except ValueError as error:
-        raise UserError(f"device: {device} ({why}): {error}") from None
-    state.require_device(sweep, device, why + fault)
-
-
-def name_needs(driver: Driver, cluster: Cluster) -> None:
-    """Log which later stages the nodes cannot hold yet; what prepare needs, its job waits for."""
-    for stage, (count, request) in _lacking(driver, cluster).items():
-        driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
-
-
-def await_nodes(driver: Driver, cluster: Cluster) -> None:
-    """Wait until the nodes can hold the workers of each stage after prepare: better now than after days.
-
-    Before the first node joins that declares a stage, its workers would take the nodes of others.
-    """
-    with Wait(driver.gauge) as wait:
-        while lacking := _lacking(driver, cluster):
-            workers, request = next(iter(lacking.values()))
-            if text := wait.poll(workers, request, together=workers):
-                driver.board.say(text)
-            go_on(driver)
-            time.sleep(driver.poll_every_s)
-
-
-def _lacking(driver: Driver, cluster: Cluster) -> dict[str, tuple[int, Resources]]:
-    if cluster.ours:  # it declares what the recipe asks for
-        return {}
-    device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus())
-    lacking = Places.now(driver.sweep.recipe).lacking(device)
-    return {stage: need for stage, need in lacking.items() if stage != "prepare"}
-
-
-def require_fits(plan: Plan, cluster: Cluster) -> None:
-    """UserError if the memory of the cluster's GPUs is too small for a model at one of the world sizes, beside evaluators.
-
-    Nothing is said of a cluster that does not hold the smallest of these yet.
-    """
-    recipe, gpus = plan.recipe, cluster.gpus()
-    if gpus < recipe.train.world_sizes[-1] or devices.device_of(recipe, gpus)[0] == "cpu":
-        return
-    share, shared = (
-        recipe.evaluate.gpu_share,
-        recipe.evaluate.shared(gpus, gpus - cluster.at_once() * recipe.train.most_workers),
-    )
-    if share is not None and shared >= 1:
-        raise UserError(
-            f"evaluate.gpu_share: {shared / share:.0f} evaluators with {share:g} of each GPU's memory leave training none: "
-            f"expected less than {share / shared:.2g}, or fewer evaluate.workers"
-        )
-    if (gpu_bytes := cluster.gpu_bytes()) is None:
-        return
-    for model, cost in plan.costs.items():
-        settings = recipe.train_of(model)
-        for world in settings.world_sizes:
-            lanes_at_once(model, cost, settings, world, gpu_bytes, shared)
 
 
 @contextlib.contextmanager

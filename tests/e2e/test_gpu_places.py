@@ -24,8 +24,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended
-from pipelines import ranks
-from pipelines import sweep as sweep_command
+from pipelines import needs, ranks
 from pipelines.evaluate import PublishedEvaluation
 from pipelines.evaluators import RayEvaluators
 from pipelines.nodes import living, record_failure
@@ -249,11 +248,11 @@ def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before
     on_gpus: Any = SimpleNamespace(gpus=lambda: 2, ours=False)
     for workers, lines in ((2, 0), (3, 1)):
         driver = driver_of(reading.load(TINY, ["device=cuda", f"train.workers={workers}"]), tmp_path)
-        sweep_command.name_needs(driver, on_gpus)
+        needs.name_needs(driver, on_gpus)
         assert logged(driver).count("later    ") == lines
         threading.Timer(7, driver.stop_requested.set).start()
         with contextlib.nullcontext() if workers == 2 else pytest.raises(Preempted):
-            sweep_command.await_nodes(driver, on_gpus)
+            needs.await_nodes(driver, on_gpus)
         assert logged(driver).count("waiting for capacity for 3 workers, each with 1 CPU, 1 GPU, 1 train; ") == lines
     assert "later    train needs 3 workers, each with 1 CPU, 1 GPU, 1 train; nodes: " in logged(driver)
     assert "; the nodes hold 2 of them, so they wait until one joins: start such a node" in " ".join(

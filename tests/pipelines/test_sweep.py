@@ -20,6 +20,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import PointName, Sampled, Sweep, state
 from dis_scale.sweep.documents import Skipped, TrackingIds
+from pipelines import needs
 from pipelines import sweep as pipeline
 from pipelines.stop import stop_sweep
 from tests.conftest import TINY
@@ -252,39 +253,39 @@ def test_a_cooldown_whose_trunk_has_decayed_is_refused_before_anything_is_spent(
 
 def test_a_run_on_gpus_continues_on_the_cpu_only_if_asked(tiny: Recipe, tmp_path: Path) -> None:
     driver, model = driver_of(tiny, tmp_path), next(iter(tiny.models))
-    pipeline.require_device(driver, cluster("here"))
+    needs.require_device(driver, cluster("here"))
     state.record_device(driver.sweep.run(model), "cuda")
     with pytest.raises(UserError, match=r"last trained on GPUs, and would continue on the CPU \(auto: 0 GPUs"):
-        pipeline.require_device(driver, cluster("here"))
+        needs.require_device(driver, cluster("here"))
     asked = driver_of(reading.load(TINY, ["device=cpu"]), tmp_path)
-    pipeline.require_device(asked, cluster("here"))
+    needs.require_device(asked, cluster("here"))
     state.record_device(driver.sweep.run(model), "cpu")
-    pipeline.require_device(driver, cluster("here"))
+    needs.require_device(driver, cluster("here"))
 
 
 @pytest.mark.parametrize(("device", "logged_fault"), [("auto", True), ("cpu", False)])
 def test_gpus_that_cannot_be_used_are_named_with_the_device(tmp_path: Path, device: str, logged_fault: bool) -> None:
     driver = driver_of(reading.load(TINY, [f"device={device}"]), tmp_path)
-    pipeline.require_device(driver, replace(cluster("here"), gpu_fault="1 NVIDIA GPUs cannot be used: too old"))
+    needs.require_device(driver, replace(cluster("here"), gpu_fault="1 NVIDIA GPUs cannot be used: too old"))
     assert ("1 NVIDIA GPUs cannot be used: too old" in logged(driver)) == logged_fault
 
 
 def test_a_cluster_with_gpus_does_not_need_those_of_this_machine(tmp_path: Path) -> None:
     driver = driver_of(reading.load(TINY, ["device=auto"]), tmp_path)
     faulty = replace(cluster("far"), gpus=lambda: 8, gpu_fault="1 NVIDIA GPUs cannot be used: too old")
-    pipeline.require_device(driver, faulty)
+    needs.require_device(driver, faulty)
     assert "device   cuda (" in logged(driver)
     assert "too old" not in logged(driver)
-    pipeline.require_device(driver, replace(faulty, gpus=lambda: 0))
+    needs.require_device(driver, replace(faulty, gpus=lambda: 0))
     assert "too old" in logged(driver)
 
 
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_spent(tiny: Recipe) -> None:
     plan, gpus = price_sweep(tiny, LatentShape(4, 8)), replace(cluster("here"), gpus=lambda: 2, gpu_bytes=lambda: 2**30)
-    pipeline.require_fits(plan, gpus)
-    pipeline.require_fits(plan, replace(gpus, gpus=lambda: 0, gpu_bytes=lambda: 2**20))  # on the CPU
+    needs.require_fits(plan, gpus)
+    needs.require_fits(plan, replace(gpus, gpus=lambda: 0, gpu_bytes=lambda: 2**20))  # on the CPU
     with pytest.raises(UserError, match=r"dis: a worker needs 0\.0 GiB for 4 images in a forward pass"):
-        pipeline.require_fits(plan, replace(gpus, gpu_bytes=lambda: 2**20))
+        needs.require_fits(plan, replace(gpus, gpu_bytes=lambda: 2**20))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_shares_of_a_gpu_that_leave_training_none_are_refused() -> None:
 
     def require(share: float, gpus: int) -> None:
         plan = price_sweep(reading.load(TINY, [*settings, f"evaluate.gpu_share={share}"]), LatentShape(4, 8))
-        pipeline.require_fits(plan, replace(cluster("here"), gpus=lambda: gpus))
+        needs.require_fits(plan, replace(cluster("here"), gpus=lambda: gpus))
 
     require(0.4, 2)
     require(0.9, 6)  # two evaluators on each GPU; none shares

@@ -1,0 +1,85 @@
+"""What a sweep needs of its cluster: a device, nodes for each stage, memory for each model.
+
+Read next: places.py, waiting.py.
+"""
+
+import time
+
+from dis_scale.planning.plan import Plan
+from dis_scale.process.errors import UserError
+from dis_scale.sweep import state
+from dis_scale.training import devices
+from dis_scale.training.memory import lanes_at_once
+from pipelines import nodes
+from pipelines.cluster import Cluster
+from pipelines.driver import Driver, go_on
+from pipelines.places import Places
+from pipelines.ray_private import Resources
+from pipelines.waiting import Wait, needs
+
+
+def require_device(driver: Driver, cluster: Cluster) -> None:
+    """Log the device and the reason. UserError if this machine lacks its GPUs, or a run on GPUs would continue on the CPU."""
+    sweep, recipe = driver.sweep, driver.sweep.recipe
+    device, why = devices.device_of(recipe, cluster.gpus())
+    needed_here = recipe.device != "cpu" and (device == "cpu" or cluster.ours)
+    fault = f"; {cluster.gpu_fault}" if cluster.gpu_fault and needed_here else ""
+    driver.board.say(f"device   {device} ({why}{fault})")
+    try:
+        recipe.require_scan_on(device)
+    except ValueError as error:
+        raise UserError(f"device: {device} ({why}): {error}") from None
+    state.require_device(sweep, device, why + fault)
+
+
+def name_needs(driver: Driver, cluster: Cluster) -> None:
+    """Log which later stages the nodes cannot hold yet; what prepare needs, its job waits for."""
+    for stage, (count, request) in _lacking(driver, cluster).items():
+        driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
+
+
+def await_nodes(driver: Driver, cluster: Cluster) -> None:
+    """Wait until the nodes can hold the workers of each stage after prepare: better now than after days.
+
+    Before the first node joins that declares a stage, its workers would take the nodes of others.
+    """
+    with Wait(driver.gauge) as wait:
+        while lacking := _lacking(driver, cluster):
+            workers, request = next(iter(lacking.values()))
+            if text := wait.poll(workers, request, together=workers):
+                driver.board.say(text)
+            go_on(driver)
+            time.sleep(driver.poll_every_s)
+
+
+def _lacking(driver: Driver, cluster: Cluster) -> dict[str, tuple[int, Resources]]:
+    if cluster.ours:  # it declares what the recipe asks for
+        return {}
+    device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus())
+    lacking = Places.now(driver.sweep.recipe).lacking(device)
+    return {stage: need for stage, need in lacking.items() if stage != "prepare"}
+
+
+def require_fits(plan: Plan, cluster: Cluster) -> None:
+    """UserError if the memory of the cluster's GPUs is too small for a model at one of the world sizes, beside evaluators.
+
+    Nothing is said of a cluster that does not hold the smallest of these yet.
+    """
+    recipe, gpus = plan.recipe, cluster.gpus()
+    if gpus < recipe.train.world_sizes[-1] or devices.device_of(recipe, gpus)[0] == "cpu":
+        return
+    share, shared = (
+        recipe.evaluate.gpu_share,
+        recipe.evaluate.shared(gpus, gpus - cluster.at_once() * recipe.train.most_workers),
+    )
+    if share is not None and shared >= 1:
+        raise UserError(
+            f"evaluate.gpu_share: {shared / share:.0f} evaluators with {share:g} of each GPU's memory leave training none: "
+            f"expected less than {share / shared:.2g}, or fewer evaluate.workers"
+        )
+    if (gpu_bytes := cluster.gpu_bytes()) is None:
+        return
+    for model, cost in plan.costs.items():
+        settings = recipe.train_of(model)
+        for world in settings.world_sizes:
+            lanes_at_once(model, cost, settings, world, gpu_bytes, shared)
