@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -32,7 +32,7 @@ from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
-from pipelines.ray_private import DashboardClient, gpus_by_node
+from pipelines.ray_private import DashboardClient, Resources, gpus_by_node, known_nodes
 from pipelines.shared_folder import require_shared
 from pipelines.silence import Silence, Unanswered
 from pipelines.stage import keeping_handlers
@@ -217,24 +217,13 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-class Room:
-    """How many models train at the same time on the nodes of now.
+def models_at_once(recipe: Recipe, resources: Resources, known: Sequence[Resources] = ()) -> int:
+    """Return how many models train at the same time on a cluster of these resources.
 
-    None once those that declare training are all away: they come back, and what others declare is for other stages.
+    None while the nodes that declare training, of all `known` ones, are away: what is left declares other stages.
     """
-
-    def __init__(self, recipe: Recipe, resources: Callable[[], dict[str, float]]) -> None:
-        self._recipe, self._resources = recipe, resources
-        self._declared = False
-
-    def __call__(self) -> int:
-        resources = self._resources()
-        declared, self._declared = self._declared, self._declared or "train" in resources
-        return 0 if declared and "train" not in resources else models_at_once(self._recipe, resources)
-
-
-def models_at_once(recipe: Recipe, resources: dict[str, float]) -> int:
-    """Return how many models train at the same time on a cluster of these resources."""
+    if "train" not in resources and any("train" in node for node in known):
+        return 0
     slots = resources.get("train") or resources.get("GPU") or resources.get("CPU", 1)
     return max(1, int(slots) // recipe.train.most_workers)
 
@@ -273,7 +262,7 @@ def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], 
     return Cluster(
         client, {key: value for key, value in parent.items() if key in inherited},
         f"the Ray cluster at {address}", ours=False,
-        at_once=Room(recipe, ray.cluster_resources),
+        at_once=lambda: models_at_once(recipe, ray.cluster_resources(), known_nodes()),
         gpus=lambda: int(ray.cluster_resources().get("GPU", 0)), gpu_fault=usable_gpus()[1],
         id=ray.get_runtime_context().get_session_name(), gpu_bytes=partial(largest_gpu_bytes, client, silence, go_on),
     )  # fmt: skip

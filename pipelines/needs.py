@@ -56,8 +56,12 @@ def _lacking(driver: Driver, cluster: Cluster) -> dict[str, tuple[int, Resources
     if cluster.ours:  # it declares what the recipe asks for
         return {}
     device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus())
-    lacking = Places.now(driver.sweep.recipe).lacking(device)
-    return {stage: need for stage, need in lacking.items() if stage != "prepare"}
+    lacking, over = Places.now(driver.sweep.recipe).lacking(device), ["prepare"]
+    if state.find_latents(driver.sweep.folder) is not None:
+        over += ["precompute"]
+    if all(state.trained(driver.sweep, model) for model in driver.sweep.recipe.models):
+        over += ["train"]
+    return {stage: need for stage, need in lacking.items() if stage not in over}
 
 
 def require_fits(plan: Plan, cluster: Cluster) -> None:

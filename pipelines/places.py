@@ -7,7 +7,7 @@ from itertools import cycle, islice
 
 from dis_scale.recipe import Recipe, TrainedExtractor
 from dis_scale.sweep import Sweep, state
-from pipelines import nodes
+from pipelines import nodes, ray_private
 from pipelines.cluster import models_at_once
 from pipelines.nodes import Node
 from pipelines.ray_private import Resources
@@ -28,15 +28,17 @@ class Places:
     nodes: Sequence[Node]
     avoided: Collection[str] = ()
     """Ids of the nodes where no evaluator is to run."""
+    gone: Sequence[Resources] = ()
+    """Resources of nodes that the cluster has had: what they declare is waited for."""
 
     @classmethod
     def now(cls, recipe: Recipe) -> "Places":
         """Return the places on the nodes that are alive now."""
-        return cls(recipe, nodes.living())
+        return cls(recipe, nodes.living(), gone=ray_private.known_nodes())
 
     def request(self, name: str, device: str, cpus: float) -> Request:
         """Return the request of a stage's worker on these nodes."""
-        return request_for(name, device, cpus, self._resources)
+        return request_for(name, device, cpus, [*self._resources, *self.gone])
 
     def prepare(self, device: str) -> tuple[str, Request]:
         """Return the device of prepare's first worker and its request.

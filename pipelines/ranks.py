@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from dis_scale.training.lanes import largest_share
 from pipelines import nodes, ray_private
@@ -55,7 +55,7 @@ class RankPlaces:
     def choose(self) -> tuple[int, Any, set[str]]:
         """Return (world size, its placement group, ids of avoided nodes), chosen again as long as they are `outdated` before it is
         placed."""
-        self.ask(request_for("train", self.device, 1))
+        self.request = request_for("train", self.device, 1)
         while True:
             living = self.living()
             avoided = {*nodes.excluded(self.job, living, self.fits_without), *self.wrong}
@@ -69,11 +69,6 @@ class RankPlaces:
                 remove_placement_group(group)
                 raise
             remove_placement_group(group)
-
-    def ask(self, request: Request) -> None:
-        """Ask for this from now on. Nodes of training that are away come back: meanwhile others' GPUs are not taken."""
-        if request.named() or not self.request.named():
-            self.request = request
 
     def free(self, group: Any) -> None:
         """Give back the places of an attempt."""
@@ -149,7 +144,8 @@ def placed(job: StageJob, group: Any, world: int, bundle: Resources, outdated: C
     ready = group.ready()
     with Wait(job.gauge) as wait:
         while not ray.wait([ready], timeout=1)[0]:
-            if outdated():
+            # Its places are taken once it is created, though `ready` has to start a process yet.
+            if placement_group_table(group)["state"] != "CREATED" and outdated():
                 return False
             wait.log(job, world, bundle, together=world)
     return True

@@ -4,7 +4,7 @@ import math
 import time
 from typing import Any
 
-from ray._private import state
+from ray._private import state, worker
 from ray.job_submission import JobSubmissionClient
 from ray.util.metrics import Counter
 
@@ -42,6 +42,12 @@ def available_by_node() -> dict[str, Resources]:
     """Return the free resources of each node by its id."""
     available: dict[str, Resources] = state.available_resources_per_node()
     return available
+
+
+def known_nodes() -> list[Resources]:
+    """Return the resources of each node that this Ray has had: of those that live, and of the last 1,000 that are gone."""
+    nodes = worker.global_worker.gcs_client.get_all_node_info().values()
+    return [dict(node.resources_total) for node in nodes]
 
 
 def draining_nodes() -> dict[str, float]:

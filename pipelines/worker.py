@@ -19,7 +19,7 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import Preempted
 from dis_scale.storage.folder import Folder
 from dis_scale.tracking.attempt_logs import KeptLog, LogName
-from pipelines import nodes
+from pipelines import nodes, ray_private
 from pipelines.lines import Log
 from pipelines.metrics import Exporter
 from pipelines.ray_private import Resources, actor_id
@@ -109,11 +109,15 @@ class Request:
         return replace(self, options={**self.options, **options})
 
 
-def request_for(name: str, device: str, cpus: float, resources: Sequence[Resources] | None = None) -> Request:
-    """Return one worker's request: a GPU if it computes on one, and the stage's named resource if a node for it declares that."""
+def request_for(name: str, device: str, cpus: float, known: Sequence[Resources] | None = None) -> Request:
+    """Return one worker's request: a GPU if it computes on one, and the stage's named resource if a node for it declares that.
+
+    `known`: all nodes that the cluster has had (default: asked of Ray). A stage's own nodes may be away, and what others declare
+    is for other stages.
+    """
     gpus = 1 if device == "cuda" else 0
-    resources = nodes.alive_nodes() if resources is None else resources
-    declared = any(name in node for node in resources if node.get("GPU", 0) >= gpus)
+    known = ray_private.known_nodes() if known is None else known
+    declared = any(name in node for node in known if node.get("GPU", 0) >= gpus)
     every = {"CPU": cpus, "GPU": gpus, name: int(declared)}
     return Request({name: amount for name, amount in every.items() if amount})
 

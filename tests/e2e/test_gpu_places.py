@@ -38,6 +38,7 @@ from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import driver_of, logged
 from tests.support.labelled_images import png, tar
 from tests.support.probe import Probe
+from tests.support.small_latents import make
 from tests.support.stage_jobs import RayJob, RecordedJob, deal_of, job_of
 from tests.support.stages import ONE_MODEL
 from tests.support.waiting import wait_until
@@ -258,3 +259,24 @@ def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before
     assert "; the nodes hold 2 of them, so they wait until one joins: start such a node" in " ".join(
         logged(driver).split()
     )
+
+
+def test_what_nodes_declared_that_are_gone_is_waited_for(nodes: Cluster, tmp_path: Path) -> None:
+    """Otherwise a stage would take the GPUs of another whose nodes are left, which may be of another kind."""
+    recipe = recipe_of("train.workers=1", f"models={ONE_MODEL}")
+    before = Places.now(recipe).spare_gpus()
+    encoding = nodes.add_node(num_cpus=1, num_gpus=1, resources={"precompute": 1})
+    assert request_for("precompute", "cuda", 1).named() == {"precompute": 1}
+    nodes.remove_node(encoding, allow_graceful=False)
+    wait_until(lambda: all(node.id != encoding.node_id for node in living()), 60)
+    assert request_for("precompute", "cuda", 1).named() == {"precompute": 1}
+    assert Places.now(recipe).lacking("cuda").keys() == {"precompute"}
+    assert Places.now(recipe).spare_gpus() == before
+    driver = driver_of(recipe, tmp_path)
+    on_gpus: Any = SimpleNamespace(gpus=lambda: 2, ours=False)
+    needs.name_needs(driver, on_gpus)
+    assert "later    precompute needs 1 workers" in logged(driver)
+    state.use_latents(driver.sweep, make(driver.sweep.store / "latents/set", [2]), "v" * 64)
+    again = driver_of(recipe, tmp_path)
+    needs.name_needs(again, on_gpus)
+    assert logged(again) == "", "there are latents"

@@ -35,15 +35,10 @@ def root(
 
 def test_models_begin_only_while_nodes_live_that_declare_training_once_one_did() -> None:
     """The GPUs that are left are for evaluation. A cluster that declares nothing is for all."""
-    nodes = {"GPU": 24.0, "evaluate": 8.0}
-    room = cluster.Room(reading.load(TINY, ["train.workers=4"]), lambda: nodes)
-    assert room() == 6
-    nodes["train"] = 16.0
-    assert room() == 4
-    del nodes["train"]
-    assert room() == 0
-    nodes["train"] = 8.0
-    assert room() == 2
+    recipe, left, training = reading.load(TINY, ["train.workers=4"]), {"GPU": 24.0, "evaluate": 8.0}, {"train": 8.0}
+    assert cluster.models_at_once(recipe, left, [left]) == 6
+    assert cluster.models_at_once(recipe, left | training, [left, training]) == 2
+    assert cluster.models_at_once(recipe, left, [left, training]) == 0
 
 
 def test_missing_gpus_are_refused_before_a_ray_starts() -> None:

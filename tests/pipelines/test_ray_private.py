@@ -59,6 +59,12 @@ def test_a_nodes_free_resources_are_those_that_no_actor_has(node: str) -> None:
     ray.kill(actor)
 
 
+def test_a_node_is_known_with_its_resources() -> None:
+    """tests/e2e/test_gpu_places.py asks after one is gone."""
+    (known,) = ray_private.known_nodes()
+    assert known == ray.nodes()[0]["Resources"]
+
+
 def test_no_node_drains_until_one_does() -> None:
     """tests/e2e/test_elastic.py drains one."""
     assert ray_private.draining_nodes() == {}

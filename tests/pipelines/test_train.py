@@ -22,7 +22,6 @@ from pipelines.ranks import Place, RankPlaces, largest_fitting, rank_order
 from pipelines.restarts import with_restarts
 from pipelines.train import Ranks, RowCopies, TrainingRun, group_waits_s, training_watch
 from pipelines.waiting import capacity
-from pipelines.worker import Request
 from tests.conftest import TINY
 from tests.support.stage_jobs import RecordedJob, job_of
 
@@ -164,19 +163,6 @@ def test_a_group_that_waits_is_chosen_again_when_the_nodes_change_while_some_are
     ranges = replace(places, job=job_of(reading.load(TINY, ["train.workers=1..2"]), tmp_path))
     ranges.count = 1
     assert ranges.outdated(2, set(), now), "one worker fits, and two were waited for"
-
-
-def test_an_attempt_without_a_node_for_training_waits_for_one_if_there_was_one(tiny: Recipe, tmp_path: Path) -> None:
-    """Without what such a node declares, its workers would take evaluators' GPUs, also once it is back."""
-    declared, places = (
-        Request({"CPU": 1.0, "GPU": 1.0, "train": 1.0}),
-        RankPlaces(job_of(tiny, tmp_path), "dit", "cuda"),
-    )
-    asked = []
-    for request in (Request({"CPU": 1.0}), declared, Request({"CPU": 1.0, "GPU": 1.0}), declared):
-        places.ask(request)
-        asked.append(places.request)
-    assert [request.named() for request in asked] == [{}, *[{"train": 1.0}] * 3]
 
 
 @pytest.mark.parametrize("hang_after_s", [1.0, 900.0, 86_400.0])
