@@ -46,8 +46,8 @@ STOP_WAIT_S = 30.0
 STOP_ASKED_S = 20.0
 """Time for which Ray is asked to stop the jobs of a command that has no time to wait for their end."""
 ASK_AGAIN_S = 0.3
-LAST_LINES_ASKED = 20
-"""How often an ended job's last lines are asked for, which have the reason of its end: for ten seconds and more."""
+LAST_LINES_S = 15.0
+"""Time for which an ended job's last lines are asked for, which have the reason of its end; once, since a stop waits meanwhile."""
 AGENT_S = 10.0
 """Time that the agent of a Ray that has just started needs on a busy machine; its dashboard is there before."""
 
@@ -71,6 +71,7 @@ class Job:
     _partial: str = ""
     _follower: threading.Thread | None = None
     _followed_s: float = 0.0
+    _rest_lost: bool = False
     _tail: list[str] = field(default_factory=list)
 
     @property
@@ -94,10 +95,12 @@ class Job:
         return new
 
     def _rest(self) -> str:
-        for _ in range(LAST_LINES_ASKED):
+        until_s = self.silence.now_s() + LAST_LINES_S
+        while not self._rest_lost:
             try:
                 return self.cluster.client.get_job_logs(self.id)[self._returned :]
             except (OSError, RuntimeError):  # an answer was lost, or its agent has gone
+                self._rest_lost = self.silence.now_s() > until_s
                 time.sleep(self.silence.pause_s)
         return ""
 

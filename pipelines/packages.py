@@ -33,9 +33,10 @@ def _lacking(codes: dict[str, str], alive: list[nodes.Node]) -> list[tuple[str, 
 
 
 def _unchecked(name: str, error: Exception) -> DisScaleError:
-    """Return the error for a node whose check failed or did not end."""
+    """Return the error for a node whose check failed, or did not end: then it is asked again."""
     why = " ".join(str(error).split())[:200]
-    return DisScaleError(f"node {name}: its packages are not checked, run the command again: {why}")
+    kind = nodes.LostNode if isinstance(error, ray.exceptions.GetTimeoutError) else DisScaleError
+    return kind(f"node {name}: its packages are not checked, run the command again: {why}")
 
 
 def require(codes: Mapping[str, str]) -> None:

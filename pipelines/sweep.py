@@ -179,9 +179,10 @@ def showing_a_stop(driver: Driver, plan: Plan) -> Iterator[None]:
     try:
         yield
     except DisScaleError as error:
-        if not (driver.stop_shown or isinstance(error, StorageAway)) and driver.sweep.folder.exists(RECIPE):
-            driver.stop_shown = True
-            _write_page(driver, plan)
+        with contextlib.suppress(DisScaleError):  # storage may be away, and the error's code decides what follows
+            if not (driver.stop_shown or isinstance(error, StorageAway)) and driver.sweep.folder.exists(RECIPE):
+                driver.stop_shown = True
+                _write_page(driver, plan)
         raise
 
 

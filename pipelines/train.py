@@ -74,7 +74,7 @@ class Trainer(Worker):
         os.environ.update({key: str(value) for key, value in rank_environment.items()})
         from dis_scale.training import engine
 
-        devices.check_device(where := devices.torch_device(device))
+        devices.check_on_node(where := devices.torch_device(device))
         engine.connect(where, waits_s)
         devices.check_group(where)
 

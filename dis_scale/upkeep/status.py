@@ -154,7 +154,8 @@ def _collect(reader: _Reader) -> Status:
     progress = StageProgress.find_intact(sweep.folder)
     active = {
         "prepare": working[1],
-        "precompute": commanded and doing == "encoding latents",
+        # After prepare the command may wait for its nodes.
+        "precompute": commanded and doing == "encoding latents" and not (progress and progress.stage == "prepare"),
         "evaluate": working[2] and left,
     }
     for stage, holding in zip(active, (held[1], held[0], held[2]), strict=True):

@@ -5,6 +5,8 @@ import os
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -13,7 +15,7 @@ from rich.console import Console
 from dis_scale import report
 from dis_scale.planning import isoflop
 from dis_scale.planning.plan import price_sweep
-from dis_scale.process.errors import Held, Preempted, StorageAway, UserError
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import LatentShape, Recipe, Storage, reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
@@ -249,6 +251,18 @@ def test_a_cooldown_whose_trunk_has_decayed_is_refused_before_anything_is_spent(
     )
     with pytest.raises(UserError, match=words):
         pipeline.require_starts(late.sweep, plan)
+
+
+@pytest.mark.parametrize("error", [Preempted("stopped"), UserError("a mistake")])
+def test_a_stop_keeps_its_reason_though_storage_is_away(tiny: Recipe, error: DisScaleError) -> None:
+    """Its code decides whether KubeRay and Slurm begin again."""
+
+    def away(_: str) -> bool:
+        raise StorageAway("no answer")
+
+    driver: Any = SimpleNamespace(stop_shown=False, sweep=SimpleNamespace(folder=SimpleNamespace(exists=away)))
+    with pytest.raises(type(error)), pipeline.showing_a_stop(driver, price_sweep(tiny, LatentShape(4, 8))):
+        raise error
 
 
 def test_a_run_on_gpus_continues_on_the_cpu_only_if_asked(tiny: Recipe, tmp_path: Path) -> None:

@@ -120,6 +120,18 @@ def test_a_stage_that_hangs_is_named(
     assert [bool(re.match(line, wrong)) for wrong in of(sweep, "dis")[0].wrong] == [True] * silent
 
 
+def test_a_command_that_waits_for_the_nodes_of_its_encoders_is_not_silent(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For hours, where capacity is scarce."""
+    monkeypatch.setattr(state, "prepared", lambda _: True)
+    now = time.time()
+    Holder(host="there", pid=7, at=now - 9000).write(sweep.lease("sweep"), "0001")
+    sweep.lease("sweep").write("0001.beat", f"9 {now:.0f}".encode())
+    StageProgress(stage="prepare", done=40, total=40, unit="images", at=now - 8000).write(sweep.folder)
+    assert of(sweep, "dis")[0].wrong == []
+
+
 def test_all_sweeps_below_a_root_are_listed_and_checked(sweep: Sweep, tmp_path: Path, tiny: Recipe) -> None:
     other = Sweep.below(open_folder(tmp_path), tiny.model_copy(update={"name": "other"}))
     other.save_recipe()
