@@ -23,7 +23,7 @@ from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, UserError
-from dis_scale.process.progress import Board, listing_words
+from dis_scale.process.progress import Board, listing_words, some
 from dis_scale.process.redaction import redact
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Recipe, reading
@@ -213,7 +213,8 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
         show(images)
 
     source = open_source(recipe.data, store, report)
-    classes = "without labels" if recipe.data.num_classes is None else f"in {len(source.label_names)} classes"
+    names = source.label_names
+    classes = "without labels" if recipe.data.num_classes is None else f"in {len(names)} classes ({some(names)})"
     driver.board.say(f"source   {len(source):,} images {classes}, as listed in {source.listing.where}")
     if source.left_out:
         driver.board.say(f"left out {source.left_out}")

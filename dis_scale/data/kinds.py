@@ -113,6 +113,7 @@ class _ClassFolders(_OneFileEach):
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
 
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
+        empty = dict.fromkeys(labels)
         for file in files:
             folder, slash, _ = file.partition("/")
             if "//" in f"/{file}":  # a key in S3; its folder has another's name
@@ -128,7 +129,9 @@ class _ClassFolders(_OneFileEach):
             elif self._labelled and folder not in labels:
                 yield LeftOut(file, "images in folders that came while they were listed")
             else:
+                empty.pop(folder, None)
                 yield Entry(file, labels[folder] if self._labelled else 0)
+        yield from (LeftOut(folder, "class folders without images, which are classes") for folder in empty)
 
     def _lost_link(self, file: str) -> str:
         """Return why a link to a folder is not followed, if the file is one; UserError if it would be a class."""

@@ -16,6 +16,23 @@ SPLITS = (
 """Words in the names of files and folders that hold one part of a set, and the part."""
 
 
+_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)?")
+"""Name of one of several files of a part, as the Hugging Face hub has them."""
+
+
+def numbered(names: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Return the parts that the names of numbered files begin with, and the names of those files that are not there."""
+    there, parts, lacking = set(names), set[str](), list[str]()
+    for name in sorted(there):
+        if found := _NUMBERED.fullmatch(name):
+            part, _, total, suffix = found.groups(default="")
+            if part not in parts:
+                every = (f"{part}-{number:05d}-of-{total}{suffix}" for number in range(int(total)))
+                lacking += [each for each in every if each not in there]
+            parts.add(part)
+    return parts, lacking
+
+
 def splits_in(names: Iterable[str]) -> set[str]:
     """Return the parts of a set that the names speak of: words between other characters than letters."""
     return {SPLITS[word] for name in names for word in _words(name) if word in SPLITS}

@@ -35,6 +35,8 @@ PARTS_TO_ROOT = 8
 """A part has sqrt(shards) / 8 shards, rounded up: of ImageNet five, so that 64 encoders have four parts each."""
 READS_AT_ONCE, WRITES_AT_ONCE = 16, 4
 """Runs and shards that a worker reads and writes at a time; fewer if these would have more than 1/16 of a group's bytes."""
+SHARD_COPIES = 3
+"""A shard of another network's large latents may have 0.8 GB: its samples packed, written, and in float64 for the sums."""
 OTHER_BYTES = 3 * 2**29
 """Memory of a worker that mixes beside its group: the process, indexes, and runs and shards at work."""
 _DIGEST, _LENGTH = 32, 8
@@ -105,7 +107,7 @@ class MixedOrder:
     def memory_bytes(self) -> int:
         """Most memory of a worker that mixes."""
         group = min(self.images, self.group_images) * self.shard_bytes // self.settings.shard_images
-        return group + 12 * self.images + OTHER_BYTES
+        return group + SHARD_COPIES * self.shard_bytes + 12 * self.images + OTHER_BYTES
 
     def group(self, number: int) -> range:
         """Return the places of a group."""

@@ -8,15 +8,18 @@ import json
 import posixpath
 import tarfile
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from functools import partial
+from itertools import accumulate
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending, hidden
 from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, number_or_name, of_files
-from dis_scale.data.parts import splits_in
+from dis_scale.data.parts import numbered, splits_in
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import TarSource
@@ -61,7 +64,13 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
         raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}, {there}")
     if gone := [name for name in names if url.local and not (url.local / name).exists()]:
         raise UserError(f"data.source.url: {url}: links that lead nowhere: {some(gone)}; correct or delete them")
-    if pattern == f"*{suffix}" and len(parts := splits_in(names)) > 1:
+    prefixes, lacking = numbered(names)
+    if lacking:
+        raise UserError(
+            f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
+            "download them, or rename the others"
+        )
+    if pattern == f"*{suffix}" and len(parts := splits_in(names) if len(prefixes) < 2 else prefixes) > 1:
         raise UserError(
             f"data.source.files: {url} has files of {' and '.join(sorted(parts))}: say which to train on, for example "
             f"'*train*{suffix}'"
@@ -273,7 +282,7 @@ def _images(
         if f"{folder}/{stem}" != key:
             yield from _sample_entries(images, labels, tar, where, settings, labelled)
             key, images, labels = f"{folder}/{stem}", [], []
-        if f".{kind}".endswith(SUFFIXES) if settings.image is None else kind == settings.image.lower():
+        if f".{kind}".endswith(SUFFIXES) if settings.image is None else kind == settings.image.lower().removeprefix("."):
             images.append(member)
         elif kind == settings.label and kind in BESIDE:
             labels.append(member)
@@ -319,11 +328,15 @@ def _sample_entries(
 
 def _mask_beside(images: Sequence[_InTar]) -> bool:
     """Whether one of these names is another's with another ending, as 1.png or 1.seg.png beside 1.jpg: hardly an image."""
-    named = [image.name.lower().rpartition(".")[::2] for image in images]
+    endings = defaultdict[str, set[str]](set)
+    for image in images:
+        root, _, ending = image.name.lower().rpartition(".")
+        endings[root].add(ending)
+    shorter = partial(accumulate, func="{}.{}".format)
     return any(
-        f"{longer}.".startswith(f"{shorter}.") and ending != other
-        for shorter, ending in named
-        for longer, other in named
+        len(endings.get(root, others) | others) > 1
+        for name, others in endings.items()
+        for root in shorter(name.split("."))
     )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS, INCEPTION_SHA256
 from dis_scale.storage.folder import locate
 
@@ -96,7 +96,8 @@ def _downloaded() -> str:
         try:
             torch.hub.download_url_to_file(PUBLISHED.url, str(path), PUBLISHED.sha256[:8], progress=False)
         except (OSError, RuntimeError) as error:
-            raise UserError(
+            status = getattr(error, "code", 0)  # without one no answer came, as where nodes have no way to the internet
+            raise (StorageAway if status == 429 or status >= 500 else UserError)(
                 f"Inception weights cannot be downloaded ({error}); "
                 f"get {PUBLISHED.url} and give its path as evaluate.extractor.weights, or as --weights to dis-scale measure"
             ) from error

@@ -14,6 +14,7 @@ Pitfalls:
 * An S3 client reads a key from a file or the environment once. After a rotation of keys only a new client has the new one.
 """
 
+import errno
 import io
 import os
 import re
@@ -165,7 +166,10 @@ class Folder:
     def folders(self, path: str = "") -> list[str]:
         """Return the sorted names of the folders directly below `path`, links to folders included; none if it does not exist."""
         if self.local:
-            return sorted(entry.name for entry in self._scan(path) if _is_folder(entry))
+            try:
+                return sorted(entry.name for entry, is_folder in self._scan(path) if is_folder)
+            except FileNotFoundError:
+                return []
         if self.url.startswith("s3://"):
             return sorted({_base(key) for key, is_folder in self._below(path) if is_folder} - {""})
         return sorted(_base(e["name"]) for e in self._entries(path, detail=True) if e["type"] == "directory")
@@ -196,9 +200,16 @@ class Folder:
         return iter(sorted((self / path if path else self).tree(), key=os.fsencode))
 
     def _walk_local(self, root: str, below: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-        entries = self._scan(f"{root}/{below}".strip("/"))
-        for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * _is_folder(entry))):
-            if not _is_folder(entry) or (here := _identity(entry.stat())) in above:
+        try:
+            entries = self._scan(f"{root}/{below}".strip("/"))
+        except FileNotFoundError as error:
+            if not above:
+                return
+            raise StorageError(
+                f"{self.url}/{root}{below}: it was there, and is gone while it is listed: list it again"
+            ) from error
+        for entry, is_folder in sorted(entries, key=lambda found: os.fsencode(found[0].name + "/" * found[1])):
+            if not is_folder or (here := _identity(entry.stat())) in above:
                 yield below + entry.name
             else:
                 yield from self._walk_local(root, f"{below}{entry.name}/", above | {here})
@@ -225,11 +236,9 @@ class Folder:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _scan(self, path: str) -> "Sequence[os.DirEntry[str]]":
-        try:
-            return self._do("list", path, lambda _, full: list(os.scandir(full)))
-        except FileNotFoundError:
-            return []
+    def _scan(self, path: str) -> "Sequence[tuple[os.DirEntry[str], bool]]":
+        """Return what is in a local folder, and whether each is a folder."""
+        return self._do("list", path, lambda _, full: [(entry, _is_folder(entry)) for entry in os.scandir(full)])
 
     def sizes(self, path: str = "") -> dict[str, int]:
         """Return names as `list`, each with its size in bytes; the size of a folder has no meaning."""
@@ -375,8 +384,10 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
     """Whether an entry is a folder, or a link to one; a link to itself is not."""
     try:
         return entry.is_dir()
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def _identity(found: os.stat_result) -> tuple[int, int]:

@@ -26,7 +26,7 @@ _MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 """Errors of botocore that no retry changes."""
 _PASSING = (
     errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH,
-    socket.EAI_AGAIN,
+    errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET, errno.ENOLINK, socket.EAI_AGAIN,
 )  # fmt: skip
 """Errors of networks and their file systems that pass, such as a file that another client has replaced while it was open."""
 _BUSY = {

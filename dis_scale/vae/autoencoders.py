@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import StorageAway, UserError
 from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Manifest
@@ -196,10 +196,21 @@ def published(settings: PretrainedVae) -> tuple[Any, dict[str, Any]]:
     return _diffusers(name), config
 
 
+def _hub_away(error: BaseException | None) -> str:
+    """Return why the hub gave no answer or will give another one later; empty if it has answered. Diffusers' own words hide it."""
+    while error := error and (error.__cause__ or error.__context__):
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if isinstance(error, ConnectionError | TimeoutError) or status == 429 or status >= 500:
+            return " ".join(str(error).split())[:200]
+    return ""
+
+
 def _from_path(settings: PretrainedVae, read: Callable[..., Any]) -> Any:
     try:
         return read(settings.path, subfolder=settings.subfolder)
     except (OSError, ValueError) as error:
+        if why := _hub_away(error):
+            raise StorageAway(f"vae.path: the hub does not give {settings.path!r}: {why}") from error
         first = " ".join(str(error).split())[:200]
         pipeline = "" if settings.subfolder else "; for a pipeline, set vae.subfolder: vae"
         raise UserError(

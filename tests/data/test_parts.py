@@ -73,3 +73,22 @@ def test_parts_of_a_set_are_not_trained_on_together(kind: str, tmp_path: Path) -
     with pytest.raises(UserError, match="files of test and train: say which"):
         open_source(data(source))
     assert len(open_source(data(source | {"files": f"train-*.{kind}"}))) == 1
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_numbered_files_are_complete_and_of_one_part_whatever_its_word(kind: str, tmp_path: Path) -> None:
+    """As the hub has them. A download that was interrupted is no smaller set."""
+    content = tar({"1.png": png(1), "1.cls": b"0"}) if kind == "tar" else parquet([(png(1), 0)])
+    for number in (0, 2, 3):
+        (tmp_path / f"trn-{number:05d}-of-00005.{kind}").write_bytes(content)
+    source = {"kind": kind, "url": str(tmp_path)}
+    lacking = rf"lacks 2 of the files .*: trn-00001-of-00005.{kind}, trn-00004-of-00005.{kind}: download them"
+    for more in ({}, {"files": f"trn-*.{kind}"}):
+        with pytest.raises(UserError, match=lacking):
+            open_source(data(source | more))
+    for number in (1, 4):
+        (tmp_path / f"trn-{number:05d}-of-00005.{kind}").write_bytes(content)
+    assert len(open_source(data(source))) == 5
+    (tmp_path / f"tst-00000-of-00001.{kind}").write_bytes(content)
+    with pytest.raises(UserError, match="files of trn and tst: say which"):
+        open_source(data(source | {"version": "2"}))

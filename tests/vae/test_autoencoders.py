@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from dis_scale import vae
 from dis_scale.data.latents import sample_posterior
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, StorageAway, UserError
 from dis_scale.recipe import PretrainedVae
 from dis_scale.vae import to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
@@ -152,6 +153,27 @@ def test_an_autoencoder_of_other_images_is_refused(channels: dict[str, int], tmp
     ((key, value),) = channels.items()
     with pytest.raises(UserError, match=f"has {key} {value}, expected 3 for images in RGB"):
         vae.latent_shape(saved(tmp_path, 3, **channels), 32)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(429, StorageAway), (503, StorageAway), (404, UserError), (0, StorageAway)]
+)
+def test_a_hub_that_is_away_is_no_missing_autoencoder(
+    status: int, kind: type[DisScaleError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusers says of each that the file is missing; 64 workers that ask at once are answered with 429."""
+
+    def load_config(*_: object, **__: object) -> None:
+        answer = OSError(f"answered {status}") if status else ConnectionRefusedError("refused")
+        answer.response = SimpleNamespace(status_code=status)  # type: ignore[union-attr]
+        try:
+            raise answer
+        except OSError as error:
+            raise OSError("it does not appear to have a file named config.json") from error
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", load_config)
+    with pytest.raises(kind):
+        vae.latent_shape(PretrainedVae(kind="pretrained", path="stabilityai/sd-vae-ft-mse"), 32)
 
 
 def test_a_pipelines_folder_needs_its_subfolder(tmp_path: Path) -> None:
