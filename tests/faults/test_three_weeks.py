@@ -39,7 +39,7 @@ def test_three_weeks_end_with_all_results_and_no_person(tmp_path: Path, monkeypa
     assert (made.deployment, made.why, made.clusters) == ("Complete", "", 1)
     assert made.complete
     assert state.excluded_nodes(made.sweep) == ["node-1"]
-    assert made.world.now > 14 * DAY
+    assert made.world.now > 21 * DAY
     happened = made.happened
     assert happened["answer lost"] > 20
     assert (happened["head away"], happened["storage away"], happened["drought"]) == (2, 2, 1)
@@ -47,7 +47,7 @@ def test_three_weeks_end_with_all_results_and_no_person(tmp_path: Path, monkeypa
     assert happened["GPU failed"] > 5, "also while the node is excluded, and the others are away"
     assert made.encoded_h < 12
     assert happened["submitter lost"] >= 10
-    assert happened["log ended"] == 5
+    assert happened["log ended"] == 6
     assert happened["preemption"] > 10
 
 

@@ -44,6 +44,7 @@ from tests.support.drivers import driver_of
 from tests.support.stage_jobs import RecordedJob
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
+STEP_S = 40 * MINUTE
 POLL_S, ASK_S = 60.0, 60.0
 """Intervals of the driver and of the controller. Really they ask 45 times as often, and one answer in 100,000 is lost."""
 LOST_ANSWERS = 45e-5
@@ -264,7 +265,7 @@ class Weeks:
         with self.world.clock(patch):
             for body in (self._kuberay, self._accidents, self._preemptions):
                 self.world.spawn(body)
-            self.world.run(21 * DAY, lambda: self.deployment in ("Complete", "Failed"))
+            self.world.run(28 * DAY, lambda: self.deployment in ("Complete", "Failed"))
 
     @property
     def complete(self) -> bool:
@@ -276,8 +277,8 @@ class Weeks:
     def _accidents(self) -> None:
         """Each once or more, at times of their own: the head and storage away, the submitter lost, no capacity."""
         hours = {30: self._head_away, 200: self._head_away, 60: self._away, 250: self._away, 100: self._drought}
-        hours |= dict.fromkeys(range(10, 400, 35), self._submitter_lost)
-        hours |= dict.fromkeys(range(12, 400, 90), self._log_ends)
+        hours |= dict.fromkeys(range(10, 520, 35), self._submitter_lost)
+        hours |= dict.fromkeys(range(12, 520, 90), self._log_ends)
         for hour in sorted(hours):
             self.world.sleep(max(hour * HOUR - self.world.now, 0))
             hours[hour]()
@@ -433,7 +434,7 @@ class Weeks:
         self.encoded_h = self.world.now / HOUR
 
     def _train(self, job: "_StageJob", model: str) -> None:
-        """Train by attempts on nodes that are not excluded: an image each half hour, saved with every third."""
+        """Train by attempts on nodes that are not excluded: an image each `STEP_S`, saved with every third."""
         run = self.sweep.run(model)
 
         def stored() -> int:
@@ -448,7 +449,7 @@ class Weeks:
                         put_published(run.published_at(count), images=count)
                 if seen >= self.recipe.train_of(model).images:
                     return
-                self.world.sleep(30 * MINUTE)
+                self.world.sleep(STEP_S)
                 if lost := [name for name in placed if self.lost_at.get(name, -1) >= began_s]:
                     raise WorkerFailure(f"a worker was lost ({lost[0]})", seen)
                 if BAD in placed:
