@@ -79,7 +79,7 @@ FAULTS = {
     "disk full in a save": ("full at write path=resume/000000000240", [1, 0]),
     "evaluation killed between two blocks": ("kill at written path=block-00000.npz", [0]),
     "evaluation's driver dies": (
-        "kill at poll path=evaluate images=60\nwait at write path=block-00001.npz until=0.0",
+        "kill at poll path=evaluate images=60\nwait at write path=evaluation/*/block-00001.npz until=0.0",
         [0],
     ),
 }
