@@ -273,6 +273,7 @@ def _images(
 ) -> Iterator[Entry | LeftOut]:
     """Yield the images, with their labels if `labelled`; the files of one sample are adjacent and share a key, as in WebDataset."""
     key, images, labels = "", list[_InTar](), list[_InTar]()
+    wanted = settings.image and settings.image.lower().removeprefix(".")
     for member in members:
         folder, _, base = member.name.rpartition("/")
         if member.why or hidden(member.name):  # such as hard-linked files, and macOS's ._x.jpg
@@ -282,7 +283,7 @@ def _images(
         if f"{folder}/{stem}" != key:
             yield from _sample_entries(images, labels, tar, where, settings, labelled)
             key, images, labels = f"{folder}/{stem}", [], []
-        if f".{kind}".endswith(SUFFIXES) if settings.image is None else kind == settings.image.lower().removeprefix("."):
+        if f".{kind}".endswith(SUFFIXES) if wanted is None else kind == wanted:
             images.append(member)
         elif kind == settings.label and kind in BESIDE:
             labels.append(member)
