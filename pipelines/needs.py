@@ -4,10 +4,11 @@ Read next: places.py, waiting.py.
 """
 
 import time
+from collections.abc import Collection
 
 from dis_scale.planning.plan import Plan
 from dis_scale.process.errors import UserError
-from dis_scale.sweep import state
+from dis_scale.sweep import Sweep, state
 from dis_scale.training import devices
 from dis_scale.training.memory import lanes_at_once
 from pipelines import nodes
@@ -33,8 +34,8 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
 
 
 def name_needs(driver: Driver, cluster: Cluster) -> None:
-    """Log which later stages the nodes cannot hold yet; what prepare needs, its job waits for."""
-    for stage, (count, request) in _lacking(driver, cluster).items():
+    """Log which later stages the nodes cannot hold yet."""
+    for stage, (count, request) in _lacking(driver, cluster, _over(driver.sweep)).items():
         driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
 
 
@@ -43,8 +44,9 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
 
     Before the first node joins that declares a stage, its workers would take the nodes of others.
     """
+    over = _over(driver.sweep)
     with Wait(driver.gauge) as wait:
-        while lacking := _lacking(driver, cluster):
+        while lacking := _lacking(driver, cluster, over):
             workers, request = next(iter(lacking.values()))
             if text := wait.poll(workers, request, together=workers):
                 driver.board.say(text)
@@ -52,15 +54,18 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
             time.sleep(driver.poll_every_s)
 
 
-def _lacking(driver: Driver, cluster: Cluster) -> dict[str, tuple[int, Resources]]:
+def _over(sweep: Sweep) -> set[str]:
+    """Return the stages whose nodes are not waited for: what prepare needs, its job waits for."""
+    trained = all(state.trained(sweep, model) for model in sweep.recipe.models)
+    encoded = state.find_latents(sweep.folder) is not None
+    return {"prepare"} | ({"precompute"} if encoded else set()) | ({"train"} if trained else set())
+
+
+def _lacking(driver: Driver, cluster: Cluster, over: Collection[str]) -> dict[str, tuple[int, Resources]]:
     if cluster.ours:  # it declares what the recipe asks for
         return {}
     device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus())
-    lacking, over = Places.now(driver.sweep.recipe).lacking(device), ["prepare"]
-    if state.find_latents(driver.sweep.folder) is not None:
-        over += ["precompute"]
-    if all(state.trained(driver.sweep, model) for model in driver.sweep.recipe.models):
-        over += ["train"]
+    lacking = Places.now(driver.sweep.recipe).lacking(device)
     return {stage: need for stage, need in lacking.items() if stage not in over}
 
 

@@ -28,17 +28,17 @@ class Places:
     nodes: Sequence[Node]
     avoided: Collection[str] = ()
     """Ids of the nodes where no evaluator is to run."""
-    gone: Sequence[Resources] = ()
-    """Resources of nodes that the cluster has had: what they declare is waited for."""
+    known: Sequence[Resources] = ()
+    """Resources of all nodes that the cluster has had: what they declared is waited for."""
 
     @classmethod
     def now(cls, recipe: Recipe) -> "Places":
         """Return the places on the nodes that are alive now."""
-        return cls(recipe, nodes.living(), gone=ray_private.known_nodes())
+        return cls(recipe, nodes.living(), known=ray_private.known_nodes())
 
     def request(self, name: str, device: str, cpus: float) -> Request:
         """Return the request of a stage's worker on these nodes."""
-        return request_for(name, device, cpus, [*self._resources, *self.gone])
+        return request_for(name, device, cpus, [*self._resources, *self.known])
 
     def prepare(self, device: str) -> tuple[str, Request]:
         """Return the device of prepare's first worker and its request.

@@ -20,17 +20,21 @@ _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)?")
 """Name of one of several files of a part, as the Hugging Face hub has them."""
 
 
-def numbered(names: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Return the parts that the names of numbered files begin with, and the names of those files that are not there."""
-    there, parts, lacking = set(names), set[str](), list[str]()
-    for name in sorted(there):
+def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Return the parts that the names of numbered files begin with, and the files of these that are not among `every` one.
+
+    They count from 0, or from 1.
+    """
+    there, chosen, lacking = set(every), set[tuple[str, ...]](), list[str]()
+    for name in sorted(names):
         if found := _NUMBERED.fullmatch(name):
             part, _, total, suffix = found.groups(default="")
-            if part not in parts:
-                every = (f"{part}-{number:05d}-of-{total}{suffix}" for number in range(int(total)))
-                lacking += [each for each in every if each not in there]
-            parts.add(part)
-    return parts, lacking
+            if (part, total, suffix) not in chosen:
+                chosen.add((part, total, suffix))
+                first = int(f"{part}-{total}-of-{total}{suffix}" in there)
+                numbers = range(first, first + int(total))
+                lacking += sorted({f"{part}-{n:05d}-of-{total}{suffix}" for n in numbers} - there)
+    return {part for part, *_ in chosen}, lacking
 
 
 def splits_in(names: Iterable[str]) -> set[str]:

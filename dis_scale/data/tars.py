@@ -8,10 +8,8 @@ import json
 import posixpath
 import tarfile
 from array import array
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
-from functools import partial
 from itertools import accumulate
 from typing import BinaryIO, NamedTuple, Self
 
@@ -64,7 +62,7 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
         raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}, {there}")
     if gone := [name for name in names if url.local and not (url.local / name).exists()]:
         raise UserError(f"data.source.url: {url}: links that lead nowhere: {some(gone)}; correct or delete them")
-    prefixes, lacking = numbered(names)
+    prefixes, lacking = numbered(names, every)
     if lacking:
         raise UserError(
             f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
@@ -300,15 +298,15 @@ def _sample_entries(
         return
     label = _label(labels[-1], f"{where}: {printable(labels[-1].name)}", settings) if labels and labelled else None
     latents = settings.image == LATENT
-    if len(images) > 1 and (settings.label in BESIDE or _mask_beside(images)):
+    if len(images) > 1 and (pair := images[:2] if settings.label in BESIDE else _mask_beside(images)):
         if latents:
             raise UserError(
                 f"{where}: {printable(images[0].name)} is there twice: write the tar again with one of them"
             )
         raise UserError(
-            f"{where}: {printable(images[0].name)} and {printable(images[1].name)} are two images of one sample: "
+            f"{where}: {printable(pair[0].name)} and {printable(pair[1].name)} are two images of one sample: "
             f"a sample's name ends at its first dot; say which is the image, for example data.source.image = "
-            f"{images[0].name.rpartition('/')[2].partition('.')[2]}, or rename them"
+            f"{pair[0].name.rpartition('/')[2].partition('.')[2]}, or rename them"
         )
     for image in images:
         if not labelled:
@@ -327,18 +325,24 @@ def _sample_entries(
         yield Entry(f"{tar}/{image.name}", image_label, tar, (image.start, image.size))
 
 
-def _mask_beside(images: Sequence[_InTar]) -> bool:
-    """Whether one of these names is another's with another ending, as 1.png or 1.seg.png beside 1.jpg: hardly an image."""
-    endings = defaultdict[str, set[str]](set)
-    for image in images:
-        root, _, ending = image.name.lower().rpartition(".")
-        endings[root].add(ending)
-    shorter = partial(accumulate, func="{}.{}".format)
-    return any(
-        len(endings.get(root, others) | others) > 1
-        for name, others in endings.items()
-        for root in shorter(name.split("."))
-    )
+def _mask_beside(images: Sequence[_InTar]) -> tuple[_InTar, _InTar] | None:
+    """Return an image and one that is hardly one of its own: of the same name but for a word or another ending.
+
+    Such as 1.png, 1.mask.jpg or 1.seg.png beside 1.jpg; not 1.2.jpg, which is another number.
+    """
+    first = dict[str, _InTar]()
+    named = [(image, *image.name.lower().rpartition(".")[::2]) for image in images]
+    for image, root, kind in named:
+        other = first.setdefault(root, image)
+        if not other.name.lower().endswith(f".{kind}"):
+            return other, image
+    for image, root, kind in named:
+        for shorter in accumulate(root.split("."), "{}.{}".format):
+            whole = first.get(shorter)
+            a_number = root[len(shorter) + 1 :].isdigit() and whole and whole.name.lower().endswith(f".{kind}")
+            if whole and shorter != root and not a_number:
+                return whole, image
+    return None
 
 
 def _from_name(name: str, tar: str, settings: TarSource) -> str:

@@ -167,7 +167,7 @@ class Folder:
         """Return the sorted names of the folders directly below `path`, links to folders included; none if it does not exist."""
         if self.local:
             try:
-                return sorted(entry.name for entry, is_folder in self._scan(path) if is_folder)
+                return sorted(entry.name for entry, identity in self._scan(path) if identity)
             except FileNotFoundError:
                 return []
         if self.url.startswith("s3://"):
@@ -208,8 +208,8 @@ class Folder:
             raise StorageError(
                 f"{self.url}/{root}{below}: it was there, and is gone while it is listed: list it again"
             ) from error
-        for entry, is_folder in sorted(entries, key=lambda found: os.fsencode(found[0].name + "/" * found[1])):
-            if not is_folder or (here := _identity(entry.stat())) in above:
+        for entry, here in sorted(entries, key=lambda found: os.fsencode(found[0].name + "/" * bool(found[1]))):
+            if here is None or here in above:
                 yield below + entry.name
             else:
                 yield from self._walk_local(root, f"{below}{entry.name}/", above | {here})
@@ -236,9 +236,9 @@ class Folder:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _scan(self, path: str) -> "Sequence[tuple[os.DirEntry[str], bool]]":
-        """Return what is in a local folder, and whether each is a folder."""
-        return self._do("list", path, lambda _, full: [(entry, _is_folder(entry)) for entry in os.scandir(full)])
+    def _scan(self, path: str) -> "Sequence[tuple[os.DirEntry[str], tuple[int, int] | None]]":
+        """Return what is in a local folder, each with its identity if it is a folder, or a link to one."""
+        return self._do("list", path, lambda _, full: [(entry, _folder(entry)) for entry in os.scandir(full)])
 
     def sizes(self, path: str = "") -> dict[str, int]:
         """Return names as `list`, each with its size in bytes; the size of a folder has no meaning."""
@@ -380,13 +380,15 @@ def _time_of_a_write(fs: Any, full: str) -> float:
         fs.rm_file(full)
 
 
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    """Whether an entry is a folder, or a link to one; a link to itself is not."""
+def _folder(entry: "os.DirEntry[str]") -> tuple[int, int] | None:
+    """Return the identity of a folder, or of that which a link leads to; None for anything else, such as a link to itself."""
     try:
-        return entry.is_dir()
+        return _identity(entry.stat()) if entry.is_dir() else None
+    except FileNotFoundError as error:
+        raise OSError(errno.ESTALE, "it was there, and is gone while it is listed", entry.path) from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            return False
+            return None
         raise
 
 

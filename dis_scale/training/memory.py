@@ -79,13 +79,16 @@ def plan_passes(
     """Return the forward passes of a worker with a GPU of this many bytes, of which the fraction `shared` is evaluation's.
 
     As few as `lanes_at_once` allows; more if the states of their scans then fit, nothing is recomputed, and each keeps the GPU
-    busy. `short`: this memory was too small for that, so a pass more without states. No setting: the loss is the same but for
-    rounding.
+    busy. `short`: memory was too small for that, so they keep no states, or the largest has a lane less. No setting: the loss is
+    the same but for rounding.
     """
+    if short:
+        failed = plan_passes(model, cost, settings, world, gpu_bytes, shared)
+        share = largest_share(settings.lanes, world)
+        lanes = max(1, -(-share // failed.passes) - (not failed.keeps_states))
+        return PassPlan(-(-share // lanes), keeps_states=False)
     share, usable = largest_share(settings.lanes, world), USABLE * (1 - shared) * (gpu_bytes or 0)
     fewest = -(-share // lanes_at_once(model, cost, settings, world, gpu_bytes, shared))
-    if short:
-        return PassPlan(min(share, fewest + 1), keeps_states=False)
     image, blocks = cost.kept_in(settings.precision).states, len(cost.kept.blocks)
     most = fewest if settings.micro_images else share
     for passes in range(fewest, most + 1) if image and settings.checkpointing == "none" else ():

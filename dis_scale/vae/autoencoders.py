@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -200,8 +201,10 @@ def _hub_away(error: BaseException | None) -> str:
     """Return why the hub gave no answer or will give another one later; empty if it has answered. Diffusers' own words hide it."""
     while error := error and (error.__cause__ or error.__context__):
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        if isinstance(error, ConnectionError | TimeoutError) or status == 429 or status >= 500:
-            return " ".join(str(error).split())[:200]
+        if type(error).__name__ == "OfflineModeIsEnabled":  # a setting, though it is a ConnectionError
+            return ""
+        if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or status == 429 or status >= 500:
+            return " ".join(str(error).split())[:200] or type(error).__name__
     return ""
 
 

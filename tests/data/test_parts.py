@@ -89,6 +89,7 @@ def test_numbered_files_are_complete_and_of_one_part_whatever_its_word(kind: str
     for number in (1, 4):
         (tmp_path / f"trn-{number:05d}-of-00005.{kind}").write_bytes(content)
     assert len(open_source(data(source))) == 5
+    assert len(open_source(data(source | {"files": f"trn-0000[12]-of-*.{kind}"}))) == 2, "chosen, and all are there"
     (tmp_path / f"tst-00000-of-00001.{kind}").write_bytes(content)
     with pytest.raises(UserError, match="files of trn and tst: say which"):
         open_source(data(source | {"version": "2"}))

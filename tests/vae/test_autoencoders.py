@@ -1,6 +1,7 @@
 """Autoencoders of diffusers, of any class, channels, factor, scale and shift."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -155,21 +156,26 @@ def test_an_autoencoder_of_other_images_is_refused(channels: dict[str, int], tmp
         vae.latent_shape(saved(tmp_path, 3, **channels), 32)
 
 
+class OfflineModeIsEnabled(ConnectionError):
+    """As the hub's client raises it."""
+
+
 @pytest.mark.parametrize(
-    ("status", "kind"), [(429, StorageAway), (503, StorageAway), (404, UserError), (0, StorageAway)]
-)
+    ("error", "status", "kind"),
+    [
+        (OSError(), 429, StorageAway), (OSError(), 503, StorageAway), (OSError(), 404, UserError),
+        (ConnectionRefusedError(), 0, StorageAway), (socket.gaierror(), 0, StorageAway),
+        (OfflineModeIsEnabled(), 0, UserError),
+    ],
+)  # fmt: skip
 def test_a_hub_that_is_away_is_no_missing_autoencoder(
-    status: int, kind: type[DisScaleError], monkeypatch: pytest.MonkeyPatch
+    error: OSError, status: int, kind: type[DisScaleError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Diffusers says of each that the file is missing; 64 workers that ask at once are answered with 429."""
 
     def load_config(*_: object, **__: object) -> None:
-        answer = OSError(f"answered {status}") if status else ConnectionRefusedError("refused")
-        answer.response = SimpleNamespace(status_code=status)  # type: ignore[union-attr]
-        try:
-            raise answer
-        except OSError as error:
-            raise OSError("it does not appear to have a file named config.json") from error
+        error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+        raise OSError("it does not appear to have a file named config.json") from error
 
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", load_config)
     with pytest.raises(kind):
