@@ -55,7 +55,7 @@ class Cluster:
     description: str
     ours: bool
     at_once: Callable[[], int]
-    """Returns the number of models that can train at the same time now. It and what follows are asked anew: nodes join for days."""
+    """Returns the number of models that can train at the same time now. It is asked again, as what follows: nodes join for days."""
     gpus: Callable[[], int]
     """Returns the number of GPUs."""
     gpu_fault: str

@@ -35,7 +35,7 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
 
 def name_needs(driver: Driver, cluster: Cluster) -> None:
     """Log which later stages the nodes cannot hold yet."""
-    for stage, (count, request) in _lacking(driver, cluster, _over(driver.sweep)).items():
+    for stage, (count, request) in _lacking(driver, cluster, _due(driver.sweep, cluster)).items():
         driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
 
 
@@ -44,9 +44,9 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
 
     Before the first node joins that declares a stage, its workers would take the nodes of others.
     """
-    over = _over(driver.sweep)
+    due = _due(driver.sweep, cluster)
     with Wait(driver.gauge) as wait:
-        while lacking := _lacking(driver, cluster, over):
+        while lacking := _lacking(driver, cluster, due):
             workers, request = next(iter(lacking.values()))
             if text := wait.poll(workers, request, together=workers):
                 driver.board.say(text)
@@ -54,19 +54,21 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
             time.sleep(driver.poll_every_s)
 
 
-def _over(sweep: Sweep) -> set[str]:
-    """Return the stages whose nodes are not waited for: what prepare needs, its job waits for."""
-    trained = all(state.trained(sweep, model) for model in sweep.recipe.models)
-    encoded = state.find_latents(sweep.folder) is not None
-    return {"prepare"} | ({"precompute"} if encoded else set()) | ({"train"} if trained else set())
-
-
-def _lacking(driver: Driver, cluster: Cluster, over: Collection[str]) -> dict[str, tuple[int, Resources]]:
+def _due(sweep: Sweep, cluster: Cluster) -> list[str]:
+    """Return the stages whose nodes are waited for: what prepare needs, its job waits for."""
     if cluster.ours:  # it declares what the recipe asks for
+        return []
+    encodes = state.find_latents(sweep.folder) is None
+    trains = not all(state.trained(sweep, model) for model in sweep.recipe.models)
+    return ["precompute"] * encodes + ["train"] * trains + ["evaluate"]
+
+
+def _lacking(driver: Driver, cluster: Cluster, due: Collection[str]) -> dict[str, tuple[int, Resources]]:
+    if not due:
         return {}
     device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus())
     lacking = Places.now(driver.sweep.recipe).lacking(device)
-    return {stage: need for stage, need in lacking.items() if stage not in over}
+    return {stage: need for stage, need in lacking.items() if stage in due}
 
 
 def require_fits(plan: Plan, cluster: Cluster) -> None:
@@ -77,10 +79,8 @@ def require_fits(plan: Plan, cluster: Cluster) -> None:
     recipe, gpus = plan.recipe, cluster.gpus()
     if gpus < recipe.train.world_sizes[-1] or devices.device_of(recipe, gpus)[0] == "cpu":
         return
-    share, shared = (
-        recipe.evaluate.gpu_share,
-        recipe.evaluate.shared(gpus, gpus - cluster.at_once() * recipe.train.most_workers),
-    )
+    share = recipe.evaluate.gpu_share
+    shared = recipe.evaluate.shared(gpus, gpus - cluster.at_once() * recipe.train.most_workers)
     if share is not None and shared >= 1:
         raise UserError(
             f"evaluate.gpu_share: {shared / share:.0f} evaluators with {share:g} of each GPU's memory leave training none: "

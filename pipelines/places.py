@@ -38,7 +38,7 @@ class Places:
 
     def request(self, name: str, device: str, cpus: float) -> Request:
         """Return the request of a stage's worker on these nodes."""
-        return request_for(name, device, cpus, [*self._resources, *self.known])
+        return request_for(name, device, cpus, self.known or self._resources)
 
     def prepare(self, device: str) -> tuple[str, Request]:
         """Return the device of prepare's first worker and its request.

@@ -66,9 +66,9 @@ class RankPlaces:
                 if placed(self.job, group, world, self.bundle, partial(self.outdated, world, avoided, living)):
                     return world, group, avoided
             except BaseException:
-                remove_placement_group(group)
+                self.free(group)
                 raise
-            remove_placement_group(group)
+            self.free(group)
 
     def free(self, group: Any) -> None:
         """Give back the places of an attempt."""

@@ -68,7 +68,8 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
             f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
             "download them, or rename the others"
         )
-    if pattern == f"*{suffix}" and len(parts := splits_in(names) if len(prefixes) < 2 else prefixes) > 1:
+    parts = prefixes if len(prefixes) > 1 else splits_in(names)
+    if pattern == f"*{suffix}" and len(parts) > 1:
         raise UserError(
             f"data.source.files: {url} has files of {' and '.join(sorted(parts))}: say which to train on, for example "
             f"'*train*{suffix}'"
@@ -330,17 +331,16 @@ def _mask_beside(images: Sequence[_InTar]) -> tuple[_InTar, _InTar] | None:
 
     Such as 1.png, 1.mask.jpg or 1.seg.png beside 1.jpg; not 1.2.jpg, which is another number.
     """
-    first = dict[str, _InTar]()
+    first = dict[str, tuple[_InTar, str]]()
     named = [(image, *image.name.lower().rpartition(".")[::2]) for image in images]
     for image, root, kind in named:
-        other = first.setdefault(root, image)
-        if not other.name.lower().endswith(f".{kind}"):
+        other, of_other = first.setdefault(root, (image, kind))
+        if of_other != kind:
             return other, image
     for image, root, kind in named:
-        for shorter in accumulate(root.split("."), "{}.{}".format):
-            whole = first.get(shorter)
-            a_number = root[len(shorter) + 1 :].isdigit() and whole and whole.name.lower().endswith(f".{kind}")
-            if whole and shorter != root and not a_number:
+        for shorter in accumulate(root.split(".")[:-1], "{}.{}".format):
+            whole, of_whole = first.get(shorter, (None, ""))
+            if whole and not (of_whole == kind and root[len(shorter) + 1 :].isdigit()):
                 return whole, image
     return None
 

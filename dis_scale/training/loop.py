@@ -38,7 +38,7 @@ from dis_scale.training.bad_step import dump_step
 from dis_scale.training.devices import check_on_all_ranks
 from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
-from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts
+from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, largest_share
 from dis_scale.training.memory import plan_passes
 from dis_scale.training.resume import Keep, ResumePoint, Saver
 from dis_scale.training.schedule import learning_rate
@@ -268,7 +268,8 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     memory: list[int | None] = [None] * world
     dist.all_gather_object(memory, gpu_bytes(attempt.device))
     smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
-    count, keeps = plan_passes(attempt.model, price, settings, world, smallest, attempt.shared, attempt.short)
+    plan = plan_passes(attempt.model, price, settings, world, smallest, attempt.shared)
+    count, keeps = plan.smaller(largest_share(settings.lanes, world)) if attempt.short else plan
     passes = forward_passes(settings.lanes, rank, world, count)
     images = image_counts(passes, settings.lane_images)
     state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), images, keeps)

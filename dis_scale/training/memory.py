@@ -33,6 +33,14 @@ class PassPlan(NamedTuple):
     keeps_states: bool
     """Whether scans keep their states for the backward pass, which then computes nothing again."""
 
+    def smaller(self, share: int) -> "PassPlan":
+        """Return the plan of a worker with `share` lanes whose memory was too small for this one.
+
+        Without states, or with a lane less in the largest pass.
+        """
+        lanes = max(1, -(-share // self.passes) - (not self.keeps_states))
+        return PassPlan(-(-share // lanes), keeps_states=False)
+
 
 def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
     """Return the bytes of a worker's states by part; independent of the images in a forward pass.
@@ -74,19 +82,13 @@ def most_images(cost: Cost, settings: Train, world: int, usable_bytes: float) ->
 
 
 def plan_passes(
-    model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0, short: bool = False
+    model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0
 ) -> PassPlan:
     """Return the forward passes of a worker with a GPU of this many bytes, of which the fraction `shared` is evaluation's.
 
     As few as `lanes_at_once` allows; more if the states of their scans then fit, nothing is recomputed, and each keeps the GPU
-    busy. `short`: memory was too small for that, so they keep no states, or the largest has a lane less. No setting: the loss is
-    the same but for rounding.
+    busy. No setting: the loss is the same but for rounding.
     """
-    if short:
-        failed = plan_passes(model, cost, settings, world, gpu_bytes, shared)
-        share = largest_share(settings.lanes, world)
-        lanes = max(1, -(-share // failed.passes) - (not failed.keeps_states))
-        return PassPlan(-(-share // lanes), keeps_states=False)
     share, usable = largest_share(settings.lanes, world), USABLE * (1 - shared) * (gpu_bytes or 0)
     fewest = -(-share // lanes_at_once(model, cost, settings, world, gpu_bytes, shared))
     image, blocks = cost.kept_in(settings.precision).states, len(cost.kept.blocks)
