@@ -101,12 +101,28 @@ def test_panels_have_their_own_ids_and_places() -> None:
     assert all(target["datasource"]["uid"] == "${datasource}" for panel in panels() for target in panel["targets"])
 
 
-def test_each_alert_names_its_runbook_and_has_a_test() -> None:
-    tested = (PROMETHEUS / "alerts_test.yaml").read_text()
+def test_each_alert_names_its_runbook() -> None:
     for rule in alerts():
         assert (ROOT / rule["annotations"]["runbook"]).is_file()
         assert rule["labels"]["severity"] in ("warning", "critical")
-        assert re.search(rf"\b{rule['alert']}\b", tested)
+
+
+def test_each_alert_is_tested_quiet_and_firing() -> None:
+    """Its expected answers are at least one that is empty and one that is not."""
+    tested = yaml.safe_load((PROMETHEUS / "alerts_test.yaml").read_text())["tests"]
+    expected = {rule["alert"]: set[bool]() for rule in alerts()}
+    for case in tested:
+        for test in case.get("alert_rule_test", []):
+            expected[test["alertname"]].add(bool(test["exp_alerts"]))
+        for test in case.get("promql_expr_test", []):
+            (pattern,) = re.findall(r'alertname=~?"([^"]+)"', test["expr"])
+            for alert in filter(re.compile(pattern).fullmatch, expected):
+                samples = test["exp_samples"]
+                named = [
+                    sample for sample in samples if alert in sample["labels"] or "alertname" not in sample["labels"]
+                ]
+                expected[alert].add(bool(named))
+    assert {alert for alert, answers in expected.items() if answers != {False, True}} == set()
 
 
 def test_names_follow_prometheus() -> None:

@@ -73,7 +73,10 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A sweep; `wrong` are lines that name what is wrong and what to do, `known` what it continues without."""
+    """A sweep; `wrong` are lines that name what is wrong and what to do, `known` what it continues without.
+
+    Once no command continues, what has failed for good is wrong.
+    """
 
     sweep: str
     doing: str
@@ -165,7 +168,14 @@ def _collect(reader: _Reader) -> Status:
     known = [
         f"{node}: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md" for node in excluded
     ]
-    wrong += [*_wrong(runs), *(f"skipped: {each}: {why}" for each, why in skipped.items()), *reader.damaged]
+    failed = [
+        f"{run.model}: ended: {run.ended}; the next sweep command trains it again"
+        for run in runs
+        if run.doing == "failed"
+    ]
+    failed += [f"skipped: {each}: {why}" for each, why in skipped.items()]
+    (known if commanded else wrong).extend(failed)
+    wrong += [*_wrong(runs), *reader.damaged]
     stage = f"{progress}, {_span(now - progress.at, ' ago')}" if progress and doing in STAGES else ""
     return Status(
         str(sweep), doing, stopped, _holder(held[0]) if commanded else "", stage, runs, len(left), wrong, known
@@ -267,8 +277,6 @@ def _wrong(runs: list[RunStatus]) -> list[str]:
     """Return what is wrong with the models, the most urgent first."""
     lines = []
     for run in runs:
-        if run.doing == "failed":
-            lines.append(f"{run.model}: ended: {run.ended}; the next sweep command trains it again")
         if run.doing == "silent":
             lines.append(
                 f"{run.model}: no metric row for {_span(run.row_age_s) or 'its whole time'}, and {run.holder} is alive: "

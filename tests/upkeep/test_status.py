@@ -207,6 +207,17 @@ def test_why_the_last_attempt_ended_is_told(sweep: Sweep) -> None:
     assert "dis: ended: it diverged; the next sweep command trains it again" in of(sweep, "dis")[0].wrong
 
 
+def test_a_model_that_failed_does_not_fail_the_checks_of_the_weeks_in_which_the_others_train(sweep: Sweep) -> None:
+    """It has an alert of its own; a check that fails all the time would hide what comes next."""
+    why = "dis: ended: it diverged; the next sweep command trains it again"
+    with lease.hold(sweep.lease("sweep")):
+        Ended(why="it diverged").write(sweep.run("dis").folder)
+        found, _ = of(sweep, "dis")
+        assert (found.wrong, found.known) == ([], [why])
+        assert why in printed(found)
+    assert why in of(sweep, "dis")[0].wrong, "nobody continues"
+
+
 def test_dead_processes_are_named_with_what_to_type(sweep: Sweep) -> None:
     train(sweep, "dis", 160)
     for folder in (sweep.lease("sweep"), sweep.run("dis").lease):
