@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from dis_scale.evaluation.run import Spent, block_name
-from dis_scale.process.errors import WrongKernel
+from dis_scale.process.errors import BrokenDevice, WrongKernel
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.training import devices
@@ -42,13 +42,15 @@ class Evaluator(Worker):
     def __init__(self, sweep: Sweep, device: str, shared_gpu: int | None = None) -> None:
         super().__init__()
         self._checked = False
-        self._broken: RuntimeError | None = None
+        self._broken: RuntimeError | BrokenDevice | None = None
         os.nice(NICE)
         if shared_gpu is not None:
             devices.hide_others(shared_gpu)
+        self._shared = 0.0 if shared_gpu is None else 1.0  # beside training, which may hold all that it leaves
         try:
-            self._open(sweep, device, shared_gpu is not None)
-        except RuntimeError as error:  # of the device; a process that died of it would tell nobody
+            with devices.blaming_others(devices.torch_device(device), self._shared):
+                self._open(sweep, device, shared_gpu is not None)
+        except (RuntimeError, BrokenDevice) as error:  # of the device; a process that died of it would tell nobody
             self._broken = error
 
     def _open(self, sweep: Sweep, device: str, shares: bool) -> None:
@@ -80,7 +82,8 @@ class Evaluator(Worker):
             if not self._checked:
                 devices.check_on_node(self.sampler.device)
                 self._checked = True
-            yield
+            with devices.blaming_others(self.sampler.device, self._shared):
+                yield
 
     def passes(self, sampled: Sampled, settings: Evaluate) -> bool:
         """Whether the kernels of a model agree with their definition on this device."""

@@ -76,10 +76,11 @@ class Encoder(Worker):
         self.report(0)
         device = devices.torch_device(self.device)
         devices.check_on_node(device)
-        vae.net.to(device)
-        setup = Setup(open_source(recipe.data, self.sweep.store), vae, recipe)
-        self.emit("work")
-        put_shards(setup, latents, iter(deal, None), self._count)
+        with devices.blaming_others(device):
+            vae.net.to(device)
+            setup = Setup(open_source(recipe.data, self.sweep.store), vae, recipe)
+            self.emit("work")
+            put_shards(setup, latents, iter(deal, None), self._count)
 
     def mix(self, latents: Folder, mixer: MixedOrder, deal: Deal) -> None:
         """Write the shards of the groups that `deal` names, from the parts that all encoders made. Needs no GPU."""

@@ -102,7 +102,8 @@ class Trainer(Worker):
             start=Start(*start), require_held=held_lease.require_held, stop_by=self.stop_by,
             report=self.report, log=self.log, emit=self.emit, shared=shared, short=short,
         )  # fmt: skip
-        return train_model(attempt)
+        with devices.blaming_others(attempt.device, shared):
+            return train_model(attempt)
 
 
 def train_one(job: StageJob) -> None:

@@ -5,7 +5,8 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ NVIDIA, DISPLAY = "0x10de", "0x03"
 """PCI vendor, and first digits of the class of graphics devices."""
 UNSUPPORTED = re.compile(r"driver on your system is too old|no kernel image is available")
 """Parts of the errors of a driver or a GPU that this PyTorch does not support."""
+FOREIGN = 0.25
+"""Fraction of a GPU's memory, beyond what is shared on purpose, that others must hold to be blamed for what does not fit."""
 REMEDY = "this PyTorch needs the NVIDIA driver R580 or newer, and a GPU newer than Volta"
 
 
@@ -138,6 +141,8 @@ def check_device(device: "torch.device") -> None:
     except RuntimeError as error:
         if UNSUPPORTED.search(str(error)):
             raise UserError(f"node {socket.gethostname()}: {str(error).splitlines()[0]}; {REMEDY}") from error
+        if "out of memory" in str(error):
+            raise BrokenDevice(f"{device}: other processes left no memory for a matrix of 4 MiB: {error}") from error
         raise
     if wrong := int((product.cpu() != side * torch.outer(u, u)).sum()):
         raise BrokenDevice(f"{device}: {wrong} of {side * side} elements of a matrix product are wrong")
@@ -149,6 +154,26 @@ def check_on_node(device: "torch.device") -> None:
         check_device(device)
     except UserError as error:
         raise BrokenDevice(str(error)) from error
+
+
+@contextmanager
+def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None) -> Iterator[None]:
+    """Raise BrokenDevice where memory was too small because processes that are not this sweep's hold the GPU's.
+
+    Evaluators may hold the fraction `shared`. `cuda` is `torch.cuda`, or what a test puts in its place.
+    """
+    import torch
+
+    cuda = cuda or torch.cuda
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = cuda.mem_get_info(device)
+        others = total - free - cuda.memory_reserved(device)
+        if others <= (shared + FOREIGN) * total:
+            raise
+        held = f"other processes hold {others / 2**30:.1f} of {total / 2**30:.1f} GiB"
+        raise BrokenDevice(f"{device}: {held}: {str(error).splitlines()[0]}") from error
 
 
 def check_group(device: "torch.device") -> None:

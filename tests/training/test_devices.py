@@ -130,6 +130,44 @@ def test_a_gpu_without_kernels_is_counted_out(pci: Path, capability: tuple[int, 
     assert (usable, fault == "") == (count, count == 1)
 
 
+@dataclass
+class Memory:
+    """A GPU of 80 GiB of which others hold this much; this process holds 30."""
+
+    others_gib: int
+
+    def mem_get_info(self, _: torch.device) -> tuple[int, int]:
+        return (50 - self.others_gib) << 30, 80 << 30
+
+    def memory_reserved(self, _: torch.device) -> int:
+        return 30 << 30
+
+
+@pytest.mark.parametrize(
+    ("others_gib", "shared", "cause"),
+    [(3, 0.0, "memory"), (40, 0.0, "device"), (40, 0.3, "memory"), (49, 0.3, "device")],
+)
+def test_memory_that_others_hold_is_the_nodes_failure_and_not_too_small(
+    others_gib: int, shared: float, cause: str
+) -> None:
+    """The sweep goes on elsewhere, with its planned passes; evaluators beside training hold what they may."""
+    raised = pytest.raises((torch.OutOfMemoryError, BrokenDevice))
+    with raised as error, devices.blaming_others(CPU, shared, Memory(others_gib)):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    assert blame(RayTaskError("train", "", error.value)) == cause
+    assert cause == "memory" or str(error.value).startswith(
+        f"cpu: other processes hold {others_gib}.0 of 80.0 GiB: CUDA out"
+    )
+
+
+def test_a_device_without_memory_for_its_check_is_full_of_others() -> None:
+    with (
+        store_requests.failing(torch.AcceleratorError("CUDA error: out of memory")),
+        pytest.raises(BrokenDevice, match=r"^cpu: other processes left no memory for a matrix of 4 MiB: CUDA error"),
+    ):
+        devices.check_device(CPU)
+
+
 def test_a_workers_gpu_that_is_not_supported_is_a_mistake_with_a_remedy() -> None:
     with (
         store_requests.failing(RuntimeError(TOO_OLD)),
