@@ -89,7 +89,8 @@ def status(
 ) -> None:
     """Show what a sweep is doing and what is wrong, from its storage alone: no cluster is asked.
 
-    A sweep is wrong that stopped before it was done or is silent, that has a failed model, a skipped evaluation or a damaged file.
+    A sweep is wrong that stopped before it was done or is silent, or that has a damaged file; after its command also one that has a
+    failed model or a skipped evaluation.
     """
 
     from dis_scale.storage.folder import open_folder

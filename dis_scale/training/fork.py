@@ -9,8 +9,10 @@ from dataclasses import replace
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Model
 from dis_scale.recipe.reading import with_model
+from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import PointName, Run, Sweep, state
+from dis_scale.storage.lease import Lease
+from dis_scale.sweep import PointName, Run, Sweep, command_lease, state
 from dis_scale.sweep.documents import Origin, PublishedManifest, ResumePointManifest
 
 ATTEMPT = 0
@@ -21,8 +23,13 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     """Start the run `new` of a sweep where `model` had seen `images_seen` images; return it.
 
     `settings` (`a=value`) change its training from there on. Published weights up to there are copied, too. A rerun does only what
-    is left. UserError if it cannot be done.
+    is left. UserError if it cannot be done; Held while a command runs the sweep, whose recipe would change under it.
     """
+    with lease.hold(command_lease(sweep.folder)) as held:
+        return _fork(sweep, model, images_seen, new, settings, held)
+
+
+def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequence[str], held: Lease) -> Run:
     run, name = sweep.run(model), state.point_at(sweep.run(model), images_seen)
     origin = Origin(model=model, images=images_seen, resume_point=str(name or ""))
     grown = replace(sweep, recipe=with_model(sweep.recipe, new, _outside_studies(sweep.recipe.models[model]), settings))
@@ -37,10 +44,10 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     ResumePointManifest.require(point).read_files(point)
     origin.write(target.folder)
     for count in [n for n in state.published_counts(run) if n <= images_seen]:
-        _copy(
-            PublishedManifest.require(run.published_at(count)), run.published_at(count), target.published_at(count), new
-        )
-    _copy(ResumePointManifest.require(point), point, target.resume_point(PointName(images_seen, ATTEMPT)), new)
+        published = run.published_at(count)
+        _copy(PublishedManifest.require(published), published, target.published_at(count), new, held)
+    _copy(ResumePointManifest.require(point), point, target.resume_point(PointName(images_seen, ATTEMPT)), new, held)
+    held.require_held()
     grown.save_recipe()
     return target
 
@@ -83,9 +90,12 @@ def _no_point(run: Run, model: str, images_seen: int) -> UserError:
     )
 
 
-def _copy(manifest: ResumePointManifest | PublishedManifest, source: Folder, target: Folder, model: str) -> None:
+def _copy(
+    manifest: ResumePointManifest | PublishedManifest, source: Folder, target: Folder, model: str, held: Lease
+) -> None:
     """Copy files with their manifest, which is written last and names the new run's model."""
     for name in manifest.files:
         target.write(name, manifest.read_file(source, name))
     progress = manifest.progress and manifest.progress.model_copy(update={"model": model})
+    held.require_held()
     manifest.changed(progress=progress).write(target)

@@ -1,10 +1,13 @@
 """A fork continues from its resume point, bit for bit; the original run stays as it is."""
 
+import psutil
 import pytest
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import Held, UserError
 from dis_scale.recipe import reading
-from dis_scale.sweep import Sweep, state
+from dis_scale.storage import lease
+from dis_scale.storage.lease import Holder
+from dis_scale.sweep import RECIPE, Sweep, state
 from dis_scale.sweep.documents import Origin
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import resume
@@ -54,6 +57,17 @@ def test_a_fork_may_change_the_training_from_there_on(sweep: Sweep) -> None:
     assert rates == {1e-5}
     with pytest.raises(UserError, match=r"models.new.train.learning_rat: unknown key \(did you mean 'learning_rate'"):
         fork_run(Sweep.open(sweep.folder.url), "dit", 240, "new", ["learning_rat=1"])
+
+
+def test_a_sweep_that_runs_is_not_changed_under_its_command(sweep: Sweep) -> None:
+    before = sweep.folder.read(RECIPE)
+    parent = psutil.Process().ppid()
+    Holder.here().changed(pid=parent, started=lease.began(parent)).write(command := sweep.lease("sweep"), "7777")
+    with pytest.raises(Held, match=f"held by process {parent} .*: one writer at a time"):
+        fork_run(sweep, "dit", 240, "beside")
+    command.write("7777.end", b"{}")
+    assert sweep.folder.read(RECIPE) == before
+    assert not (sweep.folder / "runs/beside").list()
 
 
 @pytest.mark.parametrize(
