@@ -146,7 +146,7 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
 def _require_paired(latents: Folder, manifest: LatentsManifest) -> None:
     """UserError unless REPA's code pairs the latents with the images, which it lists by Pillow's endings, also hidden ones."""
     source = manifest.made_from.source
-    if manifest.refused or source["kind"] in ("tar", "parquet", "csv"):
+    if manifest.refused or source["kind"] in ("tar", "parquet", "csv", "latents"):
         raise UserError(
             f"{latents}: REPA pairs latents with the images of a folder by their order: expected a source of kind folder, of which "
             f"no image is left out; this one is of kind {source['kind']}, {len(manifest.refused)} left out: use --layout edm2"

@@ -389,7 +389,9 @@ def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Itera
             for key, column in (("path", path), ("label", label)):
                 if column is not None and column not in (rows.fieldnames or []):
                     has = ", ".join(rows.fieldnames or ["nothing"])
-                    near = nearest(column, rows.fieldnames or [])
+                    near = nearest(column, rows.fieldnames or []) or (
+                        ", and no comma" if len(rows.fieldnames or []) == 1 else ""
+                    )
                     raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
             for row in rows:
                 if not row[path] or None in row or (label is not None and not (row[label] or "").strip()):
@@ -401,7 +403,9 @@ def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Itera
     except FileNotFoundError as error:
         raise UserError(f"data.source.url: no file {where}") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not a CSV in UTF-8: {error}") from error
+        raise UserError(
+            f"{where}: not a CSV in UTF-8, as iconv -f WINDOWS-1252 -t UTF-8 or a text editor writes it: {error}"
+        ) from error
 
 
 def _lines(file: io.TextIOWrapper, where: str) -> Iterator[str]:

@@ -153,7 +153,7 @@ def test_an_export_comes_back_to_the_bit(layout: str, encoded: tuple[str, Folder
     assert len(set(labels.tolist())) == 10
 
 
-@pytest.mark.parametrize("kind", ["tar", "parquet", "csv"])
+@pytest.mark.parametrize("kind", ["tar", "parquet", "csv", "latents"])
 def test_repas_layout_is_refused_where_its_images_would_have_another_order(
     kind: str, encoded: tuple[str, Folder], tmp_path: Path
 ) -> None:
