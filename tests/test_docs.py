@@ -165,7 +165,7 @@ def test_the_sizes_on_the_page_are_computed() -> None:
 def test_the_recipe_of_the_tutorial_is_what_init_writes() -> None:
     survey = Survey("/data/photos", {f"class {n}": 3000 for n in range(10)}, Counter({320: 30_000}), [], 0)
     machine = Machine(64, 2**39, gpus=4, gpu_bytes=80 * 2**30, gpu_name="NVIDIA H100 80GB HBM3")
-    assert propose(survey, machine, "photos.yaml", 256) in blocks((ROOT / "docs" / "own-images.md").read_text())
+    assert propose(survey, machine, "photos.yaml", 256) in blocks((ROOT / "docs" / "quick-start.md").read_text())
 
 
 def snippets(name: str) -> list[str]:
