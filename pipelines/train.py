@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -69,7 +69,7 @@ class Trainer(Worker):
         super().report(done)
         self.context.images = done
 
-    def check(self, rank_environment: dict[str, Any], device: str, waits_s: float) -> None:
+    def check(self, rank_environment: Mapping[str, object], device: str, waits_s: float) -> None:
         """Join the process group and check this worker's device and connections; BrokenDevice if one fails."""
         os.environ.update({key: str(value) for key, value in rank_environment.items()})
         from dis_scale.training import engine

@@ -3,9 +3,9 @@
 A rebuilt shard is compared with the manifest before it is written: it has the same bytes or it is not written.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -239,5 +239,5 @@ def _numbers(values: Iterable[float]) -> str:
     return " ".join(f"{value:.3g}" for value in values)
 
 
-def _settings(source: dict[str, Any]) -> str:
+def _settings(source: Mapping[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in source.items() if value is not None)

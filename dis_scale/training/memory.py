@@ -3,7 +3,8 @@
 Read next: models/cost.py for the activations, lanes.py for what is done with the answer.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.cost import Cost
@@ -13,7 +14,7 @@ from dis_scale.training.engine import MOMENTS, bucket
 from dis_scale.training.lanes import largest_share
 from dis_scale.weights import ema
 
-CURES: tuple[dict[str, Any], ...] = (
+CURES: tuple[Mapping[str, object], ...] = (
     {"zero_stage": 2}, {"checkpointing": "block"}, {"zero_stage": 2, "checkpointing": "block"},
     {"zero_stage": 3, "checkpointing": "block"},
 )  # fmt: skip
@@ -122,7 +123,7 @@ def lanes_at_once(
     fitting = [lanes for lanes in range(1, share + 1) if need(lanes) <= usable]
     if wanted in fitting or (fitting and not wanted):
         return wanted or fitting[-1]
-    cures: list[dict[str, Any]] = [{"micro_images": fitting[-1] * settings.lane_images}] if fitting else []
+    cures: list[Mapping[str, object]] = [{"micro_images": fitting[-1] * settings.lane_images}] if fitting else []
     for changes in CURES:
         if need(1, settings.model_copy(update=changes)) <= usable and not (
             settings.compile and changes.get("zero_stage") == 3
