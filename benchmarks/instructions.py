@@ -51,7 +51,7 @@ FLOAT32 = {"warp_sums", "dBC", "parameters"}
 FLOAT32_PAIR = "*fp32", "*fp32"
 
 
-def forward(second: bool, for_backward: bool, keep: bool = False) -> dict[str, Any]:
+def forward(*, second: bool = False, for_backward: bool = False, keep: bool = False) -> dict[str, Any]:
     order = {"REVERSE": second, "FIRST": not second, "SECOND": second}
     out_row = 2 * E if for_backward else E  # the gate's gradient is half of the product's
     return SCAN | order | {"out_row": out_row, "FOR_BACKWARD": for_backward, "KEEP": keep}
@@ -64,12 +64,12 @@ def backward(gate: bool) -> dict[str, Any]:
 
 
 KERNELS: dict[str, dict[str, Any]] = {
-    "scan_forward, first": forward(False, False),
-    "scan_forward, second": forward(True, False),
-    "scan_forward, first, for backward": forward(False, True),
-    "scan_forward, second, for backward": forward(True, True),
-    "scan_forward, first, keeps": forward(False, False, keep=True),
-    "scan_forward, second, keeps": forward(True, False, keep=True),
+    "scan_forward, first": forward(),
+    "scan_forward, second": forward(second=True),
+    "scan_forward, first, for backward": forward(for_backward=True),
+    "scan_forward, second, for backward": forward(second=True, for_backward=True),
+    "scan_forward, first, keeps": forward(keep=True),
+    "scan_forward, second, keeps": forward(second=True, keep=True),
     "scan_backward": backward(gate=False),
     "scan_backward, of the gate, too": backward(gate=True),
     "conv_forward": CONV,

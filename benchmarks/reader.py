@@ -182,7 +182,8 @@ def main(rounds: int = 5) -> None:
         if mine in speeds:
             rate, (peer_rate, ratio) = statistics.median(speeds[mine]), compared(speeds, mine, peer)
             print(
-                f"{f'{mine}, against WebDataset':60} {rate:10,.0f} {peer_rate:10,.0f} {ratio:7.2f}  {verdict(ratio, 1, True)}"
+                f"{f'{mine}, against WebDataset':60}"
+                f" {rate:10,.0f} {peer_rate:10,.0f} {ratio:7.2f}  {verdict(ratio, 1, at_least=True)}"
             )
 
 

@@ -98,17 +98,23 @@ def report(
         facts = {"ms": 1e3 * ours, "peer_ms": 1e3 * peer, "ratio": ratio, "pairs": len(pairs)}
         print(json.dumps(row._asdict() | facts))
         table.append(
-            (row.name, f"{1e3 * ours:9.3f}", f"{1e3 * peer:9.3f}", ratio, verdict(ratio, row.goal, row.at_least))
+            (
+                row.name,
+                f"{1e3 * ours:9.3f}",
+                f"{1e3 * peer:9.3f}",
+                ratio,
+                verdict(ratio, row.goal, at_least=row.at_least),
+            )
         )
     for name, ratio, goal in more or []:
         print(json.dumps({"name": name, "ratio": ratio, "goal": goal}))
-        table.append((name, "", "", ratio, verdict(ratio, goal, False)))
+        table.append((name, "", "", ratio, verdict(ratio, goal, at_least=False)))
     print(f"\n{'':54} {'ms':>9} {'peer ms':>9} {'ratio':>8}  goal")
     for name, ms, peer_ms, ratio, goal_met in table:
         print(f"{name:54} {ms:>9} {peer_ms:>9} {ratio:8.2f}  {goal_met}")
 
 
-def verdict(ratio: float, goal: float | None, at_least: bool) -> str:
+def verdict(ratio: float, goal: float | None, *, at_least: bool) -> str:
     if goal is None:
         return ""
     met = ratio >= goal if at_least else ratio <= goal

@@ -81,20 +81,26 @@ def main(rounds: int = 5) -> None:
     )
     moved = moved_bytes()
     jobs = {"two-way": scan("triton", B, L), "copy": copy(moved)}
-    rows = [Row("two-way, share of a copy's bandwidth", "two-way", "copy", 0.5, True)]
+    rows = [Row("two-way, share of a copy's bandwidth", "two-way", "copy", 0.5, at_least=True)]
     try:
         choose("mamba", DEVICE)
         jobs["mamba-ssm twice"] = scan("mamba", B, L)
-        rows.insert(0, Row("two-way, against mamba-ssm twice with flips", "two-way", "mamba-ssm twice", 1.5, True))
+        rows.insert(
+            0, Row("two-way, against mamba-ssm twice with flips", "two-way", "mamba-ssm twice", 1.5, at_least=True)
+        )
     except DisScaleError as error:
         print(json.dumps({"name": "mamba-ssm twice", "not measured": str(error)}))
     for length, batch in LENGTHS.items():
         jobs[f"length {length}"] = scan("triton", batch, length)
         work = float(batch * length), float(B * L)
-        rows.append(Row(f"time a token, {length} against {L}", f"length {length}", f"length {L}", 1.3, False, work))
+        rows.append(
+            Row(
+                f"time a token, {length} against {L}", f"length {length}", f"length {L}", 1.3, at_least=False, work=work
+            )
+        )
         name, peer = f"forward, length {length}", f"forward, length {L}"
         jobs[name] = sampling(batch, length)
-        rows.append(Row(f"forward, time a token, {length} against {L}", name, peer, 1.3, False, work))
+        rows.append(Row(f"forward, time a token, {length} against {L}", name, peer, 1.3, at_least=False, work=work))
     times = measure(jobs, rounds)
     report(rows, {name: [t / REPEATS for t in seconds] for name, seconds in times.items()})
     states, least_s = 2 * B * L * E * N, min(times["two-way"]) / REPEATS  # both directions

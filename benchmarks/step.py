@@ -92,14 +92,19 @@ def main(rounds: int = 10) -> None:
     others = {"DiS2": step_job(model(DIS2), "none"), "DiT": step_job(model(DIT), "none")}
     seconds = least_times({kind: step_job(dis, kind) for kind in KINDS} | others, rounds)
     work = [BATCH * price_model(settings, SHAPE, CLASSES).gmacs_training for settings in (DIS, DIT)]
-    rows = [Row(f"checkpointing {kind}, time", kind, "none", TIME.get(kind), False) for kind in KINDS[1:]]
+    rows = [Row(f"checkpointing {kind}, time", kind, "none", TIME.get(kind), at_least=False) for kind in KINDS[1:]]
     rows += [
         Row(
-            f"DiS-{SIZE}'s GMAC/s, against DiT-{SIZE}'s", "none", "DiT", PER_GMAC[DEVICE.type], True, (work[0], work[1])
+            f"DiS-{SIZE}'s GMAC/s, against DiT-{SIZE}'s",
+            "none",
+            "DiT",
+            PER_GMAC[DEVICE.type],
+            at_least=True,
+            work=(work[0], work[1]),
         ),
-        Row(f"DiS-{SIZE}, share of peak (MFU)", "none", "peak", MFU[DEVICE.type], True),
-        Row(f"DiS2-{SIZE}'s step against DiS-{SIZE}'s", "DiS2", "none", 1.0, False),
-        Row(f"DiT-{SIZE}, share of peak", "DiT", "DiT at peak", None, True),
+        Row(f"DiS-{SIZE}, share of peak (MFU)", "none", "peak", MFU[DEVICE.type], at_least=True),
+        Row(f"DiS2-{SIZE}'s step against DiS-{SIZE}'s", "DiS2", "none", 1.0, at_least=False),
+        Row(f"DiT-{SIZE}, share of peak", "DiT", "DiT at peak", None, at_least=True),
     ]
     at_peak = {"peak": 2e9 * work[0] / peak, "DiT at peak": 2e9 * work[1] / peak}
     memory = [(f"checkpointing {kind}, memory", added[kind] / added["none"], MEMORY.get(kind)) for kind in KINDS[1:]]

@@ -145,7 +145,7 @@ def sample(size: str, images: int, device: str) -> None:
         models.build(recipe.models["model"], LATENT_SHAPE, CLASSES, precision=precision)
         .to(where)
         .eval()
-        .requires_grad_(False)
+        .requires_grad_(requires_grad=False)
     )
 
     def rate(drawn: Any) -> float:
@@ -173,7 +173,7 @@ def encode(resolution: int, images: int, device: str) -> None:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=SD_WIDTHS, latent_channels=4, layers_per_block=2, sample_size=resolution,
     )  # fmt: skip
-    vae = DiffusersVae(net.to(device).eval().requires_grad_(False))
+    vae = DiffusersVae(net.to(device).eval().requires_grad_(requires_grad=False))
     settings = reading.load(RECIPE, [f"precompute.encode_images={images}"]).precompute
     pixels = list(np.random.default_rng(0).integers(0, 256, (images, resolution, resolution, 3), np.uint8))
     on_device = torch.randn(images, 3, resolution, resolution, device=device)

@@ -73,7 +73,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from dis_scale.recipe.schema import json_schema
 
-    show(True, json_schema())
+    show(as_json=True, document=json_schema())
 
 
 def _open(url: str, overrides: list[str] | None = None) -> "Recipe":

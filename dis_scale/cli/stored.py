@@ -207,7 +207,7 @@ def data_show(
     with naming_misspelt(url):
         sweep, latents = maintenance.locate_latents(url)
     if as_json:
-        return show(True, LatentsManifest.require(latents).to_json() | {"latents": latents.url})
+        return show(as_json=True, document=LatentsManifest.require(latents).to_json() | {"latents": latents.url})
     for line in maintenance.describe(latents):
         say(line)
     decoder = maintenance.load_decoder(sweep, latents, vae)

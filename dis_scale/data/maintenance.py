@@ -78,7 +78,7 @@ def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
         raise UserError(
             f"{url}: a folder of latents: give the sweep's folder, whose recipe names the images and the VAE"
         )
-    damaged = verify(latents, False, report)
+    damaged = verify(latents, fast=False, report=report)
     if damaged:
         manifest = LatentsManifest.require(latents)
         setup = _prepare_rebuild(Sweep.open(sweep.url), latents, manifest, listed)

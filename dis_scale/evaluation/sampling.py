@@ -151,7 +151,7 @@ class BlockSampler:
                 model, diffusion.build(self.recipe.diffusion, model.shape), labels, numbers, settings,
                 seed=self.recipe.seed, device=self.device, guide=guide,
             )  # fmt: skip
-            allow_tf32(False)
+            allow_tf32(allowed=False)
             require_finite(latents, numbers)
         with self._timed("decoding"):
             return self.vae.decode(latents)
@@ -207,7 +207,7 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
         models.check_finite(model)
     except UserError as error:
         raise StorageError(f"published weights of {name}: {error}") from error
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def labels_of(sweep: Sweep) -> np.ndarray:

@@ -31,7 +31,7 @@ class Differing(NamedTuple):
 
 def flatten(recipe: Recipe) -> list[Setting]:
     """Return all settings in the types' order. A model's own training has only those that it gives."""
-    return list(_flat(recipe, recipe.model_dump(mode="json"), "", True))
+    return list(_flat(recipe, recipe.model_dump(mode="json"), "", given=True))
 
 
 def differences(a: Recipe, b: Recipe) -> list[Differing]:

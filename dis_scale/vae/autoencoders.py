@@ -167,7 +167,7 @@ def load_stored(folder: Folder) -> Vae:
         raise UserError(f"{folder}: no VAE there: the prepare stage has not finished")
     net: AutoencoderKL = _diffusers("AutoencoderKL").from_config(json.loads(manifest.read_file(folder, CONFIG)))
     net.load_state_dict(safetensors.torch.load(manifest.read_file(folder, WEIGHTS_FILE)))
-    return DiffusersVae(net.eval().requires_grad_(False))
+    return DiffusersVae(net.eval().requires_grad_(requires_grad=False))
 
 
 def load_pretrained(settings: PretrainedVae) -> Vae:
@@ -183,7 +183,7 @@ def load_pretrained(settings: PretrainedVae) -> Vae:
     if missing := sorted(info["missing_keys"]):  # diffusers would leave them at random values
         raise UserError(f"vae.path: {settings.path!r} lacks {len(missing)} weights, the first {missing[0]}")
     wrapper = RepresentationVae if kind.__name__ == "AutoencoderRAE" else DiffusersVae
-    return wrapper(net.eval().requires_grad_(False))
+    return wrapper(net.eval().requires_grad_(requires_grad=False))
 
 
 def published(settings: PretrainedVae) -> tuple[Any, dict[str, Any]]:

@@ -241,7 +241,7 @@ def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dt
 
     def make(scan: str) -> DiSBlock:
         alone = Attention(settings.width, settings.depth, case.L, 0) if settings.attention_every == 1 else None
-        return DiSBlock(plain, scan, False, attention=alone)
+        return DiSBlock(plain, scan, skip=False, attention=alone)
 
     verify_block(make, settings.width, scan, device, dtype, case)
 
