@@ -14,8 +14,9 @@ from pipelines.stage import STORAGE_AWAY_S, StageJob
 T = TypeVar("T")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
 """Wait before the second consecutive attempt without progress; it doubles from one to the next."""
-LONGEST_FOR_DEVICE_S = 600.0
-"""The longest after a failed device: a node that is excluded is used while others are away, and these may be for hours."""
+LONGEST_FOR_DEVICE_S = 1800.0
+"""The longest after a failed device: a node that is excluded is used while there is no other, and its repair may take a week-end,
+which 100 attempts outlast."""
 WORKED_S = 3600.0
 """Time of an attempt after which storage was there in it: one that is away ends an attempt within minutes."""
 NEAR_STEPS = 2
@@ -65,7 +66,7 @@ def with_restarts(
             if len(failures) > job.recipe.train.restarts or _deterministic(failures, near):
                 raise DisScaleError(_last_words(name, failures, near)) from failure
         longest_s = LONGEST_FOR_DEVICE_S if isinstance(failure, DeviceFailure) else LONGEST_BACKOFF_S
-        wait_s = min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(in_a_row - 2, 9)) if in_a_row > 1 else 0.0
+        wait_s = min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(in_a_row - 2, 10)) if in_a_row > 1 else 0.0
         left = job.recipe.train.restarts - len(failures)
         counts.add(counts.RESTARTS)
         job.emit("restart", job=name, done=failure.done, left=left)
@@ -122,7 +123,8 @@ def _crashes(failures: Sequence[WorkerFailure]) -> list[WorkerFailure]:
 def _last_words(name: str, failures: Sequence[WorkerFailure], near: int) -> str:
     crashes = _crashes(failures)
     points = {crash.done for crash in crashes}
-    if (len(points) == 1 and len(crashes) > 1 and max(points)) or _deterministic(failures, near):
+    alike = len(points) == 1 and len(crashes) > 1 and max(points) and not isinstance(failures[-1], DeviceFailure)
+    if alike or _deterministic(failures, near):
         return (
             f"{name}: crashed {len(failures)} times in a row with {failures[-1].done} done: this looks deterministic; see this "
             f"job's log, last failure: {failures[-1]}"

@@ -47,6 +47,14 @@ def test_a_crash_at_the_same_count_is_called_deterministic(job: RecordedJob) -> 
     assert job.pauses == [0, 2, 4]
 
 
+def test_a_device_that_is_the_only_one_is_waited_for_and_not_called_a_mistake(tiny: Recipe) -> None:
+    """Its node may be repaired on Monday."""
+    job = job_of(tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 100})}))
+    with pytest.raises(DisScaleError, match="dis: 101 attempts in a row failed without progress: ECC"):
+        run(job, [DeviceFailure("ECC", 0, 112)] * 101, [80] * 102)
+    assert sum(job.pauses) > 45 * 3600
+
+
 def test_failures_at_different_counts_are_not(job: RecordedJob) -> None:
     failures: list[Exception] = [WorkerFailure("worker lost", done) for done in (96, 112, 96, 128)]
     with pytest.raises(DisScaleError, match="dis: 4 attempts in a row failed without progress: worker lost"):
