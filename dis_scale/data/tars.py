@@ -160,6 +160,7 @@ EXTENDED = {
 class _Member(tarfile.TarInfo):
     """A member of one tar, of which no long headers are read."""
 
+    where = ""
     extended_bytes = 0
     """Of extended headers since the last member; a subclass for each tar counts its own."""
 
@@ -176,6 +177,13 @@ class _Member(tarfile.TarInfo):
                 f"extended headers of {cls.extended_bytes:,} bytes, and at most {LABEL_BYTES:,} are read"
             )
         return member
+
+    def _refuse_holes(self, of: object = None, *_: object) -> Self:
+        """StorageError before `tarfile` reads the map of the holes, which may be of any length."""
+        name = of.name if isinstance(of, tarfile.TarInfo) else self.name
+        raise StorageError(f"{self.where}: {printable(name)} has holes that are left out: write it without --sparse")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_holes
 
 
 class _InTar(NamedTuple):
@@ -226,13 +234,9 @@ def _kind(name: str) -> str:
 
 def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
     """Yield the members but folders; of those of the ending `label` also their bytes, if any."""
-    with tarfile.open(fileobj=file, mode="r:", tarinfo=type("_Member", (_Member,), {})) as tar:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=type("_Member", (_Member,), {"where": where})) as tar:
         while (member := _next(tar, file)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
-            if member.issparse():
-                raise StorageError(
-                    f"{where}: {printable(member.name)} has holes that are left out: write it without --sparse"
-                )
             if member.isdir():
                 continue
             name = posixpath.normpath(member.name)  # ./1.png and 1.cls are one sample
