@@ -109,9 +109,13 @@ if [ "$code" != 75 ]; then # which is a stop: a signal has said whether it conti
 fi
 if [ "$again" = yes ]; then
     for _ in {1..40}; do # ten minutes, in which Slurm's controller may restart
-        ! scontrol requeue "$SLURM_JOB_ID" || break
+        ! scontrol requeue "$SLURM_JOB_ID" || { again=done && break; }
         sleep 15
     done
+    if [ "$again" != done ]; then
+        echo "not queued again: scontrol requeue failed for ten minutes; resume the sweep by hand" >&2
+        exit 1
+    fi
     echo "queued again: the sweep continues in the next run of job $SLURM_JOB_ID"
     sleep 60 # Slurm ends this run
 fi

@@ -429,14 +429,24 @@ def test_slurm_queues_an_error_again_if_rays_head_has_died(tmp_path: Path) -> No
     assert slurm_queues_again(tmp_path, 1, 0, ray="exit 1")
 
 
-def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "") -> bool:
-    """Run the script with a sweep that ends so; return whether the job is queued again."""
+def test_slurm_says_if_it_cannot_queue_a_job_again(tmp_path: Path) -> None:
+    """A job that ends as completed would page nobody."""
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 1"):
+        slurm_queues_again(tmp_path, 75, 0, signal="TERM", lost=100)
+
+
+def slurm_queues_again(
+    tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "", lost: int = 2
+) -> bool:
+    """Run the script with a sweep that ends so; return whether the job is queued again.
+
+    Its controller restarts: the first `lost` requests are.
+    """
     look = 'stat -c "%a %s" "$HOME/.dis-scale/ray-7.token" > "$HOME/token"'
     sweep = f'[ "$1" = -c ] && exit 0; {look}; {f"trap : TERM; kill -{signal} $PPID; sleep 1;" if signal else ""} exit {code}'
     programs = {
         "python": sweep,
-        # Its controller restarts: the first two requests are lost.
-        "scontrol": f'echo >> {tmp_path}/lost; [ $(wc -l < {tmp_path}/lost) -gt 2 ] && echo "$@" >> {tmp_path}/asked',
+        "scontrol": f'echo >> {tmp_path}/lost; [ $(wc -l < {tmp_path}/lost) -gt {lost} ] && echo "$@" >> {tmp_path}/asked',
         "sleep": "exec /bin/sleep 0.2",
         "srun": "",
         "ray": ray,
@@ -448,7 +458,7 @@ def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "
     slurm |= {"HOME": str(tmp_path)}
     script = ["env", "--default-signal=INT", "bash", str(ROOT / "cluster/slurm.sh"), "recipe.yaml"]
     done = subprocess.run(
-        script, env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout=60, check=False
+        script, env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout=60, check=lost > 40
     )
     assert done.returncode == (0 if code == 75 else code)
     assert (tmp_path / "token").read_text() == "600 65\n"
