@@ -212,12 +212,15 @@ def _begin_waiting(
             continue
         try:
             begins = state.may_begin(driver.sweep, model)
+            in_vain = (
+                branch and not begins and (branch.of not in (*waiting, *training) or _has_passed(driver.sweep, branch))
+            )
         except StorageAway:
             return  # it may be for a while, and the jobs that run wait by themselves
         if begins:
             waiting.remove(model)
             training[model] = _submit(driver, cluster, "train", model)
-        elif branch and (branch.of not in (*waiting, *training) or _has_passed(driver.sweep, branch)):
+        elif branch and in_vain:
             waiting.remove(model)
             why = f"{branch.of} has no resume point at {branch.at} images any more, from which {model} branches"
             _fail(driver, failures, model, why)

@@ -234,7 +234,7 @@ def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[
     elif holding and holding.works(now):
         doing = "training" if quiet_s < QUIET_S else "silent"
     else:
-        doing = "waiting" if holding is None or (commanded and holding.end is not None) else "stopped"
+        doing = "waiting" if holding is None or commanded else "stopped"
     seen = max(last.images if last else 0, point.images_seen if point else 0, *published, 0)
     rate = newest["images_per_s"].value if "images_per_s" in newest else None
     status = RunStatus(

@@ -218,6 +218,15 @@ def test_a_model_that_failed_does_not_fail_the_checks_of_the_weeks_in_which_the_
     assert why in of(sweep, "dis")[0].wrong, "nobody continues"
 
 
+def test_a_run_whose_head_was_lost_waits_for_capacity_under_the_next_command(sweep: Sweep) -> None:
+    """For days in a drought: a check that fails meanwhile would page."""
+    train(sweep, "dis", 160)
+    die(sweep.run("dis").lease, time.time() - 10_000)
+    with lease.hold(sweep.lease("sweep")):
+        found, run = of(sweep, "dis")
+    assert (run.doing, found.wrong) == ("waiting", [])
+
+
 def test_dead_processes_are_named_with_what_to_type(sweep: Sweep) -> None:
     train(sweep, "dis", 160)
     for folder in (sweep.lease("sweep"), sweep.run("dis").lease):
