@@ -12,7 +12,7 @@ import pytest
 from dis_scale.data import maintenance
 from dis_scale.data.latents import Latents
 from dis_scale.process.errors import StorageAway
-from dis_scale.storage import folder, retries
+from dis_scale.storage import folder
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import PointName, Run
 from dis_scale.training.resume import newest_point
@@ -40,12 +40,16 @@ def data() -> bytes:
     return random.Random(0).randbytes(LONG_BYTES)
 
 
+@pytest.fixture
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 2)
+
+
 @pytest.mark.parametrize("faults", FAULTS, ids=str)
 def test_faults_of_a_long_object_are_retried(
-    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway, short_reads: None
 ) -> None:
     """A range that ends early is no answer of the store, whatever number the client gives it."""
-    monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 2)
     at = open_folder(bucket).patient
     at.write("long", data)
     gateway.concerns = lambda request: request.method == "GET" and request.path.endswith("long")
@@ -56,9 +60,8 @@ def test_faults_of_a_long_object_are_retried(
 
 @pytest.mark.parametrize("faults", [faults for faults in FAULTS if "cut" not in faults], ids=str)
 def test_faults_while_a_long_object_is_written_are_retried(
-    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway, short_reads: None
 ) -> None:
-    monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 2)
     at = open_folder(bucket).patient
     gateway.concerns = lambda request: request.method == "PUT" and request.path.endswith("long")
     gateway.faults = list(faults)
@@ -84,10 +87,7 @@ def test_a_fault_of_an_object_that_is_written_in_parts_leaves_no_hole(
     assert hashlib.sha256(at.read("long")).digest() == hashlib.sha256(longer).digest()
 
 
-def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(
-    data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.01)
+def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(data: bytes, bucket: str, gateway: Gateway) -> None:
     at = open_folder(bucket)
     at.write("long", data)
     gateway.concerns = lambda request: request.method == "GET"
@@ -98,10 +98,9 @@ def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(
 
 @pytest.mark.parametrize("faults", [["cut"] * 3, [500, 503], ["closed", "closed"]], ids=str)
 def test_shards_and_resume_points_of_real_length_are_read_and_verified_through_faults(
-    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway
 ) -> None:
     """As training reads them and `dis-scale data verify` does: nothing is called damaged."""
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.01)
     at = open_folder(bucket)
     latents = small_latents.make(at / "latents", [10_000])
     assert latents.sizes()["000000.tar"] > 2**24, "s3fs reads it by several ranges"
@@ -126,7 +125,7 @@ def test_shards_and_resume_points_of_real_length_are_read_and_verified_through_f
 
 
 @pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+def silent(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> Iterator[list[socket.socket]]:
     """A store that accepts connections and never answers, not even to `Expect: 100-continue`; the connections that came."""
     import s3fs
 
@@ -142,7 +141,6 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 1)
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.01)
     s3fs.S3FileSystem.clear_instance_cache()
     yield came
     s3fs.S3FileSystem.clear_instance_cache()
