@@ -212,7 +212,12 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
         go_on(driver)
         show(images)
 
-    source = open_source(recipe.data, store, report)
+    try:
+        source = open_source(recipe.data, store, report)
+    except (StorageError, UserError) as error:
+        if state.find_latents(driver.sweep.folder) is None:
+            raise
+        return driver.board.say(f"source   not as it was, and its latents are complete: {error}")
     names = source.label_names
     classes = "without labels" if recipe.data.num_classes is None else f"in {len(names)} classes ({some(names)})"
     driver.board.say(f"source   {len(source):,} images {classes}, as listed in {source.listing.where}")

@@ -28,7 +28,7 @@ from pipelines.stop import stop_sweep
 from tests.conftest import TINY
 from tests.support import store_requests
 from tests.support.commands import invoke
-from tests.support.documents import put_metrics, put_published, put_resume_point
+from tests.support.documents import put_latents, put_metrics, put_published, put_resume_point
 from tests.support.drivers import cluster, driver_of, logged
 from tests.support.studies import study
 from tests.support.waiting import wait_until
@@ -96,6 +96,19 @@ def test_a_refused_command_leaves_a_page_that_has_stopped(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="device: cuda for 2 workers"):
         pipeline.run_sweep(recipe, Console(file=io.StringIO()))
     assert "http-equiv='refresh'" not in sweep.report.read(report.PAGE).decode()
+
+
+def test_a_sweep_with_complete_latents_needs_its_images_no_more(tmp_path: Path) -> None:
+    """Raw tars are often unmounted after precompute."""
+    source = f"data.source={{kind: tar, url: {tmp_path}/gone, label: cls}}"
+    driver = driver_of(reading.load(TINY, [source]), tmp_path / "store")
+    plan, store = price_sweep(driver.sweep.recipe, LatentShape(4, 8)), driver.sweep.store
+    with pytest.raises(UserError, match="gone"):
+        pipeline.list_images(driver, plan, store)
+    put_latents(store / "latents/0")
+    state.use_latents(driver.sweep, store / "latents/0", "v")
+    pipeline.list_images(driver, plan, store)
+    assert "source   not as it was, and its latents are complete: data.source.url: no files" in logged(driver)
 
 
 def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
