@@ -17,9 +17,9 @@ import torch
 
 from dis_scale.data import shards, staging
 from dis_scale.data.shards import EncodedShard, Sample, shard_positions
-from dis_scale.data.sources import Source, select_decodable
+from dis_scale.data.sources import NOT_THERE, Source, select_decodable
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import DisScaleError, UndecodableImage, UserError, printable
+from dis_scale.process.errors import DisScaleError, StorageAway, UndecodableImage, UserError, printable
 from dis_scale.process.threads import batched, in_order, one_ahead
 from dis_scale.recipe import Data, Precompute, Recipe
 from dis_scale.storage.folder import Folder
@@ -28,6 +28,8 @@ from dis_scale.vae import Vae
 
 READ_IMAGES = 16
 """Most images that one thread reads and decodes at a time."""
+FEW = 8
+"""Images of a shard that may be missing whatever their share."""
 DECODERS = 16
 """Threads that read and decode ahead of the VAE: more than cores, since each waits for its reads."""
 
@@ -122,7 +124,20 @@ def put_shards(setup: Setup, latents: Folder, numbers: Iterable[int], report: Ca
 def encode_shards(setup: Setup, numbers: Iterable[int], report: Callable[[int], None]) -> Iterator[EncodedShard]:
     """Yield the shards of these numbers, in their order; `report` as for `put_shards`."""
     for number, ranges in groupby(_decoded(setup, numbers), key=lambda part: part.number):
-        yield EncodedShard(number, *_encode_shard(setup, ranges, report))
+        yield EncodedShard(number, *_encode_shard(setup, _with_their_mount(ranges), report))
+
+
+def _with_their_mount(ranges: Iterable[_DecodedRange]) -> Iterator[_DecodedRange]:
+    """Yield a shard's images; StorageAway at the end if more than half are not there: this node lacks what their links lead to."""
+    count, lost = 0, 0
+    for part in ranges:
+        count += len(part.images)
+        lost += sum(isinstance(image, UndecodableImage) and image.why == NOT_THERE for image in part.images)
+        yield part
+    if lost > max(count // 2, FEW):
+        raise StorageAway(
+            f"{lost} of {count} images that are read together are not there: mount what the links or the CSV name on this node"
+        )
 
 
 def encode_mixed(setup: Setup, numbers: Iterable[int], refused: Collection[str]) -> Iterator[EncodedShard]:
@@ -138,7 +153,9 @@ def encode_mixed(setup: Setup, numbers: Iterable[int], refused: Collection[str])
             encoded = [n for n in shard_positions(part, mixer.images, settings) if printable(names[n]) not in refused]
             for batch in batched(encoded, settings.encode_images):
                 if not wanted.isdisjoint(batch):
-                    pixels = [setup.source.pixels(n, setup.recipe.data.resolution) for n in batch]
+                    pixels = list(
+                        in_order(batch, lambda n: setup.source.pixels(n, setup.recipe.data.resolution), DECODERS)
+                    )
                     moments = setup.begin(pixels)()
                     samples |= {sample.position: sample for sample in _samples(setup, batch, moments)}
         yield EncodedShard(

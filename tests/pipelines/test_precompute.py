@@ -23,7 +23,7 @@ from dis_scale.data.encode import Setup, begin_encoding, encode_shards, require_
 from dis_scale.data.latents import open_latents
 from dis_scale.data.making import require_one_kind
 from dis_scale.data.sources import Source, open_source
-from dis_scale.process.errors import Preempted, StorageError, UndecodableImage, UserError
+from dis_scale.process.errors import Preempted, StorageAway, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Precompute, Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
@@ -113,6 +113,19 @@ def test_a_broken_image_is_skipped_counted_and_listed_if_the_recipe_says_so(swee
     assert (latents.count, latents.made_from.images, latents.refused) == (25, 26, ("a/00.png",))
     lacking = open_source(sweep.recipe.data).names.index("a/00.png") // 10
     assert [shard.count for shard in latents.shards] == [size - (n == lacking) for n, size in enumerate([10, 10, 6])]
+
+
+def test_images_whose_mount_is_lost_are_not_skipped(sweep: Sweep, tmp_path: Path) -> None:
+    """A broken link is a broken image. If most of a shard's are, this node lacks what they lead to."""
+    (tmp_path / "photos").rename(tmp_path / "mount")
+    for path in sorted((tmp_path / "mount").rglob("*.png")):
+        (link := tmp_path / "photos" / path.relative_to(tmp_path / "mount")).parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    (tmp_path / "mount/a/00.png").unlink()
+    made(skipping(sweep))
+    (tmp_path / "mount").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageAway, match="10 of 10 images that are read together are not there: mount what the links"):
+        encode_with(1, skipping(sweep), open_folder(tmp_path) / "one")
 
 
 def test_shards_are_kept_when_the_recipe_skips_from_now_on(sweep: Sweep, tmp_path: Path) -> None:
