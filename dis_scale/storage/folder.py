@@ -167,7 +167,7 @@ class Folder:
         """Return the sorted names of the folders directly below `path`, links to folders included; none if it does not exist."""
         if self.local:
             try:
-                return sorted(entry.name for entry, identity in self._scan(path) if identity)
+                return sorted(name for name, identity in self._scan(path) if identity)
             except FileNotFoundError:
                 return []
         if self.url.startswith("s3://"):
@@ -208,11 +208,11 @@ class Folder:
             raise StorageError(
                 f"{self.url}/{root}{below}: it was there, and is gone while it is listed: list it again"
             ) from error
-        for entry, here in sorted(entries, key=lambda found: os.fsencode(found[0].name + "/" * bool(found[1]))):
+        for name, here in sorted(entries, key=lambda found: os.fsencode(found[0] + "/" * bool(found[1]))):
             if here is None or here in above:
-                yield below + entry.name
+                yield below + name
             else:
-                yield from self._walk_local(root, f"{below}{entry.name}/", above | {here})
+                yield from self._walk_local(root, f"{below}{name}/", above | {here})
 
     def _walk_pages(self, path: str) -> Iterator[str]:
         last = ""
@@ -236,9 +236,9 @@ class Folder:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _scan(self, path: str) -> "Sequence[tuple[os.DirEntry[str], tuple[int, int] | None]]":
-        """Return what is in a local folder, each with its identity if it is a folder, or a link to one."""
-        return self._do("list", path, lambda _, full: [(entry, _folder(entry)) for entry in os.scandir(full)])
+    def _scan(self, path: str) -> Sequence[tuple[str, tuple[int, int] | None]]:
+        """Return the names in a local folder, each with its identity if it is a folder, or a link to one."""
+        return self._do("list", path, lambda _, full: [(entry.name, _folder(entry)) for entry in os.scandir(full)])
 
     def sizes(self, path: str = "") -> dict[str, int]:
         """Return names as `list`, each with its size in bytes; the size of a folder has no meaning."""
