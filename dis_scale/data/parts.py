@@ -1,6 +1,7 @@
 """Parts of a set, such as train and test, by the names of files and folders: training on one must not use the others' images."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
@@ -16,8 +17,8 @@ SPLITS = (
 """Words in the names of files and folders that hold one part of a set, and the part."""
 
 
-_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)?")
-"""Name of one of several files of a part, as the Hugging Face hub has them."""
+_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?(\..*)?")
+"""Name of one of several files of a part, as the Hugging Face hub has them, older ones with a hash."""
 
 
 def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list[str]]:
@@ -25,15 +26,17 @@ def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list
 
     They count from 0, or from 1.
     """
-    there, chosen, lacking = set(every), set[tuple[str, ...]](), list[str]()
-    for name in sorted(names):
-        if found := _NUMBERED.fullmatch(name):
-            part, _, total, suffix = found.groups(default="")
-            if (part, total, suffix) not in chosen:
-                chosen.add((part, total, suffix))
-                first = int(f"{part}-{total}-of-{total}{suffix}" in there)
-                numbers = range(first, first + int(total))
-                lacking += sorted({f"{part}-{n:05d}-of-{total}{suffix}" for n in numbers} - there)
+    there = defaultdict[tuple[str, str, str], set[int]](set)
+    for found in filter(None, map(_NUMBERED.fullmatch, every)):
+        part, number, total, suffix = found.groups(default="")
+        there[part, total, suffix].add(int(number))
+    chosen = {found.group(1, 3, 4) for found in filter(None, map(_NUMBERED.fullmatch, names))}
+    lacking = list[str]()
+    for part, total, suffix in sorted((part, total, suffix or "") for part, total, suffix in chosen):
+        numbers = there[part, total, suffix]
+        first = int(int(total) in numbers)
+        left = sorted({*range(first, first + int(total))} - numbers)
+        lacking += [f"{part}-{number:05d}-of-{total}{suffix}" for number in left]
     return {part for part, *_ in chosen}, lacking
 
 

@@ -6,6 +6,7 @@ fetch only the byte range of the images that are needed.
 
 import json
 import posixpath
+import re
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,7 +64,7 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     if gone := [name for name in names if url.local and not (url.local / name).exists()]:
         raise UserError(f"data.source.url: {url}: links that lead nowhere: {some(gone)}; correct or delete them")
     prefixes, lacking = numbered(names, every)
-    if lacking:
+    if lacking := [name for name in lacking if fnmatch(name, pattern)]:  # a pattern may choose some on purpose
         raise UserError(
             f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
             "download them, or rename the others"
@@ -97,19 +98,23 @@ def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = T
 
 
 def _with_classes(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[Entry | LeftOut]:
-    """Yield the entries; UserError at the end if all are in folders of one name below others, as in `<class>/images/<image>`."""
-    classes, folders = set[str](), set[str]()  # at most two of each
+    """Yield the entries; UserError at the end if a class is below several folders which may be the classes, as in
+    `<class>/images/<image>` and `<class>/2019/<image>`; not below `part-0` and `part-1`, which differ in numbers only."""
+    first_of, folders, twice = dict[str, str](), set[str](), list[str]()
     for entry in entries:
-        if isinstance(entry, Entry) and (len(classes) < 2 or len(folders) < 2):
-            folder = entry.name.partition("/")[2].rpartition("/")[0]
-            classes.add(folder.rpartition("/")[2])
+        folder = entry.name.partition("/")[2].rpartition("/")[0] if isinstance(entry, Entry) else ""
+        if folder and folder not in folders and not twice:
             folders.add(folder)
+            first = first_of.setdefault(folder.rpartition("/")[2], folder)
+            if re.sub(r"\d+(?=.*/)", "", first) != re.sub(r"\d+(?=.*/)", "", folder):
+                twice = [first, folder]
         yield entry
-    if len(classes) == 1 and len(folders) > 1:
+    if len(first_of) == 1 < len(folders):
+        twice = sorted(folders)[:2]
+    if twice:
         raise UserError(
-            f"data.source.label: an image's folder is its class, and all images are in folders named {printable(classes.pop())}, "
-            f"such as {' and '.join(map(printable, sorted(folders)[:2]))}: write the tars of {root} without these, or unpack them "
-            "and give that folder"
+            f"data.source.label: an image's folder is its class, and {' and '.join(map(printable, twice))} would be one: write the "
+            f"tars of {root} with one folder a class, or unpack them and give that folder, whose first folders are the classes"
         )
 
 
@@ -240,6 +245,8 @@ def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
             if member.isdir():
                 continue
             name = posixpath.normpath(member.name)  # ./1.png and 1.cls are one sample
+            if member.islnk() and posixpath.normpath(member.linkname) == name:
+                continue  # tar was given the file twice
             if not member.isreg():
                 links = member.islnk() or member.issym()
                 yield _InTar(name, 0, 0, why="links in tars" if links else "members of tars that are no files")

@@ -16,6 +16,7 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -592,14 +593,35 @@ def test_hidden_files_of_a_mac_are_no_tars_and_a_link_that_leads_nowhere_is_name
         open_source(source)
 
 
-def test_a_tar_whose_images_are_all_in_folders_of_one_name_has_no_classes(tmp_path: Path) -> None:
-    """As in `<class>/images/<image>`; another class in another tar tells that the folders mean something."""
-    source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
-    for name, other in (("all", "images"), ("part-1", "cats"), ("part-2", "cats")):
-        (tmp_path / f"{name}.tar").write_bytes(tar({f"{c}/{other}/{c}.png": picture(1) for c in "ab"}))
-    with pytest.raises(UserError, match="all images are in folders named images, such as a/images and b/images: write"):
-        open_source(data(source | {"url": f"{tmp_path}/all.tar"}))
-    assert len(open_source(data(source))) == 6
+@pytest.mark.parametrize(
+    ("folders", "one"),
+    [
+        (["a/images", "b/images"], "a/images and b/images"),
+        (["001/images", "002/images"], "001/images and 002/images"),
+        (["cat/2019", "dog/2019", "cat/2020", "dog/2020"], "cat/2019 and dog/2019"),
+        (["part-1/cat", "part-2/cat", "part-1/dog", "part-2/dog"], ""),
+        (["data/cat", "data/dog"], ""),
+        (["cat", "dog"], ""),
+    ],
+)
+def test_classes_of_a_tar_are_its_innermost_folders_unless_others_may_be(
+    folders: list[str], one: str, tmp_path: Path
+) -> None:
+    """Cats and dogs of 2019 are no class; parts that differ in numbers only hold the same ones. Each has its own tar."""
+    for number, folder in enumerate(folders):
+        (tmp_path / f"{number}.tar").write_bytes(tar({f"{folder}/{number}.png": picture(1)}))
+    refused = pytest.raises(UserError, match=f"its class, and {one} would be one: write") if one else nullcontext()
+    with refused:
+        source = open_source(data({"kind": "tar", "url": str(tmp_path), "label": "folder"}))
+        assert source.label_names == ["cat", "dog"]
+
+
+def test_a_file_that_was_given_to_tar_twice_is_one_image(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture(1))
+    os.link(tmp_path / "0.png", tmp_path / "another.png")  # tar notes files with several names
+    subprocess.run(["tar", "-cf", "a.tar", "0.png", "0.png"], cwd=tmp_path, check=True)
+    source = open_source(data({"kind": "tar", "url": f"{tmp_path}/a.tar", "label": "tar"}, "none"))
+    assert (list(source.names), source.left_out) == (["a.tar/0.png"], "")
 
 
 def test_an_image_on_two_lines_of_a_csv_is_refused(tmp_path: Path) -> None:

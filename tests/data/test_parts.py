@@ -89,7 +89,18 @@ def test_numbered_files_are_complete_and_of_one_part_whatever_its_word(kind: str
     for number in (1, 4):
         (tmp_path / f"trn-{number:05d}-of-00005.{kind}").write_bytes(content)
     assert len(open_source(data(source))) == 5
-    assert len(open_source(data(source | {"files": f"trn-0000[12]-of-*.{kind}"}))) == 2, "chosen, and all are there"
+    assert len(open_source(data(source | {"files": f"trn-0000[12]-of-*.{kind}"}))) == 2
+    (tmp_path / f"trn-00004-of-00005.{kind}").unlink()
+    assert len(open_source(data(source | {"files": f"trn-0000[12]-of-*.{kind}"}))) == 2, "another is lacking on purpose"
+    (tmp_path / f"trn-00004-of-00005.{kind}").write_bytes(content)
     (tmp_path / f"tst-00000-of-00001.{kind}").write_bytes(content)
     with pytest.raises(UserError, match="files of trn and tst: say which"):
         open_source(data(source | {"version": "2"}))
+
+
+def test_files_with_a_hash_in_their_names_are_counted(tmp_path: Path) -> None:
+    """Those of the hub's older sets."""
+    for number, digest in ((0, "886a7016ed44ab0d"), (2, "0f3c1a7b2d4e5f60")):
+        (tmp_path / f"train-{number:05d}-of-00003-{digest}.parquet").write_bytes(parquet([(png(1), 0)]))
+    with pytest.raises(UserError, match=r"lacks 1 of the files .*: train-00001-of-00003.parquet: download"):
+        open_source(data({"kind": "parquet", "url": str(tmp_path)}))
