@@ -196,6 +196,7 @@ class Drill:
         if missing := object_store.missing():
             raise Missing(f"{', '.join(missing)} (apt-get install --no-install-recommends radosgw ceph-mon ceph-osd)")
         before, server = dict(os.environ), object_store.ObjectStore(on_disk=True).start()
+        self.ends.callback(s3fs.S3FileSystem.clear_instance_cache)  # whose clients know no other server
         self.ends.callback(server.stop)
         self.ends.callback(os.environ.update, before)
         self.ends.callback(os.environ.clear)
