@@ -26,7 +26,9 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     is left. UserError if it cannot be done; Held while a command runs the sweep, whose recipe would change under it.
     """
     with lease.hold(command_lease(sweep.folder)) as held:
-        return _fork(sweep, model, images_seen, new, settings, held)
+        return _fork(
+            Sweep.open(sweep.folder.url), model, images_seen, new, settings, held
+        )  # another may have forked meanwhile
 
 
 def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequence[str], held: Lease) -> Run:

@@ -59,6 +59,13 @@ def test_a_fork_may_change_the_training_from_there_on(sweep: Sweep) -> None:
         fork_run(Sweep.open(sweep.folder.url), "dit", 240, "new", ["learning_rat=1"])
 
 
+def test_two_forks_that_were_begun_together_are_both_in_the_recipe(sweep: Sweep) -> None:
+    first, second = (Sweep.open(sweep.folder.url) for _ in range(2))
+    fork_run(first, "dit", 240, "one")
+    fork_run(second, "dit", 240, "two")
+    assert {"one", "two"} <= Sweep.open(sweep.folder.url).recipe.models.keys()
+
+
 def test_a_sweep_that_runs_is_not_changed_under_its_command(sweep: Sweep) -> None:
     before = sweep.folder.read(RECIPE)
     parent = psutil.Process().ppid()
