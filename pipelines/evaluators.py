@@ -80,7 +80,7 @@ class Evaluator(Worker):
         with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
             compute_exactly()  # the number of threads is set per thread
             if not self._checked:
-                devices.check_on_node(self.sampler.device)
+                devices.check_on_node(self.sampler.device, self._shared)
                 self._checked = True
             with devices.blaming_others(self.sampler.device, self._shared):
                 yield

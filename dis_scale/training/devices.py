@@ -141,24 +141,27 @@ def check_device(device: "torch.device") -> None:
     except RuntimeError as error:
         if UNSUPPORTED.search(str(error)):
             raise UserError(f"node {socket.gethostname()}: {str(error).splitlines()[0]}; {REMEDY}") from error
-        if "out of memory" in str(error):
-            raise BrokenDevice(f"{device}: other processes left no memory for a matrix of 4 MiB: {error}") from error
         raise
     if wrong := int((product.cpu() != side * torch.outer(u, u)).sum()):
         raise BrokenDevice(f"{device}: {wrong} of {side * side} elements of a matrix product are wrong")
 
 
-def check_on_node(device: "torch.device") -> None:
-    """Check a device; BrokenDevice also if this PyTorch does not support it or its driver: other nodes may have better ones."""
+def check_on_node(device: "torch.device", shared: float = 0.0) -> None:
+    """Check a device; BrokenDevice also if this PyTorch does not support it or its driver, or if others hold all its memory, unless
+    it is shared: other nodes may have better ones."""
     try:
         check_device(device)
     except UserError as error:
         raise BrokenDevice(str(error)) from error
+    except RuntimeError as error:
+        if shared or "out of memory" not in str(error):
+            raise
+        raise BrokenDevice(f"{device}: other processes left no memory for a matrix of 4 MiB: {error}") from error
 
 
 @contextmanager
 def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None) -> Iterator[None]:
-    """Raise BrokenDevice where memory was too small because processes that are not this sweep's hold the GPU's.
+    """Raise BrokenDevice where memory was too small because other processes hold the GPU's: strangers, or some that do not end.
 
     Evaluators may hold the fraction `shared`. `cuda` is `torch.cuda`, or what a test puts in its place.
     """

@@ -165,7 +165,12 @@ def test_a_device_without_memory_for_its_check_is_full_of_others() -> None:
         store_requests.failing(torch.AcceleratorError("CUDA error: out of memory")),
         pytest.raises(BrokenDevice, match=r"^cpu: other processes left no memory for a matrix of 4 MiB: CUDA error"),
     ):
-        devices.check_device(CPU)
+        devices.check_on_node(CPU)
+    with (
+        store_requests.failing(torch.AcceleratorError("CUDA error: out of memory")),
+        pytest.raises(torch.AcceleratorError),
+    ):
+        devices.check_on_node(CPU, shared=0.2)
 
 
 def test_a_workers_gpu_that_is_not_supported_is_a_mistake_with_a_remedy() -> None:
