@@ -142,7 +142,8 @@ def _collect(reader: _Reader) -> Status:
     held = [next(iter(reader.holdings(name, sweep.lease(name))), None) for name in LEASES]
     working = [holding is not None and holding.works(now) for holding in held]
     commanded = working[0]
-    both = list(in_order(models, lambda model: _run(reader, model, commanded), len(models)))
+    since = held[0].holder.at or 0.0 if commanded and held[0] else None
+    both = list(in_order(models, lambda model: _run(reader, model, since), len(models)))
     runs, left = [run for run, _ in both], [sampled for _, due in both for sampled in due]
     doing = reader.read("the VAE, the latents or the reference", lambda: _doing(sweep, runs, len(left))) or "preparing"
     works = any(working) or any(run.doing in ("training", "silent") for run in runs)
@@ -211,8 +212,8 @@ def _no_heartbeat(holder: str, age_s: float | None) -> str:
     return f"no heartbeat {'' if age_s is None else f'for {_span(age_s)} '}from {holder}"
 
 
-def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[Sampled]]:
-    """Return a model's status and its evaluations that are due. `commanded`: a sweep command will train it in its turn."""
+def _run(reader: _Reader, model: str, since: float | None) -> tuple[RunStatus, list[Sampled]]:
+    """Return a model's status and its evaluations that are due. `since`: time of the command that will train it in its turn."""
     sweep, now = reader.sweep, reader.now
     run, settings = sweep.run(model), sweep.recipe.train_of(model)
     images = settings.images
@@ -234,7 +235,12 @@ def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[
     elif holding and holding.works(now):
         doing = "training" if quiet_s < QUIET_S else "silent"
     else:
-        doing = "waiting" if holding is None or commanded else "stopped"
+        before = (
+            since is not None
+            and holding is not None
+            and (holding.end is not None or (holding.holder.at or 0.0) < since)
+        )
+        doing = "waiting" if holding is None or before else "stopped"
     seen = max(last.images if last else 0, point.images_seen if point else 0, *published, 0)
     rate = newest["images_per_s"].value if "images_per_s" in newest else None
     status = RunStatus(

@@ -225,6 +225,10 @@ def test_a_run_whose_head_was_lost_waits_for_capacity_under_the_next_command(swe
     with lease.hold(sweep.lease("sweep")):
         found, run = of(sweep, "dis")
     assert (run.doing, found.wrong) == ("waiting", [])
+    with lease.hold(sweep.lease("sweep")):
+        Holder(host="gone", pid=7, at=time.time() + 60).write(sweep.run("dis").lease, "0002")
+        found, run = of(sweep, "dis", later_s=10_000)
+    assert run.doing == "stopped", "it died under this command"
 
 
 def test_dead_processes_are_named_with_what_to_type(sweep: Sweep) -> None:
