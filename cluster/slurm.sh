@@ -112,12 +112,13 @@ if [ "$again" = yes ]; then
         ! scontrol requeue "$SLURM_JOB_ID" || { again=done && break; }
         sleep 15
     done
-    if [ "$again" != done ]; then
+    if [ "$again" = done ]; then
+        echo "queued again: the sweep continues in the next run of job $SLURM_JOB_ID"
+        sleep 60 # Slurm ends this run
+    else
         echo "not queued again: scontrol requeue failed for ten minutes; resume the sweep by hand" >&2
-        exit 1
+        [ "$code" != 75 ] || code=1
     fi
-    echo "queued again: the sweep continues in the next run of job $SLURM_JOB_ID"
-    sleep 60 # Slurm ends this run
 fi
 [ "$code" != 75 ] || exit 0 # stopped as requested: a job that FAILED would page
 exit "$code"
