@@ -220,7 +220,7 @@ def _begin_waiting(
         if begins:
             waiting.remove(model)
             training[model] = _submit(driver, cluster, "train", model)
-        elif branch and in_vain:
+        elif in_vain and branch:
             waiting.remove(model)
             why = f"{branch.of} has no resume point at {branch.at} images any more, from which {model} branches"
             _fail(driver, failures, model, why)

@@ -22,7 +22,7 @@ from dis_scale.planning import isoflop
 from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, UserError
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError
 from dis_scale.process.progress import Board, listing_words, some
 from dis_scale.process.redaction import redact
 from dis_scale.process.threads import repeating
@@ -215,9 +215,9 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     try:
         source = open_source(recipe.data, store, report)
     except (StorageError, UserError) as error:
-        if state.find_latents(driver.sweep.folder) is None:
+        if isinstance(error, StorageFull) or state.find_latents(driver.sweep.folder) is None:
             raise
-        return driver.board.say(f"source   not as it was, and its latents are complete: {error}")
+        return driver.board.say(f"source   it cannot be listed; its latents are complete, so training goes on: {error}")
     names = source.label_names
     classes = "without labels" if recipe.data.num_classes is None else f"in {len(names)} classes ({some(names)})"
     driver.board.say(f"source   {len(source):,} images {classes}, as listed in {source.listing.where}")

@@ -5,6 +5,7 @@ Threads, because Pillow and PyTorch release Python's lock and images need no cop
 processes, Ray tasks and Ray Data. Read next: shards.py, making.py, pipelines/precompute.py.
 """
 
+import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dis_scale.data import shards, staging
 from dis_scale.data.shards import EncodedShard, Sample, shard_positions
 from dis_scale.data.sources import NOT_THERE, Source, select_decodable
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import DisScaleError, StorageAway, UndecodableImage, UserError, printable
+from dis_scale.process.errors import BrokenDevice, DisScaleError, UndecodableImage, UserError, printable
 from dis_scale.process.threads import batched, in_order, one_ahead
 from dis_scale.recipe import Data, Precompute, Recipe
 from dis_scale.storage.folder import Folder
@@ -128,15 +129,16 @@ def encode_shards(setup: Setup, numbers: Iterable[int], report: Callable[[int], 
 
 
 def _with_their_mount(ranges: Iterable[_DecodedRange]) -> Iterator[_DecodedRange]:
-    """Yield a shard's images; StorageAway at the end if more than half are not there: this node lacks what their links lead to."""
+    """Yield a shard's images; BrokenDevice at the end if more than half are not there: this node lacks what their links lead to."""
     count, lost = 0, 0
     for part in ranges:
         count += len(part.images)
         lost += sum(isinstance(image, UndecodableImage) and image.why == NOT_THERE for image in part.images)
         yield part
     if lost > max(count // 2, FEW):
-        raise StorageAway(
-            f"{lost} of {count} images that are read together are not there: mount what the links or the CSV name on this node"
+        raise BrokenDevice(
+            f"{lost} of {count} images of a shard are not there on {socket.gethostname()}: mount what the links or the CSV name; "
+            "if they are gone for good, remove these links or lines"
         )
 
 

@@ -29,6 +29,8 @@ UNLISTED = ("http://", "https://")
 """Beginnings of URLs whose folders cannot be listed: what is not there is found when it is read."""
 NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 """Answers of a file system to a path that is no file: a folder, below a file, too long."""
+ABSENT = ("", "nan", "NaN")
+"""Labels that a CSV's writer has put where there was none, such as pandas."""
 LINE_CHARACTERS = 2**20
 """Most characters of a CSV's line: paths have up to 4,096, and a field of Python's csv up to 131,072."""
 
@@ -394,7 +396,7 @@ def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Itera
                     )
                     raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
             for row in rows:
-                if not row[path] or None in row or (label is not None and not (row[label] or "").strip()):
+                if not row[path] or None in row or (label is not None and (row[label] or "").strip() in ABSENT):
                     raise UserError(
                         f"{where}: line {rows.line_num}: expected a path and a label, in quotes if it has a comma, got "
                         f"{list(row.values())}"

@@ -282,8 +282,8 @@ class _Labels:
         if isinstance(label, Numeral):
             label = self._number(entry, label)
         if isinstance(label, str):
-            # 10.0 would be sorted before 2.0; pandas writes so where a label is missing, and nan for that one.
-            if re.fullmatch(r"[+-]?\d+\.\d*|nan|NaN", label):
+            # 10.0 would be sorted before 2.0; pandas writes so where a label is missing
+            if re.fullmatch(r"[+-]?\d+\.\d*", label):
                 raise UserError(
                     f"{self._where}: image {printable(entry.name)}: label {label!r}: write whole numbers from 0, or names"
                 )

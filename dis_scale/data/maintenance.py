@@ -232,8 +232,8 @@ def _put_same(latents: Folder, shard: EncodedShard, entry: ShardEntry) -> None:
             f"{latents}/{entry.name}: rebuilt, it has other bytes ({digest.sha256[:12]}, its manifest says "
             f"{entry.sha256[:12]}): an image has changed, or the hardware is of another kind; not written"
         )
-    latents.write(entry.name, data)  # whatever its sidecar says: the manifest decides
     shards.put_shard(latents, *shard)
+    latents.write(entry.name, data)  # whatever its sidecar says: the manifest decides
 
 
 def _numbers(values: Iterable[float]) -> str:

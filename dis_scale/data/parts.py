@@ -30,14 +30,19 @@ def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list
     for found in filter(None, map(_NUMBERED.fullmatch, every)):
         part, number, total, suffix = found.groups(default="")
         there[part, total, suffix].add(int(number))
-    chosen = {found.group(1, 3, 4) for found in filter(None, map(_NUMBERED.fullmatch, names))}
+    chosen = {found.groups(default="") for found in filter(None, map(_NUMBERED.fullmatch, names))}
     lacking = list[str]()
-    for part, total, suffix in sorted((part, total, suffix or "") for part, total, suffix in chosen):
+    for part, total, suffix in sorted({(part, total, suffix) for part, _, total, suffix in chosen}):
         numbers = there[part, total, suffix]
         first = int(int(total) in numbers)
         left = sorted({*range(first, first + int(total))} - numbers)
         lacking += [f"{part}-{number:05d}-of-{total}{suffix}" for number in left]
     return {part for part, *_ in chosen}, lacking
+
+
+def with_hash(name: str) -> str:
+    """Return a numbered file's name as an older one, with some hash."""
+    return re.sub(r"-of-\d{5}", rf"\g<0>-{0:016x}", name)
 
 
 def splits_in(names: Iterable[str]) -> set[str]:

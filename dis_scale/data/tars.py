@@ -18,7 +18,7 @@ import numpy as np
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending, hidden
 from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, number_or_name, of_files
-from dis_scale.data.parts import numbered, splits_in
+from dis_scale.data.parts import numbered, splits_in, with_hash
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import TarSource
@@ -64,7 +64,9 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     if gone := [name for name in names if url.local and not (url.local / name).exists()]:
         raise UserError(f"data.source.url: {url}: links that lead nowhere: {some(gone)}; correct or delete them")
     prefixes, lacking = numbered(names, every)
-    if lacking := [name for name in lacking if fnmatch(name, pattern)]:  # a pattern may choose some on purpose
+    if lacking := [
+        name for name in lacking if fnmatch(name, pattern) or fnmatch(with_hash(name), pattern)
+    ]:  # some may be chosen
         raise UserError(
             f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
             "download them, or rename the others"
@@ -106,7 +108,7 @@ def _with_classes(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[
         if folder and folder not in folders and not twice:
             folders.add(folder)
             first = first_of.setdefault(folder.rpartition("/")[2], folder)
-            if re.sub(r"\d+(?=.*/)", "", first) != re.sub(r"\d+(?=.*/)", "", folder):
+            if _without_numbers(first) != _without_numbers(folder):
                 twice = [first, folder]
         yield entry
     if len(first_of) == 1 < len(folders):
@@ -114,8 +116,13 @@ def _with_classes(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[
     if twice:
         raise UserError(
             f"data.source.label: an image's folder is its class, and {' and '.join(map(printable, twice))} would be one: write the "
-            f"tars of {root} with one folder a class, or unpack them and give that folder, whose first folders are the classes"
+            f"tars of {root} with one folder a class, or, if the first folders are the classes, unpack them and give that folder"
         )
+
+
+def _without_numbers(folder: str) -> str:
+    """Return what is around a folder, without digits."""
+    return re.sub(r"\d+", "", folder.rpartition("/")[0])
 
 
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
@@ -244,6 +251,8 @@ def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
             if member.isdir():
                 continue
+            if member.issparse():  # in a form that is not known yet
+                member._refuse_holes()  # type: ignore[attr-defined]
             name = posixpath.normpath(member.name)  # ./1.png and 1.cls are one sample
             if member.islnk() and posixpath.normpath(member.linkname) == name:
                 continue  # tar was given the file twice

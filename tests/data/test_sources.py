@@ -326,7 +326,7 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
             "a.csv", b"path,label\n1.png,01\n2.png,1\n", {},
             r"a.csv: image 2.png: label '1', and '01' before: write numbers in one way",
         ),
-        ("a.csv", b"path,label\n1.png,cat\n2.png,nan\n", {}, r"image 2.png: label 'nan': write whole numbers from 0, or names"),
+        ("a.csv", b"path,label\n1.png,cat\n2.png,nan\n", {}, r"line 3: expected a path and a label, .*got \['2.png', 'nan'\]"),
         (
             "a.csv", b"path;label\n1.png;0\n", {},
             r"data.source.path: no column 'path', and no comma in .*a.csv; it has path;label",

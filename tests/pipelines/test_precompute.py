@@ -23,7 +23,7 @@ from dis_scale.data.encode import Setup, begin_encoding, encode_shards, require_
 from dis_scale.data.latents import open_latents
 from dis_scale.data.making import require_one_kind
 from dis_scale.data.sources import Source, open_source
-from dis_scale.process.errors import Preempted, StorageAway, StorageError, UndecodableImage, UserError
+from dis_scale.process.errors import BrokenDevice, Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Precompute, Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
@@ -124,7 +124,7 @@ def test_images_whose_mount_is_lost_are_not_skipped(sweep: Sweep, tmp_path: Path
     (tmp_path / "mount/a/00.png").unlink()
     made(skipping(sweep))
     (tmp_path / "mount").rename(tmp_path / "elsewhere")
-    with pytest.raises(StorageAway, match="10 of 10 images that are read together are not there: mount what the links"):
+    with pytest.raises(BrokenDevice, match=r"10 of 10 images of a shard are not there on .*: mount what the links"):
         encode_with(1, skipping(sweep), open_folder(tmp_path) / "one")
 
 
