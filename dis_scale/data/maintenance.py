@@ -226,14 +226,13 @@ def _prepare_rebuild(sweep: Sweep, latents: Folder, manifest: LatentsManifest, l
 
 def _put_same(latents: Folder, shard: EncodedShard, entry: ShardEntry) -> None:
     """Write the shard if it has the manifest's hash; StorageError otherwise."""
-    digest = Digest.of(data := shards.pack(shard.samples))
+    digest = Digest.of(shards.pack(shard.samples))
     if digest.sha256 != entry.sha256:
         raise StorageError(
             f"{latents}/{entry.name}: rebuilt, it has other bytes ({digest.sha256[:12]}, its manifest says "
             f"{entry.sha256[:12]}): an image has changed, or the hardware is of another kind; not written"
         )
-    shards.put_shard(latents, *shard)
-    latents.write(entry.name, data)  # whatever its sidecar says: the manifest decides
+    shards.put_shard(latents, *shard, sealed=True)
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -202,18 +202,18 @@ def _parsed(data: bytes | mmap, where: str) -> Shard:
     return Shard(np.stack(moments), np.array(labels, dtype=np.int64))
 
 
-def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str]) -> None:
+def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str], sealed: bool = False) -> None:
     """Write a shard, then its sidecar: digest, count, images by label, and sums of the moments for the statistics.
 
-    If another encoder has finished it with other bytes, its shard stays: the set may be sealed with it. If that one finishes
-    meanwhile, both files are written again, so that they belong together.
+    If another encoder has finished it with other bytes, its shard stays: the set may be sealed with it, unless it is known to be
+    `sealed` with this one. If that one finishes meanwhile, both files are written again, so that they belong together.
     """
     tar, name, data = f"{shard_name(number)}.tar", f"{shard_name(number)}.json", pack(samples)
     labels = {str(label): count for label, count in sorted(Counter(s.label for s in samples).items())}
     sidecar = ShardSidecar(
         **asdict(Digest.of(data)), count=len(samples), refused=tuple(refused), labels=labels, sums=_sums(samples)
     ).signed()
-    theirs = _intact(latents, number)
+    theirs = None if sealed else _intact(latents, number)
     if theirs and theirs != sidecar and latents.exists(tar) and latents.size(tar) == theirs.size_bytes:
         return
     latents.write(tar, data)
