@@ -97,15 +97,8 @@ def report(
         ratio, ours, peer = (statistics.median(x) for x in (pairs, times[row.job], times[row.peer]))
         facts = {"ms": 1e3 * ours, "peer_ms": 1e3 * peer, "ratio": ratio, "pairs": len(pairs)}
         print(json.dumps(row._asdict() | facts))
-        table.append(
-            (
-                row.name,
-                f"{1e3 * ours:9.3f}",
-                f"{1e3 * peer:9.3f}",
-                ratio,
-                verdict(ratio, row.goal, at_least=row.at_least),
-            )
-        )
+        met = verdict(ratio, row.goal, at_least=row.at_least)
+        table.append((row.name, f"{1e3 * ours:9.3f}", f"{1e3 * peer:9.3f}", ratio, met))
     for name, ratio, goal in more or []:
         print(json.dumps({"name": name, "ratio": ratio, "goal": goal}))
         table.append((name, "", "", ratio, verdict(ratio, goal, at_least=False)))

@@ -217,7 +217,9 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     except (StorageError, UserError) as error:
         if isinstance(error, StorageFull) or state.find_latents(driver.sweep.folder) is None:
             raise
-        return driver.board.say(f"source   it cannot be listed; its latents are complete, so training goes on: {error}")
+        return driver.board.say(
+            f"source   it cannot be listed; its latents are complete, and training continues: {error}"
+        )
     names = source.label_names
     classes = "without labels" if recipe.data.num_classes is None else f"in {len(names)} classes ({some(names)})"
     driver.board.say(f"source   {len(source):,} images {classes}, as listed in {source.listing.where}")

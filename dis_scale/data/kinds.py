@@ -386,14 +386,13 @@ def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Itera
     try:
         with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(_lines(file, where), strict=True)
-            if twice := [name for name, count in Counter(rows.fieldnames or []).items() if count > 1]:
+            columns = rows.fieldnames or []
+            if twice := [name for name, count in Counter(columns).items() if count > 1]:
                 raise UserError(f"{where}: its header names {', '.join(map(repr, twice))} twice")
             for key, column in (("path", path), ("label", label)):
-                if column is not None and column not in (rows.fieldnames or []):
-                    has = ", ".join(rows.fieldnames or ["nothing"])
-                    near = nearest(column, rows.fieldnames or []) or (
-                        ", and no comma" if len(rows.fieldnames or []) == 1 else ""
-                    )
+                if column is not None and column not in columns:
+                    has = ", ".join(columns or ["nothing"])
+                    near = nearest(column, columns) or ", and no comma" * (len(columns) == 1)
                     raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
             for row in rows:
                 if not row[path] or None in row or (label is not None and (row[label] or "").strip() in ABSENT):

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from dis_scale.data.listing import Entry, LeftOut
@@ -26,18 +26,22 @@ def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list
 
     They count from 0, or from 1.
     """
-    there = defaultdict[tuple[str, str, str], set[int]](set)
-    for found in filter(None, map(_NUMBERED.fullmatch, every)):
-        part, number, total, suffix = found.groups(default="")
-        there[part, total, suffix].add(int(number))
-    chosen = {found.groups(default="") for found in filter(None, map(_NUMBERED.fullmatch, names))}
-    lacking = list[str]()
-    for part, total, suffix in sorted({(part, total, suffix) for part, _, total, suffix in chosen}):
+    there, chosen, lacking = _numbers(every), _numbers(names), list[str]()
+    for part, total, suffix in sorted(chosen):
         numbers = there[part, total, suffix]
         first = int(int(total) in numbers)
         left = sorted({*range(first, first + int(total))} - numbers)
         lacking += [f"{part}-{number:05d}-of-{total}{suffix}" for number in left]
     return {part for part, *_ in chosen}, lacking
+
+
+def _numbers(names: Iterable[str]) -> Mapping[tuple[str, str, str], set[int]]:
+    """Return the numbers of the numbered files, by part, total and ending."""
+    numbers = defaultdict[tuple[str, str, str], set[int]](set)
+    for found in filter(None, map(_NUMBERED.fullmatch, names)):
+        part, number, total, suffix = found.groups(default="")
+        numbers[part, total, suffix].add(int(number))
+    return numbers
 
 
 def with_hash(name: str) -> str:

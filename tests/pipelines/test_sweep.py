@@ -108,8 +108,9 @@ def test_a_sweep_with_complete_latents_needs_its_images_no_more(tmp_path: Path) 
     put_latents(store / "latents/0")
     state.use_latents(driver.sweep, store / "latents/0", "v")
     pipeline.list_images(driver, plan, store)
-    assert "source   it cannot be listed; its latents are complete, so training goes on: data.source.url: no" in logged(
-        driver
+    assert (
+        "source   it cannot be listed; its latents are complete, and training continues: data.source.url: no"
+        in logged(driver)
     )
 
 

@@ -150,7 +150,7 @@ class Memory:
 def test_memory_that_others_hold_is_the_nodes_failure_and_not_too_small(
     others_gib: int, shared: float, cause: str
 ) -> None:
-    """The sweep goes on elsewhere, with its planned passes; evaluators beside training hold what they may."""
+    """The sweep continues elsewhere, with its planned passes; evaluators beside training hold what they may."""
     raised = pytest.raises((torch.OutOfMemoryError, BrokenDevice))
     with raised as error, devices.blaming_others(CPU, shared, Memory(others_gib)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
