@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.dit_counts import Counts
 from benchmarks.instructions import BYTES_PER_S, CLOCK_HZ, SCHEDULERS, TOTALS, ahead, code, disassembled, launches_us
@@ -38,7 +39,7 @@ from dis_scale.recipe import LatentShape
 from dis_scale.scan import Choice, duality, mixer, norms
 from dis_scale.scan.backend import KeepingStates
 from dis_scale.scan.triton_fill import Filling, filling
-from dis_scale.scan.triton_launch import LANES, WARPS, Launch, flat
+from dis_scale.scan.triton_launch import LANES, WARPS, Launch
 
 SIZE, CLASSES, IMAGES = 32, 1000, 32
 PEAK, PRODUCTS, COPIES = 989e12, 790e12, 4.3e12
@@ -92,7 +93,7 @@ def least(launch: Launch, arguments: tuple[Any, ...], program: Any) -> Least:
     flops = groups * sum(count for op, count in times if op == "HGMMA")
     if shape := re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", disassembled(program, "-sass")):
         flops *= 2 * math.prod(map(int, shape.groups()))
-    moved = {id(x): x.nbytes for x in flat(arguments)}
+    moved = {id(x): x.nbytes for x in tree_leaves(arguments)}
     return Least(issued / SCHEDULERS / CLOCK_HZ, flops / PRODUCTS, sum(moved.values()) / BYTES_PER_S)
 
 
@@ -132,7 +133,7 @@ def operations(settings: Dis, skip: bool, images: int, T: int) -> Work:
             outs = block(h_BLD, r_BLD, c_BD, skip_BLD if skip else None, None)
             torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
     norms_of = [arguments for launch, arguments, _ in launched if launch.kernel.fn.__name__.startswith("added_norm")]
-    moved = sum(sum({id(x): x.nbytes for x in flat(arguments)}.values()) for arguments in norms_of)
+    moved = sum(sum({id(x): x.nbytes for x in tree_leaves(arguments)}.values()) for arguments in norms_of)
     compiled = [each for each in launched if each[2] and not each[0].kernel.fn.__name__.startswith("added_norm")]
     scan = [least(*each) for each in compiled]
     return Work(counts.launches + len(launched), counts.seconds, counts.bytes + moved, scan)

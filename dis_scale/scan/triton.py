@@ -142,7 +142,7 @@ class _Scan(torch.autograd.Function):
         with torch.cuda.device_of(dy):
             z, dz = None if z is None else rowwise(z), None if z is None else empty_like(z)
             into = [_new_gradients(x, ctx.kind.types[7 * i + 3 : 7 * i + 5]) for i, x in enumerate(operands)]
-            run_scan_backward(ctx.kind, z, operands, rowwise(dy), KeptStates(states, y), dz, into)
+            run_scan_backward(ctx.kind, BackwardPass(z, operands, rowwise(dy), KeptStates(states, y), dz, into))
         return None, dz, *[x for memory, *others in into for x in (*memory, *others)]
 
 
@@ -172,54 +172,36 @@ def run_scan(
     return out, kind, operands, kept
 
 
-def run_scan_backward(
-    kind: ScanKind,
-    z: Tensor | None,
-    operands: Sequence[Operands],
-    dy: Tensor,
-    kept: KeptStates,
-    dz: Tensor | None,
-    into: Sequence[ScanGradients],
-) -> None:
+class BackwardPass(NamedTuple):
+    """The tensors of a scan's backward pass as the kernels take them; `into` and dz are written."""
+
+    z: Tensor | None
+    operands: list[Operands]
+    dy: Tensor
+    kept: KeptStates
+    dz: Tensor | None
+    into: list[ScanGradients]
+
+    def launches(self, kind: ScanKind) -> ScanBackward:
+        dz_row = (self.dy if self.dz is None else self.dz).stride(1)
+        return numbers.scan_backward(kind, self.kept.any, self.dy.stride(1), dz_row, self.into[0].dB.stride(1))
+
+
+def run_scan_backward(kind: ScanKind, given: BackwardPass) -> None:
     """Launch a backward pass. A recomputed block has `kind` from its first forward pass, `kept` from its second."""
-    rows = tuple([(x.u.stride(1), x.delta.stride(1)) for x in operands])
-    kind = kind._replace(rows=rows, A=operands[0].A.stride(), z=None if z is None else (z.dtype, z.stride(1)))
-    launches = _backward_launches(kind, dy, kept, dz, into)
-    if dy.is_cuda and launches.sums[0].is_new:
-        compile_together(lambda: compile_backward(kind, z, operands, dy, kept, dz, into))
-    _backward(launches, kind, z, operands, dy, kept, dz, into)
-
-
-def _backward_launches(
-    kind: ScanKind, dy: Tensor, kept: KeptStates, dz: Tensor | None, into: Sequence[ScanGradients]
-) -> ScanBackward:
-    dz_row = (dy if dz is None else dz).stride(1)
-    return numbers.scan_backward(kind, kept.any, dy.stride(1), dz_row, into[0].dB.stride(1))
+    rows, z = tuple([(x.u.stride(1), x.delta.stride(1)) for x in given.operands]), given.z
+    kind = kind._replace(rows=rows, A=given.operands[0].A.stride(), z=None if z is None else (z.dtype, z.stride(1)))
+    launches = given.launches(kind)
+    if given.dy.is_cuda and launches.sums[0].is_new:
+        meta, empty = kind._replace(device=META), without_memory(given)
+        compile_together(lambda: _backward(empty.launches(meta), meta, empty))
+    _backward(launches, kind, given)
 
 
 def compile_forward(kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool) -> None:
     """Compile all kernels of a forward pass."""
-    gate, empty = None if z is None else without_memory(z), [Direction(*map(without_memory, x)) for x in directions]
     kind = kind._replace(device=META)
-    _forward(numbers.scan_forward(kind, keep), kind, gate, empty, keep)
-
-
-def compile_backward(
-    kind: ScanKind,
-    z: Tensor | None,
-    operands: Sequence[Operands],
-    dy: Tensor,
-    kept: KeptStates,
-    dz: Tensor | None,
-    into: Sequence[ScanGradients],
-) -> None:
-    """Compile all kernels of a backward pass."""
-    gate, empty = None if z is None else without_memory(z), [Operands(*map(without_memory, x)) for x in operands]
-    states = KeptStates([without_memory(x) for x in kept.states], without_memory(kept.y))
-    outs = [ScanGradients(Gradients(*map(without_memory, x.memory)), *map(without_memory, x[1:])) for x in into]
-    kind, none = kind._replace(device=META), None if dz is None else without_memory(dz)
-    launches = _backward_launches(kind, dy, kept, dz, into)
-    _backward(launches, kind, gate, empty, without_memory(dy), states, none, outs)
+    _forward(numbers.scan_forward(kind, keep), kind, *without_memory((z, directions)), keep)
 
 
 def _forward(
@@ -251,16 +233,8 @@ def _by_state(launch: Launch, kind: ScanKind, directions: Sequence[Direction]) -
     return outs
 
 
-def _backward(
-    launches: ScanBackward,
-    kind: ScanKind,
-    z: Tensor | None,
-    directions: Sequence[Operands],
-    dy: Tensor,
-    kept: KeptStates,
-    dz: Tensor | None,
-    into: Sequence[ScanGradients],
-) -> None:
+def _backward(launches: ScanBackward, kind: ScanKind, given: BackwardPass) -> None:
+    z, directions, dy, kept, dz, into = given
     gate, out, memories = dy if z is None else z, dy if dz is None else dz, [x.memory for x in into]
     if kept.any:
         states = [(x, x) for x in kept.states]
@@ -332,26 +306,11 @@ def run_conv_backward(
     """Launch a backward pass; the gradients of the weights lie as they do."""
     kind, rows = _conv_kind(x, weights), [each.stride(1) for each in (*dys, dx)]
     launches = numbers.conv_backward(kind, *rows)
-    if x.is_cuda and launches.sums.is_new:
-        compile_together(lambda: compile_conv(kind, x, weights, dys, dx, gradients))
-    _conv_backward(launches, kind, x, weights, dys, dx, gradients)
-
-
-def compile_conv(
-    kind: ConvKind,
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    dys: Sequence[Tensor],
-    dx: Tensor,
-    gradients: Sequence[Tensor | None],
-) -> None:
-    """Compile both kernels of a convolution's backward pass; the forward pass has only one."""
-    kind, rows = kind._replace(device=META), [each.stride(1) for each in (*dys, dx)]
-    without, outs = ([None if w is None else without_memory(w) for w in each] for each in (weights, gradients))
-    given = [without_memory(dy) for dy in dys]
-    _conv_backward(
-        numbers.conv_backward(kind, *rows), kind, without_memory(x), without, given, without_memory(dx), outs
-    )
+    given = x, weights, dys, dx, gradients
+    if x.is_cuda and launches.sums.is_new:  # both kernels; the forward pass has only one
+        meta, empty = kind._replace(device=META), without_memory(given)
+        compile_together(lambda: _conv_backward(numbers.conv_backward(meta, *rows), meta, *empty))
+    _conv_backward(launches, kind, *given)
 
 
 def _conv_kind(x: Tensor, weights: Sequence[Tensor | None]) -> ConvKind:

@@ -4,17 +4,19 @@ Sizes and distances between rows are compile-time constants of the kernels, so e
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dis_scale.process.errors import UserError
 from dis_scale.scan.triton_fill import FULL, Filling, filling
 
+T = TypeVar("T")
 LANES = 32
 """Channels per warp, one per thread: a thread reads back only what it wrote itself."""
 WARPS = 4
@@ -50,20 +52,11 @@ class Launch:
             run(*arguments, *values)
 
     def _first_call(self, arguments: tuple[Any, ...]) -> None:
-        if next(flat(arguments)).is_meta:
+        if tree_leaves(arguments)[0].is_meta:
             self.kernel.warmup(*arguments, grid=self.grid, **self.numbers)
         elif compiled := self.kernel[self.grid](*arguments, **self.numbers):  # the interpreter returns None
             names = self.kernel.arg_names[len(arguments) :]
             self._compiled = compiled[self.grid], [self.numbers[name] for name in names]
-
-
-def flat(arguments: Sequence[Any]) -> Iterator[Tensor]:
-    """The tensors among a launch's arguments."""
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from flat(argument)
-        else:
-            yield argument
 
 
 def rowwise(x_BLX: Tensor, align: bool = True) -> Tensor:
@@ -159,6 +152,9 @@ def compile_together(launches: Callable[[], object]) -> None:
         launches()
 
 
-def without_memory(x: Tensor) -> Tensor:
-    """A tensor of the same shape and strides on the meta device."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+def without_memory(tensors: T) -> T:
+    """Tuples and lists of tensors, and of None, with tensors of the same shapes and strides on the meta device."""
+    empty: T = tree_map_only(
+        Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), tensors
+    )
+    return empty

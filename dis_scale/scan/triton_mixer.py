@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dis_scale.scan.backend import Direction, keeps_states
-from dis_scale.scan.triton import Operands, run_conv, run_conv_backward, run_scan, run_scan_backward
+from dis_scale.scan.triton import BackwardPass, Operands, run_conv, run_conv_backward, run_scan, run_scan_backward
 from dis_scale.scan.triton_launch import ALIGNMENT, check_offsets
 from dis_scale.scan.triton_memory import Gradients, KeptStates, ScanGradients
 
@@ -89,7 +89,7 @@ class _Mixer(torch.autograd.Function):
             into = [ScanGradients(x, *each) for x, each in zip(memory, _by_direction(*outs), strict=True)]
             x_BLE, z_BLE = xz_BLE.chunk(2, -1)
             dx_BLE, dz_BLE = dxz_BLE.chunk(2, -1)
-            run_scan_backward(ctx.kind, z_BLE, operands, dy_TE.view(B, L, E), kept, dz_BLE, into)
+            run_scan_backward(ctx.kind, BackwardPass(z_BLE, operands, dy_TE.view(B, L, E), kept, dz_BLE, into))
             ddynamics_2XE[:, :-2].mul_(A_2NE)  # from A's to that of log(-A)
             du_2TE, ddelta_2TE, u_2TE = (x.view(2, B * L, E) for x in (du_2BLE, ddelta_2BLE, u_2BLE))
             dprojected_2TP[..., :R] = torch.bmm(ddelta_2TE, rounded[2])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
 
@@ -21,7 +22,7 @@ from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates
 from dis_scale.scan.triton_fill import FULL
-from dis_scale.scan.triton_launch import ALIGNMENT, Launch, flat
+from dis_scale.scan.triton_launch import ALIGNMENT, Launch
 from dis_scale.scan.triton_memory import new_parts
 
 
@@ -129,7 +130,7 @@ def test_a_launch_always_gets_tensors_of_one_kind(
     z, dy = tensors[14] if gated else None, tensors[15].detach()
 
     def check(launch: Launch, *arguments: Any) -> None:
-        tensors = list(flat(arguments))
+        tensors = tree_leaves(arguments)
         got = [(x.dtype, x.data_ptr() % ALIGNMENT) for x in tensors]
         first = 4 if launch.kernel is triton_layout.by_state else 0
         assert not any(remainder for _, remainder in got[first:])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from dis_scale import models
 from dis_scale.models.dis import network, verification
@@ -90,12 +91,12 @@ def test_the_lanes_are_those_that_the_backend_selects(h200: None, images: int, d
 
 def launches_of(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[tuple[object, ...]]:
     """Triton's launches by kernel, types and constants, which are all that it compiles for; none runs."""
-    from dis_scale.scan.triton_launch import Launch, flat
+    from dis_scale.scan.triton_launch import Launch
 
     seen = set[tuple[object, ...]]()
 
     def note(launch: Launch, *tensors: Any) -> None:
-        types = tuple(x.dtype for x in flat(tensors))
+        types = tuple(x.dtype for x in tree_leaves(tensors))
         seen.add((launch.kernel.__name__, types, *sorted((name, str(value)) for name, value in launch.numbers.items())))
 
     monkeypatch.setattr(Launch, "__call__", note)

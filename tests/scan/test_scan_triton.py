@@ -279,7 +279,9 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
     x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
     dys, kind = [torch.ones(1, 5, 8)] * 2, scan_triton._conv_kind(x, weights)
     dx, gradients = torch.empty(1, 5, 8), [torch.empty_like(w) for w in weights]
-    compile_together(lambda: scan_triton.compile_conv(kind, x, weights, dys, dx, gradients))
+    meta, launches = kind._replace(device=scan_triton.META), triton_numbers.conv_backward(kind, 8, 8, 8)
+    empty = scan_triton.without_memory((x, weights, dys, dx, gradients))
+    compile_together(lambda: scan_triton._conv_backward(launches, meta, *empty))
     assert (sorted(compiles), failed) == (["conv_backward", "sum_conv"], [])
     monkeypatch.setattr(Launch, "__call__", only_compile)
     scan_triton._conv_backward(triton_numbers.conv_backward(kind, 8, 8, 8), kind, x, weights, dys, dx, gradients)
