@@ -1,5 +1,6 @@
 """The kinds of source: how each lists and reads its images. Tars, Parquet and other programs' latents have files of their own."""
 
+import contextlib
 import csv
 import errno
 import io
@@ -10,7 +11,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Protocol
@@ -225,7 +226,8 @@ class _Csv(_OneFileEach):
 
     def _allowed(self, entry: Entry) -> Entry:
         """UserError for a path outside the folder: whoever wrote the CSV could have any file of this user or store read."""
-        if not (self._outside or _is_inside(entry.name)):
+        path = entry.name
+        if not self._outside and (path.startswith("/") or "://" in path or ".." in path.split("/")):
             raise UserError(
                 f"{self.where}: image {printable(entry.name)} is outside the CSV's folder; if the CSV is yours, "
                 "--set data.csv_outside=allow"
@@ -233,27 +235,28 @@ class _Csv(_OneFileEach):
         return entry
 
 
-class _ManyInAFile(ABC):
-    """Base of kinds with many images in a file, which is compared with its version when it was listed."""
+class _ManyInAFile:
+    """Many images or latents in a file, which is compared with its version when it was listed."""
 
     mixed = False
 
-    def __init__(self, url: str, files: str, suffix: str) -> None:
-        self.root, self._names = tars.files_of(folder := open_folder(url), files, suffix)
-        self._is_folder, self.where = self.root == folder, self.root.url
+    def __init__(self, url: str, files: str, layout: layouts.InFiles, missing: str) -> None:
+        self.root, self._names = tars.files_of(folder := open_folder(url), files, layout.suffix)
+        self._is_folder, self.where, self.missing = self.root == folder, self.root.url, f"{missing} {self.root}"
+        self._layout, self.near = layout, layout.near
 
     def version(self) -> str:
         return ""  # each entry has that of its file
 
     def find(self) -> Contents:
         """List the images of the files, then what is beside these."""
-        contents = self.listed()
+        contents = self._layout.find(self.root, self._names)
         beside = tars.beside(self.root, self._names) if self._is_folder else ()
         return contents._replace(entries=itertools.chain(contents.entries, beside))
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
         try:
-            return list(self.read_many(entries))
+            return list(self._layout.read(self.root, entries))
         finally:  # not before: the file may be written again while it is read
             self.require_unchanged(entries[0])
 
@@ -261,45 +264,18 @@ class _ManyInAFile(ABC):
         """StorageError if the entry's file is another one than when it was listed."""
         require_version(f"{self.root}/{entry.file}", entry.version, self.root.version(entry.file))
 
-    @abstractmethod
-    def listed(self) -> Contents: ...
-
-    @abstractmethod
-    def read_many(self, entries: Sequence[Entry]) -> list[bytes]: ...
-
-
-class _Tars(_ManyInAFile):
-    """Tars of images."""
-
-    def __init__(self, settings: TarSource, labelled: bool) -> None:
-        super().__init__(settings.url, settings.files, ".tar")
-        self._settings, self._labelled, self.near = settings, labelled, tars.near
-        self.missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of {self.root}"
-
-    def listed(self) -> Contents:
-        return tars.find(self.root, self._names, self._settings, self._labelled)
-
-    def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
-        return tars.read(self.root, entries)
-
 
 class _Parquet(_ManyInAFile):
-    """Parquet files of images."""
+    """Parquet files of images, whose reader compares versions when it loads a row group."""
 
     def __init__(self, settings: ParquetSource, labelled: bool) -> None:
-        super().__init__(settings.url, settings.files, ".parquet")
-        self._settings, self._labelled, self.near = settings, labelled, parquet.near
-        self._reader = parquet.ParquetReader(self.root, settings, self.require_unchanged)
-        self.missing = f"no rows in the Parquet files of {self.root}"
-
-    def listed(self) -> Contents:
-        return parquet.find(self.root, self._names, self._settings, self._labelled)
+        reader = parquet.ParquetReader(settings, self.require_unchanged)
+        find = partial(parquet.find, settings=settings, labelled=labelled)
+        layout = layouts.InFiles(".parquet", find, reader.read, parquet.near)
+        super().__init__(settings.url, settings.files, layout, "no rows in the Parquet files of")
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
-        return list(self.read_many(entries))  # the reader compares when it loads a row group
-
-    def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
-        return self._reader.read(entries)
+        return list(self._layout.read(self.root, entries))
 
 
 class _LatentFiles(_OneFileEach):
@@ -327,30 +303,18 @@ class _LatentFiles(_OneFileEach):
             raise gone(f"latent {entry.name}") from error
 
 
-class _LatentsInFiles(_ManyInAFile):
-    """Latents of another program, many in a file."""
-
-    def __init__(self, layout: layouts.InFiles, settings: LatentsSource, labelled: bool) -> None:
-        pattern = settings.files or f"*{layout.suffix}"
-        super().__init__(settings.url, pattern, layout.suffix)
-        self._layout, self._labelled, self.near = layout, labelled, layout.near
-        self.missing = f"no latents in the files {pattern} of {self.root}"
-
-    def listed(self) -> Contents:
-        layouts.require_finished(self.root)
-        return self._layout.find(self.root, self._names, labelled=self._labelled)
-
-    def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
-        return self._layout.read(self.root, entries)
-
-
 def open_kind(data: Data) -> SourceKind:
     """Return the kind of a recipe's source, whose location may be looked at."""
     labelled = data.num_classes is not None
     match data.source:
         case LatentsSource():
-            layout = layouts.many_in_a_file(data.source, data.mirror)
-            return _LatentsInFiles(layout, data.source, labelled) if layout else _LatentFiles(data.source, labelled)
+            layout = layouts.many_in_a_file(data.source, data.mirror, labelled)
+            if layout is None:
+                return _LatentFiles(data.source, labelled)
+            files = data.source.files or f"*{layout.suffix}"
+            kind = _ManyInAFile(data.source.url, files, layout, f"no latents in the files {files} of")
+            layouts.require_finished(kind.root)
+            return kind
         case DigitsSource():
             return _Digits(labelled)
         case FolderSource():
@@ -358,7 +322,10 @@ def open_kind(data: Data) -> SourceKind:
         case CsvSource():
             return _Csv(data.source, data, labelled)
         case TarSource():
-            return _Tars(data.source, labelled)
+            find = partial(tars.find, settings=data.source, labelled=labelled)
+            layout = layouts.InFiles(".tar", find, tars.read, tars.near)
+            missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of"
+            return _ManyInAFile(data.source.url, data.source.files, layout, missing)
         case ParquetSource():
             return _Parquet(data.source, labelled)
 
@@ -417,11 +384,6 @@ def _lines(file: io.TextIOWrapper, where: str) -> Iterator[str]:
         yield line
 
 
-def _is_inside(path: str) -> bool:
-    """Whether a CSV's path cannot leave the CSV's folder: not complete, not a URL, no `..`."""
-    return not path.startswith("/") and "://" not in path and ".." not in path.split("/")
-
-
 def _is_in(ordered: Sequence[int], number: int) -> bool:
     place = bisect_left(ordered, number)
     return place < len(ordered) and ordered[place] == number
@@ -429,16 +391,10 @@ def _is_in(ordered: Sequence[int], number: int) -> bool:
 
 def _read(folder: Folder, name: str) -> bytes | None:
     """Return an image's bytes; None for a pipe, from which a read may wait for ever."""
-    if folder.local and _is_pipe(folder.local / name):
-        return None
+    with contextlib.suppress(OSError):  # reading it gives the reason
+        if folder.local and (folder.local / name).is_fifo():
+            return None
     return folder.read_up_to(name, images.IMAGE_BYTES)
-
-
-def _is_pipe(path: Path) -> bool:
-    try:
-        return path.is_fifo()
-    except OSError:
-        return False  # reading it gives the reason
 
 
 def _place(root: Folder, path: str) -> tuple[Folder, str]:

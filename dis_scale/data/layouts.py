@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import repeat
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,17 +62,11 @@ _TYPES = {
 }
 
 
-class _Find(Protocol):
-    """Lists the latents of these files, with their classes if `labelled`."""
-
-    def __call__(self, root: Folder, names: list[str], *, labelled: bool) -> Contents: ...
-
-
 class InFiles(NamedTuple):
-    """A layout with many latents in a file: the files' ending, and how they are listed and read."""
+    """A layout with many images or latents in a file: the files' ending, and how they are listed and read."""
 
     suffix: str
-    find: _Find
+    find: Callable[[Folder, list[str]], Contents]
     read: Callable[[Folder, Sequence[Entry]], list[bytes]]
     near: Callable[[Entry, Entry], bool]
 
@@ -84,17 +78,18 @@ def root_of(source: LatentsSource, url: Folder) -> Folder:
     return url / REPA_FOLDER if source.layout == "repa" else url
 
 
-def many_in_a_file(source: LatentsSource, mirror: bool) -> InFiles | None:
+def many_in_a_file(source: LatentsSource, mirror: bool, labelled: bool) -> InFiles | None:
     """Return how to read a layout with many latents in a file; None if each has a file of its own."""
     match source.layout:
         case "webdataset":
             settings = TarSource(kind="tar", url=source.url, image=tars.LATENT, label="cls")
-            return InFiles(".tar", partial(tars.find, settings=settings), tars.read, tars.near)
+            return InFiles(".tar", partial(tars.find, settings=settings, labelled=labelled), tars.read, tars.near)
         case "safetensors":
-            files = _Safetensors(mirror)
-            return InFiles(".safetensors", files.find, files.read, _rows_near)
-        case _:
-            return InFiles(".zip", _find_in_zips, tars.read, tars.near) if source.url.endswith(".zip") else None
+            files = _Safetensors(mirror, labelled)
+            return InFiles(".safetensors", files.find, files.read, lambda first, entry: first.file == entry.file)
+        case _ if source.url.endswith(".zip"):
+            return InFiles(".zip", partial(_find_in_zips, labelled=labelled), tars.read, tars.near)
+    return None
 
 
 def require_finished(root: Folder) -> None:
@@ -202,14 +197,10 @@ class _FromBuffer(_Pickled):
     pass
 
 
-def _latin1(text: str, _: str) -> bytes:
-    return text.encode("latin1")
-
-
 _PICKLED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): None,
     ("numpy", "dtype"): _Pickled,
-    ("_codecs", "encode"): _latin1,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
 }
 for _core in ("numpy.core", "numpy._core"):  # of both versions of NumPy, and of all protocols
     _PICKLED |= {(f"{_core}.multiarray", "_reconstruct"): _Pickled, (f"{_core}.numeric", "_frombuffer"): _FromBuffer}
@@ -406,12 +397,12 @@ def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Ent
 class _Safetensors:
     """Lists and reads rows of safetensors files; to read, a file's header once."""
 
-    def __init__(self, mirror: bool) -> None:
-        self._mirror = mirror
+    def __init__(self, mirror: bool, labelled: bool) -> None:
+        self._mirror, self._labelled = mirror, labelled
         self._tensors = cache(lambda root, file, _: _tensors(root, file, mirror))
 
-    def find(self, root: Folder, names: list[str], labelled: bool) -> Contents:
-        return Contents(of_files(root, names, lambda name: _rows(root, name, labelled, self._mirror), 0))
+    def find(self, root: Folder, names: list[str]) -> Contents:
+        return Contents(of_files(root, names, lambda name: _rows(root, name, self._labelled, self._mirror), 0))
 
     def read(self, root: Folder, entries: Sequence[Entry]) -> list[bytes]:
         """Return each row as a `.npy`: (2, C, h, w) with its mirror image, else (1, C, h, w)."""
@@ -420,7 +411,3 @@ class _Safetensors:
         sides = [tensors[name].read(root, file, first, last) for name in ("latents", "latents_flip") if name in tensors]
         rows = np.stack(sides, axis=1)
         return [npy.to_bytes(rows[entry.location[0] - first]) for entry in entries]
-
-
-def _rows_near(first: Entry, entry: Entry) -> bool:
-    return first.file == entry.file

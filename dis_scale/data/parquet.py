@@ -39,20 +39,20 @@ def find(root: Folder, names: list[str], settings: ParquetSource, labelled: bool
 class ParquetReader:
     """Reads images by (row group, row). It keeps the last two row groups, so a sequential read loads each once."""
 
-    def __init__(self, root: Folder, settings: ParquetSource, require_unchanged: Callable[[Entry], None]) -> None:
-        self._root, self._settings, self._one_at_a_time = root, settings, threading.Lock()
+    def __init__(self, settings: ParquetSource, require_unchanged: Callable[[Entry], None]) -> None:
+        self._settings, self._one_at_a_time = settings, threading.Lock()
         self._group, self._require_unchanged = lru_cache(2)(self._read_group), require_unchanged
 
-    def read(self, entries: Sequence[Entry]) -> list[bytes]:
+    def read(self, root: Folder, entries: Sequence[Entry]) -> list[bytes]:
         """Return the images' bytes, empty for a null; all entries are in one row group."""
         with self._one_at_a_time:
-            column = self._group(entries[0]._replace(name="", label=0, location=(entries[0].location[0], 0)))
+            column = self._group(root, entries[0]._replace(name="", label=0, location=(entries[0].location[0], 0)))
         return [column[entry.location[1]].as_py() or b"" for entry in entries]
 
-    def _read_group(self, first: Entry) -> pa.ChunkedArray:
+    def _read_group(self, root: Folder, first: Entry) -> pa.ChunkedArray:
         try:
-            with _opened(self._root, first.file) as file:
-                leaf, where = _leaf(file, self._settings), f"{self._root}/{first.file}"
+            with _opened(root, first.file) as file:
+                leaf, where = _leaf(file, self._settings), f"{root}/{first.file}"
                 return _read(file, first.location[0], leaf, where).flatten().column(0)
         finally:  # not before: the file may be written again while it is read
             self._require_unchanged(first)
@@ -109,8 +109,9 @@ def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, 
             raise UserError(
                 f"data.source.{key}: no column {column!r}{near} in {where}; it has {', '.join(schema.names)}"
             )
-    if not _is_bytes(file, settings) and not _has_bytes(schema.field(settings.image).type):
-        kind = schema.field(settings.image).type
+    kind = schema.field(settings.image).type
+    in_structs = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not (_is_bytes(file, settings) or in_structs):
         raise UserError(f"data.source.image: column {settings.image!r} of {where} is {kind}, expected bytes of images")
     if file.num_row_groups and _is_null(file, _leaf(file, settings)):
         raise UserError(
@@ -135,10 +136,6 @@ def _is_null(file: pq.ParquetFile, column: str) -> bool:
     chunks = (group.column(i) for i in range(group.num_columns))
     known = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column and chunk.statistics]
     return any(each.has_null_count and each.null_count == group.num_rows > 0 for each in known)
-
-
-def _has_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
 def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table:

@@ -150,7 +150,9 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
 def lists_mixed(source: SourceSettings) -> bool:
     """Whether a source is listed in the mixed order: each image has a file of its own."""
     many = isinstance(source, TarSource | ParquetSource)
-    return not (many or (isinstance(source, LatentsSource) and layouts.many_in_a_file(source, mirror=False)))
+    return not (
+        many or (isinstance(source, LatentsSource) and layouts.many_in_a_file(source, mirror=False, labelled=False))
+    )
 
 
 def require_source(data: Data, store: Folder) -> None:

@@ -6,22 +6,21 @@ Images are listed, read and decoded as a sweep does it. Read next: first_recipe.
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dis_scale.data import images
-from dis_scale.data.listing import Entry
 from dis_scale.data.sources import Source, open_source
 from dis_scale.process.errors import UndecodableImage, UserError, printable
 from dis_scale.process.progress import ReportDone, ReportShare, some
-from dis_scale.process.threads import batched, in_order
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data
-from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.folder import open_folder
 
 READERS = 16
 """Threads that read and decode: more than cores, since each waits for its reads."""
-AT_ONCE = 16
-"""Images of one piece of work."""
 
 
 class Broken(NamedTuple):
@@ -85,14 +84,16 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
     labelled = len(numbers) > 1
     chosen = [i for i, name in enumerate(source.names) if not labelled or _class_of(name)]
     sides, broken = Counter[int](), list[Broken]()
-    classes = dict.fromkeys(map(printable, _class_folders(folder)) if labelled else (), 0)
-    for done, (name, result) in enumerate(_measured(source, chosen), 1):
-        if isinstance(result, Broken):
-            broken.append(result)
+    folders = [name for name in folder.folders() if not images.hidden(name)]  # a sweep's classes, also without images
+    classes = dict.fromkeys(map(printable, folders) if labelled else (), 0)
+    for done, (i, result) in enumerate(zip(chosen, _measured(source, chosen), strict=True), 1):
+        name = printable(source.names[i])
+        if isinstance(result, UndecodableImage):
+            broken.append(Broken(name, result.why))
         else:
-            sides[result] += 1
+            sides[int(result.min())] += 1
             if labelled:
-                classes[printable(_class_of(name))] += 1
+                classes[_class_of(name)] += 1
         report(done, len(chosen))
     if not sides:
         raise UserError(
@@ -121,11 +122,6 @@ def describe(found: Survey) -> list[str]:
     return lines
 
 
-def _class_folders(folder: Folder) -> list[str]:
-    """Return the folders that a sweep takes for classes, those without images included."""
-    return [name for name in folder.folders() if not images.hidden(name)]
-
-
 def _nested(names: Iterable[str]) -> str:
     """Return the innermost folder around all images if they are in at least two folders of it; else empty."""
     folders = {name.rpartition("/")[0] for name in names}
@@ -137,21 +133,7 @@ def _class_of(name: str) -> str:
     return name.partition("/")[0] if "/" in name else ""
 
 
-def _measured(source: Source, positions: list[int]) -> Iterator[tuple[str, int | Broken]]:
-    """Yield the name of each image, and its shorter side or why it cannot be decoded."""
-    entries = ([source.listing[i] for i in part] for part in batched(positions, AT_ONCE))
-
-    def measure(part: list[Entry]) -> list[tuple[str, int | Broken]]:
-        return [(entry.name, _shorter_side(source, entry)) for entry in part]
-
-    for part in in_order(entries, measure, READERS):
-        yield from part
-
-
-def _shorter_side(source: Source, entry: Entry) -> int | Broken:
-    try:
-        if (data := source.read([entry])[0]) is None:
-            return Broken(printable(entry.name), "its link leads to no file")
-        return min(images.measure(data, entry.name, source.in_flight))
-    except UndecodableImage as error:
-        return Broken(printable(entry.name), error.why)
+def _measured(source: Source, positions: list[int]) -> Iterator[np.ndarray | UndecodableImage]:
+    """Yield width and height of each image, or why it cannot be decoded."""
+    sizes = replace(source, decode=lambda data, name, _: np.array(images.measure(data, name, source.in_flight)))
+    return in_order(positions, lambda i: sizes.decoded(range(i, i + 1), 1)[0], READERS)
