@@ -24,7 +24,7 @@ from pipelines.places import Places, own_gpus
 from pipelines.ray_private import actor_id
 from pipelines.sharing import Deal, share
 from pipelines.stage import StageJob
-from pipelines.watching import SILENT, watch
+from pipelines.watching import watch
 from pipelines.worker import Worker, spawn
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class RayEvaluators:
         placed = {number: worker for number, worker in self._workers.items() if ray_private.has_process(worker)}
         calls = [worker.passes.remote(sampled, settings) for worker in placed.values()]
         try:
-            passed = watch(self.job, [*placed.values()], calls, policy=SILENT)
+            passed = watch(self.job, [*placed.values()], calls)
         except WorkerFailure as failure:
             self.end()
             return failure
@@ -240,7 +240,7 @@ class RayEvaluators:
         """Let one evaluator measure the held-out loss."""
         number, worker = next(iter(self._workers.items()))
         try:
-            (values,) = watch(self.job, [worker], [worker.held_out.remote(sampled)], policy=SILENT)
+            (values,) = watch(self.job, [worker], [worker.held_out.remote(sampled)])
         except WorkerFailure:
             del self._workers[number]
             raise

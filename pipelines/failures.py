@@ -49,28 +49,19 @@ ACCIDENTS = {"device", "lost", "storage", "connection"}
 
 
 class WorkerFailure(DisScaleError):
-    """An attempt ended by an accident that a new attempt may survive: a lost worker, a broken connection, a hang."""
+    """An attempt ended by an accident that a new attempt may survive: a lost worker, a broken connection, a hang, storage that was
+    away, a failed device, that of the worker with the number `worker`."""
 
-    def __init__(self, words: str, done: int = 0, silent_s: float = 0.0) -> None:
+    def __init__(
+        self, words: str, done: int = 0, silent_s: float = 0.0, cause: Cause = "lost", worker: int = 0
+    ) -> None:
         super().__init__(words)
         self.done, self.silent_s, self.at = done, silent_s, time.time()
-        self.cause: Cause = "lost"
+        self.cause, self.worker = cause, worker
         self.nodes = frozenset[str]()
         """Names of the nodes that the attempt ran on, as far as they are known."""
         self.node_gone = False
         """Whether one of these is gone, as a node of spare capacity may be at any time."""
-
-
-class StorageFailure(WorkerFailure):
-    """An attempt ended because storage was away."""
-
-
-class DeviceFailure(WorkerFailure):
-    """An attempt ended by a failed device; `worker` is the number of its worker."""
-
-    def __init__(self, words: str, worker: int, done: int = 0, silent_s: float = 0.0) -> None:
-        super().__init__(words, done, silent_s)
-        self.worker, self.cause = worker, "device"
 
 
 def failure_to_raise(failures: Sequence[tuple[int, Exception]], done: int, silent_s: float) -> Exception:
@@ -79,18 +70,12 @@ def failure_to_raise(failures: Sequence[tuple[int, Exception]], done: int, silen
     That is the failure to blame: the peers of a lost worker only report the broken connection.
     """
     worker, worst = min(failures, key=lambda failure: CAUSES.index(blame(failure[1])))
-    match blame(worst):
-        case "device":
-            return DeviceFailure(describe(worst), worker, done, silent_s)
-        case "memory":
-            return OutOfMemory(describe(worst))
-        case "storage":
-            return StorageFailure(describe(worst), done, silent_s)
-        case "mistake":
-            return worst
-    failure = WorkerFailure(describe(worst), done, silent_s)
-    failure.cause = blame(worst)
-    return failure
+    cause = blame(worst)
+    if cause == "mistake":
+        return worst
+    if cause == "memory":
+        return OutOfMemory(describe(worst))
+    return WorkerFailure(describe(worst), done, silent_s, cause, worker)
 
 
 def failure_of(result: Any) -> Exception | None:
@@ -108,10 +93,10 @@ def may_pass(error: Exception) -> bool:
 
 
 def blame(error: Exception) -> Cause:
-    """Return the cause of an error of Ray; an error that is none of an accident's is a mistake."""
+    """Return the cause of an error of Ray, or of storage in this process; one that is none of an accident's is a mistake."""
     if isinstance(error, LOST):
         return "lost"
-    cause = getattr(error, "cause", None)
+    cause = getattr(error, "cause", error)
     if isinstance(cause, StorageAway):
         return "storage"
     if isinstance(cause, BrokenDevice) or (isinstance(cause, OSError) and cause.errno in DISK):

@@ -5,7 +5,7 @@ worker makes it: dis_scale/data/encode.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from pipelines.nodes import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
 from pipelines.stage import StageJob
-from pipelines.watching import SILENT, watch
+from pipelines.watching import Watch, watch
 from pipelines.worker import Request, Worker, elsewhere, request_for, spawn
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class RayEncoders:
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
         worker = self._spawn(elsewhere(self.job, request_for("precompute", "cpu", 1)))
-        (encoding,) = watch(self.job, [worker], [worker.encoding.remote()], policy=replace(SILENT, keep_logs=False))
+        (encoding,) = watch(self.job, [worker], [worker.encoding.remote()], policy=Watch(keep_logs=False))
         if self.device == "cpu":
             self.workers = [worker]
         return encoding
@@ -121,7 +121,7 @@ class RayEncoders:
     def check(self) -> str:
         """Compare latents of another program with the VAE: `Encoder.check`."""
         worker = self._spawn(elsewhere(self.job, request_for("precompute", "cpu", 1)))
-        (line,) = watch(self.job, [worker], [worker.check.remote()], policy=replace(SILENT, keep_logs=False))
+        (line,) = watch(self.job, [worker], [worker.check.remote()], policy=Watch(keep_logs=False))
         ray.kill(worker)
         return str(line)
 

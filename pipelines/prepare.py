@@ -22,7 +22,7 @@ from pipelines.places import PREPARE_CPUS, Places
 from pipelines.restarts import with_restarts
 from pipelines.sharing import SHARED, Deal, share
 from pipelines.stage import StageJob
-from pipelines.watching import SILENT, Report, watch
+from pipelines.watching import Report, watch
 from pipelines.worker import Request, Worker, elsewhere, request_for, spawn
 
 
@@ -172,7 +172,7 @@ def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:
         for worker in living:
             ray.kill(worker)  # otherwise the exception's traceback would keep it, and its resources
         raise failure
-    watch(job, living[:1], [living[0].merge_parts.remote(sweep, device)], policy=SILENT)
+    watch(job, living[:1], [living[0].merge_parts.remote(sweep, device)])
 
 
 def _has_parts(sweep: Sweep, source: Source) -> bool:

@@ -8,7 +8,7 @@ import ray
 
 from dis_scale.process import counts
 from dis_scale.process.errors import DisScaleError, StorageAway
-from pipelines.failures import DeviceFailure, StorageFailure, WorkerFailure, blame, describe, may_pass
+from pipelines.failures import WorkerFailure, blame, describe, may_pass
 from pipelines.stage import STORAGE_AWAY_S, StageJob
 
 T = TypeVar("T")
@@ -48,14 +48,14 @@ def with_restarts(
             if isinstance(error, ray.exceptions.RayError) and not may_pass(error):
                 raise
             job.raise_if_stopped()
-            failure = error if isinstance(error, WorkerFailure) else _failure(error)
+            failure = error if isinstance(error, WorkerFailure) else WorkerFailure(describe(error), cause=blame(error))
         failure.nodes, failure.node_gone = job.placed, job.lost_a_node()
         now = _stored_or(before, stored)
         failures, in_a_row = (failures, in_a_row + 1) if now == before else ([], 1)
         if now != before or job.now_s() - began_s > WORKED_S:
             away_since_s = float("inf")  # it was there meanwhile: this is another outage
         before = now
-        if isinstance(failure, StorageFailure):
+        if failure.cause == "storage":
             away_since_s = min(away_since_s, job.now_s())
             if job.now_s() - away_since_s > STORAGE_AWAY_S:
                 raise StorageAway(
@@ -65,7 +65,7 @@ def with_restarts(
             failures, away_since_s = [*failures, failure], float("inf")
             if len(failures) > job.recipe.train.restarts or _deterministic(failures, near):
                 raise DisScaleError(_last_words(name, failures, near)) from failure
-        longest_s = LONGEST_FOR_DEVICE_S if isinstance(failure, DeviceFailure) else LONGEST_BACKOFF_S
+        longest_s = LONGEST_FOR_DEVICE_S if failure.cause == "device" else LONGEST_BACKOFF_S
         wait_s = min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(in_a_row - 2, 10)) if in_a_row > 1 else 0.0
         left = job.recipe.train.restarts - len(failures)
         counts.add(counts.RESTARTS)
@@ -76,11 +76,6 @@ def with_restarts(
         )
         job.pause(wait_s)
         job.raise_if_stopped()
-
-
-def _failure(error: Exception) -> WorkerFailure:
-    away = isinstance(error, StorageAway) or blame(error) == "storage"
-    return (StorageFailure if away else WorkerFailure)(describe(error))
 
 
 def _stored_or(before: int, stored: Callable[[], int]) -> int:
@@ -109,7 +104,7 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
 
     alike = list(takewhile(same, reversed(crashes)))
     sets = [failure.nodes for failure in alike if failure.nodes]
-    if isinstance(last, DeviceFailure):
+    if last.cause == "device":
         return last.done > 0 and len(sets) >= SAME and not frozenset.intersection(*sets)
     on_two, on_any = (2 * ALWAYS, 3 * ALWAYS) if last.done == 0 else (SAME, ALWAYS)
     return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
@@ -123,7 +118,7 @@ def _crashes(failures: Sequence[WorkerFailure]) -> list[WorkerFailure]:
 def _last_words(name: str, failures: Sequence[WorkerFailure], near: int) -> str:
     crashes = _crashes(failures)
     points = {crash.done for crash in crashes}
-    alike = len(points) == 1 and len(crashes) > 1 and max(points) and not isinstance(failures[-1], DeviceFailure)
+    alike = len(points) == 1 and len(crashes) > 1 and max(points) and failures[-1].cause != "device"
     if alike or _deterministic(failures, near):
         return (
             f"{name}: crashed {len(failures)} times in a row with {failures[-1].done} done: this looks deterministic; see this "

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from pipelines import nodes, waiting
+from pipelines import nodes, ray_private, waiting
 from pipelines.failures import WorkerFailure, failure_of
 from pipelines.stage import StageJob
 from pipelines.watching import Report, Watch, watch
@@ -32,11 +32,6 @@ class Dealer:
     def next(self, deal: int) -> int | None:
         return next(self._left, None) if deal == self._deal else None
 
-    def end(self, deal: int) -> None:
-        """Deal no more numbers."""
-        if deal == self._deal:
-            self._left = iter([])
-
 
 class _RemoteDeal:
     """A deal's next number and its end, by remote calls; picklable."""
@@ -49,7 +44,7 @@ class _RemoteDeal:
 
     def end(self) -> Any:
         """Deal no more; return the call, which is not awaited."""
-        return self._dealer.end.remote(self._number)
+        return self._dealer.begin.remote([])
 
 
 def _begin_deal(job: StageJob, numbers: list[int]) -> _RemoteDeal:
@@ -99,7 +94,7 @@ def share(
     try:
         watch(job, workers, calls, report, replace(policy, on_lost=deal.end))
     except WorkerFailure as error:
-        failure, job.placed = error, nodes.names_of(workers)
+        failure, job.placed = error, frozenset(map(nodes.under, filter(ray_private.has_process, workers)))
     except ray.exceptions.RayTaskError:
         ray.get(deal.end())
         raise

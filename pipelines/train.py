@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -209,7 +209,7 @@ class TrainingRun:
             worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings))
             for rank, worker in enumerate(ranks.workers)
         ]
-        watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=FIRST * self.settings.hang_after_s))
+        watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=self.settings.hang_after_s))
 
     def _train(self, ranks: Ranks, avoided: Collection[str], start: tuple[float, float | None]) -> int:
         """Train under a lease of its own."""
@@ -233,7 +233,7 @@ class TrainingRun:
                 grows = grows or (not stays and self.places.can_grow(len(ranks.workers), avoided))
                 return math.inf if grows or drained else None
 
-            policy = replace(training_watch(self.settings), stop_early=left_s)
+            policy = Watch(self.settings.hang_after_s, self.settings.images, left_s)
             return min(watch(self.job, ranks.workers, results, self._report, policy))
 
     def _report(self, done: list[int]) -> None:
@@ -249,11 +249,6 @@ class TrainingRun:
             ranks = [rank for rank, place in enumerate(places) if place.node == node]
             interfaces = places[ranks[0]].interfaces
             self.job.say(f"{self.model}: ranks {ranks[0]} to {ranks[-1]} on node {name}: {interfaces}")
-
-
-def training_watch(settings: Train) -> Watch:
-    """Return what counts as a hang in training; after the last step it waits for storage, which has a patience of its own."""
-    return Watch(hang_after_s=settings.hang_after_s, first=FIRST, last=settings.images)
 
 
 def group_waits_s(settings: Train) -> float:

@@ -13,7 +13,7 @@ import ray
 from dis_scale.process import faults
 from dis_scale.process.errors import OutOfMemory, StorageAway
 from pipelines import nodes
-from pipelines.failures import DeviceFailure, WorkerFailure, blame, describe, failure_of, failure_to_raise, may_pass
+from pipelines.failures import WorkerFailure, blame, describe, failure_of, failure_to_raise, may_pass
 from pipelines.ray_private import actor_id, has_process
 from pipelines.stage import StageJob
 from pipelines.waiting import LOGGED_AFTER_S, Wait
@@ -21,9 +21,9 @@ from pipelines.waiting import LOGGED_AFTER_S, Wait
 STAGE_HANGS_AFTER_S = 900.0
 """Time without progress after which a worker of any stage counts as hanging; training's is a setting."""
 MEDIANS = 10
-"""A worker may take so many times what it usually takes."""
+"""An independent worker may take so many times what it usually takes."""
 FIRST = 4
-"""How many times as long the first may take: it reads a resume point or networks, and compiles kernels."""
+"""How many times as long the first progress may take: it reads a resume point or networks, and compiles kernels."""
 Report = Callable[[list[int]], None]
 """Called with each worker's progress, in the order of the workers."""
 
@@ -33,11 +33,10 @@ class Watch:
     """What counts as a hang, what ends the work early, whose failures disturb whom, and how long answers may take."""
 
     hang_after_s: float = STAGE_HANGS_AFTER_S
-    """A hang: no worker has made progress for this long, and not all have made the progress `last`. Of independent workers each is
-    watched by itself (`Pace`), and one that hangs is killed."""
-    first: int = 1
-    """How many times as long the first progress may take."""
+    """A hang: no worker has made progress for this long, or, before the first progress and of work that reports none, for `FIRST`
+    times as long. Of independent workers each is watched by itself, and one that hangs is killed."""
     last: float = float("inf")
+    """Progress of all after which they do not hang: they only write, and storage has a patience of its own."""
     stop_early: Callable[[], float | None] = lambda: None
     """Asked once a poll for the seconds that the workers have to save; they are requested to stop when it first returns a number,
     and again when that leaves them less time."""
@@ -52,20 +51,10 @@ class Watch:
     """Whether each worker's log is kept under its number from now on; not before the order of the workers is final."""
     poll_every_s: float = 1.0
     answer_s: float = 10.0
-    """Time for a worker to answer a poll, or to answer with its stacks when it hangs."""
-    settle_s: float = 10.0
-    """Time for the others to end after an error that another worker's failure may have caused."""
+    """Time for a worker to answer a poll, or with its stacks when it hangs; and for the others to end after an error that another
+    worker's failure may have caused."""
     logged_after_s: float = LOGGED_AFTER_S
     """Wait for capacity that is not logged."""
-
-    def hangs(self, progress: Sequence[int], silent_s: float) -> bool:
-        """Whether workers hang that have made this progress, and none for `silent_s`. After `last` they only write."""
-        limit_s = self.hang_after_s * (1 if any(progress) else self.first)
-        return silent_s > limit_s and min(progress) < self.last
-
-
-SILENT = Watch(hang_after_s=FIRST * STAGE_HANGS_AFTER_S)
-"""Of work that reports no progress."""
 
 
 def watch(
@@ -73,21 +62,20 @@ def watch(
     workers: Sequence[Any],
     results: Sequence[Any],
     report: Report = lambda _: None,
-    policy: Watch | None = None,
+    policy: Watch = Watch(),
 ) -> list[Any]:
     """Wait for the result of each worker and return all; forward a stop request; pass the progress to `report`.
 
     Raises the first failure at once: WorkerFailure if a new attempt may do better, also after a hang, whose stacks are logged. That
     of a device counts against its node.
     """
-    policy = policy or Watch()
     if policy.keep_logs:
         job.logs.keep_workers(workers)
     try:
         return _Loop(job, workers, results, report, policy).run()
     except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
         job.logs.collect(workers)
-        if isinstance(error, DeviceFailure):
+        if isinstance(error, WorkerFailure) and error.cause == "device":
             nodes.record_failure(job, nodes.under(workers[error.worker]), str(error))
         if not isinstance(error, WorkerFailure | StorageAway):
             raise
@@ -99,16 +87,18 @@ def watch(
 
 
 class Pace:
-    """The time between two steps of progress of each of several workers, and since when it has made none."""
+    """The time between two steps of progress, and since when there was none: of each independent worker, or of all together."""
 
-    def __init__(self, workers: int, hang_after_s: float) -> None:
-        self._hang_after_s = hang_after_s
-        self._done = [0] * workers
+    def __init__(self, workers: int, policy: Watch) -> None:
+        self._policy, self._done = policy, [0] * workers
         self._since_s: dict[int, float] = {}
         self._took_s = [deque[float](maxlen=100) for _ in range(workers)]
 
-    def note(self, done: Sequence[int], working: Collection[int], now_s: float) -> list[int]:
-        """Note the progress of all workers; return those of the `working` ones that hang."""
+    def note(self, done: Sequence[int], running: Collection[int], unplaced: Collection[int], now_s: float) -> list[int]:
+        """Note the progress of all workers; return the `running` ones that hang, [0] for all. Who waits for capacity does not."""
+        working = set(running).difference(unplaced)
+        if not self._policy.independent:
+            done, working = [sum(done)], set() if unplaced or min(done) >= self._policy.last else {0}
         for number, images in enumerate(done):
             if number not in working:
                 self._since_s.pop(number, None)
@@ -122,9 +112,14 @@ class Pace:
 
     def limit_s(self, number: int) -> float:
         """Time without progress after which a worker counts as hanging."""
-        if not self._took_s[number]:
-            return FIRST * self._hang_after_s
-        return max(self._hang_after_s, MEDIANS * statistics.median(self._took_s[number]))
+        least_s, took_s = self._policy.hang_after_s, self._took_s[number]
+        if not took_s:
+            return FIRST * least_s
+        return max(least_s, MEDIANS * statistics.median(took_s)) if self._policy.independent else least_s
+
+    def silent_s(self, now_s: float) -> float:
+        """Time since any of those that work has made progress."""
+        return now_s - max(self._since_s.values(), default=now_s)
 
 
 class _Loop:
@@ -136,8 +131,7 @@ class _Loop:
         self._job, self._workers, self._results, self._report, self._policy = job, workers, results, report, policy
         self._running, self._ended = list(results), list[Any]()
         self._polls = _Polls(job, workers, policy.answer_s)
-        self._most_done, self._progress_s = 0, time.monotonic()
-        self._pace = Pace(len(workers), policy.hang_after_s)
+        self._pace, self._hanging = Pace(len(workers), policy), list[int]()
         self._killed: set[int] = set()
         self._stop_by: float | None = None
         """Time by which the workers were last requested to stop."""
@@ -147,15 +141,11 @@ class _Loop:
             while self._running:
                 finished = self._poll(wait)
                 self._note_failures(finished)
-                self._check_hang()
+                self._end_hanging()
                 self._forward_stop()
                 self._report(self._polls.done)
                 faults.at("poll", images=max(self._polls.done), path=" ".join(sys.argv[1:2]))
         return ray.get([result for result in self._results if result in self._ended])
-
-    @property
-    def _silent_s(self) -> float:
-        return time.monotonic() - self._progress_s
 
     def _poll(self, wait: Wait) -> list[Any]:
         """Wait for results, ask all workers, and log those without capacity; return the results that came."""
@@ -169,8 +159,8 @@ class _Loop:
             unplaced = self._running = []  # the others have done all the work, or failed and hold what these wait for
         waits = alone or not self._policy.independent  # beside others that work, more of them join when nodes do
         wait.log(self._job, len(unplaced) if waits else 0, request, alone=alone)
-        if unplaced or sum(self._polls.done) > self._most_done:  # who waits for capacity does not hang
-            self._most_done, self._progress_s = sum(self._polls.done), time.monotonic()
+        running = {n for n, result in enumerate(self._results) if result in self._running} - self._killed
+        self._hanging = self._pace.note(self._polls.done, running, unplaced, time.monotonic())
         return finished
 
     def _note_failures(self, finished: Sequence[Any]) -> None:
@@ -186,12 +176,12 @@ class _Loop:
 
     def _raise_failure(self) -> None:
         """Raise the failure of the results that have ended, if any; wait for its cause if it looks like a consequence."""
-        failures, silent_s = self._failures(self._ended), self._silent_s
+        failures, silent_s = self._failures(self._ended), self._pace.silent_s(time.monotonic())
         if not failures:
             return
         if all(blame(failure) in ("connection", "mistake") for _, failure in failures):
             placed = [result for n, result in enumerate(self._results) if n not in self._polls.unplaced]
-            ended, _ = ray.wait(placed, num_returns=len(placed), timeout=self._policy.settle_s)
+            ended, _ = ray.wait(placed, num_returns=len(placed), timeout=self._policy.answer_s)
             failures = self._failures(ended)
         raise failure_to_raise(failures, max(self._polls.done), silent_s)
 
@@ -200,18 +190,13 @@ class _Loop:
         numbered = [(number, result) for number, result in enumerate(self._results) if result in ended]
         return [(number, failure) for number, result in numbered if (failure := failure_of(result))]
 
-    def _check_hang(self) -> None:
-        if self._policy.independent:
-            return self._kill_hanging()
-        if self._policy.hangs(self._polls.done, silent_s := self._silent_s):
+    def _end_hanging(self) -> None:
+        """Kill each independent worker that hangs: it is then lost, and another attempt makes what it had begun."""
+        if self._hanging and not self._policy.independent:
+            silent_s = self._pace.silent_s(time.monotonic())
             self._log_stacks()
             raise WorkerFailure(f"no step ended for {silent_s:.0f} s: hanging", max(self._polls.done), silent_s)
-
-    def _kill_hanging(self) -> None:
-        """Kill the workers that make no progress: each is then lost, and another attempt makes what it had begun."""
-        running = {n for n, result in enumerate(self._results) if result in self._running}
-        running -= self._killed | {*self._polls.unplaced}
-        for number in self._pace.note(self._polls.done, running, time.monotonic()):
+        for number in self._hanging:
             self._job.say(
                 f"worker {number} made no progress for {self._pace.limit_s(number):.0f} s: hanging, it is killed"
             )

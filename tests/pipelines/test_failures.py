@@ -10,8 +10,6 @@ from torch.distributed import DistStoreError
 from dis_scale.process.errors import BrokenDevice, OutOfMemory, StorageAway, StorageError
 from pipelines.failures import (
     CAUSES,
-    DeviceFailure,
-    StorageFailure,
     WorkerFailure,
     blame,
     describe,
@@ -101,21 +99,23 @@ def task_error(cause: Exception) -> ray.exceptions.RayTaskError:
 
 
 @pytest.mark.parametrize(
-    ("failures", "kind", "words"),
+    ("failures", "kind", "cause", "words"),
     [
-        ([PEER_LOST, ECC], DeviceFailure, "uncorrectable ECC"),
-        ([PEER_LOST, OSError(errno.EIO, "Input/output error")], DeviceFailure, "Input/output error"),
-        ([PEER_LOST, StorageAway("503")], StorageFailure, "503"),
-        ([PEER_LOST, OUT_OF_MEMORY], OutOfMemory, "Tried to allocate"),
-        ([PEER_LOST, ValueError("mistake")], ray.exceptions.RayTaskError, "trace"),
-        ([PEER_LOST, PEER_LOST], WorkerFailure, "Connection closed"),
+        ([PEER_LOST, ECC], WorkerFailure, "device", "uncorrectable ECC"),
+        ([PEER_LOST, OSError(errno.EIO, "Input/output error")], WorkerFailure, "device", "Input/output error"),
+        ([PEER_LOST, StorageAway("503")], WorkerFailure, "storage", "503"),
+        ([PEER_LOST, OUT_OF_MEMORY], OutOfMemory, None, "Tried to allocate"),
+        ([PEER_LOST, ValueError("mistake")], ray.exceptions.RayTaskError, None, "trace"),
+        ([PEER_LOST, PEER_LOST], WorkerFailure, "connection", "Connection closed"),
     ],
 )
 def test_of_several_failures_the_one_to_blame_is_raised(
-    failures: list[Exception], kind: type[Exception], words: str
+    failures: list[Exception], kind: type[Exception], cause: str | None, words: str
 ) -> None:
     raised = failure_to_raise(list(enumerate(map(task_error, failures))), done=160, silent_s=2.0)
     assert type(raised) is kind
+    if isinstance(raised, WorkerFailure):
+        assert raised.cause == cause
     assert words in str(raised)
     assert blame(task_error(failures[1])) in CAUSES
 
@@ -123,8 +123,8 @@ def test_of_several_failures_the_one_to_blame_is_raised(
 def test_a_failure_knows_its_worker_and_the_progress_before_it() -> None:
     numbered = [(3, task_error(PEER_LOST)), (5, task_error(ECC))]
     raised = failure_to_raise(numbered, done=160, silent_s=2.0)
-    assert isinstance(raised, DeviceFailure)
-    assert (raised.worker, raised.done, raised.silent_s) == (5, 160, 2.0)
+    assert isinstance(raised, WorkerFailure)
+    assert (raised.cause, raised.worker, raised.done, raised.silent_s) == ("device", 5, 160, 2.0)
 
 
 @pytest.mark.parametrize("words", ["an illegal memory access was encountered", "misaligned address"])

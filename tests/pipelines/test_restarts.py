@@ -5,7 +5,7 @@ import ray
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
-from pipelines.failures import DeviceFailure, StorageFailure, WorkerFailure
+from pipelines.failures import WorkerFailure
 from pipelines.restarts import with_restarts
 from tests.support.stage_jobs import RecordedJob, job_of
 
@@ -51,7 +51,7 @@ def test_a_device_that_is_the_only_one_is_waited_for_and_not_called_a_mistake(ti
     """Its node may be repaired on Monday."""
     job = job_of(tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 100})}))
     with pytest.raises(DisScaleError, match="dis: 101 attempts in a row failed without progress: ECC"):
-        run(job, [DeviceFailure("ECC", 0, 112)] * 101, [80] * 102)
+        run(job, [WorkerFailure("ECC", 112, cause="device")] * 101, [80] * 102)
     assert sum(job.pauses) > 45 * 3600
 
 
@@ -70,7 +70,7 @@ def test_an_attempt_follows_unavailable_storage_but_not_damage(job: RecordedJob)
 def test_an_outage_of_storage_is_waited_for_and_does_not_count(job: RecordedJob) -> None:
     """For an hour, in which each attempt may take minutes to notice; a driver's error and a worker's are alike."""
     of_a_rank = ray.exceptions.RayTaskError("train", "traceback", StorageAway("away"))
-    outage = [StorageAway("away"), of_a_rank, StorageFailure("away")] * 10
+    outage = [StorageAway("away"), of_a_rank, WorkerFailure("away", cause="storage")] * 10
     lost = [WorkerFailure("lost")] * 3
     assert len(run(job, [*lost, *outage], [0] * 40)) == 34
     with pytest.raises(StorageAway, match="dis: storage has been away for 60 minutes: away"):
@@ -90,7 +90,7 @@ def test_outages_with_training_between_them_are_not_one(job: RecordedJob) -> Non
             if left == 1:
                 job.pause(pause_s)
             if left:
-                raise StorageFailure("503")
+                raise WorkerFailure("503", cause="storage")
             return left
 
         assert with_restarts(job, "dis", attempt, lambda counts=counts: next(counts)) == 0  # type: ignore[misc]
@@ -185,7 +185,7 @@ def test_a_failed_device_is_not_taken_for_a_mistake_while_one_node_is_in_all_att
         nonlocal made
         job.placed = frozenset(nodes[made % 2])
         made += 1
-        raise DeviceFailure("uncorrectable ECC error", 0, 112)
+        raise WorkerFailure("uncorrectable ECC error", 112, cause="device")
 
     with pytest.raises(DisScaleError):
         with_restarts(job, "dis", attempt, lambda: 80)

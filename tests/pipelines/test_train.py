@@ -20,8 +20,9 @@ from pipelines import nodes
 from pipelines.nodes import Node
 from pipelines.ranks import Place, RankPlaces, largest_fitting, rank_order
 from pipelines.restarts import with_restarts
-from pipelines.train import Ranks, RowCopies, TrainingRun, group_waits_s, training_watch
+from pipelines.train import Ranks, RowCopies, TrainingRun, group_waits_s
 from pipelines.waiting import capacity
+from pipelines.watching import Pace, Watch
 from tests.conftest import TINY
 from tests.support.stage_jobs import RecordedJob, job_of
 
@@ -169,9 +170,12 @@ def test_a_group_that_waits_is_chosen_again_when_the_nodes_change_while_some_are
 def test_a_hang_is_logged_before_a_collective_fails(hang_after_s: float) -> None:
     """Also before the first step, which may take longer: NCCL ends the process of a rank whose collective fails."""
     settings = reading.load(TINY, [f"train.hang_after_s={hang_after_s}"]).train
-    policy, fails_s = training_watch(settings), group_waits_s(settings)
+    policy = Watch(hang_after_s=settings.hang_after_s)
+    noticed_s = group_waits_s(settings) - 2 * policy.answer_s - policy.poll_every_s - 60
     for done in (0, 16):
-        assert policy.hangs([done], fails_s - 2 * policy.answer_s - policy.poll_every_s - 60)
+        pace = Pace(1, policy)
+        assert pace.note([0], {0}, (), 0.0) == pace.note([done], {0}, (), 0.0) == []
+        assert pace.note([done], {0}, (), noticed_s) == [0]
 
 
 @pytest.mark.parametrize(("tracked", "away"), [(False, 0.0), (True, 1.0)])

@@ -1,11 +1,13 @@
 """Workers: their stacks, their lines, and what counts as a hang. tests/e2e/test_sharing.py watches some on a real Ray."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dis_scale.process import context
+from pipelines.sharing import SHARED
 from pipelines.watching import Pace, Watch
 from pipelines.worker import Worker
 
@@ -13,7 +15,7 @@ from pipelines.worker import Worker
 @pytest.mark.parametrize(
     ("done", "silent_s", "hangs"),
     [
-        ([160, 304], 11.0, True), ([160, 304], 9.0, False), ([320, 304], 11.0, True), ([320, 320], 11.0, False),
+        ([160, 304], 11.0, True), ([160, 304], 9.0, False), ([320, 304], 11.0, True), ([320, 320], 99.0, False),
         ([0, 0], 39.0, False), ([0, 0], 41.0, True), ([0, 16], 11.0, True),
     ],
     ids=[
@@ -22,7 +24,17 @@ from pipelines.worker import Worker
     ],
 )  # fmt: skip
 def test_a_hang_is_a_silence_before_the_last_step(done: list[int], silent_s: float, hangs: bool) -> None:
-    assert Watch(hang_after_s=10.0, first=4, last=320).hangs(done, silent_s) == hangs
+    """Of ranks, which go in step: if one hangs, all do. Slow steps before it change nothing."""
+    pace = Pace(2, Watch(hang_after_s=10.0, last=320))
+    for now_s, before in ((0.0, [0, 0]), (9.0, done)):
+        assert pace.note(before, {0, 1}, (), now_s) == []
+    assert pace.note(done, {0, 1}, {1}, 9.0 + silent_s) == [], "it waits for capacity"
+    pace = Pace(2, Watch(hang_after_s=10.0, last=320))
+    for now_s, before in ((0.0, [0, 0]), (9.0, done)):
+        assert pace.note(before, {0, 1}, (), now_s) == []
+    begun_s = 9.0 if any(done) else 0.0
+    assert pace.note(done, {0, 1}, (), begun_s + silent_s) == [0] * hangs
+    assert pace.silent_s(begun_s + silent_s) == (0.0 if min(done) == 320 else silent_s)
 
 
 def hanging(took_s: list[float], hangs_after_s: float) -> float | None:
@@ -30,10 +42,10 @@ def hanging(took_s: list[float], hangs_after_s: float) -> float | None:
 
     The first works on; both are asked once a second, by a simulated clock.
     """
-    pace, ends = Pace(2, hangs_after_s), np.cumsum(took_s)
+    pace, ends = Pace(2, replace(SHARED, hang_after_s=hangs_after_s)), np.cumsum(took_s)
     for now_s in range(20_000):
         done = [now_s // 60, int((ends[:-1] <= now_s).sum())]
-        if pace.note(done, {0, 1}, float(now_s)):
+        if pace.note(done, {0, 1}, (), float(now_s)):
             return now_s - float(ends[-2])
     return None
 
@@ -43,16 +55,19 @@ def test_one_worker_that_hangs_is_found_and_slow_ones_are_not() -> None:
     assert hanging([60.0] * 20 + [1e9], 900.0) == pytest.approx(900, abs=2)
     assert hanging([60.0] * 20 + [600.0] * 5 + [60.0] * 20 + [1e9], 900.0) == pytest.approx(900, abs=2)
     assert hanging([500.0] * 20 + [1e9], 150.0) == pytest.approx(5000, abs=2), "it is slow, however fast the other is"
-    again = Pace(1, 900.0)
-    assert not any(again.note([37], {0}, float(now_s)) for now_s in range(3600)), "what it did before is of other work"
-    slow = Pace(1, 900.0)
-    assert not any(slow.note([0], {0}, float(now_s)) for now_s in range(3600))
-    assert slow.note([0], {0}, 3601.0) == [0]
-    assert not any(slow.note([0], set(), float(now_s)) for now_s in range(3600, 99_999, 60)), "it waits for capacity"
+    again = Pace(1, SHARED)
+    assert not any(again.note([37], {0}, (), float(now_s)) for now_s in range(3600)), (
+        "what it did before is of other work"
+    )
+    slow = Pace(1, SHARED)
+    assert not any(slow.note([0], {0}, (), float(now_s)) for now_s in range(3600))
+    assert slow.note([0], {0}, (), 3601.0) == [0]
+    assert not any(slow.note([0], {0}, {0}, float(now_s)) for now_s in range(3600, 99_999, 60)), "it waits for capacity"
 
 
 def test_without_a_limit_nothing_hangs() -> None:
-    assert not Watch(hang_after_s=float("inf")).hangs([0], 1e9)
+    endless = Pace(1, Watch(hang_after_s=float("inf")))
+    assert not any(endless.note([0], {0}, (), now_s) for now_s in (0.0, 1e9))
 
 
 def test_a_poll_returns_the_lines_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,9 +35,10 @@ from dis_scale.sweep import Sampled, Sweep, state
 from pipelines import cluster as clusters
 from pipelines import driver as drivers
 from pipelines import evaluate, jobs, nodes
-from pipelines.failures import DeviceFailure, WorkerFailure
+from pipelines.failures import WorkerFailure
 from pipelines.lines import Log
 from pipelines.restarts import with_restarts
+from pipelines.sharing import SHARED
 from pipelines.watching import STAGE_HANGS_AFTER_S, Pace
 from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import driver_of
@@ -419,13 +420,13 @@ class Weeks:
     def _encode(self, job: "_StageJob") -> None:
         """Two encoders, a shard each quarter of an hour. In the first attempt the second hangs, until its pace says so."""
         hangs, done, running = not self.happened["encoding"], [0, 0], [0, 1]
-        pace = Pace(2, self.encoders_hang_after_s)
+        pace = Pace(2, replace(SHARED, hang_after_s=self.encoders_hang_after_s))
         self.happened["encoding"] += 1
         while running:
             self.world.sleep(15 * MINUTE)
             for number in running:
                 done[number] += not (hangs and number and done[number] >= 2)
-            killed = pace.note(done, running, self.world.now)
+            killed = pace.note(done, running, (), self.world.now)
             self.happened["encoder killed"] += len(killed)
             running = [number for number in running if done[number] < 20 and number not in killed]
         if hangs:
@@ -456,7 +457,7 @@ class Weeks:
                     self.happened["GPU failed"] += 1
                     why = str(BrokenDevice("uncorrectable ECC error encountered"))
                     nodes.record_failure(job, BAD, why)
-                    raise DeviceFailure(why, placed.index(BAD), seen)
+                    raise WorkerFailure(why, seen, cause="device", worker=placed.index(BAD))
                 seen += 1
                 if step % 3 == 0:
                     run.folder.write("saved", str(seen).encode())
