@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
+from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
@@ -74,13 +74,11 @@ def of_living(
     return ask(known())
 
 
-def on_each(
-    nodes: Sequence[Node], task: Any, *arguments: object, failure: Callable[[str, Exception], Exception]
-) -> list[Any]:
+def on_each(nodes: Sequence[Node], task: Any, *arguments: object, words: Callable[[str, str], str]) -> list[Any]:
     """Run a task on each of these nodes at the same time; return its results in the order of the nodes.
 
-    Raises `failure` of a node's name and the error for a task that failed or did not end in time; LostNode for one that was lost
-    with its node, or for want of memory.
+    UserError with the `words` of a node's name and the reason for a task that failed; LostNode for one that was lost with
+    its node, or for want of memory, that did not end in time, or for which storage was away.
     """
     calls = [task.options(scheduling_strategy=only(node.id)).remote(*arguments) for node in nodes]
     ray.wait(calls, num_returns=len(calls), timeout=ON_EACH_S)
@@ -88,12 +86,20 @@ def on_each(
     for node, call in zip(nodes, calls, strict=True):
         try:
             results.append(ray.get(call, timeout=0))
-        except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
-            raise failure(node.name, error) from error
         except ray.exceptions.RayError as error:
-            why = " ".join(str(error).split())[:200]
-            raise LostNode(f"node {node.name} gave no answer, run the command again: {why}") from error
+            raise error_on(node.name, error, words) from error
     return results
+
+
+def error_on(name: str, error: Exception, words: Callable[[str, str], str]) -> DisScaleError:
+    """Return the error to raise for a node's answer."""
+    cause = getattr(error, "cause", error)
+    why = " ".join(str(cause).split())[:200] or type(cause).__name__
+    if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, StorageAway):
+        return UserError(words(name, why))
+    if isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.GetTimeoutError):
+        return LostNode(f"{words(name, why)}; run the command again")
+    return LostNode(f"node {name} gave no answer, run the command again: {why}")
 
 
 def choose_device(recipe: Recipe) -> tuple[str, str]:
@@ -119,11 +125,6 @@ def name_of(node_id: str) -> str:
 def under(worker: Any) -> str:
     """Return the name of the node on which a worker runs, or ran last."""
     return name_of(ray_private.node_of(worker))
-
-
-def names_of(workers: Sequence[Any]) -> frozenset[str]:
-    """Return the names of the nodes on which these workers run, or ran last."""
-    return frozenset(map(under, filter(ray_private.has_process, workers)))
 
 
 def record_failure(job: StageJob, name: str, why: str) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 import ray
 
 from dis_scale.models import families
-from dis_scale.process.errors import DisScaleError, NoFamily, UserError
+from dis_scale.process.errors import NoFamily, UserError
 from dis_scale.recipe import Recipe
 from pipelines import nodes
 
@@ -28,15 +28,10 @@ def require_on_nodes(recipe: Recipe) -> None:
 
 def _lacking(codes: dict[str, str], alive: list[nodes.Node]) -> list[tuple[str, str]]:
     """Return the name of each node that lacks something, and what."""
-    reasons = nodes.on_each(alive, _missing, codes, failure=_unchecked)
+    reasons = nodes.on_each(
+        alive, _missing, codes, words=lambda name, why: f"node {name}: its packages are not checked: {why}"
+    )
     return [(node.name, reason) for node, reason in zip(alive, reasons, strict=True) if reason]
-
-
-def _unchecked(name: str, error: Exception) -> DisScaleError:
-    """Return the error for a node whose check failed, or did not end: then it is asked again."""
-    why = " ".join(str(error).split())[:200]
-    kind = nodes.LostNode if isinstance(error, ray.exceptions.GetTimeoutError) else DisScaleError
-    return kind(f"node {name}: its packages are not checked, run the command again: {why}")
 
 
 def require(codes: Mapping[str, str]) -> None:

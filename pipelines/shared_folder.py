@@ -8,7 +8,7 @@ from functools import partial
 
 import ray
 
-from dis_scale.process.errors import DisScaleError, StorageAway, UserError
+from dis_scale.process.errors import UserError
 from dis_scale.storage.folder import open_folder
 from pipelines import nodes
 
@@ -23,7 +23,11 @@ def require_shared(url: str) -> None:
 
 def _require_shared(url: str, alive: list[nodes.Node]) -> None:
     probe = open_folder(url) / f".probe-{uuid.uuid4().hex}"
-    run = partial(nodes.on_each, alive, failure=partial(failure_on, url))
+
+    def words(node: str, why: str) -> str:
+        return f"storage.root: {url} cannot be used on {node}: {why}; {CURE}"
+
+    run = partial(nodes.on_each, alive, words=words)
     try:
         probe.write(BEGUN, b"")
         first = run(_create, probe.url)
@@ -43,14 +47,6 @@ def _require_shared(url: str, alive: list[nodes.Node]) -> None:
             f"storage.root: {url}: {sum(first)} of {len(alive)} nodes were the first to create one file, so two runs "
             f"could overwrite each other. Use a file system whose hard links are atomic across nodes, {CURE}"
         )
-
-
-def failure_on(url: str, node: str, error: Exception) -> DisScaleError:
-    """Return the error to raise for the folder's failure on a node of this name: it is asked again if it was away or slow."""
-    cause = getattr(error, "cause", error)
-    why = " ".join(str(cause).split())[:200] or type(cause).__name__
-    passes = isinstance(cause, StorageAway | ray.exceptions.GetTimeoutError)
-    return (nodes.LostNode if passes else UserError)(f"storage.root: {url} cannot be used on {node}: {why}; {CURE}")
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -26,7 +26,7 @@ LOST = (
     "def ask(alive):\n"
     "    asked.append(len(alive))\n"
     "    for process in [*node.children(recursive=True), node] if len(asked) == 1 else []: process.kill()\n"
-    "    return nodes.on_each(alive, where, failure=lambda name, error: error)\n"
+    "    return nodes.on_each(alive, where, words=lambda name, why: why)\n"
     "found = nodes.of_living(ask)\n"
     "print(asked[0], len(found), len(asked) > 1)\n"
 )

@@ -19,12 +19,6 @@ def test_a_recipe_of_built_in_families_asks_no_node(tiny: Recipe) -> None:
     packages.require_on_nodes(tiny)
 
 
-def test_a_node_that_does_not_answer_in_time_is_asked_again() -> None:
-    """74 is queued again, and 1 is final."""
-    assert packages._unchecked("a", ray.exceptions.GetTimeoutError("300 s")).exit_code == 74
-    assert packages._unchecked("a", ray.exceptions.RayTaskError("f", "", ValueError("no"))).exit_code == 1
-
-
 def test_each_node_is_asked_for_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(GATED_CONV.parents[2]))

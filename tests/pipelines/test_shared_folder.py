@@ -1,12 +1,11 @@
-"""What the probe of a shared folder says of a node on which it failed. The probe itself: tests/e2e/test_shared_folder.py."""
+"""Nodes that are asked: which failures are asked again. The probe of a shared folder itself: tests/e2e/test_shared_folder.py."""
 
 import pytest
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayTaskError
 
 from dis_scale.process.errors import StorageAway, UserError
 from pipelines import nodes
 from pipelines.nodes import LostNode, Node
-from pipelines.shared_folder import failure_on
 
 REFUSED = RayTaskError("_create", "Traceback ...", PermissionError("read-only file system"), pid=1, ip="192.0.2.1")
 
@@ -17,19 +16,20 @@ AWAY = RayTaskError("_list", "Traceback ...", StorageAway("stale file handle"), 
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (REFUSED, UserError, "/nfs cannot be used on a-node: read-only file system; or give an object store"),
-        (AWAY, LostNode, "/nfs cannot be used on a-node: stale file handle"),
-        (GetTimeoutError("timed out"), LostNode, "/nfs cannot be used on a-node: timed out"),
+        (REFUSED, UserError, "a-node: no: read-only file system"),
+        (AWAY, LostNode, "a-node: no: stale file handle; run the command again"),
+        (GetTimeoutError("timed out"), LostNode, "a-node: no: timed out; run the command again"),
+        (NodeDiedError("it is gone"), LostNode, "node a-node gave no answer, run the command again: it is gone"),
     ],
-    ids=["read-only", "away", "hangs"],
+    ids=["read-only", "away", "hangs", "gone"],
 )
-def test_a_folder_that_refuses_is_a_mistake_and_one_that_is_away_or_slow_is_asked_again(
+def test_a_task_that_fails_is_a_mistake_and_a_node_or_storage_that_is_away_or_slow_is_asked_again(
     error: Exception, kind: type[Exception], words: str
 ) -> None:
     """A mistake has exit code 2, which a RayJob never repeats."""
-    raised = failure_on("/nfs", "a-node", error)
+    raised = nodes.error_on("a-node", error, "{}: no: {}".format)
     assert type(raised) is kind
-    assert words in str(raised)
+    assert str(raised) == words
 
 
 def test_a_node_that_dies_while_it_is_asked_is_left_out() -> None:
