@@ -27,6 +27,10 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_prestart_worker_first_driver": "0",  # such workers lack a job's environment: no job would use them
 }
+STARTED, TOO_SLOW = "Ray runtime started", "timed out during startup"
+"""Ray's words for a node that is up, and for one that ended because it was not registered within 30 s, as on a busy machine."""
+STARTS = 3
+"""Times that such a node is started, as a supervisor would."""
 Node = subprocess.Popen[bytes]
 
 
@@ -93,11 +97,17 @@ class RayNodes:
             f"--node-ip-address={ip}", f"--dashboard-agent-listen-port={agent}", "--object-store-memory=100000000",
             f"--runtime-env-agent-port={environments}",  # as in pipelines/cluster.py
         ]  # fmt: skip
-        with (Path(self.folder) / f"node-{len(self.nodes)}.log").open("wb") as log:
-            node = subprocess.Popen(
-                command, cwd=self._working_folder, env=os.environ | ENVIRONMENT | environment, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
+        output = Path(self.folder) / f"node-{len(self.nodes)}.log"
+        for _ in range(STARTS):
+            with output.open("wb") as log:
+                node = subprocess.Popen(
+                    command, cwd=self._working_folder, env=os.environ | ENVIRONMENT | environment, stdout=log, stderr=log,
+                    start_new_session=True,
+                )  # fmt: skip
+            while node.poll() is None and STARTED not in output.read_text():
+                time.sleep(0.2)
+            if node.poll() is None or TOO_SLOW not in output.read_text():
+                break
         self.nodes.append(node)
         return node
 
