@@ -64,12 +64,12 @@ class Evaluation:
         values = self._held_out(sampled)
         self.raise_if_stopped()
         from dis_scale.evaluation import measure
-        from dis_scale.evaluation.sampling import arrange, column_names, grid, grid_columns
+        from dis_scale.evaluation.sampling import arrange, column_names, grid, grid_numbers
 
         began_s = time.monotonic()
         measured, pictures = self._measure(folder, settings)
         names = column_names(self.sweep, self.labels)
-        folder.write(GRID, grid(arrange(pictures, self.labels), grid_columns(self.labels), names))
+        folder.write(GRID, grid(arrange(pictures, self.labels), grid_numbers(self.labels).shape[1], names))
         sampled_on, seconds = cost_of_samples(spent, folder)
         metrics = Metrics(
             model=sampled.model, images=sampled.images_seen, time=time.time(), samples=settings.samples, labels=settings.labels,
@@ -170,7 +170,7 @@ def stored_blocks(sweep: Sweep) -> int:
         for model in sweep.recipe.models
         for variant, settings in samplings.items()
     ]
-    names = in_order(left, lambda sampled: sweep.evaluation(sampled).list(), state.AT_ONCE)
+    names = in_order(left, lambda sampled: sweep.evaluation(sampled).list())
     blocks = sum(name.startswith("block-") for each in names for name in each)
     return sum(finished) + blocks + len(sweep.floor.list())
 

@@ -12,8 +12,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_order(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterator[R]:
-    """Yield each item's result in the items' order. Up to `2 * threads` items are in work ahead of the one yielded."""
+def in_order(items: Iterable[T], work: Callable[[T], R], threads: int = 32) -> Iterator[R]:
+    """Yield each item's result in the items' order. Up to `2 * threads` items are in work ahead of the one yielded.
+
+    The default suits requests to an object store, of which each takes some ten milliseconds.
+    """
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(threads, "ahead")
     try:

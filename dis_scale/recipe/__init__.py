@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from dis_scale.process.errors import nearest
-from dis_scale.process.settings import CHECKPOINTING, LatentShape, Precision, Settings, extent, runtime
+from dis_scale.process.settings import LatentShape, Precision, Settings, extent, runtime
 from dis_scale.recipe.data import (
     CsvSource,
     Data,
@@ -24,7 +24,6 @@ from dis_scale.recipe.data import (
     Precompute,
     PretrainedVae,
     SourceSettings,
-    StoredSource,
     TarSource,
     TrainedVae,
     VaeSettings,
@@ -47,46 +46,11 @@ from dis_scale.recipe.models import AnyModel, Branch, FileStart, Model, ModelTra
 from dis_scale.recipe.train import SCAN_DEVICES, Flow, Gaussian, Reader, Train
 
 __all__ = [
-    "CHECKPOINTING",
-    "MAIN",
-    "MODEL_NAME_CHARACTERS",
-    "Branch",
-    "CsvSource",
-    "Data",
-    "DigitsSource",
-    "Evaluate",
-    "ExportedExtractor",
-    "ExportedVae",
-    "ExtractorSettings",
-    "FileStart",
-    "Flow",
-    "FolderSource",
-    "Gaussian",
-    "InceptionExtractor",
-    "Isoflop",
-    "LatentShape",
-    "LatentsSource",
-    "Model",
-    "ModelTrain",
-    "NoVae",
-    "Normalise",
-    "ParquetSource",
-    "Precision",
-    "Precompute",
-    "PretrainedVae",
-    "Reader",
-    "Recipe",
-    "Sampling",
-    "Settings",
-    "SourceSettings",
-    "StoredSource",
-    "SweepStart",
-    "TarSource",
-    "Train",
-    "TrainedExtractor",
-    "TrainedVae",
-    "VaeSettings",
-    "Variant",
+    "MAIN", "MODEL_NAME_CHARACTERS", "Branch", "CsvSource", "Data", "DigitsSource", "Evaluate", "ExportedExtractor",
+    "ExportedVae", "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "Isoflop",
+    "LatentShape", "LatentsSource", "Model", "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute",
+    "PretrainedVae", "Reader", "Recipe", "Sampling", "SourceSettings", "SweepStart", "TarSource", "Train",
+    "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
 ]  # fmt: skip
 
 MODEL_NAME_CHARACTERS = 40

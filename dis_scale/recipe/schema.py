@@ -3,16 +3,9 @@
 `configs/schema.json` is this schema. It does not check what crosses parts of a recipe: reading one does.
 """
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
-
 from dis_scale.models import families
-from dis_scale.process.settings import Settings
 from dis_scale.recipe import Recipe
 from dis_scale.recipe.models import model_classes
 
@@ -41,11 +34,9 @@ COOLDOWNS = {
 def json_schema() -> dict[str, Any]:
     """Return the schema of a recipe as it is written in YAML (JSON Schema, draft 2020-12)."""
     schema = Recipe.model_json_schema()
-    named = {"Recipe", *schema["$defs"]}
-    described = {cls.__name__: dict(docstrings(cls)) for cls in subclasses(Settings) if cls.__name__ in named}
-    for name, part in [("Recipe", schema), *schema["$defs"].items()]:
-        for field, value in part["properties"].items():
-            _describe(value, described[name].get(field, ""))
+    for part in (schema, *schema["$defs"].values()):
+        for value in part["properties"].values():
+            _describe(value)
     _add_short_forms(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -85,37 +76,9 @@ def _of_any(backbones: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _describe(value: dict[str, Any], words: str) -> None:
-    """Put a field's docstring and role into its schema, in place of its generated title."""
+def _describe(value: dict[str, Any]) -> None:
+    """Add a field's role to the docstring in its schema, and drop its generated title."""
     value.pop("title", None)
-    words = " ".join(f"{words} {ROLES.get(value.pop('role', ''), '')}".split())
+    words = " ".join(f"{value.get('description', '')} {ROLES.get(value.pop('role', ''), '')}".split())
     if words:
         value["description"] = words
-
-
-def docstrings(cls: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Yield each field that has a docstring, with the docstrings of its base classes."""
-    for base in reversed(cls.__mro__):
-        if issubclass(base, Settings) and inspect.get_annotations(base):  # a composed class has no source
-            try:
-                source = inspect.getsource(base)
-            except OSError:  # of a family in a file, which is no module that Python can find again
-                continue
-            (tree,) = ast.parse(textwrap.dedent(source)).body
-            assert isinstance(tree, ast.ClassDef)
-            for field, after in zip(tree.body, tree.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and (words := _string(after)):
-                    yield ast.unparse(field.target), words
-
-
-def _string(node: ast.stmt) -> str | None:
-    """Return the text of a statement that is a string."""
-    constant = node.value if isinstance(node, ast.Expr) else None
-    return constant.value if isinstance(constant, ast.Constant) and isinstance(constant.value, str) else None
-
-
-def subclasses(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """Yield all subclasses, at any depth."""
-    for inner in cls.__subclasses__():
-        yield inner
-        yield from subclasses(inner)

@@ -17,7 +17,7 @@ from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import loss_law
 from dis_scale.report.fits import EXPONENTS, PowerLaw, bootstrap_tail, lack_of_fit, limited_law, student_margin
 from dis_scale.report.loss_law import LossLaw, Runs
-from dis_scale.report.points import Report
+from dis_scale.report.points import Error, Findings, Report
 
 LEAST_SIZES = 4
 """Sizes that a parabola needs here: one more than it has coefficients."""
@@ -177,11 +177,10 @@ def laws(family: list[Profile], resamples: int = RESAMPLES) -> Laws | None:
 
 
 class Lowest(NamedTuple):
-    """Logarithm of the lowest value of a budget, and its standard error, from residuals of so many degrees of freedom."""
+    """Logarithm of the lowest value of a budget, and its standard error."""
 
     log: float
-    error: float
-    freedom: int
+    error: Error
 
 
 def lowest(family: list[Profile]) -> dict[float, Lowest]:
@@ -191,7 +190,7 @@ def lowest(family: list[Profile]) -> dict[float, Lowest]:
         return {}
     freedom, tries = _resampled(inner, RESAMPLES)
     return {
-        profile.budget: Lowest(float(profile.minimum.value), float(minimum.value.std()), freedom)
+        profile.budget: Lowest(float(profile.minimum.value), Error(float(minimum.value.std()), freedom + 1))
         for profile, minimum in zip(inner, tries, strict=True)
     }
 
@@ -255,15 +254,8 @@ class _Minima:
         return low, high
 
 
-class Found(NamedTuple):
-    """What a study shows, a line each: how its law misses the budget that was held out; then best sizes, laws, limits."""
-
-    missed: list[str]
-    lines: list[str]
-
-
-def found(report: Report) -> Found:
-    """Return what a study shows by its held-out loss and its distance, for each family."""
+def found(report: Report) -> Findings:
+    """Return how a study's law misses the budget that was held out, and its best sizes, laws and limits, by loss and distance."""
     missed, out = list[str](), list[str]()
     for metric in dict.fromkeys((HELD_OUT, report.metric)):
         for kind, runs in runs_of(report, metric).items():
@@ -279,19 +271,19 @@ def found(report: Report) -> Found:
         "the intervals hold the spread of runs about the parabolas and of the minima about their law; not what runs share: "
         "the trunk of a size's branches, learning rate, held-out images, a seed's order of images, the range of sizes"
     )
-    return Found(missed, out)
+    return Findings(missed, out)
 
 
-def _laws_words(report: Report, runs: Runs, family: list[Profile]) -> Found:
+def _laws_words(report: Report, runs: Runs, family: list[Profile]) -> Findings:
     """Return the laws of the held-out loss in words."""
     study, parabolas, law = report.recipe.isoflop, laws(family), loss_law.fit(runs)
-    missed = prediction_words(runs, family, study.flops[-1]) if study and study.hold_out == "largest" else []
+    missed = prediction_words(runs, family, study.flops[-1]) if study else []
     words = _law_words(parabolas, HELD_OUT)
     if law is None:
-        return Found(missed, [*words, NO_LAW])
+        return Findings(missed, [*words, NO_LAW])
     if parabolas and (why := refuted(law, parabolas)):
-        return Found(missed, [why])
-    return Found(missed, words + loss_law_words(runs, law))
+        return Findings(missed, [why])
+    return Findings(missed, words + loss_law_words(runs, law))
 
 
 def _unfitted_words(report: Report, family: list[Profile]) -> list[str]:

@@ -34,8 +34,6 @@ BEATLESS_S = 60.0
 """Age of the last heartbeat from which a holder is reported dead; includes the difference between two machines' clocks."""
 WHY_CHARACTERS = 500
 """Most characters of the error that ended a lease."""
-AT_ONCE = 32
-"""Leases that are read at a time."""
 
 PROCESSES = Path("/proc/self/ns/pid")
 """Linux: names the namespace of process ids. Containers of one host have the same host name and boot, if they share its network."""
@@ -181,7 +179,7 @@ def _why(error: BaseException) -> str:
 
 def live_holders(folders: Iterable[Folder]) -> dict[Folder, Holder]:
     """Return the live process that holds each lease, without leases that none holds; takes up to STILL_S for all."""
-    last = in_order(folders, last_holding, AT_ONCE)
+    last = in_order(folders, last_holding)
     holdings = [holding for holding in last if holding and holding.end is None]
     return {each.folder: each.holder for each, alive in zip(holdings, _living(holdings), strict=True) if alive}
 
@@ -255,7 +253,7 @@ def _living(holdings: Sequence[Holding]) -> list[bool]:
     alive, deadline = [holding.alive for holding in holdings], time.monotonic() + STILL_S
 
     def beats(numbers: list[int]) -> dict[int, bytes]:
-        read = in_order(numbers, lambda n: _heartbeat(holdings[n]), AT_ONCE)
+        read = in_order(numbers, lambda n: _heartbeat(holdings[n]))
         return dict(zip(numbers, read, strict=True))
 
     first = beats([n for n, known in enumerate(alive) if known is None])

@@ -27,8 +27,6 @@ from dis_scale.sweep.documents import (
 )
 from dis_scale.sweep.extractors import part_count, reference_file, reference_part, weights_identity
 
-AT_ONCE = 32
-"""Requests to storage at a time: a sweep may have a thousand checkpoints."""
 MOST_NODE_FAILURES = 2
 """Failures of a node's devices in one sweep after which its training and evaluation avoid the node."""
 T = TypeVar("T")
@@ -36,7 +34,7 @@ T = TypeVar("T")
 
 def _existing(items: Sequence[T], exists: Callable[[T], bool]) -> list[T]:
     """Return the items that exist; storage is asked about several at a time."""
-    return [item for item, found in zip(items, in_order(items, exists, AT_ONCE), strict=True) if found]
+    return [item for item, found in zip(items, in_order(items, exists), strict=True) if found]
 
 
 def _counts(folder: Folder) -> list[int]:
@@ -202,7 +200,7 @@ def resumable_images(run: Run) -> int:
 def origins(sweep: Sweep) -> dict[str, Origin | None]:
     """Return, for each model, the resume point from which it was forked; None for one that is no fork."""
     models = list(sweep.recipe.models)
-    found = in_order(models, lambda model: Origin.find_intact(sweep.run(model).folder), AT_ONCE)
+    found = in_order(models, lambda model: Origin.find_intact(sweep.run(model).folder))
     return dict(zip(models, found, strict=True))
 
 
@@ -334,7 +332,7 @@ def measured(sweep: Sweep, model: str) -> list[Sampled]:
     variants = sweep.recipe.evaluate.samplings
     every = [Sampled(model, n, variant) for variant in variants for n in evaluated_counts(sweep, model, variant)]
     counts = [each.images_seen for each in every if each.variant == MAIN]
-    ablated = in_order(counts, lambda n: evaluated_ablations(sweep, model, n), AT_ONCE)
+    ablated = in_order(counts, lambda n: evaluated_ablations(sweep, model, n))
     return every + [each for of_one in ablated for each in of_one]
 
 
@@ -347,7 +345,7 @@ def _metrics(sweep: Sweep, model: str, variant: str) -> dict[int, Metrics | None
     """Return a model's evaluations by images seen, None for a damaged one."""
     counts = evaluated_counts(sweep, model, variant)
     folders = [sweep.evaluation(Sampled(model, n, variant)) for n in counts]
-    return dict(zip(counts, in_order(folders, Metrics.find_intact, AT_ONCE), strict=True))
+    return dict(zip(counts, in_order(folders, Metrics.find_intact), strict=True))
 
 
 def floor(sweep: Sweep) -> FloorMetrics | None:
@@ -398,10 +396,9 @@ class Backlog:
         due = {each._replace(variant=variant) for each in wanted for variant in ready}
         open_ = sorted(due - self._evaluated)
         self._evaluated |= set(_existing(open_, lambda sampled: sweep.evaluation(sampled).exists(Metrics.NAME)))
-        sign = -1 if sweep.recipe.evaluate.order == "newest_first" else 1
         return sorted(
             due - self._evaluated,
-            key=lambda sampled: (sampled.variant != MAIN, sign * sampled.images_seen, self.models.index(sampled.model)),
+            key=lambda sampled: (sampled.variant != MAIN, sampled.images_seen, self.models.index(sampled.model)),
         )
 
     def _guide_is_there(self, guide: Autoguidance | None) -> bool:
@@ -440,7 +437,7 @@ def skipped(sweep: Sweep) -> dict[Sampled, str]:
 
 def why_skipped(sweep: Sweep, every: Sequence[Sampled]) -> dict[Sampled, str]:
     """Return those of some evaluations that were skipped, each with the reason."""
-    reasons = in_order(every, lambda sampled: Skipped.find_intact(sweep.evaluation(sampled)), AT_ONCE)
+    reasons = in_order(every, lambda sampled: Skipped.find_intact(sweep.evaluation(sampled)))
     return {sampled: reason.why for sampled, reason in zip(every, reasons, strict=True) if reason}
 
 

@@ -5,7 +5,6 @@ Read next: retention.py, for what a sweep that stays can spare.
 
 import contextlib
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from dis_scale.data import listing
 from dis_scale.process.errors import Held, StorageError, UserError
@@ -17,16 +16,8 @@ from dis_scale.storage.manifest import NAME as MANIFEST
 from dis_scale.sweep import RECIPE, Sweep, command_lease, sweeps_below
 from dis_scale.sweep.contents import walk
 from dis_scale.sweep.documents import LatentsPointer, TrackingIds
-from dis_scale.sweep.state import AT_ONCE
 from dis_scale.upkeep import retention
-from dis_scale.upkeep.retention import Unneeded
-
-
-class Note(NamedTuple):
-    """What stays although the sweep uses it, or who will miss what goes."""
-
-    kind: str
-    words: str
+from dis_scale.upkeep.retention import Note, Unneeded
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ def delete(removal: Removal) -> None:
         _require_stopped(sweep, but=command_lease(sweep.folder))
         retention.delete(removal.unshared)
         manifests = [part for part in walk(sweep.folder) if MANIFEST in part.sizes]
-        for _ in in_order(manifests, lambda part: part.folder.delete(MANIFEST), AT_ONCE):
+        for _ in in_order(manifests, lambda part: part.folder.delete(MANIFEST)):
             pass  # first, so that a folder that is only partly deleted does not exist
         for name in sweep.folder.list():
             if name not in (RECIPE, sweep.leases.name):  # needed by a rerun, and by this block

@@ -16,7 +16,6 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import NAME as MANIFEST
 from dis_scale.sweep import RECIPE, SWEEPS, Sweep, state, store_of, sweeps_below
 from dis_scale.sweep.contents import Stored, walk
-from dis_scale.sweep.state import AT_ONCE
 
 KEPT = "latents and listings are kept"
 
@@ -37,6 +36,13 @@ class Unneeded(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "url": self.folder.url, "files": len(self.sizes), "bytes": self.size_bytes}
+
+
+class Note(NamedTuple):
+    """What stays, or who will miss what goes."""
+
+    kind: str
+    words: str
 
 
 def open_store(root: str) -> Folder:
@@ -82,7 +88,7 @@ def find_unused(store: Folder, except_for: Folder | None = None) -> list[Unneede
     """
     used = _used(store, except_for)
     folders = [(kind, store / kind / name) for kind in used for name in store.folders(kind) if name not in used[kind]]
-    sizes = in_order(folders, lambda each: each[1].sizes(), AT_ONCE)
+    sizes = in_order(folders, lambda each: each[1].sizes())
     found = zip(folders, sizes, strict=True)
     return [
         Unneeded(*each, of_one, partial(_require_unused, store, except_for, *each)) for each, of_one in found if of_one
@@ -104,7 +110,7 @@ def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
         raise UserError(
             f"{KEPT}: {store}/{SWEEPS}/{strange[0]} is no folder, so what it uses is unknown: mount its disk, or remove it"
         )
-    used = list(in_order(others, _require_settled, AT_ONCE))
+    used = list(in_order(others, _require_settled))
     running = lease.live_holders([sweep.lease("sweep") for sweep, _ in used])
     for sweep, _ in used:
         if sweep.lease("sweep") in running:
@@ -122,7 +128,7 @@ def delete(unneeded: Iterable[Unneeded]) -> None:
         each.require_unused()
         first = sorted(each.sizes, key=lambda name: name != MANIFEST)
         each.folder.delete(first[0])
-        for _ in in_order(first[1:], each.folder.delete, AT_ONCE):
+        for _ in in_order(first[1:], each.folder.delete):
             pass
         if not each.folder.list():
             each.folder.delete()  # on a disk: the empty folder

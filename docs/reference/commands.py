@@ -10,8 +10,7 @@ import typer.main
 from dis_scale.cli import app
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.process.errors import DisScaleError
-from dis_scale.recipe.schema import subclasses
-from docs.reference.markdown import code, table
+from docs.reference.markdown import code, subclasses, table
 
 ROOT = Path(__file__).parents[2]
 INTRODUCTION = """# Commands

@@ -1,6 +1,9 @@
 """Markdown of generated pages."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -17,3 +20,10 @@ def code(text: object) -> str:
     """Return text as code, also if it has backticks."""
     words = str(text)
     return f"`` {words} ``" if "`" in words else f"`{words}`"
+
+
+def subclasses(cls: type[T]) -> Iterator[type[T]]:
+    """Yield all subclasses, at any depth."""
+    for inner in cls.__subclasses__():
+        yield inner
+        yield from subclasses(inner)

@@ -8,8 +8,7 @@ from typing import Any
 from dis_scale.process.settings import Settings
 from dis_scale.recipe import Evaluate, ModelTrain, Recipe, Train, Variant
 from dis_scale.recipe.identity import as_yaml
-from dis_scale.recipe.schema import docstrings, subclasses
-from docs.reference.markdown import code, table
+from docs.reference.markdown import code, subclasses, table
 
 INTRODUCTION = """# Settings
 
@@ -87,7 +86,6 @@ def _section(path: str, part: type[Settings]) -> str:
 
 def _rows(part: type[Settings]) -> Iterator[tuple[str, ...]]:
     """Yield a row for each setting; those of a section that is a setting have their own default and role there."""
-    described = dict(docstrings(AS_IN.get(part, part))) | dict(docstrings(part))
     for name, value in _properties(part).items():
         field = part.model_fields[name]
         if name == "kind":
@@ -97,7 +95,13 @@ def _rows(part: type[Settings]) -> Iterator[tuple[str, ...]]:
         section = bool(references) and value.get("type") != "array"
         words = "required" if field.is_required() else "" if isinstance(default, Settings) else code(as_yaml(default))
         change = "" if section and not role else MAY_CHANGE[role]
-        yield code(name), _type(value), words, change, described.get(name) or _purpose(references)
+        yield code(name), _type(value), words, change, _words(part, name) or _purpose(references)
+
+
+def _words(part: type[Settings], name: str) -> str | None:
+    """Return a setting's docstring, or that of the setting which it replaces."""
+    replaced = AS_IN.get(part, part).model_fields.get(name)
+    return part.model_fields[name].description or (replaced and replaced.description)
 
 
 def _purpose(references: list[str]) -> str:

@@ -45,8 +45,6 @@ def test_the_main_settings_come_before_the_variants_and_counts_in_order(sweep: S
         Sampled("dit", 0, "wide"),
         Sampled("dis", 160, "wide"),
     ]
-    newest = state.Backlog(given(sweep, "evaluate.order=newest_first")).left()
-    assert newest[:3] == [Sampled("dis", 160), Sampled("dis", 0), Sampled("dit", 0)]
 
 
 def test_what_a_model_guides_waits_for_that_model(sweep: Sweep) -> None:
