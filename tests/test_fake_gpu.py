@@ -75,7 +75,7 @@ def test_a_training_step_copies_its_inputs_and_mixes_no_devices(
 ) -> None:
     process: Gaussian | Flow = Gaussian(kind="gaussian") if precision == "bf16" else Flow(kind="flow")
     model = model_on_gpu(SETTINGS[family], precision, checkpointing)
-    drop = torch.ones(model.drop_branches, 3) if model.drop_branches else None
+    drop = torch.ones(len(model.drop_rates), 3) if model.drop_rates else None
     built = diffusion.build(process, model.shape)
     t_B = built.sample_times(np.random.default_rng(0), 3)
     x_BCHW, noise_BCHW = torch.randn(2, 3, 4, 8, 8)

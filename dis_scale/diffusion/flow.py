@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dis_scale.diffusion.process import Losses, ModelFn, mean_flat, per_sample
+from dis_scale.diffusion.process import Losses, ModelFn, mean_flat
 from dis_scale.recipe import Flow, LatentShape
 
 SHIFTED_FROM = 4096
@@ -26,15 +26,13 @@ LEAST_DIVISOR = 0.05
 class FlowMatching:
     """Times and loss of training, and the time grid of the samplers."""
 
+    num_steps = 0
+    """Time is continuous."""
+
     def __init__(self, settings: Flow, shape: LatentShape):
         self.settings = settings
         values = shape.channels * shape.size**2
         self.shift = math.sqrt(values / SHIFTED_FROM) if settings.shift == "auto" else settings.shift
-
-    @property
-    def num_steps(self) -> int:
-        """0, since time is continuous."""
-        return 0
 
     def sample_times(self, rng: np.random.Generator, n: int) -> Tensor:
         """Sample times (n,) in (0, 1), float32: uniform or logit-normal (Esser et al. 2024), then shifted."""
@@ -46,7 +44,7 @@ class FlowMatching:
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
         """Mean squared error by sample: of what `loss` says, and as `mse` of the velocity."""
-        t = per_sample(t_B, x0_BCHW).to(torch.promote_types(x0_BCHW.dtype, torch.float32))
+        t = t_B.reshape(-1, *[1] * (x0_BCHW.ndim - 1)).to(torch.promote_types(x0_BCHW.dtype, torch.float32))
         xt_BCHW = (1 - t) * x0_BCHW + t * noise_BCHW
         v_BCHW = self._velocity(_output(model_fn, xt_BCHW, t_B), xt_BCHW, t)  # of which sampling makes its steps
         mse_B = mean_flat((v_BCHW - (noise_BCHW - x0_BCHW)).square())

@@ -96,16 +96,11 @@ class GaussianDiffusion:
     """The chain and the loss of training, and the shorter chains of the samplers."""
 
     def __init__(self, settings: Gaussian):
-        self.settings = settings
+        self.settings, self.num_steps = settings, settings.steps
         betas = (linear_betas if settings.betas == "linear" else cosine_betas)(settings.steps)
         # Times always have the range of a chain of 1000 steps, for which the model's time features are designed.
         times_K = np.arange(settings.steps) * (1000 / settings.steps)
         self.chain = Chain(times_K, np.cumprod(1 - betas))
-
-    @property
-    def num_steps(self) -> int:
-        """Length of the training chain."""
-        return self.settings.steps
 
     def sample_times(self, rng: np.random.Generator, n: int) -> Tensor:
         """Sample steps (n,), uniform, int64."""

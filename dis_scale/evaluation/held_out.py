@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from dis_scale.data.latents import Latents, sample_posterior
+from dis_scale.diffusion import Process
 from dis_scale.diffusion.generate import batch_sizes
-from dis_scale.diffusion.process import Process
 from dis_scale.models import verify_kernels
 from dis_scale.models.tokens import Backbone
 from dis_scale.process import seeds

@@ -70,25 +70,8 @@ def run_block(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor
 
 def _contexts(selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of a block's first and second forward pass."""
-    if not selective:
-        return nullcontext(), KeepingStates()
-    first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _KeepingStatesToo(second)
-
-
-class _KeepingStatesToo(KeepingStates):
-    """Another context and `KeepingStates`."""
-
-    def __init__(self, other: AbstractContextManager[Any]) -> None:
-        self._other = other
-
-    def __enter__(self) -> None:
-        self._other.__enter__()
-        super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._other.__exit__(*error)
+    first, second = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
+    return first, KeepingStates(second)
 
 
 def _policy(_: Any, op: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:

@@ -7,7 +7,7 @@ counter.py.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from dis_scale.models import build, families
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.counter import CountedPass, Saved
-from dis_scale.models.family import PaperNumbers
 from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
@@ -92,8 +91,8 @@ class Cost:
     kept: Kept
     kernel_gmacs: float = 0.0
     """Work per micro-batch, independent of its size: S4D's kernels."""
-    paper: PaperNumbers = field(default_factory=PaperNumbers)
-    """Numbers of the family's own paper."""
+    thop_gflops: float | None = None
+    """As the DiS paper counts, see `Family`."""
 
     @property
     def parameters(self) -> int:
@@ -141,7 +140,7 @@ def price_model(settings: FamilySettings, shape: LatentShape, num_classes: int |
         tuple(Part(name, macs, part.passes) for (name, _), (part, macs) in counts.items() if macs),
         _kept(less, more),
         kernel_gmacs=sum(part.macs - IMAGES[0] * macs for part, macs in counts.values()) / 1e9,
-        paper=families.find(settings.kind).published(settings, shape, num_classes),
+        thop_gflops=families.find(settings.kind).thop_gflops(settings, shape, num_classes),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ interface of a network), dis/ (a room).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dis_scale.models.settings import FamilySettings
 from dis_scale.process.settings import LatentShape
@@ -16,15 +16,6 @@ if TYPE_CHECKING:
 
     from dis_scale.models.public_names import PublicWeight
     from dis_scale.models.tokens import Backbone
-
-
-class PaperNumbers(NamedTuple):
-    """Numbers in the way of a family's own paper, beside what is counted here."""
-
-    thop_gflops: float | None = None
-    """Gflops as the DiS paper counts them: thop x 2, which leaves out the mixers. Of any size, also of those that it has not."""
-    gmacs: float | None = None
-    """Published multiply-adds, in 10^9."""
 
 
 class PublicLayout(Protocol):
@@ -69,8 +60,9 @@ class Family:
     """Values of `train.scan` under which it runs the backend that they select."""
     transfers: bool = False
     """Whether theory covers the transfer of its learning rates over widths."""
-    published: Callable[[Any, LatentShape, int | None], PaperNumbers] = lambda *_: PaperNumbers()
-    """Returns its paper's own numbers for settings, latent shape and number of classes."""
+    thop_gflops: Callable[[Any, LatentShape, int | None], float | None] = lambda *_: None
+    """Returns Gflops as the DiS paper counts them for settings, latent shape and number of classes: thop x 2, which leaves out the
+    mixers. Of any size, also of those that the paper has not; None for a family that is not counted so."""
     public: Callable[[], PublicLayout] | None = None
     """Returns the layout of its public weights, if any were released."""
 

@@ -72,11 +72,6 @@ class Backbone(nn.Module):
         """Number of tokens of an image."""
         return (self.shape.size // self.patch) ** 2
 
-    @property
-    def drop_branches(self) -> int:
-        """Number of branches that drop path may drop."""
-        return len(self.drop_rates)
-
     def condition(self, t_B: Tensor, y_B: Tensor | None) -> Tensor:
         """Sum of the embeddings of time and label (B, D), in the type of the products."""
         c_BD: Tensor = self.time(t_B, self.compute_dtype)

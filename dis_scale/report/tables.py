@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dis_scale.report.points import Point, Report
+from dis_scale.report.points import Findings, Point, Report
 
 WIDTH = 78
 """Characters of the table, which fits a terminal of 80."""
@@ -32,11 +32,11 @@ COST = (
     TableColumn("kind", lambda p: p.kind),
     TableColumn("variant", lambda p: p.variant),
     TableColumn("gmacs_forward", lambda p: p.gmacs, ".6g"),
-    TableColumn("thop_gflops", lambda p: p.cost.paper.thop_gflops),
+    TableColumn("thop_gflops", lambda p: p.cost.thop_gflops),
     TableColumn("parameters", lambda p: p.cost.parameters),
     TableColumn("images", lambda p: p.images_seen),
     TableColumn("training_eflops", lambda p: p.eflops, ".6g"),
-    TableColumn("goodput", lambda p: p.goodput, ".4f"),
+    TableColumn("goodput", lambda p: p.evaluation.cost.goodput, ".4f"),
     TableColumn("worker_hours", lambda p: p.worker_hours, ".6g"),
     TableColumn("memory_gib", lambda p: p.memory_gib, ".6g"),
     TableColumn("sample_ms", lambda p: p.sample_ms, ".6g"),
@@ -140,20 +140,13 @@ def notes(report: Report) -> list[str]:
     return lines
 
 
-class Findings(NamedTuple):
-    """What a sweep shows, a line each: `said` in sentences that one may quote, and the `details` of a study."""
-
-    said: list[str]
-    details: list[str]
-
-
 def findings(report: Report) -> Findings:
     """Return how the families differ, and for a study how its law misses the budget that was held out, its best sizes and laws."""
     from dis_scale.report import families, isoflop  # here: scipy takes a second
 
     said = families.sentences(report) if len(report.families) > 1 else []
-    study = isoflop.found(report) if report.recipe.isoflop else isoflop.Found([], [])
-    return Findings(study.missed + said, study.lines)
+    study = isoflop.found(report) if report.recipe.isoflop else Findings([], [])
+    return Findings(study.said + said, study.details)
 
 
 def missing(report: Report) -> list[str]:

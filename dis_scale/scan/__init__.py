@@ -27,17 +27,9 @@ from dis_scale.scan.backend import Backend, Direction
 from dis_scale.scan.graphs import outside_graphs
 
 __all__ = [
-    "BACKENDS",
-    "GPU_BACKENDS",
-    "Choice",
-    "Direction",
-    "causal_conv_silu",
-    "choose",
-    "problem",
-    "selective_scan",
-    "two_way_conv_silu",
-    "two_way_scan",
-]
+    "BACKENDS", "GPU_BACKENDS", "Choice", "Direction", "causal_conv_silu", "choose", "problem", "selective_scan",
+    "two_way_conv_silu", "two_way_scan",
+]  # fmt: skip
 
 BACKENDS = ("reference", "native", "triton", "mamba", "chunked")
 """Modules of this folder, imported at first use: two of them need packages that not every machine has."""

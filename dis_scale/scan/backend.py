@@ -4,8 +4,9 @@ Axes: B batch, L time, E channels, N states, W taps of the convolution.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,19 @@ _keeping = ContextVar("keeping", default=False)
 class KeepingStates:
     """Let a scan keep whatever shortens its backward pass: in a block that is recomputed for it, or in all if memory allows.
 
-    It may be entered again, as PyTorch does for each backward pass through a block.
+    It may be entered again, as PyTorch does for each backward pass through a block. It enters and leaves the context `within`, too.
     """
 
+    def __init__(self, within: AbstractContextManager[Any] | None = None) -> None:
+        self._within = within or nullcontext()
+
     def __enter__(self) -> None:
+        self._within.__enter__()
         _keeping.set(True)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         _keeping.set(False)
+        self._within.__exit__(*error)
 
 
 def keeps_states() -> bool:

@@ -3,10 +3,11 @@
 Read next: lanes.py (which lanes share a pass), data/latents.py (the images of a lane), loop.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from dis_scale import diffusion
 from dis_scale.data.latents import Latents, Micro, micro_batch
@@ -57,17 +58,12 @@ def _together(parts: Sequence[StepInput]) -> StepInput:
     """The inputs of several lanes as those of one forward pass."""
     if len(parts) == 1:
         return parts[0]
-    micros = [part.micro for part in parts]
-    micro = Micro(
-        torch.cat([micro.x_BCHW for micro in micros]),
-        _joined([micro.y_B for micro in micros]),
-        torch.cat([micro.noise_BCHW for micro in micros]),
-    )
+    micro = Micro(*map(_joined, zip(*[part.micro for part in parts], strict=True)))
     drop = _joined([part.drop for part in parts], dim=1)
     return StepInput(micro, torch.cat([part.t_B for part in parts]), drop, parts[0].weight)
 
 
-def _joined(parts: Sequence[torch.Tensor | None], dim: int = 0) -> torch.Tensor | None:
+def _joined(parts: Sequence[torch.Tensor | None], dim: int = 0) -> Any:
     """The parts as one tensor; None if the lanes have none."""
     present = [part for part in parts if part is not None]
     return torch.cat(present, dim) if present else None
@@ -87,15 +83,11 @@ def _pinned(host_input: StepInput, device: torch.device) -> StepInput:
     """In pinned memory if the device is a GPU, so that copies overlap with computation."""
     if device.type != "cuda":
         return host_input
-    return _mapped(host_input, torch.Tensor.pin_memory)
+    pinned: StepInput = tree_map_only(torch.Tensor, torch.Tensor.pin_memory, host_input)
+    return pinned
 
 
 def to_device(host_input: StepInput, device: torch.device) -> StepInput:
     """Return the input on the device; from pinned memory the copy does not block."""
-    return _mapped(host_input, lambda x: x.to(device, non_blocking=True))
-
-
-def _mapped(of: StepInput, each: Callable[[torch.Tensor], torch.Tensor]) -> StepInput:
-    (x_BCHW, y_B, noise_BCHW), drop = of.micro, of.drop
-    micro = Micro(each(x_BCHW), y_B if y_B is None else each(y_B), each(noise_BCHW))
-    return StepInput(micro, each(of.t_B), drop if drop is None else each(drop), of.weight)
+    moved: StepInput = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), host_input)
+    return moved

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from dis_scale import diffusion, models
 from dis_scale.data.latents import Latents, Micro, open_latents, prefetch
-from dis_scale.diffusion.process import Process
+from dis_scale.diffusion import Process
 from dis_scale.models import families, transfer
 from dis_scale.models.cost import price_model
 from dis_scale.models.tokens import Backbone
@@ -47,7 +47,7 @@ from dis_scale.training.throughput import (
     ThroughputMeter,
     gpu_bytes,
     machine_name,
-    open_meter,
+    peak_flops,
     peak_memory_bytes,
 )
 from dis_scale.weights import ema, warm_start
@@ -278,7 +278,8 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
             attempt.log(f"{attempt.model}: {line}")
         kept = ", which keep the states of their scans" if keeps else ""
         attempt.log(f"{attempt.model}: {count} forward passes of up to {max(images)} images a worker and step{kept}")
-    meter = open_meter(price, settings, max(images), world, attempt.device, log_rates)
+    peak = peak_flops(attempt.device, settings.precision)
+    meter = ThroughputMeter(price, max(images), world, attempt.device, *peak, log_rates)
     process = diffusion.build(recipe.diffusion, latents.shape)
     return Opened(latents, process, state, model, passes, meter, images_seen, resumed, earlier)
 
@@ -352,7 +353,7 @@ def start(
         point.require_latents(latents)
     before = point.manifest.progress if point else None
     resumed = before is not None and before.model == attempt.model  # not that of a branch's trunk
-    images_seen, adam_step = (point.images_seen, point.adam_step) if point else (0, 0)
+    images_seen, adam_step = (point.manifest.images, point.manifest.progress.adam_step) if point else (0, 0)
     if point is None and recipe.models[attempt.model].start:
         warm_start.load_into(model, attempt.sweep, attempt.model, attempt.log)
     read = point.read if point else resume.fresh(model)

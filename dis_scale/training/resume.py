@@ -36,14 +36,6 @@ class ResumePoint:
     manifest: ResumePointManifest
     _files: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
-    @property
-    def images_seen(self) -> int:
-        return self.manifest.images
-
-    @property
-    def adam_step(self) -> int:
-        return self.manifest.progress.adam_step
-
     def require_latents(self, latents: Latents) -> None:
         """UserError if the run was trained on other latents up to here."""
         if (theirs := self.manifest.progress.latents) != latents.identity:

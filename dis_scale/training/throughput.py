@@ -13,7 +13,6 @@ import torch
 
 from dis_scale.models.cost import Cost
 from dis_scale.process.machine import processor
-from dis_scale.recipe import Train
 from dis_scale.tracking.goodput import MEMORY
 
 DATASHEET_TFLOPS = {"A100": (312.0, 19.5), "H100 80GB HBM3": (989.0, 67.0), "H200": (989.0, 67.0)}
@@ -63,18 +62,6 @@ class ThroughputMeter:
             f"speed    {rates['images_per_s']:,.1f} images/s, {rates['tokens_per_s']:,.0f} tokens/s, MFU {rates['mfu']:.1%} of "
             f"{self.world} x {self.peak_flops / 1e12:.3g} TFLOP/s ({self.peak_source}), {rates[MEMORY]:.2f} GiB per worker"
         )
-
-
-def open_meter(
-    cost: Cost,
-    settings: Train,
-    micro_images: int,
-    world: int,
-    device: torch.device,
-    log: Callable[[str], None] | None,
-) -> ThroughputMeter:
-    """Return the meter of a model of this cost; `log` is called with its first rates."""
-    return ThroughputMeter(cost, micro_images, world, device, *peak_flops(device, settings.precision), log)
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:

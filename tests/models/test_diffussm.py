@@ -35,7 +35,6 @@ def test_parameters_and_multiply_adds_of_xl():
     assert small.parameters == 673_155_088
     assert small.gmacs_forward == pytest.approx(280.04, rel=1e-4)
     assert large.gmacs_forward == pytest.approx(1122.5, rel=1e-3)
-    assert (small.paper.gmacs, large.paper.gmacs) == (280.3, 1066.2)
     assert small.kernel_gmacs > 0
 
 

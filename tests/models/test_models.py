@@ -70,7 +70,7 @@ def test_recomputed_blocks_give_the_same_gradients(settings):
     gradients = []
     for mode in ("none", "block", "every_2", "selective"):
         model = build(settings, SHAPE, 10, checkpointing=mode)
-        drop = torch.ones(model.drop_branches, 3)
+        drop = torch.ones(len(model.drop_rates), 3)
         drop[1::2, 0] = 0
         loss = model(*inputs(), drop).square().mean()
         if mode != "selective":
@@ -85,9 +85,9 @@ def test_drop_path_takes_its_masks_from_the_caller():
     model = build(DIS, SHAPE, 10)
     assert model.drop_rates == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1, 0.1])
     x, t, y = inputs()
-    kept = model(x, t, y, torch.ones(model.drop_branches, 3))
+    kept = model(x, t, y, torch.ones(len(model.drop_rates), 3))
     assert torch.equal(kept, model(x, t, y))
-    drop = torch.ones(model.drop_branches, 3)
+    drop = torch.ones(len(model.drop_rates), 3)
     drop[-1, 1] = 0
     dropped = model(x, t, y, drop)
     assert torch.equal(dropped[0], kept[0])

@@ -70,8 +70,8 @@ def made(root: Path, recipe: Recipe) -> dict[str, Any]:
     return {
         "published": {n: published_hashes(run.published_at(n)) for n in state.published_counts(run)},
         "state": (
-            last.images_seen,
-            last.adam_step,
+            last.manifest.images,
+            last.manifest.progress.adam_step,
             {name: file.sha256 for name, file in last.manifest.files.items()},
         ),
         "rows": sorted((row.name, row.images, row.value) for row in rows),

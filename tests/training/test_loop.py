@@ -230,7 +230,7 @@ def test_a_resume_point_with_a_damaged_manifest_is_passed_over(tmp_path: Path, d
     run, logged = run_with_points(tmp_path, {160: one, 320: one}), list[str]()
     run.resume.write(f"000000000320-0001/{manifest.NAME}", damage)
     point = resume.newest_point(run, logged.append)
-    assert (point and point.images_seen, len(logged)) == (160, 1)
+    assert (point and point.manifest.images, len(logged)) == (160, 1)
 
 
 def test_a_run_whose_resume_points_are_all_damaged_does_not_start_over_unasked(tmp_path: Path) -> None:

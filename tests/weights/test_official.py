@@ -61,7 +61,7 @@ def test_outputs_and_gradients_equal_the_public_code(D, depth, p, C, size, class
 def test_drop_path_equals_the_public_code():
     public = public_model(48, 4, 2, 4, 8, 10)
     ours, (x, t, y) = read_public(public.state_dict()), inputs(4, 8, 10)
-    drop = torch.bernoulli(torch.full((ours.drop_branches, 3), 0.5), generator=torch.Generator().manual_seed(0)) * 2
+    drop = torch.bernoulli(torch.full((len(ours.drop_rates), 3), 0.5), generator=torch.Generator().manual_seed(0)) * 2
     # The first block adds nothing to the stream, so its mask is never used.
     expected = public(x, t, y, [torch.ones(3, 1, 1), *drop[:, :, None, None]])
     assert near(ours(x, t, y, drop).detach(), expected.detach())

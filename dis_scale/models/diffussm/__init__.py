@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dis_scale.models.diffussm.settings import DiffuSsm
-from dis_scale.models.family import Family, PaperNumbers
-from dis_scale.process.settings import LatentShape
+from dis_scale.models.family import Family
 
 if TYPE_CHECKING:
     from dis_scale.models.tokens import Backbone
@@ -14,8 +13,6 @@ SIZES = {
     "DiffuSSM-L": {"width": 768, "depth": 24},
     "DiffuSSM-XL": {"width": 1152, "depth": 29},
 }
-XL_GMACS = {32: 280.3, 64: 1066.2}
-"""Published values of XL by latent size (as quoted by others): quotients of rounded totals. No count equals both."""
 
 
 def _network(*arguments: Any) -> "Backbone":
@@ -24,16 +21,4 @@ def _network(*arguments: Any) -> "Backbone":
     return DiffuSSM(*arguments)
 
 
-def _published(settings: DiffuSsm, shape: LatentShape, num_classes: int | None) -> PaperNumbers:  # noqa: ARG001
-    xl = (settings.width, settings.depth, settings.hourglass, settings.patch) == (1152, 29, 2, 1)
-    return PaperNumbers(gmacs=XL_GMACS.get(shape.size) if xl else None)
-
-
-FAMILY = Family(
-    DiffuSsm,
-    _network,
-    presets=SIZES,
-    marker="^",
-    line="-.",
-    published=_published,
-)
+FAMILY = Family(DiffuSsm, _network, presets=SIZES, marker="^", line="-.")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.family import Family, PaperNumbers, PublicLayout
+from dis_scale.models.family import Family, PublicLayout
 from dis_scale.process.settings import LatentShape
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ def _public() -> PublicLayout:
     return public
 
 
-def _published(settings: Dis, shape: LatentShape, num_classes: int | None) -> PaperNumbers:
+def _thop_gflops(settings: Dis, shape: LatentShape, num_classes: int | None) -> float | None:
     """thop x 2 on the public code: it counts module calls only (no mixer), and 2 per element for a layer norm."""
     if settings.unpublished:
-        return PaperNumbers()
+        return None
     D, P, T = settings.width, shape.channels * settings.patch**2, (shape.size // settings.patch) ** 2
     L = T + settings.extra_tokens(num_classes)
     macs = T * P * D + 8 * D * D + (settings.depth // 2) * L * 2 * D * D + L * D * 2 * P + 2 * L * D
-    return PaperNumbers(2 * (macs + (0 if num_classes is None else 2 * D * D)) / 1e9)
+    return 2 * (macs + (0 if num_classes is None else 2 * D * D)) / 1e9
 
 
 FAMILY = Family(
@@ -61,6 +61,6 @@ FAMILY = Family(
     marker="o",
     line="-",
     scans=frozenset({"auto", "reference", "native", "triton", "mamba", "chunked"}),
-    published=_published,
+    thop_gflops=_thop_gflops,
     public=_public,
 )

@@ -176,11 +176,6 @@ class DiS(Backbone):
     def tokens(self) -> int:
         return self.length
 
-    @property
-    def scan_sizes(self) -> tuple[int, int, int]:
-        """L, E and N of the scans."""
-        return self.length, inner_width(self.settings.width), self.settings.state_size
-
     def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:
         """A block, once for each set of compiled kernels."""
         name = choose(self.scan, device).name
@@ -192,9 +187,10 @@ class DiS(Backbone):
 
         Kernels of state-space duality depend on all sizes but these.
         """
+        sizes = self.length, inner_width(self.settings.width), self.settings.state_size
         if self.settings.mixer == "ssd" or self.settings.attention_every == 1:
-            return [Case(*self.scan_sizes, 2, self.settings.ways, training)]
-        mode, sizes = self.checkpointing if training else "none", self.scan_sizes
+            return [Case(*sizes, 2, self.settings.ways, training)]
+        mode = self.checkpointing if training else "none"
         first = training and recompute_every(mode) != 1
         passes = [(first, first and self.keeps_states), (True, True)][: 1 if mode == "none" else 2]
         return [Case(*sizes, count, self.settings.ways, *each) for count in images for each in passes]
