@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.job_submission import JobSubmissionClient
 
 from dis_scale.process.errors import DisScaleError, UserError
@@ -230,15 +231,11 @@ def models_at_once(recipe: Recipe, resources: Resources, known: Sequence[Resourc
 
 def _one_node() -> bool:
     """Whether the cluster that this process runs in has a single node."""
-    import ray
-
     _connect()
     return sum(node["Alive"] for node in ray.nodes()) == 1
 
 
 def _connect() -> None:
-    import ray
-
     if not ray.is_initialized():
         try:
             with keeping_handlers():
@@ -252,8 +249,6 @@ def _connect() -> None:
 
 def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], None]) -> Cluster:
     """The cluster at RAY_ADDRESS. Its jobs get this job's own code package, otherwise they would run on other code."""
-    import ray
-
     _connect()
     packages.require_on_nodes(recipe)
     parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})

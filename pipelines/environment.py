@@ -45,9 +45,3 @@ def prepare_group(ip: str, device: str) -> str:
         os.environ.setdefault(variable, value)
     gloo, nccl = (os.environ.get(variable, "its own choice") for variable in INTERFACES)
     return f"gloo on {gloo}, NCCL on {nccl.removeprefix('=')}" if device == "cuda" else f"gloo on {gloo}"
-
-
-def words() -> str:
-    """Return in words what this process's variables choose."""
-    memory = "kept" if KEEP_FREED_MEMORY.keys() <= os.environ.keys() else "returned to the system"
-    return f"threads sleep while they wait; freed memory is {memory}"

@@ -51,7 +51,6 @@ class PublishedEvaluation:
     device: str
     open: Callable[[StageJob, str, int], tuple[Evaluation, RayEvaluators]] | None = None
     """Opens the evaluation with this many GPUs; default: that of all checkpoints that the recipe publishes."""
-    poll_every_s: float = POLL_EVERY_S
     _opened: tuple[Evaluation, RayEvaluators] | None = None
     _skipped: set[Sampled] = field(default_factory=set)
 
@@ -66,7 +65,7 @@ class PublishedEvaluation:
         over = False
         while not over:
             evaluation, evaluators = self._opened = self._opened or self._open()
-            over = evaluate_all(self.job, evaluation, self._skipped, evaluators.move, self.poll_every_s)
+            over = evaluate_all(self.job, evaluation, self._skipped, evaluators.move)
             self._opened = None
             evaluators.end()
 
@@ -74,7 +73,7 @@ class PublishedEvaluation:
         gpus = 0
         if self.device == "cuda":
             self.job.progress(0, _images(self.job.sweep), "images")  # for whoever reads the status while it waits
-            gpus = await_gpus(self.job, partial(free_gpus, self.job.sweep), self.poll_every_s)
+            gpus = await_gpus(self.job, partial(free_gpus, self.job.sweep))
         return (self.open or _open_published)(self.job, self.device, gpus)
 
 
@@ -91,7 +90,7 @@ def free_gpus(sweep: Sweep) -> int | None:
     return own if own > 0 or may_share else None
 
 
-def await_gpus(job: StageJob, free: Callable[[], int | None], poll_every_s: float = POLL_EVERY_S) -> int:
+def await_gpus(job: StageJob, free: Callable[[], int | None]) -> int:
     """Return the number of evaluators with a GPU of their own, once `free` returns it."""
     if (gpus := free()) is not None:
         return gpus
@@ -100,11 +99,11 @@ def await_gpus(job: StageJob, free: Callable[[], int | None], poll_every_s: floa
         f"evaluation waits until training has ended, which uses all {total_gpus()} GPUs: "
         "evaluate.gpu_share or fewer train.workers would let it run beside training"
     )
-    wait_for_training(job, lambda: free() is not None or state.training_over(job.sweep), poll_every_s)
+    wait_for_training(job, lambda: free() is not None or state.training_over(job.sweep))
     with Wait(job.gauge) as wait:
         while (gpus := free()) is None:
             wait.log(job, 1, request_for("evaluate", "cuda", 0).amounts)
-            job.pause(poll_every_s)
+            job.pause(POLL_EVERY_S)
     return gpus
 
 
@@ -128,7 +127,6 @@ def evaluate_all(
     evaluation: Evaluation,
     skipped: set[Sampled],
     moves: Callable[[], bool] = lambda: False,
-    poll_every_s: float = POLL_EVERY_S,
 ) -> bool:
     """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
 
@@ -166,10 +164,10 @@ def evaluate_all(
             measure_floor(job, evaluation)
             floor_due = False
         else:
-            wait_for_training(job, lambda: bool(left()) or state.training_over(sweep) or moves(), poll_every_s)
+            wait_for_training(job, lambda: bool(left()) or state.training_over(sweep) or moves())
 
 
-def wait_for_training(job: StageJob, news: Callable[[], bool], poll_every_s: float = POLL_EVERY_S) -> None:
+def wait_for_training(job: StageJob, news: Callable[[], bool]) -> None:
     """Wait for `news`; DisScaleError if for a day nothing is published or saved either."""
     began_s = since_s = job.now_s()
     before = None
@@ -177,17 +175,13 @@ def wait_for_training(job: StageJob, news: Callable[[], bool], poll_every_s: flo
         job.raise_if_stopped()
         job.show_idle()
         if job.now_s() - since_s > GIVE_UP_S:
-            if before == (now := _signs_of_training(job.sweep)):
+            now = [job.sweep.run(model).resume.list() for model in job.recipe.models]  # changes while training runs
+            if before == now:
                 raise DisScaleError(
                     f"nothing was published or saved for {GIVE_UP_S / 3600:.0f} h: is training running?"
                 )
             since_s, before = job.now_s(), now
-        job.pause(min(LONGEST_POLL_S, max(poll_every_s, (job.now_s() - began_s) / 20)))
-
-
-def _signs_of_training(sweep: Sweep) -> list[list[str]]:
-    """Names of all resume points; they change while training runs."""
-    return [sweep.run(model).resume.list() for model in sweep.recipe.models]
+        job.pause(min(LONGEST_POLL_S, max(POLL_EVERY_S, (job.now_s() - began_s) / 20)))
 
 
 def _open_published(job: StageJob, device: str, gpus: int) -> tuple[Evaluation, RayEvaluators]:

@@ -111,11 +111,7 @@ class Job:
             self._followed_s = now_s + self.reconnect_every_s
             self._follower = threading.Thread(target=self._follow, daemon=True, name=f"log of {self.id}")
             self._follower.start()
-        received = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                received.append(self._chunks.get_nowait())
-        return "".join(received)
+        return "".join(self._chunks.get_nowait() for _ in range(self._chunks.qsize()))  # nothing else takes any
 
     def _follow(self) -> None:
         with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
@@ -242,15 +238,9 @@ def end_own_job(
         return
     ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time
     # Nothing else waits. A process that Ray stops has a minute.
-    deadline = time.monotonic() + silent_s
-    while True:
-        with contextlib.suppress(OSError, RuntimeError):
-            connect(None).stop_job(own)
-            time.sleep(wait_s)  # Ray ends this process; if it ended by itself, its job would have failed
-            return
-        if time.monotonic() > deadline:
-            return
-        time.sleep(ASK_AGAIN_S)
+    with contextlib.suppress(Unanswered):
+        Silence(lambda _: None, silent_s, ASK_AGAIN_S).insist(lambda: connect(None).stop_job(own) or True, lambda: None)
+        time.sleep(wait_s)  # Ray ends this process; if it ended by itself, its job would have failed
 
 
 def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> None:

@@ -19,6 +19,7 @@ from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
 from dis_scale.tracking.attempt_logs import DRIVER, KeptLog, LogName
 from pipelines import lines
+from pipelines.failures import failure_of
 from pipelines.ray_private import actor_id, has_process
 
 ANSWER_S = 10.0
@@ -82,7 +83,7 @@ class JobLogs:
         calls = [worker.write_log.remote(self._begun[actor_id(worker)]) for worker in workers]
         answered, _ = ray.wait(calls, num_returns=len(calls), timeout=ANSWER_S)
         pairs = zip(workers, calls, strict=True)
-        dead = [actor_id(worker) for worker, call in pairs if call not in answered or not _succeeded(call)]
+        dead = [actor_id(worker) for worker, call in pairs if call not in answered or failure_of(call)]
         with ThreadPoolExecutor(16, "dead logs") as pool:
             list(pool.map(self._rescue, dead))
 
@@ -96,14 +97,6 @@ class JobLogs:
             with contextlib.suppress(Exception):
                 end = name._replace(process=f"{name.process}-end")
                 self._folder.write(str(end), attempt_logs.to_bytes(facts, outputs))
-
-
-def _succeeded(call: Any) -> bool:
-    try:
-        ray.get(call)
-    except ray.exceptions.RayError:
-        return False
-    return True
 
 
 def _last_lines(actor: str, suffix: str) -> str:

@@ -134,7 +134,11 @@ class Places:
         From the last device on, since training's first rank has most to do.
         """
         devices = [(-index, node.id) for node in self._left for index in range(int(node.resources.get("GPU", 0)))]
-        return [(-index, _on_node(node)) for index, node in islice(cycle(sorted(devices)), count)]
+        return [
+            # it reserves nothing and sees all GPUs of its node
+            (-index, Request({}).on(scheduling_strategy=nodes.only(node), runtime_env={"env_vars": ALL_GPUS_VISIBLE}))
+            for index, node in islice(cycle(sorted(devices)), count)
+        ]
 
     @property
     def _left(self) -> list[Node]:
@@ -158,11 +162,6 @@ class Places:
     def _apart(self) -> list[Resources]:
         """Resources of the nodes where training never runs."""
         return [node.resources for node in self._left if not self._trains(node)]
-
-
-def _on_node(node: str) -> Request:
-    """Return the request of a worker that reserves nothing and sees all GPUs of its node."""
-    return Request({}).on(scheduling_strategy=nodes.only(node), runtime_env={"env_vars": ALL_GPUS_VISIBLE})
 
 
 def own_gpus(sweep: Sweep, places: Places) -> int:

@@ -23,7 +23,6 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sweep
-from pipelines import environment
 from pipelines.lines import Log
 from pipelines.logs import JobLogs
 from pipelines.metrics import Exporter
@@ -78,15 +77,12 @@ class StageJob:
         self.show_advance()
 
     def say(self, text: str, level: str = "info") -> None:
-        """Show a message in the sweep."""
         self.log.say(text, level)
 
     def emit(self, name: str, **facts: Any) -> None:
-        """Log an event."""
         self.log.emit(name, **facts)
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Log the progress."""
         self.log.progress(done, total, unit)
         if done != self._done:
             self._done = done
@@ -149,7 +145,6 @@ Program = Callable[[StageJob], None]
 def run_program(program: Program, url: str, *arguments: str) -> None:
     """Run a stage's program on the sweep at `url`, patient with storage."""
     log, stop = Log(Context.from_environment()), threading.Event()
-    log.emit("driver", environment=environment.words())
     _show_warnings(log)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

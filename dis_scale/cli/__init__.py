@@ -88,10 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
     context = Context()
     try:
         app([word for word in words if word != "--debug"], prog_name=NAME, obj=context)
+        return
     except SystemExit as end:  # by Typer
-        if drives and end.code == UserError.exit_code:
-            _end_own_job(UserError.exit_code)
-        raise
+        if not drives or end.code != UserError.exit_code:
+            raise
+        code = UserError.exit_code
     except DisScaleError as error:
         if "--debug" in words:
             raise
@@ -99,18 +100,14 @@ def main(arguments: list[str] | None = None) -> None:
         if drives and os.environ.get(jsonlog.VARIABLE) == "json":
             words_of_error = jsonlog.entry(context, "error", "error", message=str(error))
         print(words_of_error, file=sys.stderr, flush=True)
-        if drives:
-            _end_own_job(error.exit_code)
-        raise SystemExit(error.exit_code) from None
+        code = error.exit_code
     except Exception:
         if not drives:
             raise
         print(shown(redact(traceback.format_exc())), end="", file=sys.stderr)
-        _end_own_job(DisScaleError.exit_code)
-        raise SystemExit(DisScaleError.exit_code) from None
+        code = DisScaleError.exit_code
+    if drives:
+        from pipelines.jobs import end_own_job
 
-
-def _end_own_job(exit_code: int) -> None:
-    from pipelines.jobs import end_own_job
-
-    end_own_job(exit_code)
+        end_own_job(code)
+    raise SystemExit(code)

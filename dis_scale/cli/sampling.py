@@ -65,7 +65,7 @@ def sample(
 
     aside = say_aside if as_json else say
     require_folder(npz or out, "--npz" if npz else "--out")
-    find_checkpoint(checkpoint)  # a misspelt path is refused before PyTorch is loaded, which takes seconds
+    located = find_checkpoint(checkpoint)  # a misspelt path is refused before PyTorch is loaded, which takes seconds
     aside("loading  the model; its kernels are compiled at their first use on a machine")
     import numpy as np
     import torch
@@ -76,7 +76,7 @@ def sample(
     from dis_scale.training.throughput import machine_name
     from dis_scale.weights import opening as pictures
 
-    opened = pictures.open_for_sampling(checkpoint, vae, heads, guide)
+    opened = pictures.open_for_sampling(located, vae, heads, guide)
     for line in opened.notes:
         aside(line)
     chosen = None if classes is None else pictures.labels_in_words(opened, classes)

@@ -80,12 +80,12 @@ def doctor(
     from dataclasses import asdict
 
     from dis_scale.storage.folder import open_folder
-    from dis_scale.upkeep.doctor import Needs, checks, examine
+    from dis_scale.upkeep.doctor import Needs, checks, tried
 
     settings, findings = load_recipe(recipe), []
     needs = Needs(settings, open_folder(storage or settings.storage.root))
-    for each in examine(needs, checks() | {"ray": _ray}):
-        findings.append(each)
+    for part, check in (checks() | {"ray": _ray}).items():
+        findings.append(each := tried(part, check, needs))
         if not as_json:
             say(f"{each.state:<10} {each.part:<14} {each.words}")
     show(as_json, [asdict(each) for each in findings])

@@ -1,7 +1,9 @@
 """Commands on stored files: `dis-scale verify`, `gc` and `delete` of a sweep; `dis-scale data verify`, `repair`, `show`, `gc`."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -9,11 +11,9 @@ from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, naming_mi
 from dis_scale.process.errors import DisScaleError, UserError
 
 if TYPE_CHECKING:
-    from dis_scale.upkeep.retention import Unneeded
+    from dis_scale.upkeep.retention import Note, Unneeded
 
 Yes = Annotated[bool, typer.Option("--yes", help="Delete what is listed.")]
-
-Layout = Literal["edm2", "repa", "webdataset"]
 
 Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of latents; local or any fsspec URL.")]
 
@@ -42,13 +42,14 @@ def gc(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep import retention
 
-    opened, kept = Sweep.open(sweep), list[str]()
+    opened, notes = Sweep.open(sweep), list[retention.Note]()
     unneeded = retention.find_unneeded(opened)
     try:
         unneeded += retention.find_unused(opened.store)
     except UserError as error:  # a sweep there runs or has no latents yet, so it may come to use any
-        kept.append(str(error))
-    _list_or_delete(unneeded, kept, yes, as_json, f"dis-scale gc {sweep} --yes")
+        notes.append(retention.Note("kept", str(error)))
+    delete = partial(retention.delete, unneeded)
+    _list_or_delete(unneeded, notes, delete if yes else None, as_json, f"dis-scale gc {sweep} --yes")
 
 
 def data_gc(
@@ -63,33 +64,29 @@ def data_gc(
     from dis_scale.upkeep import retention
 
     unneeded = retention.find_unused(retention.open_store(root))
-    _list_or_delete(unneeded, [], yes, as_json, f"dis-scale data gc {root} --yes")
+    delete = partial(retention.delete, unneeded)
+    _list_or_delete(unneeded, [], delete if yes else None, as_json, f"dis-scale data gc {root} --yes")
 
 
-def _list_or_delete(unneeded: "list[Unneeded]", kept: list[str], yes: bool, as_json: bool, remedy: str) -> None:
-    """Print what no result needs and what is kept; delete the former if `yes`, otherwise print the remedy."""
-    from dis_scale.upkeep import retention
-
-    files, size_bytes = sum(len(each.sizes) for each in unneeded), sum(each.size_bytes for each in unneeded)
+def _list_or_delete(
+    parts: "list[Unneeded]", notes: "list[Note]", delete: Callable[[], object] | None, as_json: bool, remedy: str
+) -> None:
+    """Print the parts, and what is kept; delete the former by `delete`, without which the remedy is printed."""
+    files, size_bytes = sum(len(each.sizes) for each in parts), sum(each.size_bytes for each in parts)
     if not as_json:
-        for line in kept:
-            say(f"kept         {line}")
-        _print_parts(unneeded)
-    if yes:
-        retention.delete(unneeded)
-    document = {"parts": [each.to_json() for each in unneeded], "kept": kept}
-    _show_total(as_json, document, files, size_bytes, yes, remedy)
-
-
-def _print_parts(parts: "list[Unneeded]") -> None:
-    for each in parts:
-        say(f"{each.kind:<12} {each.folder}: {len(each.sizes):,} files, {each.size_bytes / 1e6:,.1f} MB")
-
-
-def _show_total(as_json: bool, document: Any, files: int, size_bytes: int, deleted: bool, remedy: str) -> None:
+        for each in parts:
+            say(f"{each.kind:<12} {each.folder}: {len(each.sizes):,} files, {each.size_bytes / 1e6:,.1f} MB")
+        for note in notes:
+            say(f"{note.kind:<12} {note.words}")
+    if delete:
+        delete()
     total = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
-    words = f"deleted      {total}" if deleted else f"total        {total}; to delete them: {remedy}"
-    show(as_json, document | {"files": files, "bytes": size_bytes, "deleted": deleted}, words)
+    document = {
+        "parts": [each.to_json() for each in parts], "notes": [note._asdict() for note in notes],
+        "files": files, "bytes": size_bytes, "deleted": delete is not None,
+    }  # fmt: skip
+    words = f"deleted      {total}" if delete else f"total        {total}; to delete them: {remedy}"
+    show(as_json, document, words)
 
 
 def delete(
@@ -105,16 +102,9 @@ def delete(
     from dis_scale.upkeep import removal
 
     removed = removal.find(Sweep.open(sweep))
-    files, size_bytes = sum(len(each.sizes) for each in removed.parts), sum(each.size_bytes for each in removed.parts)
-    if not as_json:
-        _print_parts(removed.parts)
-        for note in removed.notes:
-            say(f"{note.kind:<12} {note.words}")
-    if yes:
-        removal.delete(removed)
-    parts, notes = [each.to_json() for each in removed.parts], [note._asdict() for note in removed.notes]
+    delete = partial(removal.delete, removed)
     remedy = f"dis-scale delete {sweep} --yes"
-    _show_total(as_json, {"parts": parts, "notes": notes}, files, size_bytes, yes, remedy)
+    _list_or_delete(removed.parts, removed.notes, delete if yes else None, as_json, remedy)
 
 
 def forgive(
@@ -170,7 +160,7 @@ def data_repair(
 def data_export(
     url: Latents,
     out: Annotated[str, typer.Option(help="The new folder; local or any fsspec URL.")],
-    layout: Annotated[Layout, typer.Option(help="Whose layout.")],
+    layout: Annotated[Literal["edm2", "repa", "webdataset"], typer.Option(help="Whose layout.")],
     as_json: AsJson = False,
 ) -> None:
     """Write latents for the code of EDM2, REPA (which needs its images beside them) or MaskDiT (`webdataset`).

@@ -39,10 +39,11 @@ def rate_words(per_second: float, unit: str) -> str:
 
 
 def time_words(seconds: float) -> str:
-    """Return a duration in the unit that suits it: `50 s`, `42 min`, `3.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    """Return a duration in the unit that suits it: `50 s`, `42 min`, `3.5 h`, `2.1 d`."""
+    for unit, length, digits in (("d", 86_400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def some(words: list[str]) -> str:
@@ -109,19 +110,14 @@ class Board:
         self._logged_s[task.id] = float("inf") if over else now_s
 
 
-def listing_words(say: Callable[[str], None]) -> Callable[..., None]:
-    """Return a function that logs from time to time how many images of a source have been listed."""
-    return now_and_then(say, "listing  {:,} images so far")
-
-
-def now_and_then(say: Callable[[str], None], words: str) -> Callable[..., None]:
-    """Return a function that takes numbers and logs `words` filled with them, at most every few seconds."""
+def listing_words(say: Callable[[str], None]) -> ReportDone:
+    """Return a function that logs, at most every few seconds, how many images of a source have been listed."""
     logged_s = time.monotonic()
 
-    def report(*numbers: int) -> None:
+    def report(images: int) -> None:
         nonlocal logged_s
         if time.monotonic() >= logged_s + LOG_EVERY_S:
             logged_s = time.monotonic()
-            say(words.format(*numbers))
+            say(f"listing  {images:,} images so far")
 
     return report

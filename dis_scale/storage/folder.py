@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.spec import AbstractBufferedFile
 
 from dis_scale.process import faults
 from dis_scale.process.errors import StorageError, UserError
@@ -117,7 +118,7 @@ class Folder:
 
     def open(self, path: str, buffer_bytes: int = 2**20) -> io.BufferedReader:
         """Open the object as a seekable file that is read by ranges of at least `buffer_bytes`."""
-        return io.BufferedReader(_Ranges(self, path, self.size(path)), buffer_bytes)
+        return io.BufferedReader(_Ranges(self, path), buffer_bytes)
 
     def size(self, path: str) -> int:
         """Return the object's size in bytes."""
@@ -319,31 +320,15 @@ class Folder:
         return done
 
 
-class _Ranges(io.RawIOBase):
+class _Ranges(AbstractBufferedFile):  # type: ignore[misc]
     """An object read by ranges, each with the folder's retries; buffered by `Folder.open`."""
 
-    def __init__(self, folder: Folder, path: str, size: int) -> None:
-        self._folder, self._path, self._size, self._at = folder, path, size, 0
+    def __init__(self, folder: Folder, path: str) -> None:
+        self._folder = folder
+        super().__init__(None, path, cache_type="none", size=folder.size(path))
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size)
-        data = self._folder.read(self._path, self._at, end) if self._at < end else b""
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self._folder.read(self.path, start, min(end, self.size))
 
 
 def open_folder(url: str | os.PathLike[str]) -> Folder:

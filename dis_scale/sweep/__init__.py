@@ -95,41 +95,36 @@ def command_lease(sweep: Folder) -> Folder:
     return sweep / _LEASES / "sweep"
 
 
+class _Below:
+    """A folder below that of a run or of a sweep."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __get__(self, owner: "Run | Sweep", _: object) -> Folder:
+        return owner.folder / self._path
+
+
 @dataclass(frozen=True)
 class Run:
     """The training run of one model."""
 
     folder: Folder
-
-    @property
-    def resume(self) -> Folder:
-        """Resume points: full state, private to training, the last K."""
-        return self.folder / "resume"
-
-    @property
-    def published(self) -> Folder:
-        """Averaged weights at the recipe's image counts, kept."""
-        return self.folder / "published"
-
-    @property
-    def log(self) -> Folder:
-        """Metric rows."""
-        return self.folder / "log"
-
-    @property
-    def lease(self) -> Folder:
-        return self.folder / "lease"
+    resume = _Below("resume")
+    """Resume points: full state, private to training, the last K."""
+    published = _Below("published")
+    """Averaged weights at the recipe's image counts, kept."""
+    log = _Below("log")
+    """Metric rows."""
+    lease = _Below("lease")
+    bad_steps = _Below("evidence")
+    """Dumps of steps whose gradient was not finite, each named as a resume point."""
 
     def resume_point(self, name: PointName) -> Folder:
         return self.resume / str(name)
 
     def published_at(self, images_seen: int) -> Folder:
         return self.published / images_name(images_seen)
-
-    @property
-    def bad_steps(self) -> Folder:
-        """Dumps of steps whose gradient was not finite, each named as a resume point."""
-        return self.folder / "evidence"
 
     def bad_step(self, name: PointName) -> Folder:
         return self.bad_steps / str(name)
@@ -141,6 +136,20 @@ class Sweep:
 
     folder: Folder
     recipe: Recipe
+    references = _Below("reference")
+    """Statistics of the real images, one file per extractor."""
+    reference_parts = _Below("reference/parts")
+    """Parts of the statistics, until these are complete."""
+    floor = _Below("floor")
+    """Distances of real images and of their reconstructions, with their blocks."""
+    vae = _Below("vae")
+    """Autoencoder that the sweep trained, if its recipe trains one."""
+    report = _Below("report")
+    leases = _Below(_LEASES)
+    """Leases of the sweep itself and of its stages."""
+    all_logs = _Below("logs")
+    """Logs of all attempts, in one folder for each stage and model."""
+    all_failed_nodes = _Below("failed_nodes")
 
     @classmethod
     def open(cls, url: str, patient: bool = False) -> "Sweep":
@@ -180,69 +189,21 @@ class Sweep:
         self.folder.write(RECIPE, reading.dump(self.recipe).encode())
 
     @property
-    def patient(self) -> "Sweep":
-        """The same sweep with more storage retries (about a minute)."""
-        return replace(self, folder=self.folder.patient)
-
-    @property
-    def references(self) -> Folder:
-        """Statistics of the real images, one file per extractor."""
-        return self.folder / "reference"
-
-    @property
-    def reference_parts(self) -> Folder:
-        """Parts of the statistics, until these are complete."""
-        return self.references / "parts"
-
-    @property
-    def floor(self) -> Folder:
-        """Distances of real images and of their reconstructions, with their blocks."""
-        return self.folder / "floor"
-
-    @property
     def store(self) -> Folder:
         """Storage root that the sweep shares with others: latents and listings are below it."""
         return store_of(self.folder)
 
-    @property
-    def vae(self) -> Folder:
-        """Autoencoder that the sweep trained, if its recipe trains one."""
-        return self.folder / "vae"
-
-    @property
-    def report(self) -> Folder:
-        return self.folder / "report"
-
-    @property
-    def extractors(self) -> Folder:
-        """Classifiers that the sweep trained."""
-        return self.folder / "extractors"
-
     def extractor(self, name: str) -> Folder:
         """Classifier that the sweep trained: an extractor, or the judge."""
-        return self.extractors / name
-
-    @property
-    def leases(self) -> Folder:
-        """Leases of the sweep itself and of its stages."""
-        return self.folder / _LEASES
+        return self.folder / "extractors" / name
 
     def lease(self, name: str) -> Folder:
         """Lease of the sweep itself or of a stage; a run's own is `Run.lease`."""
         return self.leases / name
 
-    @property
-    def all_logs(self) -> Folder:
-        """Logs of all attempts, in one folder for each stage and model."""
-        return self.folder / "logs"
-
     def logs(self, stage: str, model: str | None = None) -> Folder:
         """Logs of the attempts of a stage, of training for one model."""
         return self.all_logs / _job_name(stage, model)
-
-    @property
-    def all_failed_nodes(self) -> Folder:
-        return self.folder / "failed_nodes"
 
     def failed_nodes(self, stage: str, model: str | None = None) -> Folder:
         """Where a stage's job counts failures of nodes: jobs that run at the same time would overwrite each other's in one file."""

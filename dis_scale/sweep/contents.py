@@ -32,19 +32,13 @@ KINDS = (
     Kind("classifier", "extractors/[^/]+(/[0-9a-f]{16})?", StoredClassifier),
     Kind("reference", "reference(/parts)?"),
     Kind("floor", "floor", FloorMetrics),
-    Kind("run", "runs/(?P<model>[^/]+)"),
-    Kind("rows", "runs/(?P<model>[^/]+)/log"),
     Kind("lease", "leases/[^/]+|runs/(?P<model>[^/]+)/lease"),
     Kind("resume point", "runs/(?P<model>[^/]+)/resume/[^/]+", ResumePointManifest),
     Kind("published", "runs/(?P<model>[^/]+)/published/[^/]+", PublishedManifest),
     Kind("failed step", "runs/(?P<model>[^/]+)/evidence/[^/]+", BadStepManifest),
     Kind("evaluation", "evaluation/(?P<model>[^/]+)/[0-9]+(/.+)?", Metrics),
-    Kind("logs", "logs/.+"),
-    Kind("failed nodes", "failed_nodes/.+"),
-    Kind("report", "report"),
-    Kind("sweep", r"\."),
+    Kind("other", "(?s).*"),
 )
-OTHER = Kind("other", ".*")
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,5 @@ def walk(sweep: Folder) -> list[Stored]:
 
 
 def _part(sweep: Folder, path: str, sizes: dict[str, int]) -> Stored:
-    for kind in KINDS:
-        if match := re.fullmatch(kind.pattern, path):
-            return Stored(kind, sweep if path == "." else sweep / path, match.groupdict().get("model"), sizes)
-    return Stored(OTHER, sweep / path, None, sizes)
+    kind, match = next((kind, match) for kind in KINDS if (match := re.fullmatch(kind.pattern, path)))
+    return Stored(kind, sweep if path == "." else sweep / path, match.groupdict().get("model"), sizes)

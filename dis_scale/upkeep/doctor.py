@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import metadata
@@ -21,6 +21,7 @@ from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.process.redaction import redact
 from dis_scale.recipe import ExportedExtractor, ExportedVae, InceptionExtractor, PretrainedVae, Recipe, Train
 from dis_scale.storage.folder import Folder
+from dis_scale.training.devices import check_device, device_of, smallest_gpu_bytes, usable_gpus
 
 State = Literal["good", "bad", "not needed"]
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -51,14 +52,10 @@ class Here:
 
     def gpus(self) -> tuple[int, str]:
         """Return the number of GPUs that PyTorch can use, and the fault of others."""
-        from dis_scale.training.devices import usable_gpus
-
         return usable_gpus()
 
     def gpu_bytes(self) -> int:
         """Return the memory of the smallest GPU."""
-        from dis_scale.training.devices import smallest_gpu_bytes
-
         return smallest_gpu_bytes()
 
     def scan_problem(self, name: str, device: str) -> DisScaleError | None:
@@ -92,8 +89,6 @@ class Needs:
     @property
     def device(self) -> str:
         """Device that the recipe's sweep computes on here."""
-        from dis_scale.training.devices import device_of
-
         return device_of(self.recipe, self.gpus[0])[0]
 
 
@@ -110,14 +105,9 @@ def checks() -> dict[str, Check]:
     return parts
 
 
-def examine(needs: Needs, checks: Mapping[str, Check]) -> Iterator[Finding]:
-    """Yield a finding for each part that a sweep may need; files written below the store are deleted again."""
-    for part, check in checks.items():
-        yield tried(part, check, needs)
-
-
 def tried(part: str, check: Check, needs: Needs) -> Finding:
-    """Return the finding of a check; after any error the part is bad. Errors of ours name their cure."""
+    """Return the finding of a check, which deletes again what it writes; after any error the part is bad. Errors of ours name their
+    cure."""
     try:
         words, needed = check(needs)
     except Exception as error:
@@ -160,8 +150,6 @@ def _torch(_: Needs) -> Result:
 def _gpus(needs: Needs) -> Result:
     """Let each GPU allocate memory and multiply."""
     import torch
-
-    from dis_scale.training.devices import check_device, device_of
 
     gpus, fault = needs.gpus
     if fault:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from logging.handlers import BufferingHandler
 from typing import Literal, TypeVar
 
 from rich.console import Console, Group
 from rich.text import Text
 
 from dis_scale.process.errors import StorageAway, StorageError, shown
+from dis_scale.process.progress import time_words
 from dis_scale.process.tables import narrow_table
 from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
@@ -115,29 +117,19 @@ class _Reader:
         return self.read(f"the lease of {what}", lambda: lease.last_holdings(folder, count)) or []
 
 
-class _Warnings(logging.Handler):
-    """Collects this package's warnings in a list: they name damaged files that the reading functions left out."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(record.getMessage())
-
-
 def collect(sweep: Sweep, now: float) -> Status:
     """Return the status at the Unix time `now`."""
     reader = _Reader(sweep, now)
-    log, warnings = logging.getLogger("dis_scale"), _Warnings(reader.damaged)
+    log, warnings = logging.getLogger("dis_scale"), BufferingHandler(10**6)
+    warnings.setLevel(logging.WARNING)
     log.addHandler(warnings)
     try:
-        return _collect(reader)
+        return _collect(reader, warnings.buffer)
     finally:
         log.removeHandler(warnings)
 
 
-def _collect(reader: _Reader) -> Status:
+def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
     sweep, now, models = reader.sweep, reader.now, reader.sweep.recipe.models
     held = [next(iter(reader.holdings(name, sweep.lease(name))), None) for name in LEASES]
     working = [holding is not None and holding.works(now) for holding in held]
@@ -176,7 +168,7 @@ def _collect(reader: _Reader) -> Status:
     ]
     failed += [f"skipped: {each}: {why}" for each, why in skipped.items()]
     (known if commanded else wrong).extend(failed)
-    wrong += [*_wrong(runs), *reader.damaged]
+    wrong += [*_wrong(runs), *reader.damaged, *(record.getMessage() for record in warnings)]
     stage = f"{progress}, {_span(now - progress.at, ' ago')}" if progress and doing in STAGES else ""
     return Status(
         str(sweep), doing, stopped, _holder(held[0]) if commanded else "", stage, runs, len(left), wrong, known
@@ -298,7 +290,8 @@ def table(status: Status) -> Group:
     """Return what a sweep does, one row per model, and what is wrong: as wide as the terminal, since commands are copied."""
     how = f"stopped ({status.doing})" if status.stopped else status.doing
     how += f": {status.stage}" if status.stage else ""
-    attempts = [f"{run.model}: {', '.join([*_held(run), *run.ends])}" for run in status.runs if run.holder or run.ends]
+    held = {run.model: [f"attempt {run.attempts} held by {run.holder}"] if run.holder else [] for run in status.runs}
+    attempts = [f"{run.model}: {', '.join(words)}" for run in status.runs if (words := [*held[run.model], *run.ends])]
     # as Text, since a name or an error may look like markup
     head = Text(shown(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"))
     below = Text(shown("\n".join(status.wrong + status.known + attempts)))
@@ -338,18 +331,8 @@ def overview(found: Sequence[Status]) -> Group:
     return Group(Text(shown(f"below {above}")), out) if above else Group(out)
 
 
-def _held(run: RunStatus) -> list[str]:
-    return [f"attempt {run.attempts} held by {run.holder}"] if run.holder else []
-
-
 def _span(seconds: float | None, after: str = "") -> str:
-    """Return a time in the largest unit that fits: 45 s, 12 min, 3.5 h, 2.1 d."""
-    if seconds is None:
-        return ""
-    for unit, length, digits in (("d", 86_400, 1), ("h", 3600, 1), ("min", 60, 0)):
-        if seconds >= length:
-            return f"{seconds / length:.{digits}f} {unit}{after}"
-    return f"{max(0.0, seconds):.0f} s{after}"
+    return "" if seconds is None else time_words(max(0.0, seconds)) + after
 
 
 def watch(sweep: Sweep, every_s: float, console: Console) -> None:

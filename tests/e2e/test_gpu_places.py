@@ -160,7 +160,7 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(node: str, tmp_pa
 
     training = training_group()
     publish(sweep, 0)
-    evaluation = PublishedEvaluation(job, "cuda", open_evaluation, poll_every_s=0.2)
+    evaluation = PublishedEvaluation(job, "cuda", open_evaluation)
     thread = threading.Thread(target=evaluation.run, daemon=True)
     thread.start()
     time.sleep(3)

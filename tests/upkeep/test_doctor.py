@@ -57,7 +57,7 @@ NO_GPU = Declared()
 
 def examined(recipe: Recipe, store: Folder, here: Here = NO_GPU, **replaced: Check) -> dict[str, Finding]:
     needs = Needs(recipe, store, here)
-    return {each.part: each for each in doctor.examine(needs, doctor.checks() | QUICK | replaced)}
+    return {part: doctor.tried(part, check, needs) for part, check in (doctor.checks() | QUICK | replaced).items()}
 
 
 def tried(check: Any, recipe: Recipe, store: Folder, here: Here = NO_GPU) -> Finding:
@@ -216,7 +216,8 @@ def test_without_pytorch_the_others_are_still_examined(tmp_path: Path) -> None:
         "from dis_scale.recipe import reading\n"
         "from dis_scale.storage.folder import open_folder\n"
         f"needs = doctor.Needs(reading.load({str(TINY)!r}), open_folder({str(tmp_path)!r}))\n"
-        "for each in doctor.examine(needs, doctor.checks()):\n"
+        "for part, check in doctor.checks().items():\n"
+        "    each = doctor.tried(part, check, needs)\n"
         "    print(each.part, each.state, each.words, sep='|')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=TINY.parents[2], capture_output=True, text=True)
