@@ -48,28 +48,12 @@ class Adm:
             raise UserError(f"{self.url}: {mean} or {covariance} is not finite: the file is damaged")
         return MeanCovariance(0, mu.astype(np.float64), sigma.astype(np.float64))  # the file lacks the number of images
 
-    def image_count(self, resolution: int) -> int:
-        """Return the number of images in the file; UserError if they are not of `resolution`."""
-        if (header := self._images_header()) is None:
-            return 0
-        shape, dtype = header
-        if dtype != np.uint8 or shape[1:] != (resolution, resolution, 3):
-            raise UserError(
-                f"{self.url}: {IMAGES} holds {dtype} images of shape {shape[1:]}, the recipe's data.resolution expects "
-                f"uint8 ({resolution}, {resolution}, 3)"
-            )
-        return shape[0]
-
-    @property
-    def has_statistics(self) -> bool:
-        """Whether it has more than images."""
-        return "mu.npy" in self.file.namelist()
-
-    def square_images(self) -> tuple[int, int]:
-        """Return the number of images and their side; UserError for a file without images, or if they are not square."""
-        if (header := self._images_header()) is None:
-            raise UserError(f"{self.url}: no images ({IMAGES})")
-        shape, dtype = header
+    def square_images(self) -> tuple[int, int] | None:
+        """Return the number of images and their side, None without images; UserError if they are not squares of bytes."""
+        if f"{IMAGES}.npy" not in self.file.namelist():
+            return None
+        with self._intact(), self.file.open(f"{IMAGES}.npy") as stream:
+            shape, dtype = _header(stream)
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
             raise UserError(f"{self.url}: {IMAGES} holds {dtype} of shape {shape}, expected uint8 (N, R, R, 3)")
         if shape[1] > MOST_SIDE:  # zeros of any size are small in a file
@@ -87,13 +71,6 @@ class Adm:
     def close(self) -> None:
         self.file.close()
 
-    def _images_header(self) -> tuple[tuple[int, ...], np.dtype] | None:
-        """Return shape and type of the images, None without images."""
-        if f"{IMAGES}.npy" not in self.file.namelist():
-            return None
-        with self._intact(), self.file.open(f"{IMAGES}.npy") as stream:
-            return _header(stream)
-
     @contextlib.contextmanager
     def _intact(self) -> Iterator[None]:
         try:
@@ -104,8 +81,6 @@ class Adm:
     def _array(self, name: str) -> np.ndarray | None:
         if f"{name}.npy" not in self.file.namelist():
             return None
-        if (size := self.file.getinfo(f"{name}.npy").file_size) > ARRAY_BYTES:
-            raise UserError(f"{self.url}: {name} has {size:,} bytes, and statistics have at most {ARRAY_BYTES:,}")
         with self._intact():
             data = npy.member(self.file, f"{name}.npy", ARRAY_BYTES)
             return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

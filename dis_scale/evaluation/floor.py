@@ -17,7 +17,7 @@ from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance, Sums, jackknife_error, require_samples
 from dis_scale.evaluation.reference import Reference
-from dis_scale.evaluation.sampling import BlockSampler, block_numbers
+from dis_scale.evaluation.sampling import BlockSampler
 from dis_scale.process import seeds
 from dis_scale.process.errors import DisScaleError, StorageError
 from dis_scale.process.threads import in_order
@@ -93,11 +93,8 @@ def _occurrence(labels_S: np.ndarray) -> np.ndarray:
 def require_enough(images: int, references: Mapping[str, Reference]) -> None:
     """DisScaleError if the images are too few for the covariance of an extractor's features."""
     features = max((len(reference.pooled.mean) for reference in references.values()), default=0)
-    if images <= features:
-        raise DisScaleError(
-            f"{images:,} images are too few for the covariance of {features:,} features: expected at least {features + 1:,}, "
-            "which are half of the source's images and evaluate.samples at most"
-        )
+    cure = ", which are half of the source's images and evaluate.samples at most"
+    require_samples(images, features, "images", cure=cure)
 
 
 def make_block(sampler: BlockSampler, source: Source, chosen: np.ndarray, number: int) -> FloorBlock:
@@ -106,8 +103,7 @@ def make_block(sampler: BlockSampler, source: Source, chosen: np.ndarray, number
     Blocks follow the source's order, so that images which are stored together are read together.
     """
     settings, data = sampler.recipe.evaluate, sampler.recipe.data
-    part = block_numbers(len(chosen), settings.block_images, number)
-    numbers = np.argsort(chosen)[part.start : part.stop]
+    numbers = np.argsort(chosen)[number * settings.block_images : (number + 1) * settings.block_images]
     positions = chosen[numbers].tolist()
     threads = PARQUET_READERS if data.source.kind == "parquet" else READERS
     read = in_order(positions, lambda i: source.decoded(range(i, i + 1), data.resolution)[0], threads)

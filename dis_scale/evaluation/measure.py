@@ -42,7 +42,10 @@ def measure_blocks(blocks: Iterable[SampleBlock], references: Mapping[str, Refer
             break
         for name, one_pass in passes.items():
             one_pass.add(_features(block, number, name, references[name]))
-    _require_all(sum(map(len, right)), settings.samples)
+    if (held := sum(map(len, right))) != settings.samples:  # a metric's name states the number
+        raise StorageError(
+            f"the blocks hold {held:,} samples, the recipe's evaluate.samples expects {settings.samples:,}"
+        )
     measured = Measured({}, {})
     for name, one_pass in passes.items():
         for stem, (value, error, left_out) in one_pass.estimates():
@@ -72,12 +75,6 @@ def notes(references: Mapping[str, Reference], settings: Evaluate) -> list[str]:
                 f"and needs more than {d:,}"
             )
     return lines
-
-
-def _require_all(samples: int, expected: int) -> None:
-    """StorageError if the blocks hold another number of samples: a metric's name states the number."""
-    if samples != expected:
-        raise StorageError(f"the blocks hold {samples:,} samples, the recipe's evaluate.samples expects {expected:,}")
 
 
 class _Pass:

@@ -3,8 +3,7 @@
 Sums over groups of samples are merged in a fixed order, so one worker or eight give bit-equal metrics.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -40,63 +39,45 @@ class Estimate(NamedTuple):
     left_out: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
 class Sums:
     """Count, sum and sum of outer products of features, in float64. The size does not depend on the number of samples.
 
     The count is the sum of the weights, if there are any.
     """
 
-    def __init__(self) -> None:
-        self.count: float = 0
-        self._sum, self._outer = np.zeros(1), np.zeros((1, 1))
+    count: float = 0
+    sum: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    outer: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
 
-    def add(self, features_ND: np.ndarray, weights_N: np.ndarray | None = None) -> None:
-        """Add features, with weights if given; DisScaleError names the first sample that is not finite."""
+    def plus(self, features_ND: np.ndarray, weights_N: np.ndarray | None = None) -> "Sums":
+        """Return the sums with more features, weighted if given; DisScaleError names the first sample that is not finite."""
         require_finite(features_ND, int(self.count))
         features_ND = features_ND.astype(np.float64)
         weighted_ND = features_ND if weights_N is None else features_ND * weights_N[:, None]
-        self.count += len(features_ND) if weights_N is None else float(weights_N.sum())
-        self._sum = self._sum + weighted_ND.sum(0)
-        self._outer = self._outer + weighted_ND.T @ features_ND
+        count = len(features_ND) if weights_N is None else float(weights_N.sum())
+        return self.merge(Sums(count, weighted_ND.sum(0), weighted_ND.T @ features_ND))
 
     def merge(self, other: "Sums") -> "Sums":
         """Return the sums of both sets."""
-        return self._combine(other, 1)
+        return Sums(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
 
     def without(self, other: "Sums") -> "Sums":
         """Return the sums of this set without one of its parts."""
-        return self._combine(other, -1)
-
-    def _combine(self, other: "Sums", sign: int) -> "Sums":
-        both = Sums()
-        both.count = self.count + sign * other.count
-        both._sum, both._outer = self._sum + sign * other._sum, self._outer + sign * other._outer
-        return both
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return the sums by name, to be stored."""
-        return {"count": np.asarray(self.count), "sum": self._sum, "outer": self._outer}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Sums":
-        sums = cls()
-        sums.count, sums._sum, sums._outer = int(arrays["count"]), arrays["sum"], arrays["outer"]
-        return sums
+        return Sums(self.count - other.count, self.sum - other.sum, self.outer - other.outer)
 
     @classmethod
     def of(cls, statistics: MeanCovariance) -> "Sums":
         """Return the sums that have this mean and covariance."""
-        sums, n, mean = cls(), statistics.count, statistics.mean
-        sums.count, sums._sum = n, n * mean
-        sums._outer = (n - 1) * statistics.covariance + n * np.outer(mean, mean)
-        return sums
+        n, mean = statistics.count, statistics.mean
+        return cls(n, n * mean, (n - 1) * statistics.covariance + n * np.outer(mean, mean))
 
     def mean_covariance(self) -> MeanCovariance:
         """Return mean and covariance; DisScaleError if there are too few samples."""
         if self.count < 2:
             raise DisScaleError(f"a covariance needs at least 2 samples, got {self.count}")
-        mean = self._sum / self.count
-        covariance = (self._outer - self.count * np.outer(mean, mean)) / (self.count - 1)
+        mean = self.sum / self.count
+        covariance = (self.outer - self.count * np.outer(mean, mean)) / (self.count - 1)
         return MeanCovariance(self.count, mean, covariance)
 
 
@@ -104,7 +85,7 @@ def fit(features_ND: np.ndarray) -> MeanCovariance:
     """Return mean and covariance of features; DisScaleError if they are too few or not finite."""
     sums = Sums()
     for first in range(0, len(features_ND), CHUNK):
-        sums.add(features_ND[first : first + CHUNK])
+        sums = sums.plus(features_ND[first : first + CHUNK])
     return sums.mean_covariance()
 
 
@@ -145,7 +126,8 @@ class Groups:
         numbers_N = self._seen + np.arange(len(features_ND)) if numbers_N is None else numbers_N
         group = numbers_N * FOLDS // self.samples
         for g in np.unique(group):
-            self._groups[g].add(features_ND[group == g], None if weights_N is None else weights_N[group == g])
+            weights = None if weights_N is None else weights_N[group == g]
+            self._groups[g] = self._groups[g].plus(features_ND[group == g], weights)
         self._seen += len(features_ND)
 
     def total(self) -> Sums:
@@ -185,12 +167,15 @@ def require_finite(features_ND: np.ndarray, first: int) -> None:
         )
 
 
-def require_samples(samples: float, features: int) -> None:
-    """DisScaleError if the samples are too few for a covariance of this many features."""
-    if samples <= features:
-        raise DisScaleError(
-            f"{samples:,.0f} samples are too few for the covariance of {features:,} features: expected at least "
-            f"{features + 1:,}; raise evaluate.samples"
+def require_samples(
+    count: float, features: int, noun: str = "samples", where: str = "", cure: str = "; raise evaluate.samples",
+    kind: type[DisScaleError] = DisScaleError,
+) -> None:  # fmt: skip
+    """Raise an error of a kind if the samples, or what `noun` says, are too few for a covariance of this many features."""
+    if count <= features:
+        raise kind(
+            f"{where}{count:,.0f} {noun} are too few for the covariance of {features:,} features: expected at least "
+            f"{features + 1:,}{cure}"
         )
 
 
@@ -209,7 +194,8 @@ def infinity(features_ND: np.ndarray, frechet: Frechet, seed: int) -> Estimate:
     sizes = np.linspace(require_infinity(samples, d), samples, INFINITY_POINTS).astype(int)
     distances = []
     for size in sizes:
-        groups, numbers = Groups(samples), _subset(seed, samples, size)
+        groups = Groups(samples)
+        numbers = np.sort(seeds.generator("fid infinity", seed, int(size)).permutation(samples)[:size])
         groups.add(features_ND[numbers], numbers)
         value, _, left_out = groups.distance(frechet)
         assert left_out is not None, "a subset has over twice as many samples as features"
@@ -227,10 +213,6 @@ def require_infinity(samples: int, features: int) -> int:
             f"{int(np.ceil(2 * INFINITY_RATIO * features)):,}; raise evaluate.samples"
         )
     return least
-
-
-def _subset(seed: int, samples: int, size: int) -> np.ndarray:
-    return np.sort(seeds.generator("fid infinity", seed, int(size)).permutation(samples)[:size])
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

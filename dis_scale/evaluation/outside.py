@@ -6,6 +6,7 @@ Samples are an `.npz` of ADM's (`arr_0`), a folder of images or a tar; a referen
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from dis_scale.data import images
 from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import open_source
 from dis_scale.evaluation import measure, parts
-from dis_scale.evaluation.adm import open_reference
+from dis_scale.evaluation.adm import IMAGES, open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
+from dis_scale.evaluation.metrics import require_samples
 from dis_scale.evaluation.reference import Reference, read_adm
 from dis_scale.evaluation.sampling import SampleBlock
 from dis_scale.evaluation.score import Score, adm_splits, shuffled_splits
@@ -53,8 +55,9 @@ def opened(where: str) -> Iterator[Pictures]:
     """Open an `.npz`, a folder or a tar of pictures; UserError without pictures, or if they are not squares of one size."""
     if _is_file(where, ".npz"):
         with contextlib.closing(open_reference(where, NAME)) as adm:
-            count, side = adm.square_images()
-            yield Pictures(where, count, side, lambda: adm.images(BATCH_IMAGES))
+            if (found := adm.square_images()) is None:
+                raise UserError(f"{where}: no images ({IMAGES})")
+            yield Pictures(where, *found, lambda: adm.images(BATCH_IMAGES))
         return
     if Path(where).is_file() and not where.lower().endswith(ENDINGS):
         raise UserError(f"{NAME}: {where}: expected an .npz, a folder of images or a .tar that is not compressed")
@@ -105,7 +108,7 @@ def measured(samples: str, reference: str, load: Callable[[], Extractor], report
             if real_pictures
             else read_adm(reference, pictures.side, extractor, lambda _: None)
         )
-        _require_enough(samples, count, len(real.pooled.mean))
+        require_samples(count, len(real.pooled.mean), "pictures", f"{NAME}: {samples}: ", "", UserError)
         known = {"sfid": real.spatial is not None, "precision_recall": real.kept is not None}
         metrics = tuple(metric for metric in METRICS if known.get(metric, True))
         parts_of_all, done = list[Features](), 0
@@ -138,7 +141,7 @@ def _opened_reference(where: str, side: int) -> Iterator[Pictures | None]:
     """Open a reference of pictures of a side, None for one with ADM's statistics; UserError for another side."""
     if _is_file(where, ".npz"):
         with contextlib.closing(open_reference(where, NAME)) as adm:
-            if adm.has_statistics:
+            if "mu.npy" in adm.file.namelist():
                 yield None
                 return
     with opened(where) as pictures:
@@ -148,21 +151,11 @@ def _opened_reference(where: str, side: int) -> Iterator[Pictures | None]:
 
 
 def _reference(pictures: Pictures, extractor: Extractor) -> Reference:
-    statistics, keep, done = parts.Statistics(), np.zeros(pictures.count, bool), 0
-    keep[parts.choose_kept(pictures.count)] = True
-    for batch in pictures.batches():
-        features = extractor(batch)
-        statistics.add(features, keep[done : done + len(batch)])
-        done += len(batch)
-    _require_enough(pictures.where, pictures.count, features.pooled.shape[1])
+    every = enumerate(chain.from_iterable(pictures.batches()))
+    statistics = parts.compute(batched(every, BATCH_IMAGES), pictures.count, [extractor])[extractor.name]
+    features, where = len(statistics.pooled.sum), f"{NAME}: {pictures.where}: "
+    require_samples(pictures.count, features, "pictures", where, "", UserError)
     return Reference.of(extractor.identity, statistics)
-
-
-def _require_enough(where: str, count: int, features: int) -> None:
-    if count <= features:
-        raise UserError(
-            f"{NAME}: {where}: {count:,} pictures are too few: the covariance of {features:,} features takes {features + 1:,}"
-        )
 
 
 def _is_file(where: str, ending: str) -> bool:

@@ -4,7 +4,8 @@ A part is complete when its file exists. Parts are merged in their order, so any
 gives bit-equal statistics. Read next: reference.py, which stores the result.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,11 +29,13 @@ FILES = 8, 32
 """The same if each image is a file: at 30 ms a request, 32 threads read up to 1,067 images/s, four would read 133."""
 
 
+@dataclass
 class Statistics:
     """Sums over the images, spatial sums, and the features of some images."""
 
-    def __init__(self) -> None:
-        self.pooled, self.spatial, self._kept = Sums(), Sums(), list[np.ndarray]()
+    pooled: Sums = field(default_factory=Sums)
+    spatial: Sums = field(default_factory=Sums)
+    _kept: list[np.ndarray] = field(default_factory=list)
 
     @property
     def kept(self) -> np.ndarray:
@@ -41,33 +44,28 @@ class Statistics:
 
     def add(self, batch: Features, kept_B: np.ndarray) -> None:
         """Add features of images, of which some are kept."""
-        self.pooled.add(batch.pooled)
+        self.pooled = self.pooled.plus(batch.pooled)
         if batch.spatial is not None:
-            self.spatial.add(batch.spatial)
+            self.spatial = self.spatial.plus(batch.spatial)
         self._kept.append(batch.pooled[kept_B])
 
     def merge(self, after: "Statistics") -> "Statistics":
         """Return the statistics of both sets; the images of `after` follow this set's."""
-        both = Statistics()
-        both.pooled, both.spatial = self.pooled.merge(after.pooled), self.spatial.merge(after.spatial)
-        both._kept = self._kept + after._kept
-        return both
+        pooled, spatial = self.pooled.merge(after.pooled), self.spatial.merge(after.spatial)
+        return Statistics(pooled, spatial, self._kept + after._kept)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all values, under the names of a part's file."""
         sums = {"pooled": self.pooled, "spatial": self.spatial}
-        values = {f"{end}_{name}": array for end, each in sums.items() for name, array in each.arrays().items()}
+        values = {f"{end}_{name}": np.asarray(part) for end, each in sums.items() for name, part in vars(each).items()}
         return values | ({"kept": self.kept} if self._kept else {})
 
     @classmethod
     def from_arrays(cls, z: Mapping[str, np.ndarray]) -> "Statistics":
-        def sums(end: str) -> Sums:
-            return Sums.from_arrays({name: z[f"{end}_{name}"] for name in ("count", "sum", "outer")})
-
-        statistics = cls()
-        statistics.pooled, statistics.spatial = sums("pooled"), sums("spatial")
-        statistics._kept = [z["kept"]] if "kept" in z else []
-        return statistics
+        pooled, spatial = (
+            Sums(int(z[f"{end}_count"]), z[f"{end}_sum"], z[f"{end}_outer"]) for end in ("pooled", "spatial")
+        )
+        return cls(pooled, spatial, [z["kept"]] if "kept" in z else [])
 
 
 def merged(
@@ -94,7 +92,8 @@ def make(
 ) -> dict[str, Statistics]:
     """Compute one part, and keep it unless it is the only one; return its statistics by extractor."""
     positions = part_positions(number, len(source))
-    part = compute(source, sweep.recipe.data, extractors, positions, report)
+    images = _images(source, sweep.recipe.data, positions, report)
+    part = compute(batched(images, 2 * BATCH_IMAGES), len(source), extractors)
     if len(positions) < len(source):
         for e in extractors:
             facts = {key: np.asarray(value) for key, value in _facts(sweep, source, e, number).items()}
@@ -104,13 +103,13 @@ def make(
 
 
 def compute(
-    source: Source, data: Data, extractors: list[Extractor], positions: range, report: ReportDone
+    batches: Iterable[list[tuple[int, np.ndarray]]], count: int, extractors: list[Extractor]
 ) -> dict[str, Statistics]:
-    """Compute statistics in bounded memory; undecodable images are refused or skipped by the recipe."""
+    """Compute statistics in bounded memory, of images with their positions among `count`."""
     statistics = {e.name: Statistics() for e in extractors}
-    keep = np.zeros(len(source), bool)
-    keep[choose_kept(len(source))] = True
-    for batch in batched(_images(source, data, positions, report), 2 * BATCH_IMAGES):
+    keep = np.zeros(count, bool)
+    keep[choose_kept(count)] = True
+    for batch in batches:
         pixels, chosen = np.stack([image for _, image in batch]), [i for i, _ in batch]
         for extractor in extractors:
             statistics[extractor.name].add(extractor(pixels), keep[chosen])
@@ -155,7 +154,10 @@ def _facts(sweep: Sweep, source: Source, extractor: Extractor, number: int) -> d
 
 
 def _images(source: Source, data: Data, positions: range, report: ReportDone) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each decodable image with its position; threads read and decode ahead. `report` gets the images done."""
+    """Yield each decodable image with its position; others are refused or skipped by the recipe.
+
+    Threads read and decode ahead. `report` gets the images done.
+    """
     most, threads = FILES if data.source.kind in ("folder", "csv") else SPANS
     ranges = source.read_ranges(positions, most)
     for part, images in in_order(ranges, lambda p: (p, source.decoded(p, data.resolution)), threads):

@@ -11,11 +11,11 @@ import numpy as np
 
 from dis_scale.data.sources import Source
 from dis_scale.evaluation import npz, parts
-from dis_scale.evaluation.adm import open_reference
+from dis_scale.evaluation.adm import IMAGES, open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor
 from dis_scale.evaluation.inception import FEATURES, SPATIAL
 from dis_scale.evaluation.metrics import MeanCovariance, require_infinity, require_samples
-from dis_scale.process.errors import StorageError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.progress import ReportDone
 from dis_scale.recipe import Recipe
 from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
@@ -36,15 +36,13 @@ class Reference:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what is known, under the names of the stored file."""
-        values: dict[str, np.ndarray | float | None] = {"kept": self.kept}
-        for end, statistics in (("", self.pooled), ("_s", self.spatial)):
-            if statistics:
-                values |= {
-                    f"mu{end}": statistics.mean,
-                    f"sigma{end}": statistics.covariance,
-                    f"count{end}": statistics.count,
-                }
-        return {name: np.asarray(value) for name, value in values.items() if value is not None}
+        kept = {} if self.kept is None else {"kept": self.kept}
+        ends = {"": self.pooled} | ({"_s": self.spatial} if self.spatial else {})
+        return kept | {
+            f"{name}{end}": np.asarray(value)
+            for end, each in ends.items()
+            for name, value in (("mu", each.mean), ("sigma", each.covariance), ("count", each.count))
+        }
 
     @classmethod
     def of(cls, identity: str, statistics: parts.Statistics) -> "Reference":
@@ -91,7 +89,11 @@ def read_adm(url: str, resolution: int, extractor: Extractor, report: ReportDone
     adm = open_reference(url)
     try:
         pooled, spatial = adm.statistics("mu", "sigma", FEATURES), adm.statistics("mu_s", "sigma_s", SPATIAL)
-        count = adm.image_count(resolution)
+        count, side = adm.square_images() or (0, resolution)
+        if side != resolution:
+            raise UserError(
+                f"{url}: {IMAGES} holds images of {side} x {side} pixels, the recipe's data.resolution expects {resolution}"
+            )
         if pooled is None:
             raise StorageError(f"{url}: no mu and sigma, which every distance needs: is it an ADM reference?")
         kept = None
@@ -113,10 +115,8 @@ def require(name: str, reference: Reference, recipe: Recipe) -> None:
     where, samples = recipe.evaluate.reference_of(name) or f"reference under {name}", recipe.evaluate.samples
     d, kept = len(reference.pooled.mean), reference.kept
     require_samples(samples, d)
-    if 0 < reference.pooled.count <= d:  # an ADM file lacks the number of images
-        raise StorageError(
-            f"{where}: {reference.pooled.count:,} images are too few for the covariance of {d:,} features"
-        )
+    if reference.pooled.count:  # an ADM file lacks the number of images
+        require_samples(reference.pooled.count, d, "images", f"{where}: ", "", StorageError)
     if "distance_infinity" in recipe.evaluate.metrics:
         require_infinity(samples, d)
     if "kid" in recipe.evaluate.metrics and kept is not None and len(kept) < KID_SUBSET_IMAGES:

@@ -51,8 +51,6 @@ FONT = str(distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf
 SMALLEST = 9
 """Pixels of the smallest letters of a name."""
 COLUMN_NAMES = "columns"
-FIELDS = ("identity", "pooled", "spatial", "logits")
-"""Fields of `Features`, as a block's file names them."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,7 @@ class SampleBlock:
     def to_bytes(self) -> bytes:
         arrays = {"right": self.right, "pictures": self.pictures}
         for name, features in self.features.items():
-            parts = {field: getattr(features, field) for field in FIELDS}
-            arrays |= {f"{name}.{field}": np.asarray(part) for field, part in parts.items() if part is not None}
+            arrays |= {f"{name}.{field}": np.asarray(v) for field, v in vars(features).items() if v is not None}
         return npz.to_bytes(arrays)
 
     @classmethod
@@ -131,7 +128,7 @@ class BlockSampler:
         sampled: Callable[[int], None] = lambda _: None,
     ) -> SampleBlock:
         """Sample one block: guide, decode, extract features, judge. `sampled` gets the number of images of each micro-batch."""
-        numbers = block_numbers(settings.samples, settings.block_images, block)
+        numbers = range(settings.samples)[block * settings.block_images : (block + 1) * settings.block_images]
         parts = []
         for start in range(0, len(numbers), settings.batch_images):
             parts.append(self._pixels(model, settings, numbers[start : start + settings.batch_images], guide))
@@ -139,8 +136,7 @@ class BlockSampler:
         pixels, labels = np.concatenate(parts), self.labels[numbers.start : numbers.stop]
         with self._timed("features"):
             features, right = {e.name: e(pixels) for e in self.extractors}, self._judge(pixels, labels)
-        shown = set(grid_numbers(self.labels))
-        return SampleBlock(features, right, pixels[[number in shown for number in numbers]])
+        return SampleBlock(features, right, pixels[np.isin(numbers, grid_numbers(self.labels))])
 
     def _pixels(self, model: Generator, settings: Evaluate, numbers: range, guide: Generator | None) -> np.ndarray:
         """Return the images of a micro-batch, uint8 (B, H, W, 3)."""
@@ -227,37 +223,23 @@ def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
     """
     random, samples = seeds.generator("sample labels", recipe.seed), recipe.evaluate.samples
     labels = recipe.evaluate.labels
-    points = _kronecker(random.random(), samples) if labels == "balanced" else random.random(samples)
+    points = (random.random() + np.arange(samples) * GOLDEN) % 1 if labels == "balanced" else random.random(samples)
     shares = np.ones(len(counts)) if labels == "uniform" else np.asarray(counts)
     return np.searchsorted(np.cumsum(shares) / np.sum(shares), points, side="right")
 
 
-def _kronecker(start: float, count: int) -> np.ndarray:
-    return (start + np.arange(count) * GOLDEN) % 1
-
-
-def grid_numbers(labels: np.ndarray) -> list[int]:
-    """Return the numbers of the samples in the grid, row by row: a column for each shown class, only complete rows."""
+def grid_numbers(labels: np.ndarray) -> np.ndarray:
+    """Return the numbers of the samples in the grid (rows, columns): a column for each shown class, only complete rows."""
     present = np.unique(labels)
     shown = present[np.linspace(0, len(present) - 1, min(COLUMNS, len(present))).round().astype(int)]
     columns = [np.flatnonzero(labels == label)[:ROWS] for label in shown]
-    return np.stack([column[: min(map(len, columns))] for column in columns], axis=1).flatten().tolist()
-
-
-def grid_columns(labels: np.ndarray) -> int:
-    """Return the number of classes in the grid."""
-    return len(np.unique(labels[grid_numbers(labels)]))
+    return np.stack([column[: min(map(len, columns))] for column in columns], axis=1)
 
 
 def arrange(pictures: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Reorder pictures from rising sample number to the grid's order."""
-    numbers = grid_numbers(labels)
+    numbers = grid_numbers(labels).flatten()
     return pictures[np.searchsorted(np.sort(numbers), numbers)]  # each number's rank is its picture's index
-
-
-def block_numbers(samples: int, block_images: int, block: int) -> range:
-    """Numbers of the samples of a block."""
-    return range(block * block_images, min((block + 1) * block_images, samples))
 
 
 def column_names(sweep: Sweep, labels: np.ndarray) -> list[str]:
@@ -265,7 +247,7 @@ def column_names(sweep: Sweep, labels: np.ndarray) -> list[str]:
     if sweep.recipe.data.num_classes is None:
         return []
     names = dict(enumerate(LatentsManifest.require(require_latents(sweep.folder)).made_from.label_names))
-    return [names.get(label, str(label)) for label in labels[grid_numbers(labels)][: grid_columns(labels)].tolist()]
+    return [names.get(label, str(label)) for label in labels[grid_numbers(labels)[0]].tolist()]
 
 
 def real_grid(source: Source, resolution: int) -> bytes:
@@ -274,12 +256,12 @@ def real_grid(source: Source, resolution: int) -> bytes:
     positions = sorted({i for start in starts for i in range(start, min(start + NEIGHBOURS, len(source)))})
     named = bool(source.label_names)
     labels = np.array([source.labels[i] for i in positions]) if named else np.arange(len(positions)) % COLUMNS
-    columns = grid_columns(labels)
-    numbers = grid_numbers(labels)[: REAL_ROWS * columns]
-    images = [source.decoded(range(positions[n], positions[n] + 1), resolution)[0] for n in numbers]
+    numbers = grid_numbers(labels)[:REAL_ROWS]
+    images = [source.decoded(range(positions[n], positions[n] + 1), resolution)[0] for n in numbers.flat]
     white = np.full((resolution, resolution, 3), 255, np.uint8)
     pictures = np.stack([image if isinstance(image, np.ndarray) else white for image in images])
-    return grid(pictures, columns, [source.label_names[label] for label in labels[numbers[:columns]]] if named else [])
+    names = [source.label_names[label] for label in labels[numbers[0]]] if named else []
+    return grid(pictures, numbers.shape[1], names)
 
 
 def cell_pixels(size: int) -> int:

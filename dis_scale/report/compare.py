@@ -1,8 +1,8 @@
 """Two sweeps side by side: the differences of their models, with errors, and everything else in which the sweeps differ."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -12,26 +12,19 @@ from dis_scale.evaluation.metrics import FOLDS, jackknife_error
 from dis_scale.process.errors import UserError
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.recipe.identity import as_yaml, differing
-from dis_scale.report.points import ALIKE, Error, Point, Report
+from dis_scale.report.points import ALIKE, Change, Error, Point, Report
 from dis_scale.report.tables import SAMPLING, UNFINISHED, TableColumn, with_error
 from dis_scale.sweep.documents import Metrics
 
 
-class Difference(NamedTuple):
-    """One model at one count in both sweeps: b - a, and the independent errors in it."""
+@dataclass(frozen=True)
+class Difference(Change):
+    """One model at one count in both sweeps: b - a."""
 
     a: Point
     b: Point
-    change: float
-    errors: tuple[Error, ...]
-    """Empty if that of a point is not known."""
     shared: bool = False
     """Whether noise and labels that the samples of both share are left out of the errors."""
-
-    @property
-    def error(self) -> float | None:
-        """The change's standard error, if it is known."""
-        return math.hypot(*(each.size for each in self.errors)) if self.errors else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the difference with plain values."""
@@ -49,9 +42,7 @@ class Difference(NamedTuple):
     @property
     def significant(self) -> bool:
         """Whether Welch's test over the seeds refuses, at 5 %, that both are equal."""
-        from dis_scale.report import fits  # here: scipy takes a second
-
-        return self.over_seeds and fits.differ(self.change, self.errors)
+        return self.over_seeds and super().significant
 
 
 def by_name(a: Report, b: Report) -> dict[str, str]:
@@ -110,15 +101,15 @@ def _difference(a: Report, p: Point, b: Report, q: Point) -> Difference:
     """
     change = b.distance(q) - a.distance(p)
     if p == q:
-        return Difference(p, q, change, (Error(0.0, FOLDS),), shared=True)
+        return Difference(change, (Error(0.0, FOLDS),), p, q, shared=True)
     paired = paired_error(p.evaluation, q.evaluation, a.metric) if _noise(a, p) == _noise(b, q) else None
     if paired is not None:
         spreads = [Error(each.spread, each.seeds) for each in (p, q) if each.spread is not None]
-        return Difference(p, q, change, (*spreads, Error(paired, FOLDS)), shared=True)
+        return Difference(change, (*spreads, Error(paired, FOLDS)), p, q, shared=True)
     error_a, error_b = a.error(p), b.error(q)
     if error_a is None or error_b is None:
-        return Difference(p, q, change, ())
-    return Difference(p, q, change, (Error(error_a, p.seeds), Error(error_b, q.seeds)))
+        return Difference(change, (), p, q)
+    return Difference(change, (Error(error_a, p.seeds), Error(error_b, q.seeds)), p, q)
 
 
 def _noise(report: Report, p: Point) -> tuple[Any, ...]:
@@ -207,7 +198,7 @@ def _notes(a: Report, b: Report, found: Sequence[Difference]) -> list[str]:
         )
     if any(each.a.unfinished or each.b.unfinished for each in found):
         lines.append(f"{UNFINISHED.strip()} measured before the learning rate had fallen to its end")
-    taken = {(q.group, q.variant, q.images_seen) for _, q, *_ in found}
+    taken = {(each.b.group, each.b.variant, each.b.images_seen) for each in found}
     if alone := len(a.means) + len(b.means) - len(found) - len(taken):
         lines.append(f"{alone} points are in one sweep only")
     return lines + _unlike_words(a, b, found)

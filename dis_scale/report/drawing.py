@@ -82,7 +82,9 @@ class Name(NamedTuple):
 def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) -> Figure:
     """Add the floors, the families' markers, other lines' words, and the names of points, each where it covers nothing."""
     _widen(axes, [each.distance for each in report.floors])
-    for (text, distance, error), line, above in zip(report.floors, FLOOR_LINES, _above(report), strict=False):
+    highest = max((floor.distance for floor in report.floors), default=0)
+    for (text, distance, error), line in zip(report.floors, FLOOR_LINES, strict=False):
+        above = distance == highest  # the words of the lower one of two are below its band
         axes.axhline(distance, linestyle=line, color="black", linewidth=1)
         low, high = max(distance - (error or 0), distance / 2), distance + (error or 0)
         axes.axhspan(low, high, color=QUIET, alpha=0.2, linewidth=0)
@@ -110,11 +112,6 @@ def key(kind: str, label: str = "", colour: str = QUIET) -> Line2D:
     """Return a family's marker and line for a legend."""
     family = families.of_curve(kind)
     return Line2D([], [], color=colour, marker=family.marker, ls=family.line, label=label or kind)
-
-
-def _above(report: Report) -> list[bool]:
-    """Whether the words of each floor are above its band: those of the lower one of two are below."""
-    return [each.distance == max(floor.distance for floor in report.floors) for each in report.floors]
 
 
 def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name]:

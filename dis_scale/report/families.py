@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -20,10 +20,7 @@ from dis_scale.process.errors import UserError
 from dis_scale.process.progress import some
 from dis_scale.recipe import MAIN
 from dis_scale.recipe.evaluate import HELD_OUT
-from dis_scale.report.points import ALIKE, Error, Point, Report
-
-if TYPE_CHECKING:
-    from dis_scale.report import isoflop
+from dis_scale.report.points import ALIKE, Change, Error, Point, Report
 
 HOURS = "worker hours"
 COSTS: dict[str, Callable[[Point], float | None]] = {
@@ -49,28 +46,15 @@ class Size(NamedTuple):
         return float(np.log(self.values).mean())
 
 
-class Gap(NamedTuple):
-    """The mean of log(value / curve) over sizes of one family within the costs of the other, and the parts of its error."""
+@dataclass(frozen=True)
+class Gap(Change):
+    """The mean of log(value / curve) over sizes of one family within the costs of the other."""
 
-    change: float
-    errors: tuple[Error, ...]
-    """Empty if it cannot be known."""
     sizes: list[Size]
     curve: np.ndarray
     """Value of the other family's curve at the cost of each size."""
     over_seeds: bool
     """Whether the errors hold the spread between trainings."""
-
-    @property
-    def error(self) -> float | None:
-        return math.hypot(*(each.size for each in self.errors)) if self.errors else None
-
-    @property
-    def significant(self) -> bool:
-        """Whether Welch's test refuses, at 5 %, that the mean is 0."""
-        from dis_scale.report import fits  # here: scipy takes a second
-
-        return fits.differ(self.change, self.errors)
 
 
 def gap(ours: list[Size], theirs: list[Size]) -> Gap | None:
@@ -180,32 +164,17 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class AtBudget:
-    """The lowest value of one family against that of another, each at its own best size, in a study's budget (FLOPs)."""
+class AtBudget(Change):
+    """Logarithm of the lowest value of one family over that of another, each at its own best size, in a study's budget (FLOPs)."""
 
     metric: str
     budget: float
     ours: str
     theirs: str
-    lowest: "tuple[isoflop.Lowest, isoflop.Lowest]"
+    lowest: tuple[float, float]
+    """Logarithms of both values."""
     sizes: dict[str, tuple[float, ...]]
     """Value of each seed, by the model, of every size of both at the budget."""
-
-    @property
-    def change(self) -> float:
-        """Logarithm of our value over theirs."""
-        return self.lowest[0].log - self.lowest[1].log
-
-    @property
-    def error(self) -> float:
-        return math.hypot(*(each.error for each in self.lowest))
-
-    @property
-    def significant(self) -> bool:
-        """Whether Welch's test refuses, at 5 %, that they are equal."""
-        from dis_scale.report import fits  # here: scipy takes a second
-
-        return fits.differ(self.change, [Error(each.error, each.freedom + 1) for each in self.lowest])
 
     @property
     def sentence(self) -> str:
@@ -215,7 +184,7 @@ class AtBudget:
 
     def rows(self) -> Iterator[list[str]]:
         """Yield the table's rows: the best sizes, then every seed of each size."""
-        ours, theirs = (f"{math.exp(each.log):.4g}" for each in self.lowest)
+        ours, theirs = (f"{math.exp(each):.4g}" for each in self.lowest)
         start = [self.metric, "budget"]
         yield [*start, "best size", f"{self.budget:g}", ours, theirs, f"{math.expm1(self.change):+.1%}"]
         for model, values in self.sizes.items():
@@ -263,13 +232,12 @@ def _at_budgets(report: Report, metric: str, ours: str, theirs: str) -> list[AtB
 
     profiles = isoflop.profiles(report, metric)
     mine, other = (isoflop.lowest(profiles.get(kind, [])) for kind in (ours, theirs))
-    return [
-        AtBudget(
-            metric, budget, ours, theirs, (mine[budget], other[budget]), _seeds(report, metric, budget, (ours, theirs))
-        )
-        for budget in mine
-        if budget in other
-    ]
+    found = []
+    for budget, a in mine.items():
+        if b := other.get(budget):
+            sizes, lowest = _seeds(report, metric, budget, (ours, theirs)), (a.log, b.log)
+            found.append(AtBudget(a.log - b.log, (a.error, b.error), metric, budget, ours, theirs, lowest, sizes))
+    return found
 
 
 def _seeds(report: Report, metric: str, budget: float, kinds: tuple[str, str]) -> dict[str, tuple[float, ...]]:

@@ -195,7 +195,7 @@ def _minima(sizes: Axes, values: Axes, profiles: list[isoflop.Profile], kind: st
         budgets = np.array(list(best))
         sizes.plot(budgets, law.parameters.at(budgets), family.line, color="black", linewidth=1)
     middle = np.exp([low.log for low in lowest.values()])
-    errors = middle * np.array([low.error for low in lowest.values()])
+    errors = middle * np.array([low.error.size for low in lowest.values()])
     values.errorbar(
         list(lowest),
         middle,

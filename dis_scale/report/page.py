@@ -200,15 +200,12 @@ def _section(title: str, pictures: Sequence[Picture], turning: int = 0) -> str:
         words, names = escape(each.words), "".join(f"<span>{escape(name)}</span>" for name in each.names)
         head = f"<div class='names' aria-hidden='true'>{names}</div>" if names else ""
         turn = " data-turn" if i < turning else ""
-        figures.append(f"<figure{turn}>{head}{_picture(each.picture, words)}<figcaption>{words}</figcaption></figure>")
+        image = f"<img alt='{words}' src='data:image/png;base64,{base64.b64encode(each.picture).decode()}'>"
+        figures.append(f"<figure{turn}>{head}{image}<figcaption>{words}</figcaption></figure>")
     last = turning - 1
     slider = f"<input type='range' max='{last}' value='{last}' aria-label='images seen'>" if turning else ""
     inner = f"<h2>{escape(title)}</h2>{slider}<div class='figures'>{''.join(figures)}</div>"
     return f"<section>{inner}</section>" if figures else ""
-
-
-def _picture(data: bytes, alt: str) -> str:
-    return f"<img alt='{alt}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
 
 
 def _table(table: Table, title: str) -> str:

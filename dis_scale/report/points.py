@@ -32,6 +32,33 @@ class Error(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Change:
+    """A difference of two values, and the independent errors in it; no errors if they cannot be known."""
+
+    change: float
+    errors: tuple[Error, ...]
+
+    @property
+    def error(self) -> float | None:
+        """The change's standard error, if it is known."""
+        return math.hypot(*(each.size for each in self.errors)) if self.errors else None
+
+    @property
+    def significant(self) -> bool:
+        """Whether Welch's test refuses, at 5 %, that the change is 0."""
+        from dis_scale.report import fits  # here: scipy takes a second
+
+        return fits.differ(self.change, self.errors)
+
+
+class Findings(NamedTuple):
+    """What a sweep or a study shows, a line each: `said` in sentences that one may quote, and the `details`."""
+
+    said: list[str]
+    details: list[str]
+
+
+@dataclass(frozen=True)
 class Point:
     """One model at one count of images seen, with one sampling."""
 
@@ -66,11 +93,6 @@ class Point:
     def gmacs(self) -> float:
         """10^9 multiply-adds of one forward pass for one image."""
         return self.cost.gmacs_forward
-
-    @property
-    def goodput(self) -> float | None:
-        """Share of the run's time so far that was spent in steps that counted; None if it is not known."""
-        return self.evaluation.cost.goodput
 
     @property
     def worker_hours(self) -> float | None:

@@ -67,7 +67,7 @@ def _copying(copy: "Copy", say: Callable[[str], None]) -> Iterator[None]:
     thread.join()
     attempt(copy.update)
     with suppress(Exception):
-        copy.close()
+        copy.ends.close()
 
 
 def folder_of(name: Dashboard, root: Folder, sweep: str) -> Path:
@@ -88,7 +88,8 @@ class Copy:
     _evaluations: set[str] = field(default_factory=set)
     _readers: dict[str, RowReader] = field(default_factory=dict)
     _sends: dict[str, Send] = field(default_factory=dict)
-    _ends: ExitStack = field(default_factory=ExitStack)
+    ends: ExitStack = field(default_factory=ExitStack)
+    """To be closed last: it writes what is left."""
 
     def open(self) -> None:
         """Open what is there, or begin. UserError if Weights & Biases has no login."""
@@ -98,15 +99,11 @@ class Copy:
             self._id, self._images, self._evaluations = stored["id"], stored["images"], set(stored["evaluations"])
         for model in self.sweep.recipe.models:
             self._sends[model] = (
-                _tensorboard(self.folder / model, self._ends)
+                _tensorboard(self.folder / model, self.ends)
                 if self.name == "tensorboard"
-                else _wandb(self.folder, self.sweep.folder.name, model, f"{self._id}-{model}", self._ends)
+                else _wandb(self.folder, self.sweep.folder.name, model, f"{self._id}-{model}", self.ends)
             )
             self._readers[model] = RowReader(self.sweep.run(model).log, self._images.setdefault(model, {}))
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._ends.close()
 
     def update(self) -> None:
         """Copy the rows and evaluations that storage has and the copy has not."""

@@ -30,24 +30,9 @@ from dis_scale.vae.interface import PixelVae, Vae, to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
 
 __all__ = [
-    "CONFIG",
-    "DiffusersVae",
-    "PixelVae",
-    "Vae",
-    "for_samples",
-    "from_path",
-    "has_posterior",
-    "latent_shape",
-    "load",
-    "load_exported",
-    "load_pretrained",
-    "new",
-    "planned_shape",
-    "save",
-    "to_pixels",
-    "to_unit",
+    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "from_path", "has_posterior", "latent_shape", "load",
+    "load_exported", "load_pretrained", "new", "planned_shape", "save", "to_pixels", "to_unit",
 ]  # fmt: skip
-
 
 HUB = {"stabilityai/sd-vae-ft-ema": (4, 8), "stabilityai/sd-vae-ft-mse": (4, 8)}
 """Latent channels, and pixels of a position's side, of Stable Diffusion's autoencoders on the hub."""

@@ -33,14 +33,14 @@ class Vae(ABC):
     """Scaling of the latents that `decode` gets, if it is not the VAE's own."""
 
     @property
-    @abstractmethod
     def scale(self) -> float | list[float]:
         """Scale of the latents, one number or one a channel."""
+        return 1.0
 
     @property
-    @abstractmethod
     def shift(self) -> float | list[float]:
         """Shift of the latents, one number or one a channel."""
+        return 0.0
 
     @property
     @abstractmethod
@@ -119,14 +119,6 @@ class PixelVae(Vae):
     """
 
     net: nn.Module = field(default_factory=nn.Identity)
-
-    @property
-    def scale(self) -> float:
-        return 1.0
-
-    @property
-    def shift(self) -> float:
-        return 0.0
 
     @cached_property
     def identity(self) -> str:

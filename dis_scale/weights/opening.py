@@ -85,7 +85,7 @@ def class_names(sweep: Sweep) -> tuple[str, ...]:
 
 
 def open_for_sampling(
-    at: str | Path, vae_path: str | None, heads: int | None = None, guide_at: str | Path | None = None
+    at: str | Path | Located, vae_path: str | None, heads: int | None = None, guide_at: str | Path | None = None
 ) -> OpenCheckpoint:
     """Open the model at a path or URL. Outside a sweep, it needs `vae_path`, unless its latents are pixels.
 
@@ -93,7 +93,7 @@ def open_for_sampling(
     they are assumed. `guide_at` is a worse model's path, by default that of the sweep's own guidance. UserError if the sweep's
     VAE did not encode the latents; for another one at `vae_path`, a note.
     """
-    located = find_checkpoint(str(at))
+    located = at if isinstance(at, Located) else find_checkpoint(str(at))
     with located.fetched() as file:
         model, in_file = open_checkpoint(file, heads), sampling_facts(file)
     path, sweep = located.folder / located.name, located.sweep

@@ -38,22 +38,14 @@ class StartWeights(NamedTuple):
     """Those of a file that has them, or of a sweep that has its latents."""
 
 
-class Fitted(NamedTuple):
-    """Weights that a model can load, and a line for each thing that could not stay as it is in the source."""
-
-    weights: dict[str, Tensor]
-    notes: list[str]
-
-
 def load_into(model: Backbone, sweep: Sweep, name: str, log: Callable[[str], None]) -> None:
     """Copy the start's weights, read on rank 0, into a model on the CPU of every rank. Collective."""
     if dist.get_rank() == 0:
         start = sweep.recipe.models[name].start
-        source = read_source(sweep.recipe, name)
-        fitted = fit(source, model, f"models.{name}.start")
+        fitted = fit(read_source(sweep.recipe, name), model, f"models.{name}.start")
         model.load_state_dict(fitted.weights)
         check_finite(model)
-        difference = latents_difference(source.facts, sweep) if source.facts else ""
+        difference = latents_difference(fitted.facts, sweep) if fitted.facts else ""
         notes = [*fitted.notes, f"warning: trained on {difference}"] if difference else fitted.notes
         for line in (f"begins with the weights of {start and start.words}", *notes):
             log(f"{name}: {line}")
@@ -127,7 +119,7 @@ def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
     if latents is None and state.vae_missing(sweep):
         return f"{their_vae}, this sweep's is still to be trained"
     manifest = LatentsManifest.require(latents) if latents else None
-    ours = manifest.encoding if manifest else _encoder(vae.load(sweep))
+    ours: EncodedBy | Vae = manifest.encoding if manifest else vae.load(sweep)
     if ours.identity != theirs.vae.identity:
         return f"{their_vae}, this sweep's is {ours.identity[:12]}"
     if (theirs.scaling is None) != (normalise == "vae"):
@@ -137,11 +129,6 @@ def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
     if (manifest or normalise == "vae") and not scaling.is_close(own):
         return f"latents with shift {scaling.shift} and scale {scaling.scale}, this sweep's have {own.shift} and {own.scale}"
     return ""
-
-
-def _encoder(decoder: Vae) -> EncodedBy:
-    """Return the encoder that the latents will have."""
-    return EncodedBy(identity=decoder.identity, posterior=decoder.posterior, shift=decoder.shift, scale=decoder.scale)
 
 
 def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
@@ -162,8 +149,8 @@ def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
     )
 
 
-def fit(source: StartWeights, model: Backbone, where: str) -> Fitted:
-    """Return the source's weights in the shapes of `model`, whose own weights fill what is new.
+def fit(source: StartWeights, model: Backbone, where: str) -> StartWeights:
+    """Return the source with weights in the shapes of `model`, whose own weights fill what is new, and a note on each of these.
 
     Learned positions of another number of patches are interpolated (bicubic with antialiasing, as `timm` does); fixed ones are no
     weights. A table of another number of classes is the model's own. UserError for anything else that differs.
@@ -194,4 +181,4 @@ def fit(source: StartWeights, model: Backbone, where: str) -> Fitted:
         else:
             shapes = f"shape {tuple(weights[name].shape)}, this model's has {tuple(weight.shape)}"
             raise UserError(f"{where}: {name} has {shapes}: expected latents of as many channels")
-    return Fitted(weights, notes)
+    return source._replace(weights=weights, notes=notes)

@@ -90,11 +90,7 @@ def test_infinity_says_how_many_samples_it_needs() -> None:
 
 def test_sums_merge_to_the_statistics_of_all() -> None:
     features = np.random.default_rng(0).standard_normal((101, 4)) * 3 + 10
-    parts = [Sums(), Sums()]
-    parts[0].add(features[:40])
-    parts[1].add(features[40:70])
-    parts[1].add(features[70:])
-    merged = parts[0].merge(parts[1]).mean_covariance()
+    merged = Sums().plus(features[:40]).merge(Sums().plus(features[40:70]).plus(features[70:])).mean_covariance()
     np.testing.assert_allclose(merged.mean, features.mean(0), rtol=1e-12)
     np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-10)
 

@@ -283,5 +283,5 @@ def test_files_are_read_by_32_threads(tmp_path: Path) -> None:
             busy -= 1
         return source.read(entries)
 
-    parts.compute(replace(source, read=slow), sweep.recipe.data, [extractor], range(832), lambda _: None)
+    parts.merged(sweep, replace(source, read=slow), [extractor], lambda _: None, lambda _: None)
     assert most > 16

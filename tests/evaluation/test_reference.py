@@ -93,12 +93,11 @@ def test_one_pass_serves_all_extractors(source: Source, tmp_path: Path) -> None:
 
 
 def test_features_of_a_fixed_choice_of_images_are_kept(
-    source: Source, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    sweep: Sweep, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts, "KEPT", 100)
     extractor = Extractor("a", "weights of a", lambda x: (x.float()[:, 0, ::16, ::16].flatten(1),), CPU)
-    every = range(len(source))
-    kept = [parts.compute(source, recipe.data, [extractor], every, lambda _: None)["a"].kept for _ in range(2)]
+    kept = [parts.merged(sweep, source, [extractor], lambda _: None, lambda _: None)["a"].kept for _ in range(2)]
     assert np.array_equal(kept[0], kept[1])
     everything = {row.tobytes() for row in extractor(pixels(source)).pooled}
     assert len(kept[0]) == 100
@@ -259,8 +258,8 @@ def test_a_metric_without_its_statistics_is_refused(
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("arr_0", np.zeros((5, 64, 64, 3), np.uint8), r"uint8 images of shape \(64, 64, 3\).* expects uint8 \(32, 32, 3\)"),
-        ("arr_0", np.zeros((5, 32, 32, 3), np.float32), "arr_0 holds float32 images"),
+        ("arr_0", np.zeros((5, 64, 64, 3), np.uint8), "images of 64 x 64 pixels, the recipe's data.resolution expects 32"),
+        ("arr_0", np.zeros((5, 32, 32, 3), np.float32), r"arr_0 holds float32 of shape \(5, 32, 32, 3\), expected uint8"),
         ("mu", np.zeros(64), r"mu \(64,\) and sigma \(2048, 2048\) are of other features: expected \(2048,\)"),
         ("mu_s", np.zeros(2048), r"mu_s \(2048,\) and sigma_s \(2023, 2023\) are of other features: expected \(2023,\)"),
         ("mu", np.full(2048, np.nan), "mu or sigma is not finite: the file is damaged"),

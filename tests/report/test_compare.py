@@ -89,7 +89,7 @@ def test_three_seeds_need_more_than_two_standard_errors() -> None:
         mine, theirs = np.array([9.0, 9.4, 9.8]), np.array([9.0, 9.3, 9.6]) - shift
         points = [SimpleNamespace(seeds=3) for _ in range(2)]
         errors = [float(np.std(values, ddof=1) / np.sqrt(3)) for values in (mine, theirs)]
-        made = compare.Difference(*points, float(theirs.mean() - mine.mean()), tuple(Error(each, 3) for each in errors))
+        made = compare.Difference(float(theirs.mean() - mine.mean()), tuple(Error(each, 3) for each in errors), *points)
         assert made.significant == (stats.ttest_ind(mine, theirs, equal_var=False).pvalue < 0.05)
         assert abs(made.change) > 2 * (made.error or 0)
 

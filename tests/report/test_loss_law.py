@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dis_scale.report import isoflop, loss_law
-from dis_scale.report.families import AtBudget
 from dis_scale.report.loss_law import LossLaw, Runs
+from dis_scale.report.points import Change
 
 LIMIT, A, B, SIZE, IMAGES = 0.4, 400.0, 300.0, 0.6, 0.5
 SIZES = np.geomspace(5e3, 3e5, 6)
@@ -166,8 +166,7 @@ def test_families_differ_at_a_budget_by_as_much_as_their_runs_allow() -> None:
     for seed in range(300):
         ours, theirs = (isoflop.lowest(isoflop.profiles_of(study(2 * seed + k))) for k in (0, 1))
         for change, called in found.items():
-            moved = ours[BUDGETS[1]]._replace(log=ours[BUDGETS[1]].log + change)
-            lowest = (moved, theirs[BUDGETS[1]])
-            called.append(AtBudget("loss", float(BUDGETS[1]), "a", "b", lowest, {}).significant)
+            mine, other = ours[BUDGETS[1]], theirs[BUDGETS[1]]
+            called.append(Change(mine.log + change - other.log, (mine.error, other.error)).significant)
     assert np.mean(found[0.0]) < 0.08
     assert np.mean(found[0.05]) > 0.9

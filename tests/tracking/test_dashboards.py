@@ -58,7 +58,7 @@ def in_tensorboard(folder: Path) -> Counter[tuple[str, int, float, float]]:
 def update(copy: Copy) -> None:
     copy.open()
     copy.update()
-    copy.close()
+    copy.ends.close()
 
 
 def test_each_row_is_written_once(sweep: Sweep) -> None:
