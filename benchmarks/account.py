@@ -184,20 +184,7 @@ def row(name: str, settings: Dis, images: int, size: int) -> None:
 
 
 def main() -> None:
-    heads = (
-        "products",
-        "scan",
-        "conv",
-        "other",
-        "total",
-        "MFU",
-        "step MFU",
-        "images",
-        "waves",
-        "filled",
-        "kernels",
-        "block us",
-    )
+    heads = ("products", "scan", "conv", "other", "total", "MFU", "step MFU", "images", "waves", "filled", "kernels", "block us")
     print(f"{'':22}", *(f"{head:>9}" for head in heads))
     for name in (f"{family}-{size}/2" for family in ("DiS", "DiS2") for size in "SBMLH"):
         row(name, Dis(**preset(name)), IMAGES, SIZE)

@@ -61,10 +61,7 @@ def measured(name: str, images: int) -> Iterator[dict[str, Any]]:
     yield row
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds = round(time.perf_counter() - began_s, 2)
-    print(
-        json.dumps({"name": name, "images": images, "seconds": seconds, "peak_gib": round(peak_gib, 2)} | row),
-        flush=True,
-    )
+    print(json.dumps({"name": name, "images": images, "seconds": seconds, "peak_gib": round(peak_gib, 2)} | row), flush=True)
 
 
 class MeasuredEncoder(OneEncoder):

@@ -28,15 +28,8 @@ def main(figure_path: str, compute_url: str, seconds_url: str) -> None:
         for row, model in [(row, model) for row, model in enumerate(order) if model in losses]:
             axes.plot(losses[model], [row] * len(losses[model]), "o", color="#0072b2", alpha=0.5)
             axes.plot(statistics.fmean(losses[model]), row, "|", color="black", markersize=16, markeredgewidth=2)
-            print(
-                title, model, *[f"{loss:.4f}" for loss in losses[model]], f"mean {statistics.fmean(losses[model]):.4f}"
-            )
-        axes.set(
-            yticks=range(len(order)),
-            yticklabels=order,
-            xlabel="held-out loss (lower is better)",
-            title=f"equal {title}",
-        )
+            print(title, model, *[f"{loss:.4f}" for loss in losses[model]], f"mean {statistics.fmean(losses[model]):.4f}")
+        axes.set(yticks=range(len(order)), yticklabels=order, xlabel="held-out loss (lower is better)", title=f"equal {title}")
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(figure_path, dpi=160)
 

@@ -112,10 +112,7 @@ def main() -> None:
     settings = Dit(**preset("DiT-XL/2"))
     with FakeTensorMode():
         for recomputed in (False, True):
-            for name, block, stream in (
-                ("ours", DiTBlock(settings), HALF),
-                ("fast-DiT", PublicBlock(settings), torch.float32),
-            ):
+            for name, block, stream in (("ours", DiTBlock(settings), HALF), ("fast-DiT", PublicBlock(settings), torch.float32)):
                 how = "recomputed" if recomputed else "kept"
                 _print(f"block, {how}", name, both_passes(block, stream, recomputed))
         blocks = [DiTBlock(settings) for _ in range(settings.depth)]

@@ -89,9 +89,7 @@ class NoCuda(NoLaunch):
         folder = Path(self.folder.name)
         (folder / "cuda.c").write_text(NO_CUDA)
         library = folder / "libcuda.so.1"
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "cuda.c"], check=True
-        )
+        subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "cuda.c"], check=True)
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         triton.knobs.nvidia.libcuda_path = str(folder)
 
@@ -165,10 +163,7 @@ def main(rounds: str = "3000", launcher: str = "") -> None:
             with Counts() as operations:
                 job()
             counts = {"kernels": none.launches, "operations": operations.launches}
-            print(
-                json.dumps({"name": f"{name}, {passes}", "us": round(least_us(job, int(rounds)), 1), **counts}),
-                flush=True,
-            )
+            print(json.dumps({"name": f"{name}, {passes}", "us": round(least_us(job, int(rounds)), 1), **counts}), flush=True)
 
 
 if __name__ == "__main__":

@@ -137,9 +137,7 @@ def compiled(name: str, capability: int, dtype: str, lanes: int = 1, both: bool 
         inputs: Any = (pointer, pointer, *["*fp32"] * 4)
         types |= {"inputs": inputs} | dict.fromkeys(("y_halves", "h_halves"), (halves, halves))
     else:
-        types |= dict.fromkeys(("outs", "dys"), (pointer, pointer)) | dict.fromkeys(
-            ("weights", "biases", "sums"), FLOAT32_PAIR
-        )
+        types |= dict.fromkeys(("outs", "dys"), (pointer, pointer)) | dict.fromkeys(("weights", "biases", "sums"), FLOAT32_PAIR)
     if ways := len(constants.get("u_rows", ())):
         types |= {"inputs": (inputs,) * ways} | dict.fromkeys(("gradients", "h_halves"), ((pointer, pointer),) * ways)
         types |= dict.fromkeys(FLOAT32, ("*fp32",) * ways)
@@ -205,9 +203,7 @@ def code(program: Any) -> list[tuple[str, int]]:
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)(.*?);", disassembled(program, "-sass"))
     operations = [(int(at, 16), op, rest) for at, op, rest in lines if op != "NOP"]
     diverged = [int(to[1], 16) for _, _, rest in operations if rest.startswith(".DIV") and (to := TARGET.search(rest))]
-    rare = min(
-        diverged, default=math.inf
-    )  # what a warp runs from here on, it runs while some of its lanes sleep (`settle`)
+    rare = min(diverged, default=math.inf)  # what a warp runs from here on, it runs while some of its lanes sleep (`settle`)
     operations = [each for each in operations if each[0] < rare]
     targets = [(at, TARGET.search(rest)) for at, op, rest in operations if op == "BRA"]
     loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
@@ -263,12 +259,7 @@ def per_state_and_step(name: str, lanes: int) -> tuple[float, int]:
 def by_lanes() -> None:
     """Print cycles per state, step and warp, and registers in parentheses, by lanes of a channel."""
     print(f"\n{'lanes of a channel':38}", *(f"{lanes:>11}" for lanes in triton_fill.FORWARD))
-    for name, dtype in (
-        (FORWARD[0], "bf16"),
-        (FORWARD[1], "bf16"),
-        ("scan_backward", "bf16"),
-        ("scan_backward", "fp32"),
-    ):
+    for name, dtype in ((FORWARD[0], "bf16"), (FORWARD[1], "bf16"), ("scan_backward", "bf16"), ("scan_backward", "fp32")):
         cells = []
         for lanes in triton_fill.FORWARD:
             program = compiled(name, 90, dtype, lanes)

@@ -87,9 +87,7 @@ def main(rounds: int = 5) -> None:
         Row("DiS-S/2, a block, against our reference", "block", "block, reference", None, at_least=True),
     ]
     if threads > 1:
-        rows.append(
-            Row(f"DiS-S/2, {threads} threads, against one", "DiS-S/2", "DiS-S/2, one thread", 1.6, at_least=True)
-        )
+        rows.append(Row(f"DiS-S/2, {threads} threads, against one", "DiS-S/2", "DiS-S/2, one thread", 1.6, at_least=True))
     report(rows, measure(jobs, rounds))
 
 

@@ -109,10 +109,7 @@ def webdataset(at: Folder, workers: int) -> int:
 def jobs(at: Path, bucket: str | None) -> dict[str, Job]:
     """Jobs by name. Alternatives of the peer differ only after the last comma."""
     made = make(open_folder(at / "latents"))
-    result: dict[str, Job] = {
-        "memory, ours": partial(from_memory, made),
-        "disk, ours with all draws": partial(micro_batches, made),
-    }
+    result: dict[str, Job] = {"memory, ours": partial(from_memory, made), "disk, ours with all draws": partial(micro_batches, made)}
     stores = {"disk": made}
     if bucket:
         stores["s3"] = open_folder(bucket) / "latents"

@@ -21,17 +21,7 @@ import torch
 from dis_scale.process.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = [
-    "torch",
-    "triton",
-    "mamba-ssm",
-    "causal-conv1d",
-    "deepspeed",
-    "numpy",
-    "webdataset",
-    "diffusers",
-    "torch-fidelity",
-]
+PACKAGES = ["torch", "triton", "mamba-ssm", "causal-conv1d", "deepspeed", "numpy", "webdataset", "diffusers", "torch-fidelity"]
 
 
 def machine() -> dict[str, Any]:

@@ -87,9 +87,7 @@ def _timed(job: Job) -> float:
     return time.perf_counter() - start
 
 
-def report(
-    rows: list[Row], times: dict[str, list[float]], more: list[tuple[str, float, float | None]] | None = None
-) -> None:
+def report(rows: list[Row], times: dict[str, list[float]], more: list[tuple[str, float, float | None]] | None = None) -> None:
     """Print the rows. `more` are other ratios: name, ratio, largest allowed ratio."""
     table = []
     for row in rows:

@@ -76,28 +76,20 @@ def copy(size: int) -> Job:
 
 def main(rounds: int = 5) -> None:
     torch.manual_seed(0)
-    print(
-        json.dumps({"gpu": torch.cuda.get_device_name(), "scan": str(choose("auto", DEVICE)), "B L E N": [B, L, E, N]})
-    )
+    print(json.dumps({"gpu": torch.cuda.get_device_name(), "scan": str(choose("auto", DEVICE)), "B L E N": [B, L, E, N]}))
     moved = moved_bytes()
     jobs = {"two-way": scan("triton", B, L), "copy": copy(moved)}
     rows = [Row("two-way, share of a copy's bandwidth", "two-way", "copy", 0.5, at_least=True)]
     try:
         choose("mamba", DEVICE)
         jobs["mamba-ssm twice"] = scan("mamba", B, L)
-        rows.insert(
-            0, Row("two-way, against mamba-ssm twice with flips", "two-way", "mamba-ssm twice", 1.5, at_least=True)
-        )
+        rows.insert(0, Row("two-way, against mamba-ssm twice with flips", "two-way", "mamba-ssm twice", 1.5, at_least=True))
     except DisScaleError as error:
         print(json.dumps({"name": "mamba-ssm twice", "not measured": str(error)}))
     for length, batch in LENGTHS.items():
         jobs[f"length {length}"] = scan("triton", batch, length)
         work = float(batch * length), float(B * L)
-        rows.append(
-            Row(
-                f"time a token, {length} against {L}", f"length {length}", f"length {L}", 1.3, at_least=False, work=work
-            )
-        )
+        rows.append(Row(f"time a token, {length} against {L}", f"length {length}", f"length {L}", 1.3, at_least=False, work=work))
         name, peer = f"forward, length {length}", f"forward, length {L}"
         jobs[name] = sampling(batch, length)
         rows.append(Row(f"forward, time a token, {length} against {L}", name, peer, 1.3, at_least=False, work=work))

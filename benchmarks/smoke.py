@@ -108,8 +108,7 @@ def train(checks: Checks, sweep: Sweep, chosen: Options) -> None:
     rounded = {model: run("bf16", model, precision="bf16") for model in kinds}
     late = sweep.recipe.train.images // 2
     killed = {
-        model: [run("killed", model, kill_at=late, precision="bf16"), run("killed", model, precision="bf16")]
-        for model in kinds
+        model: [run("killed", model, kill_at=late, precision="bf16"), run("killed", model, precision="bf16")] for model in kinds
     }
     stages = {stage: run(f"zero-{stage}", "dis", zero_stage=stage) for stage in (2, 3)}
     gaussian = TrainingRun(gaussian_sweep(sweep), latents, "dis", "cpu")
@@ -188,10 +187,7 @@ def compare_memory(checks: Checks, chosen: Options) -> None:
 
 def left_bytes(model: Backbone, images: int, device: torch.device) -> int:
     shape = model.shape
-    inputs = (
-        torch.randn(images, shape.channels, shape.size, shape.size, device=device),
-        torch.rand(images, device=device),
-    )
+    inputs = (torch.randn(images, shape.channels, shape.size, shape.size, device=device), torch.rand(images, device=device))
     labels = torch.zeros(images, dtype=torch.int64, device=device)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()

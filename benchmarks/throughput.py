@@ -216,9 +216,7 @@ def against_fast_dit(size: str, images: int, device: str) -> None:
 
         seconds[name] = timed(run)
     ratio = seconds["fast-DiT"] / seconds["ours"]
-    print_row(
-        f"a block of {size} against fast-DiT's", {"times_faster": ratio, "ms": 1e3 * seconds["ours"], "images": images}
-    )
+    print_row(f"a block of {size} against fast-DiT's", {"times_faster": ratio, "ms": 1e3 * seconds["ours"], "images": images})
 
 
 def timed(run: Any) -> float:
@@ -273,9 +271,7 @@ def training_jobs(jobs: list[Job], device: str) -> list[tuple[Any, ...]]:
 def main(chosen: Options) -> None:
     """The published sizes come first: the time may not be enough for all jobs."""
     device, quick = chosen.device.type, chosen.quick
-    sampled, images, resolution, encoded = (
-        (["DiT-S/8"], 2, 32, 2) if quick else (["DiS-S/2", "DiS-L/2", "DiT-L/2"], 64, 256, 64)
-    )
+    sampled, images, resolution, encoded = (["DiT-S/8"], 2, 32, 2) if quick else (["DiS-S/2", "DiS-L/2", "DiT-L/2"], 64, 256, 64)
     jobs = training_jobs(QUICK_JOBS if quick else SIZED, device)
     jobs += [(f"sample {size}", sample, size, images, device) for size in sampled]
     jobs += [("encode", encode, resolution, encoded, device)]

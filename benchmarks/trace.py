@@ -53,9 +53,7 @@ def gaps_of(busy: list[Busy]) -> list[float]:
 def summary(busy: list[Busy]) -> list[dict[str, Any]]:
     """Rows: the whole, the gaps by length, the kernels by time."""
     gaps, span_us = gaps_of(busy), max(each.end_us for each in busy) - busy[0].start_us
-    rows: list[dict[str, Any]] = [
-        {"name": "GPU", "span_ms": span_us / 1e3, "busy": 1 - sum(gaps) / span_us, "launches": len(busy)}
-    ]
+    rows: list[dict[str, Any]] = [{"name": "GPU", "span_ms": span_us / 1e3, "busy": 1 - sum(gaps) / span_us, "launches": len(busy)}]
     for low, high in pairwise((0.0, *GAPS_US, float("inf"))):
         inside = [gap for gap in gaps if low < gap <= high]
         rows.append({"name": f"gaps of {low:g} to {high:g} us", "count": len(inside), "ms": sum(inside) / 1e3})

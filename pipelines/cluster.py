@@ -77,9 +77,7 @@ def ray_address() -> str | None:
 
 
 @contextlib.contextmanager
-def open_cluster(
-    recipe: Recipe, say: Callable[[str], None] = print, go_on: Callable[[], None] = lambda: None
-) -> Iterator[Cluster]:
+def open_cluster(recipe: Recipe, say: Callable[[str], None] = print, go_on: Callable[[], None] = lambda: None) -> Iterator[Cluster]:
     """Yield the Ray that this process runs in (RAY_ADDRESS), otherwise one of our own that ends with this block and process.
 
     While the former does not answer it is asked again, which `say` tells; `go_on` may end that by an error.
@@ -174,9 +172,7 @@ def _token_of(address: str) -> str | None:
     return max(dated)[1].read_text() if dated else None
 
 
-def require_root(
-    recipe: Recipe, one_node: Callable[[], bool] | None = None, probe: Callable[[str], None] = require_shared
-) -> str:
+def require_root(recipe: Recipe, one_node: Callable[[], bool] | None = None, probe: Callable[[str], None] = require_shared) -> str:
     """Return the storage root's URL; UserError for a folder that is not the same one on all nodes of the cluster.
 
     The working folder of a Ray job is a copy that is deleted with the job, so a relative root moves below the node's home.
@@ -242,9 +238,7 @@ def _connect() -> None:
                 ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (ConnectionError, ValueError) as error:
             kind = Unanswered if in_ray_job() else UserError  # the Ray of a job was there a moment ago
-            raise kind(
-                f"no Ray answers at RAY_ADDRESS={ray_address()}: start it, or unset the variable to run here"
-            ) from error
+            raise kind(f"no Ray answers at RAY_ADDRESS={ray_address()}: start it, or unset the variable to run here") from error
 
 
 def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], None]) -> Cluster:
@@ -321,9 +315,7 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
         return head, url
     head.kill()
     tail = " ".join((folder / "start.log").read_text(errors="replace").split())[-300:]
-    raise DisScaleError(
-        f"a local Ray did not start within {START_TIMEOUT_S:.0f} s (ports {port}, {dashboard}, {agent}): {tail}"
-    )
+    raise DisScaleError(f"a local Ray did not start within {START_TIMEOUT_S:.0f} s (ports {port}, {dashboard}, {agent}): {tail}")
 
 
 def answers(head: subprocess.Popen, ask: Callable[[], object], time_s: float = START_TIMEOUT_S) -> bool:

@@ -212,9 +212,7 @@ def _begin_waiting(
             continue
         try:
             begins = state.may_begin(driver.sweep, model)
-            in_vain = (
-                branch and not begins and (branch.of not in (*waiting, *training) or _has_passed(driver.sweep, branch))
-            )
+            in_vain = branch and not begins and (branch.of not in (*waiting, *training) or _has_passed(driver.sweep, branch))
         except StorageAway:
             return  # it may be for a while, and the jobs that run wait by themselves
         if begins:

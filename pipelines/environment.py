@@ -37,9 +37,7 @@ def prepare_group(ip: str, device: str) -> str:
     Without them gloo takes the address that the host's name resolves to, on Debian 127.0.1.1, and NCCL perhaps docker0.
     """
     name = interface_of(ip)
-    values = (
-        dict(zip(INTERFACES, (name, f"={name}"), strict=True)) if name else {}
-    )  # "=": NCCL compares the complete name
+    values = dict(zip(INTERFACES, (name, f"={name}"), strict=True)) if name else {}  # "=": NCCL compares the complete name
     values |= RECORDED_COLLECTIVES | (REPRODUCIBLE | NAMED_FAULTS if device == "cuda" else {})
     for variable, value in values.items():
         os.environ.setdefault(variable, value)

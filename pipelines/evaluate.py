@@ -122,12 +122,7 @@ def ablate(job: StageJob) -> None:
             job.say(_shown(sampled, evaluation.evaluate(sampled)))
 
 
-def evaluate_all(
-    job: StageJob,
-    evaluation: Evaluation,
-    skipped: set[Sampled],
-    moves: Callable[[], bool] = lambda: False,
-) -> bool:
+def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], moves: Callable[[], bool] = lambda: False) -> bool:
     """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
 
     Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
@@ -177,9 +172,7 @@ def wait_for_training(job: StageJob, news: Callable[[], bool]) -> None:
         if job.now_s() - since_s > GIVE_UP_S:
             now = [job.sweep.run(model).resume.list() for model in job.recipe.models]  # changes while training runs
             if before == now:
-                raise DisScaleError(
-                    f"nothing was published or saved for {GIVE_UP_S / 3600:.0f} h: is training running?"
-                )
+                raise DisScaleError(f"nothing was published or saved for {GIVE_UP_S / 3600:.0f} h: is training running?")
             since_s, before = job.now_s(), now
         job.pause(min(LONGEST_POLL_S, max(POLL_EVERY_S, (job.now_s() - began_s) / 20)))
 
@@ -208,9 +201,7 @@ def open_evaluation(
     from dis_scale.evaluation.sampling import labels_of
 
     references, labels = reference.load_all(sweep), labels_of(sweep)
-    evaluation = Evaluation(
-        sweep, evaluators, references, samplings, labels, job.say, job.raise_if_stopped, job.require_held
-    )
+    evaluation = Evaluation(sweep, evaluators, references, samplings, labels, job.say, job.raise_if_stopped, job.require_held)
     return evaluation, evaluators
 
 

@@ -22,9 +22,7 @@ REJECTED = re.compile(
     r"_STATUS_INVALID_VALUE"
 )
 """Parts of the errors of a GPU that refuses what a program asks: every device would."""
-CONNECTION = re.compile(
-    r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has timed out|Connection (closed|reset)"
-)
+CONNECTION = re.compile(r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has timed out|Connection (closed|reset)")
 """Parts of the errors of a process group that lost a member."""
 AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instruction")
 """Parts of the errors of a program or of a device: worth another attempt, but no reason to exclude a node."""
@@ -52,9 +50,7 @@ class WorkerFailure(DisScaleError):
     """An attempt ended by an accident that a new attempt may survive: a lost worker, a broken connection, a hang, storage that was
     away, a failed device, that of the worker with the number `worker`."""
 
-    def __init__(
-        self, words: str, done: int = 0, silent_s: float = 0.0, cause: Cause = "lost", worker: int = 0
-    ) -> None:
+    def __init__(self, words: str, done: int = 0, silent_s: float = 0.0, cause: Cause = "lost", worker: int = 0) -> None:
         super().__init__(words)
         self.done, self.silent_s, self.at = done, silent_s, time.time()
         self.cause, self.worker = cause, worker

@@ -38,8 +38,7 @@ ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
 RAY_ACCIDENTS = {
-    f"JOB_SUPERVISOR_ACTOR_{what}"
-    for what in ("DIED", "START_TIMEOUT", "START_FAILURE", "UNSCHEDULABLE", "UNKNOWN_FAILURE")
+    f"JOB_SUPERVISOR_ACTOR_{what}" for what in ("DIED", "START_TIMEOUT", "START_FAILURE", "UNSCHEDULABLE", "UNKNOWN_FAILURE")
 }
 """Ray's names for the accidents of the actor that starts a job's process and watches it."""
 STOP_WAIT_S = 30.0
@@ -136,9 +135,7 @@ class Job:
     @property
     def killed(self) -> bool:
         """Whether it failed without a word of its own: its process was killed, or Ray could not start or watch it."""
-        if self.status != JobStatus.FAILED or any(
-            line and line.kind == "error" for line in map(lines.parse, self._tail)
-        ):
+        if self.status != JobStatus.FAILED or any(line and line.kind == "error" for line in map(lines.parse, self._tail)):
             return False
         code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type in RAY_ACCIDENTS
         return bool(lost) or (code is not None and not 0 <= code < 128)
@@ -185,17 +182,13 @@ def _environment(cluster: Cluster, sweep: Sweep) -> dict[str, str]:
     return KEEP_FREED_MEMORY | EXPANDABLE_SEGMENTS | PASSIVE | cluster.runtime_env.get("env_vars", {}) | job
 
 
-def submit_new(
-    cluster: Cluster, name: str, command: list[str], environment: dict[str, str], agent_s: float = AGENT_S
-) -> Job:
+def submit_new(cluster: Cluster, name: str, command: list[str], environment: dict[str, str], agent_s: float = AGENT_S) -> Job:
     """Submit a job; `ours` is false if another process submitted it first. Unanswered if no answer comes: ask again."""
     deadline = time.monotonic() + agent_s
     while True:
         try:
             cluster.client.submit_job(
-                entrypoint=shlex.join(command),
-                submission_id=name,
-                runtime_env=cluster.runtime_env | {"env_vars": environment},
+                entrypoint=shlex.join(command), submission_id=name, runtime_env=cluster.runtime_env | {"env_vars": environment}
             )
             return Job(cluster, name, ours=True)
         except (RuntimeError, ValueError, OSError) as error:
@@ -221,10 +214,7 @@ def prefix_of(sweep: Sweep) -> str:
 
 
 def end_own_job(
-    exit_code: int,
-    connect: Callable[[None], Any] = client_of,
-    wait_s: float = STOP_WAIT_S,
-    silent_s: float = SILENT_S,
+    exit_code: int, connect: Callable[[None], Any] = client_of, wait_s: float = STOP_WAIT_S, silent_s: float = SILENT_S
 ) -> None:
     """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
 
@@ -252,9 +242,7 @@ def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> 
     with ThreadPoolExecutor(max(1, len(running))) as pool, contextlib.suppress(Unanswered):
 
         def still_unasked(jobs: list[Job]) -> list[Job]:
-            return [
-                job for job, answered in zip(jobs, pool.map(lambda job: job.stop(), jobs), strict=True) if not answered
-            ]
+            return [job for job, answered in zip(jobs, pool.map(lambda job: job.stop(), jobs), strict=True) if not answered]
 
         unasked = still_unasked(running)
         while (unasked and time.monotonic() < began_s + asked_s) or (

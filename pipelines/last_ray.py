@@ -53,12 +53,7 @@ def record(sweep: Sweep, cluster: Cluster) -> None:
     """Store that the sweep runs on this cluster."""
     kuberay, slurm = map(os.environ.get, ("RAY_CLUSTER_NAME", "SLURM_JOB_ID"))
     LastRay(
-        address=cluster.address,
-        host=socket.gethostname(),
-        gpus=cluster.gpus(),
-        kuberay=kuberay,
-        slurm=slurm,
-        at=time.time(),
+        address=cluster.address, host=socket.gethostname(), gpus=cluster.gpus(), kuberay=kuberay, slurm=slurm, at=time.time()
     ).write(sweep.folder)
 
 
@@ -81,9 +76,7 @@ def end_left_jobs(sweep: Sweep, say: Callable[[str], None], raise_if_stopped: Ca
         if holding.end is None and holding.alive and (holding.holder.at or 0.0) >= last.at
     }
     for name, holding in left.items():
-        say(
-            f"left     {name} of a command that was killed, process {holding.holder}: stopped before this one continues"
-        )
+        say(f"left     {name} of a command that was killed, process {holding.holder}: stopped before this one continues")
     for number, wait_s in ((signal.SIGTERM, sweep.recipe.grace_s), (signal.SIGKILL, KILLED_WITHIN_S)):
         alive, deadline = [each for each in left.values() if each.alive], time.monotonic() + wait_s
         for holding in alive:
@@ -120,6 +113,4 @@ def address_of(sweep: Sweep) -> str:
     where = f" (it last ran on {last.host})" if last else ""
     hint = cancel_hint(last) if last else ""
     queued = f"; if it waits in a queue: {hint}" if hint else ""
-    raise UserError(
-        f"{sweep}: no Ray is known here{where}: to name it, add --address http://HOST:8265 or set RAY_ADDRESS{queued}"
-    )
+    raise UserError(f"{sweep}: no Ray is known here{where}: to name it, add --address http://HOST:8265 or set RAY_ADDRESS{queued}")

@@ -58,9 +58,7 @@ class LostNode(DisScaleError):
 
 
 def of_living(
-    ask: Callable[[list[Node]], T],
-    known: Callable[[], list[Node]] = living,
-    pause: Callable[[float], None] = time.sleep,
+    ask: Callable[[list[Node]], T], known: Callable[[], list[Node]] = living, pause: Callable[[float], None] = time.sleep
 ) -> T:
     """Return what is asked of all nodes that are alive; of those that are left, after a pause, if one was lost meanwhile.
 

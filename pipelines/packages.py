@@ -28,9 +28,7 @@ def require_on_nodes(recipe: Recipe) -> None:
 
 def _lacking(codes: dict[str, str], alive: list[nodes.Node]) -> list[tuple[str, str]]:
     """Return the name of each node that lacks something, and what."""
-    reasons = nodes.on_each(
-        alive, _missing, codes, words=lambda name, why: f"node {name}: its packages are not checked: {why}"
-    )
+    reasons = nodes.on_each(alive, _missing, codes, words=lambda name, why: f"node {name}: its packages are not checked: {why}")
     return [(node.name, reason) for node, reason in zip(alive, reasons, strict=True) if reason]
 
 

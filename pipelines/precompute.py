@@ -67,9 +67,7 @@ class Encoder(Worker):
 
         compute_exactly(tf32=self.sweep.recipe.precompute.precision == "tf32")
         if (ours := self.encoding()) != encoding:
-            raise UserError(
-                f"{latents}: this worker encodes with {ours}, the first one with {encoding}: use equal nodes"
-            )
+            raise UserError(f"{latents}: this worker encodes with {ours}, the first one with {encoding}: use equal nodes")
         recipe, vae = self.sweep.recipe, self._loaded()
         if recipe.data.given is None:  # copies are the same everywhere
             require_same_hardware(latents, self.device)
@@ -131,9 +129,7 @@ class RayEncoders:
         mixer = MixedOrder.of(len(source), settings, encoding)
         positions = [shards.shard_positions(n, len(source), settings) if source.mixed else mixer.part(n) for n in left]
         request = request_for("precompute", self.device, 1)
-        self._share(
-            "encode", request, settings.workers, (latents, encoding), left, sum(map(len, positions)), len(source)
-        )
+        self._share("encode", request, settings.workers, (latents, encoding), left, sum(map(len, positions)), len(source))
 
     def mix(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
         """Write the shards of these groups from the encoded parts."""
@@ -143,14 +139,7 @@ class RayEncoders:
         self._share("mix", request, capacity(request), (latents, mixer), left, 2 * images, 2 * len(source))
 
     def _share(
-        self,
-        work: str,
-        request: Request,
-        most: int,
-        arguments: tuple[Any, ...],
-        left: list[int],
-        images: int,
-        total: int,
+        self, work: str, request: Request, most: int, arguments: tuple[Any, ...], left: list[int], images: int, total: int
     ) -> None:
         """Let `most` workers share this work on the numbers in `left`, which have this many `images` of `total`.
 

@@ -87,9 +87,7 @@ class Preparer(Worker):
         self._held.require_held()
         vae.save(sweep.vae, net)
         error = max(small.reconstruction_error(net, pixels), 1e-12)  # of pixels in [-1, 1]
-        return (
-            f"autoencoder: its reconstructions have a PSNR of {10 * math.log10(4 / error):.1f} dB (dis-scale data show)"
-        )
+        return f"autoencoder: its reconstructions have a PSNR of {10 * math.log10(4 / error):.1f} dB (dis-scale data show)"
 
     def _classifier(self, sweep: Sweep, name: str, kind: str) -> str:
         from dis_scale.evaluation.classifiers import train_classifier
@@ -98,9 +96,7 @@ class Preparer(Worker):
         pixels, labels = self._pixels(sweep)
         recipe, steps = sweep.recipe, _classifier_steps(sweep)
         assert recipe.data.num_classes is not None, "the recipe refuses a trained extractor without classes"
-        net, accuracy = train_classifier(
-            kind, pixels, labels, recipe.data.num_classes, steps, recipe.seed, self._progress()
-        )
+        net, accuracy = train_classifier(kind, pixels, labels, recipe.data.num_classes, steps, recipe.seed, self._progress())
         self._held.require_held()
         store_classifier(sweep, name, net, accuracy)
         return f"{kind}: {accuracy:.1%} on held-out images"

@@ -125,9 +125,7 @@ class RankPlaces:
         grows = larger > world and largest_share(settings.lanes, larger) < largest_share(settings.lanes, world)
         if grows:
             self.job.emit("grow", model=self.model, workers=world, to=larger)
-            self.job.say(
-                f"{self.model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}"
-            )
+            self.job.say(f"{self.model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}")
         return grows
 
 

@@ -28,9 +28,7 @@ Before an attempt's first step much fails that passes, such as connections: ther
 """
 
 
-def with_restarts(
-    job: StageJob, name: str, attempt: Callable[[WorkerFailure | None], T], stored: Callable[[], int]
-) -> T:
+def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | None], T], stored: Callable[[], int]) -> T:
     """Return the attempt's result. After a failure run it again with that failure, as often as the recipe allows.
 
     Only consecutive attempts without progress (`stored` has not grown) count towards the limit, and none that ended because storage
@@ -58,9 +56,7 @@ def with_restarts(
         if failure.cause == "storage":
             away_since_s = min(away_since_s, job.now_s())
             if job.now_s() - away_since_s > STORAGE_AWAY_S:
-                raise StorageAway(
-                    f"{name}: storage has been away for {STORAGE_AWAY_S / 60:.0f} minutes: {failure}"
-                ) from failure
+                raise StorageAway(f"{name}: storage has been away for {STORAGE_AWAY_S / 60:.0f} minutes: {failure}") from failure
         else:
             failures, away_since_s = [*failures, failure], float("inf")
             if len(failures) > job.recipe.train.restarts or _deterministic(failures, near):

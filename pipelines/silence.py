@@ -51,8 +51,6 @@ class Silence:
     def _note(self, why: str) -> None:
         if self._since_s is None:
             self._since_s = self.now_s()
-            self.say(
-                f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}"
-            )
+            self.say(f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}")
         if (silent_s := self.now_s() - self._since_s) > self.most_s:
             raise Unanswered(f"Ray's dashboard has not answered for {silent_s:.0f} s: {why}")

@@ -37,16 +37,7 @@ from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
 from pipelines import last_ray, nodes
 from pipelines.cluster import Cluster, open_cluster, require_root
-from pipelines.driver import (
-    Drained,
-    Driver,
-    Failures,
-    go_on,
-    how_to_continue,
-    run_stage,
-    stopping_jobs,
-    train_and_evaluate,
-)
+from pipelines.driver import Drained, Driver, Failures, go_on, how_to_continue, run_stage, stopping_jobs, train_and_evaluate
 from pipelines.jobs import prefix_of
 from pipelines.metrics import EXPORT_EVERY_S, Exporter
 from pipelines.needs import await_nodes, name_needs, require_device, require_fits
@@ -217,9 +208,7 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     except (StorageError, UserError) as error:
         if isinstance(error, StorageFull) or state.find_latents(driver.sweep.folder) is None:
             raise
-        return driver.board.say(
-            f"source   it cannot be listed; its latents are complete, and training continues: {error}"
-        )
+        return driver.board.say(f"source   it cannot be listed; its latents are complete, and training continues: {error}")
     names = source.label_names
     classes = "without labels" if recipe.data.num_classes is None else f"in {len(names)} classes ({some(names)})"
     driver.board.say(f"source   {len(source):,} images {classes}, as listed in {source.listing.where}")
@@ -323,13 +312,9 @@ def store_recipe(driver: Driver, first: bool) -> Sweep:
         return driver.sweep
     running = Sweep.open(driver.sweep.folder.url, patient=True)
     if running.recipe.models != driver.sweep.recipe.models:
-        raise UserError(
-            f"{running} is running with other models: stop it (dis-scale stop), then run this command again"
-        )
+        raise UserError(f"{running} is running with other models: stop it (dis-scale stop), then run this command again")
     if running.recipe != driver.sweep.recipe:
-        driver.board.say(
-            "recipe   that of the running sweep counts; to change settings, stop it and run this command again"
-        )
+        driver.board.say("recipe   that of the running sweep counts; to change settings, stop it and run this command again")
     return running
 
 
@@ -378,6 +363,4 @@ def _require_same_identity(sweep: Sweep) -> None:
     stored = Sweep.open(sweep.folder.url, patient=True).recipe
     if differences := identity_differences(stored, sweep.recipe):
         shown = "\n".join(f"  {line}" for line in differences[:10])
-        raise UserError(
-            f"{sweep} was begun with another recipe; give this one another name, or the stored values:\n{shown}"
-        )
+        raise UserError(f"{sweep} was begun with another recipe; give this one another name, or the stored values:\n{shown}")

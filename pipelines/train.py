@@ -181,9 +181,7 @@ class TrainingRun:
             if world <= self.short_with:
                 raise
             self.short_with = world
-            raise WorkerFailure(
-                f"{error}; forward passes are smaller from now on, if they have several lanes"
-            ) from error
+            raise WorkerFailure(f"{error}; forward passes are smaller from now on, if they have several lanes") from error
         finally:
             self.places.free(group)
 

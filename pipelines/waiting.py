@@ -97,10 +97,7 @@ def _held(request: Resources, nodes: Sequence[Resources], together: int) -> str:
 
 
 def _listed(resources: Resources) -> str:
-    shown = (
-        (f"{amount / 2**30:.1f} GiB of" if name == "memory" else f"{amount:g}", name)
-        for name, amount in resources.items()
-    )
+    shown = ((f"{amount / 2**30:.1f} GiB of" if name == "memory" else f"{amount:g}", name) for name, amount in resources.items())
     return ", ".join(f"{amount} {name}" for amount, name in shown)
 
 

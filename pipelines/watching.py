@@ -58,11 +58,7 @@ class Watch:
 
 
 def watch(
-    job: StageJob,
-    workers: Sequence[Any],
-    results: Sequence[Any],
-    report: Report = lambda _: None,
-    policy: Watch = Watch(),
+    job: StageJob, workers: Sequence[Any], results: Sequence[Any], report: Report = lambda _: None, policy: Watch = Watch()
 ) -> list[Any]:
     """Wait for the result of each worker and return all; forward a stop request; pass the progress to `report`.
 
@@ -125,9 +121,7 @@ class Pace:
 class _Loop:
     """The watch of one piece of work from its begin to its end."""
 
-    def __init__(
-        self, job: StageJob, workers: Sequence[Any], results: Sequence[Any], report: Report, policy: Watch
-    ) -> None:
+    def __init__(self, job: StageJob, workers: Sequence[Any], results: Sequence[Any], report: Report, policy: Watch) -> None:
         self._job, self._workers, self._results, self._report, self._policy = job, workers, results, report, policy
         self._running, self._ended = list(results), list[Any]()
         self._polls = _Polls(job, workers, policy.answer_s)
@@ -197,9 +191,7 @@ class _Loop:
             self._log_stacks()
             raise WorkerFailure(f"no step ended for {silent_s:.0f} s: hanging", max(self._polls.done), silent_s)
         for number in self._hanging:
-            self._job.say(
-                f"worker {number} made no progress for {self._pace.limit_s(number):.0f} s: hanging, it is killed"
-            )
+            self._job.say(f"worker {number} made no progress for {self._pace.limit_s(number):.0f} s: hanging, it is killed")
             self._log_stacks([number])
             ray.kill(self._workers[number])
             self._killed.add(number)

@@ -132,9 +132,7 @@ def test_images_are_of_all_classes_or_of_the_named_ones(sweep: dis_scale.Sweep) 
         ("dos", None, "no model 'dos'"),
     ],
 )
-def test_weights_that_are_not_published_are_named(
-    sweep: dis_scale.Sweep, model: str, images: int | None, words: str
-) -> None:
+def test_weights_that_are_not_published_are_named(sweep: dis_scale.Sweep, model: str, images: int | None, words: str) -> None:
     with pytest.raises(UserError, match=words):
         sweep.load(model, images)
     with pytest.raises(UserError, match=words):

@@ -144,10 +144,7 @@ def test_training_sampling_and_profiling_need_neither_ray_nor_mlflow_nor_s3(tmp_
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "loaded []" in done.stdout
     missing = [json.loads(line)["not measured"] for line in done.stdout.splitlines() if "not measured" in line]
-    assert missing == [
-        "scikit-learn is not installed: generated images instead",
-        "diffusers is not installed: latents are pixels",
-    ]
+    assert missing == ["scikit-learn is not installed: generated images instead", "diffusers is not installed: latents are pixels"]
 
 
 @pytest.mark.slow

@@ -119,9 +119,7 @@ def test_no_pod_asks_a_hub(job: dict[str, Any], groups: list[dict[str, Any]], re
     for group in groups:
         (copy,) = pod(group)["initContainers"]
         assert copy["volumeMounts"] == [{"mountPath": "/models", "name": "models"}]
-        assert {"mountPath": "/models", "name": "models", "readOnly": True} in pod(group)["containers"][0][
-            "volumeMounts"
-        ]
+        assert {"mountPath": "/models", "name": "models", "readOnly": True} in pod(group)["containers"][0]["volumeMounts"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -134,8 +132,7 @@ def test_each_node_has_its_machines_name_in_ray(name: str) -> None:
     """Not its pod's address, which goes to another pod: a node whose GPU fails is avoided by this name."""
     nodes = pods.nodes(name)
     names = [
-        subprocess.check_output([*pods.SHELL, "echo", node.options["node-name"]], env=node.environment, text=True)
-        for node in nodes
+        subprocess.check_output([*pods.SHELL, "echo", node.options["node-name"]], env=node.environment, text=True) for node in nodes
     ]
     assert names == [f"machine-{number}\n" for number in range(len(nodes))]
 
@@ -215,9 +212,7 @@ def test_every_node_has_the_keys_and_time_to_save(groups: list[dict[str, Any]], 
     for group in groups[:2]:  # the head and training
         env = {each["name"]: each.get("value") for each in pod(group)["containers"][0]["env"]}
         drain_s = int(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
-        assert recipe.grace_s < drain_s < pod(group)["terminationGracePeriodSeconds"], (
-            "Ray ends before its pod is killed"
-        )
+        assert recipe.grace_s < drain_s < pod(group)["terminationGracePeriodSeconds"], "Ray ends before its pod is killed"
 
 
 def test_the_head_is_kept_off_preemptible_nodes(groups: list[dict[str, Any]]) -> None:
@@ -378,10 +373,7 @@ def test_a_policy_closes_the_ports_of_every_server(name: str) -> None:
         assert sorted(map(str, closed)) == sorted(map(str, services))
     else:
         job = pods.rayjob(name)
-        templates = [
-            *(group["template"] for group in pods.groups(job)),
-            *([job["template"]] if "template" in job else []),
-        ]
+        templates = [*(group["template"] for group in pods.groups(job)), *([job["template"]] if "template" in job else [])]
         assert all(closed[0].items() <= template["metadata"]["labels"].items() for template in templates)
 
 
@@ -415,9 +407,7 @@ def test_scarce_capacity_is_used_as_it_comes() -> None:
         (74, 0, "INT", False), (137, 0, "", True), (137, 100, "", False), (137, 0, "TERM", True), (1, 0, "TERM", False),
     ],
 )  # fmt: skip
-def test_slurm_queues_again_what_may_continue(
-    tmp_path: Path, code: int, restarts: int, signal: str, queued: bool
-) -> None:
+def test_slurm_queues_again_what_may_continue(tmp_path: Path, code: int, restarts: int, signal: str, queued: bool) -> None:
     """A time limit or a preemption (TERM), storage that is away, a killed process; not an error, and not after a request to stop
     (INT), which is no failure for Slurm.
     """

@@ -64,17 +64,13 @@ def test_the_site_is_searched_from_disk(site: Path) -> None:
 
 @needs_mkdocs
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
-    loaded = re.compile(
-        r'<(?:script|img|iframe)[^>]+src="https?:|<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+href="https?:'
-    )
+    loaded = re.compile(r'<(?:script|img|iframe)[^>]+src="https?:|<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+href="https?:')
     assert [page.name for page in site.rglob("*.html") if loaded.search(page.read_text())] == []
 
 
 def test_the_severities_of_the_alerts_are_those_of_the_file() -> None:
     alerts = yaml.safe_load((ROOT / "ops" / "prometheus" / "alerts.yaml").read_text())["groups"]
-    expected = {
-        rule["alert"]: rule["labels"]["severity"] for group in alerts for rule in group["rules"] if "alert" in rule
-    }
+    expected = {rule["alert"]: rule["labels"]["severity"] for group in alerts for rule in group["rules"] if "alert" in rule}
     page = (ROOT / "docs" / "operations.md").read_text()
     assert dict(re.findall(r"^\| `(DisScale\w+)` \| (\w+) \|", page, re.MULTILINE)) == expected
 
@@ -89,8 +85,7 @@ def test_each_page_is_in_the_navigation(site: Path) -> None:
 def test_each_setting_is_on_the_page_with_its_default() -> None:
     page = settings.page()
     sections = {
-        part: page.partition(f"<a id='{part.__name__.lower()}'></a>\n")[2].partition("\n## ")[0]
-        for _, part in settings.parts()
+        part: page.partition(f"<a id='{part.__name__.lower()}'></a>\n")[2].partition("\n## ")[0] for _, part in settings.parts()
     }
     assert len(sections) > 30
     missing = [
@@ -135,9 +130,7 @@ def test_each_kind_of_error_has_a_cause_and_a_cure() -> None:
 
 def rows(page: str, columns: int) -> list[list[str]]:
     """Return the cells of a page's table rows that begin with a published size and have so many columns."""
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| Di")
-    ]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| Di")]
     return [cells for cells in lines if len(cells) == columns]
 
 
@@ -149,12 +142,8 @@ def test_the_sizes_on_the_page_are_computed() -> None:
     assert len(memory) == 7
     assert [cells[0] for cells in memory] == [cells[0] for cells in operations]
     for name, parameters, *gib in memory:
-        cost = price_model(
-            reading.parse(reading.dump(recipe), "", [f"models={{m: {{preset: {name}}}}}"]).models["m"], shape, 1000
-        )
-        needs = [
-            recipe.train.model_copy(update={"checkpointing": mode, "zero_stage": stage}) for mode, stage in offered
-        ]
+        cost = price_model(reading.parse(reading.dump(recipe), "", [f"models={{m: {{preset: {name}}}}}"]).models["m"], shape, 1000)
+        needs = [recipe.train.model_copy(update={"checkpointing": mode, "zero_stage": stage}) for mode, stage in offered]
         assert gib == [f"{worker_bytes(cost, train, 8, 16) / 2**30:.1f}" for train in needs], name
         assert parameters == f"{cost.parameters:,}"
     for name, exa in operations:

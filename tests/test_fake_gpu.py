@@ -67,9 +67,7 @@ def model_on_gpu(settings: Any, precision: Precision, checkpointing: str = "none
 
 
 @FAMILIES
-@pytest.mark.parametrize(
-    ("precision", "checkpointing"), list(product(["fp32", "bf16"], ["none", "block", "every_2", "selective"]))
-)
+@pytest.mark.parametrize(("precision", "checkpointing"), list(product(["fp32", "bf16"], ["none", "block", "every_2", "selective"])))
 def test_a_training_step_copies_its_inputs_and_mixes_no_devices(
     fake: None, family: str, precision: Precision, checkpointing: str
 ) -> None:
@@ -132,9 +130,7 @@ class Waits(TorchDispatchMode):
         return out
 
 
-SAMPLERS = [(Gaussian(kind="gaussian"), name) for name in GAUSSIAN_SAMPLERS] + [
-    (Flow(kind="flow"), name) for name in FLOW_SAMPLERS
-]
+SAMPLERS = [(Gaussian(kind="gaussian"), name) for name in GAUSSIAN_SAMPLERS] + [(Flow(kind="flow"), name) for name in FLOW_SAMPLERS]
 
 
 @FAMILIES

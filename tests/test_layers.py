@@ -223,9 +223,7 @@ def room_of(path: str) -> set[str]:
 
 
 def test_the_table_names_every_part() -> None:
-    parts = {
-        path.stem for path in (ROOT / "dis_scale").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
+    parts = {path.stem for path in (ROOT / "dis_scale").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert parts - {"__init__", "__main__"} | {"pipelines"} == RANK.keys()
 
 

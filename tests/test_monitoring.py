@@ -30,9 +30,7 @@ OTHERS = {
     "dis_scale_slurm_job_state",
 }
 """KubeRay's (ray-operator/controllers/ray/metrics of 1.7.0), kube-state-metrics' (docs/metrics/workload), and our own script's."""
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool is missing: apt-get install prometheus"
-)
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is missing: apt-get install prometheus")
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -52,9 +50,7 @@ def queries() -> list[str]:
 
 
 def metrics_in(texts: list[str]) -> set[str]:
-    return {
-        name for text in texts for name in re.findall(r"\b(?:ray_dis_scale|dis_scale_slurm|kuberay|kube)_\w+", text)
-    }
+    return {name for text in texts for name in re.findall(r"\b(?:ray_dis_scale|dis_scale_slurm|kuberay|kube)_\w+", text)}
 
 
 def test_states_of_slurm_jobs_are_exported(tmp_path: Path) -> None:
@@ -118,9 +114,7 @@ def test_each_alert_is_tested_quiet_and_firing() -> None:
             (pattern,) = re.findall(r'alertname=~?"([^"]+)"', test["expr"])
             for alert in filter(re.compile(pattern).fullmatch, expected):
                 samples = test["exp_samples"]
-                named = [
-                    sample for sample in samples if alert in sample["labels"] or "alertname" not in sample["labels"]
-                ]
+                named = [sample for sample in samples if alert in sample["labels"] or "alertname" not in sample["labels"]]
                 expected[alert].add(bool(named))
     assert {alert for alert, answers in expected.items() if answers != {False, True}} == set()
 

@@ -31,10 +31,7 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
         (["ablate", "guidance", "{}", "dis", "--scales", "1,inf"], "guidance inf: expected 0 or more"),
         (["ablate", "guidance", "{}", "dis", "--scales", "one"], "--scales 'one': expected numbers with commas"),
         (["ablate", "ema", "{}", "dis", "--widths", "0.5"], "expected a relative width from 0.005 to 0.28"),
-        (
-            ["ablate", "ema", "{}", "dis", "--widths", "0.02"],
-            "from the 2 averages published so far it can be rebuilt to within",
-        ),
+        (["ablate", "ema", "{}", "dis", "--widths", "0.02"], "from the 2 averages published so far it can be rebuilt to within"),
         (["ablate", "ema", "{}/none", "dis"], "/none: expected a folder with recipe.yaml"),
         (["stop", "{}"], "no Ray is known here: to name it, add --address http://HOST:8265 or set RAY_ADDRESS"),
         (["stop", "{}", "--address", "http://127.0.0.1:9"], "no Ray answers at http://127.0.0.1:9"),
@@ -44,10 +41,7 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
             ["report", "{}", "--published"],
             "tiny has fd_digits_80, 32 pixels and 10 classes, reference of its own images, no point at 102,400,000 images",
         ),
-        (
-            ["compare", "{}", "{}", "--page", "{}/none/both.html"],
-            "both.html: there is no folder",
-        ),
+        (["compare", "{}", "{}", "--page", "{}/none/both.html"], "both.html: there is no folder"),
         (["compare", "{}", "{}"], "tiny have no model at one image count in common"),
     ],
 )

@@ -48,9 +48,7 @@ def test_the_image_is_installed_from_the_lock(tmp_path: Path) -> None:
     pip = tmp_path / "pip"
     pip.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
     pip.chmod(0o755)
-    (run,) = re.findall(
-        r"^RUN (if \[ -z .*?\n    fi)$", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE | re.DOTALL
-    )
+    (run,) = re.findall(r"^RUN (if \[ -z .*?\n    fi)$", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE | re.DOTALL)
     for index in ("", "https://index"):
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH_INDEX": index}
         subprocess.run(["bash", "-c", "uname() { echo x86_64; }\n" + run], env=environment, check=True)
@@ -69,9 +67,7 @@ def test_the_image_is_installed_from_the_lock(tmp_path: Path) -> None:
         (UNREACHABLE, 1, False, "audit: NOT DONE"),
     ],
 )
-def test_the_audit_tells_its_three_outcomes_apart(
-    tmp_path: Path, output: str, status: int, succeeds: bool, words: str
-) -> None:
+def test_the_audit_tells_its_three_outcomes_apart(tmp_path: Path, output: str, status: int, succeeds: bool, words: str) -> None:
     auditor = tmp_path / "pip-audit"
     auditor.write_text(f"#!/bin/sh\necho '{output}' >&2\nexit {status}\n")
     auditor.chmod(0o755)

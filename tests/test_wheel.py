@@ -29,9 +29,7 @@ def invoke(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Invoke:
 
 def test_a_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
     kinds = (".py", ".cpp", ".css", ".inl", ".js", ".typed")
-    files = [
-        path for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*") if path.suffix in kinds
-    ]
+    files = [path for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
     expected = {str(path.relative_to(ROOT)) for path in files}
     expected |= {f"dis_scale/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.*")}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

@@ -64,10 +64,7 @@ def test_every_source_shown_is_valid() -> None:
 
 
 def test_the_data_page_names_every_kind_of_source_and_vae() -> None:
-    kinds = {
-        get_args(kind.model_fields["kind"].annotation)[0]
-        for kind in (*get_args(SourceSettings), *get_args(VaeSettings))
-    }
+    kinds = {get_args(kind.model_fields["kind"].annotation)[0] for kind in (*get_args(SourceSettings), *get_args(VaeSettings))}
     assert {kind for kind in kinds if f"| `{kind}` |" not in DATA} == set()
 
 
@@ -137,9 +134,7 @@ def messages() -> Iterator[tuple[str, str, str]]:
 
 def product_strings() -> set[str]:
     """Return all constant parts of strings in the product, as they are printed."""
-    trees = [
-        ast.parse(path.read_text()) for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*.py")
-    ]
+    trees = [ast.parse(path.read_text()) for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
@@ -206,9 +201,7 @@ def test_files_that_a_page_names_exist() -> None:
     pattern = re.compile(r"`((?:dis_scale|pipelines|tests|configs|cluster|ops|benchmarks|docs)/[\w./-]+)`")
     named = {(page.name, path) for page in LINKING for path in pattern.findall(page.read_text())}
     assert len(named) > 50
-    assert {
-        (page, path) for page, path in named if not (ROOT / path).exists() and not (ROOT / f"{path}.py").exists()
-    } == set()
+    assert {(page, path) for page, path in named if not (ROOT / path).exists() and not (ROOT / f"{path}.py").exists()} == set()
 
 
 def known_settings() -> set[str]:
@@ -233,9 +226,7 @@ def test_settings_that_a_page_names_exist() -> None:
 
 
 def test_exit_codes_that_a_page_names_exist() -> None:
-    named = {
-        (page.name, int(code)) for page in LINKING for code in re.findall(r"exit code[s:]? (\d+)", page.read_text())
-    }
+    named = {(page.name, int(code)) for page in LINKING for code in re.findall(r"exit code[s:]? (\d+)", page.read_text())}
     assert len(named) > 10
     assert {(page, code) for page, code in named if code not in EXIT_CODES} == set()
 

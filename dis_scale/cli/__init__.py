@@ -43,10 +43,7 @@ app = _group(
     verify=stored.verify_results, gc=stored.gc, delete=stored.delete,
 )  # fmt: skip
 ablations = _group(
-    "ablate ",
-    "Evaluate one checkpoint at several values of one sampling setting.",
-    guidance=results.guidance,
-    ema=results.ema,
+    "ablate ", "Evaluate one checkpoint at several values of one sampling setting.", guidance=results.guidance, ema=results.ema
 )
 data = _group(
     "data ",
@@ -74,9 +71,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     _: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    __: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
-    ] = False,
+    __: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)] = False,
 ) -> None:
     pass
 

@@ -29,9 +29,7 @@ def export(
 
 
 def import_weights(
-    file: Annotated[
-        str, typer.Argument(help="A public .pt of DiS, DiT or SiT, or a .safetensors of ours; path or URL.")
-    ],
+    file: Annotated[str, typer.Argument(help="A public .pt of DiS, DiT or SiT, or a .safetensors of ours; path or URL.")],
     model: Annotated[str, typer.Option(help="The recipe's model that these weights are.")],
     images: Annotated[int, typer.Option(help="Images that the file has seen: steps x batch.", min=1)],
     recipe: RecipePath = None,

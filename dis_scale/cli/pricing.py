@@ -9,16 +9,7 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
-from dis_scale.cli.shared import (
-    AsJson,
-    Overrides,
-    RecipePath,
-    SourceImages,
-    console,
-    load_recipe,
-    show,
-    source_images,
-)
+from dis_scale.cli.shared import AsJson, Overrides, RecipePath, SourceImages, console, load_recipe, show, source_images
 from dis_scale.process.errors import UserError, nearest
 from dis_scale.process.tables import narrow_table
 
@@ -42,9 +33,7 @@ def plan(
     count: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: the recipe's workers.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU for an hour.")] = None,
     preemptions_per_day: Annotated[float | None, typer.Option(min=0, help="Of these GPUs together.")] = None,
-    mfu: Annotated[
-        float | None, typer.Option(help="Share of the GPU's peak that is reached; assumed by default.")
-    ] = None,
+    mfu: Annotated[float | None, typer.Option(help="Share of the GPU's peak that is reached; assumed by default.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a sweep will cost, and start nothing."""
@@ -140,9 +129,7 @@ def _training(forecast: "FleetForecast") -> Table:
 
 
 def _sizes(forecast: "FleetForecast") -> Table:
-    table = narrow_table(
-        "the sweep, by the number of GPUs", "GPUs", "days", "GPU hours", "largest loss", "stored", "price"
-    )
+    table = narrow_table("the sweep, by the number of GPUs", "GPUs", "days", "GPU hours", "largest loss", "stored", "price")
     for each in forecast.by_gpus:
         table.add_row(
             f"{each.gpus:,}{'' if each.fits else ' too small'}", _number(each.days), _number(each.gpu_hours),

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from dis_scale.cli.shared import (
-    AsJson,
-    Overrides,
-    SourceImages,
-    load_recipe,
-    show,
-    source_images,
-)
+from dis_scale.cli.shared import AsJson, Overrides, SourceImages, load_recipe, show, source_images
 from dis_scale.process.errors import DisScaleError
 
 if TYPE_CHECKING:
@@ -24,9 +17,7 @@ if TYPE_CHECKING:
 RecipeOrSweep = Annotated[str, typer.Argument(help="A recipe, the name of a shipped one, or a sweep's folder.")]
 
 
-def show_recipe(
-    recipe: RecipeOrSweep, overrides: Overrides = None, images: SourceImages = None, as_json: AsJson = False
-) -> None:
+def show_recipe(recipe: RecipeOrSweep, overrides: Overrides = None, images: SourceImages = None, as_json: AsJson = False) -> None:
     """Show every setting with its value, and all numbers that follow."""
     from dis_scale.recipe import flat
 
@@ -38,11 +29,7 @@ def show_recipe(
         unknown = str(error)
     words = (f"{each.key}: {each.words}{'' if each.given else '  # default'}" for each in flat.flatten(settings))
     follows = [*_lines(settings, numbers), _table(numbers.models)] if numbers else [f"\nunknown  {unknown}"]
-    document = {
-        "settings": settings.model_dump(mode="json"),
-        "derived": numbers and asdict(numbers),
-        "unknown": unknown,
-    }
+    document = {"settings": settings.model_dump(mode="json"), "derived": numbers and asdict(numbers), "unknown": unknown}
     show(as_json, document, *words, *follows)
 
 
@@ -62,9 +49,7 @@ def shipped(as_json: AsJson = False) -> None:
     from dis_scale.recipe import shipped as recipes
 
     purposes = {name: recipes.purpose(name) for name in recipes.names()}
-    document = [
-        {"name": name, "path": str(recipes.resolve(name)), "purpose": words} for name, words in purposes.items()
-    ]
+    document = [{"name": name, "path": str(recipes.resolve(name)), "purpose": words} for name, words in purposes.items()]
     width = max(map(len, purposes)) + 2
     show(as_json, document, *(f"{name:<{width}}{words}" for name, words in purposes.items()))
 

@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 def report(
     sweep: SweepUrl,
     published: Annotated[
-        bool,
-        typer.Option("--published", help="Show published points of DiT, SiT and DiG, those of the sweep's sampler."),
+        bool, typer.Option("--published", help="Show published points of DiT, SiT and DiG, those of the sweep's sampler.")
     ] = False,
     serve: Annotated[
-        bool,
-        typer.Option("--serve", help="Show the stored page at an address of this machine; rebuild only a missing one."),
+        bool, typer.Option("--serve", help="Show the stored page at an address of this machine; rebuild only a missing one.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,19 +45,11 @@ def compare(
     b: Annotated[str | None, typer.Argument(help="The second sweep.", metavar="SWEEP")] = None,
     families: Annotated[
         tuple[str, str] | None,
-        typer.Option(
-            help="Compare one family of backbones with the curve of another, in one sweep: dis dit.", metavar="A B"
-        ),
+        typer.Option(help="Compare one family of backbones with the curve of another, in one sweep: dis dit.", metavar="A B"),
     ] = None,
-    pair: Annotated[
-        list[str] | None, typer.Option(help="Compare a model of the first with one of the second: NAME=NAME.")
-    ] = None,
-    by_cost: Annotated[
-        bool, typer.Option("--by-cost", help="Compare models of about one cost instead of one name.")
-    ] = False,
-    page: Annotated[
-        Path | None, typer.Option(help="Write a page of two sweeps to this file, such as comparison.html.")
-    ] = None,
+    pair: Annotated[list[str] | None, typer.Option(help="Compare a model of the first with one of the second: NAME=NAME.")] = None,
+    by_cost: Annotated[bool, typer.Option("--by-cost", help="Compare models of about one cost instead of one name.")] = False,
+    page: Annotated[Path | None, typer.Option(help="Write a page of two sweeps to this file, such as comparison.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show two sweeps, or two families of one sweep, side by side, with the errors of their differences."""
@@ -84,15 +74,11 @@ def compare(
     opened_both = Sweep.open(a), Sweep.open(b)
     first, second = (collect(sweep, plan_of(sweep)) for sweep in opened_both)
     if first.sweep == second.sweep:  # of two storage roots
-        first, second = (
-            replace(each, sweep=str(sweep)) for each, sweep in zip((first, second), opened_both, strict=True)
-        )
+        first, second = (replace(each, sweep=str(sweep)) for each, sweep in zip((first, second), opened_both, strict=True))
     pairs = (comparison.by_cost if by_cost else comparison.by_name)(first, second)
     if pair:
         if not all(name.count("=") == 1 for name in pair):
-            raise UserError(
-                f"--pair {' '.join(pair)}: expected NAME=NAME, a model of the first sweep and one of the second"
-            )
+            raise UserError(f"--pair {' '.join(pair)}: expected NAME=NAME, a model of the first sweep and one of the second")
         pairs = dict(name.split("=") for name in pair)
     found = comparison.differences(first, second, pairs)
     table = comparison.comparison_table(first, second, found)
@@ -104,9 +90,7 @@ def compare(
 def measure(
     samples: Annotated[str, typer.Argument(help="An .npz with `arr_0`, a folder of images or a .tar.")],
     reference: Annotated[str, typer.Argument(help="One of these, or an .npz with ADM's statistics; a path or URL.")],
-    weights: Annotated[
-        str | None, typer.Option(help="Inception's weights; default: torch-fidelity's download.")
-    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Inception's weights; default: torch-fidelity's download.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure any samples: FID, sFID, Inception Scores, precision and recall, with errors, as ADM's evaluator does."""
@@ -140,9 +124,7 @@ def guidance(
     at: At = None,
     by: Annotated[
         str | None,
-        typer.Option(
-            help="Guide by another published model, MODEL@IMAGES, such as dis-s@24000; default: without labels."
-        ),
+        typer.Option(help="Guide by another published model, MODEL@IMAGES, such as dis-s@24000; default: without labels."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -153,9 +135,7 @@ def guidance(
     name, _, images = (by or "").rpartition("@")
     if by and not (name and images.isdecimal()):
         raise UserError(f"--by: got {by!r}, expected MODEL@IMAGES, such as dis-s@24000")
-    _ablate(
-        sweep, model, at, GUIDANCE, _numbers("--scales", scales), as_json, Sampled(name, int(images)) if by else None
-    )
+    _ablate(sweep, model, at, GUIDANCE, _numbers("--scales", scales), as_json, Sampled(name, int(images)) if by else None)
 
 
 def ema(

@@ -25,9 +25,7 @@ from dis_scale.recipe import Storage
 from dis_scale.recipe.shipped import EMBEDDED
 
 ROOT: str = Storage.model_fields["root"].default
-Here = Annotated[
-    bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")
-]
+Here = Annotated[bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")]
 
 
 def sweep(command: typer.Context, recipe: RecipePath = None, overrides: Overrides = None, here: Here = False) -> None:
@@ -60,9 +58,7 @@ def stop(
     sweep: SweepUrl,
     address: Annotated[
         str | None,
-        typer.Option(
-            help="Dashboard of the Ray whose jobs a killed command left, http://HOST:8265; default: the sweep's own."
-        ),
+        typer.Option(help="Dashboard of the Ray whose jobs a killed command left, http://HOST:8265; default: the sweep's own."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -73,16 +69,12 @@ def stop(
     show(
         as_json,
         {"stop_requested": stopped},
-        f"stop requested: {', '.join(stopped)}"
-        if stopped
-        else "nothing to stop: no command and no job of this sweep is running",
+        f"stop requested: {', '.join(stopped)}" if stopped else "nothing to stop: no command and no job of this sweep is running",
     )
 
 
 def status(
-    sweep: Annotated[
-        str, typer.Argument(help="A sweep's folder or URL, or a storage root: all sweeps below it.")
-    ] = ROOT,
+    sweep: Annotated[str, typer.Argument(help="A sweep's folder or URL, or a storage root: all sweeps below it.")] = ROOT,
     as_json: AsJson = False,
     every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit code 1 if something is wrong; for a timer.")] = False,

@@ -31,14 +31,12 @@ def sample(
     count: Annotated[
         int | None,
         typer.Option(
-            help=f"Number of images; default: one per label, of all classes at most {MOST_IN_A_GRID}; 50000 with --npz.",
-            min=1,
+            help=f"Number of images; default: one per label, of all classes at most {MOST_IN_A_GRID}; 50000 with --npz.", min=1
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
     npz: Annotated[
-        Path | None,
-        typer.Option(help="Write all images to this file instead, for ADM's evaluator; default: of all classes."),
+        Path | None, typer.Option(help="Write all images to this file instead, for ADM's evaluator; default: of all classes.")
     ] = None,
     labels: Annotated[
         Literal["balanced", "uniform"],
@@ -46,8 +44,7 @@ def sample(
     ] = "balanced",
     guidance: Annotated[float | None, typer.Option(min=0, help="Default: as for the sampler, or 1: none.")] = None,
     guide: Annotated[
-        str | None,
-        typer.Option(help="A worse checkpoint that guides; default: the sweep's own, or no labels."),
+        str | None, typer.Option(help="A worse checkpoint that guides; default: the sweep's own, or no labels.")
     ] = None,
     guidance_channels: Annotated[
         int | None, typer.Option(min=1, help="Guide so many channels, the first; default: as for the sampler, or all.")

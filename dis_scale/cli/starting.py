@@ -18,23 +18,17 @@ SHOWN = 20
 
 
 def init(
-    images: Annotated[
-        str, typer.Argument(help="A folder of images, or of a folder of images for each class; or a URL.")
-    ],
+    images: Annotated[str, typer.Argument(help="A folder of images, or of a folder of images for each class; or a URL.")],
     out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
     resolution: Annotated[
         int | None,
         typer.Option(
-            help="Default: of 32, 64, 128, 256 and 512 the largest that most images reach; 32 without a GPU.",
-            min=32,
-            max=512,
+            help="Default: of 32, 64, 128, 256 and 512 the largest that most images reach; 32 without a GPU.", min=32, max=512
         ),
     ] = None,
     names: Annotated[
         Path | None,
-        typer.Option(
-            help=f"Write the names of broken images to this file; default: RECIPE.broken.txt if over {SHOWN}."
-        ),
+        typer.Option(help=f"Write the names of broken images to this file; default: RECIPE.broken.txt if over {SHOWN}."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -68,12 +62,8 @@ def init(
 
 
 def doctor(
-    storage: Annotated[
-        str | None, typer.Argument(help="Storage root to try; default: the recipe's.", show_default=False)
-    ] = None,
-    recipe: Annotated[
-        Path, typer.Option(help="Try what this recipe needs: its device, extractors and autoencoder.")
-    ] = EMBEDDED,
+    storage: Annotated[str | None, typer.Argument(help="Storage root to try; default: the recipe's.", show_default=False)] = None,
+    recipe: Annotated[Path, typer.Option(help="Try what this recipe needs: its device, extractors and autoencoder.")] = EMBEDDED,
     as_json: AsJson = False,
 ) -> None:
     """Try all that a sweep needs here; exit code 1 if a part is bad."""

@@ -89,11 +89,7 @@ def _list_or_delete(
     show(as_json, document, words)
 
 
-def delete(
-    sweep: SweepUrl,
-    yes: Yes = False,
-    as_json: AsJson = False,
-) -> None:
+def delete(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
     """List all that would be deleted with a sweep, and what stays for others: dis-scale delete outputs/sweeps/digits --yes
 
     Also latents and listing, unless another sweep of the storage root uses or may use them. Refused while the sweep runs.
@@ -149,9 +145,7 @@ def data_repair(
 
     with naming_misspelt(sweep), Board(console(stderr=as_json)) as board:
         repaired = maintenance.repair(
-            sweep,
-            lambda done, total: board.update("verify", done, total, "shards"),
-            listing_words(board.say),
+            sweep, lambda done, total: board.update("verify", done, total, "shards"), listing_words(board.say)
         )
         board.say(f"repaired {', '.join(repaired)}" if repaired else "nothing to repair: every shard is complete")
     show(as_json, {"repaired": repaired})

@@ -155,15 +155,11 @@ def encode_mixed(setup: Setup, numbers: Iterable[int], refused: Collection[str])
             encoded = [n for n in shard_positions(part, mixer.images, settings) if printable(names[n]) not in refused]
             for batch in batched(encoded, settings.encode_images):
                 if not wanted.isdisjoint(batch):
-                    pixels = list(
-                        in_order(batch, lambda n: setup.source.pixels(n, setup.recipe.data.resolution), DECODERS)
-                    )
+                    pixels = list(in_order(batch, lambda n: setup.source.pixels(n, setup.recipe.data.resolution), DECODERS))
                     moments = setup.begin(pixels)()
                     samples |= {sample.position: sample for sample in _samples(setup, batch, moments)}
         yield EncodedShard(
-            number,
-            [samples[n] for n in entries if n in samples],
-            [printable(names[n]) for n in entries if n not in samples],
+            number, [samples[n] for n in entries if n in samples], [printable(names[n]) for n in entries if n not in samples]
         )
 
 
@@ -185,9 +181,7 @@ def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_DecodedRange]:
     return in_order(ranges, work, DECODERS)
 
 
-def _encode_shard(
-    setup: Setup, ranges: Iterable[_DecodedRange], report: Callable[[int], None]
-) -> tuple[list[Sample], list[str]]:
+def _encode_shard(setup: Setup, ranges: Iterable[_DecodedRange], report: Callable[[int], None]) -> tuple[list[Sample], list[str]]:
     """Return a shard's samples and the printable names of its skipped images. Only its last encode batch may be short.
 
     While the device encodes a batch, the one before it becomes samples.

@@ -61,9 +61,7 @@ def require_own(source: Source, vae: Vae, data: Data) -> str:
     deviation = float(vae.scaling.apply(means_BCHW.copy()).std((0, 2, 3)).mean())
     again_BCHW = _encoded_again(vae, means_BCHW[:DECODED])
     explained = _explained(means_BCHW[:DECODED], again_BCHW[:, :channels])
-    measured = (
-        f"deviation {deviation:.2f} after the scale of vae, {explained:.0%} explained by encoding what it decodes"
-    )
+    measured = f"deviation {deviation:.2f} after the scale of vae, {explained:.0%} explained by encoding what it decodes"
     apart = _apart(np.stack(moments[:DECODED])[:, 0, channels:], again_BCHW[:, channels:])
     if abs(apart) > MOST_APART:
         raise UserError(

@@ -67,9 +67,7 @@ def ending(name: str) -> str:
     return f".{kind.lower()}" if dot and not kind.isdigit() and len(kind) <= MOST_IN_AN_ENDING else "of no known ending"
 
 
-def decode(
-    data: bytes, name: str, resolution: int, crop: Crop | None = None, in_flight: InFlight | None = None
-) -> np.ndarray:
+def decode(data: bytes, name: str, resolution: int, crop: Crop | None = None, in_flight: InFlight | None = None) -> np.ndarray:
     """Decode to uint8 (resolution, resolution, 3); UndecodableImage if it is empty, damaged, truncated, too large or a bomb.
 
     Decodes the first frame of an animation. A bomb has more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million) pixels. Needs up
@@ -104,8 +102,7 @@ def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T], in_flight:
         if isinstance(error, UnidentifiedImageError):
             why = "it is in none of the formats that are read"  # Pillow names an address in memory
         raise UndecodableImage(
-            f"image {printable(name)} cannot be decoded: {why}; repair or remove it, or --set data.undecodable=skip",
-            why,
+            f"image {printable(name)} cannot be decoded: {why}; repair or remove it, or --set data.undecodable=skip", why
         ) from error
 
 
@@ -124,9 +121,7 @@ def square(image: Image.Image, resolution: int, crop: Crop | None = None) -> np.
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
     if max(image.size) * scale * resolution > (limit := Image.MAX_IMAGE_PIXELS or 2**27):
-        raise ValueError(
-            f"{image.width} x {image.height} is too thin: resized to {resolution} it has over {limit:,} pixels"
-        )
+        raise ValueError(f"{image.width} x {image.height} is too thin: resized to {resolution} it has over {limit:,} pixels")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return np.asarray(image)[top : top + resolution, left : left + resolution]

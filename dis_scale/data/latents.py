@@ -97,10 +97,7 @@ class Latents:
         shard = self.manifest.shards[index]
 
         def fetch() -> bytes:
-            if (
-                shard.digest.sha256 in self._checked
-                and len(data := self.folder.read(shard.name)) == shard.digest.size_bytes
-            ):
+            if shard.digest.sha256 in self._checked and len(data := self.folder.read(shard.name)) == shard.digest.size_bytes:
                 return data
             data = read_verified(self.folder, shard.name, shard.digest)
             if self.folder.local:
@@ -121,9 +118,7 @@ def open_latents(
     manifest = LatentsManifest.require(folder)
     require_allowed(folder, recipe.data)
     if (theirs := manifest.made_from.num_classes) != recipe.data.num_classes:
-        raise UserError(
-            f"{folder}: latents of {theirs} classes, data.num_classes is {recipe.data.num_classes}: use another root"
-        )
+        raise UserError(f"{folder}: latents of {theirs} classes, data.num_classes is {recipe.data.num_classes}: use another root")
     keep_all, how = fits_in_memory(recipe.reader, manifest.size_bytes, workers, len(recipe.models))
     cache = None
     if folder.local is None and recipe.reader.cache_gib:

@@ -50,16 +50,7 @@ HEADER_BYTES = 2**26
 """Most bytes of a safetensors file's header."""
 _LOCAL_HEADER = 30
 """Bytes of a zip member's own header before its name."""
-_TYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "U8": "|u1",
-}
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "|u1"}
 
 
 class InFiles(NamedTuple):
@@ -286,17 +277,13 @@ def _in_zip(root: Folder, name: str, labelled: bool) -> Iterator[Entry | LeftOut
     where = f"{root}/{name}"
     try:
         with root.open(name) as file, zipfile.ZipFile(file) as opened:
-            labels = (
-                _labels(lambda: npy.member(opened, LABELS, LARGEST_BYTES), f"{where}/{LABELS}") if labelled else None
-            )
+            labels = _labels(lambda: npy.member(opened, LABELS, LARGEST_BYTES), f"{where}/{LABELS}") if labelled else None
             members = sorted((m for m in opened.infolist() if not m.is_dir()), key=lambda m: m.header_offset)
             end = opened.start_dir
     except zipfile.BadZipFile as error:
         raise StorageError(f"{where}: not a complete zip: {error}") from error
     if packed := next((m.filename for m in members if m.compress_type and m.filename.endswith(".npy")), None):
-        raise UserError(
-            f"{where}: {printable(packed)} is compressed, and single latents are read: write it with zip -0"
-        )
+        raise UserError(f"{where}: {printable(packed)} is compressed, and single latents are read: write it with zip -0")
     if twice := next((name for name, count in Counter(m.filename for m in members).items() if count > 1), None):
         raise UserError(f"{where}: {printable(twice)} is in it twice: write it again with one of them")
     ends = [member.header_offset for member in members[1:]] + [end]
@@ -362,11 +349,7 @@ def _tensors(root: Folder, file: str, mirror: bool) -> dict[str, _Tensor]:
             if name != "labels" and "F" not in kind:
                 raise UserError(f"{where}: {name} is {kind}, expected floating point")
             tensor = _Tensor(kind, shape, 8 + length + start)
-            if (
-                min(shape, default=0) < 0
-                or end - start != math.prod(shape) * tensor.dtype.itemsize
-                or 8 + length + end > size
-            ):
+            if min(shape, default=0) < 0 or end - start != math.prod(shape) * tensor.dtype.itemsize or 8 + length + end > size:
                 raise ValueError(f"{name} is not within the file")
             found[name] = tensor
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -217,9 +217,7 @@ def folder_of(store: Folder, key: Any) -> Folder:
     return store / LISTINGS / hashlib.sha256(json.dumps([key, FORMAT]).encode()).hexdigest()[:16]
 
 
-def stored(
-    store: Folder, key: Any, find: Callable[[], Contents], check: Callable[[Listing], None], report: ReportDone
-) -> Listing:
+def stored(store: Folder, key: Any, find: Callable[[], Contents], check: Callable[[Listing], None], report: ReportDone) -> Listing:
     """Return the store's listing of the source that `key` declares; if none, build it and store it once `check` accepts it.
 
     A damaged listing is made again.
@@ -292,9 +290,7 @@ class _Labels:
         elif not self._ids and 0 <= label < (2**31 if self._known is None else len(self._known)):
             self._largest = max(self._largest, label)
             return label
-        expected = (
-            f"a class from 0 to {len(self._known) - 1}" if self._known else "either a name or a number from 0 in all"
-        )
+        expected = f"a class from 0 to {len(self._known) - 1}" if self._known else "either a name or a number from 0 in all"
         raise UserError(f"{self._where}: image {printable(entry.name)}: label {entry.label!r:.99}, expected {expected}")
 
     def _number(self, entry: Entry, written: str) -> int:
@@ -342,9 +338,7 @@ class _Part:
         file_of = [numbers.setdefault((entry.file, entry.version), len(numbers)) for entry in entries]
         ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
         locations = np.array([entry.location for entry in entries], np.int64)
-        return cls(
-            b"".join(names), ends, np.array(ids, np.int32), list(numbers), np.array(file_of, np.int32), locations
-        )
+        return cls(b"".join(names), ends, np.array(ids, np.int32), list(numbers), np.array(file_of, np.int32), locations)
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()

@@ -75,9 +75,7 @@ def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
     """
     sweep, latents = locate_latents(url)
     if sweep is None:
-        raise UserError(
-            f"{url}: a folder of latents: give the sweep's folder, whose recipe names the images and the VAE"
-        )
+        raise UserError(f"{url}: a folder of latents: give the sweep's folder, whose recipe names the images and the VAE")
     damaged = verify(latents, fast=False, report=report)
     if damaged:
         manifest = LatentsManifest.require(latents)
@@ -216,9 +214,7 @@ def _prepare_rebuild(sweep: Sweep, latents: Folder, manifest: LatentsManifest, l
         raise UserError(f"{latents}: encoded on cuda, and there is no GPU here: a rebuilt shard would have other bytes")
     theirs, here = Hardware.find(latents), hardware(encoding.device)
     if theirs and theirs.hardware != here:
-        raise UserError(
-            f"{latents}: encoded on {theirs.hardware!r}, this is {here!r}: a rebuilt shard would have other bytes"
-        )
+        raise UserError(f"{latents}: encoded on {theirs.hardware!r}, this is {here!r}: a rebuilt shard would have other bytes")
     compute_exactly(tf32=sweep.recipe.precompute.precision == "tf32")
     setup.vae.net.to(encoding.device)
     return setup

@@ -63,9 +63,7 @@ def near(first: Entry, entry: Entry) -> bool:
     return (first.file, first.location[0]) == (entry.file, entry.location[0])
 
 
-def _entries(
-    root: Folder, name: str, settings: ParquetSource, labelled: bool, classes: list[str] | None
-) -> Iterator[Entry]:
+def _entries(root: Folder, name: str, settings: ParquetSource, labelled: bool, classes: list[str] | None) -> Iterator[Entry]:
     """Yield a file's rows. UserError if its integers mean other classes than those of the first file."""
     with _opened(root, name) as file:
         where = printable(f"{root}/{name}")
@@ -106,9 +104,7 @@ def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, 
             raise UserError(f"data.source.{key}: {where} has two columns {column!r}: write it again with one of them")
         if column not in schema.names:
             near = nearest(column, schema.names)
-            raise UserError(
-                f"data.source.{key}: no column {column!r}{near} in {where}; it has {', '.join(schema.names)}"
-            )
+            raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {', '.join(schema.names)}")
     kind = schema.field(settings.image).type
     in_structs = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if not (_is_bytes(file, settings) or in_structs):
@@ -162,6 +158,4 @@ def _opened(root: Folder, name: str) -> pq.ParquetFile:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise StorageError(
-            f"{printable(f'{root}/{name}')}: not a complete Parquet file: {' '.join(str(error).split())}"
-        ) from error
+        raise StorageError(f"{printable(f'{root}/{name}')}: not a complete Parquet file: {' '.join(str(error).split())}") from error

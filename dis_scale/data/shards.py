@@ -230,11 +230,7 @@ def finished(latents: Folder, numbers: range) -> set[int]:
     sizes = latents.sizes()
     candidates = [n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= sizes.keys()]
     sidecars = in_order(candidates, lambda n: _intact(latents, n), READS_AT_ONCE)
-    return {
-        n
-        for n, each in zip(candidates, sidecars, strict=True)
-        if each and each.size_bytes == sizes[f"{shard_name(n)}.tar"]
-    }
+    return {n for n, each in zip(candidates, sidecars, strict=True) if each and each.size_bytes == sizes[f"{shard_name(n)}.tar"]}
 
 
 def clear_strays(latents: Folder, numbers: range) -> list[str]:
@@ -255,9 +251,7 @@ def write_manifest(latents: Folder, numbers: range, made_from: MadeFrom) -> Late
     read = in_order(numbers, lambda n: ShardSidecar.read(latents, f"{shard_name(n)}.json"), READS_AT_ONCE)
     for n, sidecar in zip(numbers, read, strict=True):  # one at a time: up to 100,000 sidecars, each with 1,000 labels
         _require_size(latents, n, sidecar, sizes)
-        shards.append(
-            ShardEntry(name=f"{shard_name(n)}.tar", **sidecar.model_dump(include={"count", "size_bytes", "sha256"}))
-        )
+        shards.append(ShardEntry(name=f"{shard_name(n)}.tar", **sidecar.model_dump(include={"count", "size_bytes", "sha256"})))
         sums.append(sidecar.sums)
         refused += sidecar.refused
         labels.add(sidecar.labels)

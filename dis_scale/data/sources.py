@@ -150,9 +150,7 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
 def lists_mixed(source: SourceSettings) -> bool:
     """Whether a source is listed in the mixed order: each image has a file of its own."""
     many = isinstance(source, TarSource | ParquetSource)
-    return not (
-        many or (isinstance(source, LatentsSource) and layouts.many_in_a_file(source, mirror=False, labelled=False))
-    )
+    return not (many or (isinstance(source, LatentsSource) and layouts.many_in_a_file(source, mirror=False, labelled=False)))
 
 
 def require_source(data: Data, store: Folder) -> None:
@@ -182,7 +180,5 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
         raise UserError(f"data.num_classes: got {data.num_classes}, but {where} has labels up to {largest}")
     if names is not None and len(names) != data.num_classes:
         shown = ", ".join(names[:5])
-        raise UserError(
-            f"data.num_classes: got {data.num_classes}, but the source has {len(names)} classes ({shown}, ...)"
-        )
+        raise UserError(f"data.num_classes: got {data.num_classes}, but the source has {len(names)} classes ({shown}, ...)")
     return list(names or ()) or [str(i) for i in range(data.num_classes)]

@@ -10,9 +10,7 @@ MOST_IMAGES = 8192
 """Most images that small networks are trained on, taken evenly from the source."""
 
 
-def load_subset(
-    source: Source, resolution: int, undecodable: Literal["refuse", "skip"]
-) -> tuple[np.ndarray, np.ndarray]:
+def load_subset(source: Source, resolution: int, undecodable: Literal["refuse", "skip"]) -> tuple[np.ndarray, np.ndarray]:
     """Return up to `MOST_IMAGES` images, uint8 (N, R, R, 3), and their labels, int64 (N)."""
     step = -(-len(source) // MOST_IMAGES)
     images, labels = [], []

@@ -96,9 +96,7 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
                 classes[_class_of(name)] += 1
         report(done, len(chosen))
     if not sides:
-        raise UserError(
-            f"{folder}: none of its {len(chosen):,} images can be decoded; the first: {' '.join(broken[0])}"
-        )
+        raise UserError(f"{folder}: none of its {len(chosen):,} images can be decoded; the first: {' '.join(broken[0])}")
     nested = "" if labelled else _nested(source.names)
     return Survey(folder.url, classes, sides, sorted(broken), beside if labelled else 0, source.left_out, nested)
 

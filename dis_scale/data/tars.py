@@ -64,9 +64,7 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     if gone := [name for name in names if url.local and not (url.local / name).exists()]:
         raise UserError(f"data.source.url: {url}: links that lead nowhere: {some(gone)}; correct or delete them")
     prefixes, lacking = numbered(names, every)
-    if lacking := [
-        name for name in lacking if fnmatch(name, pattern) or fnmatch(with_hash(name), pattern)
-    ]:  # some may be chosen
+    if lacking := [name for name in lacking if fnmatch(name, pattern) or fnmatch(with_hash(name), pattern)]:  # some may be chosen
         raise UserError(
             f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
             "download them, or rename the others"
@@ -156,9 +154,7 @@ def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> It
         first = root.read(name, 0, max(map(len, COMPRESSED)))
         if unpack := next((program for magic, program in COMPRESSED.items() if first.startswith(magic)), None):
             raise StorageError(f"{where}: it is compressed, and images are read by byte range: {unpack} it") from error
-        raise StorageError(
-            f"{where}: not a complete tar: {error}; repair it or remove it from data.source.files"
-        ) from error
+        raise StorageError(f"{where}: not a complete tar: {error}; repair it or remove it from data.source.files") from error
 
 
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -185,9 +181,7 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"a member of {member.size:,} bytes")
         cls.extended_bytes = cls.extended_bytes + member.size if member.type in EXTENDED else 0
         if cls.extended_bytes > LABEL_BYTES:
-            raise tarfile.ReadError(
-                f"extended headers of {cls.extended_bytes:,} bytes, and at most {LABEL_BYTES:,} are read"
-            )
+            raise tarfile.ReadError(f"extended headers of {cls.extended_bytes:,} bytes, and at most {LABEL_BYTES:,} are read")
         return member
 
     def _refuse_holes(self, of: object = None, *_: object) -> Self:
@@ -263,9 +257,7 @@ def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
             data = b""
             if label and _kind(name) == label:
                 if member.size > LABEL_BYTES:
-                    raise StorageError(
-                        f"{where}: {printable(name)} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}"
-                    )
+                    raise StorageError(f"{where}: {printable(name)} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}")
                 file.seek(member.offset_data)
                 data = file.read(member.size)
             yield _InTar(name, member.offset_data, member.size, data)
@@ -287,9 +279,7 @@ def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
     return member
 
 
-def _images(
-    members: Iterator[_InTar], tar: str, where: str, settings: TarSource, labelled: bool
-) -> Iterator[Entry | LeftOut]:
+def _images(members: Iterator[_InTar], tar: str, where: str, settings: TarSource, labelled: bool) -> Iterator[Entry | LeftOut]:
     """Yield the images, with their labels if `labelled`; the files of one sample are adjacent and share a key, as in WebDataset."""
     key, images, labels = "", list[_InTar](), list[_InTar]()
     wanted = settings.image and settings.image.lower().removeprefix(".")
@@ -321,9 +311,7 @@ def _sample_entries(
     latents = settings.image == LATENT
     if len(images) > 1 and (pair := images[:2] if settings.label in BESIDE else _mask_beside(images)):
         if latents:
-            raise UserError(
-                f"{where}: {printable(images[0].name)} is there twice: write the tar again with one of them"
-            )
+            raise UserError(f"{where}: {printable(images[0].name)} is there twice: write the tar again with one of them")
         raise UserError(
             f"{where}: {printable(pair[0].name)} and {printable(pair[1].name)} are two images of one sample: "
             f"a sample's name ends at its first dot; say which is the image, for example data.source.image = "
@@ -336,9 +324,7 @@ def _sample_entries(
             image_label = _from_name(image.name, tar, settings) if settings.label in ("folder", "tar") else label
         if image_label is None or image_label == "":
             expected = "a folder around it" if settings.label == "folder" else f"a .{settings.label} next to it"
-            otherwise = (
-                "" if latents else ", or where the labels of images are: data.source.label = cls, json, folder or tar"
-            )
+            otherwise = "" if latents else ", or where the labels of images are: data.source.label = cls, json, folder or tar"
             raise UserError(
                 f"{where}: {printable(image.name)} has no label: expected {expected}; otherwise set data.num_classes: "
                 f"none{otherwise}"

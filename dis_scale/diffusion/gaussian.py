@@ -156,9 +156,7 @@ def variational_bound(
     log_variance = learned_log_variance(c, v_BCHW)
     ratio = c.min_log - log_variance
     kl_B = mean_flat(0.5 * (ratio.exp() - 1 - ratio + error_BCHW.square() * (-log_variance).exp())) / LOG_2
-    if first_B.device.type == "cpu" and not bool(
-        first_B.any()
-    ):  # on a GPU the check would cost more than the computation
+    if first_B.device.type == "cpu" and not bool(first_B.any()):  # on a GPU the check would cost more than the computation
         return kl_B
     # At the first step the posterior's mean is x_0, so the error is x_0 minus the model's mean.
     decoder_B = mean_flat(-discretised_log_likelihood(x0_BCHW, error_BCHW, 0.5 * log_variance)) / LOG_2

@@ -22,12 +22,7 @@ class Labelled(Protocol):
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, /) -> Tensor: ...
 
 
-def guided(
-    model: Labelled,
-    y_B: Tensor | None,
-    sampling: Sampling,
-    guide: Labelled | None = None,
-) -> ModelFn:
+def guided(model: Labelled, y_B: Tensor | None, sampling: Sampling, guide: Labelled | None = None) -> ModelFn:
     """Return a model function u + scale (c - u) on the first guided channels (by default all noise channels).
 
     c is the model; u the model without labels, or `guide`, a worse model with the same labels or without (Karras et al. 2024,
@@ -43,9 +38,7 @@ def guided(
         if y_B is not None or model.num_classes is not None:
             raise UserError(f"labels and model do not fit: num_classes is {model.num_classes}, labels are {y_B}")
         if scale != 1 and guide is None:
-            raise UserError(
-                f"guidance {scale:g}: an unconditional model cannot be guided without another one, expected 1"
-            )
+            raise UserError(f"guidance {scale:g}: an unconditional model cannot be guided without another one, expected 1")
         both_2B = None
     else:
         both_2B = torch.cat([y_B, torch.full_like(y_B, model.num_classes)])

@@ -125,13 +125,7 @@ def _half_log_snr(alpha_bar: float) -> float:
 
 
 def _flow(
-    model_fn: ModelFn,
-    process: FlowMatching,
-    steps: int,
-    name: str,
-    x_T: Tensor,
-    noise: NoiseSource,
-    progress: Progress | None,
+    model_fn: ModelFn, process: FlowMatching, steps: int, name: str, x_T: Tensor, noise: NoiseSource, progress: Progress | None
 ) -> Tensor:
     x_BCHW, velocity = x_T, partial(process.velocity, model_fn)
     for step, (now, after) in enumerate(pairwise(process.grid(steps).tolist())):

@@ -53,9 +53,7 @@ class Extractor:
     def __call__(self, pixels_BHWC: np.ndarray) -> Features:
         images = torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2)))
         outputs = [self.net(part.to(self.device)) for part in images.split(BATCH_IMAGES)]
-        return Features(
-            self.identity, *(torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True))
-        )
+        return Features(self.identity, *(torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True)))
 
 
 def load_extractors(sweep: Sweep, device: torch.device) -> list[Extractor]:

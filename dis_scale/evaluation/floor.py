@@ -114,9 +114,7 @@ def make_block(sampler: BlockSampler, source: Source, chosen: np.ndarray, number
     kinds = {REAL: np.stack([image for _, image in decodable])}
     if not isinstance(sampler.vae, PixelVae):
         kinds[RECONSTRUCTED] = _reconstruct(sampler.vae, kinds[REAL], settings.batch_images, number)
-    return FloorBlock(
-        numbers, {kind: {e.name: e(pixels) for e in sampler.extractors} for kind, pixels in kinds.items()}
-    )
+    return FloorBlock(numbers, {kind: {e.name: e(pixels) for e in sampler.extractors} for kind, pixels in kinds.items()})
 
 
 def _reconstruct(vae: Vae, pixels_NHWC: np.ndarray, batch: int, block: int) -> np.ndarray:
@@ -144,9 +142,7 @@ def measure_floor(
         for kind, by_name in block.features.items():
             for name, features in by_name.items():
                 if features.identity != references[name].identity:
-                    raise StorageError(
-                        f"floor/block-{number:05d}.npz has features of another {name}: delete it and rerun"
-                    )
+                    raise StorageError(f"floor/block-{number:05d}.npz has features of another {name}: delete it and rerun")
                 weighted = groups.setdefault(name, {}).setdefault(kind, Groups(images))
                 weighted.add(features.pooled, block.numbers, weights_N[block.numbers])
                 if kind == REAL:
@@ -163,12 +159,7 @@ def measure_floor(
 
 
 def _distances(
-    by_kind: Mapping[str, Groups],
-    chosen: Groups,
-    reference: MeanCovariance,
-    settings: Evaluate,
-    extractor: str,
-    counted: float,
+    by_kind: Mapping[str, Groups], chosen: Groups, reference: MeanCovariance, settings: Evaluate, extractor: str, counted: float
 ) -> dict[str, tuple[float, float | None]]:
     """Return each kind's distance and standard error at the size of the samples and of the complete reference.
 

@@ -43,9 +43,7 @@ def measure_blocks(blocks: Iterable[SampleBlock], references: Mapping[str, Refer
         for name, one_pass in passes.items():
             one_pass.add(_features(block, number, name, references[name]))
     if (held := sum(map(len, right))) != settings.samples:  # a metric's name states the number
-        raise StorageError(
-            f"the blocks hold {held:,} samples, the recipe's evaluate.samples expects {settings.samples:,}"
-        )
+        raise StorageError(f"the blocks hold {held:,} samples, the recipe's evaluate.samples expects {settings.samples:,}")
     measured = Measured({}, {})
     for name, one_pass in passes.items():
         for stem, (value, error, left_out) in one_pass.estimates():

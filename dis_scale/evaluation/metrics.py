@@ -118,9 +118,7 @@ class Groups:
         self.samples, self._seen = samples, 0
         self._groups = [Sums() for _ in range(FOLDS)]
 
-    def add(
-        self, features_ND: np.ndarray, numbers_N: np.ndarray | None = None, weights_N: np.ndarray | None = None
-    ) -> None:
+    def add(self, features_ND: np.ndarray, numbers_N: np.ndarray | None = None, weights_N: np.ndarray | None = None) -> None:
         """Add samples of these numbers, by default the next ones; DisScaleError names the first that is not finite."""
         require_finite(features_ND, self._seen)
         numbers_N = self._seen + np.arange(len(features_ND)) if numbers_N is None else numbers_N
@@ -162,9 +160,7 @@ def require_finite(features_ND: np.ndarray, first: int) -> None:
     """DisScaleError names the first sample that is not finite, counted from `first`."""
     bad = np.flatnonzero(~np.isfinite(features_ND).all(1))
     if len(bad):
-        raise DisScaleError(
-            f"features of sample {first + bad[0]} are not finite: the images or the extractor are damaged"
-        )
+        raise DisScaleError(f"features of sample {first + bad[0]} are not finite: the images or the extractor are damaged")
 
 
 def require_samples(

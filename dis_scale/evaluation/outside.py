@@ -63,9 +63,7 @@ def opened(where: str) -> Iterator[Pictures]:
         raise UserError(f"{NAME}: {where}: expected an .npz, a folder of images or a .tar that is not compressed")
     kind = "tar" if _is_file(where, ".tar") else "folder"
     try:
-        source = open_source(
-            Data.model_validate({"source": {"kind": kind, "url": where}, "resolution": 1, "num_classes": "none"})
-        )
+        source = open_source(Data.model_validate({"source": {"kind": kind, "url": where}, "resolution": 1, "num_classes": "none"}))
     except UserError as error:
         raise UserError(f"{NAME}: {str(error).removeprefix('data.source.url: ')}") from error
 
@@ -104,9 +102,7 @@ def measured(samples: str, reference: str, load: Callable[[], Extractor], report
     with opened(samples) as pictures, _opened_reference(reference, pictures.side) as real_pictures:
         count, extractor = pictures.count, load()
         real = (
-            _reference(real_pictures, extractor)
-            if real_pictures
-            else read_adm(reference, pictures.side, extractor, lambda _: None)
+            _reference(real_pictures, extractor) if real_pictures else read_adm(reference, pictures.side, extractor, lambda _: None)
         )
         require_samples(count, len(real.pooled.mean), "pictures", f"{NAME}: {samples}: ", "", UserError)
         known = {"sfid": real.spatial is not None, "precision_recall": real.kept is not None}

@@ -62,9 +62,7 @@ class Statistics:
 
     @classmethod
     def from_arrays(cls, z: Mapping[str, np.ndarray]) -> "Statistics":
-        pooled, spatial = (
-            Sums(int(z[f"{end}_count"]), z[f"{end}_sum"], z[f"{end}_outer"]) for end in ("pooled", "spatial")
-        )
+        pooled, spatial = (Sums(int(z[f"{end}_count"]), z[f"{end}_sum"], z[f"{end}_outer"]) for end in ("pooled", "spatial"))
         return cls(pooled, spatial, [z["kept"]] if "kept" in z else [])
 
 
@@ -87,9 +85,7 @@ def merged(
     return total
 
 
-def make(
-    sweep: Sweep, source: Source, extractors: list[Extractor], number: int, report: ReportDone
-) -> dict[str, Statistics]:
+def make(sweep: Sweep, source: Source, extractors: list[Extractor], number: int, report: ReportDone) -> dict[str, Statistics]:
     """Compute one part, and keep it unless it is the only one; return its statistics by extractor."""
     positions = part_positions(number, len(source))
     images = _images(source, sweep.recipe.data, positions, report)
@@ -102,9 +98,7 @@ def make(
     return part
 
 
-def compute(
-    batches: Iterable[list[tuple[int, np.ndarray]]], count: int, extractors: list[Extractor]
-) -> dict[str, Statistics]:
+def compute(batches: Iterable[list[tuple[int, np.ndarray]]], count: int, extractors: list[Extractor]) -> dict[str, Statistics]:
     """Compute statistics in bounded memory, of images with their positions among `count`."""
     statistics = {e.name: Statistics() for e in extractors}
     keep = np.zeros(count, bool)
@@ -125,9 +119,7 @@ def _continued(report: ReportDone, before: int) -> ReportDone:
     return lambda done: report(before + done)
 
 
-def _load(
-    sweep: Sweep, source: Source, extractor: Extractor, number: int, say: Callable[[str], None]
-) -> Statistics | None:
+def _load(sweep: Sweep, source: Source, extractor: Extractor, number: int, say: Callable[[str], None]) -> Statistics | None:
     """Return one part's statistics, or None if it is missing, damaged, or of other images."""
     name = reference_part(sweep, extractor.name, extractor.identity, number)
     try:

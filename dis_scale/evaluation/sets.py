@@ -38,9 +38,7 @@ def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[flo
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     if min(len(generated_ND), len(real_MD)) <= NEIGHBOURS:
-        raise DisScaleError(
-            f"precision_recall: {NEIGHBOURS} neighbours need at least {NEIGHBOURS + 1} images of each set"
-        )
+        raise DisScaleError(f"precision_recall: {NEIGHBOURS} neighbours need at least {NEIGHBOURS + 1} images of each set")
     shares = prc_features_to_metric(
         torch.from_numpy(generated_ND), torch.from_numpy(real_MD),
         prc_neighborhood=NEIGHBOURS, prc_batch_size=ROWS, save_cpu_ram=True, verbose=False,

@@ -43,12 +43,7 @@ def build(
 
 
 def construct(
-    settings: FamilySettings,
-    shape: LatentShape,
-    num_classes: int | None,
-    *,
-    scan: str = "auto",
-    checkpointing: str = "none",
+    settings: FamilySettings, shape: LatentShape, num_classes: int | None, *, scan: str = "auto", checkpointing: str = "none"
 ) -> "Backbone":
     """Like `build`, on the current device and from the current generator. Needs no memory on the meta device."""
     from dis_scale.models.checkpointing import require_known
@@ -71,6 +66,4 @@ def check_finite(model: "torch.nn.Module") -> None:
     """Raise a UserError that names the first weight with a NaN or an infinity."""
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
-            raise UserError(
-                f"weight {name} is not finite (NaN or infinity): the checkpoint is damaged or training diverged"
-            )
+            raise UserError(f"weight {name} is not finite (NaN or infinity): the checkpoint is damaged or training diverged")

@@ -44,9 +44,7 @@ def require_known(mode: str) -> None:
     """Raise a UserError for an unknown mode."""
     if not CHECKPOINTING.fullmatch(mode):
         known = ("none", "block", "every_2", "selective")
-        raise UserError(
-            f"unknown checkpointing {mode!r}{nearest(mode, known)}; known: none, block, every_<k>, selective"
-        )
+        raise UserError(f"unknown checkpointing {mode!r}{nearest(mode, known)}; known: none, block, every_<k>, selective")
 
 
 def recompute_every(mode: str) -> int:

@@ -236,12 +236,7 @@ _SHAPES: dict[Any, Callable[..., Any]] = {
     aten.sum.dim_IntList: _reduced,
 }
 """Outputs of operations that would write much memory; others run."""
-_PRODUCTS = {
-    aten.mm.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.baddbmm.default: (1, 2),
-}
+_PRODUCTS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2)}
 """Positions of the factors."""
 _UNCOUNTED = {
     aten.mv, aten.dot, aten.vdot, aten.addmv, aten.addmv_, aten.addr, aten.addbmm, aten.addbmm_, aten.addmm_, aten.baddbmm_,
@@ -249,7 +244,4 @@ _UNCOUNTED = {
     aten._thnn_fused_gru_cell,
 }  # fmt: skip
 """Operations of products without a rule."""
-_FFT: dict[Any, Callable[..., tuple[Tensor, int]]] = {
-    aten._fft_r2c.default: _spectrum,
-    aten._fft_c2r.default: _signal,
-}
+_FFT: dict[Any, Callable[..., tuple[Tensor, int]]] = {aten._fft_r2c.default: _spectrum, aten._fft_c2r.default: _signal}

@@ -32,9 +32,7 @@ def known() -> dict[str, Family]:
         for other in families.values():
             if family.kind == other.kind or (shared := family.presets.keys() & other.presets.keys()):
                 what = f"kind {family.kind!r}" if family.kind == other.kind else f"preset {min(shared)!r}"
-                raise UserError(
-                    f"the package {family.code} brings {what}, as {other.code or 'dis-scale'} does: uninstall one"
-                )
+                raise UserError(f"the package {family.code} brings {what}, as {other.code or 'dis-scale'} does: uninstall one")
         families[family.kind] = family
     return families
 
@@ -107,9 +105,7 @@ def _packaged(entry: metadata.EntryPoint) -> Family:
         family = _family(entry.load(), entry.value)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the package {code} brings models of kind {entry.name}, which cannot be loaded: {reason}"
-        ) from error
+        raise UserError(f"the package {code} brings models of kind {entry.name}, which cannot be loaded: {reason}") from error
     if family.kind != entry.name or entry.name in (dis.FAMILY.kind, diffussm.FAMILY.kind, dit.FAMILY.kind):
         raise UserError(
             f"the package {code} brings models of kind {family.kind!r} as {entry.name!r}: expected one name, of its own"

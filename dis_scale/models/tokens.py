@@ -48,12 +48,7 @@ class Backbone(nn.Module):
     """Whether scans keep their states for the backward pass, which then repeats none of them; with Triton's only."""
 
     def __init__(
-        self,
-        settings: FamilySettings,
-        shape: LatentShape,
-        num_classes: int | None,
-        scan: str = "auto",
-        checkpointing: str = "none",
+        self, settings: FamilySettings, shape: LatentShape, num_classes: int | None, scan: str = "auto", checkpointing: str = "none"
     ):
         super().__init__()
         patch = settings.patch
@@ -128,9 +123,7 @@ def check_labels(y_B: Tensor, num_classes: int) -> None:
     """Raise a UserError for a label outside 0..num_classes; num_classes is the null class."""
     if y_B.numel() and not 0 <= int(y_B.min()) <= int(y_B.max()) <= num_classes:
         wrong = y_B[(y_B < 0) | (y_B > num_classes)][0].item()
-        raise UserError(
-            f"label {wrong} is out of range: expected 0 to {num_classes - 1}, or {num_classes} for no label"
-        )
+        raise UserError(f"label {wrong} is out of range: expected 0 to {num_classes - 1}, or {num_classes} for no label")
 
 
 def wide(x: Tensor) -> Tensor:

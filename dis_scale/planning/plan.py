@@ -198,9 +198,7 @@ def on_fleet(plan: Plan, fleet: Fleet) -> FleetForecast:
     if not 1 <= fleet.count <= MOST_GPUS:
         raise UserError(f"{fleet.count} GPUs: expected 1 to {MOST_GPUS:,}")
     per_gpu = fleet.preemptions_per_day / fleet.count
-    others = [
-        replace(fleet, count=count, preemptions_per_day=per_gpu * count) for count in sorted({*FLEETS, fleet.count})
-    ]
+    others = [replace(fleet, count=count, preemptions_per_day=per_gpu * count) for count in sorted({*FLEETS, fleet.count})]
     return FleetForecast(
         assumed=fleet, usable_bytes=int(USABLE * fleet.gpu_bytes), models=_on_fleet(plan, fleet), total=_total(plan, fleet),
         by_gpus=[_total(plan, other) for other in others],
@@ -214,9 +212,7 @@ def _on_fleet(plan: Plan, fleet: Fleet) -> dict[str, Forecast]:
         train, branch = plan.recipe.train_of(name), plan.recipe.models[name].branch
         training = forecast(cost, train, train.images - (branch.at if branch else 0), fleet)
         evaluated = replace(training, evaluation_gpu_hours=plan.evaluation_s(name, fleet) / 3600)
-        models[name] = replace(
-            evaluated, price=_price_of(evaluated.gpu_hours, fleet), stored_bytes=plan.stored_bytes(name)
-        )
+        models[name] = replace(evaluated, price=_price_of(evaluated.gpu_hours, fleet), stored_bytes=plan.stored_bytes(name))
     return models
 
 
@@ -283,7 +279,6 @@ def _lengths(recipe: Recipe) -> str:
         train = recipe.train_of(name)
         names[train.images, train.batch_images].append(name)
     return "; ".join(
-        f"{images:,} images = {images // batch:,} steps"
-        + (f" of {batch} ({', '.join(which)})" if len(names) > 1 else "")
+        f"{images:,} images = {images // batch:,} steps" + (f" of {batch} ({', '.join(which)})" if len(names) > 1 else "")
         for (images, batch), which in names.items()
     )

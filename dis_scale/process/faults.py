@@ -125,9 +125,7 @@ def load(path: str | os.PathLike[str]) -> FaultPlan:
     """Return the plan of a file."""
     file = Path(path)
     lines = [line.strip() for line in file.read_text().splitlines()]
-    return FaultPlan(
-        file.with_name(f"{file.name}.spent"), [parse(line) for line in lines if line and not line.startswith("#")]
-    )
+    return FaultPlan(file.with_name(f"{file.name}.spent"), [parse(line) for line in lines if line and not line.startswith("#")])
 
 
 _plan: FaultPlan | None = load(os.environ[VARIABLE]) if VARIABLE in os.environ else None

@@ -30,8 +30,7 @@ _PARAMETERS = re.compile(
 )
 """Secret parameters of a URL, of its signature and of a connection string."""
 _HEADERS = re.compile(
-    r"(\b(?:Authorization\b\W{1,4}(?:Basic|Bearer|Token)\s+|X-[\w-]*(?:Key|Token|Secret)\b\W{1,4}))[^\s'\",]+",
-    re.IGNORECASE,
+    r"(\b(?:Authorization\b\W{1,4}(?:Basic|Bearer|Token)\s+|X-[\w-]*(?:Key|Token|Secret)\b\W{1,4}))[^\s'\",]+", re.IGNORECASE
 )
 """Secrets in HTTP's headers, in the spelling of any library."""
 _PASSWORDS = re.compile(rf"https?://[^/?#]*@|://{_PASSWORD}@", re.IGNORECASE)
@@ -51,14 +50,7 @@ def redact(text: str) -> str:
 
 def _spellings(secret: str) -> set[str]:
     """Return a secret as it is, quoted as in a URL, and as in JSON and Python's strings, without their quotation marks."""
-    return {
-        secret,
-        quote(secret, safe=""),
-        quote(secret),
-        quote_plus(secret),
-        json.dumps(secret)[1:-1],
-        repr(secret)[1:-1],
-    }
+    return {secret, quote(secret, safe=""), quote(secret), quote_plus(secret), json.dumps(secret)[1:-1], repr(secret)[1:-1]}
 
 
 def has_credentials(url: str) -> bool:

@@ -55,9 +55,7 @@ def extent(**limits: Any) -> Any:
 class Settings(BaseModel):
     """Frozen, strict, no unknown keys. A field without a role belongs to the sweep's identity and may not change."""
 
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*")
     @classmethod

@@ -96,8 +96,8 @@ class Recipe(Settings):
     precompute: Precompute = Precompute()
     diffusion: Annotated[Gaussian | Flow, Field(discriminator="kind")]
     """Process that the models learn to reverse."""
-    models: dict[Annotated[str, Field(pattern=rf"^[a-z0-9][a-z0-9-]{{0,{MODEL_NAME_CHARACTERS - 1}}}$")], AnyModel] = (
-        extent(min_length=1)
+    models: dict[Annotated[str, Field(pattern=rf"^[a-z0-9][a-z0-9-]{{0,{MODEL_NAME_CHARACTERS - 1}}}$")], AnyModel] = extent(
+        min_length=1
     )
     """Models by name, of one kind or several, trained and evaluated alike."""
     isoflop: Isoflop | None = Field(None, json_schema_extra={"role": "extent"})
@@ -185,18 +185,14 @@ class Recipe(Settings):
         if base is None:
             return
         others = {
-            name: other
-            for name, other in self.models.items()
-            if other.kind == own.kind and self.train_of(name).base_width == base
+            name: other for name, other in self.models.items() if other.kind == own.kind and self.train_of(name).base_width == base
         }
         if refusal := own.base_width_refusal(base, others):
             raise ValueError(f"models.{model}: {refusal}")
 
     def _size_fits(self, model: str) -> None:
         if self.isoflop is None or self.models[model].branch:
-            raise ValueError(
-                f"models.{model}.train.publish_images: none, expected image counts, or budgets (`isoflop`)"
-            )
+            raise ValueError(f"models.{model}.train.publish_images: none, expected image counts, or budgets (`isoflop`)")
         if (decay := self.train_of(model).decay) != "none":
             raise ValueError(
                 f"models.{model}: train.decay is {decay}, expected none: a size of a study (`isoflop`) is trained at a constant "
@@ -250,9 +246,7 @@ class Recipe(Settings):
     def require_scan_on(self, device: str) -> None:
         """ValueError if the backend of the scan does not run on this device."""
         if SCAN_DEVICES.get(self.train.scan, device) != device:
-            raise ValueError(
-                f"train.scan {self.train.scan} does not run on {device}: set train.scan to auto, or another device"
-            )
+            raise ValueError(f"train.scan {self.train.scan} does not run on {device}: set train.scan to auto, or another device")
 
     def guidance_refusal(self, guidance: Guidance) -> str | None:
         """Return why the models cannot be guided so; None if they can."""

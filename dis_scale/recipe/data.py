@@ -176,9 +176,7 @@ class TrainedVae(Settings):
     @model_validator(mode="after")
     def _groups_divide_widths(self) -> Self:
         if bad := [width for width in self.widths if width % self.norm_groups]:
-            raise ValueError(
-                f"widths: {bad[0]} is not a multiple of norm_groups {self.norm_groups}: choose groups that divide it"
-            )
+            raise ValueError(f"widths: {bad[0]} is not a multiple of norm_groups {self.norm_groups}: choose groups that divide it")
         return self
 
 

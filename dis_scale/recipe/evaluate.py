@@ -75,14 +75,7 @@ class NoExtractor(Settings):
 
 ExtractorSettings = Annotated[TrainedExtractor | InceptionExtractor | ExportedExtractor, Field(discriminator="kind")]
 Metric = Literal[
-    "distance",
-    "distance_infinity",
-    "sfid",
-    "inception_score",
-    "inception_score_adm",
-    "kid",
-    "precision_recall",
-    "copy_rate",
+    "distance", "distance_infinity", "sfid", "inception_score", "inception_score_adm", "kid", "precision_recall", "copy_rate"
 ]
 HELD_OUT = "held_out_loss"
 """Name of the loss on images that training never sees."""
@@ -169,9 +162,7 @@ class Evaluate(Sampling):
     of each other; or independent and all equally likely, as in published results. Independent labels add noise to a distance."""
     variants: dict[Name, Variant] = Field(default_factory=dict, json_schema_extra={"role": "extent"})
     """Further sampling settings for each checkpoint; each gives a metric of its own, `<metric>/<name>`."""
-    extractor: Annotated[
-        TrainedExtractor | InceptionExtractor | ExportedExtractor | NoExtractor, Field(discriminator="kind")
-    ]
+    extractor: Annotated[TrainedExtractor | InceptionExtractor | ExportedExtractor | NoExtractor, Field(discriminator="kind")]
     """Its distance is the main metric."""
     also: tuple[ExtractorSettings, ...] = ()
     """Other extractors, in the same pass over the same images."""
@@ -247,17 +238,13 @@ class Evaluate(Sampling):
     @property
     def samplings(self) -> dict[str, Self]:
         """Sampling settings by name: the main ones, whose name is empty, then the variants."""
-        changes = {
-            name: {key: value for key, value in variant if value is not None} for name, variant in self.variants.items()
-        }
+        changes = {name: {key: value for key, value in variant if value is not None} for name, variant in self.variants.items()}
         return {MAIN: self} | {name: self.model_copy(update=change) for name, change in changes.items()}
 
     @model_validator(mode="after")
     def _extractors_have_names_of_their_own(self) -> Self:
         names = [extractor.name for extractor in self.extractors]
-        if len(set(names)) < len(names) or any(
-            e.name == "inception" and e.kind != "inception" for e in self.extractors
-        ):
+        if len(set(names)) < len(names) or any(e.name == "inception" and e.kind != "inception" for e in self.extractors):
             raise ValueError(f"also: extractors need names of their own, other than inception: got {names}")
         if any(e.kind == "trained" and e.name == JUDGE for e in self.extractors):
             raise ValueError(f"extractor: {JUDGE} is the name of the classifier that judges samples: choose another")
@@ -303,9 +290,7 @@ class Evaluate(Sampling):
     @model_validator(mode="after")
     def _samples_are_enough(self) -> Self:
         if "kid" in self.metrics and self.samples < KID_SUBSET_IMAGES:
-            raise ValueError(
-                f"metrics: kid uses subsets of {KID_SUBSET_IMAGES:,} images, and samples is {self.samples}"
-            )
+            raise ValueError(f"metrics: kid uses subsets of {KID_SUBSET_IMAGES:,} images, and samples is {self.samples}")
         for extractor in self.extractors:
             d = FEATURE_DIMENSIONS.get(extractor.kind, 0)
             if self.samples <= d:

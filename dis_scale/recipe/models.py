@@ -5,15 +5,7 @@ from functools import cache
 from types import new_class
 from typing import Annotated, Any, Literal, Union, cast
 
-from pydantic import (
-    Field,
-    GetJsonSchemaHandler,
-    SerializeAsAny,
-    TypeAdapter,
-    ValidationInfo,
-    WrapValidator,
-    model_serializer,
-)
+from pydantic import Field, GetJsonSchemaHandler, SerializeAsAny, TypeAdapter, ValidationInfo, WrapValidator, model_serializer
 
 from dis_scale.models import families
 from dis_scale.models.family import Family
@@ -26,9 +18,7 @@ from dis_scale.recipe.train import ImageCounts
 class ModelTrain(Settings):
     """Training settings of one model; what is left out is as in the recipe's `train`."""
 
-    publish_images: Annotated[ImageCounts, Field(min_length=1)] | None = Field(
-        None, json_schema_extra={"role": "extent"}
-    )
+    publish_images: Annotated[ImageCounts, Field(min_length=1)] | None = Field(None, json_schema_extra={"role": "extent"})
     batch_images: Count | None = None
     """A multiple of the recipe's lanes."""
     learning_rate: float | None = Field(None, gt=0)
@@ -160,9 +150,7 @@ def _code(kind: str, code: Any, stored: bool) -> dict[str, str]:
     """
     if families.is_file(kind):
         if stored and not code:
-            raise NoFamily(
-                f"models of kind {kind}: a stored recipe names a file without its hash: dis-scale wrote none"
-            )
+            raise NoFamily(f"models of kind {kind}: a stored recipe names a file without its hash: dis-scale wrote none")
         return {"code": families.find(kind, code or "").code}
     here = families.code_of(kind)
     if here is None and code:

@@ -19,9 +19,7 @@ class _Loader(yaml.SafeLoader):
     """PyYAML reads `1e-4` as a string (YAML 1.1); this one reads it as a number (YAML 1.2)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -76,9 +74,7 @@ def _written_out(models: dict[str, Any], seed: Any, where: str) -> Iterator[tupl
         yield name, written
         seeds = model.get("seeds", 1)
         if not isinstance(seeds, int) or seeds < 1 or ("seeds" in model and model.get("seed") is not None):
-            raise UserError(
-                f"{where}: models.{name}.seeds: got {seeds!r}, expected: a number of trainings, without seed"
-            )
+            raise UserError(f"{where}: models.{name}.seeds: got {seeds!r}, expected: a number of trainings, without seed")
         for further in range(1, seeds):
             yield f"{name}-seed-{further}", written | {"seed": seed + further}
 
@@ -88,11 +84,7 @@ def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple
     if not isinstance(train, dict) or (wanted := train.pop("cooldowns", None)) is None:
         return
     try:
-        counts, share, batch = (
-            list(map(int, wanted["images"])),
-            float(wanted.get("share", 0.2)),
-            int(train["batch_images"]),
-        )
+        counts, share, batch = (list(map(int, wanted["images"])), float(wanted.get("share", 0.2)), int(train["batch_images"]))
     except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(
             f"{where}: train.cooldowns: got {wanted!r}, expected image counts and a share, such as {{images: [51200], share: 0.2}}"
@@ -104,9 +96,7 @@ def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple
                 yield cooldown(name, model, images, share, own_batch)
 
 
-def cooldown(
-    name: str, model: dict[str, Any], images: int, share: float, batch_images: int
-) -> tuple[str, dict[str, Any]]:
+def cooldown(name: str, model: dict[str, Any], images: int, share: float, batch_images: int) -> tuple[str, dict[str, Any]]:
     """Return name and settings of a branch that ends at `images`: their last `share`, in complete steps, at a falling rate."""
     trunk = {key: value for key, value in model.items() if key != "start"}
     begin = int((1 - share) * images) // batch_images * batch_images

@@ -71,9 +71,7 @@ def _of_any(backbones: list[dict[str, Any]]) -> dict[str, Any]:
         for name, value in part["properties"].items():
             if value not in kinds.setdefault(name, []):
                 kinds[name].append(value)
-    return {
-        name: values[0] if len(values) == 1 else {"anyOf": values} for name, values in kinds.items() if name != "kind"
-    }
+    return {name: values[0] if len(values) == 1 else {"anyOf": values} for name, values in kinds.items() if name != "kind"}
 
 
 def _describe(value: dict[str, Any]) -> None:

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-FOLDER = next(
-    (folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE / "configs"
-)
+FOLDER = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE / "configs")
 EMBEDDED = FOLDER / "digits.yaml"
 """The recipe that needs no download."""
 
@@ -24,8 +22,6 @@ def resolve(recipe: str | Path) -> Path:
 def purpose(name: str) -> str:
     """Return the first sentence of a shipped recipe's comments."""
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
-    comments = [
-        line.removeprefix("#").strip() for line in lines if line.startswith("#") and "yaml-language" not in line
-    ]
+    comments = [line.removeprefix("#").strip() for line in lines if line.startswith("#") and "yaml-language" not in line]
     paragraph = " ".join(comments[: comments.index("")] if "" in comments else comments)
     return paragraph.partition(". ")[0].removesuffix(".")

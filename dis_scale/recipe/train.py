@@ -62,15 +62,10 @@ SCAN_DEVICES = {"native": "cpu", "triton": "cuda", "mamba": "cuda"}
 """The device of each backend of the scan that needs one."""
 Checkpointing = Annotated[
     str,
-    BeforeValidator(
-        _known_checkpointing, json_schema_input_type=Annotated[str, Field(pattern=rf"^({CHECKPOINTING.pattern})$")]
-    ),
+    BeforeValidator(_known_checkpointing, json_schema_input_type=Annotated[str, Field(pattern=rf"^({CHECKPOINTING.pattern})$")]),
 ]
 Workers = Annotated[
-    int | str,
-    BeforeValidator(
-        _count_or_range, json_schema_input_type=Count | Annotated[str, Field(pattern=rf"^{RANGE.pattern}$")]
-    ),
+    int | str, BeforeValidator(_count_or_range, json_schema_input_type=Count | Annotated[str, Field(pattern=rf"^{RANGE.pattern}$")])
 ]
 
 

@@ -48,9 +48,7 @@ def _rows(evaluations: list[Metrics], metric: str) -> list[dict[str, float]]:
     rows = []
     for each in evaluations:
         error = paired_error(lowest, each, metric)
-        above = {ABOVE: each.values[metric] - lowest.values[metric]} | (
-            {} if error is None else {f"{ABOVE}_error": error}
-        )
+        above = {ABOVE: each.values[metric] - lowest.values[metric]} | ({} if error is None else {f"{ABOVE}_error": error})
         rows.append(each.values | above)
     return rows
 

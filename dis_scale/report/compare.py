@@ -28,9 +28,7 @@ class Difference(Change):
 
     def to_json(self) -> dict[str, Any]:
         """Return the difference with plain values."""
-        points = {
-            name: {"model": p.model, "seeds": p.seeds, "eflops": p.eflops} for name, p in (("a", self.a), ("b", self.b))
-        }
+        points = {name: {"model": p.model, "seeds": p.seeds, "eflops": p.eflops} for name, p in (("a", self.a), ("b", self.b))}
         found = {"images": self.a.images_seen, "variant": self.a.variant, "change": self.change, "error": self.error}
         return points | found | {"significant": self.significant}
 
@@ -141,9 +139,7 @@ def _require_comparable(a: Report, b: Report) -> None:
     if a.metric == HELD_OUT:  # it is of these latents and this process; flows share one, whatever they predict
         facts += [("VAE", a.vae, b.vae), ("diffusion.kind", a.recipe.diffusion.kind, b.recipe.diffusion.kind)]
         facts.append(("seed", a.recipe.seed, b.recipe.seed))  # it chooses the held-out images and their noise
-        facts += [
-            (f"data.{key}", getattr(images, key), getattr(others, key)) for key in ("held_out_images", "normalise")
-        ]
+        facts += [(f"data.{key}", getattr(images, key), getattr(others, key)) for key in ("held_out_images", "normalise")]
         if a.recipe.diffusion.kind == "gaussian":
             facts += [(f"diffusion.{key}", x, y) for key, x, y in differing(a.recipe.diffusion, b.recipe.diffusion)]
     if (weights := _weights(a)) and (other_weights := _weights(b)):
@@ -185,17 +181,13 @@ def _notes(a: Report, b: Report, found: Sequence[Difference]) -> list[str]:
     """Return the table's footnotes: what the errors hold, points of one sweep only, and all other differences."""
     lines = []
     if any(each.over_seeds for each in found):
-        lines.append(
-            "bold: Welch's test refuses at 5 % that both are equal; its errors are those over the seeds and of sampling"
-        )
+        lines.append("bold: Welch's test refuses at 5 % that both are equal; its errors are those over the seeds and of sampling")
     if not all(each.over_seeds for each in found):
         lines.append(
             "models with one seed: the error is of sampling alone. Trainings of other seeds usually differ by more (seeds: 3)"
         )
     if any(each.shared for each in found):
-        lines.append(
-            "samples of the same noise and labels: their error is that of the difference, by the paired jackknife"
-        )
+        lines.append("samples of the same noise and labels: their error is that of the difference, by the paired jackknife")
     if any(each.a.unfinished or each.b.unfinished for each in found):
         lines.append(f"{UNFINISHED.strip()} measured before the learning rate had fallen to its end")
     taken = {(each.b.group, each.b.variant, each.b.images_seen) for each in found}

@@ -92,18 +92,12 @@ def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) ->
             text, (0.01, high if above else low), xytext=(0, 3 if above else -3), xycoords=("axes fraction", "data"),
             textcoords="offset points", va="bottom" if above else "top", fontsize=8,
         )  # fmt: skip
-    looks = {
-        families.of_curve(kind).marker: kind for kind in reversed(report.families)
-    }  # curves of one family look alike
-    handles: list[Artist] = [
-        key(kind, families.of_curve(kind).kind) for kind in reversed(looks.values()) if len(looks) > 1
-    ]
+    looks = {families.of_curve(kind).marker: kind for kind in reversed(report.families)}  # curves of one family look alike
+    handles: list[Artist] = [key(kind, families.of_curve(kind).kind) for kind in reversed(looks.values()) if len(looks) > 1]
     handles += [line for line in axes.get_legend_handles_labels()[0] if not isinstance(line, ErrorbarContainer)]
     if handles and not axes.get_legend():
         axes.legend(handles=handles, fontsize=8, frameon=False)
-    if unwritten := [
-        key(name.kind, name.words, name.colour) for name in _write_names(figure, axes, names) if name.kind
-    ]:
+    if unwritten := [key(name.kind, name.words, name.colour) for name in _write_names(figure, axes, names) if name.kind]:
         axes.legend(handles=handles + unwritten, ncols=1 + len(unwritten) // 8, fontsize=8, frameon=False)
     return figure
 
@@ -158,9 +152,7 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name
             and not (name.kind and box.count_contains(along) > SEGMENT)
         ]
         if free:
-            taken.append(
-                place(min(free, key=lambda offset: boxes[offset].count_contains(along) + BESIDE.index(offset)))
-            )
+            taken.append(place(min(free, key=lambda offset: boxes[offset].count_contains(along) + BESIDE.index(offset))))
         else:
             text.remove()
             unwritten.append(name)
@@ -191,11 +183,7 @@ def draw_line(axes: Axes, report: Report, points: list[Point], along: str, colou
 
     Markers of unfinished schedules are hollow.
     """
-    family, colours, x = (
-        families.of_curve(points[0].kind),
-        colours_of(report.recipe),
-        [getattr(p, along) for p in points],
-    )
+    family, colours, x = (families.of_curve(points[0].kind), colours_of(report.recipe), [getattr(p, along) for p in points])
     y = [report.distance(p) for p in points]
     errors = [float("nan") if (error := report.error(p)) is None else error for p in points]
     axes.errorbar(

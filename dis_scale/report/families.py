@@ -134,9 +134,7 @@ class Comparison:
             return f"{start}: {self.ours} and {self.theirs} cannot be compared: {self.unknown}"
         error = self.found.error
         words = f"{self.ours} is {_apart(self.found.change)} the curve of {self.theirs}"
-        words += (
-            f", mean of {len(self.found.sizes)} sizes at {self.images:,} images" if len(self.found.sizes) > 1 else ""
-        )
+        words += f", mean of {len(self.found.sizes)} sizes at {self.images:,} images" if len(self.found.sizes) > 1 else ""
         words += f" ({self.unknown})" if self.unknown else ""
         if error is None:
             return f"{start}: {words}; its error is not known"
@@ -205,9 +203,7 @@ def comparisons(report: Report, ours: str, theirs: str) -> Sequence[Comparison |
         raise UserError(f"--families: {ours} twice: name two families")
     for family in (ours, theirs):
         if family not in report.families:
-            raise UserError(
-                f"--families: {report.sweep} has no points of {family}: it has {', '.join(report.families)}"
-            )
+            raise UserError(f"--families: {report.sweep} has no points of {family}: it has {', '.join(report.families)}")
     measured = {name for p in report.main for name in p.values}
     metrics = [metric for metric in dict.fromkeys((report.metric, HELD_OUT)) if metric in measured]
     if report.recipe.isoflop is None:
@@ -256,9 +252,7 @@ def _comparison(report: Report, metric: str, cost: str, ours: str, theirs: str) 
         return Comparison(metric, cost, ours, theirs, 0, None, "they have no count of images in common")
     enough = [n for n in counts if len(report.family(theirs, n)) >= LEAST_SIZES]
     count = (enough or counts)[-1]
-    (mine, unknown), (other, unknown_too) = (
-        _sizes(report, kind, count, metric, COSTS[cost]) for kind in (ours, theirs)
-    )
+    (mine, unknown), (other, unknown_too) = (_sizes(report, kind, count, metric, COSTS[cost]) for kind in (ours, theirs))
     without = f"{cost} or {metric} of {some(missing)} are not known" if (missing := unknown + unknown_too) else ""
     if not mine or not other:
         return Comparison(metric, cost, ours, theirs, count, None, without)

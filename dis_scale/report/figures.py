@@ -27,9 +27,7 @@ MAIN = "gflops_fid"
 """Name of the curve that a sweep is about."""
 
 
-def every(
-    report: Report, losses: Mapping[str, Sequence[Row]], published: bool = False
-) -> dict[str, tuple[Figure, str]]:
+def every(report: Report, losses: Mapping[str, Sequence[Row]], published: bool = False) -> dict[str, tuple[Figure, str]]:
     """Return the figures of a sweep with their captions, by name: those for which something is measured."""
     loss = "Training compute against the loss on images that training never saw; errors are over seeds"
     by_sampling = "Time of a sample against distance, under each sampling setting"
@@ -197,15 +195,7 @@ def _minima(sizes: Axes, values: Axes, profiles: list[isoflop.Profile], kind: st
     middle = np.exp([low.log for low in lowest.values()])
     errors = middle * np.array([low.error.size for low in lowest.values()])
     values.errorbar(
-        list(lowest),
-        middle,
-        errors,
-        label=kind,
-        marker=family.marker,
-        linestyle=family.line,
-        color="black",
-        capsize=2,
-        linewidth=1,
+        list(lowest), middle, errors, label=kind, marker=family.marker, linestyle=family.line, color="black", capsize=2, linewidth=1
     )
 
 
@@ -259,12 +249,7 @@ def distance_images(report: Report) -> Figure:
 
 
 def curve(
-    recipe: Recipe,
-    model: str,
-    setting: str,
-    values: Sequence[float],
-    distances: Sequence[float],
-    errors: Sequence[float],
+    recipe: Recipe, model: str, setting: str, values: Sequence[float], distances: Sequence[float], errors: Sequence[float]
 ) -> Figure:
     """Plot one model's distance against one sampling setting, in its colour."""
     figure, family = Figure(figsize=drawing.SIZE, layout="constrained"), families.find(recipe.models[model].kind)

@@ -58,9 +58,7 @@ def compare_page(sweeps: tuple[Sweep, Sweep], reports: tuple[Report, Report], ta
     """Return the page of two sweeps with the table of their differences, and the best samples of each."""
     from dis_scale.report import drawing, figures, page, samples
 
-    wide, narrow = (
-        drawing.render(figures.both(*reports, size), f"both{size}", ["svg"])["svg"] for size in drawing.SIZES
-    )
+    wide, narrow = (drawing.render(figures.both(*reports, size), f"both{size}", ["svg"])["svg"] for size in drawing.SIZES)
     pictures = samples.real(sweeps[0])
     for sweep, report in zip(sweeps, reports, strict=True):
         if best := page.best_point(report):

@@ -133,8 +133,7 @@ def runs_of(report: Report, metric: str) -> dict[str, Runs]:
             families[p.kind].append([p.cost.parameters, p.images_seen, p.budget, p.values[metric], trunk])
     columns = {kind: np.array(rows).T for kind, rows in sorted(families.items())}
     return {
-        kind: Runs(N, D, budgets, values, report.unique_images, trunk)
-        for kind, (N, D, budgets, values, trunk) in columns.items()
+        kind: Runs(N, D, budgets, values, report.unique_images, trunk) for kind, (N, D, budgets, values, trunk) in columns.items()
     }
 
 
@@ -244,9 +243,7 @@ class _Minima:
         residuals, variance = self.logs - np.log(law.at(self.budgets)), float(self.resampled.var(1).mean())
         if lack_of_fit(residuals, 3, variance, self.freedom):
             return law
-        return replace(
-            law, interval=self._quantiles(-every.exponent[1:]), limit_interval=self._quantiles(every.limit[1:])
-        )
+        return replace(law, interval=self._quantiles(-every.exponent[1:]), limit_interval=self._quantiles(every.limit[1:]))
 
     def _quantiles(self, resampled: np.ndarray) -> tuple[float, float]:
         tail = bootstrap_tail(self.freedom)

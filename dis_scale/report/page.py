@@ -44,9 +44,7 @@ class Facts(NamedTuple):
     times: tuple[float, float] | None
 
 
-def render_page(
-    report: Report, facts: Facts, plots: Sequence[Plot], pictures: Sequence[Picture], more: str = ""
-) -> bytes:
+def render_page(report: Report, facts: Facts, plots: Sequence[Plot], pictures: Sequence[Picture], more: str = "") -> bytes:
     """Return the page of a sweep; `pictures` are real images and samples, `more` is the page of all samples."""
     status, found = facts.status, tables.findings(report)
     parts = [
@@ -114,10 +112,7 @@ def best_point(report: Report) -> Point | None:
 def _best(report: Report) -> tuple[str, str]:
     if not (p := best_point(report)):
         return "none yet", "no model is measured"
-    return (
-        p.model,
-        f"{report.metric} {tables.with_error(report.distance(p), report.error(p))} after {p.images_seen:,} images",
-    )
+    return (p.model, f"{report.metric} {tables.with_error(report.distance(p), report.error(p))} after {p.images_seen:,} images")
 
 
 def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
@@ -147,8 +142,7 @@ def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
 
 def _list(facts: dict[str, tuple[str, str]]) -> str:
     rows = (
-        f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b>{escape(more)}</dd></div>"
-        for name, (value, more) in facts.items()
+        f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b>{escape(more)}</dd></div>" for name, (value, more) in facts.items()
     )
     return f"<dl>{''.join(rows)}</dl>"
 
@@ -211,13 +205,10 @@ def _section(title: str, pictures: Sequence[Picture], turning: int = 0) -> str:
 def _table(table: Table, title: str) -> str:
     """Return a terminal's table; columns of words are on the left."""
     side = [" class='left'" if column.justify == "left" else "" for column in table.columns]
-    head = "".join(
-        f"<th{left}>{escape(str(column.header))}</th>" for left, column in zip(side, table.columns, strict=True)
-    )
+    head = "".join(f"<th{left}>{escape(str(column.header))}</th>" for left, column in zip(side, table.columns, strict=True))
     rows = zip(*(column.cells for column in table.columns), strict=True)
     body = "".join(
-        f"<tr>{''.join(f'<td{left}>{escape(str(cell))}</td>' for left, cell in zip(side, row, strict=True))}</tr>"
-        for row in rows
+        f"<tr>{''.join(f'<td{left}>{escape(str(cell))}</td>' for left, cell in zip(side, row, strict=True))}</tr>" for row in rows
     )
     return f"<h2>{escape(title)}</h2><div class='scroll'><table><tr>{head}</tr>{body}</table></div>"
 

@@ -223,11 +223,7 @@ def _mean_evaluation(points: list[Point]) -> Metrics:
     """Return the evaluation of the first, with the mean of the known costs and of the values without each group of samples, and all
     machines' names.
     """
-    first, costs, lists = (
-        points[0].evaluation,
-        [p.evaluation.cost for p in points],
-        [p.evaluation.left_out for p in points],
-    )
+    first, costs, lists = (points[0].evaluation, [p.evaluation.cost for p in points], [p.evaluation.left_out for p in points])
     common = [name for name in first.left_out if all(name in each for each in lists)]
     cost = first.cost.model_copy(
         update={
@@ -240,9 +236,7 @@ def _mean_evaluation(points: list[Point]) -> Metrics:
     sample_ms = _mean_of(p.sample_ms for p in points)
     return first.changed(
         cost=cost,
-        left_out={
-            name: tuple(map(statistics.fmean, zip(*(each[name] for each in lists), strict=True))) for name in common
-        },
+        left_out={name: tuple(map(statistics.fmean, zip(*(each[name] for each in lists), strict=True))) for name in common},
         seconds={SAMPLING_RATE: 1000 / sample_ms} if sample_ms else first.seconds,
         sampled_on=tuple(sorted({name for p in points for name in p.evaluation.sampled_on})),
     )

@@ -78,11 +78,7 @@ def published_differences(report: Report) -> str:
     """Return words on the published families that are not drawn, and on batches and precision that differ from theirs."""
     trained = [report.recipe.train_of(p.model) for p in report.main]
     batches, precisions = {train.batch_images for train in trained} - {BATCH}, {train.precision for train in trained}
-    words = [
-        f"{name} is not drawn (its sampler is {SAMPLERS[name]})"
-        for name in MARKERS
-        if name not in families_alike(report)
-    ]
+    words = [f"{name} is not drawn (its sampler is {SAMPLERS[name]})" for name in MARKERS if name not in families_alike(report)]
     words.append("published points are of ImageNet 256, 102.4M images, no guidance, uniform labels, ADM's reference")
     words += [f"published points have batch {BATCH}, here it is {batch:,}" for batch in sorted(batches)]
     if "bf16" in precisions:

@@ -68,16 +68,12 @@ def strips(sweep: Sweep, report: Report) -> list[Strip]:
     chosen = [p for of_model in points.values() for p in _evenly(of_model)]
     trained = defaultdict[str, list[Picture]](list)
     for p, parts in zip(chosen, in_order(chosen, partial(of_point, sweep), AT_ONCE), strict=True):
-        words = (
-            f"{p.model}, {p.images_seen:,} images, {report.metric} {with_error(report.distance(p), report.error(p))}"
-        )
+        words = f"{p.model}, {p.images_seen:,} images, {report.metric} {with_error(report.distance(p), report.error(p))}"
         trained[p.model] += [part._replace(words=words) for part in parts]
     own, last = real(sweep), [parts[-1] for parts in trained.values() if parts]
     every = [Strip("All models", own + last)] if last else []
     return every + [
-        Strip(f"{model} over its training", parts + own, len(parts))
-        for model, parts in trained.items()
-        if len(parts) > 1
+        Strip(f"{model} over its training", parts + own, len(parts)) for model, parts in trained.items() if len(parts) > 1
     ]
 
 

@@ -131,9 +131,7 @@ def notes(report: Report) -> list[str]:
         made = p.evaluation
         average = f", average of width {made.ema_width}" if made.ema_width else ""
         labels = f", {made.labels} labels" if made.labels != "balanced" else ""
-        lines.append(
-            f"{variant or 'main'}: {made.samples:,} samples, {made.sampling}{average}, {made.precision}{labels}"
-        )
+        lines.append(f"{variant or 'main'}: {made.samples:,} samples, {made.sampling}{average}, {made.precision}{labels}")
     lines += dict.fromkeys(note for p in report.points for note in p.evaluation.notes)
     lines += [f"floor: {text}: {with_error(distance, error)}" for text, distance, error in report.floors]
     lines += [f"floor: not measured: {report.no_floor}"] if report.no_floor else []
@@ -158,19 +156,14 @@ def missing(report: Report) -> list[str]:
 def records(report: Report) -> list[dict[str, Any]]:
     """Return a flat record for each point, all with the same fields: its cost, its values, its sampling; None if not measured."""
     values = _values(report)
-    return [
-        _fields(COST, p) | {name: p.values.get(name) for name in values} | _fields(SAMPLING, p) for p in report.points
-    ]
+    return [_fields(COST, p) | {name: p.values.get(name) for name in values} | _fields(SAMPLING, p) for p in report.points]
 
 
 def to_csv(report: Report) -> bytes:
     """Return the records as a CSV."""
     digits = {column.name: column.digits for column in COST}
     rows = [
-        [
-            value if value is None else format(value, digits[name]) if digits.get(name) else value
-            for name, value in r.items()
-        ]
+        [value if value is None else format(value, digits[name]) if digits.get(name) else value for name, value in r.items()]
         for r in records(report)
     ]
     return csv_bytes([*(c.name for c in COST), *_values(report), *(c.name for c in SAMPLING)], rows)

@@ -86,9 +86,7 @@ def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, 
 
 
 @outside_graphs
-def causal_conv_silu(
-    x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool = False, backend: str = "auto"
-) -> Tensor:
+def causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool = False, backend: str = "auto") -> Tensor:
     """SiLU of the depthwise causal convolution; `reverse` is the same as flip, convolve, flip."""
     _check_conv("causal_conv_silu", x_BLE, weight_EW, bias_E)
     return _running(backend, x_BLE.device.type).causal_conv_silu(x_BLE, weight_EW, bias_E, reverse)
@@ -96,12 +94,7 @@ def causal_conv_silu(
 
 @outside_graphs
 def two_way_conv_silu(
-    x_BLE: Tensor,
-    weight_EW: Tensor,
-    bias_E: Tensor,
-    back_weight_EW: Tensor,
-    back_bias_E: Tensor,
-    backend: str = "auto",
+    x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, back_weight_EW: Tensor, back_bias_E: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Apply `causal_conv_silu` to x in both directions, reading x once; return (forward, backward)."""
     _check_conv("two_way_conv_silu, forward", x_BLE, weight_EW, bias_E)
@@ -124,9 +117,7 @@ def _choose(name: str, device: str) -> Choice:
         raise UserError(f"no scan backend {name!r}{nearest(name, BACKENDS)}: there are auto, {', '.join(BACKENDS)}")
     if error := problem(name, device):
         raise error
-    return Choice(
-        name, "as asked; it adds gradients atomically, so no run is equal to the bit" if name == "mamba" else "as asked"
-    )
+    return Choice(name, "as asked; it adds gradients atomically, so no run is equal to the bit" if name == "mamba" else "as asked")
 
 
 def _automatic(device: str) -> Choice:
@@ -141,9 +132,7 @@ def _automatic(device: str) -> Choice:
 def problem(name: str, device: str) -> DisScaleError | None:
     """Return why a backend cannot run on a device, or None."""
     if name == "native":
-        wrong = UserError(
-            f"the native scan is for the CPU, got tensors on {device}: set the backend to auto or chunked"
-        )
+        wrong = UserError(f"the native scan is for the CPU, got tensors on {device}: set the backend to auto or chunked")
         return native_build.problem() if device == "cpu" else wrong
     if name not in GPU_BACKENDS:
         return None
@@ -174,9 +163,7 @@ def _backend(name: str, device: str) -> Backend:
 def _check_direction(where: str, direction: Direction) -> None:
     u_BLE, A_EN = direction.u_BLE, direction.A_EN
     if u_BLE.ndim != 3 or A_EN.ndim != 2 or 0 in u_BLE.shape + A_EN.shape:
-        raise UserError(
-            f"{where}: u_BLE is {tuple(u_BLE.shape)} and A_EN {tuple(A_EN.shape)}, expected 3 and 2 axes, none empty"
-        )
+        raise UserError(f"{where}: u_BLE is {tuple(u_BLE.shape)} and A_EN {tuple(A_EN.shape)}, expected 3 and 2 axes, none empty")
     (B, L, E), N, device = u_BLE.shape, A_EN.shape[1], u_BLE.device
     shapes = (u_BLE.shape, (B, L, E), (E, N), (B, L, N), (B, L, N), (E,), (E,))
     for name, x, shape in zip(Direction._fields, direction, shapes, strict=True):
@@ -186,8 +173,7 @@ def _check_direction(where: str, direction: Direction) -> None:
 def _check_conv(where: str, x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> None:
     if x_BLE.ndim != 3 or weight_EW.ndim != 2 or 0 in x_BLE.shape + weight_EW.shape:
         raise UserError(
-            f"{where}: x_BLE is {tuple(x_BLE.shape)} and the weight {tuple(weight_EW.shape)}, expected 3 and 2 axes, "
-            "none empty"
+            f"{where}: x_BLE is {tuple(x_BLE.shape)} and the weight {tuple(weight_EW.shape)}, expected 3 and 2 axes, none empty"
         )
     E, device = x_BLE.shape[2], x_BLE.device
     _check(f"{where}: x_BLE", x_BLE, x_BLE.shape, device)
@@ -197,6 +183,4 @@ def _check_conv(where: str, x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor) ->
 
 def _check(what: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if x.shape != shape or x.device != device or not x.is_floating_point():
-        raise UserError(
-            f"{what} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(shape)} of floats on {device}"
-        )
+        raise UserError(f"{what} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(shape)} of floats on {device}")

@@ -67,9 +67,7 @@ class Backend(NamedTuple):
     two_way_conv_silu: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def from_one_way(
-    scan: Callable[[Direction, bool], Tensor], conv: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-) -> Backend:
+def from_one_way(scan: Callable[[Direction, bool], Tensor], conv: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> Backend:
     """Return a backend whose two-way functions call the one-way functions once for each direction."""
 
     def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:

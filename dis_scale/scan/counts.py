@@ -94,9 +94,7 @@ def _scans(*directions: Direction, gate: tuple[Tensor, ...] = ()) -> Tensor:
     report("scan", len(directions) * B * L * E * N * SCAN_MACS)
     report("D u and gate", len(directions) * 2 * B * L * E)
     if counter := active.get():
-        counter.states += (
-            B * L * E * (4 * len(directions) * max(16, N) // 16 + len(gate) * directions[0].u_BLE.element_size())
-        )
+        counter.states += B * L * E * (4 * len(directions) * max(16, N) // 16 + len(gate) * directions[0].u_BLE.element_size())
     inputs, states = [x for direction in directions for x in direction], (L - 1) // NATIVE_CHUNK
     kept = directions[0].A_EN.new_empty(B, len(directions) * E * N * states)
     return keeping(like_first, *inputs, *gate, kept)

@@ -43,12 +43,7 @@ class Way(NamedTuple):
 
 @outside_graphs
 def ssd(
-    x_BLHP: Tensor,
-    own_BLH: Tensor,
-    earlier: Way | None,
-    later: Way | None,
-    exclusive: bool = False,
-    backend: str = "auto",
+    x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool = False, backend: str = "auto"
 ) -> Tensor:
     """y_BLHP: for each token own_i x_i + C_i . S_i, with the state S_i of the tokens before it, plus the same of those after it.
 

@@ -32,9 +32,7 @@ def problem() -> DisScaleError | None:
         raise
     except Exception as error:
         words = f"{type(error).__name__}: {error}"
-        return UserError(
-            f"the mamba scan does not run here ({words}): docs/performance.md has how its kernels are built"
-        )
+        return UserError(f"the mamba scan does not run here ({words}): docs/performance.md has how its kernels are built")
     return None
 
 

@@ -60,10 +60,7 @@ class _ScanJob(ctypes.Structure):
 class _ConvDirection(ctypes.Structure):
     """As in conv.inl."""
 
-    _fields_ = (
-        ("y", _View),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "packed", "dpacked", "dweight", "dbias")),
-    )
+    _fields_ = (("y", _View), *((name, ctypes.c_void_p) for name in ("weight", "bias", "packed", "dpacked", "dweight", "dbias")))
 
 
 class _ConvJob(ctypes.Structure):

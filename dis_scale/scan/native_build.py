@@ -24,9 +24,7 @@ from pathlib import Path
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.scan.backend import NATIVE_CHUNK
 
-SOURCES = [
-    Path(__file__).with_name(name) for name in ("native.cpp", "kernels.inl", "memory.inl", "scan.inl", "conv.inl")
-]
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "kernels.inl", "memory.inl", "scan.inl", "conv.inl")]
 """The one translation unit, then the files that it includes. A change of any of them rebuilds the library."""
 MOST_STATES, MOST_TAPS = 256, 16
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")

@@ -34,9 +34,7 @@ def by_definition(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
 
 def added_rms_norm(r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Return the stream r + h, in float32 or better, and its norm in h's type."""
-    if (
-        h_BLD.is_cuda or backend == "triton"
-    ):  # elsewhere torch.compile joins the sum and the norm to what is around them
+    if h_BLD.is_cuda or backend == "triton":  # elsewhere torch.compile joins the sum and the norm to what is around them
         both = _added_by_triton(r_BLD, h_BLD, weight_D, backend)
         if both is not None:
             return both

@@ -168,8 +168,6 @@ def _outputs(inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
 
 
 def _direction(inputs: dict[str, Tensor], way: str) -> Direction:
-    u, delta, A, product, D, bias = (
-        inputs[f"{way} {name}"] for name in ("u", "delta", "A", "B and C", "D", "delta bias")
-    )
+    u, delta, A, product, D, bias = (inputs[f"{way} {name}"] for name in ("u", "delta", "A", "B and C", "D", "delta bias"))
     B_BLN, C_BLN = product[..., -2 * A.shape[1] :].chunk(2, -1)
     return Direction(u, delta, A, B_BLN, C_BLN, D, bias)

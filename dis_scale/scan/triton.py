@@ -214,8 +214,7 @@ def _forward(
     out, gate = empty_like(directions[0].u_BLE), directions[0].u_BLE if z is None else z
     y, none = empty_like(out, torch.float32) if len(directions) == 2 else out, out.new_empty(0)
     kept = KeptStates(
-        [new_states(x.u, kind.N) if keep else none for x in operands],
-        empty_like(out) if keep and z is not None else none,
+        [new_states(x.u, kind.N) if keep else none for x in operands], empty_like(out) if keep and z is not None else none
     )
     kept_y = kept.y if kept.y.numel() else out
     for launch, one, states in zip(launches.scans, operands, kept.states, strict=True):

@@ -216,9 +216,7 @@ def _through_gate(
 
 
 @triton.jit
-def _load_own(
-    x, x_row, own, e, inside, L: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr
-):
+def _load_own(x, x_row, own, e, inside, L: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr):
     """Load a lane's own steps of a chunk."""
     xs = ()
     for j in tl.static_range(0, CHUNK, SPLIT):

@@ -66,9 +66,7 @@ def _convolved(x_t, taps, i, SIGN: tl.constexpr):
 
 
 @triton.jit
-def _store_outputs(
-    x_t, taps, out, first, e, inside, E: tl.constexpr, L: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr
-):
+def _store_outputs(x_t, taps, out, first, e, inside, E: tl.constexpr, L: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr):
     """Convolution and SiLU of one direction."""
     for j in tl.static_range(ROWS):
         total_e = _convolved(x_t, taps, j + len(taps) - 2, SIGN)

@@ -154,7 +154,5 @@ def compile_together(launches: Callable[[], object]) -> None:
 
 def without_memory(tensors: T) -> T:
     """Tuples and lists of tensors, and of None, with tensors of the same shapes and strides on the meta device."""
-    empty: T = tree_map_only(
-        Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), tensors
-    )
+    empty: T = tree_map_only(Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), tensors)
     return empty

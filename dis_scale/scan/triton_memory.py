@@ -72,6 +72,4 @@ class Parts(NamedTuple):
 def new_parts(BC: Tensor, N: int, E: int, programs: int) -> Parts:
     """Memory for the sums of one direction."""
     B = len(BC)
-    return Parts(
-        BC.new_empty(programs, B, N, WARPS * LANES), BC.new_empty(programs, *BC.shape), BC.new_empty(B, 2 * N + 2, E)
-    )
+    return Parts(BC.new_empty(programs, B, N, WARPS * LANES), BC.new_empty(programs, *BC.shape), BC.new_empty(B, 2 * N + 2, E))

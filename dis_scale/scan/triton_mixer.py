@@ -75,9 +75,7 @@ class _Mixer(torch.autograd.Function):
         BC, (conv_2XE, dynamics_2XE, *rounded), (kept_y, *states) = saved[:2], saved[2:8], saved[8:]
         (_, B, L, E), R = u_2BLE.shape, rounded[2].shape[2]
         inputs = _by_direction(u_2BLE, delta_2BLE, A_2NE.mT, *_vectors(dynamics_2XE))
-        operands = [
-            Operands(u, delta, A, BC_i, D, bias) for (u, delta, A, D, bias), BC_i in zip(inputs, BC, strict=True)
-        ]
+        operands = [Operands(u, delta, A, BC_i, D, bias) for (u, delta, A, D, bias), BC_i in zip(inputs, BC, strict=True)]
         dout_TD, kept = dout_BLD.reshape(B * L, -1), KeptStates(states, kept_y)
         with torch.cuda.device_of(dout_BLD):
             dy_TE = dout_TD @ rounded[3]

@@ -81,9 +81,7 @@ def scan_forward(kind: ScanKind, keep: bool) -> ScanForward:
 def scan_backward(kind: ScanKind, kept: bool, dy_row: int, dz_row: int, dBC_row: int) -> ScanBackward:
     """For gradients of y, the gate, and B and C with rows at these distances; `kept`: the forward pass stored states and y."""
     gated, count, lanes = kind.z is not None, len(kind.rows), kind.fill.backward
-    repeat = [
-        _one_forward(kind, i, dy_row, dz_row, gated and i + 1 < count, gated and i > 0, False) for i in range(count)
-    ]
+    repeat = [_one_forward(kind, i, dy_row, dz_row, gated and i + 1 < count, gated and i > 0, False) for i in range(count)]
     ways = [range(count)] if kind.fill.both and count == 2 else [range(i, i + 1) for i in range(count)]
     programs, B, _ = grid(kind.B, kind.L, kind.E, lanes=lanes)
     scans = [
@@ -99,9 +97,7 @@ def scan_backward(kind: ScanKind, kept: bool, dy_row: int, dz_row: int, dBC_row:
     return ScanBackward(tuple(repeat), tuple(scans), tuple(_sum_scan(kind, i, programs, dBC_row) for i in range(count)))
 
 
-def _one_forward(
-    kind: ScanKind, i: int, dy_row: int | None, out_row: int, first: bool, second: bool, keep: bool
-) -> Launch:
+def _one_forward(kind: ScanKind, i: int, dy_row: int | None, out_row: int, first: bool, second: bool, keep: bool) -> Launch:
     """A direction's forward kernel; with `dy_row` as it is repeated for the backward pass."""
     (u_row, delta_row), lanes = kind.rows[i], kind.fill.forward
     return Launch(
@@ -177,15 +173,7 @@ def conv_backward(kind: ConvKind, dy0_row: int, dy1_row: int, dx_row: int) -> Co
     rows, blocks = {"dy0_row": dy0_row, "dy1_row": dy1_row, "dx_row": dx_row}, ceil_div((taps + 1) * E, SIZE)
     return ConvBackward(
         Launch(triton_conv.conv_backward, grid(B, L, E, SEGMENT), **_conv(kind), **rows, SEGMENT=SEGMENT),
-        Launch(
-            triton_layout.sum_conv,
-            (blocks, directions, 1),
-            parts=kind.parts,
-            **_weight(kind),
-            E=E,
-            TAPS=taps,
-            SIZE=SIZE,
-        ),
+        Launch(triton_layout.sum_conv, (blocks, directions, 1), parts=kind.parts, **_weight(kind), E=E, TAPS=taps, SIZE=SIZE),
     )
 
 

@@ -111,9 +111,7 @@ class _Ssd(torch.autograd.Function):
     """`ways` are the tensors of the directions that are present."""
 
     @staticmethod
-    def forward(
-        ctx: Any, present: tuple[bool, bool], exclusive: bool, x_BLHP: Tensor, own_BLH: Tensor, *ways: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, present: tuple[bool, bool], exclusive: bool, x_BLHP: Tensor, own_BLH: Tensor, *ways: Tensor) -> Tensor:
         ctx.present, ctx.exclusive = present, exclusive
         ctx.save_for_backward(x_BLHP, own_BLH, *ways)
         with torch.cuda.device_of(x_BLHP):
@@ -156,9 +154,7 @@ def _mixed(kind: SsdKind, ways: Sequence[Tensor], exclusive: bool) -> tuple[list
     return mixed, torch.where(token[:, None] > token, scores[0], scores[1])
 
 
-def _states(
-    kind: SsdKind, U_BKQN: Tensor, v_BLE: Tensor, weight_BKHQ: Tensor, decay_BKH: Tensor, reverse: bool
-) -> Tensor:
+def _states(kind: SsdKind, U_BKQN: Tensor, v_BLE: Tensor, weight_BKHQ: Tensor, decay_BKH: Tensor, reverse: bool) -> Tensor:
     """The state that enters each chunk in this order; nothing if there is only one."""
     if kind.chunks == 1:
         return v_BLE

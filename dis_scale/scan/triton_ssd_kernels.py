@@ -80,9 +80,7 @@ def ssd_states(
         chunk = image * K + (K - 1 - step if REVERSE else step)
         at = chunk * H + head
         inside_NP = (n < N)[:, None] & (p < P)[None, :]
-        tl.store(
-            states + at * N * P + (n[:, None] * P + p[None, :]), state_NP.to(states.dtype.element_ty), mask=inside_NP
-        )
+        tl.store(states + at * N * P + (n[:, None] * P + p[None, :]), state_NP.to(states.dtype.element_ty), mask=inside_NP)
         if step < K - 1:
             i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
             u_QN = _matrix(U + chunk * Q * N, i, n, N, inside, n < N)
@@ -197,12 +195,8 @@ def ssd_states_backward(
     for j in range(HEADS):
         head = first + j
         at = chunk * H + head
-        dC_QN += _states_backward(
-            dy, dy_row, C, taken, states, dtaken, chunk, head, row, i, n, p, inside, present, H, P, N, Q
-        )
-        dB_QN += _states_backward(
-            x, x_row, B, weight, dstates, dweight, chunk, head, row, i, n, p, inside, present, H, P, N, Q
-        )
+        dC_QN += _states_backward(dy, dy_row, C, taken, states, dtaken, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
+        dB_QN += _states_backward(x, x_row, B, weight, dstates, dweight, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
         state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P).to(tl.float32)
         dstate_NP = _matrix(dstates + at * N * P, n, p, P, n < N, p < P)
         tl.store(ddecay + at, tl.sum(tl.sum(state_NP * dstate_NP, 1), 0))

@@ -180,9 +180,7 @@ def _touch(at):
     """
     if COMPILED:
         aligned = at.to(tl.int64) & -PIECE
-        return tl.inline_asm_elementwise(
-            "ld.global.u16 $0, [$1];", "=r,l", [aligned], dtype=tl.int32, is_pure=False, pack=1
-        )
+        return tl.inline_asm_elementwise("ld.global.u16 $0, [$1];", "=r,l", [aligned], dtype=tl.int32, is_pure=False, pack=1)
     else:
         return tl.zeros(at.shape, tl.int32)
 
@@ -288,9 +286,7 @@ def _load_four(x, e, SPLIT: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def load_steps(
-    x, first, e, STEPS: tl.constexpr, LENGTH: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr
-):
+def load_steps(x, first, e, STEPS: tl.constexpr, LENGTH: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr):
     """Load a state's B or C at STEPS steps, a multiple of four."""
     x_t = ()
     for j in tl.static_range(0, STEPS, 4):

@@ -88,17 +88,13 @@ class Folder:
     @property
     def local(self) -> Path | None:
         """The folder as a local path, or None in an object store."""
-        return (
-            Path(self.url.removeprefix("file://")) if "://" not in self.url or self.url.startswith("file://") else None
-        )
+        return Path(self.url.removeprefix("file://")) if "://" not in self.url or self.url.startswith("file://") else None
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """Return the object, or its bytes [start, end)."""
         data: bytes = self._do("read", path, lambda fs, full: fs.cat_file(full, start=start, end=end))
         if end is not None and len(data) > end - (start or 0):
-            raise StorageError(
-                f"cannot read {self}/{path}: the server ignores byte ranges: copy it to a disk or a store"
-            )
+            raise StorageError(f"cannot read {self}/{path}: the server ignores byte ranges: copy it to a disk or a store")
         return data
 
     def read_up_to(self, path: str, most: int) -> bytes:
@@ -206,9 +202,7 @@ class Folder:
         except FileNotFoundError as error:
             if not above:
                 return
-            raise StorageError(
-                f"{self.url}/{root}{below}: it was there, and is gone while it is listed: list it again"
-            ) from error
+            raise StorageError(f"{self.url}/{root}{below}: it was there, and is gone while it is listed: list it again") from error
         for name, here in sorted(entries, key=lambda found: os.fsencode(found[0] + "/" * bool(found[1]))):
             if here is None or here in above:
                 yield below + name
@@ -274,9 +268,7 @@ class Folder:
         StorageAway if it does not answer.
         """
         if self.url.startswith("memory://"):
-            raise UserError(
-                f"storage {self.url} is in the memory of one process, and no other sees it: use a local folder"
-            )
+            raise UserError(f"storage {self.url} is in the memory of one process, and no other sees it: use a local folder")
         probe, data = f".probe-{uuid.uuid4().hex}", b"dis-scale write test\n"
         try:
             self.create(f"{probe}/1", data)  # false if its answer was lost and the retry found what it had written
@@ -397,9 +389,7 @@ def _options(url: str) -> dict[str, Any]:
 def _client(url: str) -> tuple[Any, str]:
     """Return the file system of a URL and the path there. UserError for `::`, of which fsspec makes a chain of file systems."""
     if "::" in url:
-        raise UserError(
-            f"storage {url}: got '::' in the path of a folder, and it separates two stores: rename the folder"
-        )
+        raise UserError(f"storage {url}: got '::' in the path of a folder, and it separates two stores: rename the folder")
     if url.startswith("hf://"):
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when its client is imported
     try:

@@ -53,9 +53,7 @@ class Lease:
     def require_held(self) -> None:
         """Held if another process has taken over; asked before each document that it would also write."""
         if not self.held():
-            raise Held(
-                f"{self.folder}: another process has taken over from this one (number {self.number}), which stops"
-            )
+            raise Held(f"{self.folder}: another process has taken over from this one (number {self.number}), which stops")
 
     def stop_requested(self) -> bool:
         """Whether another process has requested this one to stop, by `request_stop`, or has taken over."""
@@ -152,9 +150,7 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
     if not mine.create(folder, _name(lease.number)):
         first = Holder.find_intact(folder, _name(lease.number)) or Holder()
         if first.nonce != mine.nonce:  # otherwise it is ours: the answer was lost, and the retry found it
-            raise Held(
-                f"{folder}: process {first} took the lease first: one writer at a time", first.cluster, str(first)
-            )
+            raise Held(f"{folder}: process {first} took the lease first: one writer at a time", first.cluster, str(first))
     if taken_over:
         counts.add(counts.TAKEOVERS)
     ended = threading.Event()

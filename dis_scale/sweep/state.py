@@ -67,9 +67,7 @@ def classifiers(sweep: Sweep) -> list[tuple[str, str]]:
 def references_missing(sweep: Sweep) -> list[str]:
     """Return the names of the extractors under which the real images' statistics are still to be computed."""
     every = sweep.recipe.evaluate.extractors
-    return [
-        e.name for e in every if not sweep.references.exists(reference_file(sweep, e.name, weights_identity(sweep, e)))
-    ]
+    return [e.name for e in every if not sweep.references.exists(reference_file(sweep, e.name, weights_identity(sweep, e)))]
 
 
 def reference_parts_missing(sweep: Sweep, images: int) -> list[int]:
@@ -232,11 +230,7 @@ def last_device(run: Run) -> str | None:
 
 def require_device(sweep: Sweep, device: str, why: str) -> None:
     """UserError if one of the sweep's runs last trained on GPUs and the CPU is not named by the recipe."""
-    if (
-        sweep.recipe.device == "auto"
-        and device == "cpu"
-        and "cuda" in map(last_device, map(sweep.run, sweep.recipe.models))
-    ):
+    if sweep.recipe.device == "auto" and device == "cpu" and "cuda" in map(last_device, map(sweep.run, sweep.recipe.models)):
         raise UserError(
             f"{sweep}: last trained on GPUs, and would continue on the CPU ({why}): "
             "bring the GPUs back, or choose: --set device=cuda waits for them, --set device=cpu continues"
@@ -287,9 +281,7 @@ def training_over(sweep: Sweep) -> bool:
     return all(trained(sweep, model) or ended(sweep, model) for model in sweep.recipe.models)
 
 
-def ablations(
-    main: Evaluate, setting: str, values: Sequence[float], guide: Sampled | None = None
-) -> dict[str, Evaluate]:
+def ablations(main: Evaluate, setting: str, values: Sequence[float], guide: Sampled | None = None) -> dict[str, Evaluate]:
     """Return the main sampling settings with other values of one setting, by name: `vary/guidance-1.25`.
 
     With a `guide` the values are the scales of guidance by that model: `vary/guidance-by-dis-s-at-24000-1.25`.
@@ -322,9 +314,7 @@ def evaluated_ablations(sweep: Sweep, model: str, images_seen: int) -> list[Samp
 
 def evaluated_counts(sweep: Sweep, model: str, variant: str = MAIN) -> list[int]:
     """Return the image counts at which a model is evaluated, rising."""
-    return _existing(
-        _counts(sweep.evaluations(model)), lambda n: sweep.evaluation(Sampled(model, n, variant)).exists(Metrics.NAME)
-    )
+    return _existing(_counts(sweep.evaluations(model)), lambda n: sweep.evaluation(Sampled(model, n, variant)).exists(Metrics.NAME))
 
 
 def measured(sweep: Sweep, model: str) -> list[Sampled]:

@@ -182,9 +182,7 @@ class RunCopy:
             action(open_client(_existing(ids.uri)), ids.models[self.model] if self.model else ids.sweep)
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
             if not self.away:
-                log.warning(
-                    "MLflow cannot be reached, rows wait in storage: %s", redact(" ".join(str(error).split()))[:200]
-                )
+                log.warning("MLflow cannot be reached, rows wait in storage: %s", redact(" ".join(str(error).split()))[:200])
             self.away = True
             return False
         self.away = False

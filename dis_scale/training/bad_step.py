@@ -18,9 +18,7 @@ from dis_scale.sweep.documents import BadStepManifest
 from dis_scale.training.engine import WEIGHTS, Engine
 
 
-def dump_step(
-    run: Run, name: PointName, inputs: Sequence[Any], losses: Sequence[torch.Tensor], engine: Engine
-) -> Folder:
+def dump_step(run: Run, name: PointName, inputs: Sequence[Any], losses: Sequence[torch.Tensor], engine: Engine) -> Folder:
     """Write this rank's part of the step that ended at `name.images_seen`; rank 0 the manifest. Collective.
 
     `inputs` are those of this rank's forward passes, `losses` their mean losses. Returns the folder.

@@ -98,9 +98,7 @@ def _has_kernels(names: list[str], capability: tuple[int, int]) -> bool:
     """
     built = [match.groups() for name in names if (match := re.match(r"(sm|compute)_(\d+)", name))]
     versions = [(kind, divmod(int(version), 10)) for kind, version in built]
-    return any(
-        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions
-    )
+    return any(version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions)
 
 
 def nvidia_gpus(pci: Path = PCI) -> int:

@@ -180,9 +180,7 @@ def connect(device: torch.device, waits_s: float = 1800.0) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
 
 
-def start(
-    model: Backbone, settings: Train, device: torch.device, read: Read, adam_step: int, passes: int = 1
-) -> Engine:
+def start(model: Backbone, settings: Train, device: torch.device, read: Read, adam_step: int, passes: int = 1) -> Engine:
     """Shard `model`, which already holds the stored weights on rank 0, and fill all states through `read`.
 
     A step accumulates the gradients of `passes` forward passes.
@@ -243,9 +241,7 @@ def _config(settings: Train, parameters: int, passes: int) -> dict[str, Any]:
     size = bucket(parameters)
     zero = {"stage": settings.zero_stage, "overlap_comm": True, "reduce_bucket_size": size}
     if settings.zero_stage == 3:  # by default it keeps 10^9 parameters that it has gathered
-        zero |= {
-            f"stage3_{name}": size for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-        }
+        zero |= {f"stage3_{name}": size for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")}
     return {
         "train_micro_batch_size_per_gpu": 1,  # unused: the model's inputs are ours
         "gradient_accumulation_steps": passes,

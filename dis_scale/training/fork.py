@@ -26,9 +26,7 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     is left. UserError if it cannot be done; Held while a command runs the sweep, whose recipe would change under it.
     """
     with lease.hold(command_lease(sweep.folder)) as held:
-        return _fork(
-            Sweep.open(sweep.folder.url), model, images_seen, new, settings, held
-        )  # another may have forked meanwhile
+        return _fork(Sweep.open(sweep.folder.url), model, images_seen, new, settings, held)  # another may have forked meanwhile
 
 
 def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequence[str], held: Lease) -> Run:
@@ -92,9 +90,7 @@ def _no_point(run: Run, model: str, images_seen: int) -> UserError:
     )
 
 
-def _copy(
-    manifest: ResumePointManifest | PublishedManifest, source: Folder, target: Folder, model: str, held: Lease
-) -> None:
+def _copy(manifest: ResumePointManifest | PublishedManifest, source: Folder, target: Folder, model: str, held: Lease) -> None:
     """Copy files with their manifest, which is written last and names the new run's model."""
     for name in manifest.files:
         target.write(name, manifest.read_file(source, name))

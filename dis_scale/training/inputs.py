@@ -74,9 +74,7 @@ def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor |
     if not any(rates):
         return None
     keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None]
-    return (
-        torch.from_numpy(seeds.generator("drop path", *where).random((len(rates), n), dtype="float32")) < keep
-    ) / keep
+    return (torch.from_numpy(seeds.generator("drop path", *where).random((len(rates), n), dtype="float32")) < keep) / keep
 
 
 def _pinned(host_input: StepInput, device: torch.device) -> StepInput:

@@ -43,13 +43,7 @@ from dis_scale.training.memory import plan_passes
 from dis_scale.training.resume import Keep, ResumePoint, Saver
 from dis_scale.training.schedule import learning_rate
 from dis_scale.training.stop import StopAgreement
-from dis_scale.training.throughput import (
-    ThroughputMeter,
-    gpu_bytes,
-    machine_name,
-    peak_flops,
-    peak_memory_bytes,
-)
+from dis_scale.training.throughput import ThroughputMeter, gpu_bytes, machine_name, peak_flops, peak_memory_bytes
 from dis_scale.weights import ema, warm_start
 from dis_scale.weights.export import SamplingFacts, describe
 
@@ -205,9 +199,7 @@ def begin(attempt: Attempt) -> Training:
     rank, world = dist.get_rank(), dist.get_world_size()
     log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
     opened = open_training(attempt, _workers_on_this_node(world), log_rates)
-    saver = Saver(
-        attempt.run, attempt.number, rank, world, attempt.require_held, Keep.of_model(attempt.recipe, attempt.model)
-    )
+    saver = Saver(attempt.run, attempt.number, rank, world, attempt.require_held, Keep.of_model(attempt.recipe, attempt.model))
     spent = opened.earlier.spent if opened.earlier else None
     goodput = Goodput.begin(spent, attempt.start.requested_at, time.time(), world)
     records = RowWriter(attempt.run.log, attempt.number, writes=rank == 0)
@@ -305,12 +297,7 @@ def train_step(
 
 
 def _handle_bad_step(
-    attempt: Attempt,
-    state: Engine,
-    inputs: list[StepInput],
-    losses: list[torch.Tensor],
-    images_seen: int,
-    in_a_row: int,
+    attempt: Attempt, state: Engine, inputs: list[StepInput], losses: list[torch.Tensor], images_seen: int, in_a_row: int
 ) -> None:
     """Log a step whose gradient was not finite; after too many in a row, dump the last one and raise DisScaleError."""
     if dist.get_rank() == 0:

@@ -82,9 +82,7 @@ def most_images(cost: Cost, settings: Train, world: int, usable_bytes: float) ->
     return max(0, int((free - fixed) // image)) if free >= joined else 0
 
 
-def plan_passes(
-    model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0
-) -> PassPlan:
+def plan_passes(model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0) -> PassPlan:
     """Return the forward passes of a worker with a GPU of this many bytes, of which the fraction `shared` is evaluation's.
 
     As few as `lanes_at_once` allows; more if the states of their scans then fit, nothing is recomputed, and each keeps the GPU
@@ -103,9 +101,7 @@ def plan_passes(
     return PassPlan(fewest, keeps_states=False)
 
 
-def lanes_at_once(
-    model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0
-) -> int:
+def lanes_at_once(model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0) -> int:
     """Return how many lanes share a forward pass: as the recipe says, or as many as a GPU of `gpu_bytes` holds.
 
     None: a CPU, one lane. The fraction `shared` of the GPU is evaluation's. UserError if the GPU is too small, with settings that
@@ -125,9 +121,7 @@ def lanes_at_once(
         return wanted or fitting[-1]
     cures: list[Mapping[str, object]] = [{"micro_images": fitting[-1] * settings.lane_images}] if fitting else []
     for changes in CURES:
-        if need(1, settings.model_copy(update=changes)) <= usable and not (
-            settings.compile and changes.get("zero_stage") == 3
-        ):
+        if need(1, settings.model_copy(update=changes)) <= usable and not (settings.compile and changes.get("zero_stage") == 3):
             cures.append(changes)
     remedy = " and ".join(f"train.{name}={value}" for name, value in cures[0].items()) if cures else "more workers"
     raise UserError(

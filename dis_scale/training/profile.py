@@ -43,9 +43,7 @@ def one_share(recipe: Recipe, model: str) -> Recipe:
     return recipe.model_copy(update={"train": train.model_copy(update=part), "models": alone})
 
 
-def profile_training(
-    sweep: Sweep, model: str, steps: int, trace: Path | None, log: Callable[[str], None]
-) -> dict[str, float]:
+def profile_training(sweep: Sweep, model: str, steps: int, trace: Path | None, log: Callable[[str], None]) -> dict[str, float]:
     """Return the rates of `steps` timed steps; with `trace`, one more step goes into a Chrome trace.
 
     UserError for an unknown model, or a sweep without latents.

@@ -283,6 +283,4 @@ def _await_sidecar(folder: Folder, rank: int) -> Segments:
         if sidecar := Segments.find(folder, _sidecar(rank)):
             return sidecar
         time.sleep(0.05)
-    raise StorageError(
-        f"{folder}/{_sidecar(rank)}: not written within {SIDECAR_WAIT_S:.0f} s; this resume point stays incomplete"
-    )
+    raise StorageError(f"{folder}/{_sidecar(rank)}: not written within {SIDECAR_WAIT_S:.0f} s; this resume point stays incomplete")

@@ -23,9 +23,7 @@ def learning_rate(settings: Train, images_seen: int) -> float:
 
 def require_no_rise(recipe: Recipe, name: str, branch: Branch) -> None:
     """UserError if the rate of a branch begins above that of its trunk, which has decayed by then."""
-    own, trunks = (
-        learning_rate(train, branch.at) / train.learning_rate for train in map(recipe.train_of, (name, branch.of))
-    )
+    own, trunks = (learning_rate(train, branch.at) / train.learning_rate for train in map(recipe.train_of, (name, branch.of)))
     if own > trunks * 1.001:
         raise UserError(
             f"models.{name}.branch: at {branch.at} images the rate of {branch.of} has decayed to {trunks:.0%}, and this one would "

@@ -284,9 +284,7 @@ def mlflow(needs: Needs) -> Result:
         return Result(mlflow.require_usable(uri))
     except Exception as error:  # whatever MLflow raises
         why = " ".join(str(error).split())[:200]
-        raise DisScaleError(
-            f"{uri} does not answer: start it, or change tracking.uri; sweeps run without it ({why})"
-        ) from error
+        raise DisScaleError(f"{uri} does not answer: start it, or change tracking.uri; sweeps run without it ({why})") from error
 
 
 def extractors(needs: Needs) -> Result:

@@ -42,9 +42,7 @@ def find(sweep: Sweep) -> Removal:
     Held if the sweep or one of its stages runs, UserError if it is not where its recipe's name belongs.
     """
     if Sweep.below(sweep.store, sweep.recipe).folder != sweep.folder:
-        raise UserError(
-            f"{sweep} holds the sweep {sweep.recipe.name}, whose folder has another name: delete it by hand"
-        )
+        raise UserError(f"{sweep} holds the sweep {sweep.recipe.name}, whose folder has another name: delete it by hand")
     _require_stopped(sweep)
     unshared, kept = _unshared(sweep)
     tracking = TrackingIds.find_intact(sweep.folder)

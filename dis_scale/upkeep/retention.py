@@ -90,9 +90,7 @@ def find_unused(store: Folder, except_for: Folder | None = None) -> list[Unneede
     folders = [(kind, store / kind / name) for kind in used for name in store.folders(kind) if name not in used[kind]]
     sizes = in_order(folders, lambda each: each[1].sizes())
     found = zip(folders, sizes, strict=True)
-    return [
-        Unneeded(*each, of_one, partial(_require_unused, store, except_for, *each)) for each, of_one in found if of_one
-    ]
+    return [Unneeded(*each, of_one, partial(_require_unused, store, except_for, *each)) for each, of_one in found if of_one]
 
 
 def _require_unused(store: Folder, except_for: Folder | None, kind: str, folder: Folder) -> None:

@@ -158,21 +158,13 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
         if active[stage] and holding:
             wrong += _silent(sweep, stage, holding, progress, now)
     excluded = reader.read("the failures of nodes", lambda: state.excluded_nodes(sweep)) or []
-    known = [
-        f"{node}: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md" for node in excluded
-    ]
-    failed = [
-        f"{run.model}: ended: {run.ended}; the next sweep command trains it again"
-        for run in runs
-        if run.doing == "failed"
-    ]
+    known = [f"{node}: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md" for node in excluded]
+    failed = [f"{run.model}: ended: {run.ended}; the next sweep command trains it again" for run in runs if run.doing == "failed"]
     failed += [f"skipped: {each}: {why}" for each, why in skipped.items()]
     (known if commanded else wrong).extend(failed)
     wrong += [*_wrong(runs), *reader.damaged, *(record.getMessage() for record in warnings)]
     stage = f"{progress}, {_span(now - progress.at, ' ago')}" if progress and doing in STAGES else ""
-    return Status(
-        str(sweep), doing, stopped, _holder(held[0]) if commanded else "", stage, runs, len(left), wrong, known
-    )
+    return Status(str(sweep), doing, stopped, _holder(held[0]) if commanded else "", stage, runs, len(left), wrong, known)
 
 
 def _silent(sweep: Sweep, stage: str, holding: Holding, progress: StageProgress | None, now: float) -> list[str]:
@@ -227,11 +219,7 @@ def _run(reader: _Reader, model: str, since: float | None) -> tuple[RunStatus, l
     elif holding and holding.works(now):
         doing = "training" if quiet_s < QUIET_S else "silent"
     else:
-        before = (
-            since is not None
-            and holding is not None
-            and (holding.end is not None or (holding.holder.at or 0.0) < since)
-        )
+        before = since is not None and holding is not None and (holding.end is not None or (holding.holder.at or 0.0) < since)
         doing = "waiting" if holding is None or before else "stopped"
     seen = max(last.images if last else 0, point.images_seen if point else 0, *published, 0)
     rate = newest["images_per_s"].value if "images_per_s" in newest else None

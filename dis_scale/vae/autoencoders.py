@@ -55,9 +55,7 @@ class DiffusersVae(Vae):
     def identity(self) -> str:
         """sha256 over the weights and the settings that differ from diffusers' defaults, which grow with its releases."""
         defaults = _defaults(type(self.net))
-        config = {
-            k: v for k, v in sorted(self.net.config.items()) if k[0] != "_" and _plain(v) != _plain(defaults.get(k))
-        }
+        config = {k: v for k, v in sorted(self.net.config.items()) if k[0] != "_" and _plain(v) != _plain(defaults.get(k))}
         if (name := type(self.net).__name__) != "AutoencoderKL":  # whose latents were made when it was the only class
             config["_class_name"] = name
         total = hashlib.sha256(json.dumps(config, default=str).encode())
@@ -153,9 +151,7 @@ def new(settings: TrainedVae, resolution: int) -> "AutoencoderKL":
 
 def save(folder: Folder, net: "AutoencoderKL") -> None:
     """Write the autoencoder to storage in diffusers' layout."""
-    config = json.dumps(
-        {k: v for k, v in net.config.items() if not k.startswith("_")} | {"_class_name": "AutoencoderKL"}, indent=1
-    )
+    config = json.dumps({k: v for k, v in net.config.items() if not k.startswith("_")} | {"_class_name": "AutoencoderKL"}, indent=1)
     weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     Manifest(files={}).put(folder, {CONFIG: config.encode(), WEIGHTS_FILE: safetensors.torch.save(weights)})
 
@@ -216,6 +212,4 @@ def _from_path(settings: PretrainedVae, read: Callable[..., Any]) -> Any:
             raise StorageAway(f"vae.path: the hub does not give {settings.path!r}: {why}") from error
         first = " ".join(str(error).split())[:200]
         pipeline = "" if settings.subfolder else "; for a pipeline, set vae.subfolder: vae"
-        raise UserError(
-            f"vae.path: no autoencoder at {settings.path!r} (folder or hub id{pipeline}): {first}"
-        ) from error
+        raise UserError(f"vae.path: no autoencoder at {settings.path!r} (folder or hub id{pipeline}): {first}") from error

@@ -110,9 +110,7 @@ class ProgramVae(Vae):
         if not torch.equal(encoded, again):
             raise UserError(f"{path}: encode is random: return mean and log-variance, and set vae.posterior: true")
         if not torch.allclose(encoded[:1], alone, rtol=1e-3, atol=1e-3):
-            raise UserError(
-                f"{path}: encode of an image depends on the others in its batch: export it in evaluation mode"
-            )
+            raise UserError(f"{path}: encode of an image depends on the others in its batch: export it in evaluation mode")
         if encoded.ndim != 4:
             raise UserError(f"{path}: encode returns {tuple(encoded.shape)} for two images, expected {expected}")
         decoded = self._decode(encoded.chunk(halves, dim=1)[0])

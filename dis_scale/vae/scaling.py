@@ -32,9 +32,7 @@ class Scaling:
         deviations = np.sqrt(np.square(latents.std) + latents.posterior_variance)
         constant = deviations <= FLOAT16.smallest_subnormal + FLOAT16.eps / 2 * np.abs(latents.mean)
         if constant.any():
-            raise UserError(
-                f"data.normalise: channels {constant.nonzero()[0].tolist()} of the latents are constant: set it to vae"
-            )
+            raise UserError(f"data.normalise: channels {constant.nonzero()[0].tolist()} of the latents are constant: set it to vae")
         return cls(latents.mean, (1 / deviations).tolist())
 
     def is_close(self, other: "Scaling") -> bool:

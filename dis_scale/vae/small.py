@@ -74,8 +74,7 @@ def reconstruction_error(net: "AutoencoderKL", images: np.ndarray) -> float:
     """Return the mean squared error of decode(encode(x)) in [-1, 1]."""
     with torch.no_grad():
         errors = [
-            (net.decode(net.encode(x).latent_dist.mode()).sample - x).square().mean((1, 2, 3))
-            for x in to_unit(images).split(256)
+            (net.decode(net.encode(x).latent_dist.mode()).sample - x).square().mean((1, 2, 3)) for x in to_unit(images).split(256)
         ]
     return float(torch.cat(errors).mean())
 

@@ -52,9 +52,7 @@ def model_card(opened: OpenCheckpoint) -> str:
         else FILL_IN,
         "Licence": f"{FILL_IN} It depends on the images and on the autoencoder.",
     }
-    head = (
-        f"---\nlibrary_name: diffusers\nlicense: other  # to fill in\ntags: [diffusion, {model.settings.kind}]\n---\n"
-    )
+    head = f"---\nlibrary_name: diffusers\nlicense: other  # to fill in\ntags: [diffusion, {model.settings.kind}]\n---\n"
     return head + f"# {name}\n" + "".join(f"\n## {title}\n\n{text}\n" for title, text in parts.items())
 
 
@@ -89,9 +87,7 @@ def _metrics(sweep: Sweep, published: Sampled) -> str:
         metrics = state.evaluated(sweep, published.model, variant).get(published.images_seen)
         how = f"{settings.samples:,} samples, {settings}"
         lines += [f"| {name} | {value:.4g} | {how} |" for name, value in (metrics.values if metrics else {}).items()]
-    return (
-        "\n".join(["| metric | value | sampling |", "|---|--:|---|", *lines]) if lines else f"Not evaluated. {FILL_IN}"
-    )
+    return "\n".join(["| metric | value | sampling |", "|---|--:|---|", *lines]) if lines else f"Not evaluated. {FILL_IN}"
 
 
 def _price(sweep: Sweep, published: Sampled, cost: Cost, run: RunCost) -> str:

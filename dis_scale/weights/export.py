@@ -131,9 +131,7 @@ def trained_for(model: Backbone, facts: SamplingFacts | None) -> Gaussian | Flow
 def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:
     """Settings, shape and number of classes as plain data, the input of `from_description`; and the sampling facts, if known."""
     if model.as_ours() is not model:
-        raise UserError(
-            f"a public {type(model).__name__} is not described by settings of ours: sample from its own file"
-        )
+        raise UserError(f"a public {type(model).__name__} is not described by settings of ours: sample from its own file")
     sampling = {} if facts is None else {"sampling": TypeAdapter(SamplingFacts).dump_python(facts, mode="json")}
     return sampling | {"model": model.settings.sizes, "shape": list(model.shape), "num_classes": model.num_classes}
 
@@ -208,11 +206,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def save_pipeline(
-    folder: str | Path,
-    model: Backbone,
-    process: Gaussian | Flow,
-    vae: Vae | None = None,
-    guidance: Mapping[str, Any] | None = None,
+    folder: str | Path, model: Backbone, process: Gaussian | Flow, vae: Vae | None = None, guidance: Mapping[str, Any] | None = None
 ) -> None:
     """Write a diffusers folder: model_index.json, the backbone, and the VAE unless the model works on pixels.
 

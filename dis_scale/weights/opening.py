@@ -70,9 +70,7 @@ class OpenCheckpoint:
 
         UserError if the model cannot be guided by their scale.
         """
-        sampling = self.sampling.model_copy(
-            update={name: value for name, value in changes.items() if value is not None}
-        )
+        sampling = self.sampling.model_copy(update={name: value for name, value in changes.items() if value is not None})
         if self.guide_at is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")
         return sampling
@@ -119,9 +117,7 @@ def open_for_sampling(
             if process.kind == "flow"
             else f"gaussian process, {process.betas} betas, {process.steps} steps"
         )
-        notes.append(
-            f"assumed  {assumed}; latents by scale {decoder.scale} and shift {decoder.shift}: the file does not tell"
-        )
+        notes.append(f"assumed  {assumed}; latents by scale {decoder.scale} and shift {decoder.shift}: the file does not tell")
     sampling = Sampling(sampler="euler_maruyama" if process.kind == "flow" else "ddpm", steps=250)
     if sweep:
         sampling = sweep.recipe.evaluate.sampling
@@ -192,9 +188,7 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
     except RuntimeError as error:
         pictures, reason = None, str(error).strip().splitlines()[-1]
     if pictures is None or pictures.shape[3] != 3:
-        raise UserError(
-            f"--vae {vae_path} does not decode the model's latents, {channels} channels of {size} x {size}: {reason}"
-        )
+        raise UserError(f"--vae {vae_path} does not decode the model's latents, {channels} channels of {size} x {size}: {reason}")
 
 
 def labels_in_words(opened: OpenCheckpoint, words: str | Sequence[str]) -> list[int]:
@@ -206,13 +200,9 @@ def labels_in_words(opened: OpenCheckpoint, words: str | Sequence[str]) -> list[
         number = word.isdecimal() and len(word) < 10
         if not number and word not in names:
             known = f", or names: {some(list(names))}" if names else ", for example 1,7"
-            raise UserError(
-                f"--classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}"
-            )
+            raise UserError(f"--classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}")
         if number and word in names and names.index(word) != int(word):
-            raise UserError(
-                f"--classes: {word} is a label, and the name of label {names.index(word)}: rename the class"
-            )
+            raise UserError(f"--classes: {word} is a label, and the name of label {names.index(word)}: rename the class")
         labels.append(names.index(word) if word in names else int(word))
     return labels
 
@@ -243,9 +233,7 @@ def image_names(opened: OpenCheckpoint, labels: Sequence[int] | int) -> list[str
     return [names[label] if label < len(names) else str(label) for label in labels]
 
 
-def labels_of_all(
-    opened: OpenCheckpoint, how: Literal["balanced", "uniform"], count: int, seed: int
-) -> list[int] | int:
+def labels_of_all(opened: OpenCheckpoint, how: Literal["balanced", "uniform"], count: int, seed: int) -> list[int] | int:
     """Return labels for `count` samples: each class equally often, or independent of each other and equally likely.
 
     The count for a model without classes.

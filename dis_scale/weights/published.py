@@ -50,9 +50,7 @@ def _load(published: Folder, name: str) -> dict[str, torch.Tensor]:
         raise StorageError(f"{published}: not published (no {PublishedManifest.NAME})")
     stored = manifest.stored_file(name)
     if stored is None:
-        raise StorageError(
-            f"{published}: no average {name}: power-function averages are tracked if train.power_ema is set"
-        )
+        raise StorageError(f"{published}: no average {name}: power-function averages are tracked if train.power_ema is set")
     tensors: dict[str, torch.Tensor] = safetensors.torch.load(manifest.read_file(published, stored))
     return tensors
 

@@ -104,9 +104,7 @@ def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Fl
 def _require_prediction(theirs: Gaussian | Flow, ours: Gaussian | Flow, where: str) -> None:
     """UserError if both processes are flows, and the models predict different things."""
     if theirs.kind == ours.kind and theirs.prediction != ours.prediction:
-        raise UserError(
-            f"{where} predicts the {theirs.prediction}: set diffusion.predicts to it, got {ours.prediction}"
-        )
+        raise UserError(f"{where} predicts the {theirs.prediction}: set diffusion.predicts to it, got {ours.prediction}")
 
 
 def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
@@ -136,17 +134,13 @@ def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
     run = sweep.run(start.model)
     if start.images not in (counts := state.published_counts(run)):
         known = ", ".join(map(str, counts)) or "none"
-        raise UserError(
-            f"{where}.images: {start.model} of {sweep} has not published {start.images}, expected one of: {known}"
-        )
+        raise UserError(f"{where}.images: {start.model} of {sweep} has not published {start.images}, expected one of: {known}")
     its = sweep.recipe
     _require_prediction(its.diffusion, recipe.diffusion, f"{where}: {start.model} of {sweep}")
     notes = [] if its.diffusion == recipe.diffusion else ["warning: trained with another diffusion than this recipe's"]
     if its.data.source != recipe.data.source:
         notes.append("warning: trained on other images than this recipe's, whose classes may be others")
-    return StartWeights(
-        its.models[start.model], load_published(run, start.images), notes, SamplingFacts.of_sweep(sweep)
-    )
+    return StartWeights(its.models[start.model], load_published(run, start.images), notes, SamplingFacts.of_sweep(sweep))
 
 
 def fit(source: StartWeights, model: Backbone, where: str) -> StartWeights:
@@ -156,18 +150,12 @@ def fit(source: StartWeights, model: Backbone, where: str) -> StartWeights:
     weights. A table of another number of classes is the model's own. UserError for anything else that differs.
     """
     theirs, ours = source.settings.sizes, model.settings.sizes
-    for key in sorted(
-        (theirs.keys() | ours.keys()) - model.settings.only_initial, key=lambda key: (key != "kind", key)
-    ):
+    for key in sorted((theirs.keys() | ours.keys()) - model.settings.only_initial, key=lambda key: (key != "kind", key)):
         if theirs.get(key) != ours.get(key):
-            raise UserError(
-                f"{where}: its model has {key} {theirs.get(key)}, this one {ours.get(key)}: expected the same"
-            )
+            raise UserError(f"{where}: its model has {key} {theirs.get(key)}, this one {ours.get(key)}: expected the same")
     own, weights, notes = model.state_dict(), dict(source.weights), list(source.notes)
     if different := sorted(own.keys() ^ weights.keys()):
-        raise UserError(
-            f"{where}: only one of the two models has classes, or weights are missing: {', '.join(different[:3])}"
-        )
+        raise UserError(f"{where}: only one of the two models has classes, or weights are missing: {', '.join(different[:3])}")
     for name, weight in own.items():
         if weights[name].shape == weight.shape:
             continue

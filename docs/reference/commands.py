@@ -49,8 +49,7 @@ def page() -> str:
     """Return the page in Markdown."""
     codes = table(("exit code", "meaning"), ((str(number), words) for number, words in EXIT_CODES.items()))
     variables = table(
-        ("variable", "meaning"),
-        ((", ".join(map(code, names.split(", "))), words) for names, words in ENVIRONMENT.items()),
+        ("variable", "meaning"), ((", ".join(map(code, names.split(", "))), words) for names, words in ENVIRONMENT.items())
     )
     sections = [_section(name, command) for name, command in commands()]
     return "\n\n".join([INTRODUCTION, *sections, "## Exit codes", codes, "## Environment variables", variables])

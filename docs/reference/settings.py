@@ -135,12 +135,6 @@ def _type(value: dict[str, Any]) -> str:
 
 
 def _limits(value: dict[str, Any]) -> str:
-    signs = {
-        "minimum": ">=",
-        "exclusiveMinimum": ">",
-        "maximum": "<=",
-        "exclusiveMaximum": "<",
-        "multipleOf": "multiple of",
-    }
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<", "multipleOf": "multiple of"}
     limits = [f"{sign} {value[key]:g}" for key, sign in signs.items() if key in value]
     return f" {', '.join(limits)}" if limits else ""

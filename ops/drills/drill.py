@@ -168,10 +168,7 @@ class Drill:
         return int(json.loads(folder.read(str(newest)).splitlines()[0])["pid"])
 
     def _start(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        print(
-            f"  $ dis-scale {shlex.join(words)}".replace(str(self.root), "ROOT").replace(str(RECIPE), RECIPE.name),
-            flush=True,
-        )
+        print(f"  $ dis-scale {shlex.join(words)}".replace(str(self.root), "ROOT").replace(str(RECIPE), RECIPE.name), flush=True)
         log = self.root / f"output-{len(self._logs)}"
         variables = os.environ | {"COLUMNS": "250"} | self.environment | environment
         with log.open("wb") as out:

@@ -112,9 +112,7 @@ def pods_pending(drill: Drill) -> None:
     """A cluster that has a node for one of two workers. A sweep that waits can be stopped."""
     nodes = drill.cluster(cpus=2, options=[SLOT])
     stopped = drill.start()
-    drill.until_logged(
-        stopped, "waiting for capacity for 2 workers.*; the nodes hold 1 of them, so they wait until one joins"
-    )
+    drill.until_logged(stopped, "waiting for capacity for 2 workers.*; the nodes hold 1 of them, so they wait until one joins")
     drill.dis_scale("stop", str(drill.sweep))
     drill.expect(f"stop requested: process {stopped.pid} on ")
     drill.wait(stopped, STOPPED)

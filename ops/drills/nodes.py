@@ -51,9 +51,7 @@ class RayNodes:
         self._start([*place, f"--temp-dir={self.folder}", *options], cpus, ip, within, **environment)
         self._await_jobs()
 
-    def node(
-        self, cpus: int, ip: str = "", within: Sequence[str] = (), options: Sequence[str] = (), **environment: str
-    ) -> Node:
+    def node(self, cpus: int, ip: str = "", within: Sequence[str] = (), options: Sequence[str] = (), **environment: str) -> Node:
         """Start one more node, through the command `within`, with further options of `ray start`."""
         ip = ip or self.address.partition(":")[0]
         return self._start([f"--address={self.address}", *options], cpus, ip, within, **environment)
@@ -73,9 +71,7 @@ class RayNodes:
     def cluster(self) -> Cluster:
         """Return the cluster for jobs that are submitted one by one."""
         client = JobSubmissionClient(self.url)
-        return Cluster(
-            client, {}, self.url, ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id=self.folder
-        )
+        return Cluster(client, {}, self.url, ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id=self.folder)
 
     def log_of(self, node: Node) -> str:
         return (Path(self.folder) / f"node-{self.nodes.index(node)}.log").read_text()
@@ -83,10 +79,7 @@ class RayNodes:
     def alive(self, within: Sequence[str] = ()) -> set[str]:
         """Return the ids of the nodes that are up, by Ray's own list, asked on the head's machine."""
         listed = subprocess.run(
-            [*within, sys.executable, "-c", LIST, self.address],
-            env=os.environ | ENVIRONMENT,
-            capture_output=True,
-            check=True,
+            [*within, sys.executable, "-c", LIST, self.address], env=os.environ | ENVIRONMENT, capture_output=True, check=True
         )
         return {node["NodeID"] for node in json.loads(listed.stdout.splitlines()[-1]) if node["Alive"]}
 

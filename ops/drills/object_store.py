@@ -115,8 +115,7 @@ class ObjectStore:
         """Return how a daemon ended that should run, with the end of its log; nothing if all run."""
         ends = [(name, code) for name, x in self._daemons.items() if (code := x.poll()) is not None]
         return "; ".join(
-            f"{name} ended with {code}: {(self.folder / f'{name}.out').read_text(errors='replace')[-2000:]}"
-            for name, code in ends
+            f"{name} ended with {code}: {(self.folder / f'{name}.out').read_text(errors='replace')[-2000:]}" for name, code in ends
         )
 
     def _until_it_serves(self, begin: Callable[[], None], tries: int = 4) -> None:

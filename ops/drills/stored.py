@@ -9,21 +9,7 @@ from pathlib import Path
 
 from dis_scale.sweep import RECIPE as STORED_RECIPE
 from dis_scale.sweep import state
-from ops.drills.drill import (
-    AWAY,
-    DONE,
-    FAILED,
-    MISTAKE,
-    MODEL,
-    STOPPED,
-    Drill,
-    Missing,
-    copy_tree,
-    held,
-    local,
-    require,
-    slowed,
-)
+from ops.drills.drill import AWAY, DONE, FAILED, MISTAKE, MODEL, STOPPED, Drill, Missing, copy_tree, held, local, require, slowed
 
 SMALL_DISK = "48m"
 """Size of the disk that fills up: what is prepared takes a third of it."""

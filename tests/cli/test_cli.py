@@ -220,11 +220,7 @@ def test_an_operators_commands_need_no_pytorch(elsewhere: Sweep) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=running.EMBEDDED.parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", program], cwd=running.EMBEDDED.parents[1], env=environment, capture_output=True, text=True
     )
     assert re.findall(r"^(\w+ \d)$", done.stdout, re.MULTILINE) == [
         "status 0", "stop 2", "fork 2", "report 2", "sample 2",
@@ -294,9 +290,7 @@ def test_each_result_is_available_as_json() -> None:
     """A sweep logs JSON lines instead (DIS_SCALE_LOG), and a schema is JSON."""
     commands = dict(leaves(typer.main.get_command(cli.app)))
     assert len(commands) > 25
-    without = {
-        name for name, command in commands.items() if "--json" not in {o for p in command.params for o in p.opts}
-    }
+    without = {name for name, command in commands.items() if "--json" not in {o for p in command.params for o in p.opts}}
     assert without == {"sweep", "resume", "recipe schema"}
 
 
@@ -318,15 +312,9 @@ def test_a_shell_gets_its_completion_script(monkeypatch: pytest.MonkeyPatch, she
 
 @pytest.mark.parametrize(
     ("typed", "completed"),
-    [
-        ("pl", "plan"),
-        ("plan --preempt", "--preemptions-per-day"),
-        ("plan imagenet512_", "imagenet512_diffussm imagenet512_dit"),
-    ],
+    [("pl", "plan"), ("plan --preempt", "--preemptions-per-day"), ("plan imagenet512_", "imagenet512_diffussm imagenet512_dit")],
 )
-def test_commands_options_and_shipped_recipes_are_completed(
-    monkeypatch: pytest.MonkeyPatch, typed: str, completed: str
-) -> None:
+def test_commands_options_and_shipped_recipes_are_completed(monkeypatch: pytest.MonkeyPatch, typed: str, completed: str) -> None:
     monkeypatch.setenv("_DIS_SCALE_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"dis-scale {typed}")
     monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))

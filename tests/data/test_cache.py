@@ -66,9 +66,7 @@ def test_a_process_checks_a_file_once_and_its_replacement_again(tmp_path: Path) 
     wrong, changed_ns = SHARDS[1][:-1] + b"x", file.stat().st_mtime_ns
     file.write_bytes(wrong)
     os.utime(file, ns=(changed_ns, changed_ns))
-    assert bytes(storage.get(cache, 1)) == wrong, (
-        "the same inode, and no change that its time tells: it is not read again"
-    )
+    assert bytes(storage.get(cache, 1)) == wrong, "the same inode, and no change that its time tells: it is not read again"
     os.utime(file, ns=(changed_ns, changed_ns + 1))  # as a new file that got the number of the old one
     assert bytes(storage.get(cache, 1)) == SHARDS[1]
     file.with_suffix(".new").write_bytes(wrong)

@@ -30,9 +30,7 @@ def test_a_class_without_images_is_named(folders: Path) -> None:
     assert "class folders without images, which are classes (d)" in str(opened.left_out)
 
 
-def test_a_class_that_vanishes_while_it_is_listed_is_no_empty_one(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_vanishes_while_it_is_listed_is_no_empty_one(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: scan(f"{path}-gone" if str(path).endswith("/b") else path))
     with pytest.raises(StorageError, match="/b/: it was there, and is gone while it is listed: list it again"):

@@ -64,14 +64,7 @@ def in_shards(latents: Folder) -> Counter[tuple[int, int]]:
 def folders(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
     numbers = itertools.count()
     labels = dict[int, int]()
-    names = [
-        "a/{}.png",
-        "a/deep/{}.PNG",
-        "b.part-1/{}.part-0.png",
-        "linked/{}.webp.png",
-        "\u00e9 *[x]/{}.jfif",
-        "z/{}.ppm",
-    ]
+    names = ["a/{}.png", "a/deep/{}.PNG", "b.part-1/{}.part-0.png", "linked/{}.webp.png", "\u00e9 *[x]/{}.jfif", "z/{}.ppm"]
     for label, name in enumerate(names):
         for number in itertools.islice(numbers, 20):
             root.write(f"images/{name}".format(number).replace("images/linked", "elsewhere"), picture(number))
@@ -183,9 +176,7 @@ def test_what_tars_have_twice_or_from_a_mac_or_that_is_beside_them_is_left_out(t
                        cwd=tmp_path / "first", check=True)  # fmt: skip
     root = open_folder(tmp_path / "set")
     root.write("part-a.tar", (tmp_path / "part-a.tar").read_bytes())
-    root.write(
-        "part-b.tar", tar({"4.png": picture(4), "4.cls": b"0", "__MACOSX/4.png": b"x", ".git/5.png": picture(5)})
-    )
+    root.write("part-b.tar", tar({"4.png": picture(4), "4.cls": b"0", "__MACOSX/4.png": b"x", ".git/5.png": picture(5)}))
     for name in ("deep/part-c.tar", "notes", ".DS_Store", "other.tar"):
         root.write(name, b"")
     source = {"kind": "tar", "url": root.url, "files": "part-*.tar"}
@@ -239,10 +230,7 @@ def test_a_member_of_a_tar_that_is_no_file_is_counted(kind: bytes, tmp_path: Pat
             member.type = type_
             out.addfile(member)
     source = open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, 1))
-    assert (list(source.names), source.left_out) == (
-        ["a.tar/1.png"],
-        "1 members of tars that are no files (a.tar/2.png)",
-    )
+    assert (list(source.names), source.left_out) == (["a.tar/1.png"], "1 members of tars that are no files (a.tar/2.png)")
 
 
 def test_a_huge_json_that_is_no_label_is_counted(tmp_path: Path) -> None:
@@ -279,14 +267,10 @@ def test_capitals_in_an_ending_mean_nothing(image: str | None, tmp_path: Path) -
     assert list(open_source(data(source)).labels) == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("pack", "program"), [(gzip.compress, "gunzip"), (bz2.compress, "bunzip2"), (lzma.compress, "unxz")]
-)
+@pytest.mark.parametrize(("pack", "program"), [(gzip.compress, "gunzip"), (bz2.compress, "bunzip2"), (lzma.compress, "unxz")])
 def test_a_compressed_tar_is_named_by_its_bytes(pack: Callable[[bytes], bytes], program: str, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(pack(tar({"1.png": picture(1), "1.cls": b"0"})))
-    with pytest.raises(
-        StorageError, match=rf"a.tar: it is compressed, and images are read by byte range: {program} it"
-    ):
+    with pytest.raises(StorageError, match=rf"a.tar: it is compressed, and images are read by byte range: {program} it"):
         open_source(data({"kind": "tar", "url": str(tmp_path)}))
 
 
@@ -304,9 +288,7 @@ def test_two_sets_with_the_same_keys_in_one_tar_are_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("again", ["1.png", "./1.png"])
-def test_a_file_that_a_large_tar_has_twice_is_refused(
-    again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_a_large_tar_has_twice_is_refused(again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its members are not kept: there may be ten million."""
     monkeypatch.setattr("dis_scale.data.tars.LARGE_BYTES", 1)
     once = {"1.png": picture(1), "1.cls": b"0"}
@@ -410,9 +392,7 @@ def test_a_tar_that_ends_before_its_file_is_refused(what: str, tmp_path: Path) -
         open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, "none"))
 
 
-@pytest.mark.parametrize(
-    "form", [["gnu"], ["posix", "--sparse-version=0.0"], ["posix", "--sparse-version=0.1"], ["posix"]]
-)
+@pytest.mark.parametrize("form", [["gnu"], ["posix", "--sparse-version=0.0"], ["posix", "--sparse-version=0.1"], ["posix"]])
 def test_a_sparse_member_of_a_tar_is_refused(form: list[str], tmp_path: Path) -> None:
     """Its bytes are no range of the file, and the map of its holes may be as long as the file."""
     with (tmp_path / "a.png").open("wb") as file:
@@ -436,9 +416,7 @@ def test_a_file_that_is_written_again_after_it_was_listed_is_refused(store_url: 
         (root / kind).write(f"a.{kind}", file(range(40)))
         open_source(recipe, store).pixels(0, 8)
         (root / kind).write(f"a.{kind}", file(reversed(range(40))))
-        with pytest.raises(
-            StorageError, match=rf"a.{kind}: it was written again after it was listed .*data.source.version"
-        ):
+        with pytest.raises(StorageError, match=rf"a.{kind}: it was written again after it was listed .*data.source.version"):
             open_source(recipe, store).pixels(0, 8)
 
 
@@ -480,9 +458,7 @@ def test_a_line_of_a_csv_with_more_fields_than_its_header_is_refused(line: str, 
     """`maillot` and `maillot, tank suit` are two classes of ImageNet."""
     (tmp_path / "0.png").write_bytes(picture(0))
     (tmp_path / "a.csv").write_text(f"path,label\n{line}\n")
-    with pytest.raises(
-        UserError, match=r"a.csv: line 2: expected a path and a label, in quotes if it has a comma, got"
-    ):
+    with pytest.raises(UserError, match=r"a.csv: line 2: expected a path and a label, in quotes if it has a comma, got"):
         open_source(data({"kind": "csv", "url": f"{tmp_path}/a.csv"}))
     (tmp_path / "a.csv").write_text("path,label,label\n0.png,0,1\n")
     with pytest.raises(UserError, match=r"a.csv: its header names 'label' twice"):
@@ -510,10 +486,7 @@ class WebServer(SimpleHTTPRequestHandler):
     """Serves a folder with its files' times, by range."""
 
     def do_GET(self) -> None:
-        data, (first, last) = (
-            Path(self.translate_path(self.path)).read_bytes(),
-            re.findall(r"\d+", self.headers["Range"]),
-        )
+        data, (first, last) = (Path(self.translate_path(self.path)).read_bytes(), re.findall(r"\d+", self.headers["Range"]))
         part = data[int(first) : int(last) + 1]
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
@@ -554,9 +527,7 @@ def test_a_file_whose_server_states_no_version_is_refused(tmp_path: Path) -> Non
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(NoTimeServer, directory=str(tmp_path))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/a.tar"
-        with pytest.raises(
-            UserError, match=r"a.tar: its server states neither a time nor an ETag, .*: copy it to a disk"
-        ):
+        with pytest.raises(UserError, match=r"a.tar: its server states neither a time nor an ETag, .*: copy it to a disk"):
             open_source(data({"kind": "tar", "url": url}))
         server.shutdown()
 
@@ -593,9 +564,7 @@ def test_hidden_files_of_a_mac_are_no_tars_and_a_link_that_leads_nowhere_is_name
         (["cat", "dog"], ""),
     ],
 )
-def test_classes_of_a_tar_are_its_innermost_folders_unless_others_may_be(
-    folders: list[str], one: str, tmp_path: Path
-) -> None:
+def test_classes_of_a_tar_are_its_innermost_folders_unless_others_may_be(folders: list[str], one: str, tmp_path: Path) -> None:
     """Cats and dogs of 2019 are no class; parts that differ in numbers only hold the same ones. Each has its own tar."""
     for number, folder in enumerate(folders):
         (tmp_path / f"{number}.tar").write_bytes(tar({f"{folder}/{number}.png": picture(1)}))
@@ -630,9 +599,7 @@ def test_all_missing_files_of_a_csv_are_named_at_once_or_skipped(tmp_path: Path)
     lines = [f"{number}.png,0" for number in range(7)]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label", *lines, "gone/x.png,1"]))
     source = {"kind": "csv", "url": f"{tmp_path}/labels.csv"}
-    with pytest.raises(
-        UserError, match=r"3 of its images are not there: 5.png \(line 7\), 6.png \(line 8\), gone/x.png"
-    ):
+    with pytest.raises(UserError, match=r"3 of its images are not there: 5.png \(line 7\), 6.png \(line 8\), gone/x.png"):
         open_source(data(source))
     skipping = open_source(data(source, undecodable="skip"))
     decoded = skipping.decoded(range(8), 8)
@@ -660,9 +627,7 @@ def test_two_colons_in_a_path_are_refused(tmp_path: Path) -> None:
             open_source(data({"kind": kind, "url": url}, 1))
 
 
-def test_a_relative_folder_is_another_source_in_another_project(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_folder_is_another_source_in_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = []
     for project in ("a", "b"):
         (tmp_path / project).mkdir()

@@ -76,14 +76,7 @@ def test_rotation_by_exif_is_applied(orientation: int, where: tuple[int, int]) -
 def with_chunk(kind: bytes, content: bytes) -> bytes:
     """Return a PNG with a chunk of metadata before its pixels."""
     png = saved(Image.new("RGB", (16, 8), "red"), "PNG")
-    return (
-        png[:33]
-        + struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-        + png[33:]
-    )
+    return png[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)) + png[33:]
 
 
 ORIENTED = struct.pack("<HHII", 0x112, 3, 1, 6)
@@ -96,12 +89,7 @@ ORIENTED = struct.pack("<HHII", 0x112, 3, 1, 6)
         (with_chunk(b"eXIf", b"II*\0"), False),
         (with_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n  10\nzzzz"), False),
         (with_chunk(b"eXIf", b"II*\0\x08\0\0\0\x01\0" + ORIENTED + bytes(4)), True),
-        (
-            with_chunk(
-                b"eXIf", b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHI4s", 0x11A, 2, 4, b"abc") + ORIENTED + bytes(4)
-            ),
-            True,
-        ),
+        (with_chunk(b"eXIf", b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHI4s", 0x11A, 2, 4, b"abc") + ORIENTED + bytes(4)), True),
     ],
     ids=["garbage", "cut", "no digits", "good", "a resolution in letters"],
 )
@@ -131,9 +119,7 @@ def test_crop_and_resize_equal_the_public_code(shape: tuple[int, int]) -> None:
 def test_a_square_is_cut_out_before_resizing() -> None:
     image = noise(100, 70)
     np.testing.assert_array_equal(square(image, 16, (5, 31, 60)), center_crop_arr(image.crop((5, 31, 65, 91)), 16))
-    with pytest.raises(
-        UndecodableImage, match=r"image x cannot .*70 x 100 pixels, and data.crop \[11, 31, 60\] needs more"
-    ):
+    with pytest.raises(UndecodableImage, match=r"image x cannot .*70 x 100 pixels, and data.crop \[11, 31, 60\] needs more"):
         decode(saved(image, "PNG"), "x", 16, (11, 31, 60))
 
 
@@ -161,10 +147,7 @@ def bomb() -> bytes:
         (saved(noise(64, 64), "PNG")[:6000], "truncated|unexpected end"),
         (saved(noise(64, 64), "JPEG")[:1500], "truncated"),
         (bomb(), "exceeds limit of .* pixels, could be decompression bomb"),
-        (
-            saved(Image.fromarray(np.eye(8, dtype=np.float32)), "TIFF"),
-            r"mode F\) have no range that defines white",
-        ),
+        (saved(Image.fromarray(np.eye(8, dtype=np.float32)), "TIFF"), r"mode F\) have no range that defines white"),
     ],
     ids=["empty", "words", "broken", "cut PNG", "cut JPEG", "bomb", "floats"],
 )

@@ -38,9 +38,7 @@ def test_a_shard_has_the_bytes_of_webdatasets_writer(count: int) -> None:
     """Also with names of several blocks, and of other characters than ASCII."""
     import webdataset as wds
 
-    made = [
-        dataclasses.replace(sample, name="n/ü\n" * 90 * n, position=977**n) for n, sample in enumerate(samples(0, 4))
-    ]
+    made = [dataclasses.replace(sample, name="n/ü\n" * 90 * n, position=977**n) for n, sample in enumerate(samples(0, 4))]
     made = (made * 6)[:count]
     file = io.BytesIO()
     with wds.TarWriter(file, mtime=0, user="dis-scale", group="dis-scale", mode=0o444) as writer:
@@ -55,9 +53,7 @@ def test_the_sums_of_a_shard_are_those_of_numpy(posterior: bool, tmp_path: Path)
     """To the last bit: the deviation of a set is part of what its runs are trained on."""
     rng = np.random.default_rng(0)
     moments = rng.standard_normal((5, 2, 4 * (1 + posterior), 6, 6)).astype(np.float16)
-    shards.put_shard(
-        open_folder(tmp_path), 0, [Sample(n, "", 0, each, posterior) for n, each in enumerate(moments)], []
-    )
+    shards.put_shard(open_folder(tmp_path), 0, [Sample(n, "", 0, each, posterior) for n, each in enumerate(moments)], [])
     sums = ShardSidecar.read(open_folder(tmp_path), "000000.json").sums
     means, log_variances = (moments[:, 0, half].astype(np.float64) for half in (np.s_[:4], np.s_[4:]))
     assert sums.count == 5 * 36
@@ -90,9 +86,7 @@ PAUSED = threading.Semaphore(0)
 TURNS = {name: threading.Semaphore(0) for name in ("first", "second")}
 
 
-@pytest.mark.parametrize(
-    "order", list(itertools.product(TURNS, repeat=6)), ids=lambda order: "".join(name[0] for name in order)
-)
+@pytest.mark.parametrize("order", list(itertools.product(TURNS, repeat=6)), ids=lambda order: "".join(name[0] for name in order))
 def test_two_encoders_of_a_shard_leave_one_of_their_bytes(order: tuple[str, ...], tmp_path: Path) -> None:
     """A lost encoder may still work, and its device may compute other bytes. In each order of their requests."""
     data = dict(zip(TURNS, (samples(0, 2), samples(2, 2)), strict=True))
@@ -239,9 +233,7 @@ def test_latents_are_posterior_samples_shifted_and_scaled(tmp_path: Path) -> Non
     shards.put_shard(open_folder(tmp_path), 0, [one], [])
     facts = made_from("v", (2, 3), scale=0.5, shift=0.25, num_classes=CLASSES)
     shards.write_manifest(open_folder(tmp_path), range(1), facts)
-    batch = micro_batch(
-        Latents(open_folder(tmp_path), 0), 0, 0, batch=4000, lanes=1, seed=0, flip=False, label_dropout=0.25
-    )
+    batch = micro_batch(Latents(open_folder(tmp_path), 0), 0, 0, batch=4000, lanes=1, seed=0, flip=False, label_dropout=0.25)
     mean, log_variance = one.moments[0, :2].astype(np.float64), one.moments[0, 2:].astype(np.float64)
     deviation = 0.5 * np.exp(0.5 * log_variance)
     # Five standard errors of a mean of 4,000 samples.

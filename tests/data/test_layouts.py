@@ -202,9 +202,7 @@ def test_the_folder_of_repas_latents_itself_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mirror", ["false", "true"])
-def test_safetensors_have_mirror_images_if_the_recipe_uses_them(
-    dtype: torch.dtype, mirror: str, tmp_path: Path
-) -> None:
+def test_safetensors_have_mirror_images_if_the_recipe_uses_them(dtype: torch.dtype, mirror: str, tmp_path: Path) -> None:
     vae = exported(tmp_path / "vae", posterior=False, **SCALE).model_dump_json(exclude_none=True)
     original = make_latents(sweep_of(tmp_path / "root", vae))
     folder = tmp_path / "given"
@@ -218,16 +216,12 @@ def test_safetensors_have_mirror_images_if_the_recipe_uses_them(
             tensors["latents_flip"] = flip
             image = torch.stack([image, flip], 1)
         safetensors.torch.save_file(tensors, folder / f"latents_rank00_shard{number:03d}.safetensors", {"format": "pt"})
-        rows += [
-            each.half().numpy().tobytes() + bytes([y]) for each, y in zip(image, shard.labels.tolist(), strict=True)
-        ]
+        rows += [each.half().numpy().tobytes() + bytes([y]) for each, y in zip(image, shard.labels.tolist(), strict=True)]
     back = make_latents(given(tmp_path / "root", vae, "safetensors", folder, f"data.mirror={mirror}"))
     read = [shards.unpack(back.read(e.name), e.name) for e in LatentsManifest.require(back).shards]
     sides = 1 + (mirror == "true")
     assert {shard.moments.shape[1:] for shard in read} == {(sides, 12, 16, 16)}
-    got = [
-        m.tobytes() + bytes([y]) for shard in read for m, y in zip(shard.moments, shard.labels.tolist(), strict=True)
-    ]
+    got = [m.tobytes() + bytes([y]) for shard in read for m, y in zip(shard.moments, shard.labels.tolist(), strict=True)]
     assert sorted(got) == sorted(rows)
     if mirror == "false":
         with pytest.raises(UserError, match=r"no tensor 'latents_flip'.*set data.mirror: false"):
@@ -365,22 +359,17 @@ def test_classes_that_do_not_fit_are_refused(
         make_latents(given(tmp_path / "root", vae, "edm2", out))
 
 
-def test_what_is_beside_latents_is_counted_and_unlabelled_ones_need_no_classes(
-    encoded: tuple[str, Folder], tmp_path: Path
-) -> None:
+def test_what_is_beside_latents_is_counted_and_unlabelled_ones_need_no_classes(encoded: tuple[str, Folder], tmp_path: Path) -> None:
     vae, latents = encoded
     out = export(latents, "edm2", tmp_path / "out")
     (out / "readme.txt").write_text("hello")
     (out / "00000/._img-mean-std-00000000.npy").write_text("of macOS")
     (out / "dataset.json").unlink()
     with pytest.raises(
-        UserError,
-        match=r"no classes in .*dataset.json, which is beside the folder 00000; for latents without .*num_classes: none",
+        UserError, match=r"no classes in .*dataset.json, which is beside the folder 00000; for latents without .*num_classes: none"
     ):
         make_latents(given(tmp_path / "root", vae, "edm2", out))
-    unlabelled = given(
-        tmp_path / "root", vae, "edm2", out, "data.num_classes=none", "evaluate.guidance=1", "evaluate.variants={}"
-    )
+    unlabelled = given(tmp_path / "root", vae, "edm2", out, "data.num_classes=none", "evaluate.guidance=1", "evaluate.variants={}")
     manifest = LatentsManifest.require(make_latents(unlabelled))
     assert manifest.count == IMAGES
     assert manifest.labels == {"0": IMAGES}
@@ -397,16 +386,8 @@ def scaled(out: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
         (lambda z: z * np.float32(0.3), [], "deviation 0.19 after the scale of vae, .* are they scaled already"),
         (lambda z: z[:, ::2, ::2], [], r"latents are \(1, 24, 8, 8\), and vae makes \(1, 24, 16, 16\)"),
         (lambda z: np.concatenate([z[:12] + 20, z[12:]]), [], "-[0-9]+% explained .* expected over 0%"),
-        (
-            lambda z: np.concatenate([z[:12], z[12:] * 50]),
-            [],
-            "the variances of its latents are .* those that vae gives",
-        ),
-        (
-            lambda z: np.concatenate([z[:12], np.ones_like(z[12:])]),
-            [],
-            "is the second half deviations or log-variances",
-        ),
+        (lambda z: np.concatenate([z[:12], z[12:] * 50]), [], "the variances of its latents are .* those that vae gives"),
+        (lambda z: np.concatenate([z[:12], np.ones_like(z[12:])]), [], "is the second half deviations or log-variances"),
         (lambda z: z * np.nan, ["data.undecodable=skip"], "none of 64 latents can be read"),
     ],
 )
@@ -456,10 +437,7 @@ def test_a_compressed_zip_and_a_damaged_one_are_refused(encoded: tuple[str, Fold
 
 @pytest.mark.parametrize(
     ("hole", "why"),
-    [
-        (range(400, 600), "its bytes are not those of the zip's CRC: it is damaged"),
-        (range(20), "its header in the zip is damaged"),
-    ],
+    [(range(400, 600), "its bytes are not those of the zip's CRC: it is damaged"), (range(20), "its header in the zip is damaged")],
     ids=["values", "header"],
 )
 def test_a_damaged_latent_of_a_zip_is_named(hole: range, why: str, tmp_path: Path) -> None:

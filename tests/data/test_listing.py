@@ -24,9 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def entries(count: int) -> Iterator[Entry]:
-    return (
-        Entry(f"n{i % 997:08d}/n{i % 997:08d}_{i}.JPEG", i % 1000, f"{i // 1000}.tar", (i, 2 * i)) for i in range(count)
-    )
+    return (Entry(f"n{i % 997:08d}/n{i % 997:08d}_{i}.JPEG", i % 1000, f"{i // 1000}.tar", (i, 2 * i)) for i in range(count))
 
 
 def test_entries_are_read_by_position_across_parts() -> None:
@@ -52,13 +50,7 @@ def test_the_hash_is_of_content_and_order() -> None:
     one, two = list(entries(2))
     assert sha([one, two]) == sha([one, two])
     assert (
-        len(
-            {
-                sha(x)
-                for x in ([one, two], [two, one], [one], [one._replace(label=3), two], [one._replace(version="2"), two])
-            }
-        )
-        == 5
+        len({sha(x) for x in ([one, two], [two, one], [one], [one._replace(label=3), two], [one._replace(version="2"), two])}) == 5
     )
 
 
@@ -67,9 +59,7 @@ def list_many(where: str, count: int, part: int, mixed: bool) -> None:
     listing.PART = part
     reports: list[int] = []
     before = peak_bytes()
-    made = listing.stored(
-        open_folder(where), "many", lambda: Contents(entries(count), mixed=mixed), lambda _: None, reports.append
-    )
+    made = listing.stored(open_folder(where), "many", lambda: Contents(entries(count), mixed=mixed), lambda _: None, reports.append)
     ends = [0, count - 1]
     expected = permutation(count)[ends].tolist() if mixed else ends
     assert [made[i].location[0] for i in ends] == expected

@@ -47,9 +47,7 @@ def test_images_are_shown_above_what_the_latents_hold_of_them(tmp_path: Path) ->
     """Latents of pixels hold the images themselves, so another image's would be another picture."""
     sweep, _ = photos(open_folder(tmp_path) / "store", tmp_path / "images", how="{kind: none}")
     code, output = run("show", sweep.folder.url, "--out", str(tmp_path / "latents.png"))
-    (decibels,) = re.findall(
-        r"^error    PSNR (\S+) dB; the mean of a colour is off by 0.0 of 255", output, re.MULTILINE
-    )
+    (decibels,) = re.findall(r"^error    PSNR (\S+) dB; the mean of a colour is off by 0.0 of 255", output, re.MULTILINE)
     assert (code, float(decibels) > 45) == (0, True), "float16"
     shown = Image.open(tmp_path / "latents.png")
     rows = np.asarray(shown).astype(int).reshape(3, 16 + 2 * 64, 640, 3)[:, 16:].reshape(3, 2, 64, 640, 3)
@@ -144,9 +142,7 @@ def with_another_order(latents: Folder) -> None:
     ],
     ids=["order", "hardware"],
 )
-def test_a_set_that_was_made_otherwise_is_not_repaired(
-    tmp_path: Path, change: Callable[[Folder], None], words: str
-) -> None:
+def test_a_set_that_was_made_otherwise_is_not_repaired(tmp_path: Path, change: Callable[[Folder], None], words: str) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     change(latents)
     latents.write("000000.tar", b"damaged")
@@ -182,10 +178,7 @@ def test_show_describes_a_set_and_its_images(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "grid.png").size == (10 * 64, 3 * 16 + 6 * 64)
 
     code, output = run("show", latents.url)
-    assert (code, output.splitlines()[-1]) == (
-        0,
-        "grid     none: to decode images, give the sweep's folder or --vae",
-    )
+    assert (code, output.splitlines()[-1]) == (0, "grid     none: to decode images, give the sweep's folder or --vae")
     vae.new(TrainedVae(kind="trained", widths=(8, 8)), 32).save_pretrained(tmp_path / "other")
     code, output = run("show", latents.url, "--vae", str(tmp_path / "other"))
     assert (code, "latents of another VAE" in output) == (2, True)

@@ -64,12 +64,7 @@ def parquet_of(root: Folder) -> dict[str, Any]:
 
 
 def sweep_of(root: Path, source: dict[str, Any], *more: str, classes: int = 100) -> Sweep:
-    settings = [
-        f"data.source={source}".replace("'", ""),
-        "vae={kind: none}",
-        "data.resolution=8",
-        f"data.num_classes={classes}",
-    ]
+    settings = [f"data.source={source}".replace("'", ""), "vae={kind: none}", "data.resolution=8", f"data.num_classes={classes}"]
     return Sweep.below(open_folder(root) / "store", reading.load(TINY, [*settings, *more]))
 
 
@@ -189,9 +184,7 @@ def test_a_lost_part_and_a_damaged_one_are_made_again(small: Sweep, tmp_path: Pa
     assert groups == [[0, 1, 2, 3, 4], [2, 3, 4], [4]], "a lost part is missed by each group, the damage is in one"
 
 
-def test_a_set_begun_in_another_mixed_order_is_not_continued(
-    small: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_begun_in_another_mixed_order_is_not_continued(small: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a NumPy with another stream, after encoding or in a listing that was deleted and made again."""
     folders = {"kind": "folder", "url": f"{tmp_path}/folders"}
     for label in range(10):
@@ -206,9 +199,7 @@ def test_a_set_begun_in_another_mixed_order_is_not_continued(
         (sweep.store / "listings").delete()
         latents = (sweep.store / "latents") / (sweep.store / "latents").list()[0]
         latents.delete("000001.json")
-        with pytest.raises(
-            UserError, match=r"begun with order '\w+', now '\w+': finish it as it was begun, or delete it"
-        ):
+        with pytest.raises(UserError, match=r"begun with order '\w+', now '\w+': finish it as it was begun, or delete it"):
             make_latents(sweep)
         latents.delete()
         made = LatentsManifest.require(make_latents(sweep))
@@ -238,9 +229,7 @@ def test_a_worker_reads_each_run_once_and_nothing_else(mixing_of: Mixing) -> Non
             mixing_of.mix(group)
     counts = Counter(verb for verb, _ in requests)
     assert counts == {"read": 5 * 5 + 5 + 10, "write": 10, "create": 10, "written": 2 * 10}
-    runs = [
-        path for verb, path in requests if verb == "read" and not path.endswith(".json")
-    ]  # each shard's sidecar is looked for
+    runs = [path for verb, path in requests if verb == "read" and not path.endswith(".json")]  # each shard's sidecar is looked for
     assert all(path.endswith(".bin") for path in runs)
 
 
@@ -249,9 +238,7 @@ def test_a_flipped_bit_of_any_kind_is_found_and_the_part_is_made_again(mixing_of
     """Of the index and its hash; of a run, its hash, its names and its moments."""
     latents = mixing_of.latents
     flip(latents / STAGED, "000003.bin", at)
-    with pytest.raises(
-        StorageAway, match=r"1 of 5 parts are gone or damaged, the first is 000003.bin: they are encoded"
-    ):
+    with pytest.raises(StorageAway, match=r"1 of 5 parts are gone or damaged, the first is 000003.bin: they are encoded"):
         for group in mixing_of.mixer.groups:
             mixing_of.mix(group)
     assert parts_left(latents, mixing_of.mixer) == [3]
@@ -325,9 +312,7 @@ def test_mixing_is_not_quadratic(images: int, reads: int, hours: float) -> None:
     runs = len(mixer.parts) * len(mixer.groups)
     assert 0.9 * reads < runs <= reads
     shards_written = -(-images // 1024)
-    seconds = 0.03 * (
-        (runs + 64 * len(mixer.parts)) / staging.READS_AT_ONCE + 2 * shards_written / staging.WRITES_AT_ONCE
-    )
+    seconds = 0.03 * ((runs + 64 * len(mixer.parts)) / staging.READS_AT_ONCE + 2 * shards_written / staging.WRITES_AT_ONCE)
     assert 0.5 * hours < seconds / 3600 < hours
     assert mixer.part_images * 32 * 1024 <= staging.PART_BYTES
     assert mixer.memory_bytes < 6 * 2**30

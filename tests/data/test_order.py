@@ -73,9 +73,7 @@ def test_the_shards_near_are_those_of_the_current_blocks_and_the_next(
     assert touched <= set(near)
     assert len(near) == len(set(near)) <= block * (width + 3)
     assert all(counts[shard] for shard in near)
-    around = samples_at(
-        order, max(0, first - size), first + 2 * size + width
-    )  # a block's shard may come before `first`
+    around = samples_at(order, max(0, first - size), first + 2 * size + width)  # a block's shard may come before `first`
     assert {shard for shard, _ in around} >= set(near)
 
 

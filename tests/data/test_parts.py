@@ -45,9 +45,7 @@ def test_parts_of_a_set_at_any_depth_are_not_listed_together(
     source = of_kind(kind, tmp_path, ["docs/n01/0.png", *names])
     parts = [part.removesuffix("/good") for part in (first, second)]
     one, other = sorted(parts) if kind == "folder" else parts  # the order of listing
-    with pytest.raises(
-        UserError, match=rf"{one} and {other} in {tmp_path}.* are parts of a set: give the folder of one"
-    ):
+    with pytest.raises(UserError, match=rf"{one} and {other} in {tmp_path}.* are parts of a set: give the folder of one"):
         open_source(data(source, classes))
     if kind == "folder":
         with pytest.raises(UserError, match=rf"^data.source.url: {one} and {other} in .* are parts of a set"):

@@ -50,8 +50,7 @@ def test_two_processes_of_a_node_read_each_shard_once_an_epoch(at: Path, tmp_pat
     assert bytes_read(at) == sum(path.stat().st_size for path in at.glob("*.tar")) - (at / "000004.tar").stat().st_size
     alone = read_epoch(0, 1, str(at), None, 4)
     np.testing.assert_array_equal(
-        np.concatenate(alone),
-        np.concatenate([m for step in range(len(alone)) for m in parts[step % 2][step // 2 :][:1]]),
+        np.concatenate(alone), np.concatenate([m for step in range(len(alone)) for m in parts[step % 2][step // 2 :][:1]])
     )
 
 
@@ -104,9 +103,7 @@ def test_transient_faults_are_retried(at: Path, faults: list[Exception], flaky_s
 
 def test_lasting_faults_are_named(at: Path, flaky_store: type[FlakyFileSystem]) -> None:
     flaky_store.faults = [busy(503)] * 1000
-    with pytest.raises(
-        StorageAway, match=rf"cannot read flaky://{at}/0000\d\d.tar: OSError: .*Please reduce your request rate"
-    ):
+    with pytest.raises(StorageAway, match=rf"cannot read flaky://{at}/0000\d\d.tar: OSError: .*Please reduce your request rate"):
         read(Latents(open_folder(flaky(at)), 0), 0, 8)
 
 
@@ -146,9 +143,7 @@ def test_a_file_on_a_local_path_is_hashed_once_by_each_process(at: Path) -> None
     for path in at.glob("*.tar"):
         path.write_bytes(path.read_bytes().replace(b'{"label": 1,', b'{"label": 7,'))
     again = [read(latents, first, first + 1) for first in range(images, 2 * images)]
-    assert {int(label) for _, labels in again for label in labels} - {
-        int(label) for _, labels in epoch for label in labels
-    } == {7}
+    assert {int(label) for _, labels in again for label in labels} - {int(label) for _, labels in epoch for label in labels} == {7}
     for path in at.glob("*.tar"):
         path.write_bytes(path.read_bytes()[:-512])
     with pytest.raises(StorageError, match="damaged"):
@@ -213,10 +208,7 @@ def test_the_choice_is_logged_with_its_reason(tiny: Recipe, at: Path) -> None:
     small = tiny.model_copy(update={"reader": settings, "data": data})
     how, mixed = open_latents(open_folder(flaky(at)), small, 2, print)[1]
     assert how.endswith("; cache /data/cache, up to 1.5 GiB")
-    assert (
-        mixed
-        == "a batch of 128, 256, 1,024 has 100.0%, 100.0%, 100.0% of the distinct labels that independent draws would have"
-    )
+    assert mixed == "a batch of 128, 256, 1,024 has 100.0%, 100.0%, 100.0% of the distinct labels that independent draws would have"
     assert "cache" not in open_latents(open_folder(at), small, 2, print)[1][0]
     with pytest.raises(UserError, match=r"latents of 5 classes, data\.num_classes is 10: use another root"):
         open_latents(open_folder(at), tiny, 2, print)

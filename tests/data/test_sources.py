@@ -90,9 +90,7 @@ def test_number_labels_are_kept_and_names_are_sorted(tmp_path: Path) -> None:
     root.write("w.csv", b"path,label\na.png,z10\nb.png,z2\n")
     for name in ("a.png", "b.png"):
         root.write(name, png(1))
-    numbers, named = (
-        open_source(data({"kind": "csv", "url": f"{root}/{name}.csv"}, n)) for name, n in (("n", 11), ("w", 2))
-    )
+    numbers, named = (open_source(data({"kind": "csv", "url": f"{root}/{name}.csv"}, n)) for name, n in (("n", 11), ("w", 2)))
     order = permutation(2).tolist()
     assert list(numbers.labels) == [[10, 2][i] for i in order]
     assert (list(named.labels), named.label_names) == (order, ["z10", "z2"])
@@ -104,12 +102,7 @@ def test_paths_of_a_csv_may_be_urls_if_a_setting_allows_it(tmp_path: Path) -> No
     (tmp_path / "elsewhere").mkdir()
     for name in "xyz":
         (tmp_path / f"elsewhere/{name}.png").write_bytes(png(0))
-    lines = [
-        "path,label",
-        f"{tmp_path}/elsewhere/x.png,0",
-        f"file://{tmp_path}/elsewhere/y.png,1",
-        "../elsewhere/z.png,1",
-    ]
+    lines = ["path,label", f"{tmp_path}/elsewhere/x.png,0", f"file://{tmp_path}/elsewhere/y.png,1", "../elsewhere/z.png,1"]
     open_folder(tmp_path).write("lists/l.csv", "\n".join(lines).encode())
     refusing = data({"kind": "csv", "url": f"{tmp_path}/lists/l.csv"})
     allowing = refusing.model_copy(update={"csv_outside": "allow"})
@@ -117,9 +110,7 @@ def test_paths_of_a_csv_may_be_urls_if_a_setting_allows_it(tmp_path: Path) -> No
     np.testing.assert_array_equal(source.pixels(0, 16), source.pixels(1, 16))
     np.testing.assert_array_equal(source.pixels(0, 16), source.pixels(2, 16))
     listed = open_source(refusing, open_folder(tmp_path))
-    with pytest.raises(
-        UserError, match=r"l.csv: image .*elsewhere/[xyz].png is outside the CSV's folder; .*csv_outside=allow"
-    ):
+    with pytest.raises(UserError, match=r"l.csv: image .*elsewhere/[xyz].png is outside the CSV's folder; .*csv_outside=allow"):
         listed.pixels(0, 16)
 
 
@@ -132,9 +123,7 @@ def test_an_image_under_two_paths_of_a_csv_is_one(again: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("path", ["/x.png", "file:///x.png"])
-def test_a_path_below_the_root_is_not_below_the_current_folder(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_below_the_root_is_not_below_the_current_folder(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.png").write_bytes(png(0))
     (tmp_path / "l.csv").write_text(f"path,label\n{path},0\n")
@@ -164,16 +153,12 @@ def test_names_of_images_mean_nothing_to_the_file_system(kind: str, store_url: s
         np.testing.assert_array_equal(source.pixels(position, 16), images.decode(png(number), "", 16))
 
 
-@pytest.mark.parametrize(
-    "path", ["../x.png", "a/../../x.png", "..", "/etc/passwd", "file:///etc/passwd", "s3://other/x.png"]
-)
+@pytest.mark.parametrize("path", ["../x.png", "a/../../x.png", "..", "/etc/passwd", "file:///etc/passwd", "s3://other/x.png"])
 def test_a_csv_may_not_name_files_outside_its_folder(path: str, tmp_path: Path) -> None:
     open_folder(tmp_path).write("lists/l.csv", f"path,label\na..b/x.png,0\n{path},1\n".encode())
     with pytest.raises(UserError) as caught:
         open_source(data({"kind": "csv", "url": f"{tmp_path}/lists/l.csv"}))
-    assert f"{tmp_path}/lists/l.csv: image {path} is outside the CSV's folder; if the CSV is yours, --set" in str(
-        caught.value
-    )
+    assert f"{tmp_path}/lists/l.csv: image {path} is outside the CSV's folder; if the CSV is yours, --set" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["class_folders", "csv_file", "webdataset_cls"])
@@ -361,9 +346,7 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
         ),
     ],
 )  # fmt: skip
-def test_mistakes_in_a_source_are_named(
-    tmp_path: Path, name: str, content: bytes, settings: dict[str, str], words: str
-) -> None:
+def test_mistakes_in_a_source_are_named(tmp_path: Path, name: str, content: bytes, settings: dict[str, str], words: str) -> None:
     (tmp_path / name).write_bytes(content)
     for image in ("1.png", "2.png"):
         (tmp_path / image).write_bytes(png(1))
@@ -387,9 +370,7 @@ def test_other_classes_than_the_recipe_says_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_image_is_named_and_its_neighbours_are_read(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_image_is_named_and_its_neighbours_are_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     intact = png
     monkeypatch.setattr(labelled_images, "png", lambda i: b"" if i == 2 else intact(i))
     source = open_source(data(KINDS[kind](open_folder(tmp_path))))
@@ -404,9 +385,7 @@ def test_a_deleted_image_is_not_reported_as_broken(kind: str, tmp_path: Path) ->
     source = open_source(data(KINDS[kind](open_folder(tmp_path))))
     for path in tmp_path.rglob("*.*"):
         path.unlink()
-    with pytest.raises(
-        StorageError, match=r" is gone: it was there when the source was listed; .*data.source.version"
-    ) as caught:
+    with pytest.raises(StorageError, match=r" is gone: it was there when the source was listed; .*data.source.version") as caught:
         source.pixels(3, 16)
     assert not isinstance(caught.value, UndecodableImage)
 
@@ -431,9 +410,7 @@ def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
     assert (list(named.labels), named.label_names) == ([1, 0], ["a", "b"])
 
 
-@pytest.mark.parametrize(
-    "metadata", [[], {"info": None}, {"info": {"features": {"label": {"_type": "ClassLabel", "names": 3}}}}]
-)
+@pytest.mark.parametrize("metadata", [[], {"info": None}, {"info": {"features": {"label": {"_type": "ClassLabel", "names": 3}}}}])
 def test_hugging_faces_metadata_of_another_form_is_as_if_there_was_none(metadata: Any, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(labelled_images.parquet([(png(0), 1)], metadata=metadata))
     assert open_source(data({"kind": "parquet", "url": str(tmp_path)})).label_names == ["0", "1"]

@@ -89,8 +89,7 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
 def test_a_folder_without_a_good_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(
-        UserError,
-        match=rf"no images in {tmp_path} or its folders \(.jpg, .*\); .*a recipe .*; there are 1 .txt \(notes.txt\)$",
+        UserError, match=rf"no images in {tmp_path} or its folders \(.jpg, .*\); .*a recipe .*; there are 1 .txt \(notes.txt\)$"
     ):
         surveyed(tmp_path)
     (tmp_path / "1.png").write_bytes(b"")

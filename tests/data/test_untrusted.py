@@ -27,9 +27,7 @@ from tests.support.labelled_images import data
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def test_postscript_that_is_called_an_image_starts_no_ghostscript(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_postscript_that_is_called_an_image_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = tmp_path / "called"
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {called}\n")
     (tmp_path / "gs").chmod(0o755)
@@ -185,8 +183,7 @@ def test_statistics_that_unpack_to_more_than_there_are_are_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["DB_PASS", "SMTP_PASS1", "SMTP_PASS_ROOT", "PGPASS", "SSH_PASSPHRASE", "HTTP_AUTHORIZATION", "GH_PAT", "COOKIE"],
+    "name", ["DB_PASS", "SMTP_PASS1", "SMTP_PASS_ROOT", "PGPASS", "SSH_PASSPHRASE", "HTTP_AUTHORIZATION", "GH_PAT", "COOKIE"]
 )
 def test_more_names_of_secrets_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "correct-horse")

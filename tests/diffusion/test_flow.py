@@ -72,9 +72,7 @@ def test_each_loss_is_least_for_the_output_that_samples_exactly(predicts, loss, 
     at, process = torch.full((100_000,), t, dtype=torch.float64), build(Flow(kind="flow", predicts=predicts, loss=loss))
 
     def total(error):
-        return process.losses(
-            lambda x, t: outputs_of(predicts)(x, t) + error * velocity_model(0.5)(x, t), x0 / 2, at, noise
-        ).total
+        return process.losses(lambda x, t: outputs_of(predicts)(x, t) + error * velocity_model(0.5)(x, t), x0 / 2, at, noise).total
 
     difference = total(0.1) - total(-0.1)
     assert abs(difference.mean()) < 4 * difference.std() / len(difference) ** 0.5
@@ -93,10 +91,7 @@ def test_the_models_input_is_1000_t_and_its_first_half_is_the_velocity():
     assert (losses.total.item(), losses.vb.item()) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("times", "cdf"),
-    [("uniform", lambda t: t), ("logit_normal", lambda t: _normal_cdf(np.log(t / (1 - t))))],
-)
+@pytest.mark.parametrize(("times", "cdf"), [("uniform", lambda t: t), ("logit_normal", lambda t: _normal_cdf(np.log(t / (1 - t))))])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_times_follow_their_distribution(times, cdf, shift):
     process = build(Flow(kind="flow", times=times, shift=shift))

@@ -66,9 +66,7 @@ def test_guidance_covers_all_noise_channels_or_the_official_three():
     three = guided(model, y, sampling(guidance=3.0, guidance_channels=3))(x, t)
     assert torch.equal(three[:, :3], out[:, :3])
     assert torch.equal(three[:, 3:], with_labels[:, 3:])
-    assert torch.equal(guided(model, y, sampling(guidance=3.0, guidance_channels=8))(x, t), out), (
-        "the variance is never guided"
-    )
+    assert torch.equal(guided(model, y, sampling(guidance=3.0, guidance_channels=8))(x, t), out), "the variance is never guided"
     assert torch.equal(guided(model, y, sampling(guidance=3.0, guidance_interval=(0.0, 400.0)))(x, t), with_labels)
     assert torch.equal(guided(model, y, sampling(guidance=3.0, guidance_interval=(400.0, 600.0)))(x, t), out)
 
@@ -170,9 +168,7 @@ def test_an_unconditional_model_is_sampled_without_labels_and_not_guided():
         return generate(Unconditional(), PROCESSES["flow"], None, [0, 1], sampling("euler", steps=2, **more))
 
     assert draw().shape == (2, 4, 3, 3)
-    with pytest.raises(
-        UserError, match=r"guidance 1.5: an unconditional model cannot be guided without another one, expected 1"
-    ):
+    with pytest.raises(UserError, match=r"guidance 1.5: an unconditional model cannot be guided without another one, expected 1"):
         draw(guidance=1.5)
 
 

@@ -59,9 +59,7 @@ def test_a_machine_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path
 
 @pytest.mark.faults
 def test_evaluation_leaves_it_out_too_and_skips_no_checkpoint(nodes: RayNodes, tmp_path: Path) -> None:
-    sweep = sweeps.sweep_at(
-        tmp_path / "store", SHORT[0], "evaluate.variants={}", "evaluate.workers=2", "evaluate.block_images=8"
-    )
+    sweep = sweeps.sweep_at(tmp_path / "store", SHORT[0], "evaluate.variants={}", "evaluate.workers=2", "evaluate.block_images=8")
     stages.prepare_and_precompute(sweep, tmp_path / "none")
     stages.train(sweep, "dit", tmp_path)
     (tmp_path / "faults").write_text("broken at check times=99\n")

@@ -68,10 +68,7 @@ def test_a_package_is_swept_beside_ours(folder: Path, installed: Path) -> None:
         again = invoke(folder, *words, packages=installed)
         assert again.returncode == 0, again.stderr
     published = f"{sweep}/runs/gated/published/000000000160"
-    for words in (
-        ["sample", published, "--count", "2", "--out", "grid.png"],
-        ["export", published, "exported"],
-    ):
+    for words in (["sample", published, "--count", "2", "--out", "grid.png"], ["export", published, "exported"]):
         used = invoke(folder, *words, packages=installed)
         assert used.returncode == 0, used.stderr
     assert "gated" in open_folder(f"{sweep}/report").read("gflops_fid.svg").decode()

@@ -108,9 +108,7 @@ def head(store: Store, installed: Path, tmp_path: Path, monkeypatch: pytest.Monk
     try:
         while True:
             try:
-                JobSubmissionClient(url).submit_job(
-                    entrypoint="true"
-                )  # refused until the node's agent has started, too
+                JobSubmissionClient(url).submit_job(entrypoint="true")  # refused until the node's agent has started, too
                 break
             except (ConnectionError, RuntimeError):
                 assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
@@ -121,9 +119,7 @@ def head(store: Store, installed: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def entry(head: Head, store: Store, *settings: str) -> list[str]:
-    overrides = [
-        word for setting in (f"storage.root={store.given}", *settings, *store.settings) for word in ("--set", setting)
-    ]
+    overrides = [word for setting in (f"storage.root={store.given}", *settings, *store.settings) for word in ("--set", setting)]
     return [str(head.python), "-m", "dis_scale.sweep", "tiny.yaml", *overrides]
 
 
@@ -138,11 +134,7 @@ def test_submitted_stopped_and_submitted_again(head: Head, store: Store, tmp_pat
     """`ray job stop` on the sweep stops its stages; a rerun makes the rest, and MLflow has everything once."""
     client, sweep = JobSubmissionClient(head.url), store.sweep
     run, search = sweep.run(store.model), secrets.Search(SECRETS | store_secrets())
-    client.submit_job(
-        entrypoint=shlex.join(entry(head, store)),
-        submission_id="first",
-        runtime_env={"working_dir": str(head.job)},
-    )
+    client.submit_job(entrypoint=shlex.join(entry(head, store)), submission_id="first", runtime_env={"working_dir": str(head.job)})
     deadline = time.monotonic() + 400
     while len(run.resume.list()) < 2:
         assert time.monotonic() < deadline, client.get_job_logs("first")

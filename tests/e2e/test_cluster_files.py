@@ -84,33 +84,20 @@ def commands(name: str) -> tuple[str, str | None]:
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", [pods.JOBS[0], pods.LAUNCHER])
-def test_the_files_command_runs_on_the_files_nodes(
-    name: str, ceph: ObjectStore, bucket: str, mlflow: str, tmp_path: Path
-) -> None:
+def test_the_files_command_runs_on_the_files_nodes(name: str, ceph: ObjectStore, bucket: str, mlflow: str, tmp_path: Path) -> None:
     entry, copy = commands(name)
-    replaced = {
-        EXTRACTOR[0]: EXTRACTOR[1],
-        "/models/": f"{tmp_path}/models/",
-        "s3://bucket": bucket,
-        "http://mlflow:5000": mlflow,
-    }
+    replaced = {EXTRACTOR[0]: EXTRACTOR[1], "/models/": f"{tmp_path}/models/", "s3://bucket": bucket, "http://mlflow:5000": mlflow}
     for written, here in replaced.items():
         entry = entry.replace(written, here)
     _upload(bucket, tmp_path / "bucket")
     if copy is None:
         (tmp_path / "bucket/models").rename(tmp_path / "models")
     else:
-        here = copy.replace("/models/'", f"{tmp_path}/models/'").replace(
-            f"bucket{tmp_path}", bucket.removeprefix("s3://")
-        )
+        here = copy.replace("/models/'", f"{tmp_path}/models/'").replace(f"bucket{tmp_path}", bucket.removeprefix("s3://"))
         subprocess.run(["bash", "-c", here], check=True, env=os.environ | ceph.environment | _path())
     _small_recipe(tmp_path / "app", f"{bucket}/imagenet/train")
     token = secrets.token_hex(16)
-    environment = ceph.environment | {
-        "RAY_AUTH_TOKEN": token,
-        "HF_HUB_OFFLINE": "1",
-        "RAY_prestart_worker_first_driver": "0",
-    }
+    environment = ceph.environment | {"RAY_AUTH_TOKEN": token, "HF_HUB_OFFLINE": "1", "RAY_prestart_worker_first_driver": "0"}
     environment |= _path() | {"PYTHONPATH": f"{SWITCH}:{sweeps.ROOT}"}
     nodes = _start([_here(node, tmp_path) for node in pods.nodes(name)], tmp_path / "app", environment, token)
     try:
@@ -180,9 +167,7 @@ def _start(described: list[pods.Node], app: Path, environment: dict[str, str], t
 
     def options(node: pods.Node) -> list[str]:
         return [
-            f"--{name}={value}"
-            for name, value in node.options.items()
-            if name in ("node-name", "num-gpus", "memory", "resources")
+            f"--{name}={value}" for name, value in node.options.items() if name in ("node-name", "num-gpus", "memory", "resources")
         ]
 
     head, *others = described

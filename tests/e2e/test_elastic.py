@@ -9,15 +9,7 @@ from dis_scale.process.errors import Preempted
 from dis_scale.sweep import state
 from pipelines import jobs
 from tests.support import sweeps
-from tests.support.clusters import (
-    Events,
-    RayNodes,
-    driver,
-    sweep_to_train,
-    wait_for_end,
-    wait_for_nodes,
-    wait_until,
-)
+from tests.support.clusters import Events, RayNodes, driver, sweep_to_train, wait_for_end, wait_for_nodes, wait_until
 
 LONG = (
     "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 1600000]",

@@ -226,9 +226,7 @@ def test_a_group_that_is_larger_than_the_cluster_is_logged_with_the_cure(node: s
     remove_placement_group(group)
 
 
-def test_a_worker_of_any_stage_avoids_a_node_whose_devices_failed_while_others_hold_it(
-    node: str, tmp_path: Path
-) -> None:
+def test_a_worker_of_any_stage_avoids_a_node_whose_devices_failed_while_others_hold_it(node: str, tmp_path: Path) -> None:
     job = job_of(recipe_of(), tmp_path)
     name = next(each.name for each in living() if each.id == node)
     head = next(each.id for each in living() if each.id != node)
@@ -242,9 +240,7 @@ def test_a_worker_of_any_stage_avoids_a_node_whose_devices_failed_while_others_h
     assert job.events_named("exclusion_ignored") == [{"event": "exclusion_ignored", "nodes": [name]}]
 
 
-def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before_it_encodes(
-    node: str, tmp_path: Path
-) -> None:
+def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before_it_encodes(node: str, tmp_path: Path) -> None:
     """Not only after the days of the stages before it; prepare runs meanwhile."""
     on_gpus: Any = SimpleNamespace(gpus=lambda: 2, ours=False)
     for workers, lines in ((2, 0), (3, 1)):
@@ -256,9 +252,7 @@ def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before
             needs.await_nodes(driver, on_gpus)
         assert logged(driver).count("waiting for capacity for 3 workers, each with 1 CPU, 1 GPU, 1 train; ") == lines
     assert "later    train needs 3 workers, each with 1 CPU, 1 GPU, 1 train; nodes: " in logged(driver)
-    assert "; the nodes hold 2 of them, so they wait until one joins: start such a node" in " ".join(
-        logged(driver).split()
-    )
+    assert "; the nodes hold 2 of them, so they wait until one joins: start such a node" in " ".join(logged(driver).split())
 
 
 def test_what_nodes_declared_that_are_gone_is_waited_for(nodes: Cluster, tmp_path: Path) -> None:

@@ -48,9 +48,7 @@ def with_faults(cluster: Cluster, plan: Path) -> Cluster:
 
 
 @pytest.mark.faults
-def test_evaluation_first_does_not_block_training_and_a_rank_that_hangs_is_replaced(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_evaluation_first_does_not_block_training_and_a_rank_that_hangs_is_replaced(cluster: Cluster, tmp_path: Path) -> None:
     """The training job's log has the stacks of all ranks, and the collective in which the others wait."""
     settings = (
         f"models={stages.ONE_MODEL}", "evaluate.variants={}", "train.publish_images=[0, 160]", "train.hang_after_s=20",
@@ -207,9 +205,7 @@ def metrics_are_exported(observed: Observed) -> None:
     assert {name: len(values[name]) for name in metrics.GAUGES if name in values} == dict.fromkeys(
         metrics.GAUGES.keys() - NOT_OF_TRAINING, 1
     ), "each gauge comes from one process"
-    (rate,), (step_s,), (interval_s,) = (
-        values[n] for n in ("images_per_second", "step_seconds", "resume_interval_seconds")
-    )
+    (rate,), (step_s,), (interval_s,) = (values[n] for n in ("images_per_second", "step_seconds", "resume_interval_seconds"))
     assert rate > 0
     assert 0.1 < step_s * rate / 16 < 10, "two gauges of one scrape may be of two rows, one of them beside other work"
     assert 1 < interval_s / step_s < 100

@@ -63,9 +63,7 @@ def test_it_asks_for_a_login_and_keeps_artifacts_in_the_bucket(
     s3fs.S3FileSystem().get(kept, str(tmp_path / "again.dump"))
     client.delete_run(run)
     servers.ask_database("createdb", database, "restored")
-    servers.ask_database(
-        "pg_restore", database, "--clean", "--if-exists", "--dbname=restored", str(tmp_path / "again.dump")
-    )
+    servers.ask_database("pg_restore", database, "--clean", "--if-exists", "--dbname=restored", str(tmp_path / "again.dump"))
     assert servers.PROGRAMS
     asked = [
         servers.PROGRAMS / "psql",

@@ -22,9 +22,7 @@ SHORT = (
 
 def dis_scale(*words: str) -> str:
     """Run the command; return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dis_scale", *words], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
-    )
+    done = subprocess.run([sys.executable, "-m", "dis_scale", *words], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

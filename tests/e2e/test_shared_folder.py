@@ -47,16 +47,12 @@ def probe(nodes: clusters.RayNodes, newest: clusters.Node, root: Path) -> str:
 def run(program: str, nodes: clusters.RayNodes, newest: clusters.Node, argument: str) -> str:
     clusters.wait_for_nodes(nodes, len(nodes.nodes), newest)
     command = [sys.executable, "-c", program, nodes.address, argument]
-    done = subprocess.run(
-        command, cwd=sweeps.ROOT, env=os.environ | clusters.ENVIRONMENT, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=sweeps.ROOT, env=os.environ | clusters.ENVIRONMENT, capture_output=True, text=True)
     return done.stdout + done.stderr
 
 
 @pytest.mark.faults
-def test_nodes_that_share_the_folder_may_use_it_and_one_with_its_own_is_named(
-    nodes: clusters.RayNodes, tmp_path: Path
-) -> None:
+def test_nodes_that_share_the_folder_may_use_it_and_one_with_its_own_is_named(nodes: clusters.RayNodes, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     assert probe(nodes, nodes.node(cpus=1), root).strip() == "shared"

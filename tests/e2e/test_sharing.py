@@ -194,9 +194,7 @@ def test_a_lost_worker_is_reported_soon_and_can_be_replaced(job: StageJob, tmp_p
     """The other ends what it has begun, and gets no more numbers until the caller has another beside it."""
     progress: list[list[int]] = []
     workers = takers(job, 2, "prepare")
-    living, _, failure = share(
-        job, workers, "take", (tmp_path,), [*range(60), -1, *range(60, 1000)], progress.append, POLICY
-    )
+    living, _, failure = share(job, workers, "take", (tmp_path,), [*range(60), -1, *range(60, 1000)], progress.append, POLICY)
     assert isinstance(failure, WorkerFailure)
     assert "a worker was lost" in str(failure)
     done = {int(path.name) for path in tmp_path.iterdir()}
@@ -275,9 +273,7 @@ def test_a_kernel_that_is_wrong_on_one_device_counts_against_its_node(judged: Ca
     """The next attempt continues with the evaluators whose devices passed."""
     evaluators = judged(True, False, True)
     sampled = Sampled(next(iter(evaluators.job.recipe.models)), 0)
-    with pytest.raises(
-        WorkerFailure, match="this device fails where those of 2 other evaluators do not: the scan is wrong"
-    ):
+    with pytest.raises(WorkerFailure, match="this device fails where those of 2 other evaluators do not: the scan is wrong"):
         evaluators.sample(sampled, evaluators.job.recipe.evaluate, list(range(400)))
     assert list(state.node_failures(evaluators.job.sweep).values()) == [1]
     assert evaluators.sample(sampled, evaluators.job.recipe.evaluate, list(range(4))) == [1, 1]
@@ -290,9 +286,7 @@ def test_a_kernel_that_is_wrong_on_all_devices_is_the_programs(judged: Callable[
     assert state.node_failures(evaluators.job.sweep) == {}
 
 
-def test_an_evaluator_that_is_lost_while_devices_are_compared_is_an_attempt(
-    judged: Callable[..., RayEvaluators],
-) -> None:
+def test_an_evaluator_that_is_lost_while_devices_are_compared_is_an_attempt(judged: Callable[..., RayEvaluators]) -> None:
     evaluators = judged(False, None)
     with pytest.raises(WorkerFailure, match="a worker was lost"):
         evaluators.sample(Sampled("dis", 0), evaluators.job.recipe.evaluate, [0, 1])

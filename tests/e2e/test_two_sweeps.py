@@ -17,12 +17,7 @@ REFUSED = 69
 
 
 def start(
-    root: str,
-    log: Path,
-    *settings: str,
-    address: str = "",
-    options: tuple[str, ...] = (),
-    monkeypatch: pytest.MonkeyPatch,
+    root: str, log: Path, *settings: str, address: str = "", options: tuple[str, ...] = (), monkeypatch: pytest.MonkeyPatch
 ) -> subprocess.Popen[bytes]:
     with monkeypatch.context() as patch:
         if address:

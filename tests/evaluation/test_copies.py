@@ -55,6 +55,4 @@ def test_copies_of_few_images_have_the_error_of_few() -> None:
         errors.append(error)
     assert np.mean(np.array(estimates) > 0) == pytest.approx(1 - 0.75**4, abs=0.1)
     assert max(estimates) <= 1
-    assert np.median([e for r, e in zip(estimates, errors, strict=True) if r]) > 0.5, (
-        "of samples alone it would be 0.08"
-    )
+    assert np.median([e for r, e in zip(estimates, errors, strict=True) if r]) > 0.5, "of samples alone it would be 0.08"

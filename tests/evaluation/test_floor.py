@@ -88,9 +88,7 @@ def measured(
 @pytest.mark.parametrize("labels_setting", ["balanced", "random", "uniform"])
 @pytest.mark.parametrize("samples", [SAMPLES, 2500], ids=["fewer than half", "more than half"])
 @pytest.mark.parametrize(("features", "apart"), [(D, 2.0), (48, 0.1)], ids=["classes apart", "classes alike"])
-def test_real_images_have_the_distance_of_a_perfect_model(
-    features: int, apart: float, samples: int, labels_setting: str
-) -> None:
+def test_real_images_have_the_distance_of_a_perfect_model(features: int, apart: float, samples: int, labels_setting: str) -> None:
     """That of new images of the samples' classes: the mean over 60 sets, within three errors.
 
     Classes that are alike have a distance of finite sets alone, and weights make the sets smaller.
@@ -110,13 +108,9 @@ def test_real_images_have_the_distance_of_a_perfect_model(
 def test_a_class_with_too_few_images_for_its_share_of_the_samples_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 18 images a quarter of all samples: their noise is most of the distance."""
     rare = [0.98, 0.012, 0.004, 0.004]
-    monkeypatch.setattr(
-        f"{__name__}.real_labels", lambda seed: np.random.default_rng(seed).choice(CLASSES, IMAGES, p=rare)
-    )
+    monkeypatch.setattr(f"{__name__}.real_labels", lambda seed: np.random.default_rng(seed).choice(CLASSES, IMAGES, p=rare))
     assert measured(0, evaluate(samples=SAMPLES, labels="balanced"))
-    with pytest.raises(
-        DisScaleError, match=r"500 real images, weighted .*, are worth \d+, and a floor of 12 features takes 24"
-    ):
+    with pytest.raises(DisScaleError, match=r"500 real images, weighted .*, are worth \d+, and a floor of 12 features takes 24"):
         measured(0, evaluate(samples=SAMPLES, labels="uniform"))
 
 
@@ -133,9 +127,7 @@ def test_the_error_is_the_spread_over_other_choices() -> None:
     sampled = evaluate(samples=SAMPLES)
     found = [measured(0, sampled, blur=0.5, choice=choice) for choice in range(DRAWS)]
     for kind in (0, 1):
-        values, errors = zip(
-            *((each[kind][sampled.metric], each[kind][f"{sampled.metric}_error"]) for each in found), strict=True
-        )
+        values, errors = zip(*((each[kind][sampled.metric], each[kind][f"{sampled.metric}_error"]) for each in found), strict=True)
         assert np.mean(errors) == pytest.approx(np.std(values), rel=0.6)
 
 
@@ -169,15 +161,11 @@ def test_features_of_other_weights_are_refused() -> None:
     some = images(real_labels(0), 0)
     every = {REAL: some}
     with pytest.raises(StorageError, match=r"floor/block-00000.npz has features of another digits"):
-        floor.measure_floor(
-            blocks(every, "others"), {"digits": Reference("seeded", fit(some))}, evaluate(), np.ones(3000)
-        )
+        floor.measure_floor(blocks(every, "others"), {"digits": Reference("seeded", fit(some))}, evaluate(), np.ones(3000))
 
 
 def test_too_few_images_are_refused_before_any_is_read() -> None:
-    with pytest.raises(
-        DisScaleError, match=r"12 images are too few .* of 12 features: expected at least 13, which are half of"
-    ):
+    with pytest.raises(DisScaleError, match=r"12 images are too few .* of 12 features: expected at least 13, which are half of"):
         floor.require_enough(12, {"digits": Reference("seeded", fit(images(real_labels(0), 0)))})
 
 
@@ -199,9 +187,7 @@ def sampler(tmp_path: Path, recipe: Recipe) -> BlockSampler:
     return BlockSampler(sweep, vae.load(sweep), load_extractors(sweep, cpu), None, np.arange(300) % 10, cpu)
 
 
-def test_a_block_has_the_features_of_its_images_and_of_their_reconstructions(
-    sampler: BlockSampler, recipe: Recipe
-) -> None:
+def test_a_block_has_the_features_of_its_images_and_of_their_reconstructions(sampler: BlockSampler, recipe: Recipe) -> None:
     source, (extractor,) = open_source(recipe.data), sampler.extractors
     every = floor.chosen_images(source, len(sampler.labels))
     block = floor.make_block(sampler, source, every, 1)
@@ -229,9 +215,7 @@ def test_undecodable_images_are_left_out_also_all_of_a_block(sampler: BlockSampl
         return [b"" if each.name in broken else data for each, data in zip(entries, source.read(entries), strict=True)]
 
     damaged = replace(source, read=read)
-    none, some = (
-        FloorBlock.from_bytes(floor.make_block(sampler, damaged, every, n).to_bytes(), "here") for n in (0, 1)
-    )
+    none, some = (FloorBlock.from_bytes(floor.make_block(sampler, damaged, every, n).to_bytes(), "here") for n in (0, 1))
     assert (len(none.numbers), none.features) == (0, {})
     assert len(some.numbers) == len(some.features[REAL]["a"].pooled) == 39
 
@@ -256,9 +240,7 @@ def test_pixels_have_no_reconstructions(sampler: BlockSampler, recipe: Recipe) -
 def test_a_stored_block_keeps_the_order_of_kinds_and_extractors() -> None:
     """The report takes the last floor for that of a perfect model."""
     names = ["digits", *"fedcba"]
-    made = FloorBlock(
-        np.arange(3), {k: {n: Features(n, np.zeros((3, 2))) for n in names} for k in (REAL, RECONSTRUCTED)}
-    )
+    made = FloorBlock(np.arange(3), {k: {n: Features(n, np.zeros((3, 2))) for n in names} for k in (REAL, RECONSTRUCTED)})
     again = FloorBlock.from_bytes(made.to_bytes(), "here")
     assert [(k, n) for k, by_name in again.features.items() for n in by_name] == [
         (k, n) for k in (REAL, RECONSTRUCTED) for n in names

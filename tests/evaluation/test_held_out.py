@@ -34,9 +34,7 @@ def latents(tiny: Recipe, tmp_path: Path) -> Latents:
     return Latents(make_latents(open_folder(tmp_path), tiny), seed=0, held_out=11)
 
 
-def held_out_losses(
-    latents: Latents, batch: int, scale: float = 0.0, process: Flow | Gaussian | None = None
-) -> dict[str, float]:
+def held_out_losses(latents: Latents, batch: int, scale: float = 0.0, process: Flow | Gaussian | None = None) -> dict[str, float]:
     built = diffusion.build(process or Flow(kind="flow"), latents.shape)
     return held_out.losses(Echo(scale), built, latents, seed=0, batch=batch)  # type: ignore[arg-type]
 

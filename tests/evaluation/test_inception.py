@@ -81,16 +81,12 @@ def test_all_other_metrics_equal_calculate_metrics(
     assert all(0.05 < share < 0.95 for share in shares)
 
 
-def test_the_distance_equals_calculate_metrics(
-    sets: tuple[np.ndarray, np.ndarray], theirs: dict[str, float], small: None
-) -> None:
+def test_the_distance_equals_calculate_metrics(sets: tuple[np.ndarray, np.ndarray], theirs: dict[str, float], small: None) -> None:
     ours = Inception(seeded_inception.state())
     ours.net.features_list = ["192"]  # more images than features
     with torch.no_grad():
         a, b = (torch.cat([ours.net(part)[0] for part in as_tensor(x).split(50)]).numpy() for x in sets)
-    assert metrics.frechet(metrics.fit(a), metrics.fit(b)) == pytest.approx(
-        theirs["frechet_inception_distance"], rel=1e-5
-    )
+    assert metrics.frechet(metrics.fit(a), metrics.fit(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
 
 
 def test_features_equal_torch_fidelity_and_spatial_ones_a_hook(tmp_path: Path) -> None:
@@ -132,9 +128,7 @@ def test_metrics_of_equal_features_equal_torch_fidelity() -> None:
     """Many samples at default sizes, with features as skewed as Inception's."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((64, 64)) / 8
-    a, b = (
-        np.maximum(rng.standard_normal((n, 64)) @ mix + m, 0).astype(np.float32) for n, m in ((1300, 0.3), (1200, 0.2))
-    )
+    a, b = (np.maximum(rng.standard_normal((n, 64)) @ mix + m, 0).astype(np.float32) for n, m in ((1300, 0.3), (1200, 0.2)))
     x, y = torch.from_numpy(a), torch.from_numpy(b)
     statistics = [fid_features_to_statistics(features) for features in (x, y)]
     distance = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
@@ -185,9 +179,7 @@ def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
 
 def test_other_weights_are_refused_unopened(weights: tuple[Path, inception.WeightsFile], monkeypatch) -> None:
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened before it was hashed"))
-    with pytest.raises(
-        UserError, match=r"not the Inception weights that FID is defined by: .*expected 95,628,359 bytes"
-    ):
+    with pytest.raises(UserError, match=r"not the Inception weights that FID is defined by: .*expected 95,628,359 bytes"):
         inception.load(str(weights[0]))
     data = bytearray(weights[0].read_bytes())
     data[1000] ^= 1
@@ -208,7 +200,5 @@ def test_the_error_for_a_failed_download_names_the_url(tmp_path: Path, monkeypat
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(
-        UserError, match=f"cannot be downloaded .no route to host.; get {PUBLISHED.url} and give its path as"
-    ):
+    with pytest.raises(UserError, match=f"cannot be downloaded .no route to host.; get {PUBLISHED.url} and give its path as"):
         inception.load(None)

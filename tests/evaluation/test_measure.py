@@ -79,9 +79,7 @@ def values(images: tuple[Features, Features]) -> dict[str, float]:
     return measure_blocks(blocks(UNEQUAL, inception=generated), {"inception": reference(real)}, settings).values
 
 
-def test_each_metric_has_its_name_its_value_and_its_error(
-    images: tuple[Features, Features], values: dict[str, float]
-) -> None:
+def test_each_metric_has_its_name_its_value_and_its_error(images: tuple[Features, Features], values: dict[str, float]) -> None:
     generated, real = images
     pooled, kept = generated.pooled, real.pooled
     target, precision = Frechet(fit(kept)), sets.precision_recall(pooled, kept)
@@ -206,19 +204,13 @@ def test_blocks_of_other_weights_or_without_an_extractor_are_refused() -> None:
 
 @pytest.mark.parametrize("samples", [79, 81])
 def test_another_number_of_samples_is_refused(samples: int) -> None:
-    with pytest.raises(
-        StorageError, match=f"the blocks hold {samples} samples, the recipe's evaluate.samples expects 80"
-    ):
-        measure_blocks(
-            blocks([40, samples - 40], digits=seen(samples, 0)), {"digits": reference(seen(90, 1))}, evaluate()
-        )
+    with pytest.raises(StorageError, match=f"the blocks hold {samples} samples, the recipe's evaluate.samples expects 80"):
+        measure_blocks(blocks([40, samples - 40], digits=seen(samples, 0)), {"digits": reference(seen(90, 1))}, evaluate())
 
 
 def test_too_few_images_for_a_metric_say_how_many() -> None:
     settings = evaluate(metrics=("distance", "kid"))
-    with pytest.raises(
-        DisScaleError, match="kid: subsets of 1,000 from 80 generated and 90 real images: expected at least 1,000"
-    ):
+    with pytest.raises(DisScaleError, match="kid: subsets of 1,000 from 80 generated and 90 real images: expected at least 1,000"):
         measure_blocks(blocks([80], digits=seen(80, 0)), {"digits": reference(seen(90, 1))}, settings)
     with pytest.raises(DisScaleError, match="precision_recall: 3 neighbours need at least 4 images of each set"):
         sets.precision_recall(seen(3, 0).pooled, seen(9, 1).pooled)
@@ -236,9 +228,7 @@ def test_precision_and_recall_never_have_all_distances_in_memory(monkeypatch: py
     assert 0 < expected[1] < 1
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda x: x[:-40], lambda x: x[:900] + bytes([x[900] ^ 1]) + x[901:], lambda x: b""]
-)
+@pytest.mark.parametrize("damage", [lambda x: x[:-40], lambda x: x[:900] + bytes([x[900] ^ 1]) + x[901:], lambda x: b""])
 def test_a_damaged_block_is_named(damage: Any) -> None:
     data = blocks([80], digits=seen(80, 0))[0].to_bytes()
     assert np.array_equal(SampleBlock.from_bytes(data, "here").features["digits"].pooled, seen(80, 0).pooled)
@@ -249,9 +239,7 @@ def test_a_damaged_block_is_named(damage: Any) -> None:
 def test_a_block_that_grows_when_unpacked_is_not_unpacked() -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, features=np.zeros(10**6))
-    with pytest.raises(
-        StorageError, match=r"block-00003\.npz: damaged: unpacked it has 8,000,128 bytes, and at most 8,004"
-    ):
+    with pytest.raises(StorageError, match=r"block-00003\.npz: damaged: unpacked it has 8,000,128 bytes, and at most 8,004"):
         npz.from_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest(), "block-00003.npz")
 
 

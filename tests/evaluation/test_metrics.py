@@ -66,9 +66,7 @@ def test_no_error_if_a_left_out_set_has_a_singular_covariance(samples: int, has_
 
 
 def test_too_few_samples_for_the_covariance_say_how_many() -> None:
-    with pytest.raises(
-        DisScaleError, match="6 samples are too few for the covariance of 6 features: expected at least 7"
-    ):
+    with pytest.raises(DisScaleError, match="6 samples are too few for the covariance of 6 features: expected at least 7"):
         grouped(np.random.default_rng(0).standard_normal((6, 6)), 3).distance(Frechet(random_statistics(4)))
 
 

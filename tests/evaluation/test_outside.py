@@ -87,9 +87,7 @@ def test_a_folder_and_a_tar_have_the_metrics_of_the_npz(pictures: Path, extracto
 def test_pictures_of_other_sizes_are_refused_by_name(pictures: Path, extractor: Extractor, tmp_path: Path) -> None:
     for i, side in enumerate([32] * 11 + [16]):
         (tmp_path / f"{i}.png").write_bytes(png(blobs(1, i, side)[0]))
-    with pytest.raises(
-        UserError, match=r"\d.png has 16 x 16 pixels, the first picture 32 x 32: expected squares of one size"
-    ):
+    with pytest.raises(UserError, match=r"\d.png has 16 x 16 pixels, the first picture 32 x 32: expected squares of one size"):
         measured(tmp_path, pictures / "real.npz", extractor)
     np.savez(tmp_path / "small.npz", arr_0=blobs(9, 1, 16))
     with pytest.raises(UserError, match=r"real.npz: 32 x 32 pixels, the samples have 16 x 16"):
@@ -107,9 +105,7 @@ def test_an_error_does_not_depend_on_how_the_samples_are_sorted(pictures: Path, 
     """By the brightness of the picture, as many sets are by class: groups of neighbours would differ by far more than chance."""
     samples = np.load(pictures / "samples.npz")["arr_0"]
     np.savez(pictures / "sorted.npz", arr_0=samples[np.argsort(samples.mean((1, 2, 3)))])
-    mixed, ordered = (
-        measured(pictures / f"{name}.npz", pictures / "real.npz", extractor) for name in ("samples", "sorted")
-    )
+    mixed, ordered = (measured(pictures / f"{name}.npz", pictures / "real.npz", extractor) for name in ("samples", "sorted"))
     assert ordered["fid_60"] == pytest.approx(mixed["fid_60"], rel=1e-6)
     assert 0.4 < ordered["fid_60_error"] / mixed["fid_60_error"] < 2.5
 

@@ -93,8 +93,7 @@ def test_one_and_three_workers_store_the_same_bytes(sweep: Sweep, source: Source
     left = state.reference_parts_missing(other, len(source))
     assert left == [0, 1, 2, 3, 4, 5]
     threads = [
-        threading.Thread(target=worker.make_parts, args=(other, "cpu", deal_of(left[i::3])))
-        for i, worker in enumerate(workers)
+        threading.Thread(target=worker.make_parts, args=(other, "cpu", deal_of(left[i::3]))) for i, worker in enumerate(workers)
     ]
     for thread in threads:
         thread.start()
@@ -116,10 +115,7 @@ def test_a_stage_that_lost_its_lease_writes_no_reference(sweep: Sweep, source: S
 def test_parts_give_the_statistics_of_one_pass(sweep: Sweep, source: Source) -> None:
     prepare(sweep, source)
     for extractor in loaded(sweep):
-        features, ours = (
-            extractor(pixels(source)).pooled,
-            reference.load(sweep, extractor.name, extractor.identity),
-        )
+        features, ours = (extractor(pixels(source)).pooled, reference.load(sweep, extractor.name, extractor.identity))
         np.testing.assert_allclose(ours.pooled.mean, features.mean(0, np.float64), rtol=1e-12)
         np.testing.assert_allclose(ours.pooled.covariance, np.cov(features.T), rtol=1e-9)
         assert np.array_equal(ours.kept, features)  # type: ignore[arg-type]
@@ -225,9 +221,7 @@ def test_an_extractor_that_returns_no_features_is_named(net: torch.nn.Module, go
     if got is None:
         assert extractor(blank).pooled.shape == (3, 2)
         return
-    with pytest.raises(
-        UserError, match=rf"a.pt2: features {got} .*for 3 images, expected \(3, d\) as its first output"
-    ):
+    with pytest.raises(UserError, match=rf"a.pt2: features {got} .*for 3 images, expected \(3, d\) as its first output"):
         extractor(blank)
 
 

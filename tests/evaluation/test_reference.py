@@ -81,10 +81,7 @@ def test_one_pass_serves_all_extractors(source: Source, tmp_path: Path) -> None:
     reference.prepare(sweep, counted, extractors, seen.append)  # type: ignore[arg-type]
     assert (counted.opened, seen[-1]) == (1797, 1797)
     for extractor, values in zip(extractors, (4, 6), strict=True):
-        features, loaded = (
-            extractor(pixels(source)).pooled,
-            reference.load(sweep, extractor.name, extractor.identity),
-        )
+        features, loaded = (extractor(pixels(source)).pooled, reference.load(sweep, extractor.name, extractor.identity))
         assert features.shape == (1797, values)
         np.testing.assert_allclose(loaded.pooled.mean, features.mean(0, np.float64), rtol=1e-12)
         np.testing.assert_allclose(loaded.pooled.covariance, np.cov(features.T), rtol=1e-9)
@@ -92,9 +89,7 @@ def test_one_pass_serves_all_extractors(source: Source, tmp_path: Path) -> None:
         assert np.array_equal(loaded.kept, features)  # fewer than are kept
 
 
-def test_features_of_a_fixed_choice_of_images_are_kept(
-    sweep: Sweep, source: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_of_a_fixed_choice_of_images_are_kept(sweep: Sweep, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "KEPT", 100)
     extractor = Extractor("a", "weights of a", lambda x: (x.float()[:, 0, ::16, ::16].flatten(1),), CPU)
     kept = [parts.merged(sweep, source, [extractor], lambda _: None, lambda _: None)["a"].kept for _ in range(2)]
@@ -151,8 +146,7 @@ def test_programs_that_do_not_fit_are_refused(tmp_path: Path, sweep: Sweep, sour
 def test_statistics_of_other_inputs_are_refused_by_name(recipe: Recipe, sweep: Sweep, source: Source) -> None:
     extractor = load_extractors(sweep, CPU)[0]
     with pytest.raises(
-        StorageError,
-        match=r"no statistics of these images at 32 x 32 under extractor dino \(weights [0-9a-f]{12}\): run",
+        StorageError, match=r"no statistics of these images at 32 x 32 under extractor dino \(weights [0-9a-f]{12}\): run"
     ):
         reference.load_all(sweep)
     assert state.references_missing(sweep) == ["dino"]

@@ -98,9 +98,7 @@ def test_another_precision_changes_the_pictures(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_only_the_model_may_round_its_products_to_tf32(
-    sweep: Sweep, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_model_may_round_its_products_to_tf32(sweep: Sweep, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = dict[str, bool]()
     one, settings = sampler(sweep), sweep.recipe.evaluate.model_copy(update={"precision": precision})
     decode = type(one.vae).decode
@@ -119,9 +117,7 @@ def test_only_the_model_may_round_its_products_to_tf32(
 def test_the_kernels_of_each_size_of_batch_are_compared(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """90 samples in blocks of 40 and batches of 16, guided at some times: the last batch of a block has 8, the last block 10."""
     compared = list[tuple[set[int], bool]]()
-    monkeypatch.setattr(
-        sampling.models, "verify_kernels", lambda _m, _d, images, training: compared.append((images, training))
-    )
+    monkeypatch.setattr(sampling.models, "verify_kernels", lambda _m, _d, images, training: compared.append((images, training)))
     changes = {"samples": 90, "batch_images": 16, "guidance_interval": (0.0, 500.0), "precision": "bf16"}
     settings = tiny.evaluate.model_copy(update=changes)
     model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
@@ -233,9 +229,7 @@ def test_real_images_are_in_the_layout_of_the_samples() -> None:
     shown = Image.open(io.BytesIO(real_grid(source, 8)))
     assert json.loads(shown.info[COLUMN_NAMES]) == list("0123456789")
     cells = np.asarray(shown)[16:][::8, ::8].reshape(2, 8, 10, 8, 3).swapaxes(1, 2)
-    of_class = {
-        label: [source.pixels(i, 8) for i in range(len(source)) if source.labels[i] == label] for label in (0, 9)
-    }
+    of_class = {label: [source.pixels(i, 8) for i in range(len(source)) if source.labels[i] == label] for label in (0, 9)}
     for label, images in of_class.items():
         assert all(any(np.array_equal(cells[row, label], image) for image in images) for row in range(2))
     unnamed = Image.open(io.BytesIO(real_grid(replace(source, label_names=[]), 8)))

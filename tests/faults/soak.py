@@ -55,9 +55,7 @@ def main() -> None:
             kills_done += kills - len(fault_plans.left(root))
             if fault_plans.made(root, recipe) != undisturbed:
                 sys.exit(f"soak: run {runs} differs from the undisturbed one: --seed {options.seed}")
-            print(
-                f"soak: {kills_done} kills in {runs} runs, all bit-equal, {time.monotonic() - began:.0f} s", flush=True
-            )
+            print(f"soak: {kills_done} kills in {runs} runs, all bit-equal, {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -116,9 +116,7 @@ FEW = (
 
 
 def rows() -> list[Any]:
-    return [
-        pytest.param(*row, id=name, marks=[] if name in FEW else [pytest.mark.faults]) for name, row in FAULTS.items()
-    ]
+    return [pytest.param(*row, id=name, marks=[] if name in FEW else [pytest.mark.faults]) for name, row in FAULTS.items()]
 
 
 @pytest.mark.parametrize(("stage", "plan", "codes", "line"), rows())

@@ -28,20 +28,14 @@ def run(root: Path, plan: str) -> tuple[list[int], str]:
 def made(root: Path) -> dict[str, Any]:
     """Return everything that is made once, by name: hashes of files, values of metrics, rows of the run."""
     store = root / "store"
-    patterns = (
-        "latents/*/*.tar",
-        "*/*/vae/*.safetensors",
-        "*/*/extractors/**/*.safetensors",
-    )
+    patterns = ("latents/*/*.tar", "*/*/vae/*.safetensors", "*/*/extractors/**/*.safetensors")
     files = {p for pattern in patterns for p in store.glob(pattern)} | set(store.glob("*/*/evaluation/*/*/samples.png"))
     results: dict[str, Any] = {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     for path in store.glob("*/*/runs/*/published/*"):
         results[str(path.relative_to(store))] = fault_plans.published_hashes(open_folder(path))
     for path in store.glob("*/*/evaluation/**/metrics.json"):
         results[str(path.relative_to(store))] = json.loads(path.read_text())["values"]
-    return results | {
-        "rows": sorted((r.name, r.images, r.value) for r in rows(root) if r.name not in fault_plans.TIMED)
-    }
+    return results | {"rows": sorted((r.name, r.images, r.value) for r in rows(root) if r.name not in fault_plans.TIMED)}
 
 
 def rows(root: Path) -> list[Row]:
@@ -87,9 +81,7 @@ FAULTS = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("plan", "codes"), FAULTS.values(), ids=FAULTS)
-def test_the_sweep_ends_as_undisturbed(
-    tmp_path: Path, undisturbed: dict[str, Any], plan: str, codes: list[int]
-) -> None:
+def test_the_sweep_ends_as_undisturbed(tmp_path: Path, undisturbed: dict[str, Any], plan: str, codes: list[int]) -> None:
     ended, output = run(tmp_path, plan)
     assert fault_plans.left(tmp_path) == [], output
     assert ended == codes, output

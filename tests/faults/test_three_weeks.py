@@ -21,9 +21,7 @@ def shipped() -> Rules:
     """The limits of cluster/rayjob.yaml, and that which it asks to set in the environment of KubeRay's operator."""
     text = (ROOT / "cluster/rayjob.yaml").read_text()
     spec = next(yaml.safe_load_all(text))["spec"]
-    (timeout_s,) = (
-        line.split("=")[1].split()[0] for line in text.splitlines() if "STATUS_CHECK_TIMEOUT_SECONDS=" in line
-    )
+    (timeout_s,) = (line.split("=")[1].split()[0] for line in text.splitlines() if "STATUS_CHECK_TIMEOUT_SECONDS=" in line)
     (submitter,) = spec["submitterPodTemplate"]["spec"]["containers"]
     follows = "while state=$(ask status $job)" in " ".join(submitter.get("command", []))
     return Rules(spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"], float(timeout_s), follows)
@@ -65,9 +63,7 @@ def storage_is_not_waited_for(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(driver, "MOST_FOLLOWED", 0)
 
 
-@pytest.mark.parametrize(
-    "cure", [no_answer_is_lost, no_node_is_avoided, storage_is_not_waited_for], ids=lambda cure: cure.__name__
-)
+@pytest.mark.parametrize("cure", [no_answer_is_lost, no_node_is_avoided, storage_is_not_waited_for], ids=lambda cure: cure.__name__)
 def test_without_a_cure_of_ours_they_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cure: Callable[[pytest.MonkeyPatch], None]
 ) -> None:

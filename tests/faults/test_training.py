@@ -87,9 +87,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, recipe
 def test_too_many_in_a_row_stop_the_run_and_are_dumped(tmp_path: Path) -> None:
     recipe = reading.load(TINY, ["train.skips_in_a_row=3"])
     (tmp_path / "faults").write_text("nan at loss rank=1 images=112 times=6")
-    with pytest.raises(
-        mp.ProcessRaisedException, match="not finite in 3 steps in a row, up to 160 images: the last step's"
-    ):
+    with pytest.raises(mp.ProcessRaisedException, match="not finite in 3 steps in a row, up to 160 images: the last step's"):
         ranks.run(recipe, fault_plans.MODEL, tmp_path, 1, faults=tmp_path / "faults")
     dump = fault_plans.run_of(tmp_path, recipe).bad_step(PointName(160, 1))
     contents = BadStepManifest.require(dump)
@@ -100,9 +98,7 @@ def test_too_many_in_a_row_stop_the_run_and_are_dumped(tmp_path: Path) -> None:
     assert batch["1/x_BCHW"].shape == (4, 4, 8, 8)
 
 
-@pytest.mark.parametrize(
-    "line", ["kil at step", "kill step rank=1", "kill at step rnk=1", "kill at step rank=one", "kill at look"]
-)
+@pytest.mark.parametrize("line", ["kil at step", "kill step rank=1", "kill at step rnk=1", "kill at step rank=one", "kill at look"])
 def test_an_invalid_fault_is_refused(line: str) -> None:
     with pytest.raises(UserError, match=f"fault {line!r}: "):
         faults.parse(line)

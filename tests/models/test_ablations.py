@@ -107,11 +107,7 @@ def test_an_adaptive_norm_without_gate_is_one_whose_gates_are_one():
     weights = plain.state_dict()
     for name in gated.state_dict():
         if "blocks" in name and "modulation" in name:
-            ones = (
-                torch.ones(16, dtype=torch.float64)
-                if name.endswith("bias")
-                else torch.zeros(16, 16, dtype=torch.float64)
-            )
+            ones = torch.ones(16, dtype=torch.float64) if name.endswith("bias") else torch.zeros(16, 16, dtype=torch.float64)
             weights[name] = torch.cat([weights[name], ones])
     gated.load_state_dict(weights)
     assert torch.allclose(plain(*inputs()), gated(*inputs()), atol=1e-12)

@@ -80,9 +80,7 @@ def test_forward_gmacs_at_512_pixels(name):
     assert cost_of(name, size=64).gmacs_forward == pytest.approx(GMACS_512[name], rel=0.005)
 
 
-@pytest.mark.parametrize(
-    ("name", "gflops"), [("S368", 0.4316), ("B", 1.8642), ("M", 3.7044), ("L", 6.5792), ("H", 14.7888)]
-)
+@pytest.mark.parametrize(("name", "gflops"), [("S368", 0.4316), ("B", 1.8642), ("M", 3.7044), ("L", 6.5792), ("H", 14.7888)])
 def test_thop_gflops_equal_the_papers_column(name, gflops):
     assert cost_of(f"DiS-{name}/4", channels=3, num_classes=None).thop_gflops == pytest.approx(gflops, abs=5.1e-5)
 
@@ -92,14 +90,7 @@ def test_shares_of_the_multiply_adds_of_h():
     for part in cost_of("DiS-H/2").parts:
         parts[part.name.rpartition(".")[2]] += part.macs
     shares = {name: 100 * macs / sum(parts.values()) for name, macs in parts.items()}
-    for name, share in {
-        "in_proj": 51.5,
-        "out_proj": 25.7,
-        "skip": 12.6,
-        "x_proj": 4.3,
-        "dt_proj": 3.2,
-        "scan": 2.5,
-    }.items():
+    for name, share in {"in_proj": 51.5, "out_proj": 25.7, "skip": 12.6, "x_proj": 4.3, "dt_proj": 3.2, "scan": 2.5}.items():
         assert shares[name] == pytest.approx(share, abs=0.1)
 
 
@@ -221,9 +212,7 @@ def fft_macs(points: int) -> float:
 def test_scans_gates_and_ffts_have_the_cost_of_their_formulas(name):
     parts = {part.name: part.macs for part in price_model(SETTINGS[name], LatentShape(4, 16), 10).parts}
     expected = by_formula(SETTINGS[name], 16)
-    assert {part: parts.get(part) for part in expected} == {
-        part: pytest.approx(macs) for part, macs in expected.items()
-    }
+    assert {part: parts.get(part) for part in expected} == {part: pytest.approx(macs) for part, macs in expected.items()}
     assert parts.keys() & set(NOT_PRODUCTS) - {"conv"} == expected.keys()
 
 
@@ -290,9 +279,7 @@ def test_the_norm_behind_a_gate_keeps_its_inputs_alone_in_half_precision(monkeyp
     """As its kernel does; PyTorch's operations would keep float32 copies of both, and the gate's."""
     cost = cost_of("DiS2-S/2")
     half, single = cost.activation_bytes("none", "bf16"), cost.activation_bytes()
-    monkeypatch.setattr(
-        duality, "gated_rms_norm", lambda y_BLE, z_BLE, weight_E, _: by_definition(y_BLE, z_BLE, weight_E)
-    )
+    monkeypatch.setattr(duality, "gated_rms_norm", lambda y_BLE, z_BLE, weight_E, _: by_definition(y_BLE, z_BLE, weight_E))
     by_operations = cost_of("DiS2-S/2")
     more = by_operations.activation_bytes("none", "bf16") - half
     assert more / (cost.settings.depth + 1) > 3 * 4 * 258 * 768  # bytes of three float32 tensors in each block

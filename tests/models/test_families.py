@@ -87,10 +87,7 @@ def test_a_package_is_in_the_schema_with_its_presets(package: Path) -> None:
     ("models", "words"),
     [
         ("own={kind: gated_con, width: 16}", "models.own.kind: got 'gated_con', .* (did you mean 'gated_conv'?)"),
-        (
-            "own={kind: gated_conv, widht: 16, depth: 1, patch: 4}",
-            "models.own.widht: unknown key (did you mean 'width'?)",
-        ),
+        ("own={kind: gated_conv, widht: 16, depth: 1, patch: 4}", "models.own.widht: unknown key (did you mean 'width'?)"),
         ("own={kind: 'gated.py:FAMILY'}", "models of kind gated.py:FAMILY: cannot read gated.py in /"),
         ("own={kind: '/gated_conv.py:FAMILY'}", "expected a path below the working folder"),
         ("own={kind: '../gated_conv.py:FAMILY'}", "expected a path below the working folder"),
@@ -134,15 +131,11 @@ def test_a_stored_recipe_runs_no_other_file(file: Path) -> None:
 def test_a_package_that_cannot_be_loaded_is_named(package: Path) -> None:
     (package / "entry_points.txt").write_text("[dis_scale.families]\ndis = gated_conv:FAMILY\n")
     families.known.cache_clear()
-    with pytest.raises(
-        UserError, match=r"gated-conv 0.1.0 brings models of kind 'gated_conv' as 'dis': expected one name"
-    ):
+    with pytest.raises(UserError, match=r"gated-conv 0.1.0 brings models of kind 'gated_conv' as 'dis': expected one name"):
         read("kind: dis")
     (package / "entry_points.txt").write_text("[dis_scale.families]\nmissing = no_module:FAMILY\n")
     families.known.cache_clear()
-    with pytest.raises(
-        UserError, match=r"gated-conv 0.1.0 brings models of kind missing, which cannot be loaded: No module"
-    ):
+    with pytest.raises(UserError, match=r"gated-conv 0.1.0 brings models of kind missing, which cannot be loaded: No module"):
         read("kind: dis")
 
 

@@ -21,9 +21,7 @@ DIT = Dit(kind="dit", width=32, depth=2, heads=2, patch=2)
 DIFFUSSM = DiffuSsm(kind="diffussm", width=32, depth=2, state_size=8)
 SSD = DIS.model_copy(update={"mixer": "ssd", "state_size": 8})
 HYDRA = SSD.model_copy(update={"combine": "hydra"})
-MODELS = pytest.mark.parametrize(
-    "settings", [DIS, SSD, HYDRA, DIT, DIFFUSSM], ids=["dis", "ssd", "hydra", "dit", "diffussm"]
-)
+MODELS = pytest.mark.parametrize("settings", [DIS, SSD, HYDRA, DIT, DIFFUSSM], ids=["dis", "ssd", "hydra", "dit", "diffussm"])
 
 
 def inputs(batch=3, shape=SHAPE, seed=1):
@@ -106,9 +104,7 @@ def test_bad_input_is_one_clear_line():
     model = build(DIS, SHAPE, 10)
     with pytest.raises(UserError, match="size 9 is not divisible by patch 2"):
         build(DIS, LatentShape(4, 9), 10)
-    with pytest.raises(
-        UserError, match=r"unknown checkpointing 'blocks' .did you mean 'block'.*known: none, block, every_<k>"
-    ):
+    with pytest.raises(UserError, match=r"unknown checkpointing 'blocks' .did you mean 'block'.*known: none, block, every_<k>"):
         build(DIS, SHAPE, 10, checkpointing="blocks")
     with pytest.raises(UserError, match=r"input of shape \(3, 3, 8, 8\): expected \(batch, 4, 8, 8\)"):
         model(x[:, :3], t, y)

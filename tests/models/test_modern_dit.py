@@ -54,9 +54,7 @@ def by_definition(b: DiTBlock, modern: tuple[str, ...], x_BTD: Tensor, c_BD: Ten
             rows, columns = torch.arange(SIDE**2) // SIDE, torch.arange(SIDE**2) % SIDE
             rates = torch.tensor([10000.0 ** (-4 * j / size) for j in range(size // 4)], dtype=torch.float64)
             turn = torch.polar(
-                *torch.broadcast_tensors(
-                    rates.new_ones(()), torch.cat([rows[:, None] * rates, columns[:, None] * rates], 1)
-                )
+                *torch.broadcast_tensors(rates.new_ones(()), torch.cat([rows[:, None] * rates, columns[:, None] * rates], 1))
             )
             q, k = (torch.view_as_real(torch.complex(t[..., ::2], t[..., 1::2]) * turn).flatten(-2) for t in (q, k))
         out.append((q @ k.transpose(1, 2) / math.sqrt(size)).softmax(-1) @ v)
@@ -77,18 +75,16 @@ def test_a_block_is_that_of_its_definition_with_its_gradients(modern: tuple[str,
     ours, theirs = made(x, c), by_definition(made, modern, x, c)
     assert torch.allclose(ours, theirs, atol=1e-6)  # the angles are float32
     weights = torch.randn_like(ours)
-    for a, b in zip(
-        *(torch.autograd.grad((y * weights).sum(), [x, *made.parameters()]) for y in (ours, theirs)), strict=True
-    ):
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), [x, *made.parameters()]) for y in (ours, theirs)), strict=True):
         assert torch.allclose(a, b, atol=1e-6 * max(1.0, b.abs().max().item()))
 
 
 def test_without_parts_the_weights_are_those_of_dit() -> None:
     """And a modern block has LightningDiT's: two thirds of the MLP's width three times, four vectors of the condition."""
     old, new = (Dit(**preset(name) | {"depth": 1}) for name in ("DiT-S/2", "DiT+-S/2"))
-    assert {
-        name.split(".", 2)[2] for name in build(old, LatentShape(4, 8), 10).state_dict() if name.startswith("blocks")
-    } == {f"{layer}.{kind}" for layer in ("qkv", "out", "up", "down", "modulation") for kind in ("weight", "bias")}
+    assert {name.split(".", 2)[2] for name in build(old, LatentShape(4, 8), 10).state_dict() if name.startswith("blocks")} == {
+        f"{layer}.{kind}" for layer in ("qkv", "out", "up", "down", "modulation") for kind in ("weight", "bias")
+    }
     shapes = {name: tuple(w.shape) for name, w in DiTBlock(new).named_parameters()}
     assert shapes["up.weight"] == (2 * 1024, 384)
     assert shapes["down.weight"] == (384, 1024)

@@ -58,9 +58,7 @@ def test_a_pass_is_captured_once_for_a_shape(model: Backbone, shapes: list[tuple
     assert (drawn.num_classes, drawn.shape) == (10, LatentShape(4, 8))
 
 
-def test_a_shape_that_is_used_for_a_few_passes_only_is_not_captured(
-    model: Backbone, shapes: list[tuple[int, ...]]
-) -> None:
+def test_a_shape_that_is_used_for_a_few_passes_only_is_not_captured(model: Backbone, shapes: list[tuple[int, ...]]) -> None:
     drawn = Replayed(model, after=2)
     for seed, batch in enumerate((3, 3, 2, 3, 2, 3)):
         given = inputs(batch, seed)
@@ -72,9 +70,7 @@ def test_a_pass_that_cannot_be_captured_runs_as_it_is(
     model: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: object) -> Forward:
-        raise RuntimeError(
-            "CUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA"
-        )
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
 
     def of_other_numbers(model: Forward, _: list[Tensor]) -> Forward:
         return lambda *given: model(*given) + 1

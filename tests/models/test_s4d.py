@@ -93,10 +93,7 @@ def test_initial_modes():
 def test_legs_are_the_eigenvalues_of_hippos_normal_part():
     N = 16
     hippo = np.array(
-        [
-            [-((2 * n + 1) ** 0.5) * (2 * k + 1) ** 0.5 if n > k else -(n + 1) * (n == k) for k in range(N)]
-            for n in range(N)
-        ]
+        [[-((2 * n + 1) ** 0.5) * (2 * k + 1) ** 0.5 if n > k else -(n + 1) * (n == k) for k in range(N)] for n in range(N)]
     )
     root = np.sqrt(np.arange(N) + 0.5)
     eigenvalues = np.linalg.eigvals(hippo + np.outer(root, root))

@@ -89,9 +89,7 @@ def test_a_mixer_is_that_of_its_definition_with_its_gradients(combine: str, defi
     ours, theirs = made(h), definition(made, h)  # type: ignore[operator]
     assert torch.allclose(ours, theirs, atol=1e-12)
     weights = torch.randn_like(ours)
-    for a, b in zip(
-        *(torch.autograd.grad((y * weights).sum(), [h, *made.parameters()]) for y in (ours, theirs)), strict=True
-    ):
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), [h, *made.parameters()]) for y in (ours, theirs)), strict=True):
         assert torch.allclose(a, b, atol=1e-11)
 
 
@@ -109,8 +107,7 @@ def test_presets_have_the_parameters_of_those_with_selective_scans() -> None:
     """Not B: a block is 4 % of it, so that 3.7 % fewer is the nearest."""
     for size in "SBMLH":
         ours, theirs = (
-            price_model(Dis(**preset(f"{name}-{size}/2")), LatentShape(4, 32), 1000).parameters
-            for name in ("DiS2", "DiS")
+            price_model(Dis(**preset(f"{name}-{size}/2")), LatentShape(4, 32), 1000).parameters for name in ("DiS2", "DiS")
         )
         assert abs(ours / theirs - 1) < (0.037 if size == "B" else 0.03)
 
@@ -127,17 +124,12 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         with pytest.raises(UserError, match=message):
             reading.load(TINY, [f"models.a={{kind: dis, depth: 2, patch: 2, mixer: ssd, {option}}}"])
     assert "not known" in str(Dis(kind="dis", width=64, depth=2, patch=2, mixer="ssd").base_width_refusal(32, {}))
-    assert (
-        build(Dis(kind="dis", width=16, depth=2, patch=2, mixer="ssd"), LatentShape(4, 8), 10).settings.unpublished
-        == "mixer"
-    )
+    assert build(Dis(kind="dis", width=16, depth=2, patch=2, mixer="ssd"), LatentShape(4, 8), 10).settings.unpublished == "mixer"
 
 
 def verify(settings: Dis, L: int, dtype: torch.dtype, gradients: bool = True) -> None:
     case = Case(L, gradients=gradients)
-    verify_block(
-        lambda scan: DiSBlock(settings, scan, False), settings.width, "reference", torch.device("cpu"), dtype, case
-    )
+    verify_block(lambda scan: DiSBlock(settings, scan, False), settings.width, "reference", torch.device("cpu"), dtype, case)
 
 
 def test_a_mixer_that_computes_wrongly_on_its_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +148,5 @@ def test_a_mixer_that_computes_wrongly_on_its_device_is_named(monkeypatch: pytes
         return ssd(x, own, earlier, later if backend == "chunked" else None, exclusive, backend)
 
     monkeypatch.setattr(module, "ssd", forgets)
-    with pytest.raises(
-        DisScaleError, match=r"reference scan is wrong on cpu: output is off by .* \(torch.float32, 2 images, L8"
-    ):
+    with pytest.raises(DisScaleError, match=r"reference scan is wrong on cpu: output is off by .* \(torch.float32, 2 images, L8"):
         verify(settings, 8, torch.float32, gradients=False)

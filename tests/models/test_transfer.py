@@ -53,11 +53,7 @@ def sizes_at(width: int, base_width: int | None) -> tuple[Sizes, Sizes]:
     outputs = dict[str, torch.Tensor]()
     for name, layer in {"embedding": model.patches, "time": model.time, **blocks, "output": model}.items():
         layer.register_forward_hook(partial(keep, outputs, name))
-    process, rng, y_B = (
-        diffusion.build(Flow(kind="flow"), model.shape),
-        np.random.default_rng(0),
-        torch.arange(BATCH) % 10,
-    )
+    process, rng, y_B = (diffusion.build(Flow(kind="flow"), model.shape), np.random.default_rng(0), torch.arange(BATCH) % 10)
     means = rng.standard_normal((10, 4, 8, 8))[y_B]
     x_BCHW, noise_BCHW = (torch.from_numpy(x).float() for x in rng.standard_normal((2, BATCH, 4, 8, 8)))
     batch = (0.8 * torch.from_numpy(means).float() + 0.6 * x_BCHW, process.sample_times(rng, BATCH), noise_BCHW)
@@ -127,15 +123,11 @@ def test_sums_over_the_width_learn_slower_and_decay_as_fast(settings: Dit | Dis 
     assert always | own <= doubled
     kept = {name for name, factor in growth.items() if factor == 1}
     assert {"label.weight", "time.up.bias", "final.bias"} <= kept
-    assert not any(
-        name.endswith(("dynamics", "A_log", "dt_bias", "conv", "log_dt", ".C", ".B", "position")) for name in doubled
-    )
+    assert not any(name.endswith(("dynamics", "A_log", "dt_bias", "conv", "log_dt", ".C", ".B", "position")) for name in doubled)
     plain, scaled = ({p: g for g in parameter_groups(model, train(b)) for p in g["params"]} for b in (None, 32))
     for name, p in model.named_parameters():
         assert scaled[p]["rate"] == plain[p]["rate"] / growth[name], name
-        assert scaled[p]["weight_decay"] * scaled[p]["rate"] == pytest.approx(
-            plain[p]["weight_decay"] * plain[p]["rate"]
-        )
+        assert scaled[p]["weight_decay"] * scaled[p]["rate"] == pytest.approx(plain[p]["weight_decay"] * plain[p]["rate"])
 
 
 @pytest.mark.parametrize("settings", MODELS, ids=lambda s: s.kind)

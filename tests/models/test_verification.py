@@ -66,9 +66,7 @@ def test_a_wrong_state_space_duality_is_seen(combine: str, fault: str, monkeypat
         return RIGHT_SSD(x, own, earlier, later, exclusive, "chunked")
 
     monkeypatch.setattr(ssd, "ssd", wrong)
-    settings = Dis.model_validate(
-        {"kind": "dis", "width": 96, "depth": 12, "patch": 2, "mixer": "ssd", "combine": combine}
-    )
+    settings = Dis.model_validate({"kind": "dis", "width": 96, "depth": 12, "patch": 2, "mixer": "ssd", "combine": combine})
     for gradients in (True, False):
         if fault == "right":
             verify(settings, gradients)

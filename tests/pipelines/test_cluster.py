@@ -18,11 +18,7 @@ from tests.conftest import TINY
 
 
 def root(
-    monkeypatch: pytest.MonkeyPatch,
-    given: str,
-    in_job: bool,
-    one_node: bool = True,
-    probe: Callable[[str], None] = pytest.fail,
+    monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool, one_node: bool = True, probe: Callable[[str], None] = pytest.fail
 ) -> str:
     """Return the root that a sweep uses for the given one, on a cluster or on this machine."""
     environment = {"RAY_ADDRESS": in_job or not one_node, "RAY_JOB_CONFIG_JSON_ENV_VAR": in_job}
@@ -70,9 +66,7 @@ def test_the_folder_that_a_killed_command_left_is_removed_at_the_next_start() ->
 def test_a_lock_that_is_a_pipe_holds_up_no_start(user: int, stays: bool) -> None:
     left = Path(tempfile.mkdtemp(prefix=cluster._FOLDER, dir="/tmp"))
     os.mkfifo(left / "lock")
-    program = (
-        f"import os; os.getuid = lambda: {user}\nfrom pipelines.cluster import _own_folder\nwith _own_folder(): pass"
-    )
+    program = f"import os; os.getuid = lambda: {user}\nfrom pipelines.cluster import _own_folder\nwith _own_folder(): pass"
     try:
         subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
         assert left.exists() == stays
@@ -88,9 +82,7 @@ def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("in_job", [True, False])
 def test_a_root_of_one_node_is_refused_on_several(monkeypatch: pytest.MonkeyPatch, in_job: bool) -> None:
-    with pytest.raises(
-        UserError, match=r"storage.root: 'outputs' is a folder of one node, and this cluster has several: .*s3://"
-    ):
+    with pytest.raises(UserError, match=r"storage.root: 'outputs' is a folder of one node, and this cluster has several: .*s3://"):
         root(monkeypatch, "outputs", in_job=in_job, one_node=False)
 
 
@@ -104,9 +96,7 @@ def test_in_a_job_on_one_node_a_relative_root_is_below_the_home(monkeypatch: pyt
     assert root(monkeypatch, "outputs", in_job=True) == str(Path.home() / "dis-scale/outputs")
 
 
-@pytest.mark.parametrize(
-    ("given", "in_job"), [("outputs", False), ("s3://bucket/prefix", True), ("/shared/disk", True)]
-)
+@pytest.mark.parametrize(("given", "in_job"), [("outputs", False), ("s3://bucket/prefix", True), ("/shared/disk", True)])
 def test_any_other_root_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool) -> None:
     assert root(monkeypatch, given, in_job) == given
 

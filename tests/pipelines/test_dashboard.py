@@ -84,9 +84,7 @@ def test_lost_answers_of_each_call_end_nothing(driver: Driver, loses: int, lost:
         "list": (loses + 1) ** 2,  # again before each submission: an earlier one may have been taken
         "submit": loses + 1, "info": 3 * (loses + 1), "logs": loses + 1,
     }  # fmt: skip
-    assert logged(driver).count(
-        "waiting  Ray's dashboard does not answer; it is asked again for 15 minutes"
-    ) == 4 * bool(loses)
+    assert logged(driver).count("waiting  Ray's dashboard does not answer; it is asked again for 15 minutes") == 4 * bool(loses)
 
 
 def test_a_dashboard_that_stays_away_ends_the_sweep_by_an_error_that_is_tried_again() -> None:

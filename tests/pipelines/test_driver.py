@@ -114,10 +114,7 @@ def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver:
     driver.poll_every_s, driver.submit = 0.0, lambda *_: next(jobs)  # type: ignore[assignment,return-value]
     run_stage(driver, cluster("here"), "precompute")
     assert (
-        logged(driver).count(
-            "precompute: its process was killed, or not started (exit code -9), and another job continues"
-        )
-        == 10
+        logged(driver).count("precompute: its process was killed, or not started (exit code -9), and another job continues") == 10
     )
     with pytest.raises(DisScaleError, match="precompute failed: exit code -9"):
         jobs = iter(every)
@@ -143,9 +140,7 @@ LOST, DAMAGED = "a worker was lost", "the VAE is damaged"
     ],
     ids=["the model evaluate and evaluation", "evaluation", "one of two models"],
 )
-def test_each_failure_is_that_of_its_own_job(
-    driver: Driver, failing: dict[tuple[str, ...], str], failures: Failures
-) -> None:
+def test_each_failure_is_that_of_its_own_job(driver: Driver, failing: dict[tuple[str, ...], str], failures: Failures) -> None:
     jobs = dict.fromkeys((("evaluate",), ("train", "evaluate"), ("train", "dit")), SUCCEEDED)
     assert run(driver, jobs | {words: failed(why) for words, why in failing.items()}) == failures
     assert {name: state.ended(driver.sweep, name) for name in ("evaluate", "dit")} == {
@@ -251,9 +246,7 @@ def test_an_evaluation_that_fails_at_any_moment_is_noted(driver: Driver, polls: 
 
 @pytest.mark.parametrize("job", [("evaluate",), ("train", "dit")], ids=" ".join)
 @pytest.mark.parametrize(
-    "error",
-    [Preempted("stopped"), Held("held by process 1"), StorageAway("no answer")],
-    ids=["stopped", "held", "storage away"],
+    "error", [Preempted("stopped"), Held("held by process 1"), StorageAway("no answer")], ids=["stopped", "held", "storage away"]
 )
 def test_a_job_that_was_stopped_is_held_elsewhere_or_lost_storage_is_no_failure(
     driver: Driver, job: tuple[str, ...], error: DisScaleError
@@ -273,11 +266,7 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
 
     def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
         submitted.append(words[0])
-        return (
-            jobs["evaluate"].pop(0)
-            if words[0] == "evaluate"
-            else FakeJob([JobStatus.RUNNING] * 20 + [JobStatus.SUCCEEDED])
-        )
+        return jobs["evaluate"].pop(0) if words[0] == "evaluate" else FakeJob([JobStatus.RUNNING] * 20 + [JobStatus.SUCCEEDED])
 
     driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
     assert train_and_evaluate(driver, cluster("here")) == Failures()
@@ -299,9 +288,7 @@ def test_jobs_that_another_driver_of_the_same_ray_has_joined_are_not_stopped(dri
     assert stopped == ([] if taken_over else ["dit"])
 
 
-def test_a_drained_node_stops_the_sweep_as_a_failure_that_is_tried_again(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_drained_node_stops_the_sweep_as_a_failure_that_is_tried_again(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once its jobs have saved: Ray keeps a node that is drained until these have ended."""
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     job = FakeJob([JobStatus.RUNNING] * 3 + [JobStatus.FAILED])
@@ -328,9 +315,7 @@ def test_a_stop_while_the_jobs_of_a_drained_node_save_is_final(driver: Driver) -
 
 
 @pytest.mark.parametrize(("error", "ended_well"), [(Preempted("stopped"), True), (DisScaleError("a bug"), False)])
-def test_a_command_that_is_stopped_shows_that_it_is_not_gone(
-    driver: Driver, error: DisScaleError, ended_well: bool
-) -> None:
+def test_a_command_that_is_stopped_shows_that_it_is_not_gone(driver: Driver, error: DisScaleError, ended_well: bool) -> None:
     gauges: dict[str, float] = {}
     driver.gauge = gauges.__setitem__
     with pytest.raises(type(error)), seen_alive(driver, lambda: False):

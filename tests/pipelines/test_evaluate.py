@@ -12,16 +12,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from dis_scale.process.context import Context
-from dis_scale.process.errors import (
-    DisScaleError,
-    Held,
-    Preempted,
-    StorageAway,
-    StorageError,
-    StorageFull,
-    UserError,
-    WrongKernel,
-)
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError, WrongKernel
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import Sampled, state
@@ -175,9 +166,7 @@ def test_an_evaluation_that_another_process_has_taken_over_notes_nothing(job: Re
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, from_a_worker], ids=["here", "in a worker"])
-def test_a_floor_that_cannot_be_measured_is_logged_and_stops_nothing(
-    job: RecordedJob, wrap: Callable[[Any], Any]
-) -> None:
+def test_a_floor_that_cannot_be_measured_is_logged_and_stops_nothing(job: RecordedJob, wrap: Callable[[Any], Any]) -> None:
     assert not state.floor_settled(job.sweep)
     why = "photos/a/03.png: storage refuses access (403)"
     evaluate.measure_floor(job, Failing(wrap(StorageError(why))))  # type: ignore[arg-type]

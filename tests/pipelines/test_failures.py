@@ -8,14 +8,7 @@ import torch
 from torch.distributed import DistStoreError
 
 from dis_scale.process.errors import BrokenDevice, OutOfMemory, StorageAway, StorageError
-from pipelines.failures import (
-    CAUSES,
-    WorkerFailure,
-    blame,
-    describe,
-    failure_to_raise,
-    may_pass,
-)
+from pipelines.failures import CAUSES, WorkerFailure, blame, describe, failure_to_raise, may_pass
 
 ECC = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -66,21 +59,15 @@ def test_a_broken_connection_or_device_restarts_as_a_lost_worker_does(cause: Exc
 
 
 def test_a_worker_that_ray_killed_for_its_nodes_memory_is_a_lost_one() -> None:
-    error = ray.exceptions.OutOfMemoryError(
-        "1 worker(s) were killed due to the node running low on memory.\nMemory on the node"
-    )
+    error = ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.\nMemory on the node")
     assert may_pass(error)
-    assert describe(error).startswith(
-        "a worker was lost (1 worker(s) were killed due to the node running low on memory."
-    )
+    assert describe(error).startswith("a worker was lost (1 worker(s) were killed due to the node running low on memory.")
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        ray.exceptions.ActorUnschedulableError(
-            "The node specified via NodeAffinitySchedulingStrategy doesn't exist any more"
-        ),
+        ray.exceptions.ActorUnschedulableError("The node specified via NodeAffinitySchedulingStrategy doesn't exist any more"),
         ray.exceptions.NodeDiedError("the node died"),
         ray.exceptions.WorkerCrashedError(),
         ray.exceptions.LocalRayletDiedError(),

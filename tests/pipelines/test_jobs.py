@@ -200,9 +200,7 @@ def test_a_stop_is_obeyed_while_no_agent_takes_a_job() -> None:
         Silence(pause_s=0.0).insist(partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {}, agent_s=0.0), go_on)
 
 
-def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "alias").symlink_to(tmp_path / "real/sweeps/tiny")
@@ -215,12 +213,7 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
         def list_jobs(self) -> list[Any]:
             sweep = Sweep.below(open_folder(tmp_path / "real"), tiny)
             return [
-                JobDetails(
-                    type="SUBMISSION",
-                    submission_id=f"{jobs.prefix_of(sweep)}-train-dis-1",
-                    status="RUNNING",
-                    entrypoint="",
-                )
+                JobDetails(type="SUBMISSION", submission_id=f"{jobs.prefix_of(sweep)}-train-dis-1", status="RUNNING", entrypoint="")
             ]
 
         def stop_job(self, name: str) -> None:
@@ -238,7 +231,5 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
      (None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True), (None, "RUNTIME_ENV_SETUP_FAILURE", False)],
 )  # fmt: skip
 def test_a_job_that_was_killed_is_told_from_one_that_failed(code: int | None, kind: str | None, killed: bool) -> None:
-    info = JobDetails(
-        type="SUBMISSION", submission_id="j", status="FAILED", entrypoint="", driver_exit_code=code, error_type=kind
-    )
+    info = JobDetails(type="SUBMISSION", submission_id="j", status="FAILED", entrypoint="", driver_exit_code=code, error_type=kind)
     assert Job(Any, "j", ours=True, _info=info).killed is killed  # type: ignore[arg-type]

@@ -84,9 +84,7 @@ def test_jobs_that_a_killed_command_left_are_ended_before_the_next_continues(tmp
     said = list[str]()
     last_ray.end_left_jobs(sweep, said.append, lambda: None)
     assert (said, evaluate.alive, train.alive) == ([], True, True)
-    ON_THIS_MACHINE.changed(at=time.time()).write(
-        sweep.folder
-    )  # they are of a cluster that has refused a command of this machine
+    ON_THIS_MACHINE.changed(at=time.time()).write(sweep.folder)  # they are of a cluster that has refused a command of this machine
     last_ray.end_left_jobs(sweep, said.append, lambda: None)
     assert (said, evaluate.alive, train.alive) == ([], True, True)
     ON_THIS_MACHINE.write(sweep.folder)
@@ -102,9 +100,7 @@ def test_jobs_that_a_killed_command_left_are_ended_before_the_next_continues(tmp
     assert len(said) == 2, "nothing is left"
 
 
-def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = stored(tmp_path, ON_A_CLUSTER)
     monkeypatch.setenv("RAY_ADDRESS", "")  # as good as none
     before = sweep.folder.list()
@@ -118,8 +114,7 @@ def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(
 
 def test_a_sweep_of_kuberay_is_sent_to_its_rayjob(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError,
-        match=r"kubectl delete rayjob NAME \(or job NAME\), then kubectl apply -f its file \(.*was imagenet256-x7k",
+        UserError, match=r"kubectl delete rayjob NAME \(or job NAME\), then kubectl apply -f its file \(.*was imagenet256-x7k"
     ):
         last_ray.refuse_local_after_cluster(stored(tmp_path, ON_A_CLUSTER.changed(kuberay="imagenet256-x7k")))
 
@@ -173,8 +168,7 @@ def test_what_is_recorded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("kind", "typed"),
-    [("kuberay", "kubectl delete rayjob NAME .*imagenet256-7"), ("slurm", "scancel JOB .*imagenet256-7")],
+    ("kind", "typed"), [("kuberay", "kubectl delete rayjob NAME .*imagenet256-7"), ("slurm", "scancel JOB .*imagenet256-7")]
 )
 def test_a_stop_names_how_to_take_a_job_out_of_its_queue(tmp_path: Path, kind: str, typed: str) -> None:
     """While the job only waits, no command reads the request in storage."""

@@ -90,8 +90,7 @@ def test_many_encoders_make_the_same_bytes_as_one(workers: int, sweep: Sweep, tm
 def test_a_broken_image_is_refused_by_name_and_no_shard_is_written(sweep: Sweep, tmp_path: Path) -> None:
     (tmp_path / "photos/a/00.png").write_bytes(b"broken")
     with pytest.raises(
-        UndecodableImage,
-        match=r"image a/00.png cannot be decoded: .*; repair or remove it, or --set data.undecodable=skip",
+        UndecodableImage, match=r"image a/00.png cannot be decoded: .*; repair or remove it, or --set data.undecodable=skip"
     ):
         encode_with(1, sweep, open_folder(tmp_path) / "one")
     lacking = open_source(sweep.recipe.data).names.index("a/00.png") // 10
@@ -185,9 +184,7 @@ def test_bf16_rounds_the_products_and_is_a_set_of_its_own(sweep: Sweep) -> None:
     assert (facts.made_from.precision, made(other).made_from.precision) == ("fp32", "bf16")
     assert latents_of(other) != latents_of(sweep)
     images, encoder = [source.pixels(i, 32) for i in range(4)], vae.load(sweep)
-    exact, bf16 = (
-        begin_encoding(encoder, images, one.recipe.precompute)().astype(np.float32) for one in (sweep, other)
-    )
+    exact, bf16 = (begin_encoding(encoder, images, one.recipe.precompute)().astype(np.float32) for one in (sweep, other))
     difference = np.linalg.norm(bf16 - exact) / np.linalg.norm(exact)
     assert 1e-4 < difference < 0.02
 
@@ -208,10 +205,7 @@ def test_every_shard_holds_its_positions_in_their_order(sweep: Sweep) -> None:
     assert [(m.number, [s.position for s in m.samples]) for m in content] == [(2, [*range(20, 26)]), (0, [*range(10)])]
     assert reports == [4, 2, 4, 4, 2]
     for sample in content[1].samples:
-        assert (sample.name, sample.label) == (
-            setup.source.names[sample.position],
-            setup.source.labels[sample.position],
-        )
+        assert (sample.name, sample.label) == (setup.source.names[sample.position], setup.source.labels[sample.position])
 
 
 BATCH_S, HOST_S = 0.1, 0.05
@@ -376,9 +370,7 @@ def test_a_stop_request_is_obeyed_within_a_batch(sweep: Sweep, tmp_path: Path) -
 
 def test_an_encoder_of_another_kind_is_refused(sweep: Sweep, tmp_path: Path) -> None:
     latents, other = open_folder(tmp_path) / "one", encoding_here(sweep).model_copy(update={"torch": "2.10.0"})
-    with pytest.raises(
-        UserError, match=r"this worker encodes with .*, the first one with .*torch='2.10.0'.*use equal nodes"
-    ):
+    with pytest.raises(UserError, match=r"this worker encodes with .*, the first one with .*torch='2.10.0'.*use equal nodes"):
         Encoder(sweep, "cpu").encode(latents, other, deal_of([0]))
     assert latents.list() == []
 

@@ -40,8 +40,7 @@ def test_attempts_without_progress_wait_longer_each_time_and_progress_resets_the
 
 def test_a_crash_at_the_same_count_is_called_deterministic(job: RecordedJob) -> None:
     with pytest.raises(
-        DisScaleError,
-        match=r"dis: crashed 4 times in a row with 112 done: this looks deterministic; .* last failure: worker lost",
+        DisScaleError, match=r"dis: crashed 4 times in a row with 112 done: this looks deterministic; .* last failure: worker lost"
     ):
         run(job, [WorkerFailure("worker lost", 112)] * 4, [80] * 5)
     assert job.pauses == [0, 2, 4]
@@ -123,9 +122,7 @@ def test_a_death_and_the_connections_that_it_breaks_are_one_cause(tiny: Recipe) 
         "after a move",
     ],
 )  # fmt: skip
-def test_a_deterministic_crash_does_not_burn_all_restarts(
-    tiny: Recipe, nodes: str, done: list[int], attempts: int
-) -> None:
+def test_a_deterministic_crash_does_not_burn_all_restarts(tiny: Recipe, nodes: str, done: list[int], attempts: int) -> None:
     """Of the forty that this recipe allows."""
     recipe = tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 40})})
     job, made = job_of(recipe), 0
@@ -171,9 +168,7 @@ def test_one_crash_among_losses_of_nodes_is_not_called_deterministic(job: Record
 
 
 @pytest.mark.parametrize(
-    ("nodes", "attempts"),
-    [(("ab", "ac"), 11), (("", ""), 11), (("ab", "cd"), 5)],
-    ids=["of one node", "unknown", "of all"],
+    ("nodes", "attempts"), [(("ab", "ac"), 11), (("", ""), 11), (("ab", "cd"), 5)], ids=["of one node", "unknown", "of all"]
 )
 def test_a_failed_device_is_not_taken_for_a_mistake_while_one_node_is_in_all_attempts(
     tiny: Recipe, nodes: tuple[str, str], attempts: int

@@ -32,9 +32,7 @@ def test_what_an_error_quotes_is_no_line_of_the_protocol() -> None:
         "import sys; from dis_scale.process.context import Context; from pipelines import lines, logs, stage\n"
         "stage._exit_with(KeyError(Exception(sys.argv[1])), lines.Log(Context()), logs.JobLogs(None, Context()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, f"x\n{forged}\x1b[2J"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, f"x\n{forged}\x1b[2J"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "everything is fine" in done.stdout
     assert "\x1b" not in done.stdout
@@ -45,10 +43,7 @@ def test_a_stage_that_begins_while_storage_is_away_waits_for_it(
     tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For as long as a stage that has begun: a job that ended by it would end all others. A stop request ends the wait."""
-    sweep, answers = (
-        sweep_at(tmp_path, "tiny", tiny),
-        [StorageAway("503"), StorageAway("503"), None, *[StorageAway("503")] * 9],
-    )
+    sweep, answers = (sweep_at(tmp_path, "tiny", tiny), [StorageAway("503"), StorageAway("503"), None, *[StorageAway("503")] * 9])
     said, stop = list[str](), threading.Event()
 
     def opened(url: str, patient: bool) -> Sweep:

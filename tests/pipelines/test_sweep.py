@@ -77,10 +77,7 @@ def test_a_missing_start_is_refused_before_anything_begins(tmp_path: Path) -> No
 def test_a_running_sweep_has_its_page_from_the_beginning(tiny: Recipe, tmp_path: Path) -> None:
     driver = driver_of(tiny, tmp_path)
     driver.sweep.report.write(report.CSV, b"of fewer models")
-    with (
-        pipeline.one_at_a_time(driver, cluster("here")),
-        pipeline.writing_page(driver, price_sweep(tiny, LatentShape(4, 8))),
-    ):
+    with pipeline.one_at_a_time(driver, cluster("here")), pipeline.writing_page(driver, price_sweep(tiny, LatentShape(4, 8))):
         wait_until(lambda: driver.sweep.report.exists(report.PAGE))
     page = driver.sweep.report.read(report.PAGE).decode()
     assert not driver.sweep.report.exists(report.CSV), "it would be taken for all results"
@@ -108,10 +105,7 @@ def test_a_sweep_with_complete_latents_needs_its_images_no_more(tmp_path: Path) 
     put_latents(store / "latents/0")
     state.use_latents(driver.sweep, store / "latents/0", "v")
     pipeline.list_images(driver, plan, store)
-    assert (
-        "source   it cannot be listed; its latents are complete, and training continues: data.source.url: no"
-        in logged(driver)
-    )
+    assert "source   it cannot be listed; its latents are complete, and training continues: data.source.url: no" in logged(driver)
 
 
 def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
@@ -143,9 +137,7 @@ def test_a_sweep_that_joins_changes_no_setting_of_the_running_one(tiny: Recipe, 
     assert Sweep.open(str(joining.sweep)).recipe.train.restarts == 100
 
 
-def test_an_unreachable_mlflow_is_logged_and_stops_nothing(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_mlflow_is_logged_and_stops_nothing(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     driver = driver_of(tiny, tmp_path)
     pipeline.begin_tracking(driver, price_sweep(tiny, LatentShape(4, 8)), "http://127.0.0.1:1")
@@ -190,9 +182,7 @@ def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny
 def test_a_study_is_written_out_before_it_is_compared_with_the_stored_one(tmp_path: Path) -> None:
     begun, root = isoflop.written_out(study(), LatentShape(4, 8)), f"storage.root={tmp_path}"
     Sweep.below(open_folder(tmp_path), begun).save_recipe()
-    with pytest.raises(
-        UserError, match=r"isoflop.share: stored 0.25, given 0.2\n.*models.dis-at-\d+.branch.at: stored"
-    ):
+    with pytest.raises(UserError, match=r"isoflop.share: stored 0.25, given 0.2\n.*models.dis-at-\d+.branch.at: stored"):
         pipeline.run_sweep(study(root, "isoflop.share=0.2"), Console(file=io.StringIO()))
 
 
@@ -236,9 +226,7 @@ def test_deleted_weights_that_were_never_evaluated_are_a_failure(tiny: Recipe, t
     assert state.lost_evaluations(sweep) == [], "evaluated before they were deleted"
 
 
-def test_deleted_weights_are_named_at_the_next_start(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deleted_weights_are_named_at_the_next_start(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a sweep in which nothing is left to do."""
     sweep = driver_of(tiny.model_copy(update={"storage": Storage(root=str(tmp_path))}), tmp_path).sweep
     console = Console(file=io.StringIO(), width=200, record=True)
@@ -262,9 +250,7 @@ def test_a_cooldown_whose_trunk_has_decayed_is_refused_before_anything_is_spent(
     plan = price_sweep(sound.sweep.recipe, LatentShape(4, 8))
     pipeline.require_starts(sound.sweep, plan)
     late = driver_of(reading.load(TINY, [*decaying, "train.cooldowns={images: [320]}"]), tmp_path)
-    words = (
-        r"models.dis-at-320.branch: at 256 images the rate of dis has decayed to 40%, and this one would begin at 100%"
-    )
+    words = r"models.dis-at-320.branch: at 256 images the rate of dis has decayed to 40%, and this one would begin at 100%"
     with pytest.raises(UserError, match=words):
         pipeline.require_starts(late.sweep, plan)
 
@@ -318,9 +304,7 @@ def test_a_gpu_that_is_too_small_is_refused_before_anything_is_spent(tiny: Recip
         needs.require_fits(plan, replace(gpus, gpu_bytes=lambda: 2**20))
 
 
-@pytest.mark.parametrize(
-    ("gpus", "own", "shared"), [(1, 0, 0.8), (1, -3, 0.8), (2, 0, 0.4), (2, 1, 0.4), (8, 4, 0.0), (8, 3, 0.2)]
-)
+@pytest.mark.parametrize(("gpus", "own", "shared"), [(1, 0, 0.8), (1, -3, 0.8), (2, 0, 0.4), (2, 1, 0.4), (8, 4, 0.0), (8, 3, 0.2)])
 def test_evaluators_that_share_a_gpu_are_counted_together(gpus: int, own: int, shared: float) -> None:
     """Four of a fifth each on the only GPU leave training a fifth."""
     recipe = reading.load(TINY, ["evaluate.workers=4", "evaluate.gpu_share=0.2"])
@@ -337,7 +321,5 @@ def test_shares_of_a_gpu_that_leave_training_none_are_refused() -> None:
     require(0.4, 2)
     require(0.9, 6)  # two evaluators on each GPU; none shares
     require(0.5, 1)  # others will join
-    with pytest.raises(
-        UserError, match=r"2 evaluators with 0.5 of each GPU's memory leave training none: expected less than 0.5"
-    ):
+    with pytest.raises(UserError, match=r"2 evaluators with 0.5 of each GPU's memory leave training none: expected less than 0.5"):
         require(0.5, 2)

@@ -75,11 +75,7 @@ def test_the_port_of_its_nodes_needs_it_too(ours: Cluster, token: str | None, an
     (port,) = [word.partition("=")[2] for word in words if word.startswith("--gcs_server_port=")]
     given = {"RAY_AUTH_TOKEN": token or token_file(ours).read_text(), "RAY_AUTH_MODE": "token"}
     done = subprocess.run(
-        [sys.executable, "-c", KEYS, f"127.0.0.1:{port}"],
-        env=os.environ | given,
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-c", KEYS, f"127.0.0.1:{port}"], env=os.environ | given, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode == 0) == answers, done.stderr
     assert answers or "nvalid" in done.stderr

@@ -152,9 +152,7 @@ class FreePlaces(RankPlaces):
         return self.count
 
 
-def test_a_group_that_waits_is_chosen_again_when_the_nodes_change_while_some_are_avoided(
-    tiny: Recipe, tmp_path: Path
-) -> None:
+def test_a_group_that_waits_is_chosen_again_when_the_nodes_change_while_some_are_avoided(tiny: Recipe, tmp_path: Path) -> None:
     """Those whose devices failed are used again once the others are gone."""
     before, now = [Node("a", "a", {}), Node("b", "b", {})], [Node("a", "a", {})]
     places = FreePlaces(job_of(tiny, tmp_path), "dit", "cuda", living=lambda: now)
@@ -179,9 +177,7 @@ def test_a_hang_is_logged_before_a_collective_fails(hang_after_s: float) -> None
 
 
 @pytest.mark.parametrize(("tracked", "away"), [(False, 0.0), (True, 1.0)])
-def test_mlflow_is_away_only_for_a_sweep_that_has_runs_there(
-    tmp_path: Path, tiny: Recipe, tracked: bool, away: float
-) -> None:
+def test_mlflow_is_away_only_for_a_sweep_that_has_runs_there(tmp_path: Path, tiny: Recipe, tracked: bool, away: float) -> None:
     job = job_of(tiny, tmp_path)
     if tracked:
         ids = TrackingIds(uri=f"sqlite:///{tmp_path}/gone.db", experiment="1", sweep="s", models={"dis": "d"})

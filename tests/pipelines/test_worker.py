@@ -56,9 +56,7 @@ def test_one_worker_that_hangs_is_found_and_slow_ones_are_not() -> None:
     assert hanging([60.0] * 20 + [600.0] * 5 + [60.0] * 20 + [1e9], 900.0) == pytest.approx(900, abs=2)
     assert hanging([500.0] * 20 + [1e9], 150.0) == pytest.approx(5000, abs=2), "it is slow, however fast the other is"
     again = Pace(1, SHARED)
-    assert not any(again.note([37], {0}, (), float(now_s)) for now_s in range(3600)), (
-        "what it did before is of other work"
-    )
+    assert not any(again.note([37], {0}, (), float(now_s)) for now_s in range(3600)), "what it did before is of other work"
     slow = Pace(1, SHARED)
     assert not any(slow.note([0], {0}, (), float(now_s)) for now_s in range(3600))
     assert slow.note([0], {0}, (), 3601.0) == [0]

@@ -97,9 +97,7 @@ def test_few_images_are_not_repeated_without_end() -> None:
     assert proposed(photos(count=60_000), H100).train.images > 6_000_000
 
 
-@pytest.mark.parametrize(
-    "folder", ["2024", "true", "1e5", "inception", "My Photos!", "judge", "---", "ünïcode", "a" * 60]
-)
+@pytest.mark.parametrize("folder", ["2024", "true", "1e5", "inception", "My Photos!", "judge", "---", "ünïcode", "a" * 60])
 def test_any_folder_gives_a_valid_name(folder: str) -> None:
     recipe = proposed(photos(url=f"/data/{folder}"), LAPTOP)
     assert recipe.data.source.url == f"/data/{folder}"  # type: ignore[union-attr]
@@ -127,9 +125,7 @@ def test_too_few_images_are_refused() -> None:
 
 
 def test_a_machine_without_memory_is_refused() -> None:
-    with pytest.raises(
-        UserError, match="dis-xs does not fit 4 cores with 0 GiB of free memory, no GPU: set --resolution lower"
-    ):
+    with pytest.raises(UserError, match="dis-xs does not fit 4 cores with 0 GiB of free memory, no GPU: set --resolution lower"):
         proposed(photos(), Machine(cores=4, memory_bytes=2**20))
 
 

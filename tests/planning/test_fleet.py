@@ -67,11 +67,7 @@ def test_memory_is_within_a_tenth_of_what_was_measured() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "passes", "rounds"),
-    [
-        ({"zero_stage": 1}, 4, 3),
-        ({"zero_stage": 2}, 4, 9),
-        ({"zero_stage": 3}, 4, 12),
-    ],
+    [({"zero_stage": 1}, 4, 3), ({"zero_stage": 2}, 4, 9), ({"zero_stage": 3}, 4, 12)],
     ids=["1", "2", "3"],
 )
 def test_a_rank_sends_its_share_of_each_round(settings: dict[str, object], passes: int, rounds: int) -> None:

@@ -73,9 +73,7 @@ def test_budgets_may_be_added_above_the_largest() -> None:
     longer = written_out("isoflop.flops=[1e10, 2e10, 4e10]").recipe
     assert identity_differences(begun, longer) == []
     lower = written_out("isoflop.flops=[1e10, 1.5e10, 2e10]").recipe
-    assert identity_differences(begun, lower) == [
-        "isoflop.flops: 1.5e+10 is below 2e+10, whose trunks may have passed it"
-    ]
+    assert identity_differences(begun, lower) == ["isoflop.flops: 1.5e+10 is below 2e+10, whose trunks may have passed it"]
     shares = identity_differences(begun, written_out("isoflop.share=0.2").recipe)
     assert "isoflop.share: stored 0.25, given 0.2" in shares
 

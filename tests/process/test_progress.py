@@ -89,9 +89,7 @@ def test_each_stage_has_one_line_in_any_width(clock: list[float], width: int) ->
         assert "300/400 images 10.0 images/s 10 s left" in lines[0]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"TERM": "dumb"}, {"TTY_INTERACTIVE": "0"}], ids=["dumb terminal", "asked for lines"]
-)
+@pytest.mark.parametrize("settings", [{"TERM": "dumb"}, {"TTY_INTERACTIVE": "0"}], ids=["dumb terminal", "asked for lines"])
 def test_a_terminal_without_a_cursor_gets_lines(settings: dict[str, str]) -> None:
     console, out = terminal(**settings)
     with Board(console) as board:

@@ -56,10 +56,7 @@ def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
         ("evaluate.sampler=euler", "sampler euler does not fit the process gaussian"),
         ("models.dit.heads=3", "models.dit: width 16 is not a multiple of heads 3"),
         ("models.dit.train={batch_images: 18}", "models.dit.train: batch_images 18 is not a multiple of lanes 4"),
-        (
-            "models.dit.train={publish_images: [8]}",
-            "models.dit.train: publish_images: 8 is not a multiple of batch_images 16",
-        ),
+        ("models.dit.train={publish_images: [8]}", "models.dit.train: publish_images: 8 is not a multiple of batch_images 16"),
         ("models.dit.train={lanes: 2}", "models.dit.train.lanes: unknown key"),
         ("models.dit.train={learning_rate: 0}", "models.dit.train.learning_rate: got 0, expected: greater than 0"),
         ("train.base_width=0", "train.base_width: got 0, expected: greater than or equal to 1"),
@@ -69,26 +66,17 @@ def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
             "models.dit: hourglass 4 does not divide twice the base_width 7",
         ),
         ("models.dit.branch={of: dis, at: 160}", "models.dit.branch.of: dis has other sizes"),
-        (
-            "models.dit.branch={of: dit, at: 160}",
-            "models.dit.branch.of: got 'dit', expected a model of this recipe that is no",
-        ),
+        ("models.dit.branch={of: dit, at: 160}", "models.dit.branch.of: got 'dit', expected a model of this recipe that is no"),
         ("train.cooldowns=[320]", "train.cooldowns: got [320], expected image counts and a share"),
         ("train.cooldowns={images: [16]}", "models.dis-at-16.branch.at: got 0"),
-        (
-            "models.dit={kind: dit, width: 6, depth: 1, heads: 2, patch: 4}",
-            "needs a width that is a multiple of 4, got 6",
-        ),
+        ("models.dit={kind: dit, width: 6, depth: 1, heads: 2, patch: 4}", "needs a width that is a multiple of 4, got 6"),
         ("diffusion.steps=0", "diffusion.steps: got 0, expected: greater than or equal to 1"),
         ("models.dit.seeds=0", "models.dit.seeds: got 0, expected: a number of trainings"),
         ("data.num_classes=9", "the digits have 10 classes, got 9"),
         ("format=7", "this version reads recipes of format 1, got format 7"),
         ("data.num_classes=null", "got null, expected: a number of classes, or none for unconditional models"),
         ("data.num_classes=no", "data.num_classes: got False, expected: a valid integer"),
-        (
-            "data.num_classes=none",
-            "extractor digits is a classifier that the sweep trains, and data.num_classes is none",
-        ),
+        ("data.num_classes=none", "extractor digits is a classifier that the sweep trains, and data.num_classes is none"),
         ("train.x.y", "expected a.b=value"),
         ("train.lanes=[1", "--set 'train.lanes=[1': not YAML"),
         ("models=[a]", "models: got ['a'], expected"),
@@ -128,8 +116,7 @@ def test_a_url_with_credentials_is_refused_without_showing_it(key: str, url: str
         reading.load(TINY, [f"{key}={url}"])
     assert "pa55" not in str(caught.value)
     assert re.search(
-        rf"{key}[a-z.]*: a URL with credentials.*MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-        str(caught.value),
+        rf"{key}[a-z.]*: a URL with credentials.*MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD", str(caught.value)
     )
 
 
@@ -193,23 +180,13 @@ def test_an_unknown_preset_offers_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    "allowed",
-    [
-        "train.workers=4",
-        "storage.root=x",
-        "train.publish_images=[0,160,320,480]",
-        "device=cpu",
-        "data.undecodable=skip",
-    ],
+    "allowed", ["train.workers=4", "storage.root=x", "train.publish_images=[0,160,320,480]", "device=cpu", "data.undecodable=skip"]
 )
 def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
     assert identity_differences(tiny, reading.load(TINY, [allowed])) == []
 
 
-@pytest.mark.parametrize(
-    ("key", "settings"),
-    [("vae", "posterior: false"), ("evaluate.extractor", "name: dino")],
-)
+@pytest.mark.parametrize(("key", "settings"), [("vae", "posterior: false"), ("evaluate.extractor", "name: dino")])
 def test_the_hash_of_a_file_may_be_added_and_not_changed(key: str, settings: str) -> None:
     without, first, second = (
         reading.load(TINY, [f"{key}={{kind: exported, path: v.pt, {settings}{pinned}}}"])
@@ -229,15 +206,9 @@ def test_the_hash_of_a_file_may_be_added_and_not_changed(key: str, settings: str
         ("models.dis.width=32", "models.dis.width: stored 16, given 32"),
         ("vae.steps=30", "vae.steps: stored 4, given 30"),
         ("train.publish_images=[0, 160]", "train.publish_images: stored up to 320, given only up to 160"),
-        (
-            "train.publish_images=[0, 80, 160, 320]",
-            "train.publish_images: 80 is before 320, which training may have passed",
-        ),
+        ("train.publish_images=[0, 80, 160, 320]", "train.publish_images: 80 is before 320, which training may have passed"),
         ("models.dis.train={ema: 0.5}", "models.dis.train.ema: stored null, given 0.5"),
-        (
-            "models.dis.train={publish_images: [0, 160]}",
-            "models.dis.train.publish_images: stored up to 320, given only up to 160",
-        ),
+        ("models.dis.train={publish_images: [0, 160]}", "models.dis.train.publish_images: stored up to 320, given only up to 160"),
         ("models.dis.seed=3", "models.dis.seed: stored null, given 3"),
     ],
 )
@@ -266,10 +237,7 @@ def test_longer_training_is_refused_if_the_schedule_has_an_end() -> None:
             "distance_infinity of 64 features (digits) needs at least 320 samples, got 80",
         ),
         (["evaluate.variants={fast: {steps: 2000}}"], "evaluate.variants.fast.steps 2000 exceeds diffusion.steps 1000"),
-        (
-            ["evaluate.variants={flow: {sampler: heun}}"],
-            "evaluate.variants.flow: sampler heun does not fit the process",
-        ),
+        (["evaluate.variants={flow: {sampler: heun}}"], "evaluate.variants.flow: sampler heun does not fit the process"),
         (
             ["train.power_ema=null"],
             "evaluate.variants.wide.ema_width needs power-function averages, and train.power_ema tracks none",
@@ -308,10 +276,7 @@ def test_settings_that_cannot_be_sampled_or_measured_are_refused(settings: list[
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        (
-            ["train.compile=true", "train.zero_stage=3"],
-            "ZeRO stage 3 gathers weights inside the blocks: set zero_stage to 1",
-        ),
+        (["train.compile=true", "train.zero_stage=3"], "ZeRO stage 3 gathers weights inside the blocks: set zero_stage to 1"),
         (["device=cuda", "train.scan=native"], "train.scan native does not run on cuda: set train.scan to auto"),
         (["device=cpu", "train.scan=mamba"], "train.scan mamba does not run on cpu"),
         (["train.scan=natve"], "train.scan: got 'natve', expected: "),
@@ -360,9 +325,7 @@ def test_a_models_own_decay_may_not_end_elsewhere() -> None:
         reading.load(TINY, ["models.dis.train={decay: linear}", f"train.publish_images={counts}"])
         for counts in ([0, 320], [0, 320, 640])
     )
-    assert identity_differences(begun, longer) == [
-        "models.dis.train.publish_images: the linear decay ends at 320, given 640"
-    ]
+    assert identity_differences(begun, longer) == ["models.dis.train.publish_images: the linear decay ends at 320, given 640"]
 
 
 def test_cooldowns_are_branches_of_each_model() -> None:

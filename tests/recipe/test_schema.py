@@ -85,7 +85,5 @@ def test_docstrings_and_roles_are_the_descriptions() -> None:
     schema = json_schema()
     lanes = described(schema, "$defs", "Train", "properties", "lanes")
     assert lanes.startswith("Parts of equal size that the global batch always splits into")
-    assert described(schema, "$defs", "Reader", "properties", "cache_gib").endswith(
-        "May change between two starts of a sweep."
-    )
+    assert described(schema, "$defs", "Reader", "properties", "cache_gib").endswith("May change between two starts of a sweep.")
     assert described(schema, "$defs", "Dit", "properties", "seed").startswith("Seed of the initial weights")

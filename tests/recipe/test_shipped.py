@@ -9,9 +9,7 @@ from dis_scale.recipe import reading, shipped
 from tests.conftest import TINY
 
 
-def test_a_name_is_a_shipped_recipe_unless_there_is_such_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_is_a_shipped_recipe_unless_there_is_such_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits-isoflop").mkdir()
     assert {reading.load(name).name for name in ("digits", "digits-isoflop")} == {"digits", "digits-isoflop"}
@@ -24,9 +22,7 @@ def test_each_shipped_recipe_states_its_purpose_in_a_sentence() -> None:
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:
-    with pytest.raises(
-        UserError, match=r"cannot read the recipe digit: No such file.*did you mean 'digits'.*recipe list"
-    ):
+    with pytest.raises(UserError, match=r"cannot read the recipe digit: No such file.*did you mean 'digits'.*recipe list"):
         reading.load("digit")
     with pytest.raises(UserError, match=r"cannot read the recipe digit.yaml: No such file or directory$"):
         reading.load("digit.yaml")

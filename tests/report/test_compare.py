@@ -103,9 +103,7 @@ def two_sweeps(root: Path) -> list[Report]:
     return [collect(made) for made in sweeps]
 
 
-def study(
-    reports: list[Report], truth: float, rng: np.random.Generator, across: float, within: float
-) -> compare.Difference:
+def study(reports: list[Report], truth: float, rng: np.random.Generator, across: float, within: float) -> compare.Difference:
     """Return the difference of a simulated study whose models differ by `truth`.
 
     Trainings have a standard deviation of 2; sampling one of 3, correlated between two models' trainings and between one model's.
@@ -173,9 +171,7 @@ def evaluation_of(features: np.ndarray, reference: Frechet) -> Metrics:
     return Metrics(sampling=SAMPLING, metrics=("distance",), values=values, left_out=lists)
 
 
-def test_one_training_each_has_the_paired_error_only_of_shared_noise(
-    sweep: Sweep, tmp_path: Path, recipe: Recipe
-) -> None:
+def test_one_training_each_has_the_paired_error_only_of_shared_noise(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
     a = collect(sweep)
     lists = {a.metric: tuple(9 + 0.1 * (-1.0) ** np.arange(20))}
     points = [replace(p, evaluation=p.evaluation.changed(left_out=lists)) for p in a.points]
@@ -236,10 +232,7 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path
         compare.differences(a, empty, {})
     for changes, words in (
         ({"evaluate": {"samples": 81}}, "tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"),
-        (
-            {"data": {"crop": (0, 0, 8)}},
-            r"data.crop: tiny has null, tiny has \[0, 0, 8\]: their distances cannot be compared",
-        ),
+        ({"data": {"crop": (0, 0, 8)}}, r"data.crop: tiny has null, tiny has \[0, 0, 8\]: their distances cannot be compared"),
         ({"data": {"resolution": 64}}, "data.resolution: tiny has 32, tiny has 64: their distances cannot be compared"),
     ):
         parts = {part: getattr(recipe, part).model_copy(update=change) for part, change in changes.items()}
@@ -251,9 +244,7 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path
 def test_held_out_losses_of_other_quantities_are_refused(tmp_path: Path, recipe: Recipe) -> None:
     """A loss of the noise at a Gaussian's times is not one of a flow's velocity, nor that of other images."""
     changes = {"extractor": {"kind": "none"}}
-    made = recipe.model_copy(
-        update={"evaluate": recipe.evaluate.model_validate(recipe.evaluate.model_dump() | changes)}
-    )
+    made = recipe.model_copy(update={"evaluate": recipe.evaluate.model_validate(recipe.evaluate.model_dump() | changes)})
     a = collect(sweep_at(tmp_path, "tiny", made))
     for part, other, words in (
         ("data", made.data.model_copy(update={"held_out_images": 7}), "data.held_out_images: tiny has .*, tiny has 7"),
@@ -266,17 +257,13 @@ def test_held_out_losses_of_other_quantities_are_refused(tmp_path: Path, recipe:
             compare.differences(a, b, {})
 
 
-def test_distances_under_other_weights_of_one_extractor_are_refused(
-    sweep: Sweep, tmp_path: Path, recipe: Recipe
-) -> None:
+def test_distances_under_other_weights_of_one_extractor_are_refused(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
     """A sweep trains its extractor itself: another seed, CPU or number of threads gives other weights, and another distance."""
     other = sweep_at(tmp_path, "other", recipe.model_copy(update={"seed": recipe.seed + 1}))
     put(other, Sampled("dis", 160), 4.0)
     a, b = (of_weights(collect(each), "ca653956" + "0" * 56) for each in (sweep, other))
     assert compare.differences(a, b, {"dis": "dis"})[0].change == -5
-    words = (
-        r"weights of extractor digits: tiny has \[ca6539560000\], other has \[28185ea20000\]: their distances cannot"
-    )
+    words = r"weights of extractor digits: tiny has \[ca6539560000\], other has \[28185ea20000\]: their distances cannot"
     with pytest.raises(UserError, match=words):
         compare.differences(a, of_weights(b, "28185ea2" + "0" * 56), {"dis": "dis"})
 

@@ -37,9 +37,7 @@ class Noise(NamedTuple):
     seeds: int
 
 
-def simulated(
-    costs: np.ndarray, ratio: float, rng: np.random.Generator, shared: np.ndarray, noise: Noise
-) -> list[Size]:
+def simulated(costs: np.ndarray, ratio: float, rng: np.random.Generator, shared: np.ndarray, noise: Noise) -> list[Size]:
     """Return sizes of known values, each with its values without each group of samples; the largest has one training."""
     family, made = noise.family * rng.standard_normal(FOLDS), []
     for cost in costs:
@@ -64,12 +62,7 @@ def found(noise: Noise, ratio: float) -> list[Gap]:
 
 @pytest.mark.parametrize(
     "noise",
-    [
-        Noise(0.5, 0, 0.05, 0.04, 3),
-        Noise(0.5, 0, 0.15, 0, 1),
-        Noise(0.5, 0, 0.05, 0.04, 1),
-        Noise(0.5, 0.1, 0.05, 0.02, 3),
-    ],
+    [Noise(0.5, 0, 0.05, 0.04, 3), Noise(0.5, 0, 0.15, 0, 1), Noise(0.5, 0, 0.05, 0.04, 1), Noise(0.5, 0.1, 0.05, 0.02, 3)],
     ids=["seeds", "one sampling", "one training each", "noise of a family"],
 )
 def test_a_known_ratio_is_found_within_its_error(noise: Noise) -> None:
@@ -103,10 +96,7 @@ def test_sizes_of_both_families_that_leave_a_line_are_no_difference(counts: tupl
     for seed in range(400):
         rng = np.random.default_rng(seed)
         ours, theirs = (
-            [
-                size(c, list(100 * c**-0.4 * np.exp(scatter * rng.standard_normal() + 0.01 * rng.standard_normal(3))))
-                for c in costs
-            ]
+            [size(c, list(100 * c**-0.4 * np.exp(scatter * rng.standard_normal() + 0.01 * rng.standard_normal(3)))) for c in costs]
             for costs in (COSTS[: counts[0]] * 1.1, COSTS[: counts[1]])
         )
         gap = families.gap(ours, theirs)
@@ -166,9 +156,7 @@ def test_hours_of_other_machines_are_not_compared(sweep: Any) -> None:
 def test_without_an_extractor_each_comparison_is_listed_once(sweep: Any, recipe: Recipe) -> None:
     none = recipe.evaluate.model_dump() | {"extractor": {"kind": "none"}}
     made = sweep_at(
-        Path(str(sweep)).parent.parent,
-        "none",
-        sweep.recipe.model_copy(update={"evaluate": recipe.evaluate.model_validate(none)}),
+        Path(str(sweep)).parent.parent, "none", sweep.recipe.model_copy(update={"evaluate": recipe.evaluate.model_validate(none)})
     )
     for model, loss in (("dis", 0.9), ("dis32", 0.6), ("dis64", 0.4), ("dis128", 0.27), ("dit", 0.7)):
         put(made, Sampled(model, 160), loss)

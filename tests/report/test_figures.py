@@ -52,9 +52,7 @@ def test_each_loss_ends_at_a_point_and_a_line_without_space_for_its_name_is_in_t
     report = replace(collect(sweep), points=[], recipe=sweep.recipe.model_copy(update={"models": models}))
     report = replace(report, groups={model: model for model in models})
     rows = {
-        model: [
-            Row(name="loss", value=0.5 + 0.0001 * i + 10 / images, images=images, time=0.0) for images in (160, 320)
-        ]
+        model: [Row(name="loss", value=0.5 + 0.0001 * i + 10 / images, images=images, time=0.0) for images in (160, 320)]
         for i, model in enumerate(models)
     }
     figure = figures.training_loss(report, rows)
@@ -63,9 +61,7 @@ def test_each_loss_ends_at_a_point_and_a_line_without_space_for_its_name_is_in_t
     assert [line.get_url() for line in axes.lines if line.get_url()][-1] == "#dis-19, 320 images: training loss 0.533"
     beside, legend = [text.get_text() for text in axes.texts], axes.get_legend()
     assert legend is not None
-    below = {
-        text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
-    }
+    below = {text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)}
     assert beside
     assert sorted([*beside, *below]) == sorted(models), "each once"
     assert below.items() <= drawing.colours_of(report.recipe).items()
@@ -78,9 +74,7 @@ def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None
         spend(sweep, Sampled(model, images), hours)
     spend(sweep, Sampled("dis", 160, "plain"), 3.0, images_per_s=20.0)
     report = collect(sweep)
-    hours, memory, times = (
-        getattr(figures, f"{name}_distance")(report).axes[0] for name in ("hours", "memory", "sample")
-    )
+    hours, memory, times = (getattr(figures, f"{name}_distance")(report).axes[0] for name in ("hours", "memory", "sample"))
     assert [axes.get_xlabel() for axes in (hours, memory, times)] == [
         "training, GPU-hours of NVIDIA H200",
         "peak memory of a worker, GiB, on NVIDIA H200",
@@ -132,16 +126,9 @@ def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
     ours, with_published = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
     names = {text.get_text() for text in with_published.get_legend().get_texts()}
     assert {"DiT, published", "DiG, published"} <= names
-    added = {tuple(line.get_ydata()) for line in with_published.lines} - {
-        tuple(line.get_ydata()) for line in ours.lines
-    }
+    added = {tuple(line.get_ydata()) for line in with_published.lines} - {tuple(line.get_ydata()) for line in ours.lines}
     assert added == {tuple(p.fid for p in PUBLISHED if p.family == family) for family in ("DiT", "DiG")}
-    fitted = {
-        tuple(line.get_ydata())
-        for axes in (ours, with_published)
-        for line in axes.lines
-        if line.get_label() == "fit: dis"
-    }
+    fitted = {tuple(line.get_ydata()) for axes in (ours, with_published) for line in axes.lines if line.get_label() == "fit: dis"}
     assert len(fitted) == 1, "the same fit with the published points and without"
     assert figures.correlations(report)[:1] == ["dis at 160 images: r = -0.91 on log Gflops, n = 4 (few points)"]
     assert "fitted power law fd_digits_80 = 0.75 (floor) + " in figures.correlations(report)[1]
@@ -156,9 +143,7 @@ def test_points_before_the_end_of_a_schedule_are_marked_and_not_in_the_hull(tmp_
     text = shown(reports.table(report))
     assert "3 ± 0.5 *" in text
     assert "2 ± 0.5 *" not in text
-    assert (
-        "*, hollow in figures: measured before the learning rate had fallen to its end; not in the lower hull" in text
-    )
+    assert "*, hollow in figures: measured before the learning rate had fallen to its end; not in the lower hull" in text
     axes = figures.compute_distance(report).axes[0]
     assert tuple(next(line for line in axes.lines if line.get_label() == "lower hull").get_ydata()) == (2.0,)
     (hollow,) = (line for line in axes.lines if line.get_markerfacecolor() == "white")
@@ -215,8 +200,6 @@ def put_loss(sweep: Sweep, sampled: Sampled, loss: float) -> None:
 def test_the_axes_have_plain_numbers(sweep: Sweep) -> None:
     figure = figures.distance_images(collect(sweep))
     figure.canvas.draw()
-    words = [
-        label.get_text() for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis) for label in axis.get_ticklabels()
-    ]
+    words = [label.get_text() for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis) for label in axis.get_ticklabels()]
     assert {"5", "10", "100", "200"} <= set(words)
     assert not [word for word in words if "$" in word or "e" in word]

@@ -48,11 +48,7 @@ def test_the_points_and_differences_are_json_for_programs(sweep: Sweep, tmp_path
     other.save_recipe()
     put(other, Sampled("dis32", 160), 7.5)
     (difference,) = answer("compare", str(sweep), str(other), "--json")
-    assert (difference["a"]["model"], difference["change"], difference["error"]) == (
-        "dis32",
-        1.5,
-        pytest.approx(0.5**0.5),
-    )
+    assert (difference["a"]["model"], difference["change"], difference["error"]) == ("dis32", 1.5, pytest.approx(0.5**0.5))
 
 
 def test_the_files_of_a_report_are_the_figures_the_pages_and_the_csv(sweep: Sweep) -> None:
@@ -74,9 +70,7 @@ def imagenet(report: reports.Report, changes: dict[str, Any], **sampling: Any) -
     """Return the report as if it were of ImageNet with the published points' protocol, except for the changes."""
     recipe = report.recipe
     data = recipe.data.model_copy(update={"resolution": 256, "num_classes": 1000})
-    settings = recipe.evaluate.model_copy(
-        update={"reference": "https://host/VIRTUAL_imagenet256_labeled.npz"} | changes
-    )
+    settings = recipe.evaluate.model_copy(update={"reference": "https://host/VIRTUAL_imagenet256_labeled.npz"} | changes)
     made = Sampling(**({"sampler": "ddpm", "steps": 250, "guidance": 1.0} | sampling))
     points = [
         replace(
@@ -84,9 +78,7 @@ def imagenet(report: reports.Report, changes: dict[str, Any], **sampling: Any) -
         )
         for p in report.points if p.images_seen and not p.variant
     ]  # fmt: skip
-    return replace(
-        report, metric="fid", recipe=recipe.model_copy(update={"data": data, "evaluate": settings}), points=points
-    )
+    return replace(report, metric="fid", recipe=recipe.model_copy(update={"data": data, "evaluate": settings}), points=points)
 
 
 def test_published_points_are_drawn_beside_the_same_images_reference_and_samples_only(sweep: Sweep) -> None:

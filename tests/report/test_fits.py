@@ -50,10 +50,7 @@ def test_models_that_have_a_limit_above_the_floor_have_no_exponent_with_an_inter
     costs, refused, bent = np.array(sizes), 0, 10 + 130 * np.power(sizes, -0.6)
     for seed in range(200):
         noise = np.exp(0.005 * np.random.default_rng(seed).standard_normal(len(costs)))
-        law, straight = (
-            power_law(costs, 1.8 + bent * noise, 1.8),
-            power_law(costs, 1.8 + 130 * costs**-0.6 * noise, 1.8),
-        )
+        law, straight = (power_law(costs, 1.8 + bent * noise, 1.8), power_law(costs, 1.8 + 130 * costs**-0.6 * noise, 1.8))
         assert law
         assert straight
         refused += law.interval is None

@@ -30,11 +30,7 @@ def family(noise: float = 0.0, seed: int = 0, offsets: np.ndarray = OFFSETS) -> 
     rng, made = np.random.default_rng(seed), []
     for budget in BUDGETS:
         best = 0.1 * budget**SIZE_EXPONENT
-        logs = (
-            np.log(90 * budget**VALUE_EXPONENT)
-            + 0.08 * np.log(offsets) ** 2
-            + noise * rng.standard_normal(len(offsets))
-        )
+        logs = np.log(90 * budget**VALUE_EXPONENT) + 0.08 * np.log(offsets) ** 2 + noise * rng.standard_normal(len(offsets))
         made.append(profile_of(float(budget), best * offsets, budget / (6 * best * offsets), np.exp(logs)))
     return made
 
@@ -61,9 +57,7 @@ def test_known_laws_are_recovered() -> None:
 
 def test_a_profile_has_its_minimum_between_the_sizes() -> None:
     (profile, *_) = family()
-    assert profile.best == pytest.approx(
-        (0.1 * 1e18**SIZE_EXPONENT, 1e18 / (0.6 * 1e18**SIZE_EXPONENT), 90 * 1e18**VALUE_EXPONENT)
-    )
+    assert profile.best == pytest.approx((0.1 * 1e18**SIZE_EXPONENT, 1e18 / (0.6 * 1e18**SIZE_EXPONENT), 90 * 1e18**VALUE_EXPONENT))
     assert profile.at(profile.parameters) == pytest.approx(profile.values)
 
 
@@ -190,11 +184,7 @@ def measured(tmp_path: Path) -> Report:
     sweep = sweep_at(tmp_path, "tiny", plan.recipe)
     for model, budget in plan.recipe.budgets.items():
         distance = np.log(plan.costs[model].parameters / 3e4 * (1e10 / budget) ** 0.5) ** 2
-        put(
-            sweep,
-            model,
-            {HELD_OUT: float(np.exp(distance)), plan.recipe.evaluate.metric: 1e6 / plan.costs[model].parameters},
-        )
+        put(sweep, model, {HELD_OUT: float(np.exp(distance)), plan.recipe.evaluate.metric: 1e6 / plan.costs[model].parameters})
     return reports.collect(sweep, plan)
 
 
@@ -208,9 +198,7 @@ def test_the_report_of_a_study_has_its_profiles_and_laws(measured: Report) -> No
     assert profiles["dit"] == [], "one size is too few"
     assert [(p.budget, len(p.values)) for p in profiles["dis"]] == [(1e10, 4), (2e10, 4), (4e10, 4)]
     notes = tables.findings(measured).details
-    assert any(
-        line.startswith("held_out_loss, dis: best size ~ compute^0.50 (95 % interval 0.50 to 0.50)") for line in notes
-    )
+    assert any(line.startswith("held_out_loss, dis: best size ~ compute^0.50 (95 % interval 0.50 to 0.50)") for line in notes)
     assert any("held_out_loss, dis at 1e+10 FLOPs: lowest, 1, at 30,000 parameters" in line for line in notes)
     metric = measured.metric
     assert f"{metric}, dis at 4e+10 FLOPs: no minimum within the sizes, so the budget is not in the laws" in notes
@@ -276,6 +264,4 @@ def test_the_page_begins_with_the_study(measured: Report, tmp_path: Path) -> Non
 def test_a_study_without_enough_sizes_has_no_figure(measured: Report) -> None:
     few = replace(measured, points=[p for p in measured.points if p.cost.parameters < 4e4])
     assert figures.isoflop_profiles(few, HELD_OUT) is None
-    assert any(
-        "dis at 1e+10, 2e+10, 4e+10 FLOPs: fewer than 4 measured sizes" in line for line in tables.findings(few).details
-    )
+    assert any("dis at 1e+10, 2e+10, 4e+10 FLOPs: fewer than 4 measured sizes" in line for line in tables.findings(few).details)

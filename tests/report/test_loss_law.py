@@ -150,9 +150,7 @@ def test_runs_that_do_not_determine_the_law_have_none() -> None:
 def test_a_prediction_is_compared_once_its_budget_is_measured() -> None:
     runs, budget = study(4), float(BUDGETS[-1])
     smaller = runs.of(runs.budgets < budget)
-    assert isoflop.prediction_words(smaller, [], budget)[0].endswith(
-        "not measured yet, or without a minimum within the sizes"
-    )
+    assert isoflop.prediction_words(smaller, [], budget)[0].endswith("not measured yet, or without a minimum within the sizes")
     (met,) = isoflop.prediction_words(runs, isoflop.profiles_of(runs), budget)
     assert met.endswith("%, inside its interval")
     worse = Runs(runs.parameters, runs.images, runs.budgets, runs.values * np.where(runs.budgets == budget, 1.2, 1))

@@ -88,10 +88,7 @@ def test_the_page_of_a_sweep_tells_what_was_found_and_loads_nothing(sweep: Sweep
     assert "Best model" in page.words
     assert "fd_digits_80 4.5 ± 0.5 after 160 images" in page.words
     assert "digits, 10 classes, 32 pixels wide" in page.words
-    assert (
-        "the Fréchet distance of 80 samples from the real images under the features of the extractor digits"
-        in page.words
-    )
+    assert "the Fréchet distance of 80 samples from the real images under the features of the extractor digits" in page.words
     assert all(image["alt"] for image in page.of("img"))
     assert all(svg["aria-label"] for svg in page.of("svg"))
     assert [points["aria-label"] for points in page.of("g") if points.get("class") == "point"].count(
@@ -140,10 +137,7 @@ def test_two_sweeps_have_a_page_with_the_samples_of_both(sweep: Sweep, tmp_path:
     page = Page((tmp_path / "both.html").read_bytes())
     assert "tiny against other" in page.words
     assert "+1.5 ± 0.71" in page.words
-    assert [image["alt"] for image in page.of("img")] == [
-        "tiny: dis128 after 160 images",
-        "other: dis32 after 160 images",
-    ]
+    assert [image["alt"] for image in page.of("img")] == ["tiny: dis128 after 160 images", "other: dis32 after 160 images"]
 
 
 def test_a_page_that_is_missing_is_built_to_be_served_without_the_report_of_a_finished_sweep(

@@ -16,9 +16,7 @@ from tests.support.evaluations import collect, compared, put, shown, sweep_at
 def test_an_average_of_the_random_start_is_noted(tmp_path: Path) -> None:
     made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["train.ema=0.99", "train.ema_ramp=null"]))
     put(made, Sampled("dit", 320), 9.0)
-    assert "dit at 320 images: 82% of the average are the random start (train.ema_ramp" in shown(
-        reports.table(collect(made))
-    )
+    assert "dit at 320 images: 82% of the average are the random start (train.ema_ramp" in shown(reports.table(collect(made)))
     ramped = sweep_at(tmp_path, "ramped", reading.load(TINY, ["train.ema=0.99"]))
     put(ramped, Sampled("dit", 320), 9.0)
     assert "random start" not in shown(reports.table(collect(ramped)))

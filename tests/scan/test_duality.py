@@ -37,9 +37,7 @@ def test_recurrence_and_chunks_are_the_quadratic_form(
     for ways in ((earlier, later), (earlier, None), (None, later)):
         expected = dense(x, own, *ways, exclusive)
         for form in (recurrence, chunked):
-            assert torch.allclose(
-                form(x, own, *ways, exclusive), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item()
-            )
+            assert torch.allclose(form(x, own, *ways, exclusive), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("sizes", [(66, 4, 64, 64), (258, 1, 16, 16), (131, 2, 64, 128)])

@@ -77,9 +77,7 @@ def test_native_on_a_gpu_is_an_error() -> None:
 
 def test_gpu_backends_on_a_cpu_are_errors() -> None:
     for name in ("triton", "mamba"):
-        with pytest.raises(
-            UserError, match=f"the {name} scan is for NVIDIA GPUs, got tensors on cpu: set the backend to"
-        ):
+        with pytest.raises(UserError, match=f"the {name} scan is for NVIDIA GPUs, got tensors on cpu: set the backend to"):
             choose(name, "cpu")
 
 
@@ -105,9 +103,7 @@ def test_mamba_ssm_that_imports_without_its_kernels_is_an_error(a_gpu: pytest.Mo
     a_gpu.syspath_prepend(tmp_path)
     ones = torch.ones
     a_gpu.setattr(torch, "ones", lambda *shape, **_: ones(*shape))  # in host memory: there is no GPU
-    with pytest.raises(
-        UserError, match=r"the mamba scan does not run here \(RuntimeError: the extension was not built\)"
-    ):
+    with pytest.raises(UserError, match=r"the mamba scan does not run here \(RuntimeError: the extension was not built\)"):
         choose("mamba", "cuda")
 
 
@@ -147,9 +143,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("lacking", UNSUPPORTED)
-def test_a_gpu_on_which_triton_is_not_right_uses_chunked_and_gives_the_reason(
-    a_gpu: pytest.MonkeyPatch, lacking: str
-) -> None:
+def test_a_gpu_on_which_triton_is_not_right_uses_chunked_and_gives_the_reason(a_gpu: pytest.MonkeyPatch, lacking: str) -> None:
     instead, reason = UNSUPPORTED[lacking]
     a_gpu.setattr(*instead)
     require_chunked(reason)
@@ -168,9 +162,7 @@ def require_chunked(reason: str) -> None:
         choose("triton", "cuda")
 
 
-def test_a_failed_build_shows_the_compilers_output_and_auto_uses_chunked(
-    fresh_process: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_failed_build_shows_the_compilers_output_and_auto_uses_chunked(fresh_process: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = tmp_path / "broken.cpp"
     source.write_text("int main( { return nothing; }\n")
     fresh_process.setattr(native_build, "SOURCES", [source])
@@ -204,9 +196,7 @@ def test_build_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"half a library"], ids=["missing", "empty", "incomplete"])
-def test_a_library_that_does_not_load_is_rebuilt(
-    fresh_process: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
-) -> None:
+def test_a_library_that_does_not_load_is_rebuilt(fresh_process: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None) -> None:
     built: list[Path] = []
     fresh_process.setattr(native_build, "_build", built.append)
     library = tmp_path / "native.so"
@@ -290,10 +280,7 @@ def wrong(**fields: torch.Tensor) -> Direction:
             "two_way_scan, backward: D_E is (3,) torch.int64",
         ),
         (lambda: causal_conv_silu(X, WEIGHT, torch.ones(4)), "causal_conv_silu: the bias is (4,)"),
-        (
-            lambda: two_way_conv_silu(X, WEIGHT, BIAS, torch.ones(3, 2), BIAS),
-            "two_way_conv_silu, backward: the weight is (3, 2)",
-        ),
+        (lambda: two_way_conv_silu(X, WEIGHT, BIAS, torch.ones(3, 2), BIAS), "two_way_conv_silu, backward: the weight is (3, 2)"),
     ],
 )
 def test_inputs_of_another_shape_type_or_device_are_named(call: Callable[[], object], words: str) -> None:

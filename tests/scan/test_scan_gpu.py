@@ -123,9 +123,7 @@ def test_each_way_to_fill_a_gpu(dtype: torch.dtype, fill: Filling, monkeypatch: 
 
 def test_a_graph_of_a_pass_computes_the_same_numbers() -> None:
     """Of a new input after another one, with the guided batch between them."""
-    model = (
-        models.build(Dis(kind="dis", width=64, depth=2, patch=2), LatentShape(4, 8), 10).cuda().requires_grad_(False)
-    )
+    model = models.build(Dis(kind="dis", width=64, depth=2, patch=2), LatentShape(4, 8), 10).cuda().requires_grad_(False)
     drawn = Replayed(model, after=0)
     for batch in (3, 6, 3):
         x_BCHW, t_B = torch.randn(batch, 4, 8, 8, device="cuda"), torch.rand(batch, device="cuda") * 999

@@ -28,9 +28,7 @@ def test_a_constant_input_gives_a_geometric_series(backend: str) -> None:
     )
     g, t = torch.exp(delta * A), torch.arange(1, L + 1, dtype=torch.float64)
     expected = (delta * (1 - g ** t[:, None]) / (1 - g)).sum(-1)
-    assert (
-        y_BLE[0, :, 0] / expected - 1
-    ).abs().max() <= 5e-6  # 200 steps, each rounded to 6e-8, of which about a fifth accumulate
+    assert (y_BLE[0, :, 0] / expected - 1).abs().max() <= 5e-6  # 200 steps, each rounded to 6e-8, of which about a fifth accumulate
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -38,9 +36,7 @@ def test_reversed_is_flip_scan_flip(backend: str) -> None:
     direction = random_direction(2, 130, 19, 16)
     u, delta, A, B, C, D, bias = direction
     flipped = selective_scan(u.flip(1), delta.flip(1), A, B.flip(1), C.flip(1), D, bias, backend=backend).flip(1)
-    assert (
-        selective_scan(*direction, reverse=True, backend=backend) - flipped
-    ).abs().max() <= 1e-6 * flipped.abs().max()
+    assert (selective_scan(*direction, reverse=True, backend=backend) - flipped).abs().max() <= 1e-6 * flipped.abs().max()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

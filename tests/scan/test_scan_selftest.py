@@ -156,17 +156,13 @@ WRONG: dict[str, tuple[Backend, str]] = {
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_backend_is_an_error_that_names_another(
-    monkeypatch: pytest.MonkeyPatch, wrong: str, dtype: torch.dtype
-) -> None:
+def test_a_wrong_backend_is_an_error_that_names_another(monkeypatch: pytest.MonkeyPatch, wrong: str, dtype: torch.dtype) -> None:
     backend, message = WRONG[wrong]
     monkeypatch.setattr(chunked, "backend", backend)
     _backend.cache_clear()
     verify.cache_clear()
     try:
-        with pytest.raises(
-            DisScaleError, match=f"the chunked scan is wrong on cpu: {message}.*: set the backend to reference"
-        ):
+        with pytest.raises(DisScaleError, match=f"the chunked scan is wrong on cpu: {message}.*: set the backend to reference"):
             verify("chunked", CPU, dtype)
     finally:
         _backend.cache_clear()

@@ -59,9 +59,7 @@ def test_it_compiles_ahead(name: str, capability: int) -> None:
     check_program(compiled(name, capability, "bf16"), name, capability)
 
 
-@pytest.mark.parametrize(
-    "lanes", [8, pytest.param(4, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults)]
-)
+@pytest.mark.parametrize("lanes", [8, pytest.param(4, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults)])
 def test_several_lanes_per_channel_compile_ahead(lanes: int) -> None:
     """The same, both directions at once."""
     for name in ("scan_forward, second, for backward", "scan_backward, of the gate, too"):
@@ -88,10 +86,7 @@ def check_program(program: Any, name: str, capability: int) -> None:
 def test_state_space_duality_compiles_ahead(capability: int) -> None:
     """At DiS2-L/2's sizes: on tensor cores, in 18 KB of shared memory, without atomics; only an A100's spill registers."""
     with torch.device("meta"), ahead(capability) as launched:
-        bf16, single = (
-            partial(torch.empty, dtype=torch.bfloat16, requires_grad=True),
-            partial(torch.empty, requires_grad=True),
-        )
+        bf16, single = (partial(torch.empty, dtype=torch.bfloat16, requires_grad=True), partial(torch.empty, requires_grad=True))
         ways = [Way(single(2, 258, 32), single(32), bf16(2, 258, 64), bf16(2, 258, 64)) for _ in range(2)]
         y = triton_ssd.ssd(bf16(2, 258, 32, 64), single(2, 258, 32), ways[0], ways[1], exclusive=True)
         y.backward(torch.empty_like(y))
@@ -118,9 +113,7 @@ def test_the_instructions_are_counted() -> None:
     assert single["LSU"] - cycles["LSU"] == pytest.approx(6, abs=0.5)
 
 
-@pytest.mark.parametrize(
-    "lanes", [8, pytest.param(4, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults)]
-)
+@pytest.mark.parametrize("lanes", [8, pytest.param(4, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults)])
 def test_the_cycles_by_lanes_are_counted(lanes: int) -> None:
     """Sums over lanes cost instructions; exponentials stay the same."""
     forward = [counted(compiled(name, 90, "bf16", lanes), work(name, lanes)) for name in FORWARD]
@@ -183,9 +176,7 @@ def test_memory_exceeds_inputs_outputs_and_gradients_by_a_tenth_at_most(
         dy = torch.empty_like(y)
         gradients = torch.autograd.grad(y, inputs, dy)
         needed += sum(x.nbytes for x in gradients) + dy.nbytes
-    print(
-        f"{dtype}: {allocated.peak / y.numel():.2f} bytes an element, {allocated.peak / needed - 1:.1%} over {needed}"
-    )
+    print(f"{dtype}: {allocated.peak / y.numel():.2f} bytes an element, {allocated.peak / needed - 1:.1%} over {needed}")
     assert allocated.peak <= 1.1 * needed
 
 
@@ -206,9 +197,7 @@ def test_sizes_beyond_a_grid_or_32_bits_are_named(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"at most 1,048,560 steps, got 1,048,561: set the backend to chunked"):
         backend.causal_conv_silu(torch.ones(1, 1_048_561, 1, device="meta"), ones, ones[0, :1], False)
     assert not launched
-    with pytest.raises(
-        UserError, match=r"fewer than 2\*\*31 numbers, got 4,096 rows of 524,288: set the backend to ch"
-    ):
+    with pytest.raises(UserError, match=r"fewer than 2\*\*31 numbers, got 4,096 rows of 524,288: set the backend to ch"):
         backend.selective_scan(direction_of_meta(2, 4096, 8, 1, row=2**19), False)
     backend.selective_scan(direction_of_meta(most, 1, 1, 1), False)
     backend.causal_conv_silu(torch.ones(1, 1_048_560, 1, device="meta"), ones, ones[0, :1], False)
@@ -229,9 +218,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """An H100 that compiles and cannot launch; the names of the kernels that were compiled."""
     compiled_kernels = list[str]()
     monkeypatch.setattr(driver, "_active", CompileOnly())
-    monkeypatch.setattr(
-        triton.knobs.runtime, "jit_post_compile_hook", lambda **k: compiled_kernels.append(k["fn"].name)
-    )
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **k: compiled_kernels.append(k["fn"].name))
     return compiled_kernels
 
 
@@ -255,9 +242,7 @@ def let_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, *kernels: Any) -> l
 
 
 @in_its_own_process
-def test_kernels_compile_together_and_are_those_that_a_launch_takes(
-    monkeypatch: pytest.MonkeyPatch, compiles: list[str]
-) -> None:
+def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch: pytest.MonkeyPatch, compiles: list[str]) -> None:
     """Of a pass without gradients, by the path of a launch: both of its scans wait for each other."""
     failed = let_wait_for_each_other(monkeypatch, triton_scan.scan_forward)
     shapes = [(1, 5, 8), (1, 5, 8), (8, 1), (1, 5, 1), (1, 5, 1), (8,), (8,)]

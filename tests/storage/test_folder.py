@@ -101,9 +101,7 @@ def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: 
 
 def test_a_written_file_and_its_name_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = list[str]()
-    monkeypatch.setattr(
-        "os.fsync", lambda descriptor: synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
-    )
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink())))
     root = open_folder(tmp_path)
     root.write("a", b"")
     root.create("b", b"")
@@ -214,8 +212,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        StorageError,
-        match=f"cannot write {tmp_path}/x: no space left on the device: free some, then run the same command again",
+        StorageError, match=f"cannot write {tmp_path}/x: no space left on the device: free some, then run the same command again"
     ):
         open_folder(tmp_path).write("x", b"data")
     assert list(tmp_path.iterdir()) == []
@@ -379,9 +376,7 @@ def test_a_store_that_lists_what_was_there_before_is_refused() -> None:
     fsspec.register_implementation("stale", StaleFileSystem, clobber=True)
     fsspec.register_implementation("fresh", FreshFileSystem, clobber=True)
     open_folder("fresh://bucket/root").require_usable()
-    with pytest.raises(
-        UserError, match="lists 1 after another client has written 1 and 2: runs would not see each other"
-    ):
+    with pytest.raises(UserError, match="lists 1 after another client has written 1 and 2: runs would not see each other"):
         open_folder("stale://bucket/root").require_usable()
 
 

@@ -78,9 +78,7 @@ def test_a_fault_of_an_object_that_is_written_in_parts_leaves_no_hole(
     """At the beginning, in the second part, and at any request of the upload: the end is the last one."""
     longer = (data * 3)[:LONGER_BYTES]
     at = open_folder(bucket).patient
-    gateway.concerns = lambda request: (
-        "long?" in request.path and request_of in request.path and request.method != "GET"
-    )
+    gateway.concerns = lambda request: "long?" in request.path and request_of in request.path and request.method != "GET"
     gateway.faults = [None, None, None, fault] if request_of == "uploadId" else [fault]
     at.write("long", longer)
     assert not gateway.faults

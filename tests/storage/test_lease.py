@@ -60,10 +60,7 @@ def test_a_live_holder_is_named(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        with (
-            pytest.raises(Held, match=f"held by process {holder.pid} on .*, which is alive"),
-            lease.hold(open_folder(tmp_path)),
-        ):
+        with pytest.raises(Held, match=f"held by process {holder.pid} on .*, which is alive"), lease.hold(open_folder(tmp_path)):
             pass
         holder.kill()
     with lease.hold(open_folder(tmp_path)) as ours:
@@ -77,11 +74,7 @@ CONTAINER = lease.Holder.here().changed(processes="pid:[1]", pid=2**22 + 1)
 
 @pytest.mark.parametrize(
     ("holder", "named"),
-    [
-        (b"{", r"\? on \? \(its file is damaged\)"),
-        (ELSEWHERE.to_bytes(), "7 on elsewhere"),
-        (CONTAINER.to_bytes(), str(CONTAINER)),
-    ],
+    [(b"{", r"\? on \? \(its file is damaged\)"), (ELSEWHERE.to_bytes(), "7 on elsewhere"), (CONTAINER.to_bytes(), str(CONTAINER))],
     ids=["damaged file", "another machine", "container of this host"],
 )
 @pytest.mark.parametrize("beating", [True, False])
@@ -92,11 +85,7 @@ def test_a_holder_whose_process_is_not_listed_here_is_alive_while_its_heartbeat_
     folder.write("0001", holder)
     monkeypatch.setattr(lease, "STILL_S", 0.2)
     if beating:
-        with (
-            heartbeats(folder),
-            pytest.raises(Held, match=f"held by process {named}, which is alive"),
-            lease.hold(folder),
-        ):
+        with heartbeats(folder), pytest.raises(Held, match=f"held by process {named}, which is alive"), lease.hold(folder):
             pass
     else:
         with lease.hold(folder) as ours:

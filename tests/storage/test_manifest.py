@@ -57,8 +57,7 @@ def test_a_folder_without_a_manifest_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
-    [(b"alphA", "damaged: its sha256 differs"), (b"alph", "damaged: 4 bytes, its manifest says 5")],
+    ("damage", "message"), [(b"alphA", "damaged: its sha256 differs"), (b"alph", "damaged: 4 bytes, its manifest says 5")]
 )
 def test_damage_is_named(thing: Folder, damage: bytes, message: str) -> None:
     thing.write("a", damage)

@@ -42,9 +42,7 @@ def put_published(folder: Folder, weights: bytes = b"", images: int = 0, attempt
     return put(manifest, folder, {f"weights-{attempt:04d}.safetensors": weights})
 
 
-def put_resume_point(
-    folder: Folder, files: Mapping[str, bytes] = WEIGHTS, images: int = 0, at: float = 0.0
-) -> ResumePointManifest:
+def put_resume_point(folder: Folder, files: Mapping[str, bytes] = WEIGHTS, images: int = 0, at: float = 0.0) -> ResumePointManifest:
     """Write a complete resume point."""
     progress = RunState(model="dit", latents="", adam_step=0, at=at)
     manifest = ResumePointManifest(files={}, images=images, attempt=1, world=1, tables={}, progress=progress)
@@ -67,14 +65,7 @@ def put_metrics(
 
 def made_from(vae: str = "v", latent: tuple[int, int] = (4, 8), **more: Any) -> MadeFrom:
     """Return what a set of latents was made from; `more` are fields of it or of its encoding."""
-    encoding = {
-        "identity": vae,
-        "shift": 0.0,
-        "scale": 1.0,
-        "latent": LatentShape(*latent),
-        "device": "cpu",
-        "torch": "2",
-    }
+    encoding = {"identity": vae, "shift": 0.0, "scale": 1.0, "latent": LatentShape(*latent), "device": "cpu", "torch": "2"}
     encoding |= {name: more.pop(name) for name in list(more) if name in Encoding.model_fields}
     plain = {
         "source": {}, "listing": "", "resolution": 32, "shard_images": 4, "encode_images": 4, "precision": "fp32",

@@ -53,6 +53,4 @@ def shown(table: Table) -> str:
 
 def compared(a: reports.Report, b: reports.Report, pairs: dict[str, str] | None = None) -> str:
     """Return the comparison of two sweeps as text; the models are paired by name unless given."""
-    return shown(
-        compare.comparison_table(a, b, compare.differences(a, b, compare.by_name(a, b) if pairs is None else pairs))
-    )
+    return shown(compare.comparison_table(a, b, compare.differences(a, b, compare.by_name(a, b) if pairs is None else pairs)))

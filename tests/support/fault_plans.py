@@ -16,18 +16,7 @@ from dis_scale.training import resume
 from tests.support import ranks
 
 MODEL = "dit"
-TIMED = {
-    "attempt",
-    "images_per_s",
-    "tokens_per_s",
-    "mfu",
-    "memory_gib",
-    "paused",
-    "start_s",
-    "restart_s",
-    "noticed_s",
-    "goodput",
-}
+TIMED = {"attempt", "images_per_s", "tokens_per_s", "mfu", "memory_gib", "paused", "start_s", "restart_s", "noticed_s", "goodput"}
 """Rows that measure the machine, not the run."""
 
 

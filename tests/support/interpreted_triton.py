@@ -124,9 +124,7 @@ FILLINGS = [
 
 
 @pytest.mark.parametrize(("sizes", "fill"), FILLINGS, ids=str)
-def test_a_channel_on_several_lanes(
-    sizes: tuple[int, int, int, int], fill: Filling, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_channel_on_several_lanes(sizes: tuple[int, int, int, int], fill: Filling, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU with too few programs is filled. In float32 kept states give the same gradients, to the bit."""
     monkeypatch.setattr(scan_triton, "_filling", lambda _: fill)
     tensors = random_tensors(sizes)
@@ -141,9 +139,7 @@ def test_saved_tensors_may_return_with_other_strides() -> None:
     """As from a hook that moves them away and back. The inputs are views, which such a hook returns contiguous."""
     tensors = next(views((2, 5, 8, 2)))
     expected = outputs_and_gradients("two-way scan", tensors, "triton")
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format)
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format)):
         got = outputs_and_gradients("two-way scan", tensors, "triton")
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
@@ -166,8 +162,7 @@ def rows(fragment: Any, warp: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("lanes", "sizes"),
-    [(4, (1, 18, 9, 4)), *[pytest.param(n, (1, 17, 5, n), marks=pytest.mark.faults) for n in (1, 2, 8)]],
+    ("lanes", "sizes"), [(4, (1, 18, 9, 4)), *[pytest.param(n, (1, 17, 5, n), marks=pytest.mark.faults) for n in (1, 2, 8)]]
 )
 def test_sums_by_products(lanes: int, sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """As for bfloat16 on a GPU, here in float32: the layout of the products, not their truncation."""
@@ -181,17 +176,13 @@ def test_sums_by_products(lanes: int, sizes: tuple[int, int, int, int], monkeypa
 def test_a_convolution_over_several_segments() -> None:
     """A program of its backward pass computes one segment; the second of these has an incomplete group of steps."""
     sizes = (2, triton_numbers.SEGMENT + 18, 2, 4)
-    check_results(
-        "two-way conv", sizes, torch.float32, outputs_and_gradients("two-way conv", random_tensors(sizes), "triton")
-    )
+    check_results("two-way conv", sizes, torch.float32, outputs_and_gradients("two-way conv", random_tensors(sizes), "triton"))
 
 
 def test_sums_of_more_parts_than_are_loaded_together() -> None:
     parts, taps, E = 2 * triton_layout.TOGETHER.value + 1, 4, 30
     sums, weight, bias = torch.randn(parts, taps + 1, E), torch.empty(E, taps), torch.empty(E, dtype=torch.bfloat16)
-    triton_layout.sum_conv[3, 1, 1](
-        (sums,), (weight,), (bias,), parts, w_channel=taps, w_tap=1, E=E, TAPS=taps, SIZE=64
-    )
+    triton_layout.sum_conv[3, 1, 1]((sums,), (weight,), (bias,), parts, w_channel=taps, w_tap=1, E=E, TAPS=taps, SIZE=64)
     torch.testing.assert_close(weight, sums.sum(0)[:taps].t())
     torch.testing.assert_close(bias, sums.sum(0)[taps].bfloat16())
 
@@ -200,9 +191,7 @@ def test_sums_of_more_parts_than_are_loaded_together() -> None:
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
 def test_half_precision_is_rounded_once(call: str, dtype: torch.dtype) -> None:
     sizes = (1, 6, 3, 2)
-    check_results(
-        call, sizes, dtype, outputs_and_gradients(call, random_tensors(sizes, dtype), "triton"), INTERPRETER_TOLERANCE
-    )
+    check_results(call, sizes, dtype, outputs_and_gradients(call, random_tensors(sizes, dtype), "triton"), INTERPRETER_TOLERANCE)
 
 
 @pytest.mark.parametrize("call", [pytest.param("two-way scan", marks=pytest.mark.faults), "two-way conv"])
@@ -247,20 +236,13 @@ def test_extreme_gates() -> None:
 def verified(settings: Dis, L: int, dtype: torch.dtype, **changes: Any) -> None:
     """Compare a block by Triton with itself by PyTorch's operations."""
     verify_block(
-        lambda scan: DiSBlock(settings, scan, False),
-        settings.width,
-        "triton",
-        torch.device("cpu"),
-        dtype,
-        Case(L, **changes),
+        lambda scan: DiSBlock(settings, scan, False), settings.width, "triton", torch.device("cpu"), dtype, Case(L, **changes)
     )
 
 
 @pytest.mark.parametrize("changes", [{}, {"keeping": True}, {"gradients": False}, {"images": 3}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_block_whose_mixer_is_one_function(
-    changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_whose_mixer_is_one_function(changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks of steps; both directions' products in one, gradients in halves of one tensor, the norm with the sum."""
     taken = list[bool]()
     monkeypatch.setattr(triton_mixer, "takes", lambda *given: taken.append(takes(*given)) or taken[-1])
@@ -275,9 +257,7 @@ def test_a_mixer_of_another_width_has_a_function_for_each_part() -> None:
 
 @pytest.mark.parametrize("combine", ["sum", "hydra"])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.faults), torch.bfloat16], ids=str)
-def test_the_self_test_of_state_space_duality_passes(
-    combine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_self_test_of_state_space_duality_passes(combine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks. The interpreter would multiply the bits of bfloat16 as integers."""
     multiply = interpreter.InterpreterBuilder.create_dot
 
@@ -285,15 +265,7 @@ def test_the_self_test_of_state_space_duality_passes(
         return multiply(builder, *[builder.cast_impl(x, tl.float32) for x in (a, b)], *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", multiply_wide)
-    settings = {
-        "kind": "dis",
-        "width": 64,
-        "depth": 2,
-        "patch": 2,
-        "mixer": "ssd",
-        "combine": combine,
-        "state_size": 16,
-    }
+    settings = {"kind": "dis", "width": 64, "depth": 2, "patch": 2, "mixer": "ssd", "combine": combine, "state_size": 16}
     verified(Dis.model_validate(settings), 66, dtype)
 
 

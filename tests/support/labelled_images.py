@@ -41,9 +41,7 @@ def parquet(
     metadata: dict[str, Any] | None = FEATURES,
     columns: tuple[str, ...] = ("image", "label"),
 ) -> bytes:
-    images = pa.array(
-        [{"bytes": data, "path": None} for data, _ in rows], pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    )
+    images = pa.array([{"bytes": data, "path": None} for data, _ in rows], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     labels = pa.array([label for _, label in rows])
     table = pa.Table.from_arrays([images, labels, labels][: len(columns)], columns)
     if metadata:

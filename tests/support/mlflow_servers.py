@@ -90,9 +90,7 @@ def deployed(database: int, ceph: ObjectStore, bucket: str, folder: Path) -> Ite
     command = [sys.executable, "-m", *map(here, container["command"])]
     log = folder / "mlflow.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, env=os.environ | environment, stdout=out, stderr=out, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=out, stderr=out, start_new_session=True)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
     while status_of(f"{url}/health") != 200:
         assert process.poll() is None, log.read_text()

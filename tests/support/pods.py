@@ -97,9 +97,7 @@ def _value(variable: dict[str, Any], machine: str) -> str:
 def _launched() -> list[Node]:
     (config,) = documents(LAUNCHER)
     environment = dict(
-        option.removeprefix("--env=").split("=")
-        for option in config["docker"]["run_options"]
-        if option.startswith("--env=")
+        option.removeprefix("--env=").split("=") for option in config["docker"]["run_options"] if option.startswith("--env=")
     )
     head, worker = (
         Node(group, {"num-cpus": str(LAUNCHER_CPUS)} | _options(config[f"{group}_start_ray_commands"]), environment)

@@ -37,8 +37,7 @@ def save_program(path: Path, net: nn.Module, example: torch.Tensor) -> Path:
 def with_exported(**paths: Path) -> Recipe:
     """Return the digits with these programs as extractors, the main one first."""
     main, *others = (
-        f"{{kind: exported, name: {name}, path: '{path}', sha256: '{hash_of([str(path)], name)}'}}"
-        for name, path in paths.items()
+        f"{{kind: exported, name: {name}, path: '{path}', sha256: '{hash_of([str(path)], name)}'}}" for name, path in paths.items()
     )
     return reading.load(TINY, [f"evaluate.extractor={main}", f"evaluate.also=[{', '.join(others)}]"])
 

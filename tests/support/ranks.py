@@ -69,10 +69,7 @@ def make_latents(at: Folder, recipe: Recipe) -> Folder:
     """Make a small complete set of latents for the tiny recipe."""
     rng = np.random.default_rng(0)
     for number in range(3):
-        part = [
-            Sample(number * 16 + i, f"{i}", i % 10, rng.standard_normal((2, 8, 8, 8)).astype(np.float16))
-            for i in range(16)
-        ]
+        part = [Sample(number * 16 + i, f"{i}", i % 10, rng.standard_normal((2, 8, 8, 8)).astype(np.float16)) for i in range(16)]
         shards.put_shard(at, number, part, [])
     shards.write_manifest(at, range(3), made_from(num_classes=recipe.data.num_classes))
     return at
@@ -83,9 +80,7 @@ def sweep_of(root: Path, recipe: Recipe) -> Sweep:
     return Sweep(open_folder(root) / "sweep", recipe)
 
 
-def run(
-    recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | None = None, faults: Path | None = None
-) -> None:
+def run(recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | None = None, faults: Path | None = None) -> None:
     """Train in `recipe.train.workers` processes. With `stop_at`, the last rank requests a stop from that image count on.
 
     `faults` is a fault plan; SIGTERM to a rank is a stop request. `inputs` returns the inputs of all steps.

@@ -85,9 +85,7 @@ CALLS: dict[str, Callable[[list[Tensor], str], list[Tensor]]] = {
 }
 
 
-def outputs_and_gradients(
-    call: str, tensors: list[Tensor], backend: str, weight_dtype: torch.dtype | None = None
-) -> list[Tensor]:
+def outputs_and_gradients(call: str, tensors: list[Tensor], backend: str, weight_dtype: torch.dtype | None = None) -> list[Tensor]:
     """Outputs, then the gradients of their sum with fixed random weights, for every tensor that the call uses.
 
     The weights are rounded to `weight_dtype`, by default the outputs' dtype.
@@ -158,8 +156,7 @@ def check_extreme_gates(backend: str, device: str = "cpu") -> None:
             torch.testing.assert_close(y, loops, rtol=1e-4, atol=1e-25)
     usual = [x.detach().to(device).requires_grad_() for x in random_tensors(sizes)[:14]]
     gated, loops = (
-        outputs_and_gradients("two-way scan", [*usual, x[14]], name)
-        for x, name in ((got, backend), (expected, "reference"))
+        outputs_and_gradients("two-way scan", [*usual, x[14]], name) for x, name in ((got, backend), (expected, "reference"))
     )
     assert all(x.isfinite().all() for x in gated)
     torch.testing.assert_close(gated[-1], loops[-1], rtol=1e-4, atol=1e-25)  # z's gradient

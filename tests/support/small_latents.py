@@ -17,9 +17,7 @@ CLASSES = 5
 def samples(first: int, count: int) -> list[Sample]:
     rng = np.random.default_rng(first)
     return [
-        Sample(
-            first + i, f"image-{first + i}", (first + i) % CLASSES, rng.standard_normal((2, 4, 3, 3)).astype(np.float16)
-        )
+        Sample(first + i, f"image-{first + i}", (first + i) % CLASSES, rng.standard_normal((2, 4, 3, 3)).astype(np.float16))
         for i in range(count)
     ]
 

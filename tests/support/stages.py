@@ -168,9 +168,7 @@ def _obeying(job: StageJob, worker: Any) -> Any:
 
 def made(root: Path) -> dict[str, Any]:
     """Return everything below a root: each file's hash, the values of metrics."""
-    files = {
-        str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file() and not any(u in str(p) for u in UNLIKE)
-    }
+    files = {str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file() and not any(u in str(p) for u in UNLIKE)}
     return {name: _content(path) for name, path in files.items()}
 
 

@@ -31,21 +31,14 @@ def command(root: str, *settings: str) -> list[str]:
 def run(root: str, *settings: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the sweep to its end."""
     return subprocess.run(
-        command(root, *settings),
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
+        command(root, *settings), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=TIMEOUT_S
     )
 
 
 def start(root: str, *settings: str, log: Path, options: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
     """Start the sweep in the background, in its own process group, so that a test can kill it with all its children."""
     with log.open("wb") as out:
-        return subprocess.Popen(
-            [*command(root, *settings), *options], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
-        )
+        return subprocess.Popen([*command(root, *settings), *options], cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
 
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
@@ -106,9 +99,7 @@ def assert_mlflow_has_everything(root: str, *settings: str) -> None:
         assert run.info.status == "FINISHED"
         assert {"gmacs_forward", "parameters", "tokens", "global_batch", "seed"} <= run.data.params.keys()
         losses = client.get_metric_history(run_id, "loss")
-        assert sorted(m.step for m in losses) == list(range(160, counts[-1] + 1, 160)), (
-            "each row once, whatever was stopped"
-        )
+        assert sorted(m.step for m in losses) == list(range(160, counts[-1] + 1, 160)), "each row once, whatever was stopped"
         distances = client.get_metric_history(run_id, sweep.recipe.evaluate.metric)
         assert sorted(m.step for m in distances) == counts
         grids = [a.path for folder in folders for a in client.list_artifacts(run_id, folder)]

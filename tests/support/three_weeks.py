@@ -203,9 +203,7 @@ class Ray:
         if name not in self.jobs:
             raise RuntimeError(f"status code 404: {name}")
         job = self.jobs[name]
-        return JobDetails(
-            type="SUBMISSION", submission_id=name, status=job.status, entrypoint="", driver_exit_code=job.exit_code
-        )
+        return JobDetails(type="SUBMISSION", submission_id=name, status=job.status, entrypoint="", driver_exit_code=job.exit_code)
 
     def get_job_logs(self, name: str) -> str:
         self._answer()
@@ -382,9 +380,7 @@ class Weeks:
         """The driver's own loops; return the exit code of the command."""
         code, driver = 0, driver_of(self.recipe, self.root)
         driver.sweep, driver.poll_every_s, driver.submit = self.sweep, POLL_S, self._submit
-        cluster = clusters.Cluster(
-            self.ray, {}, "", ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="ray"
-        )  # type: ignore[arg-type]
+        cluster = clusters.Cluster(self.ray, {}, "", ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="ray")  # type: ignore[arg-type]
         try:
             with drivers.stopping_jobs(driver, joined=True):
                 if not self.sweep.folder.exists("encoded"):

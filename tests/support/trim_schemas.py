@@ -44,9 +44,7 @@ def main(kuberay: str, kuberay_version: str, kubernetes: str, kubernetes_version
             wanted += referred(definitions[name])
     comment = f"trim_schemas.py: KubeRay {kuberay_version}, Kubernetes {kubernetes_version}; both Apache-2.0"
     kinds = KINDS | {kind: kind for kind in ("RayJob", "RayCluster")}
-    FILE.write_text(
-        json.dumps({"$comment": comment, "kinds": kinds, "definitions": definitions}, separators=(",", ":")) + "\n"
-    )
+    FILE.write_text(json.dumps({"$comment": comment, "kinds": kinds, "definitions": definitions}, separators=(",", ":")) + "\n")
 
 
 def trimmed(schema: Any) -> Any:

@@ -40,20 +40,7 @@ def install(wheel: Path, folder: Path) -> Path:
     """Install the wheel into a new environment, which has this one's packages but not this repository; return its python."""
     _run([sys.executable, "-m", "venv", "--without-pip", folder])
     python = folder / "bin/python"
-    _run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            python,
-            "install",
-            "--no-deps",
-            "--no-index",
-            "--ignore-installed",
-            wheel,
-        ]
-    )
+    _run([sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--ignore-installed", wheel])
     (own,) = folder.glob("lib/python*/site-packages")
     (own / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read
     return python

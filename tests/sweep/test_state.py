@@ -130,9 +130,7 @@ def test_a_stray_folder_among_resume_points_is_no_resume_point(tmp_path: Path) -
     run.resume.write("notes/readme.txt", b"a person was here")
     assert state.point_names(run) == [PointName(160, 2)]
     assert state.resumable_images(run) == 160
-    resume.Saver(
-        run, attempt=2, rank=0, world=1, require_held=lambda: None, keep=Keep(1, 0, 10**9, frozenset())
-    )._prune(160)
+    resume.Saver(run, attempt=2, rank=0, world=1, require_held=lambda: None, keep=Keep(1, 0, 10**9, frozenset()))._prune(160)
     assert run.resume.list() == ["000000000160-0002", "notes"]
 
 
@@ -155,8 +153,7 @@ def test_opening_a_sweep_reads_its_recipe_and_nothing_more(sweep: Sweep) -> None
 
 
 @pytest.mark.parametrize(
-    ("images", "parts"),
-    [(1, 1), (20_000, 1), (20_001, 2), (1_281_167, 65), (5_120_001, 256), (100_000_000, 256)],
+    ("images", "parts"), [(1, 1), (20_000, 1), (20_001, 2), (1_281_167, 65), (5_120_001, 256), (100_000_000, 256)]
 )
 def test_parts_of_the_reference_hold_each_image_once_and_are_few_for_any_set(images: int, parts: int) -> None:
     assert part_count(images) == parts

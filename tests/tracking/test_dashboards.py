@@ -122,9 +122,7 @@ def in_wandb(folder: Path) -> list[dict[str, Any]]:
     return history
 
 
-def test_weights_and_biases_has_the_same_rows_by_images(
-    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_and_biases_has_the_same_rows_by_images(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(sweep, 160)
     update(Copy("wandb", tmp_path / "copy", sweep))

@@ -52,9 +52,7 @@ def content(sweep: Sweep, uri: str) -> dict[str, Any]:
     copies = {}
     for name, run_id in {**ids.models, "sweep": ids.sweep}.items():
         run = client.get_run(run_id)
-        metrics = {
-            m: [(x.step, x.value, x.timestamp) for x in client.get_metric_history(run_id, m)] for m in run.data.metrics
-        }
+        metrics = {m: [(x.step, x.value, x.timestamp) for x in client.get_metric_history(run_id, m)] for m in run.data.metrics}
         folders = ["samples", "samples/wide", "report"]
         files = sorted(a.path for f in folders for a in client.list_artifacts(run_id, f) if not a.is_dir)
         copies[name] = (metrics, dict(run.data.params), files, run.info.status)
@@ -99,9 +97,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def test_an_attempt_sends_what_mlflow_lacks_and_nothing_again(
-    sweep: Sweep, plan: Plan, tmp_path: Path, calls: list[str]
-) -> None:
+def test_an_attempt_sends_what_mlflow_lacks_and_nothing_again(sweep: Sweep, plan: Plan, tmp_path: Path, calls: list[str]) -> None:
     create_runs(sweep, f"sqlite:///{tmp_path}/mlflow.db", plan.parameters())
     main = sweep.evaluation(Sampled("dis", 160))
     for images in range(320, 1601, 160):

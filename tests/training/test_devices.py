@@ -104,9 +104,7 @@ def pci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_gpu_whose_driver_is_too_old_is_counted_out_and_explained(pci: Path) -> None:
     count, fault = devices.usable_gpus(Cuda(warning=f"CUDA initialization: {TOO_OLD}"), pci)
     assert count == 0
-    assert fault.startswith(
-        "1 NVIDIA GPUs cannot be used: CUDA initialization: The NVIDIA driver on your system is too old"
-    )
+    assert fault.startswith("1 NVIDIA GPUs cannot be used: CUDA initialization: The NVIDIA driver on your system is too old")
     assert fault.endswith("; this PyTorch needs the NVIDIA driver R580 or newer, and a GPU newer than Volta")
 
 
@@ -122,9 +120,7 @@ def test_a_machine_without_one_has_no_fault(tmp_path: Path) -> None:
         assert devices.usable_gpus(Cuda(), missing) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("capability", "count"), [((7, 0), 0), ((7, 5), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 1), ((12, 0), 1)]
-)
+@pytest.mark.parametrize(("capability", "count"), [((7, 0), 0), ((7, 5), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 1), ((12, 0), 1)])
 def test_a_gpu_without_kernels_is_counted_out(pci: Path, capability: tuple[int, int], count: int) -> None:
     usable, fault = devices.usable_gpus(Cuda([capability]), pci)
     assert (usable, fault == "") == (count, count == 1)
@@ -144,20 +140,15 @@ class Memory:
 
 
 @pytest.mark.parametrize(
-    ("others_gib", "shared", "cause"),
-    [(3, 0.0, "memory"), (40, 0.0, "device"), (40, 0.3, "memory"), (49, 0.3, "device")],
+    ("others_gib", "shared", "cause"), [(3, 0.0, "memory"), (40, 0.0, "device"), (40, 0.3, "memory"), (49, 0.3, "device")]
 )
-def test_memory_that_others_hold_is_the_nodes_failure_and_not_too_small(
-    others_gib: int, shared: float, cause: str
-) -> None:
+def test_memory_that_others_hold_is_the_nodes_failure_and_not_too_small(others_gib: int, shared: float, cause: str) -> None:
     """The sweep continues elsewhere, with its planned passes; evaluators beside training hold what they may."""
     raised = pytest.raises((torch.OutOfMemoryError, BrokenDevice))
     with raised as error, devices.blaming_others(CPU, shared, Memory(others_gib)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     assert blame(RayTaskError("train", "", error.value)) == cause
-    assert cause == "memory" or str(error.value).startswith(
-        f"cpu: other processes hold {others_gib}.0 of 80.0 GiB: CUDA out"
-    )
+    assert cause == "memory" or str(error.value).startswith(f"cpu: other processes hold {others_gib}.0 of 80.0 GiB: CUDA out")
 
 
 def test_a_device_without_memory_for_its_check_is_full_of_others() -> None:
@@ -166,10 +157,7 @@ def test_a_device_without_memory_for_its_check_is_full_of_others() -> None:
         pytest.raises(BrokenDevice, match=r"^cpu: other processes left no memory for a matrix of 4 MiB: CUDA error"),
     ):
         devices.check_on_node(CPU)
-    with (
-        store_requests.failing(torch.AcceleratorError("CUDA error: out of memory")),
-        pytest.raises(torch.AcceleratorError),
-    ):
+    with store_requests.failing(torch.AcceleratorError("CUDA error: out of memory")), pytest.raises(torch.AcceleratorError):
         devices.check_on_node(CPU, shared=0.2)
 
 

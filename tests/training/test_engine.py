@@ -171,14 +171,7 @@ def only_products_decay(stage: int) -> None:
         kept = {name for name in before if torch.equal(after[name], before[name])}
         assert decayed | kept == before.keys()
         last_parts = {name.rpartition(".")[2] for name in decayed}
-        assert last_parts <= {
-            "weight",
-            "in_proj",
-            "out_proj",
-            "x_proj",
-            "dt_proj",
-            "C",
-        }
+        assert last_parts <= {"weight", "in_proj", "out_proj", "x_proj", "dt_proj", "C"}
         assert "weight" in last_parts
 
 
@@ -188,9 +181,7 @@ def test_a_partition_in_another_place_is_an_error() -> None:
 
 def a_moved_partition_is_named() -> None:
     table = engine._table_of_stages_1_and_2
-    engine._table_of_stages_1_and_2 = lambda *where: (
-        s._replace(offset=s.offset + (s.offset > 0)) for s in table(*where)
-    )
+    engine._table_of_stages_1_and_2 = lambda *where: (s._replace(offset=s.offset + (s.offset > 0)) for s in table(*where))
     model = build(DIS, SHAPE, 10)
     with pytest.raises(DisScaleError, match=r"flat 0 at \d+ does not hold .*another layout.*install the version"):
         engine.start(model, train(), torch.device("cpu"), resume.fresh(model), adam_step=0)
@@ -221,10 +212,7 @@ def a_gpus_average_comes_to_the_host() -> None:
     """A fake tensor on a GPU: copied before it is sent or joined."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         flats = [torch.empty(7, device="cuda")]
-        optimizer, averages = (
-            torch.optim.AdamW([nn.Parameter(flats[0])], fused=True),
-            {"ema": [torch.empty_like(flats[0])]},
-        )
+        optimizer, averages = (torch.optim.AdamW([nn.Parameter(flats[0])], fused=True), {"ema": [torch.empty_like(flats[0])]})
     hosts, table = dist.new_group(backend="gloo"), [Segment("a", 0, 6, 0, 1)]
     gathered = Engine(None, optimizer, flats, averages, table, {"a": torch.Size([2, 3])}, hosts).full_average("ema")
     assert gathered is not None

@@ -81,10 +81,7 @@ def test_a_sweep_that_runs_is_not_changed_under_its_command(sweep: Sweep) -> Non
     ("setting", "words"),
     [
         ("batch_images=32", r"--at 240: not a multiple of the new run's batch_images 32"),
-        (
-            "publish_images=[224]",
-            r"publish_images: 224 is not after 240, where the new run begins, and dit has not published it",
-        ),
+        ("publish_images=[224]", r"publish_images: 224 is not after 240, where the new run begins, and dit has not published it"),
     ],
 )
 def test_a_fork_that_would_never_end_is_refused(sweep: Sweep, setting: str, words: str) -> None:
@@ -103,9 +100,7 @@ def test_a_fork_that_would_never_end_is_refused(sweep: Sweep, setting: str, word
         ("dit", 80, "X!", r"models.X!"),
     ],
 )
-def test_an_impossible_fork_is_refused_and_writes_nothing(
-    sweep: Sweep, model: str, images: int, new: str, words: str
-) -> None:
+def test_an_impossible_fork_is_refused_and_writes_nothing(sweep: Sweep, model: str, images: int, new: str, words: str) -> None:
     before = sweep.folder.list("runs")
     with pytest.raises(UserError, match=words):
         fork_run(sweep, model, images, new)

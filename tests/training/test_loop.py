@@ -15,13 +15,7 @@ from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import PointName, Run, state
-from dis_scale.sweep.documents import (
-    WEIGHTS_FILE,
-    LatentsManifest,
-    PublishedManifest,
-    ResumePointManifest,
-    RunState,
-)
+from dis_scale.sweep.documents import WEIGHTS_FILE, LatentsManifest, PublishedManifest, ResumePointManifest, RunState
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import loop, resume
 from dis_scale.training.loop import Attempt, Start
@@ -58,12 +52,8 @@ def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(
-            ["train.zero_stage=1"], marks=pytest.mark.faults
-        ),  # tests/faults/test_training.py has it in `make test`
-        pytest.param(
-            ["train.zero_stage=2", "train.checkpointing=block", "train.power_ema=[0.05, 0.1]"], marks=pytest.mark.faults
-        ),
+        pytest.param(["train.zero_stage=1"], marks=pytest.mark.faults),  # tests/faults/test_training.py has it in `make test`
+        pytest.param(["train.zero_stage=2", "train.checkpointing=block", "train.power_ema=[0.05, 0.1]"], marks=pytest.mark.faults),
         ["train.zero_stage=3", "train.precision=bf16"],
     ],
     ids=["stage 1, fp32", "stage 2, checkpointing, power-function averages", "stage 3, bf16"],
@@ -162,16 +152,12 @@ def test_resume_points_stay_spaced_so_that_a_run_can_be_rolled_back() -> None:
 
 def test_a_run_does_not_continue_on_other_latents(tmp_path: Path) -> None:
     """They were deleted and made again in another order; with the first ones back, the run continues."""
-    recipe = reading.load(
-        TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.workers=1"]
-    )
+    recipe = reading.load(TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.workers=1"])
     ranks.run(recipe, "dit", tmp_path, attempt=1, stop_at=100)
     latents = open_folder(tmp_path) / "latents"
     first = LatentsManifest.require(latents)
     first.changed(made_from=first.made_from.model_copy(update={"order": "other"})).write(latents)
-    with pytest.raises(
-        ProcessRaisedException, match=r"trained on latents \w+, .*/latents is \w+, with other images at its"
-    ):
+    with pytest.raises(ProcessRaisedException, match=r"trained on latents \w+, .*/latents is \w+, with other images at its"):
         ranks.run(recipe, "dit", tmp_path, attempt=2)
     first.write(latents)
     ranks.run(recipe, "dit", tmp_path, attempt=3)
@@ -196,9 +182,7 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Pa
     assert f"{name}: damaged: its sha256 differs" in logged[0]
 
 
-def test_storage_that_is_away_is_not_taken_for_damage(
-    tmp_path: Path, no_pauses: None, inject: Callable[[str], None]
-) -> None:
+def test_storage_that_is_away_is_not_taken_for_damage(tmp_path: Path, no_pauses: None, inject: Callable[[str], None]) -> None:
     run, logged = run_with_points(tmp_path, {160: b"1", 320: b"2"}), list[str]()
     inject("fail at read path=000000000320 times=1000")
     with pytest.raises(StorageAway, match="000000000320"):
@@ -206,9 +190,7 @@ def test_storage_that_is_away_is_not_taken_for_damage(
     assert logged == []
 
 
-@pytest.mark.parametrize(
-    "error", [PermissionError(errno.EACCES, "Access Denied"), OSError(errno.EINVAL, "Bad Request")]
-)
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Access Denied"), OSError(errno.EINVAL, "Bad Request")])
 def test_a_resume_point_that_cannot_be_read_is_not_passed_over(tmp_path: Path, error: OSError) -> None:
     run, logged = run_with_points(tmp_path, {160: b"1", 320: b"2"}), list[str]()
     weights = "000000000320-0001/weights-00000.safetensors"
@@ -326,14 +308,11 @@ def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
         ranks.sweep_of(tmp_path, tiny), "dit", open_folder(tmp_path) / "latents", 1, torch.device("cpu"), Start(0.0),
         require_held=lambda: None, stop_by=lambda: None, report=print, log=logged.append, emit=print,
     )  # fmt: skip
-    saver = resume.Saver(
-        attempt.run, attempt=1, rank=0, world=1, require_held=attempt.require_held, keep=LAST_ONE, took_s=took_s
-    )
+    saver = resume.Saver(attempt.run, attempt=1, rank=0, world=1, require_held=attempt.require_held, keep=LAST_ONE, took_s=took_s)
     loop._compare_with_grace(attempt, saver)
     assert len(logged) == len(warnings)
     assert all(
-        words in line and "rerun with --set grace_s=91 or more" in line
-        for words, line in zip(warnings, logged, strict=True)
+        words in line and "rerun with --set grace_s=91 or more" in line for words, line in zip(warnings, logged, strict=True)
     )
 
 
@@ -343,13 +322,7 @@ def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
 )
 def test_the_learning_rate_falls_after_the_plateau(decay: str, images: int, expected: float) -> None:
     settings = Train(
-        publish_images=(0, 1000),
-        batch_images=10,
-        lanes=1,
-        resume_every_images=10,
-        learning_rate=1.0,
-        decay=decay,
-        decay_from=0.5,
+        publish_images=(0, 1000), batch_images=10, lanes=1, resume_every_images=10, learning_rate=1.0, decay=decay, decay_from=0.5
     )  # type: ignore[arg-type]
     assert learning_rate(settings, images) == pytest.approx(expected)
 

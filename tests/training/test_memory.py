@@ -15,9 +15,7 @@ GIB = 2**30
 
 
 def train(**settings: object) -> Train:
-    return Train(
-        **{"publish_images": (1024,), "batch_images": 1024, "lanes": 64, "workers": 8, "precision": "bf16"} | settings
-    )  # type: ignore[arg-type]
+    return Train(**{"publish_images": (1024,), "batch_images": 1024, "lanes": 64, "workers": 8, "precision": "bf16"} | settings)  # type: ignore[arg-type]
 
 
 def test_a_gpu_computes_as_many_lanes_as_its_memory_holds() -> None:
@@ -60,9 +58,7 @@ def test_scans_keep_their_states_in_memory_that_is_left() -> None:
         (32, 24.0, (1, False)),  # 16 images would wait for Python
     ],
 )
-def test_passes_are_smaller_if_their_states_then_fit_and_the_gpu_stays_busy(
-    world: int, gib: float, plan: tuple[int, bool]
-) -> None:
+def test_passes_are_smaller_if_their_states_then_fit_and_the_gpu_stays_busy(world: int, gib: float, plan: tuple[int, bool]) -> None:
     assert plan_passes("dis-l", L, train(), world, int(gib * GIB)) == plan
     images = -(-64 // world // plan[0]) * 16
     assert (images * L.kept_in("bf16").states > BUSY_BYTES * len(L.kept.blocks)) or plan[0] == 1
@@ -73,9 +69,7 @@ def test_passes_are_smaller_if_their_states_then_fit_and_the_gpu_stays_busy(
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize("gib", [24.0, 50.0, 79.1, 139.8])
 @pytest.mark.parametrize("world", range(4, 65, 3))
-def test_after_an_out_of_memory_less_is_in_memory_until_a_pass_has_one_lane(
-    world: int, gib: float, checkpointing: str
-) -> None:
+def test_after_an_out_of_memory_less_is_in_memory_until_a_pass_has_one_lane(world: int, gib: float, checkpointing: str) -> None:
     """Without the states of scans, or with a lane less in the largest pass: lanes and passes are whole numbers."""
 
     def planned(short: bool) -> tuple[int, bool]:
@@ -111,11 +105,7 @@ def test_later_stages_hold_less() -> None:
 @pytest.mark.parametrize(
     ("settings", "gib", "line"),
     [
-        (
-            {"micro_images": 128},
-            40,
-            r"needs \d+\.\d GiB for 128 images.*34.0 GiB.*set train.micro_images=\d+$",
-        ),
+        ({"micro_images": 128}, 40, r"needs \d+\.\d GiB for 128 images.*34.0 GiB.*set train.micro_images=\d+$"),
         ({}, 24, r"for 16 images in a forward pass.*: set train.zero_stage=2$"),
         ({}, 18, r": set train.checkpointing=block$"),
         ({}, 8, r": set train.zero_stage=3 and train.checkpointing=block$"),

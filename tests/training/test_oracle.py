@@ -49,9 +49,7 @@ def initial_model(name: str) -> Backbone:
 def lane_input(step: int, lane: int, weight: float = 1.0) -> StepInput:
     random = torch.Generator().manual_seed(100 * step + lane)
     x_BCHW, noise_BCHW = torch.randn(2, 2, 3, 6, 6, generator=random)
-    return StepInput(
-        Micro(x_BCHW, torch.tensor([lane, step % 10]), noise_BCHW), torch.rand(2, generator=random), None, weight
-    )
+    return StepInput(Micro(x_BCHW, torch.tensor([lane, step % 10]), noise_BCHW), torch.rand(2, generator=random), None, weight)
 
 
 def loss_of_lane(model: Backbone, step: int, lane: int) -> torch.Tensor:

@@ -30,9 +30,7 @@ def test_steps_are_timed_and_traced_and_nothing_is_kept(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--trace", str(trace)], check=True, capture_output=True, text=True)
     assert "dis: one worker's share of a step, 2 lanes of 4 images, on cpu" in done.stdout
     (speed,) = [line for line in done.stdout.splitlines() if line.startswith("speed ")]
-    assert all(
-        unit in speed for unit in ("images/s", "tokens/s", "MFU", "TFLOP/s (the fastest product", "GiB per worker")
-    )
+    assert all(unit in speed for unit in ("images/s", "tokens/s", "MFU", "TFLOP/s (the fastest product", "GiB per worker"))
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert "aten::mm" in names
     assert "Self CPU time total" in done.stdout  # which operators come first depends on the machine

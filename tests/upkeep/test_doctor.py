@@ -152,9 +152,7 @@ def test_on_a_gpu_triton_and_its_compiler_are_needed(tiny: Recipe, store: Folder
 SSM = "models.ssm={kind: diffussm, width: 16, depth: 1, patch: 4}"
 
 
-def test_on_a_gpu_the_kernels_of_training_and_sampling_are_verified(
-    monkeypatch: pytest.MonkeyPatch, store: Folder
-) -> None:
+def test_on_a_gpu_the_kernels_of_training_and_sampling_are_verified(monkeypatch: pytest.MonkeyPatch, store: Folder) -> None:
     """Each model that Triton's kernels compute, in its precision, at the images of its forward passes."""
     compared = []
     here = Declared((2, ""), problem=lambda *_: None)

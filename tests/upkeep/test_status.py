@@ -114,15 +114,11 @@ def test_a_stage_that_hangs_is_named(
     if stage == "evaluate":
         assert of(sweep, "dis")[0].wrong == []
         put_published(sweep.run("dis").published_at(sweep.recipe.train_of("dis").publish_images[0]))
-    line = (
-        f"{stage}: no progress for .*, and process 7 on there is alive: it waits for capacity or hangs; dis-scale logs "
-    )
+    line = f"{stage}: no progress for .*, and process 7 on there is alive: it waits for capacity or hangs; dis-scale logs "
     assert [bool(re.match(line, wrong)) for wrong in of(sweep, "dis")[0].wrong] == [True] * silent
 
 
-def test_a_command_that_waits_for_the_nodes_of_its_encoders_is_not_silent(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_that_waits_for_the_nodes_of_its_encoders_is_not_silent(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     """For hours, where capacity is scarce."""
     monkeypatch.setattr(state, "prepared", lambda _: True)
     now = time.time()
@@ -149,9 +145,7 @@ def test_all_sweeps_below_a_root_are_listed_and_checked(sweep: Sweep, tmp_path: 
     assert (code, "no sweep at" in output, "(did you mean 'tiny'?)" in output) == (2, True, True)
 
 
-def test_a_check_fails_while_something_is_wrong(
-    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_check_fails_while_something_is_wrong(sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped, or with a damaged file; not while it works, nor when it is done."""
     check = ["status", sweep.folder.url, "--check"]
     with pytest.raises(SystemExit) as end:
@@ -290,10 +284,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(sweep: Sweep, content: by
         (run.resume_point(PointName(80, 1)), manifest.NAME, "dis: resume point 000000000080-0001"),
     ]
     if content not in (b"", b"{}"):  # an empty file is one without rows, and of an older version of a lease
-        files += [
-            (run.log, "0001-000000.jsonl", str(run.log)),
-            (run.lease, "0001.end", str(run.lease)),
-        ]
+        files += [(run.log, "0001-000000.jsonl", str(run.log)), (run.lease, "0001.end", str(run.lease))]
     for folder, name, words in files:
         before = folder.read(name)
         folder.write(name, content)
@@ -365,14 +356,10 @@ def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) 
     assert json.loads(json.dumps(asdict(found)))["runs"][0]["metric"] == 12.5
 
 
-def test_a_thousand_checkpoints_are_told_in_seconds_at_30_ms_a_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thousand_checkpoints_are_told_in_seconds_at_30_ms_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted, not timed: requests one after the other, at 16 at a time."""
     counts = list(range(0, 16_000, 16))
-    sweep = Sweep.below(
-        open_folder(tmp_path), reading.load(TINY, [f"train.publish_images={counts}", "evaluate.variants={}"])
-    )
+    sweep = Sweep.below(open_folder(tmp_path), reading.load(TINY, [f"train.publish_images={counts}", "evaluate.variants={}"]))
     sweep.save_recipe()
     for model in sweep.recipe.models:
         for images in counts:

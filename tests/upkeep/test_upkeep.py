@@ -25,15 +25,7 @@ from dis_scale.upkeep import retention
 from dis_scale.upkeep.verify import verify_sweep
 from tests.support import small_latents
 from tests.support.commands import answer, invoke
-from tests.support.documents import (
-    WEIGHTS,
-    put,
-    put_classifier,
-    put_files,
-    put_metrics,
-    put_published,
-    put_resume_point,
-)
+from tests.support.documents import WEIGHTS, put, put_classifier, put_files, put_metrics, put_published, put_resume_point
 
 COUNTS = (0, 160, 320)
 
@@ -100,9 +92,7 @@ def test_each_damaged_file_is_named_once_with_a_cure(sweep: Sweep, tmp_path: Pat
         (line,) = verified(sweep)
         assert str(path) in line
         assert "damaged: its sha256 differs" in line
-        assert any(
-            cure in line for cure in ("restore ", "delete it", "repair: dis-scale data repair", "uses the resume point")
-        )
+        assert any(cure in line for cure in ("restore ", "delete it", "repair: dis-scale data repair", "uses the resume point"))
         path.write_bytes(good)
 
 
@@ -161,9 +151,7 @@ def test_what_was_deleted_or_lost_its_meaning_is_named_with_a_cure(
 
 
 @pytest.mark.parametrize("name", ["000000.tar", "manifest.json", "block-00000.npz"])
-def test_storage_that_refuses_access_is_not_reported_as_damage(
-    name: str, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_storage_that_refuses_access_is_not_reported_as_damage(name: str, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cures would have good files deleted or made again."""
     read = LocalFileSystem.cat_file
 
@@ -207,9 +195,7 @@ def test_latents_of_a_sweep_whose_folder_is_a_link_are_kept(sweep: Sweep, tmp_pa
         retention.find_unused(sweep.store)
     sweep.folder.local.parent.rename(tmp_path / "moved")
     sweep.folder.local.parent.symlink_to(tmp_path / "unmounted too")
-    with pytest.raises(
-        UserError, match=r"latents and listings are kept: .*/sweeps is a link that leads nowhere: mount"
-    ):
+    with pytest.raises(UserError, match=r"latents and listings are kept: .*/sweeps is a link that leads nowhere: mount"):
         retention.find_unused(sweep.store)
 
 
@@ -260,9 +246,7 @@ def test_dead_leases_of_other_machines_are_polled_together(sweep: Sweep, monkeyp
     pauses, pause, here = list[float](), time.sleep, threading.get_ident()
 
     def counted(seconds: float) -> None:
-        if (
-            threading.get_ident() == here
-        ):  # not the threads that other tests of this process have left, such as exporters
+        if threading.get_ident() == here:  # not the threads that other tests of this process have left, such as exporters
             pauses.append(seconds)
         pause(seconds)
 
@@ -310,11 +294,7 @@ def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
 def test_data_gc_lists_and_deletes_latents_that_no_sweep_uses(sweep: Sweep) -> None:
     unused = small_latents.make(sweep.store / "latents/unused", [4])
     code, output = invoke("data", "gc", str(sweep.store))
-    assert (code, f"latents      {unused}: " in output, "to delete them: dis-scale data gc" in output) == (
-        0,
-        True,
-        True,
-    )
+    assert (code, f"latents      {unused}: " in output, "to delete them: dis-scale data gc" in output) == (0, True, True)
     assert unused.list()
     found = answer("data", "gc", str(sweep.store), "--yes", "--json")
     assert ([part["url"] for part in found["parts"]], found["deleted"]) == ([unused.url], True)

@@ -80,9 +80,7 @@ def test_a_representation_autoencoder_has_images_of_one_size(tmp_path: Path) -> 
         vae.latent_shape(settings, 64)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FEW else [pytest.mark.faults]) for name in CLASSES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FEW else [pytest.mark.faults]) for name in CLASSES])
 def test_every_class_gives_its_latents_back(name: str, tmp_path: Path) -> None:
     """Encode, write shards, read, scale and decode: the picture is the network's own decoding of the stored mean."""
     settings = saved_class(tmp_path / "vae", name)

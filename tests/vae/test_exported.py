@@ -142,9 +142,7 @@ def test_a_program_computes_where_it_is_moved_to(tmp_path: Path) -> None:
     assert moved.encode(np.zeros((1, 32, 32, 3), np.uint8)).device.type == "meta"
 
 
-def test_storage_that_is_away_is_not_a_missing_file(
-    tmp_path: Path, no_pauses: None, inject: Callable[[str], None]
-) -> None:
+def test_storage_that_is_away_is_not_a_missing_file(tmp_path: Path, no_pauses: None, inject: Callable[[str], None]) -> None:
     settings = exported(tmp_path / "vae", False)
     inject("fail at read path=decode.pt2 times=9")
     with pytest.raises(StorageAway, match=r"decode.pt2"):

@@ -47,7 +47,5 @@ def test_diffusers_finds_scipy(tmp_path: Path) -> None:
     (tmp_path / "diffusers.py").write_text("import scipy.sparse\n\nAutoencoderKL = scipy.sparse.csr_array\n")
     code = "from dis_scale.vae import autoencoders; print(autoencoders._diffusers('AutoencoderKL').__name__)"
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    found = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert found.stdout.strip() == "csr_array", found.stderr

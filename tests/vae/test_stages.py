@@ -26,9 +26,7 @@ from tests.support.stages import make_latents, preparer
 
 def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
     """Precompute, training, evaluation and `dis-scale sample` without Ray; prepare trains no autoencoder."""
-    recipe = reading.load(
-        TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"]
-    )
+    recipe = reading.load(TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"])
     sweep = ranks.sweep_of(tmp_path, recipe)
     sweep.save_recipe()
     preparer(sweep).prepare(sweep, "cpu")
@@ -67,12 +65,7 @@ def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.Mo
     """Training and the held-out loss see normalised latents, and evaluation and `dis-scale sample` decode them to the images."""
     monkeypatch.setattr("os.nice", lambda _: 0)  # an evaluator's process gives way; this one has further tests to run
     settings = exported(tmp_path / "vae", posterior=False, scale=0.25)
-    stages = [
-        "data.normalise=channels",
-        "train.workers=1",
-        "train.publish_images=[0, 16]",
-        "precompute.shard_images=900",
-    ]
+    stages = ["data.normalise=channels", "train.workers=1", "train.publish_images=[0, 16]", "precompute.shard_images=900"]
     recipe = reading.load(TINY, [f"vae={settings.model_dump_json()}", *stages])
     sweep = ranks.sweep_of(tmp_path, recipe)
     sweep.save_recipe()

@@ -13,9 +13,7 @@ from tests.support.documents import put_metrics
 from tests.support.published import published_sweep
 
 
-def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers.utils.dynamic_modules_utils as dynamic
     from diffusers import DiffusionPipeline
 
@@ -34,9 +32,7 @@ def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(
     ):  # fmt: skip
         assert words in card
     guidance = json.loads((folder / "backbone/config.json").read_text())["guidance"]
-    assert guidance == {"guidance_channels": 3, "guidance_interval": [100.0, 600.0]}, (
-        "which each call of the pipeline is given"
-    )
+    assert guidance == {"guidance_channels": 3, "guidance_interval": [100.0, 600.0]}, "which each call of the pipeline is given"
     pipeline = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
     pictures = pipeline([1, 7], sampler="euler", num_inference_steps=3, guidance_scale=4.0).images
     expected = dis_scale.Sweep.open(sweep.folder.url).sample("dis", classes=[1, 7], steps=3, guidance=4.0)

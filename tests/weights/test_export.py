@@ -19,11 +19,7 @@ from dis_scale.vae.scaling import Scaling
 from dis_scale.weights.export import load, open_checkpoint, save, save_pipeline
 
 DIS = Dis(kind="dis", width=32, depth=2, patch=2)
-SETTINGS = [
-    DIS,
-    Dit(kind="dit", width=32, depth=1, heads=2, patch=2),
-    DiffuSsm(kind="diffussm", width=16, depth=1, state_size=4),
-]
+SETTINGS = [DIS, Dit(kind="dit", width=32, depth=1, heads=2, patch=2), DiffuSsm(kind="diffussm", width=16, depth=1, state_size=4)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.kind)
@@ -117,12 +113,7 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_pa
     sampler = "ddpm" if diffusion.kind == "gaussian" else "heun"
     with torch.no_grad():
         expected = generate(
-            model,
-            build_process(diffusion, model.shape),
-            [1, 7],
-            [0, 1],
-            Sampling(sampler=sampler, steps=3, guidance=1.5),
-            seed=5,
+            model, build_process(diffusion, model.shape), [1, 7], [0, 1], Sampling(sampler=sampler, steps=3, guidance=1.5), seed=5
         )
         if make_vae is small_vae:
             expected = vae.net.decode(expected / 0.5).sample

@@ -37,9 +37,7 @@ def words(root: Path, file: Path, *settings: str, model: str = "dis") -> list[st
 
 
 def sweep_below(root: Path, *settings: str) -> Sweep:
-    return Sweep.below(
-        open_folder(root), reading.load(TINY, [*SETTINGS, "models.dis.train.publish_images=[1024]", *settings])
-    )
+    return Sweep.below(open_folder(root), reading.load(TINY, [*SETTINGS, "models.dis.train.publish_images=[1024]", *settings]))
 
 
 @pytest.fixture
@@ -49,9 +47,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "dis.pt"
 
 
-def test_imported_weights_compute_what_the_public_code_does_and_are_due_for_evaluation(
-    tmp_path: Path, file: Path
-) -> None:
+def test_imported_weights_compute_what_the_public_code_does_and_are_due_for_evaluation(tmp_path: Path, file: Path) -> None:
     code, output = invoke(*words(tmp_path, file))
     assert code == 0, output
     sweep, public = sweep_below(tmp_path), public_model(**PUBLIC)
@@ -79,9 +75,7 @@ def test_imported_weights_are_sampled_and_begin_another_training(tmp_path: Path,
     assert images.shape == (2, 32, 32, 3)
     start = f"models.dis.start={{kind: sweep, url: {sweep}, model: dis, images: 1024}}"
     source = warm_start.read_source(sweep_below(tmp_path / "other", start).recipe, "dis")
-    assert all(
-        torch.equal(weight, source.weights[name]) for name, weight in load_published(sweep.run("dis"), 1024).items()
-    )
+    assert all(torch.equal(weight, source.weights[name]) for name, weight in load_published(sweep.run("dis"), 1024).items())
 
 
 def test_a_sit_is_published_as_our_flow(tmp_path: Path) -> None:
@@ -109,17 +103,10 @@ def test_a_sit_is_published_as_our_flow(tmp_path: Path) -> None:
         (["models.dis.width=32"], "its model has width 16, this one 32: expected the same"),
         (["data.resolution=64"], "positions of 256 patches interpolated: expected weights for as many pixels"),
         (
-            [
-                "data.num_classes=none",
-                "evaluate.extractor={kind: exported, name: x, path: x.pt}",
-                "evaluate.guidance=1.0",
-            ],
+            ["data.num_classes=none", "evaluate.extractor={kind: exported, name: x, path: x.pt}", "evaluate.guidance=1.0"],
             "only one of the two models has classes",
         ),
-        (
-            ["models.dis.start={kind: sweep, url: x, model: y, images: 16}"],
-            "import: dis would also be trained: expected a",
-        ),
+        (["models.dis.start={kind: sweep, url: x, model: y, images: 16}"], "import: dis would also be trained: expected a"),
         (["evaluate.ema_width=0.07"], "import: evaluate.ema_width needs averages"),
     ],
 )
@@ -135,9 +122,7 @@ def ours(tmp_path: Path, scaling: Scaling | None = None, **vae: Any) -> Path:
     """A file of ours for the tiny sweep in pixels, trained on latents of this autoencoder and scaling."""
     their_vae = EncodedBy(**{"identity": PixelVae().identity, "posterior": True, "shift": 0.0, "scale": 1.0} | vae)
     facts = SamplingFacts(Gaussian(kind="gaussian"), their_vae, scaling, Sampling(sampler="ddim", steps=4))
-    save(
-        build(sweep_below(tmp_path).recipe.models["dis"], LatentShape(3, 32), 10), tmp_path / "ours.safetensors", facts
-    )
+    save(build(sweep_below(tmp_path).recipe.models["dis"], LatentShape(3, 32), 10), tmp_path / "ours.safetensors", facts)
     return tmp_path / "ours.safetensors"
 
 
@@ -169,9 +154,7 @@ def test_the_latents_that_a_sweep_has_are_compared(tmp_path: Path) -> None:
     """By channel, to within a hundredth."""
     settings = ("data.normalise=channels",)
     sweep, latents = sweep_below(tmp_path, *settings), open_folder(tmp_path) / "latents/made"
-    put_latents(
-        latents, PixelVae().identity, (3, 32), mean=(0.1, 0.2, 0.3), std=[0.5] * 3, posterior_variance=[0.0] * 3
-    )
+    put_latents(latents, PixelVae().identity, (3, 32), mean=(0.1, 0.2, 0.3), std=[0.5] * 3, posterior_variance=[0.0] * 3)
     state.use_latents(sweep, latents, PixelVae().identity)
     other = ours(tmp_path, Scaling([0.1, 0.2, 0.3], [2.0, 2.0, 3.0]))
     code, output = invoke(*words(tmp_path, other, *settings))

@@ -134,9 +134,7 @@ def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction():
     with torch.no_grad():
         for step in range(5):
             x = x + network(x, torch.full((2,), step / 5), torch.tensor(labels))[:, :4] / 5
-        got = generate(
-            sit, build_process(Flow(kind="flow"), sit.shape), labels, [0, 1], Sampling(sampler="euler", steps=5), seed=3
-        )
+        got = generate(sit, build_process(Flow(kind="flow"), sit.shape), labels, [0, 1], Sampling(sampler="euler", steps=5), seed=3)
     assert float((got - noise.start((2, 4, 8, 8))).abs().max()) > 0.1, "the samples have moved"
     assert near(got, x)
     back = to_official(sit)

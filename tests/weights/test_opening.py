@@ -99,15 +99,7 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
         labels_in_words(opened, "0")
     put_latents(latents, PixelVae().identity, (3, 32), label_names=tuple(names))
     found = answer(
-        "sample",
-        sweep.run("dis").folder.url,
-        "--classes",
-        "kind c",
-        "--steps",
-        "1",
-        "--out",
-        f"{tmp_path}/c.png",
-        "--json",
+        "sample", sweep.run("dis").folder.url, "--classes", "kind c", "--steps", "1", "--out", f"{tmp_path}/c.png", "--json"
     )
     assert found["images"] == 1
     for file, classes in (("three", "kind c,0,1"), ("many", "0,1,2,3,4,5,6,7,8,9,2")):
@@ -206,9 +198,7 @@ def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_p
         open_for_sampling("memory://bucket/none", None)
 
 
-def test_a_gpu_samples_if_there_is_one(
-    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_samples_if_there_is_one(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = []
 
     def sample(*_: object, device: torch.device, **__: object) -> Iterator[np.ndarray]:
@@ -226,18 +216,7 @@ def test_a_gpu_samples_if_there_is_one(
 def test_adms_file_has_all_images_as_numpy_and_our_reader_read_it(files: tuple[Path, Path], tmp_path: Path) -> None:
     """The same images as in a grid of the same labels, whatever the batch; the file is absent until it is complete."""
     file = tmp_path / "samples.npz"
-    base = [
-        "sample",
-        str(files[0]),
-        "--vae",
-        str(files[1]),
-        "--steps",
-        "2",
-        "--count",
-        "23",
-        "--seed",
-        "3",
-    ]
+    base = ["sample", str(files[0]), "--vae", str(files[1]), "--steps", "2", "--count", "23", "--seed", "3"]
     code, output = invoke(*base, "--npz", str(file), "--batch", "8")
     assert (code, f"23 images in {file}" in output) == (0, True), output
     assert sorted(path.name for path in tmp_path.glob("*samples*")) == ["samples.npz"]
@@ -295,10 +274,7 @@ def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: 
 
 def test_a_file_without_facts_is_sampled_by_its_sweep(tmp_path: Path) -> None:
     recipe = reading.load(TINY, ["vae={kind: none}", "diffusion={kind: flow, shift: 3.0}", "evaluate.sampler=euler"])
-    sweep, model = (
-        Sweep.below(open_folder(tmp_path), recipe),
-        models.build(recipe.models["dis"], LatentShape(3, 32), 10),
-    )
+    sweep, model = (Sweep.below(open_folder(tmp_path), recipe), models.build(recipe.models["dis"], LatentShape(3, 32), 10))
     sweep.save_recipe()
     file = tmp_path / "sweeps/tiny/model.safetensors"
     save(model, file)
@@ -326,10 +302,7 @@ def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path]
 def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
     model, identity = models.build(tiny.models["dis"], LatentShape(3, 8), 10), vae.PixelVae().identity
     facts = SamplingFacts(
-        Gaussian(kind="gaussian"),
-        EncodedBy(identity=identity, shift=0.0, scale=1.0),
-        None,
-        Sampling(sampler="ddim", steps=4),
+        Gaussian(kind="gaussian"), EncodedBy(identity=identity, shift=0.0, scale=1.0), None, Sampling(sampler="ddim", steps=4)
     )
     save(model, tmp_path / "pixels.safetensors", facts)
     for path in (None, "none"):

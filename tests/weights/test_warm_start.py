@@ -81,9 +81,7 @@ def test_a_published_average_of_another_sweep_is_count_0(tmp_path: Path) -> None
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     missing = start.replace("images: 32", "images: 48")
-    with pytest.raises(
-        UserError, match=r"models.dis.start.images: dis of .* has not published 48, expected one of: 0, 32"
-    ):
+    with pytest.raises(UserError, match=r"models.dis.start.images: dis of .* has not published 48, expected one of: 0, 32"):
         warm_start.read_source(reading.load(TINY, [f"models.dis.start={missing}"]), "dis")
     other = reading.load(TINY, [f"models.dis.start={start}", "diffusion.betas=cosine"])
     assert warm_start.read_source(other, "dis").notes == ["warning: trained with another diffusion than this recipe's"]
@@ -106,10 +104,7 @@ def test_a_public_sit_starts_a_flow_alone(tmp_path: Path) -> None:
     """Its variance is zero: SiT's loss does not use it. The velocity of our flow is that of the SiT in its own time."""
     source = varied(DIT)
     public = to_official(source)
-    finals = [
-        *source.get_submodule("final").parameters(),
-        *(public[f"final_layer.linear.{n}"] for n in ("weight", "bias")),
-    ]
+    finals = [*source.get_submodule("final").parameters(), *(public[f"final_layer.linear.{n}"] for n in ("weight", "bias"))]
     with torch.no_grad():
         for p in finals:
             p.unflatten(0, (16, 2, 4))[:, 1] = 0
@@ -175,10 +170,7 @@ def test_another_number_of_classes_gets_a_new_table() -> None:
     [
         (["models.dit.depth=2"], r"models.dit.start: its model has depth 1, this one 2: expected the same"),
         (["models.dit.width=32"], r"models.dit.start: its model has width 16, this one 32"),
-        (
-            ["models.dit.start.sha256='" + "0" * 64 + "'"],
-            r"models.dit.start.path: .* has sha256 .*, the recipe expects 0000",
-        ),
+        (["models.dit.start.sha256='" + "0" * 64 + "'"], r"models.dit.start.path: .* has sha256 .*, the recipe expects 0000"),
         (["models.dit.start.path=nowhere.pt"], r"models.dit.start.path: no file nowhere.pt"),
     ],
 )
@@ -198,9 +190,7 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path, settings: list[str
 )
 def test_another_model_is_refused(source: Dit | Dis, shape: LatentShape, classes: int | None, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        warm_start.fit(
-            StartWeights(source, varied(source, shape, classes).state_dict(), []), build(DIT, SMALL, 10), "here"
-        )
+        warm_start.fit(StartWeights(source, varied(source, shape, classes).state_dict(), []), build(DIT, SMALL, 10), "here")
 
 
 def test_a_file_that_fits_is_accepted_for_more_pixels(tmp_path: Path) -> None:

@@ -100,12 +100,7 @@ class DiffuSSM(Backbone):
     vectors = frozenset({"bias", "C"})
 
     def __init__(
-        self,
-        settings: DiffuSsm,
-        shape: LatentShape,
-        num_classes: int | None,
-        scan: str = "auto",
-        checkpointing: str = "none",
+        self, settings: DiffuSsm, shape: LatentShape, num_classes: int | None, scan: str = "auto", checkpointing: str = "none"
     ):
         super().__init__(settings, shape, num_classes, scan, checkpointing)
         D, M, P = settings.width, settings.hourglass, shape.channels * settings.patch**2

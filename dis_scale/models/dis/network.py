@@ -22,16 +22,7 @@ from dis_scale.models.dis.s6 import Mixer, inner_width
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dis.ssd import SsdMixer
 from dis_scale.models.dis.verification import verify_block
-from dis_scale.models.tokens import (
-    Backbone,
-    Linear,
-    PatchEmbed,
-    TimeEmbedding,
-    modulate,
-    unpatchify,
-    wide,
-    zero_,
-)
+from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.process.settings import LatentShape
 from dis_scale.scan import choose
 from dis_scale.scan.backend import KeepingStates
@@ -50,14 +41,7 @@ class DiSBlock(nn.Module):
     order: Tensor | None
     place: Tensor | None
 
-    def __init__(
-        self,
-        settings: Dis,
-        scan: str,
-        skip: bool,
-        order: Tensor | None = None,
-        attention: Attention | None = None,
-    ):
+    def __init__(self, settings: Dis, scan: str, skip: bool, order: Tensor | None = None, attention: Attention | None = None):
         super().__init__()
         # Computed, not learned: not persistent, so that the state dict holds exactly what is trained.
         self.register_buffer("order", order, persistent=False)
@@ -113,14 +97,7 @@ class DiS(Backbone):
     vectors = Backbone.vectors | {"conv"}
     undecayed = Backbone.undecayed | {"conv"}
 
-    def __init__(
-        self,
-        settings: Dis,
-        shape: LatentShape,
-        num_classes: int | None,
-        scan: str = "auto",
-        checkpointing: str = "none",
-    ):
+    def __init__(self, settings: Dis, shape: LatentShape, num_classes: int | None, scan: str = "auto", checkpointing: str = "none"):
         super().__init__(settings, shape, num_classes, scan, checkpointing)
         D, half = settings.width, settings.depth // 2
         self.patches = PatchEmbed(shape.channels, settings.patch, D)

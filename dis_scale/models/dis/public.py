@@ -34,11 +34,7 @@ DIRECTIONS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     "mixer.conv": {"conv1d{}.weight": lambda rows: rows[:-1].T.unsqueeze(1), "conv1d{}.bias": lambda rows: rows[-1]},
     "mixer.x_proj": {"x_proj{}.weight": whole},
     "mixer.dt_proj": {"dt_proj{}.weight": whole},
-    "mixer.dynamics": {
-        "A{}_log": lambda rows: rows[:-2].T,
-        "D{}": lambda rows: rows[-2],
-        "dt_proj{}.bias": lambda rows: rows[-1],
-    },
+    "mixer.dynamics": {"A{}_log": lambda rows: rows[:-2].T, "D{}": lambda rows: rows[-2], "dt_proj{}.bias": lambda rows: rows[-1]},
 }
 """What the public code has of each direction, as views of a direction's part of our weight."""
 
@@ -71,9 +67,7 @@ def weights(ours: str, model: Backbone) -> list[PublicWeight]:
     """Return the public weights that one of ours holds. UserError for options that the public code lacks."""
     assert isinstance(model, DiS)
     if unlike := model.settings.unpublished:
-        raise UserError(
-            f"the public layout of DiS has no {unlike}: {getattr(model.settings, unlike)}: export another way"
-        )
+        raise UserError(f"the public layout of DiS has no {unlike}: {getattr(model.settings, unlike)}: export another way")
     if not ours.startswith("blocks."):
         return [PublicWeight(renamed(ours, NAMES))]
     _, index, rest = ours.split(".", 2)

@@ -59,9 +59,7 @@ class Mixer(nn.Module):
             bias_E = torch.zeros(E) if way and settings.init == "official" else log_uniform_steps(E)
             log_A_NE = torch.arange(1, N + 1, dtype=torch.float32).log()[:, None].expand(N, E)
             dynamics.append(torch.cat([log_A_NE, torch.ones(1, E), bias_E[None]]))
-        self.x_proj, self.dt_proj, self.dynamics = (
-            nn.Parameter(torch.stack(each)) for each in (x_projs, dt_projs, dynamics)
-        )
+        self.x_proj, self.dt_proj, self.dynamics = (nn.Parameter(torch.stack(each)) for each in (x_projs, dt_projs, dynamics))
         self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)  # GPT-2's 1 / sqrt(depth)
 
     def forward(self, h_BLD: Tensor) -> Tensor:

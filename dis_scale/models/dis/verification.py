@@ -69,9 +69,7 @@ def as_trained(block: nn.Module) -> nn.Module:
     return block
 
 
-def _results(
-    block: nn.Module, inputs: list[Tensor], images: Tensor, dtype: torch.dtype, case: Case
-) -> dict[str, Tensor]:
+def _results(block: nn.Module, inputs: list[Tensor], images: Tensor, dtype: torch.dtype, case: Case) -> dict[str, Tensor]:
     """The outputs, and the gradients of both inputs and of each parameter; in float64 of each of two images once.
 
     A gradient counts an image as often as it is among `images`.

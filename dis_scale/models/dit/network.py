@@ -53,17 +53,13 @@ class DiTBlock(nn.Module):
         self.shifts = "no_shift" not in settings.modern
         self.modulation = Linear(D, 6 * D if self.shifts else 4 * D)
         self.norm_a, self.norm_m = (nn.Parameter(torch.ones(D)) if rms else None for _ in range(2))
-        self.q_norm, self.k_norm = (
-            _head_norm(settings, rms) if "qk_norm" in settings.modern else None for _ in range(2)
-        )
+        self.q_norm, self.k_norm = (_head_norm(settings, rms) if "qk_norm" in settings.modern else None for _ in range(2))
         self.register_buffer("cosines", None if angles is None else angles.cos(), persistent=False)
         self.register_buffer("sines", None if angles is None else angles.sin(), persistent=False)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
         parts = self.modulation(F.silu(c_BD)).chunk(6 if self.shifts else 4, dim=1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            parts if self.shifts else (None, *parts[:2], None, *parts[2:])
-        )
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts if self.shifts else (None, *parts[:2], None, *parts[2:])
         normal_BTD = modulate(stream_norm(x_BTD, c_BD.dtype, self.norm_a), shift_a, scale_a)
         x_BTD = x_BTD + gate_a.unsqueeze(1) * self._attend(normal_BTD)
         hidden_BTF = self.up(modulate(stream_norm(x_BTD, c_BD.dtype, self.norm_m), shift_m, scale_m))
@@ -100,14 +96,7 @@ class DiT(Backbone):
 
     settings: Dit
 
-    def __init__(
-        self,
-        settings: Dit,
-        shape: LatentShape,
-        num_classes: int | None,
-        scan: str = "auto",
-        checkpointing: str = "none",
-    ):
+    def __init__(self, settings: Dit, shape: LatentShape, num_classes: int | None, scan: str = "auto", checkpointing: str = "none"):
         super().__init__(settings, shape, num_classes, scan, checkpointing)
         D = settings.width
         self.patches = PatchEmbed(shape.channels, settings.patch, D)

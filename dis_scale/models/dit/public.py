@@ -24,13 +24,7 @@ NAMES = {
     "modulation": "final_layer.adaLN_modulation.1",
     "final": "final_layer.linear",
 }
-BLOCK = {
-    "qkv": "attn.qkv",
-    "out": "attn.proj",
-    "up": "mlp.fc1",
-    "down": "mlp.fc2",
-    "modulation": "adaLN_modulation.1",
-}
+BLOCK = {"qkv": "attn.qkv", "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2", "modulation": "adaLN_modulation.1"}
 
 
 class SiT(DiT):
@@ -78,9 +72,7 @@ def weights(ours: str, model: Backbone) -> list[PublicWeight]:
     """Return the public weight that is one of ours. UserError for a model with parts that the public code lacks."""
     assert isinstance(model, DiT)
     if model.settings.modern:
-        raise UserError(
-            f"the public layout of DiT has no modern: [{', '.join(model.settings.modern)}]: export another way"
-        )
+        raise UserError(f"the public layout of DiT has no modern: [{', '.join(model.settings.modern)}]: export another way")
     if not ours.startswith("blocks."):
         return [PublicWeight(renamed(ours, NAMES))]
     _, index, rest = ours.split(".", 2)

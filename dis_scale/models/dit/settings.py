@@ -42,9 +42,7 @@ class Dit(FamilySettings):
         if self.width % 4:
             raise ValueError(f"DiT's table of positions needs a width that is a multiple of 4, got {self.width}")
         if "rotary" in self.modern and self.head_size % 4:
-            raise ValueError(
-                f"rotary needs heads whose size is a multiple of 4, got {self.head_size}: choose other heads"
-            )
+            raise ValueError(f"rotary needs heads whose size is a multiple of 4, got {self.head_size}: choose other heads")
         if len(set(self.modern)) < len(self.modern):
             raise ValueError(f"modern names a part twice: {', '.join(self.modern)}")
         return self

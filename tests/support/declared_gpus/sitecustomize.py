@@ -27,9 +27,7 @@ CHANGED: dict[str, Callable[[Any], None]] = {"dis_scale.training.devices": _on_t
 class Finder(MetaPathFinder):
     """Changes the modules after they were imported as usual."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname not in CHANGED or (spec := PathFinder.find_spec(fullname, path)) is None:
             return None
         assert spec.loader is not None
