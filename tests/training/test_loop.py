@@ -170,14 +170,14 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Pa
     run, logged = run_at(tmp_path, "dit"), list[str]()
     newest = resume.newest_point(run, logged.append)
     assert newest is not None
-    assert (newest.images_seen, logged) == (LAST, [])
+    assert (newest.manifest.images, logged) == (LAST, [])
     name = f"{newest.folder.name}/weights-00001.safetensors"
     data = bytearray(run.resume.read(name))
     data[-1] ^= 1
     run.resume.write(name, bytes(data))
     before = resume.newest_point(run, logged.append)
     assert before is not None
-    assert before.images_seen == 240
+    assert before.manifest.images == 240
     assert len(logged) == 1
     assert f"{name}: damaged: its sha256 differs" in logged[0]
 
