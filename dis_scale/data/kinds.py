@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from dis_scale.data import images, layouts, parquet, tars
-from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, number_or_name
+from dis_scale.data.listing import ABSENT, HIDDEN, Contents, Entry, LeftOut, number_or_name
 from dis_scale.process.errors import StorageError, UserError, nearest, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, LatentsSource, ParquetSource, TarSource
@@ -30,8 +30,7 @@ UNLISTED = ("http://", "https://")
 """Beginnings of URLs whose folders cannot be listed: what is not there is found when it is read."""
 NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 """Answers of a file system to a path that is no file: a folder, below a file, too long."""
-ABSENT = ("", "nan", "NaN")
-"""Labels that a CSV's writer has put where there was none, such as pandas."""
+TAKEN_IN = "lines in a quoted value of the line before: if they are images, a quote is missing"
 LINE_CHARACTERS = 2**20
 """Most characters of a CSV's line: paths have up to 4,096, and a field of Python's csv up to 131,072."""
 
@@ -178,8 +177,7 @@ class _Csv(_OneFileEach):
             raise UserError(f"data.source.url: no file {self._file}") from error
 
     def find(self) -> Contents:
-        entries = map(self._allowed, self._each_once())
-        return Contents(self._present(entries) if self._all_there else entries)
+        return Contents(self._present(self._each_once()) if self._all_there else self._each_once())
 
     def read_one(self, entry: Entry) -> bytes | None:
         """Read from the folder of the CSV, or from where its line says. The listing may be of a time when that was allowed."""
@@ -192,11 +190,14 @@ class _Csv(_OneFileEach):
                 return None
             raise
 
-    def _each_once(self) -> Iterator[Entry]:
+    def _each_once(self) -> Iterator[Entry | LeftOut]:
         """Yield the CSV's images; UserError at the end if two lines name one. Hashes: there may be a hundred million."""
         names, lines = array("q"), array("q")
         for entry in _csv_entries(self._root, self._file.name, self._path, self._label):
-            folder, name = _place(self._root, entry.name)
+            if isinstance(entry, LeftOut):
+                yield entry
+                continue
+            folder, name = _place(self._root, self._allowed(entry).name)
             names.append(hash(posixpath.normpath(f"{folder}/{name}".removeprefix("file://"))))  # ../here/0.png is 0.png
             lines.append(entry.location[0])
             yield entry
@@ -208,16 +209,18 @@ class _Csv(_OneFileEach):
                 "with the label that is right"
             )
 
-    def _present(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+    def _present(self, entries: Iterable[Entry | LeftOut]) -> Iterator[Entry | LeftOut]:
         """Yield the entries; UserError at the end that counts all whose file is not there. Each folder is listed once."""
         # Eight bytes a name, of which there may be millions.
         hashes = cache(lambda folder: array("q", sorted(map(hash, folder.list()))))
         missing = list[str]()
         for entry in entries:
+            yield entry
+            if isinstance(entry, LeftOut):
+                continue
             folder, name = _place(self._root, entry.name)
             if not folder.url.startswith(UNLISTED) and not _is_in(hashes(folder), hash(name)):
                 missing.append(f"{printable(entry.name)} (line {entry.location[0]})")
-            yield entry
         if missing:
             raise UserError(
                 f"{self.where}: {len(missing):,} of its images are not there: {some(missing)}; correct the CSV, or "
@@ -278,6 +281,14 @@ class _Parquet(_ManyInAFile):
         return list(self._layout.read(self.root, entries))
 
 
+class _PackedLatents(_ManyInAFile):
+    """Latents of another program, many in a file."""
+
+    def find(self) -> Contents:
+        layouts.require_finished(self.root)
+        return super().find()
+
+
 class _LatentFiles(_OneFileEach):
     """Latents of another program, a file each."""
 
@@ -312,9 +323,7 @@ def open_kind(data: Data) -> SourceKind:
             if layout is None:
                 return _LatentFiles(data.source, labelled)
             files = data.source.files or f"*{layout.suffix}"
-            kind = _ManyInAFile(data.source.url, files, layout, f"no latents in the files {files} of")
-            layouts.require_finished(kind.root)
-            return kind
+            return _PackedLatents(data.source.url, files, layout, f"no latents in the files {files} of")
         case DigitsSource():
             return _Digits(labelled)
         case FolderSource():
@@ -347,12 +356,13 @@ def gone(what: str) -> StorageError:
     )
 
 
-def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[Entry]:
-    """Yield the images in column `path`, of the classes in column `label` if given."""
+def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[Entry | LeftOut]:
+    """Yield the images in column `path`, of the classes in column `label` if given; and each line that is in a quoted value, since
+    a quote that lacks its other one takes in the images of the lines after it."""
     where = printable(f"{root}/{name}")
     try:
         with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(_lines(file, where), strict=True)
+            rows = csv.DictReader(_lines(file, where), strict=True, skipinitialspace=True)
             columns = rows.fieldnames or []
             if twice := [name for name, count in Counter(columns).items() if count > 1]:
                 raise UserError(f"{where}: its header names {', '.join(map(repr, twice))} twice")
@@ -367,7 +377,13 @@ def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Itera
                         f"{where}: line {rows.line_num}: expected a path and a label, in quotes if it has a comma, got "
                         f"{list(row.values())}"
                     )
+                taken_in = "".join(filter(None, row.values())).count("\n")
+                if "\n" in row[path] + (row[label] if label else ""):
+                    raise UserError(
+                        f"{where}: line {rows.line_num}: a path or a label of {taken_in + 1} lines: is a quote missing?"
+                    )
                 yield Entry(row[path], 0 if label is None else number_or_name(row[label]), location=(rows.line_num, 0))
+                yield from (LeftOut(f"line {rows.line_num - i}", TAKEN_IN) for i in range(taken_in))
     except FileNotFoundError as error:
         raise UserError(f"data.source.url: no file {where}") from error
     except (csv.Error, UnicodeDecodeError) as error:

@@ -117,6 +117,10 @@ def of_files(
         yield from each
 
 
+ABSENT = ("", "nan", "NaN")
+"""Labels that a program such as pandas has written where there was none."""
+
+
 def number_or_name(text: str) -> str:
     """Parse a class: digits are a number, any other text is a name."""
     text = text.strip()
@@ -280,6 +284,8 @@ class _Labels:
         if isinstance(label, Numeral):
             label = self._number(entry, label)
         if isinstance(label, str):
+            if label.strip() in ABSENT:
+                raise UserError(f"{self._where}: image {printable(entry.name)} has no label: got {label!r}")
             # 10.0 would be sorted before 2.0; pandas writes so where a label is missing
             if re.fullmatch(r"[+-]?\d+\.\d*", label):
                 raise UserError(

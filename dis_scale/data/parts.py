@@ -54,6 +54,13 @@ def splits_in(names: Iterable[str]) -> set[str]:
     return {SPLITS[word] for name in names for word in _words(name) if word in SPLITS}
 
 
+def parts_of(names: Iterable[str]) -> set[str]:
+    """Return the parts of a set that files hold. Those whose names speak of none are one more beside a part that is held out."""
+    each = [splits_in([name]) for name in names]
+    parts = set().union(*each)
+    return parts | ({"others"} if parts - {"train"} and not all(each) else set())
+
+
 def of_one_set(entries: Iterable[Entry | LeftOut], where: str) -> Iterator[Entry | LeftOut]:
     """Yield the entries; UserError if two folders around images, at any depth, are parts of a set.
 

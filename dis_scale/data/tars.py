@@ -18,7 +18,7 @@ import numpy as np
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending, hidden
 from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, number_or_name, of_files
-from dis_scale.data.parts import numbered, splits_in, with_hash
+from dis_scale.data.parts import numbered, parts_of, with_hash
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import TarSource
@@ -30,6 +30,9 @@ SPAN_BYTES = 8 * 2**20
 """Most bytes of images that one read returns, unless a single one is larger."""
 MOST_ZEROS = 2**20 + 2 * tarfile.BLOCKSIZE
 """Most bytes of zeros at the end of a tar: two blocks, and more that fill up a record, which has up to 1 MiB (`tar -b 2048`)."""
+FEW_ZEROS = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
+"""Bytes of zeros that programs put there unless they are asked for larger records. A download without its last piece has more."""
+LONG_END = "tars with over 10 KiB of zeros at the end: was one not downloaded to its end?"
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 JOINED = "files that their tar has again: two sets with the same keys? If so, write the second with other keys"
@@ -69,7 +72,7 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
             f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
             "download them, or rename the others"
         )
-    parts = prefixes if len(prefixes) > 1 else splits_in(names)
+    parts = prefixes if len(prefixes) > 1 else parts_of(names)
     if pattern == f"*{suffix}" and len(parts) > 1:
         raise UserError(
             f"data.source.files: {url} has files of {' and '.join(sorted(parts))}: say which to train on, for example "
@@ -241,7 +244,7 @@ def _kind(name: str) -> str:
 def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
     """Yield the members but folders; of those of the ending `label` also their bytes, if any."""
     with tarfile.open(fileobj=file, mode="r:", tarinfo=type("_Member", (_Member,), {"where": where})) as tar:
-        while (member := _next(tar, file)) is not None:
+        while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
             if member.isdir():
                 continue
@@ -261,22 +264,22 @@ def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
                 file.seek(member.offset_data)
                 data = file.read(member.size)
             yield _InTar(name, member.offset_data, member.size, data)
+        if _zeros_at_the_end(tar, file) > FEW_ZEROS:
+            yield _InTar("its end", 0, 0, why=LONG_END)
 
 
-def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
-    """Return the next member. ReadError if the tar does not end with a block of zeros, and only zeros after it.
+def _zeros_at_the_end(tar: tarfile.TarFile, file: BinaryIO) -> int:
+    """Return how many bytes of zeros the tar ends with. ReadError if there is not a block of them, or anything else after it.
 
     `tarfile` accepts a truncated tar, and ends at the first hole or at the first of two tars that were joined.
     """
-    member = tar.next()
-    if member is None:
-        file.seek(tar.offset)
-        rest = file.read(MOST_ZEROS + 1)
-        if not tarfile.BLOCKSIZE <= len(rest) <= MOST_ZEROS or rest.strip(b"\0"):
-            raise tarfile.ReadError(
-                f"damaged or truncated at byte {tar.offset}, or there is another tar after it; it ends with zeros, of up to 1 MiB"
-            )
-    return member
+    file.seek(tar.offset)
+    rest = file.read(MOST_ZEROS + 1)
+    if not tarfile.BLOCKSIZE <= len(rest) <= MOST_ZEROS or rest.strip(b"\0"):
+        raise tarfile.ReadError(
+            f"damaged or truncated at byte {tar.offset}, or there is another tar after it; it ends with zeros, of up to 1 MiB"
+        )
+    return len(rest)
 
 
 def _images(members: Iterator[_InTar], tar: str, where: str, settings: TarSource, labelled: bool) -> Iterator[Entry | LeftOut]:

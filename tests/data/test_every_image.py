@@ -27,6 +27,7 @@ import pytest
 from PIL import Image
 
 from dis_scale.data import listing, survey
+from dis_scale.data.kinds import TAKEN_IN
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
 from dis_scale.storage.folder import Folder, open_folder
@@ -112,9 +113,10 @@ def csv(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
     labels = {number: number % 5 for number in range(100)}
     for number in labels:
         root.write(f"{number % 3}/x.part-{number}.png", picture(number))
-    lines = [f"{number % 3}/x.part-{number}.png,{label}" for number, label in labels.items()]
-    root.write("labels.csv", "\n".join(["path,label", *lines]).encode())
-    return {"kind": "csv", "url": f"{root}/labels.csv"}, labels, {}
+    lines = [f'{number % 3}/x.part-{number}.png, "one, ""two""", "{label}"' for number, label in labels.items()]
+    lines[7] = lines[7].replace("one", "a caption\r\nof two lines")
+    root.write("labels.csv", "\r\n".join(["\ufeffpath,caption,label", *lines]).encode())
+    return {"kind": "csv", "url": f"{root}/labels.csv"}, labels, {TAKEN_IN: 1}
 
 
 @pytest.mark.parametrize("source", [folders, tars, parquet_files, csv])

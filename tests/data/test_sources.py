@@ -320,7 +320,7 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
         ("a.csv", b"path,label\n1.png,1.0\n2.png,0.0\n", {}, r"image 1.png: label '1.0': write whole numbers from 0, or names"),
         (
             "a.csv", b"path,label\n1.png, \n", {},
-            r"a.csv: line 2: expected a path and a label, in quotes if it has a comma, got \['1.png', ' '\]",
+            r"a.csv: line 2: expected a path and a label, in quotes if it has a comma, got \['1.png', ''\]",
         ),
         ("a.csv", b"path,label\n1.png,7\n", {}, r"data.num_classes: got 2, but .*a.csv has labels up to 7"),
         (

@@ -18,7 +18,7 @@ from PIL import Image
 from dis_scale.data import images
 from dis_scale.data.sources import open_source
 from dis_scale.evaluation import adm
-from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, shown
+from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError, shown
 from dis_scale.process.redaction import redact
 from dis_scale.storage import npy
 from dis_scale.storage.folder import open_folder
@@ -178,7 +178,7 @@ def test_statistics_that_unpack_to_more_than_there_are_are_refused(tmp_path: Pat
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("mu.npy", buffer.getvalue())
         file.writestr("sigma.npy", buffer.getvalue())
-    with pytest.raises(StorageError, match=r"mu.npy: unpacked it has 335,544,4.. bytes, and at most 268,435,456"):
+    with pytest.raises(UserError, match=r"mu has 335,544,4.. bytes, and statistics have at most"):
         adm.open_reference(str(tmp_path / "x.npz")).statistics("mu", "sigma", 4)
 
 

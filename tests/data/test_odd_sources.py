@@ -1,0 +1,79 @@
+"""What people write by mistake, and what programs leave behind: refused, or named beside the images."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dis_scale.data.kinds import TAKEN_IN
+from dis_scale.data.sources import open_source
+from dis_scale.data.survey import describe, take_survey
+from dis_scale.data.tars import LONG_END
+from dis_scale.process.errors import StorageError, UserError
+from tests.data.test_every_image import picture
+from tests.support.labelled_images import data, parquet, tar
+
+
+def csv_of(folder: Path, *lines: str) -> dict[str, Any]:
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    (folder / "labels.csv").write_text("\n".join(lines))
+    return {"kind": "csv", "url": f"{folder}/labels.csv"}
+
+
+def test_the_lines_that_a_missing_quote_takes_in_are_named(tmp_path: Path) -> None:
+    """Each of them may have been an image."""
+    source = csv_of(tmp_path, "path,caption,label", '0.png,"Hello, said,0', '1.png,a dog",1', "2.png,x,0", "3.png,y,1")
+    assert open_source(data(source)).listing.manifest.left_out == {TAKEN_IN: (1, "line 3")}
+    with pytest.raises(UserError, match="line 3: a path or a label of 2 lines: is a quote missing"):
+        open_source(data(csv_of(tmp_path, "label,path", '0,"0.png', '1.png"', "0,2.png")))
+
+
+def test_a_space_before_a_quote_is_no_part_of_a_class(tmp_path: Path) -> None:
+    """Else 10 would be sorted before 2, as a name."""
+    source = csv_of(tmp_path, "path,label", '0.png, "0"', '1.png, "1"', '2.png, "10"', '3.png, "2"')
+    opened = open_source(data(source, 11))
+    assert sorted(zip(opened.names, opened.labels, strict=True)) == [("0.png", 0), ("1.png", 1), ("2.png", 10), ("3.png", 2)]
+
+
+@pytest.mark.parametrize("label", ["", " ", "nan", "NaN"])
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_missing_label_is_no_class(kind: str, label: str, tmp_path: Path) -> None:
+    files = {"parquet": parquet([(picture(0), "cat"), (picture(1), label)], metadata=None)}
+    files["tar"] = tar({"0.png": picture(0), "0.cls": b"cat", "1.png": picture(1), "1.cls": label.encode()})
+    (tmp_path / f"a.{kind}").write_bytes(files[kind])
+    with pytest.raises(UserError, match="has no label"):
+        open_source(data({"kind": kind, "url": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(("zeros", "named"), [(0, False), (100_000, True)])
+def test_a_tar_that_may_not_have_been_downloaded_to_its_end_is_named(zeros: int, named: bool, tmp_path: Path) -> None:
+    """A program that reserves a file's size first leaves zeros there; tar itself rounds up to 10 KiB."""
+    (tmp_path / "a.tar").write_bytes(tar({"cat/0.png": picture(0), "dog/1.png": picture(1)}) + bytes(zeros))
+    left_out = open_source(data({"kind": "tar", "url": str(tmp_path), "label": "folder"})).listing.manifest.left_out
+    assert left_out == ({LONG_END: (1, "a.tar/its end")} if named else {})
+
+
+def test_files_of_no_named_part_are_not_read_beside_a_test_set(tmp_path: Path) -> None:
+    for name in ("part-0.tar", "test.tar"):
+        (tmp_path / name).write_bytes(tar({"cat/0.png": picture(0), "dog/1.png": picture(1)}))
+    source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
+    with pytest.raises(UserError, match="has files of others and test: say which to train on"):
+        open_source(data(source))
+    assert len(open_source(data(source | {"files": "part-*.tar"}))) == 2
+    (tmp_path / "test.tar").rename(tmp_path / "train.tar")
+    assert len(open_source(data(source))) == 4
+
+
+def test_a_survey_says_what_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "notes.txt").write_text("of the photographer")
+    assert "left out 1 .txt (notes.txt)" in describe(take_survey(str(tmp_path), lambda _: None, lambda *_: None))
+
+
+@pytest.mark.parametrize("size", [0, 21])
+def test_a_zip_that_is_cut_off_at_its_beginning_is_no_zip(size: int, tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(b"PK" + bytes(size) if size else b"")
+    source = {"kind": "latents", "layout": "edm2", "url": f"{tmp_path}/x.zip"}
+    with pytest.raises(StorageError, match=r"x\.zip: not a complete zip"):
+        open_source(data(source, mirror=False))
