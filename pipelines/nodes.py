@@ -16,6 +16,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
 from pipelines import ray_private
+from pipelines.failures import may_pass
 from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
@@ -75,8 +76,8 @@ def of_living(
 def on_each(nodes: Sequence[Node], task: Any, *arguments: object, words: Callable[[str, str], str]) -> list[Any]:
     """Run a task on each of these nodes at the same time; return its results in the order of the nodes.
 
-    UserError with the `words` of a node's name and the reason for a task that failed; LostNode for one that was lost with
-    its node, or for want of memory, that did not end in time, or for which storage was away.
+    UserError with the `words` of a node's name and the reason for a task that failed; LostNode for one that was lost with its
+    node, that did not end in time, or that may pass: for want of memory, or since storage was away.
     """
     calls = [task.options(scheduling_strategy=only(node.id)).remote(*arguments) for node in nodes]
     ray.wait(calls, num_returns=len(calls), timeout=ON_EACH_S)
@@ -93,11 +94,9 @@ def error_on(name: str, error: Exception, words: Callable[[str, str], str]) -> D
     """Return the error to raise for a node's answer."""
     cause = getattr(error, "cause", error)
     why = " ".join(str(cause).split())[:200] or type(cause).__name__
-    if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, StorageAway):
+    if isinstance(error, ray.exceptions.RayTaskError) and not may_pass(error):
         return UserError(words(name, why))
-    if isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.GetTimeoutError):
-        return LostNode(f"{words(name, why)}; run the command again")
-    return LostNode(f"node {name} gave no answer, run the command again: {why}")
+    return LostNode(f"{words(name, why)}; run the command again")
 
 
 def choose_device(recipe: Recipe) -> tuple[str, str]:

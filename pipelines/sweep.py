@@ -358,9 +358,14 @@ def mlflow_lines(tracking: TrackingIds) -> list[str]:
 
 def _require_same_identity(sweep: Sweep) -> None:
     """UserError with the differences if the sweep of this name was begun with another recipe."""
-    if not sweep.folder.exists(RECIPE):
-        return
-    stored = Sweep.open(sweep.folder.url, patient=True).recipe
+    try:
+        if not sweep.folder.exists(RECIPE):
+            return
+        stored = Sweep.open(sweep.folder.url, patient=True).recipe
+    except (StorageAway, UserError):
+        raise
+    except DisScaleError as error:
+        raise UserError(f"storage cannot be used: {error}") from error
     if differences := identity_differences(stored, sweep.recipe):
         shown = "\n".join(f"  {line}" for line in differences[:10])
         raise UserError(f"{sweep} was begun with another recipe; give this one another name, or the stored values:\n{shown}")

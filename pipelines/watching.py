@@ -86,21 +86,30 @@ class Pace:
     """The time between two steps of progress, and since when there was none: of each independent worker, or of all together."""
 
     def __init__(self, workers: int, policy: Watch) -> None:
-        self._policy, self._done = policy, [0] * workers
+        self._policy = policy
+        self._done: list[int | None] = [None] * workers
+        self._most, self._advanced_s = -1, 0.0
         self._since_s: dict[int, float] = {}
         self._took_s = [deque[float](maxlen=100) for _ in range(workers)]
 
-    def note(self, done: Sequence[int], running: Collection[int], unplaced: Collection[int], now_s: float) -> list[int]:
-        """Note the progress of all workers; return the `running` ones that hang, [0] for all. Who waits for capacity does not."""
-        working = set(running).difference(unplaced)
+    def note(self, done: Sequence[int | None], running: Collection[int], unplaced: Collection[int], now_s: float) -> list[int]:
+        """Note the progress of all workers; return the `running` ones that hang, [0] for all. Who waits for capacity does not.
+
+        None for a worker that has not answered yet: its first answer may be of other work that it has done before.
+        """
+        working, known = set(running).difference(unplaced), [images for images in done if images is not None]
+        total = sum(known) if len(known) == len(done) else None
+        if unplaced or total is None or total > self._most:
+            self._most, self._advanced_s = total or 0, now_s
         if not self._policy.independent:
-            done, working = [sum(done)], set() if unplaced or min(done) >= self._policy.last else {0}
+            done, working = [total], set() if unplaced or (total is not None and min(known) >= self._policy.last) else {0}
         for number, images in enumerate(done):
+            before = self._done[number]
             if number not in working:
                 self._since_s.pop(number, None)
             elif number not in self._since_s:
                 self._since_s[number] = now_s  # what it has done before is of other work
-            elif images > self._done[number]:
+            elif images is not None and before is not None and images > before:
                 self._took_s[number].append(now_s - self._since_s[number])
                 self._since_s[number] = now_s
         self._done = list(done)
@@ -114,8 +123,8 @@ class Pace:
         return max(least_s, MEDIANS * statistics.median(took_s)) if self._policy.independent else least_s
 
     def silent_s(self, now_s: float) -> float:
-        """Time since any of those that work has made progress."""
-        return now_s - max(self._since_s.values(), default=now_s)
+        """Time since any of them has made progress."""
+        return now_s - self._advanced_s
 
 
 class _Loop:
@@ -154,7 +163,7 @@ class _Loop:
         waits = alone or not self._policy.independent  # beside others that work, more of them join when nodes do
         wait.log(self._job, len(unplaced) if waits else 0, request, alone=alone)
         running = {n for n, result in enumerate(self._results) if result in self._running} - self._killed
-        self._hanging = self._pace.note(self._polls.done, running, unplaced, time.monotonic())
+        self._hanging = self._pace.note(self._polls.answers, running, unplaced, time.monotonic())
         return finished
 
     def _note_failures(self, finished: Sequence[Any]) -> None:
@@ -230,6 +239,11 @@ class _Polls:
         self._calls: dict[int, Any] = {}
         self._up: set[int] = set()
         """Workers that have answered once: the others are still being constructed, and are not waited for."""
+
+    @property
+    def answers(self) -> list[int | None]:
+        """The progress of each worker; None before its first answer."""
+        return [done if number in self._up else None for number, done in enumerate(self.done)]
 
     def ask(self, ended: set[int]) -> None:
         """Log the workers' new lines and note their progress; those whose work has `ended` are asked to the last line."""

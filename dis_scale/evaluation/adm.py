@@ -81,6 +81,8 @@ class Adm:
     def _array(self, name: str) -> np.ndarray | None:
         if f"{name}.npy" not in self.file.namelist():
             return None
+        if (size := self.file.getinfo(f"{name}.npy").file_size) > ARRAY_BYTES:
+            raise UserError(f"{self.url}: {name} has {size:,} bytes, and statistics have at most {ARRAY_BYTES:,}")
         with self._intact():
             data = npy.member(self.file, f"{name}.npy", ARRAY_BYTES)
             return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

@@ -162,6 +162,8 @@ class Evaluate(Sampling):
     of each other; or independent and all equally likely, as in published results. Independent labels add noise to a distance."""
     variants: dict[Name, Variant] = Field(default_factory=dict, json_schema_extra={"role": "extent"})
     """Further sampling settings for each checkpoint; each gives a metric of its own, `<metric>/<name>`."""
+    order: Literal["oldest_first", "newest_first"] = runtime("oldest_first")
+    """Which published checkpoint is evaluated first if several wait."""
     extractor: Annotated[TrainedExtractor | InceptionExtractor | ExportedExtractor | NoExtractor, Field(discriminator="kind")]
     """Its distance is the main metric."""
     also: tuple[ExtractorSettings, ...] = ()

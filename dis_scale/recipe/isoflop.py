@@ -1,10 +1,10 @@
 """Settings of a study of compute budgets; planning/isoflop.py, which knows what a model costs, computes its image counts."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dis_scale.process.settings import Count, Settings, extent
+from dis_scale.process.settings import Count, Settings, extent, runtime
 
 
 class Isoflop(Settings):
@@ -25,6 +25,9 @@ class Isoflop(Settings):
     """A size with fewer steps at a budget is left out there."""
     most_images: Count | None = None
     """A size with more images at a budget is left out there: its epochs would be too many, or its training too long."""
+    hold_out: Literal["largest", "none"] = runtime("largest")
+    """`largest`: the report also fits the law of all runs without the largest budget, and says first by how much it misses that
+    budget's lowest loss."""
 
     @model_validator(mode="after")
     def _flops_rise(self) -> Self:

@@ -274,7 +274,7 @@ def found(report: Report) -> Findings:
 def _laws_words(report: Report, runs: Runs, family: list[Profile]) -> Findings:
     """Return the laws of the held-out loss in words."""
     study, parabolas, law = report.recipe.isoflop, laws(family), loss_law.fit(runs)
-    missed = prediction_words(runs, family, study.flops[-1]) if study else []
+    missed = prediction_words(runs, family, study.flops[-1]) if study and study.hold_out == "largest" else []
     words = _law_words(parabolas, HELD_OUT)
     if law is None:
         return Findings(missed, [*words, NO_LAW])

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dis_scale.process.errors import UserError
 from dis_scale.scan.backend import NATIVE_CHUNK, Backend, Direction
@@ -114,6 +113,15 @@ def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def _refuse_second_order() -> None:
+    """The gradients are not differentiable: a second derivative must fail, not return zeros. `once_differentiable` notices it only
+    where the incoming gradient has one."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "the native scan is differentiable once: for second derivatives (create_graph=True) set the backend to reference"
+        )
+
+
 def _scan_job(inputs: Sequence[Tensor], reverse: bool, kept: Sequence[Tensor | None]) -> Any:
     """`inputs`: seven per direction, then z if there is a gate; `kept`: weights and starts of each direction."""
     job = _job(_ScanJob, inputs[0], len(inputs) // 7, reverse)
@@ -152,8 +160,8 @@ class _NativeScan(torch.autograd.Function):
         return y.to(inputs[0].dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order()
         saved = ctx.saved_tensors
         directions, gate = len(saved) // 9, len(saved) % 9 // 2  # two more tensors with a gate: z and y
         given, kept = saved[: 7 * directions + gate], saved[7 * directions + gate : 9 * directions + gate]
@@ -217,8 +225,8 @@ class _NativeConv(torch.autograd.Function):
         return _conv_forward(inputs, reverse)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order()
         given = ctx.saved_tensors
         inputs, ready = _prepared(given), _prepared(dys)
         job, packed = _conv_job(inputs, ctx.reverse, ready)

@@ -322,6 +322,13 @@ class _Ranges(AbstractBufferedFile):  # type: ignore[misc]
     def _fetch_range(self, start: int, end: int) -> bytes:
         return self._folder.read(self.path, start, min(end, self.size))
 
+    def seek(self, loc: int, whence: int = io.SEEK_SET) -> int:
+        """OSError for a place before the start, as of a file: `zipfile` asks so for the end of an empty one."""
+        try:
+            return int(super().seek(loc, whence))
+        except ValueError as error:
+            raise OSError(errno.EINVAL, str(error), self.path) from error
+
 
 def open_folder(url: str | os.PathLike[str]) -> Folder:
     """Return the folder at a URL or local path (made absolute)."""

@@ -386,9 +386,10 @@ class Backlog:
         due = {each._replace(variant=variant) for each in wanted for variant in ready}
         open_ = sorted(due - self._evaluated)
         self._evaluated |= set(_existing(open_, lambda sampled: sweep.evaluation(sampled).exists(Metrics.NAME)))
+        sign = -1 if sweep.recipe.evaluate.order == "newest_first" else 1
         return sorted(
             due - self._evaluated,
-            key=lambda sampled: (sampled.variant != MAIN, sampled.images_seen, self.models.index(sampled.model)),
+            key=lambda sampled: (sampled.variant != MAIN, sign * sampled.images_seen, self.models.index(sampled.model)),
         )
 
     def _guide_is_there(self, guide: Autoguidance | None) -> bool:

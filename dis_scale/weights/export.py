@@ -61,8 +61,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 
-from dis_scale.vae.scaling import Scaling
-from dis_scale.weights.export import process_of
+from dis_scale.weights.export import process_of, sampler_for, scaling_of
 
 
 class DisScalePipeline(DiffusionPipeline):
@@ -82,14 +81,13 @@ class DisScalePipeline(DiffusionPipeline):
 
         process = process_of(self.backbone.config.diffusion, self.backbone.net.shape)
         count = num_images if class_labels is None else len(class_labels)
-        sampler = sampler or ("heun" if process.settings.kind == "flow" else "ddpm")
-        given = {"sampler": sampler, "steps": num_inference_steps, "guidance": guidance_scale}
+        given = {"sampler": sampler or sampler_for(process), "steps": num_inference_steps, "guidance": guidance_scale}
         sampling = Sampling.model_validate(given | (self.backbone.config.guidance or {}), strict=False)
         images = generate(
             self.backbone.net, process, class_labels, range(count), sampling, seed=seed, device=self.backbone.device
         )
         if self.backbone.config.scaling is not None:
-            images = Scaling(**self.backbone.config.scaling).undo(images)
+            images = scaling_of(self.backbone.config.scaling).undo(images)
         if self.vae is not None:
             images = self.vae.decode(images).sample
         return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type=output_type))
@@ -243,6 +241,16 @@ def save_pipeline(
         vae.net.save_pretrained(folder / "vae")
 
 
+def scaling_of(settings: dict[str, Any]) -> Scaling:
+    """The scaling of the latents of an exported folder."""
+    return Scaling(**settings)
+
+
 def process_of(settings: dict[str, Any], shape: LatentShape) -> Any:
     """The diffusion process of an exported folder."""
     return diffusion.build(TypeAdapter[Any](Gaussian | Flow).validate_json(json.dumps(settings)), shape)
+
+
+def sampler_for(process: Any) -> str:
+    """The published sampler of the process."""
+    return "heun" if process.settings.kind == "flow" else "ddpm"

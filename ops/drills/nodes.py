@@ -90,14 +90,14 @@ class RayNodes:
             f"--node-ip-address={ip}", f"--dashboard-agent-listen-port={agent}", "--object-store-memory=100000000",
             f"--runtime-env-agent-port={environments}",  # as in pipelines/cluster.py
         ]  # fmt: skip
-        output = Path(self.folder) / f"node-{len(self.nodes)}.log"
+        output, deadline = Path(self.folder) / f"node-{len(self.nodes)}.log", time.monotonic() + TIMEOUT_S
         for _ in range(STARTS):
             with output.open("wb") as log:
                 node = subprocess.Popen(
                     command, cwd=self._working_folder, env=os.environ | ENVIRONMENT | environment, stdout=log, stderr=log,
                     start_new_session=True,
                 )  # fmt: skip
-            while node.poll() is None and STARTED not in output.read_text():
+            while node.poll() is None and STARTED not in output.read_text() and time.monotonic() < deadline:
                 time.sleep(0.2)
             if node.poll() is None or TOO_SLOW not in output.read_text():
                 break

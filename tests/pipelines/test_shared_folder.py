@@ -19,7 +19,7 @@ AWAY = RayTaskError("_list", "Traceback ...", StorageAway("stale file handle"), 
         (REFUSED, UserError, "a-node: no: read-only file system"),
         (AWAY, LostNode, "a-node: no: stale file handle; run the command again"),
         (GetTimeoutError("timed out"), LostNode, "a-node: no: timed out; run the command again"),
-        (NodeDiedError("it is gone"), LostNode, "node a-node gave no answer, run the command again: it is gone"),
+        (NodeDiedError("it is gone"), LostNode, "a-node: no: it is gone; run the command again"),
     ],
     ids=["read-only", "away", "hangs", "gone"],
 )

@@ -208,14 +208,14 @@ def test_the_report_of_a_study_has_its_profiles_and_laws(measured: Report) -> No
     assert f"dis and dit are not compared at {budgets}" in tables.findings(measured).said
 
 
-@pytest.mark.parametrize("above", [1.1, 3.0])
-def test_a_study_says_first_how_its_law_misses_what_was_held_out(tmp_path: Path, above: float) -> None:
+@pytest.mark.parametrize(("hold_out", "above"), [("largest", 1.1), ("none", 1.1), ("largest", 3.0)])
+def test_a_study_says_first_how_its_law_misses_what_was_held_out(tmp_path: Path, hold_out: str, above: float) -> None:
     """The losses of the largest budget are above the law of the others, or three times as high: then no law fits all runs, and how
     far the first one was missed is said all the more. Every seed of each size is in the comparison.
     """
     sizes = [f"models.{kind}{width}={{kind: {kind}, width: {width}, depth: 2, patch: 4, seeds: 2{rest}}}" for kind, rest in (
         ("dis", ""), ("dit", ", heads: 2")) for width in (24, 32, 40, 48, 64)]  # fmt: skip
-    budgets = "isoflop={flops: [5e9, 1e10, 2e10, 4e10], least_steps: 5}"
+    budgets = f"isoflop={{flops: [5e9, 1e10, 2e10, 4e10], least_steps: 5, hold_out: {hold_out}}}"
     plan = price_sweep(studies.written_out(study(budgets, *sizes), SHAPE), SHAPE)
     sweep = sweep_at(tmp_path, "seeds", plan.recipe)
     rng = np.random.default_rng(0)
@@ -228,7 +228,8 @@ def test_a_study_says_first_how_its_law_misses_what_was_held_out(tmp_path: Path,
     report = reports.collect(sweep, plan)
     said, laws = tables.findings(report).said, isoflop.found(report).details
     assert any(isoflop.NO_LAW in line for line in laws) == (above == 3)
-    assert any("the loss is missed by -" in line and "outside its interval" in line for line in said[:2])
+    missed = any("the loss is missed by -" in line and "outside its interval" in line for line in said[:2])
+    assert missed == (hold_out == "largest")
     for each in families.comparisons(report, "dis", "dit"):
         rows = [row for row in each.rows() if row[2] != "best size"]
         assert {row[2].split("-")[0] for row in rows} >= {"dis24", "dis48", "dit24", "dit48"}

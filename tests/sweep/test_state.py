@@ -47,6 +47,11 @@ def test_the_main_settings_come_before_the_variants_and_counts_in_order(sweep: S
     ]
 
 
+def test_the_newest_may_come_first(sweep: Sweep) -> None:
+    newest = state.Backlog(given(sweep, "evaluate.order=newest_first")).left()
+    assert newest[:3] == [Sampled("dis", 160), Sampled("dis", 0), Sampled("dit", 0)]
+
+
 def test_what_a_model_guides_waits_for_that_model(sweep: Sweep) -> None:
     """Or for the end of training: then its evaluation says what is missing."""
     waiting = given(sweep, "evaluate.variants={wide: {guidance: {by: dit, images: 320, scale: 2}}}")
