@@ -89,7 +89,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def blame(error: Exception) -> Cause:
-    """Return the cause of an error of Ray, or of storage in this process; one that is none of an accident's is a mistake."""
+    """Return the cause of an error of Ray, or of storage in this process. What no accident raises is a mistake."""
     if isinstance(error, LOST):
         return "lost"
     cause = getattr(error, "cause", error)

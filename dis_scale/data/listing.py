@@ -58,6 +58,8 @@ class Entry(NamedTuple):
 
 HIDDEN, OF_OTHER_KINDS = "hidden", "of other kinds"
 """Reasons behind which anything may be."""
+ABSENT = ("", "nan", "NaN")
+"""Labels that a program such as pandas has written where there was none."""
 
 
 class LeftOut(NamedTuple):
@@ -115,10 +117,6 @@ def of_files(
     yield from versioned(names[0])
     for each in in_order(names[1:], of_file, FILES_AT_ONCE):
         yield from each
-
-
-ABSENT = ("", "nan", "NaN")
-"""Labels that a program such as pandas has written where there was none."""
 
 
 def number_or_name(text: str) -> str:
