@@ -127,11 +127,12 @@ def _leaf(file: pq.ParquetFile, settings: ParquetSource) -> str:
 
 
 def _is_null(file: pq.ParquetFile, column: str) -> bool:
-    """Return whether a column of the first row group has nulls only, as far as its statistics tell."""
-    group = file.metadata.row_group(0)
-    chunks = (group.column(i) for i in range(group.num_columns))
+    """Return whether a column has nulls only, as far as the statistics of its row groups tell."""
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
     known = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column and chunk.statistics]
-    return any(each.has_null_count and each.null_count == group.num_rows > 0 for each in known)
+    nulls: int = sum(each.null_count for each in known if each.has_null_count)
+    return 0 < nulls == int(file.metadata.num_rows)
 
 
 def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table:
