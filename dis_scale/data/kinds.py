@@ -115,9 +115,12 @@ class _ClassFolders(_OneFileEach):
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
 
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
-        empty = dict.fromkeys(labels)
+        empty, linked = dict.fromkeys(labels), _LinkedFolders(self._root.local)
+        around, first = "", ""
         for file in files:
             folder, slash, _ = file.partition("/")
+            if around != (around := file.rpartition("/")[0]):
+                first = linked.other_path(around)
             if "//" in f"/{file}":  # a key in S3; its folder has another's name
                 raise UserError(
                     f"data.source.url: {printable(f'{self._root}/{file}')}: an empty name of a folder (//): rename it or delete it"
@@ -130,10 +133,22 @@ class _ClassFolders(_OneFileEach):
                 yield LeftOut(file, "images beside the class folders")
             elif self._labelled and folder not in labels:
                 yield LeftOut(file, "images in folders that came while they were listed")
+            elif first:
+                empty.pop(folder, None)
+                self._require_one_class(first, around)
+                yield LeftOut(file, "images that a link shows a second time")
             else:
                 empty.pop(folder, None)
                 yield Entry(file, labels[folder] if self._labelled else 0)
         yield from (LeftOut(folder, "class folders without images, which are classes") for folder in empty)
+
+    def _require_one_class(self, first: str, second: str) -> None:
+        """UserError if two paths of one folder, by a link, are of two classes."""
+        if self._labelled and first.partition("/")[0] != second.partition("/")[0]:
+            raise UserError(
+                f"data.source.url: {printable(first)} and {printable(second)} in {self._root} are one folder by a link, so its "
+                "images would be of two classes: delete one of them"
+            )
 
     def _lost_link(self, file: str) -> str:
         """Return why a link to a folder is not followed, if the file is one; UserError if it would be a class."""
@@ -158,6 +173,22 @@ class _ClassFolders(_OneFileEach):
             if isinstance(error, StorageError):
                 raise
             raise gone(f"image {entry.name}") from error
+
+
+class _LinkedFolders:
+    """The folders below a local `root` that are there by links, to see which are there by another path too."""
+
+    def __init__(self, root: Path | None) -> None:
+        self._root, self._first = root and root.resolve(), dict[Path, str]()
+
+    def other_path(self, folder: str) -> str:
+        """Return the path below the root by which this folder was or will be listed; empty if it is this one."""
+        if self._root is None or (real := (self._root / folder).resolve()) == self._root / folder:
+            return ""
+        if real.is_relative_to(self._root) and not images.hidden(inside := str(real.relative_to(self._root))):
+            return inside
+        first = self._first.setdefault(real, folder)  # also of a hidden folder, where some programs keep their files
+        return first if first != folder else ""
 
 
 class _Csv(_OneFileEach):

@@ -19,6 +19,8 @@ SPLITS = (
 
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?(\..*)?")
 """Name of one of several files of a part, as the Hugging Face hub has them, older ones with a hash."""
+_COUNTED = re.compile(r"(.*?)(\d{1,18})(\D*)")
+"""Name of a file whose last digits are its number."""
 
 
 def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list[str]]:
@@ -42,6 +44,23 @@ def _numbers(names: Iterable[str]) -> Mapping[tuple[str, str, str], set[int]]:
         part, number, total, suffix = found.groups(default="")
         numbers[part, total, suffix].add(int(number))
     return numbers
+
+
+def skipped(names: Iterable[str]) -> Iterator[str]:
+    """Yield the files, by name, whose numbers are between those of other files; none if more are skipped than there are.
+
+    Such as `a-001.tar` beside `a-000.tar` and `a-002.tar`; years and positions of first images skip more.
+    """
+    alike = defaultdict[tuple[str, int, str], set[int]](set)
+    for found in filter(None, map(_COUNTED.fullmatch, names)):
+        before, number, after = found.groups()
+        alike[before, len(number), after].add(int(number))
+    for (before, width, after), numbers in sorted(alike.items()):
+        between = max(numbers) - min(numbers) + 1
+        if between <= 2 * len(numbers):
+            yield from (
+                f"{before}{number:0{width}d}{after}" for number in range(min(numbers), max(numbers)) if number not in numbers
+            )
 
 
 def with_hash(name: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending, hidden
 from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, number_or_name, of_files
-from dis_scale.data.parts import numbered, parts_of, with_hash
+from dis_scale.data.parts import numbered, parts_of, skipped, with_hash
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import TarSource
@@ -37,6 +37,7 @@ LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 JOINED = "files that their tar has again: two sets with the same keys? If so, write the second with other keys"
 """Reason to leave out files of a tar of which half are there again: keys often begin at 0, and `tar --update` replaces few."""
+SKIPPED = "files that the numbers of the others skip: were all downloaded?"
 BESIDE = ("cls", "json")
 """Endings of the members beside the images that may hold the labels."""
 LATENT = "latent"
@@ -82,13 +83,15 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
 
 
 def beside(root: Folder, names: Iterable[str]) -> Iterator[LeftOut]:
-    """Yield what else is in a folder of which `names` are read: its files and sub-folders. These are not listed: they may hold
-    millions of files.
+    """Yield what else is in a folder of which `names` are read: its files and sub-folders, and what the numbers of its files skip.
+
+    Sub-folders are not listed: they may hold millions of files.
     """
-    folders = set(root.folders())
-    for name in sorted({*root.list(), *folders} - set(names)):
+    every, folders = root.list(), set(root.folders())
+    for name in sorted({*every, *folders} - set(names)):
         kind = "sub-folders" if name in folders else "files that data.source.files does not match"
         yield LeftOut(name, HIDDEN if hidden(name) else kind)
+    yield from (LeftOut(name, SKIPPED) for name in skipped(every))
 
 
 def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = True) -> Contents:

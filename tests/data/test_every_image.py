@@ -324,6 +324,50 @@ def test_links_that_lead_nowhere_are_images_that_cannot_be_decoded(tmp_path: Pat
     assert (found.count, {each.name for each in found.broken}) == (2, {"a/gone.png", "a/loop.png", "a/self.png"})
 
 
+@pytest.mark.parametrize(
+    ("names", "lacking"),
+    [
+        (["a-000", "a-001", "a-003", "a-004", "b-7"], (1, "a-002.tar")),
+        (["a-10", "a-12", "a-14"], (2, "a-11.tar")),
+        (["2012", "2017"], None),
+        (["images-0", "images-50"], None),
+    ],
+)
+def test_tars_that_the_numbers_of_others_skip_are_named(names: list[str], lacking: tuple[int, str] | None, tmp_path: Path) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / f"{name}.tar").write_bytes(tar({f"{number}.png": picture(number), f"{number}.cls": b"0"}))
+    left_out = open_source(data({"kind": "tar", "url": str(tmp_path)}, 1)).listing.manifest.left_out
+    assert left_out.get("files that the numbers of the others skip: were all downloaded?") == lacking
+
+
+def test_parquet_whose_first_row_group_has_only_paths_is_read(tmp_path: Path) -> None:
+    """Its other images have bytes; the first is one that cannot be decoded."""
+    (tmp_path / "a.parquet").write_bytes(parquet([(None, 0), (picture(1), 1)], group=1))
+    source = open_source(data({"kind": "parquet", "url": str(tmp_path)}, undecodable="skip"))
+    assert [isinstance(source.decoded(range(i, i + 1), 8)[0], UndecodableImage) for i in range(2)] == [True, False]
+
+
+def test_an_image_that_a_linked_folder_shows_twice_is_one_image(tmp_path: Path) -> None:
+    """torchvision's ImageFolder has it twice, of two classes if the link is one."""
+    root = tmp_path / "set"
+    open_folder(tmp_path).write("elsewhere/cats/5.png", picture(5))
+    for name in ("a/1.png", "a/deep/2.png", "b/3.png", ".store/4.png"):
+        open_folder(root).write(name, picture(int(name[-5])))
+    for name, to in {"a/again": "deep", "c": ".store", "b/x": tmp_path / "elsewhere", "b/y": tmp_path / "elsewhere/cats"}.items():
+        (root / name).symlink_to(to)
+    source, twice = {"kind": "folder", "url": str(root)}, "images that a link shows a second time"
+    sweep = sweep_of(tmp_path, source, "precompute.shard_images=16", classes=3)
+    assert in_shards(make_latents(sweep)) == Counter({(1, 0): 1, (2, 0): 1, (3, 1): 1, (4, 2): 1, (5, 1): 1})
+    left_out = open_source(sweep.recipe.data).listing.manifest.left_out
+    assert left_out == {twice: (2, "a/again/2.png"), "hidden": (1, ".store/4.png")}
+    for link, to, other in (("d", "a", "a"), ("d", "b/x/cats", "b/x/cats")):
+        (root / link).symlink_to(to)
+        with pytest.raises(UserError, match=f"data.source.url: {other} and {link} in {root} are one folder by a link"):
+            open_source(data(source, 4))
+        assert len(open_source(data(source, "none"))) == 5
+        (root / link).unlink()
+
+
 def test_a_class_folder_whose_disk_is_not_there_is_refused(tmp_path: Path) -> None:
     """The classes after it would have other numbers."""
     for name in ("a/1.png", "c/2.png"):
