@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Protocol
@@ -116,11 +116,11 @@ class _ClassFolders(_OneFileEach):
 
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
         empty, linked = dict.fromkeys(labels), _LinkedFolders(self._root.local)
-        around, first = "", ""
+        around, elsewhere = "", ""
         for file in files:
             folder, slash, _ = file.partition("/")
             if around != (around := file.rpartition("/")[0]):
-                first = linked.other_path(around)
+                elsewhere = linked.other_path(around)
             if "//" in f"/{file}":  # a key in S3; its folder has another's name
                 raise UserError(
                     f"data.source.url: {printable(f'{self._root}/{file}')}: an empty name of a folder (//): rename it or delete it"
@@ -133,9 +133,8 @@ class _ClassFolders(_OneFileEach):
                 yield LeftOut(file, "images beside the class folders")
             elif self._labelled and folder not in labels:
                 yield LeftOut(file, "images in folders that came while they were listed")
-            elif first:
-                empty.pop(folder, None)
-                self._require_one_class(first, around)
+            elif elsewhere:
+                self._require_one_class(elsewhere, around)
                 yield LeftOut(file, "images that a link shows a second time")
             else:
                 empty.pop(folder, None)
@@ -145,9 +144,11 @@ class _ClassFolders(_OneFileEach):
     def _require_one_class(self, first: str, second: str) -> None:
         """UserError if two paths of one folder, by a link, are of two classes."""
         if self._labelled and first.partition("/")[0] != second.partition("/")[0]:
+            paths = itertools.accumulate(second.split("/"), "{}/{}".format)
+            link = next(path for path in paths if Path(self._root.local or "", path).is_symlink())
             raise UserError(
-                f"data.source.url: {printable(first)} and {printable(second)} in {self._root} are one folder by a link, so its "
-                "images would be of two classes: delete one of them"
+                f"data.source.url: {printable(first)} and {printable(second)} in {self._root} are one folder, by the link "
+                f"{printable(link)}, so its images would be of two classes: delete that link"
             )
 
     def _lost_link(self, file: str) -> str:
@@ -180,15 +181,22 @@ class _LinkedFolders:
 
     def __init__(self, root: Path | None) -> None:
         self._root, self._first = root and root.resolve(), dict[Path, str]()
+        self._known = lru_cache(64)(self._real)
 
     def other_path(self, folder: str) -> str:
         """Return the path below the root by which this folder was or will be listed; empty if it is this one."""
-        if self._root is None or (real := (self._root / folder).resolve()) == self._root / folder:
+        if self._root is None or images.hidden(folder) or (real := self._known(folder)) == self._root / folder:
             return ""
         if real.is_relative_to(self._root) and not images.hidden(inside := str(real.relative_to(self._root))):
             return inside
         first = self._first.setdefault(real, folder)  # also of a hidden folder, where some programs keep their files
         return first if first != folder else ""
+
+    def _real(self, folder: str) -> Path:
+        """Return a folder's path without links. That of the one around it is mostly known: `Path.resolve` asks for each."""
+        around, _, name = folder.rpartition("/")
+        path = (self._known(around) if around else self._root or Path()) / name
+        return path.resolve() if path.is_symlink() else path
 
 
 class _Csv(_OneFileEach):

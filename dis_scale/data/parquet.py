@@ -109,7 +109,7 @@ def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, 
     in_structs = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if not (_is_bytes(file, settings) or in_structs):
         raise UserError(f"data.source.image: column {settings.image!r} of {where} is {kind}, expected bytes of images")
-    if file.num_row_groups and _is_null(file, _leaf(file, settings)):
+    if _is_null(file, _leaf(file, settings)):
         raise UserError(
             f"data.source.image: column {settings.image!r} of {where} has no bytes, only paths: write the file again with "
             "its images in it (`Dataset.to_parquet` of datasets does so)"
@@ -128,11 +128,14 @@ def _leaf(file: pq.ParquetFile, settings: ParquetSource) -> str:
 
 def _is_null(file: pq.ParquetFile, column: str) -> bool:
     """Return whether a column has nulls only, as far as the statistics of its row groups tell."""
-    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    known = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column and chunk.statistics]
-    nulls: int = sum(each.null_count for each in known if each.has_null_count)
-    return 0 < nulls == int(file.metadata.num_rows)
+
+    def has_nulls_only(number: int) -> bool:
+        group = file.metadata.row_group(number)
+        chunks = (group.column(i) for i in range(group.num_columns))
+        known = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column and chunk.statistics]
+        return any(each.has_null_count and each.null_count == group.num_rows for each in known)
+
+    return file.metadata.num_rows > 0 and all(map(has_nulls_only, range(file.num_row_groups)))
 
 
 def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table:

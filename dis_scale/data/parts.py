@@ -49,18 +49,17 @@ def _numbers(names: Iterable[str]) -> Mapping[tuple[str, str, str], set[int]]:
 def skipped(names: Iterable[str]) -> Iterator[str]:
     """Yield the files, by name, whose numbers are between those of other files; none if more are skipped than there are.
 
-    Such as `a-001.tar` beside `a-000.tar` and `a-002.tar`; years and positions of first images skip more.
+    Such as `a-001.tar` beside `a-000.tar` and `a-002.tar`; positions of first images, and most years, skip more.
     """
-    alike = defaultdict[tuple[str, int, str], set[int]](set)
-    for found in filter(None, map(_COUNTED.fullmatch, names)):
-        before, number, after = found.groups()
-        alike[before, len(number), after].add(int(number))
-    for (before, width, after), numbers in sorted(alike.items()):
-        between = max(numbers) - min(numbers) + 1
-        if between <= 2 * len(numbers):
-            yield from (
-                f"{before}{number:0{width}d}{after}" for number in range(min(numbers), max(numbers)) if number not in numbers
-            )
+    alike = defaultdict[tuple[str, str], dict[int, int]](dict)
+    for found in (_COUNTED.fullmatch(name) for name in names if not _NUMBERED.fullmatch(name)):  # those state how many there are
+        if found:
+            before, number, after = found.groups()
+            alike[before, after][int(number)] = len(number)
+    for (before, after), widths in sorted(alike.items()):
+        span = range(min(widths), max(widths) + 1)
+        if len(span) <= 2 * len(widths):
+            yield from (f"{before}{number:0{min(widths.values())}d}{after}" for number in span if number not in widths)
 
 
 def with_hash(name: str) -> str:

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import accumulate
+from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
@@ -82,16 +83,17 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     return url, names
 
 
-def beside(root: Folder, names: Iterable[str]) -> Iterator[LeftOut]:
+def beside(root: Folder, names: Sequence[str]) -> Iterator[LeftOut]:
     """Yield what else is in a folder of which `names` are read: its files and sub-folders, and what the numbers of its files skip.
 
     Sub-folders are not listed: they may hold millions of files.
     """
-    every, folders = root.list(), set(root.folders())
-    for name in sorted({*every, *folders} - set(names)):
+    every, folders, suffix = set(root.list()), set(root.folders()), PurePosixPath(names[0]).suffix
+    alike = (name for name in every - folders if name.endswith(suffix) and not hidden(name))
+    yield from (LeftOut(name, SKIPPED) for name in skipped(alike))
+    for name in sorted((every | folders) - set(names)):
         kind = "sub-folders" if name in folders else "files that data.source.files does not match"
         yield LeftOut(name, HIDDEN if hidden(name) else kind)
-    yield from (LeftOut(name, SKIPPED) for name in skipped(every))
 
 
 def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = True) -> Contents:
@@ -313,6 +315,11 @@ def _sample_entries(
     if not images:
         yield from (LeftOut(f"{tar}/{member.name}", "labels without an image") for member in labels)
         return
+    if len({member.data for member in labels}) > 1:
+        raise UserError(
+            f"{where}: {printable(labels[0].name)} and {printable(labels[-1].name)} are two labels of one sample: write the tar "
+            "again with one of them"
+        )
     label = _label(labels[-1], f"{where}: {printable(labels[-1].name)}", settings) if labels and labelled else None
     latents = settings.image == LATENT
     if len(images) > 1 and (pair := images[:2] if settings.label in BESIDE else _mask_beside(images)):

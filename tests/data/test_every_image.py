@@ -328,14 +328,17 @@ def test_links_that_lead_nowhere_are_images_that_cannot_be_decoded(tmp_path: Pat
     ("names", "lacking"),
     [
         (["a-000", "a-001", "a-003", "a-004", "b-7"], (1, "a-002.tar")),
-        (["a-10", "a-12", "a-14"], (2, "a-11.tar")),
+        (["a-8", "a-9", "a-11", "a-13"], (2, "a-10.tar")),
         (["2012", "2017"], None),
         (["images-0", "images-50"], None),
+        (["a-00000-of-00001", "a-00000-of-00003", "a-00001-of-00003", "a-00002-of-00003"], None),
     ],
 )
 def test_tars_that_the_numbers_of_others_skip_are_named(names: list[str], lacking: tuple[int, str] | None, tmp_path: Path) -> None:
     for number, name in enumerate(names):
         (tmp_path / f"{name}.tar").write_bytes(tar({f"{number}.png": picture(number), f"{number}.cls": b"0"}))
+    for other in ("log-1.txt", "log-3.txt", ".b-1.tar", ".b-3.tar"):
+        (tmp_path / other).touch()
     left_out = open_source(data({"kind": "tar", "url": str(tmp_path)}, 1)).listing.manifest.left_out
     assert left_out.get("files that the numbers of the others skip: were all downloaded?") == lacking
 
@@ -362,10 +365,22 @@ def test_an_image_that_a_linked_folder_shows_twice_is_one_image(tmp_path: Path) 
     assert left_out == {twice: (2, "a/again/2.png"), "hidden": (1, ".store/4.png")}
     for link, to, other in (("d", "a", "a"), ("d", "b/x/cats", "b/x/cats")):
         (root / link).symlink_to(to)
-        with pytest.raises(UserError, match=f"data.source.url: {other} and {link} in {root} are one folder by a link"):
+        with pytest.raises(UserError, match=f"{other} and {link} in {root} are one folder, by the link {link}, so"):
             open_source(data(source, 4))
         assert len(open_source(data(source, "none"))) == 5
         (root / link).unlink()
+
+
+def test_a_hidden_link_shows_no_image_for_the_first_time(tmp_path: Path) -> None:
+    """Programs that keep their files elsewhere have such a link, and links through it."""
+    root = tmp_path / "set"
+    for name in ("a/1.png", "b/2.png"):
+        open_folder(tmp_path / "disk").write(name, picture(1))
+    root.mkdir()
+    for name, to in {".store": tmp_path / "disk", "a": ".store/a", "b": ".store/b"}.items():
+        (root / name).symlink_to(to)
+    for classes in (2, "none"):
+        assert len(open_source(data({"kind": "folder", "url": str(root)}, classes))) == 2
 
 
 def test_a_class_folder_whose_disk_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -618,6 +633,13 @@ def test_classes_of_a_tar_are_its_innermost_folders_unless_others_may_be(folders
     with refused:
         source = open_source(data({"kind": "tar", "url": str(tmp_path), "label": "folder"}))
         assert source.label_names == ["cat", "dog"]
+
+
+def test_two_labels_of_a_sample_of_a_tar_are_refused(tmp_path: Path) -> None:
+    for second, refused in ((b"0", nullcontext()), (b"1", pytest.raises(UserError, match=r"1.cls and 1.CLS are two labels"))):
+        (tmp_path / "a.tar").write_bytes(tar({"1.png": picture(1), "1.cls": b"0", "1.CLS": second}))
+        with refused:
+            assert list(open_source(data({"kind": "tar", "url": str(tmp_path)}, 1)).labels) == [0]
 
 
 def test_a_file_that_was_given_to_tar_twice_is_one_image(tmp_path: Path) -> None:
