@@ -70,8 +70,8 @@ def test_the_client_of_another_process_of_this_user_has_the_token(
 @pytest.mark.parametrize(("token", "answers"), [(NOT_OURS, False), (None, True)])
 def test_the_port_of_its_nodes_needs_it_too(ours: Cluster, token: str | None, answers: bool) -> None:
     """Tasks are submitted there, without the dashboard."""
-    every = (p.info for p in psutil.process_iter(["name", "cmdline"]))  # leaves out those that end meanwhile
-    (words,) = [p["cmdline"] for p in every if p["name"] == "gcs_server" and ours.id in " ".join(p["cmdline"])]
+    every = (p.info for p in psutil.process_iter(["name", "cmdline"]))  # without a command line for one that has just ended
+    (words,) = [p["cmdline"] for p in every if p["name"] == "gcs_server" and ours.id in " ".join(p["cmdline"] or [])]
     (port,) = [word.partition("=")[2] for word in words if word.startswith("--gcs_server_port=")]
     given = {"RAY_AUTH_TOKEN": token or token_file(ours).read_text(), "RAY_AUTH_MODE": "token"}
     done = subprocess.run(
