@@ -115,11 +115,11 @@ class _ClassFolders(_OneFileEach):
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
 
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
-        empty, linked = dict.fromkeys(labels), _LinkedFolders(self._root.local)
+        empty, linked = dict.fromkeys(labels), self._root.local and _LinkedFolders(self._root.local)
         around, elsewhere = "", ""
         for file in files:
             folder, slash, _ = file.partition("/")
-            if around != (around := file.rpartition("/")[0]):
+            if linked and around != (around := file.rpartition("/")[0]):
                 elsewhere = linked.other_path(around)
             if "//" in f"/{file}":  # a key in S3; its folder has another's name
                 raise UserError(
@@ -177,15 +177,15 @@ class _ClassFolders(_OneFileEach):
 
 
 class _LinkedFolders:
-    """The folders below a local `root` that are there by links, to see which are there by another path too."""
+    """The folders below `root` that are there by links, to see which are there by another path too."""
 
-    def __init__(self, root: Path | None) -> None:
-        self._root, self._first = root and root.resolve(), dict[Path, str]()
+    def __init__(self, root: Path) -> None:
+        self._root, self._first = root.resolve(), dict[Path, str]()
         self._known = lru_cache(64)(self._real)
 
     def other_path(self, folder: str) -> str:
         """Return the path below the root by which this folder was or will be listed; empty if it is this one."""
-        if self._root is None or images.hidden(folder) or (real := self._known(folder)) == self._root / folder:
+        if images.hidden(folder) or (real := self._known(folder)) == self._root / folder:
             return ""
         if real.is_relative_to(self._root) and not images.hidden(inside := str(real.relative_to(self._root))):
             return inside
@@ -195,7 +195,7 @@ class _LinkedFolders:
     def _real(self, folder: str) -> Path:
         """Return a folder's path without links. That of the one around it is mostly known: `Path.resolve` asks for each."""
         around, _, name = folder.rpartition("/")
-        path = (self._known(around) if around else self._root or Path()) / name
+        path = (self._known(around) if around else self._root) / name
         return path.resolve() if path.is_symlink() else path
 
 
