@@ -14,9 +14,10 @@ from pathlib import Path
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
-from pipelines import jobs, lines
+from pipelines import lines
 from pipelines.cluster import Cluster, open_cluster
 from tests.conftest import TINY
+from tests.support import clusters
 
 STAGES = (("prepare",), ("precompute",), ("train", "dit"), ("evaluate",))
 
@@ -50,7 +51,7 @@ def measure_round() -> Iterator[tuple[str, float, float]]:
 def measure_stage(cluster: Cluster, sweep: Sweep, *stage: str) -> tuple[float, float]:
     """Run a stage to its end; return the seconds from its submission to its driver and to its first work."""
     submitted = time.time()
-    job, events = jobs.submit(cluster, sweep, *stage), dict[str, float]()
+    job, events = clusters.submit(cluster, sweep, *stage), dict[str, float]()
     while not job.ended():
         time.sleep(0.2)
     assert job.status() == "SUCCEEDED", job.reason()

@@ -47,8 +47,6 @@ STOP_ASKED_S = 20.0
 ASK_AGAIN_S = 0.3
 LAST_LINES_S = 15.0
 """Time for which an ended job's last lines are asked for, which have the reason of its end; once, since a stop waits meanwhile."""
-AGENT_S = 10.0
-"""Time that the agent of a Ray that has just started needs on a busy machine; its dashboard is there before."""
 
 
 @dataclass
@@ -182,28 +180,24 @@ def _environment(cluster: Cluster, sweep: Sweep) -> dict[str, str]:
     return KEEP_FREED_MEMORY | EXPANDABLE_SEGMENTS | PASSIVE | cluster.runtime_env.get("env_vars", {}) | job
 
 
-def submit_new(cluster: Cluster, name: str, command: list[str], environment: dict[str, str], agent_s: float = AGENT_S) -> Job:
+def submit_new(cluster: Cluster, name: str, command: list[str], environment: dict[str, str]) -> Job:
     """Submit a job; `ours` is false if another process submitted it first. Unanswered if no answer comes: ask again."""
-    deadline = time.monotonic() + agent_s
-    while True:
-        try:
-            cluster.client.submit_job(
-                entrypoint=shlex.join(command), submission_id=name, runtime_env=cluster.runtime_env | {"env_vars": environment}
-            )
-            return Job(cluster, name, ours=True)
-        except (RuntimeError, ValueError, OSError) as error:
-            if f"{name} already exists" in str(error):
-                return Job(cluster, name, ours=name in cluster.unanswered)
-            why = f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}"
-            # requests' errors of connections, and a gateway's: the job may have been taken
-            if isinstance(error, OSError) or "status code 5" in str(error):
-                cluster.unanswered.add(name)
-                raise Unanswered(why) from error
-            if "No available agent" not in str(error):
-                raise DisScaleError(why) from error
-            if time.monotonic() > deadline:
-                raise Unanswered(why) from error
-        time.sleep(ASK_AGAIN_S)
+    try:
+        cluster.client.submit_job(
+            entrypoint=shlex.join(command), submission_id=name, runtime_env=cluster.runtime_env | {"env_vars": environment}
+        )
+        return Job(cluster, name, ours=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        if f"{name} already exists" in str(error):
+            return Job(cluster, name, ours=name in cluster.unanswered)
+        why = f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}"
+        if "No available agent" in str(error):  # of a Ray that has just started, or whose machine is busy
+            raise Unanswered(why) from error
+        # requests' errors of connections, and a gateway's: the job may have been taken
+        if isinstance(error, OSError) or "status code 5" in str(error):
+            cluster.unanswered.add(name)
+            raise Unanswered(why) from error
+        raise DisScaleError(why) from error
 
 
 def prefix_of(sweep: Sweep) -> str:

@@ -10,7 +10,6 @@ import pytest
 
 from dis_scale.process import faults
 from dis_scale.sweep import state
-from pipelines import jobs
 from tests.support import clusters, pods, stages, sweeps
 from tests.support.clusters import Events, Node, RayNodes
 
@@ -38,7 +37,7 @@ def test_a_machine_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path
     bad = pod(nodes, "bad", **{faults.VARIABLE: str(plan)})
     clusters.wait_for_nodes(nodes, 2, bad)
     sweep = clusters.sweep_to_train(tmp_path, *SHORT)
-    events = Events(job := jobs.submit(nodes.cluster(), sweep, "train", "dit"))
+    events = Events(job := clusters.submit(nodes.cluster(), sweep, "train", "dit"))
     assert sorted(events.wait("placed")["nodes"]) == ["bad", "head"]
     for failures in (1, 2):
         event = events.wait("node_failure")
@@ -53,7 +52,7 @@ def test_a_machine_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path
     sweeps.kill_all(bad)
     clusters.wait_for_nodes(nodes, 2, pod(nodes, "bad"))
     clusters.wait_for_nodes(nodes, 3, pod(nodes, "healthy"))
-    events = Events(jobs.submit(nodes.cluster(), sweep, "train", "dit"))
+    events = Events(clusters.submit(nodes.cluster(), sweep, "train", "dit"))
     assert sorted(events.wait("placed")["nodes"]) == ["head", "healthy"]
 
 
@@ -65,7 +64,7 @@ def test_evaluation_leaves_it_out_too_and_skips_no_checkpoint(nodes: RayNodes, t
     (tmp_path / "faults").write_text("broken at check times=99\n")
     clusters.wait_for_nodes(nodes, 2, pod(nodes, "bad", **{faults.VARIABLE: str(tmp_path / "faults")}))
     state.record_node_failure(sweep.failed_nodes("train", "dit"), "bad", "in training")
-    events = Events(job := jobs.submit(nodes.cluster(), sweep, "evaluate"))
+    events = Events(job := clusters.submit(nodes.cluster(), sweep, "evaluate"))
     event = events.wait("node_failure")
     assert (event["node"], event["failures"]) == ("bad", 2)
     assert events.wait("node_excluded")["node"] == "bad"

@@ -8,8 +8,7 @@ import pytest
 from dis_scale.sweep import state
 from ops.drills import network
 from ops.drills.network import ip, within
-from pipelines import jobs
-from tests.support import sweeps
+from tests.support import clusters, sweeps
 from tests.support.clusters import Events, RayNodes, sweep_to_train, wait_for_end, wait_for_nodes, wait_until
 
 NAMES = ("ds-head", "ds-one", "ds-two")
@@ -38,7 +37,7 @@ def test_a_node_whose_link_is_cut_costs_an_attempt(links: dict[str, str], tmp_pa
         for number, name in enumerate((one, two), 2):
             node = nodes.node(1, links[name], within(name))
             wait_for_nodes(nodes, number, node, within(head))  # one by one: they share a folder, unlike machines
-        events = Events(job := jobs.submit(nodes.cluster(), sweep, "train", "dit"))
+        events = Events(job := clusters.submit(nodes.cluster(), sweep, "train", "dit"))
         assert events.wait("start")["workers"] == 2
         wait_until(lambda: state.resumable_images(run) > 0, job)
         ip("link", "set", two, "down")

@@ -7,8 +7,7 @@ import pytest
 
 from dis_scale.process.errors import Preempted
 from dis_scale.sweep import state
-from pipelines import jobs
-from tests.support import sweeps
+from tests.support import clusters, sweeps
 from tests.support.clusters import Events, RayNodes, driver, sweep_to_train, wait_for_end, wait_for_nodes, wait_until
 
 LONG = (
@@ -31,7 +30,7 @@ def test_workers_shrink_grow_and_leave_a_drained_node(nodes: RayNodes, tmp_path:
     run = sweep.run("dit")
     node = nodes.node(cpus=1)
     wait_for_nodes(nodes, 2, node)
-    events = Events(job := jobs.submit(nodes.cluster(), sweep, "train", "dit"))
+    events = Events(job := clusters.submit(nodes.cluster(), sweep, "train", "dit"))
     start = events.wait("start")
     assert (start["workers"], start["images"]) == (2, 0)
     wait_until(lambda: state.resumable_images(run) > 0, job)

@@ -19,7 +19,7 @@ from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking import attempt_logs
-from pipelines import jobs, metrics
+from pipelines import metrics
 from pipelines.cluster import Cluster, open_cluster
 from tests.support import clusters, stages, sweeps
 from tests.support.clusters import Events
@@ -56,11 +56,11 @@ def test_evaluation_first_does_not_block_training_and_a_rank_that_hangs_is_repla
     sweep, plan = sweeps.sweep_at(tmp_path, *settings), tmp_path / "faults"
     stages.prepare_and_precompute(sweep, tmp_path / "none")
     plan.write_text("hang at step rank=1 images=48\n")
-    evaluation = jobs.submit(cluster, sweep, "evaluate")
+    evaluation = clusters.submit(cluster, sweep, "evaluate")
     clusters.wait_until(lambda: bool(sweep.lease("evaluate").list()), evaluation)
-    joined = jobs.submit(cluster, sweep, "evaluate")
+    joined = clusters.submit(cluster, sweep, "evaluate")
     assert (joined.id, joined.ours) == (evaluation.id, False)
-    events = Events(training := jobs.submit(with_faults(cluster, plan), sweep, "train", "dit"))
+    events = Events(training := clusters.submit(with_faults(cluster, plan), sweep, "train", "dit"))
     events.wait("restart")
     assert clusters.wait_for_end(training) == "SUCCEEDED", training.reason()
     assert clusters.wait_for_end(evaluation) == "SUCCEEDED", evaluation.reason()
@@ -94,7 +94,7 @@ def test_a_lost_encoder_and_a_lost_mixer_cost_what_they_had_begun(cluster: Clust
     for n in range(20):
         open_folder(tmp_path / "images").write(f"{n:02d}.tar", tar({f"{i}.png": png(i) for i in range(8)}))
     sweep = precomputed_sweep(tmp_path / "lost", tmp_path / "images")
-    job = jobs.submit(with_faults(cluster, plan), sweep, "precompute")
+    job = clusters.submit(with_faults(cluster, plan), sweep, "precompute")
     assert clusters.wait_for_end(job) == "SUCCEEDED", job.reason()
     assert len(list(plan.with_name("faults.spent").iterdir())) == 2, "both faults have happened"
     log = "\n".join(job.lines())
@@ -125,7 +125,7 @@ def observe(cluster: Cluster, root: Path) -> Observed:
     )  # fmt: skip
     plan = root / "faults"
     plan.write_text("hang at step rank=1 images=480\nhang at step rank=1 images=960\n")
-    events = Events(job := jobs.submit(with_faults(cluster, plan), sweep, "train", "dit"))
+    events = Events(job := clusters.submit(with_faults(cluster, plan), sweep, "train", "dit"))
     events.wait("work")
     os.kill(pid_of_rank_1(sweep), signal.SIGSEGV)
     events.wait("restart")

@@ -6,7 +6,6 @@ import pytest
 
 from dis_scale.process import faults
 from dis_scale.sweep import Sampled, Sweep
-from pipelines import jobs
 from tests.support import clusters, stages, sweeps
 from tests.support.clusters import RayNodes
 
@@ -27,7 +26,7 @@ def test_twenty_preemptions_within_one_evaluation(tmp_path: Path, monkeypatch: p
     nodes = RayNodes(cpus=2)
     try:
         for stage in (("train", "dit"), ("evaluate",)):
-            job = jobs.submit(nodes.cluster(), sweep, *stage)
+            job = clusters.submit(nodes.cluster(), sweep, *stage)
             assert clusters.wait_for_end(job) == "SUCCEEDED", job.reason()
     finally:
         nodes.stop()

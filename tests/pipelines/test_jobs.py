@@ -170,10 +170,14 @@ def test_a_stop_whose_answer_is_lost_is_asked_for_again(wait_s: float, monkeypat
     assert log.stopped == [job.id, "the-sweep"]
 
 
+NO_AGENT = "Request failed with status code 500: No available agent to submit job, please try again later.."
+"""Ray's words (2.x, `job_head.py`) after it has looked for the head's agent for 10 s: this job was not taken."""
+
+
 def test_a_job_is_submitted_again_until_the_dashboard_answers() -> None:
     """It was taken although its answer was lost."""
     taken = RuntimeError("Job with submission_id tiny-train-1 already exists. Please use a different submission_id.")
-    answers = iter([RuntimeError("No available agent"), requests.ConnectionError("aborted"), taken])
+    answers = iter([RuntimeError(NO_AGENT), requests.ConnectionError("aborted"), taken])
 
     class Client:
         def submit_job(self, **_: object) -> None:
@@ -181,14 +185,28 @@ def test_a_job_is_submitted_again_until_the_dashboard_answers() -> None:
 
     client: Any = Client()
     cluster = Cluster(client, {}, "a Ray", ours=True, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="x")
-    submit = partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {}, agent_s=0.0)
+    submit = partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {})
     assert Silence(pause_s=0.0).insist(submit, lambda: None).ours
+
+
+def test_a_job_that_no_agent_took_is_of_the_process_that_submitted_it_meanwhile() -> None:
+    taken = RuntimeError("Job with submission_id tiny-train-1 already exists. Please use a different submission_id.")
+    answers = iter([RuntimeError(NO_AGENT), taken])
+
+    class Client:
+        def submit_job(self, **_: object) -> None:
+            raise next(answers)
+
+    client: Any = Client()
+    cluster = Cluster(client, {}, "a Ray", ours=True, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="x")
+    submit = partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {})
+    assert not Silence(pause_s=0.0).insist(submit, lambda: None).ours
 
 
 def test_a_stop_is_obeyed_while_no_agent_takes_a_job() -> None:
     class Client:
         def submit_job(self, **_: object) -> None:
-            raise RuntimeError("No available agent")
+            raise RuntimeError(NO_AGENT)
 
     client: Any = Client()
     cluster = Cluster(client, {}, "a Ray", ours=True, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="x")
@@ -197,7 +215,7 @@ def test_a_stop_is_obeyed_while_no_agent_takes_a_job() -> None:
         raise Preempted("stop")
 
     with pytest.raises(Preempted):
-        Silence(pause_s=0.0).insist(partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {}, agent_s=0.0), go_on)
+        Silence(pause_s=0.0).insist(partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {}), go_on)
 
 
 def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

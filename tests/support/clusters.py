@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from ops.drills.nodes import RAY as RAY
 from ops.drills.nodes import Node as Node
 from ops.drills.nodes import RayNodes as RayNodes
 from ops.drills.nodes import wait_for_nodes as wait_for_nodes
-from pipelines import lines
+from pipelines import jobs, lines
+from pipelines.cluster import Cluster
 from pipelines.jobs import Job
+from pipelines.silence import Silence
 from tests.support import ranks, sweeps
 
 
@@ -25,6 +28,11 @@ def sweep_to_train(root: Path, *settings: str) -> Sweep:
     sweep.save_recipe()
     state.use_latents(sweep, ranks.make_latents(open_folder(root) / "latents/some", sweep.recipe), "v")
     return sweep
+
+
+def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
+    """Submit a stage as the sweep's command does: again until Ray answers, whose agent may not have started yet."""
+    return Silence(most_s=sweeps.TIMEOUT_S).insist(partial(jobs.submit, cluster, sweep, stage, *arguments), lambda: None)
 
 
 class Events:
