@@ -38,6 +38,7 @@ LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 JOINED = "files that their tar has again: two sets with the same keys? If so, write the second with other keys"
 """Reason to leave out files of a tar of which half are there again: keys often begin at 0, and `tar --update` replaces few."""
+UNMATCHED = "files that data.source.files does not match"
 SKIPPED = "files that the numbers of the others skip: were all downloaded?"
 BESIDE = ("cls", "json")
 """Endings of the members beside the images that may hold the labels."""
@@ -92,7 +93,7 @@ def beside(root: Folder, names: Sequence[str]) -> Iterator[LeftOut]:
     alike = (name for name in every - folders if name.endswith(suffix) and not hidden(name))
     yield from (LeftOut(name, SKIPPED) for name in skipped(alike))
     for name in sorted((every | folders) - set(names)):
-        kind = "sub-folders" if name in folders else "files that data.source.files does not match"
+        kind = "sub-folders" if name in folders else UNMATCHED
         yield LeftOut(name, HIDDEN if hidden(name) else kind)
 
 

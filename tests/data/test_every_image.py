@@ -20,15 +20,18 @@ from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from dis_scale.data import listing, survey
 from dis_scale.data.kinds import TAKEN_IN
 from dis_scale.data.sources import open_source
+from dis_scale.data.tars import UNMATCHED
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep.documents import LatentsManifest
@@ -62,7 +65,16 @@ def in_shards(latents: Folder) -> Counter[tuple[int, int]]:
     return found
 
 
-def folders(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
+class Odd(NamedTuple):
+    """A source as people have them: its settings, the label of each picture, what is left out and why, what is refused."""
+
+    settings: dict[str, Any]
+    labels: dict[int, int]
+    left_out: dict[str, int]
+    refused: tuple[str, ...] = ()
+
+
+def folders(root: Folder) -> Odd:
     numbers = itertools.count()
     labels = dict[int, int]()
     names = ["a/{}.png", "a/deep/{}.PNG", "b.part-1/{}.part-0.png", "linked/{}.webp.png", "\u00e9 *[x]/{}.jfif", "z/{}.ppm"]
@@ -76,18 +88,24 @@ def folders(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int
     for name in ("a/x.heic", "a/y.heic", "a/notes", "top.png", "a/.hidden.png", ".git/x.png"):
         root.write(f"images/{name}", picture(0))
     left_out = {".heic": 2, "of no known ending": 1, "images beside the class folders": 1, "hidden": 2}
-    return {"kind": "folder", "url": f"{root}/images"}, labels, left_out
+    root.write("images/a/empty.png", b"")
+    return Odd({"kind": "folder", "url": f"{root}/images"}, labels, left_out, ("a/empty.png",))
 
 
-def tars(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
+def tars(root: Folder) -> Odd:
     labels = {number: number % 5 for number in range(100)}
     for first in range(0, 100, 50):
         members = {}
         for number in range(first, first + 50):
             members |= {f"{number}.png": picture(number), f"{number}.cls": str(labels[number]).encode()}
-        members |= {f"{first + 49}.txt": b"a caption", "._x.png": b"of a Mac"}
+        members |= {f"{first + 49}.txt": b"a caption", "._x.png": b"of a Mac", f"x{first}.png": b"broken", f"x{first}.cls": b"0"}
         root.write(f"images.part-{first}.tar", with_links(tar(members)))
-    return {"kind": "tar", "url": root.url}, labels, {".txt": 2, "hidden": 2, "links in tars": 4}
+    return Odd(
+        {"kind": "tar", "url": root.url},
+        labels,
+        {".txt": 2, "hidden": 2, "links in tars": 4},
+        ("images.part-0.tar/x0.png", "images.part-50.tar/x50.png"),
+    )
 
 
 def with_links(archive: bytes) -> bytes:
@@ -101,31 +119,48 @@ def with_links(archive: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def parquet_files(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
+def parquet_files(root: Folder) -> Odd:
+    """Structs of bytes and path, the first row group and one more row without bytes; no rows; bytes alone beside other columns."""
     labels = {number: number % 2 for number in range(100)}
-    for first in range(0, 100, 50):
-        rows = [(picture(number), labels[number]) for number in range(first, first + 50)]
-        root.write(f"{first:02d}.part-0.parquet", parquet(rows, group=7))
-    return {"kind": "parquet", "url": root.url}, labels, {}
+    first, second, third = ([(picture(n), labels[n]) for n in range(100) if n % 3 == part] for part in range(3))
+    root.write("a.part-0.parquet", parquet([*[(None, 0)] * 7, *first, (None, 1)], group=7))
+    root.write("b.parquet", parquet([]))
+    root.write("c.parquet", of_bytes(second, pa.large_binary(), pa.array([y for _, y in second], pa.int8())))
+    root.write("d.parquet", of_bytes(third, pa.binary(), pa.array([y for _, y in third]).dictionary_encode()))
+    for name in ("._c.parquet", "_SUCCESS", "README.md", "deep/e.parquet"):
+        root.write(name, b"none")
+    nulls = tuple(f"a.part-0.parquet#{row}" for row in (*range(7), 7 + len(first)))
+    return Odd({"kind": "parquet", "url": root.url}, labels, {"hidden": 1, UNMATCHED: 2, "sub-folders": 1}, nulls)
 
 
-def csv(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
+def of_bytes(rows: list[tuple[bytes, int]], images: pa.DataType, labels: pa.Array) -> bytes:
+    """A file with images that are no structs, between other columns."""
+    schema = pa.schema({"image.bytes": pa.string(), "label": labels.type, "image": images}).with_metadata(
+        {"huggingface": json.dumps(FEATURES)}
+    )
+    columns = [pa.array(["another"] * len(rows)), labels, pa.array([x for x, _ in rows], images)]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer, row_group_size=11)
+    return buffer.getvalue()
+
+
+def csv(root: Folder) -> Odd:
     labels = {number: number % 5 for number in range(100)}
     for number in labels:
         root.write(f"{number % 3}/x.part-{number}.png", picture(number))
     lines = [f'{number % 3}/x.part-{number}.png, "one, ""two""", "{label}"' for number, label in labels.items()]
     lines[7] = lines[7].replace("one", "a caption\r\nof two lines")
     root.write("labels.csv", "\r\n".join(["\ufeffpath,caption,label", *lines]).encode())
-    return {"kind": "csv", "url": f"{root}/labels.csv"}, labels, {TAKEN_IN: 1}
+    return Odd({"kind": "csv", "url": f"{root}/labels.csv"}, labels, {TAKEN_IN: 1})
 
 
 @pytest.mark.parametrize("source", [folders, tars, parquet_files, csv])
-def test_every_image_is_encoded_once_or_named(
-    source: Callable[[Folder], tuple[dict[str, Any], dict[int, int], dict[str, int]]], tmp_path: Path
-) -> None:
-    settings, labels, left_out = source(open_folder(tmp_path / "source"))
-    sweep = sweep_of(tmp_path, settings, "precompute.shard_images=16", classes=max(labels.values()) + 1)
-    assert in_shards(make_latents(sweep)) == Counter(labels.items())
+def test_every_image_is_encoded_once_or_named(source: Callable[[Folder], Odd], tmp_path: Path) -> None:
+    settings, labels, left_out, refused = source(open_folder(tmp_path / "source"))
+    sweep = sweep_of(tmp_path, settings, "precompute.shard_images=16", "data.undecodable=skip", classes=max(labels.values()) + 1)
+    latents = make_latents(sweep)
+    assert in_shards(latents) == Counter(labels.items())
+    assert sorted(LatentsManifest.require(latents).refused) == sorted(refused)
     listed = open_source(sweep.recipe.data, sweep.store)
     assert {why: count for why, (count, _) in listed.listing.manifest.left_out.items()} == left_out
     assert all(f"{count:,} {why} (" in listed.left_out for why, count in left_out.items())

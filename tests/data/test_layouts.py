@@ -28,6 +28,7 @@ from dis_scale.data import layouts, shards
 from dis_scale.data.latents import Latents
 from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import open_source
+from dis_scale.data.tars import UNMATCHED
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Data, LatentsSource, reading
 from dis_scale.storage.folder import Folder, open_folder
@@ -373,6 +374,49 @@ def test_what_is_beside_latents_is_counted_and_unlabelled_ones_need_no_classes(e
     manifest = LatentsManifest.require(make_latents(unlabelled))
     assert manifest.count == IMAGES
     assert manifest.labels == {"0": IMAGES}
+
+
+def odd_files(out: Path) -> dict[str, int]:
+    """One folder behind a link, a name as of an incomplete file, and beside the latents what is none."""
+    (out / "00001").rename(out.parent / "elsewhere")
+    (out / "00001").symlink_to(out.parent / "elsewhere")
+    old, new = layouts.edm2_file(3), "00000/deep/x.part-3.npy"
+    (out / new).parent.mkdir()
+    (out / old).rename(out / new)
+    rewrite(out, lambda labels: [[new if name == old else name, y] for name, y in labels])
+    for name in ("._img.npy", "00000/notes.txt", ".git/x.npy", "preview.png"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"none")
+    return {"hidden": 2, ".txt": 1, ".png": 1}
+
+
+def odd_tars(out: Path) -> dict[str, int]:
+    """One tar behind a link; links, captions and a Mac's file in the other ones, and files beside them."""
+    first, *others = sorted(out.glob("*.tar"))
+    first.rename(out.parent / "elsewhere.tar")
+    first.symlink_to(out.parent / "elsewhere.tar")
+    for path in others:
+        with tarfile.open(path, "a") as tar:
+            for name, kind in (("l.latent", tarfile.SYMTYPE), ("0.txt", tarfile.REGTYPE), ("._x.latent", tarfile.REGTYPE)):
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = kind, "0.latent"
+                tar.addfile(member)
+    for name in ("._000000.tar", "notes.txt"):
+        (out / name).write_bytes(b"none")
+    return {"links in tars": len(others), ".txt": len(others), "hidden": len(others) + 1, UNMATCHED: 1}
+
+
+@pytest.mark.parametrize(("layout", "odd"), [("edm2", odd_files), ("repa", odd_files), ("webdataset", odd_tars)])
+def test_each_latent_comes_back_once_beside_what_is_none(
+    layout: str, odd: Callable[[Path], dict[str, int]], encoded: tuple[str, Folder], tmp_path: Path
+) -> None:
+    vae, latents = encoded
+    out = export(latents, layout, tmp_path / "out")
+    left_out = odd(out / "vae-sd" if layout == "repa" else out)
+    sweep = given(tmp_path / "root", vae, layout, out)
+    assert sorted(stored_as_listed(make_latents(sweep))) == sorted(stored(latents).values())
+    listed = open_source(sweep.recipe.data, sweep.store).listing.manifest.left_out
+    assert {why: count for why, (count, _) in listed.items()} == left_out
 
 
 def scaled(out: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
