@@ -70,11 +70,15 @@ class Trainer(Worker):
         self.context.images = done
 
     def check(self, rank_environment: Mapping[str, object], device: str, waits_s: float) -> None:
-        """Join the process group and check this worker's device and connections; BrokenDevice if one fails."""
+        """Check this worker's device, join the process group and check the connections; BrokenDevice if one fails.
+
+        The progress is 1 from the device's check on: a worker whose device hangs never has it, and the others wait for it.
+        """
         os.environ.update({key: str(value) for key, value in rank_environment.items()})
         from dis_scale.training import engine
 
         devices.check_on_node(where := devices.torch_device(device))
+        super().report(1)
         engine.connect(where, waits_s)
         devices.check_group(where)
 
@@ -93,6 +97,7 @@ class Trainer(Worker):
 
         from dis_scale.training.loop import Attempt, Start, train_model
 
+        self.report(0)
         self.context.attempt, self.context.rank = held_lease.number, int(os.environ["RANK"])
         if device == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
@@ -207,7 +212,7 @@ class TrainingRun:
             worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings))
             for rank, worker in enumerate(ranks.workers)
         ]
-        watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=self.settings.hang_after_s))
+        watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=self.settings.hang_after_s, blame_behind=True))
 
     def _train(self, ranks: Ranks, avoided: Collection[str], start: tuple[float, float | None]) -> int:
         """Train under a lease of its own."""

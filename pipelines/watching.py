@@ -45,6 +45,8 @@ class Watch:
 
     When the others have ended, those without capacity are not waited for: their results are left out.
     """
+    blame_behind: bool = False
+    """Whether a hang counts as a failed device of the node whose workers alone have come less far than the others."""
     on_lost: Callable[[], object] = lambda: None
     """Called at once when one of several independent workers is lost."""
     keep_logs: bool = True
@@ -197,8 +199,13 @@ class _Loop:
         """Kill each independent worker that hangs: it is then lost, and another attempt makes what it had begun."""
         if self._hanging and not self._policy.independent:
             silent_s = self._pace.silent_s(time.monotonic())
+            words, done = f"no step ended for {silent_s:.0f} s: hanging", self._polls.done
             self._log_stacks()
-            raise WorkerFailure(f"no step ended for {silent_s:.0f} s: hanging", max(self._polls.done), silent_s)
+            behind = [number for number, each in enumerate(done) if each < max(done)] if self._policy.blame_behind else []
+            if len(names := {nodes.under(self._workers[number]) for number in behind}) == 1:
+                words = f"{words}; all others wait for the workers of node {names.pop()}"
+                raise WorkerFailure(words, silent_s=silent_s, cause="device", worker=behind[0])
+            raise WorkerFailure(words, max(done), silent_s)
         for number in self._hanging:
             self._job.say(f"worker {number} made no progress for {self._pace.limit_s(number):.0f} s: hanging, it is killed")
             self._log_stacks([number])

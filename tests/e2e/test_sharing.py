@@ -27,7 +27,7 @@ from pipelines.sharing import SHARED, Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import Watch, watch
 from pipelines.worker import Worker, request_for, spawn
-from tests.support.stage_jobs import RayJob, job_of
+from tests.support.stage_jobs import RayJob, RecordedJob, job_of
 
 POLICY = replace(SHARED, answer_s=2.0)
 """A worker without a process delays each poll by the time for an answer."""
@@ -77,6 +77,15 @@ class Judged(Worker):
                 raise WrongKernel("the scan is wrong")
             time.sleep(0.05)
         return 1
+
+
+class Joining(Worker):
+    """Ends its own part of work that no worker ends alone, or hangs before."""
+
+    def join(self, hangs: bool) -> None:
+        if not hangs:
+            self.report(1)
+        time.sleep(1e6)
 
 
 class Stopped(Worker):
@@ -219,6 +228,17 @@ def test_a_worker_that_hangs_is_killed_and_the_others_go_on(job: StageJob, tmp_p
     left = [number for number in range(200) if not (tmp_path / str(number)).exists()]
     assert share(job, living, "take", (tmp_path,), left).failure is None
     assert len(list(tmp_path.iterdir())) == 200
+
+
+@pytest.mark.parametrize("hanging", [[1], [0, 1], []], ids=["one", "all", "none, but together"])
+def test_a_hang_of_all_counts_against_the_node_for_which_the_others_wait(job: RecordedJob, hanging: list[int]) -> None:
+    workers = [spawn(job, Joining, request_for("prepare", "cpu", 1)) for _ in range(2)]
+    calls = [worker.join.remote(number in hanging) for number, worker in enumerate(workers)]
+    with pytest.raises(WorkerFailure, match=r"hanging(; all others wait for the workers of node .*)?$") as raised:
+        watch(job, workers, calls, policy=Watch(hang_after_s=3.0, blame_behind=True, poll_every_s=0.2, answer_s=2.0))
+    alone = hanging == [1]
+    assert (raised.value.cause, raised.value.worker) == (("device", 1) if alone else ("lost", 0))
+    assert len(job.events_named("node_failure")) == alone
 
 
 def test_a_drained_node_shortens_the_time_of_workers_that_stop_to_grow(job: StageJob) -> None:
