@@ -52,31 +52,37 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results
 
 
-IN_EVERY_STAGE = """
+WORKERS_DIE = """
 kill at written path=vae/
 kill at written path=000001.tar
 kill at step rank=1 images=64
 hang at step rank=0 images=208
 kill at written path=block-00001.npz
 """
+DRIVERS_DIE = """
+kill at poll path=precompute
+kill at poll path=train images=16
+wait at step rank=0 images=112 until=1.0
+kill at poll path=evaluate images=60
+wait at write path=evaluation/*/block-00001.npz until=3.0
+"""
+RESOURCES_FAIL = """
+kill at written path=resume/000000000160-0001/exp_avg-00000 rank=0
+memory at step images=208
+gone at write path=published/000000000320 seconds=20
+"""
+COMMANDS_END = """
+stop at poll path=train
+full at write path=resume/000000000240
+"""
 FAULTS = {
-    "a fault in every stage, in turn": (IN_EVERY_STAGE, [0]),
-    "prepare killed": ("kill at written path=vae/", [0]),
-    "an encoder killed between shard and sidecar": ("kill at written path=000002.tar", [0]),
-    "precompute's driver dies": ("kill at poll path=precompute", [0]),
-    "rank 0 killed in a save": ("kill at written path=resume/000000000160-0001/exp_avg-00000 rank=0", [0]),
-    "training's driver dies": ("kill at poll path=train images=16\nwait at step rank=0 images=112 until=0.0", [0]),
-    "stop request to training's driver": ("stop at poll path=train", [75, 0]),
-    "a GPU's memory is too small, once": ("memory at step images=112", [0]),
-    "a rank hangs": ("hang at step rank=1 images=112", [0]),
-    "storage is gone for 20 s while publishing": ("gone at write path=published/000000000160 seconds=20", [0]),
-    "disk full in a save": ("full at write path=resume/000000000240", [1, 0]),
-    "evaluation killed between two blocks": ("kill at written path=block-00000.npz", [0]),
-    "evaluation's driver dies": (
-        "kill at poll path=evaluate images=60\nwait at write path=evaluation/*/block-00001.npz until=0.0",
-        [0],
-    ),
+    "a worker of every stage dies, a rank hangs": (WORKERS_DIE, [0]),
+    "the driver of every stage dies": (DRIVERS_DIE, [0]),
+    "killed in a save, a GPU's memory too small, storage gone while publishing": (RESOURCES_FAIL, [0]),
+    "a stop request, then a full disk": (COMMANDS_END, [75, 1, 0]),
 }
+"""Several faults a sweep, one after the other: most of its time is the start of its processes. tests/faults/test_stages.py and
+test_training.py have each fault alone, without Ray."""
 
 
 @pytest.mark.faults
