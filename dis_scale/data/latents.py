@@ -6,11 +6,10 @@ Each shard is checked against the manifest's hash before its first use. Read nex
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat, takewhile
 from pathlib import Path
-from queue import Queue
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from dis_scale.data.order import Locations, Order
 from dis_scale.data.shards import Shard, require_allowed, unpack
 from dis_scale.process import seeds
 from dis_scale.process.errors import UserError
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import Normalise, Reader, Recipe
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import read_verified
@@ -35,6 +35,7 @@ GIB = 2**30
 _NOISE = ThreadPoolExecutor(1, "noise")
 """Thread that makes the noise while the calling thread makes the rest of a micro-batch; numpy releases the GIL."""
 T = TypeVar("T")
+_END: Any = object()
 
 
 class Latents:
@@ -196,31 +197,7 @@ def sample_posterior(moments_BCHW: np.ndarray, rng: np.random.Generator) -> np.n
     return sample
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
-    """Yield the same items, made by a thread up to `depth` ahead. An exception of the thread is raised in its item's place."""
-    queue: Queue[Any] = Queue(depth)
-    closed = threading.Event()
-
-    def fill() -> None:
-        try:
-            for item in items:
-                queue.put((item, None))
-                if closed.is_set():
-                    return
-            queue.put((None, StopIteration()))
-        except BaseException as error:
-            queue.put((None, error))
-
-    threading.Thread(target=fill, daemon=True, name="prefetch").start()
-    try:
-        while True:
-            item, error = queue.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        closed.set()
-        while not queue.empty():
-            queue.get_nowait()
+def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
+    """Yield the same items, made by a thread up to two ahead. An exception of the thread is raised in its item's place."""
+    ahead = in_order(repeat(items), lambda each: next(each, _END), threads=1)
+    yield from takewhile(lambda item: item is not _END, ahead)

@@ -19,7 +19,7 @@ from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import FileStart, Flow, Gaussian, LatentShape, Recipe, SweepStart
-from dis_scale.storage.programs import read_hashed
+from dis_scale.storage.programs import read_programs
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import Vae
@@ -82,7 +82,7 @@ def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Fl
 
     UserError if it cannot be read, or predicts velocities and the process is no flow.
     """
-    data = read_hashed(start.path, start.sha256, where)
+    (data,) = read_programs([start.path], start.sha256, where)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"weights{Path(start.path).suffix}"
         file.write_bytes(data)
