@@ -18,7 +18,7 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import ExportedExtractor, ExtractorSettings, InceptionExtractor
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import StoredClassifier
-from dis_scale.sweep.extractors import WEIGHTS_FILE, read_extractor, require_classifier, weights_identity
+from dis_scale.sweep.extractors import WEIGHTS_FILE, read_extractor, weights_identity
 from dis_scale.vae.exported import Programs
 
 BATCH_IMAGES = 50
@@ -116,7 +116,7 @@ def store_classifier(sweep: Sweep, name: str, net: Classifier, accuracy: float) 
 def load_classifier(sweep: Sweep, name: str) -> Classifier:
     """Load a stored classifier in evaluation mode."""
     folder = sweep.extractor(name)
-    stored = require_classifier(folder)
+    stored = StoredClassifier.require(folder)
     net = Classifier(stored.kind, stored.num_classes)
     net.load_state_dict(safetensors.torch.load(stored.read_file(folder, WEIGHTS_FILE)))
     return net.eval()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dis_scale.process.errors import StorageError
+from dis_scale.process.errors import Damaged
 from dis_scale.storage import npy
 
 _DIGEST_BYTES = 32
@@ -22,11 +22,11 @@ def to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def from_bytes(data: bytes, where: str) -> dict[str, np.ndarray]:
-    """Return the arrays; StorageError names a damaged file."""
+    """Return the arrays; Damaged names the file."""
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
-        raise StorageError(f"{where}: damaged: its sha256 differs from the one at its end")
+        raise Damaged(f"{where}: damaged: its sha256 differs from the one at its end")
     try:
         return npy.read_all(body, len(body))  # ours are not compressed
     except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise StorageError(f"{where}: damaged: {error}") from error
+        raise Damaged(f"{where}: damaged: {error}") from error

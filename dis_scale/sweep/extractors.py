@@ -3,10 +3,8 @@
 import hashlib
 import json
 
-from dis_scale.process.errors import StorageError
 from dis_scale.recipe import ExportedExtractor, ExtractorSettings, InceptionExtractor, TrainedExtractor
 from dis_scale.recipe.evaluate import INCEPTION_SHA256
-from dis_scale.storage.folder import Folder
 from dis_scale.storage.programs import read_programs
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import StoredClassifier
@@ -23,18 +21,10 @@ def weights_identity(sweep: Sweep, extractor: ExtractorSettings) -> str:
     if isinstance(extractor, InceptionExtractor):
         return INCEPTION_SHA256
     if isinstance(extractor, TrainedExtractor):
-        return require_classifier(sweep.extractor(extractor.name)).files[WEIGHTS_FILE].sha256
+        return StoredClassifier.require(sweep.extractor(extractor.name)).files[WEIGHTS_FILE].sha256
     size = str(extractor.size) if extractor.size else ""
     read_extractor(extractor)  # it is there, and has the recipe's hash
     return f"{extractor.sha256}{size}"
-
-
-def require_classifier(folder: Folder) -> StoredClassifier:
-    """Return the manifest of a stored classifier; StorageError if there is none."""
-    classifier = StoredClassifier.find(folder)
-    if classifier is None:
-        raise StorageError(f"{folder}: no classifier there: the prepare stage has not finished")
-    return classifier
 
 
 def read_extractor(extractor: ExportedExtractor) -> bytes:

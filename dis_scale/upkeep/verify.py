@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dis_scale.evaluation import npz
-from dis_scale.process.errors import Damaged, StorageError, UserError
+from dis_scale.process.errors import Damaged, UserError
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import TrainedVae
@@ -146,14 +146,14 @@ def _fail(error: Exception) -> None:
 
 
 def _require_references(sweep: Sweep) -> None:
-    """Damaged if the statistics of the real images are missing under an extractor."""
-    if missing := state.references_missing(sweep):
+    """Damaged if the statistics of the real images are missing under an extractor. Those that are lost have checks of their own."""
+    try:
+        missing = state.references_missing(sweep)
+    except Damaged:
+        return
+    if missing:
         raise Damaged(f"{sweep.references}: the statistics under {', '.join(missing)} are missing")
 
 
 def _read_npz(folder: Folder, name: str) -> None:
-    data = folder.read(name)
-    try:
-        npz.from_bytes(data, f"{folder}/{name}")
-    except StorageError as error:
-        raise Damaged(str(error)) from error
+    npz.from_bytes(folder.read(name), f"{folder}/{name}")

@@ -120,6 +120,7 @@ def flip_key(folder: Folder, name: str, key: str) -> None:
     [
         (lambda s: s.vae.delete(), "/vae: no manifest.json: the folder is incomplete or was deleted; restore it from"),
         (lambda s: s.extractor("judge").delete(), "/extractors/judge: no manifest.json"),
+        (lambda s: s.extractor("digits").delete(), "/extractors/digits: no manifest.json"),
         (lambda s: s.references.delete(), "/reference: the statistics under digits are missing; the next run that needs it"),
         (lambda s: (s.store / "latents/used").delete(), "latents/used: no manifest.json"),
         (lambda s: s.store.delete("latents/used/000000.tar"), "000000.tar: missing, though its manifest names it; repair"),
