@@ -27,7 +27,7 @@ from pipelines.sharing import SHARED, Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import Watch, watch
 from pipelines.worker import Worker, request_for, spawn
-from tests.support.stage_jobs import RayJob, RecordedJob, job_of
+from tests.support.stage_jobs import RayJob, job_of
 
 POLICY = replace(SHARED, answer_s=2.0)
 """A worker without a process delays each poll by the time for an answer."""
@@ -231,14 +231,15 @@ def test_a_worker_that_hangs_is_killed_and_the_others_go_on(job: StageJob, tmp_p
 
 
 @pytest.mark.parametrize("hanging", [[1], [0, 1], []], ids=["one", "all", "none, but together"])
-def test_a_hang_of_all_counts_against_the_node_for_which_the_others_wait(job: RecordedJob, hanging: list[int]) -> None:
+def test_a_hang_of_all_counts_against_the_node_for_which_the_others_wait(tiny: Recipe, tmp_path: Path, hanging: list[int]) -> None:
+    job = job_of(tiny, tmp_path)
     workers = [spawn(job, Joining, request_for("prepare", "cpu", 1)) for _ in range(2)]
     calls = [worker.join.remote(number in hanging) for number, worker in enumerate(workers)]
     with pytest.raises(WorkerFailure, match=r"hanging(; all others wait for the workers of node .*)?$") as raised:
         watch(job, workers, calls, policy=Watch(hang_after_s=3.0, blame_behind=True, poll_every_s=0.2, answer_s=2.0))
     alone = hanging == [1]
     assert (raised.value.cause, raised.value.worker) == (("device", 1) if alone else ("lost", 0))
-    assert len(job.events_named("node_failure")) == alone
+    assert list(state.node_failures(job.sweep).values()) == [1] * alone
 
 
 def test_a_drained_node_shortens_the_time_of_workers_that_stop_to_grow(job: StageJob) -> None:
