@@ -83,6 +83,11 @@ def many_in_a_file(source: LatentsSource, mirror: bool, labelled: bool) -> InFil
     return None
 
 
+def has_numbered_folders(root: Folder, folders: Sequence[str]) -> bool:
+    """Whether a folder of images is as EDM's `dataset_tool.py` writes it, a thousand images a folder in their order."""
+    return bool(folders) and all(re.fullmatch(r"\d{5,}", name) for name in folders) and root.exists(LABELS)
+
+
 def require_finished(root: Folder) -> None:
     """UserError for a folder into which an export was cut off: it looks complete."""
     if root.exists(UNFINISHED):

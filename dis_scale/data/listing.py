@@ -58,8 +58,8 @@ class Entry(NamedTuple):
 
 HIDDEN, OF_OTHER_KINDS = "hidden", "of other kinds"
 """Reasons behind which anything may be."""
-ABSENT = ("", "nan", "NaN")
-"""Labels that a program such as pandas has written where there was none."""
+ABSENT = {"", "#N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+"""Labels that a program has written where there was none: those that pandas reads so, but for some of old systems."""
 
 
 class LeftOut(NamedTuple):

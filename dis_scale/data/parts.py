@@ -26,15 +26,30 @@ _COUNTED = re.compile(r"(.*?)(\d{1,18})(\D*)")
 def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list[str]]:
     """Return the parts that the names of numbered files begin with, and the files of these that are not among `every` one.
 
-    They count from 0, or from 1.
+    They count from 0, or from 1. UserError for files of two such series of one part: a newer version of the set beside an older.
     """
     there, chosen, lacking = _numbers(every), _numbers(names), list[str]()
+    _require_one_series(names)
     for part, total, suffix in sorted(chosen):
         numbers = there[part, total, suffix]
         first = int(int(total) in numbers)
         left = sorted({*range(first, first + int(total))} - numbers)
         lacking += [f"{part}-{number:05d}-of-{total}{suffix}" for number in left]
     return {part for part, *_ in chosen}, lacking
+
+
+def _require_one_series(names: Iterable[str]) -> None:
+    first = dict[tuple[str, ...], tuple[str, str]]()
+    for name in sorted(names):
+        if found := _NUMBERED.fullmatch(name):
+            part, number, total, suffix = found.groups(default="")
+            for key, value in (((part, suffix), total), ((part, suffix, number), name)):
+                known, other = first.setdefault(key, (value, name))
+                if known != value:
+                    raise UserError(
+                        f"data.source.url: {other} and {name} are of two versions of a set, whose images would be there twice: "
+                        "delete the older one's files, or choose by data.source.files"
+                    )
 
 
 def _numbers(names: Iterable[str]) -> Mapping[tuple[str, str, str], set[int]]:

@@ -177,7 +177,8 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
         return []
     names, largest = opened.manifest.label_names, opened.manifest.largest
     if names is None and largest >= data.num_classes:
-        raise UserError(f"data.num_classes: got {data.num_classes}, but {where} has labels up to {largest}")
+        from_one = "; labels count from 0: do these begin at 1?" if largest == data.num_classes else ""
+        raise UserError(f"data.num_classes: got {data.num_classes}, but {where} has labels up to {largest}{from_one}")
     if names is not None and len(names) != data.num_classes:
         shown = ", ".join(names[:5])
         raise UserError(f"data.num_classes: got {data.num_classes}, but the source has {len(names)} classes ({shown}, ...)")

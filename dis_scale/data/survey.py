@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dis_scale.data import images
+from dis_scale.data import images, layouts
 from dis_scale.data.sources import Source, open_source
 from dis_scale.process.errors import UndecodableImage, UserError, printable
 from dis_scale.process.progress import ReportDone, ReportShare, some
@@ -81,7 +81,7 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
     source = open_source(Data.model_validate(settings), None, listed)
     numbers = Counter(_class_of(name) for name in source.names)
     beside = numbers.pop("", 0)
-    labelled = len(numbers) > 1
+    labelled = len(numbers) > 1 and not layouts.has_numbered_folders(folder, [*numbers])
     chosen = [i for i, name in enumerate(source.names) if not labelled or _class_of(name)]
     sides, broken = Counter[int](), list[Broken]()
     folders = [name for name in folder.folders() if not images.hidden(name)]  # a sweep's classes, also without images

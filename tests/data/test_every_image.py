@@ -366,7 +366,7 @@ def test_links_that_lead_nowhere_are_images_that_cannot_be_decoded(tmp_path: Pat
         (["a-8", "a-9", "a-11", "a-13"], (2, "a-10.tar")),
         (["2012", "2017"], None),
         (["images-0", "images-50"], None),
-        (["a-00000-of-00001", "a-00000-of-00003", "a-00001-of-00003", "a-00002-of-00003"], None),
+        (["a-00000-of-00003", "a-00001-of-00003", "a-00002-of-00003"], None),
     ],
 )
 def test_tars_that_the_numbers_of_others_skip_are_named(names: list[str], lacking: tuple[int, str] | None, tmp_path: Path) -> None:
@@ -376,6 +376,18 @@ def test_tars_that_the_numbers_of_others_skip_are_named(names: list[str], lackin
         (tmp_path / other).touch()
     left_out = open_source(data({"kind": "tar", "url": str(tmp_path)}, 1)).listing.manifest.left_out
     assert left_out.get("files that the numbers of the others skip: were all downloaded?") == lacking
+
+
+@pytest.mark.parametrize("other", ["a-00000-of-00001.tar", "a-00000-of-00002-0123456789abcdef.tar"])
+def test_two_versions_of_a_numbered_set_are_refused(other: str, tmp_path: Path) -> None:
+    """As a second download to the same folder leaves them, after the set was uploaded again."""
+    for name in ("a-00000-of-00002.tar", "a-00001-of-00002.tar", other):
+        (tmp_path / name).write_bytes(tar({"1.png": picture(1), "1.cls": b"0"}))
+    source = {"kind": "tar", "url": str(tmp_path), "files": "a-*-of-00002.tar"}
+    with pytest.raises(UserError, match=r"a-00000-of-\S+ and a-\S+ are of two versions of a set, whose images"):
+        open_source(data(source | {"files": "*.tar"}, 1))
+    if "00001" in other:
+        assert len(open_source(data(source, 1))) == 2
 
 
 def test_parquet_whose_first_row_group_has_only_paths_is_read(tmp_path: Path) -> None:

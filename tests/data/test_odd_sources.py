@@ -10,6 +10,7 @@ from dis_scale.data.sources import open_source
 from dis_scale.data.survey import describe, take_survey
 from dis_scale.data.tars import LONG_END
 from dis_scale.process.errors import StorageError, UserError
+from dis_scale.storage.folder import open_folder
 from tests.data.test_every_image import picture
 from tests.support.labelled_images import data, parquet, tar
 
@@ -21,10 +22,15 @@ def csv_of(folder: Path, *lines: str) -> dict[str, Any]:
     return {"kind": "csv", "url": f"{folder}/labels.csv"}
 
 
-def test_the_lines_that_a_missing_quote_takes_in_are_named(tmp_path: Path) -> None:
-    """Each of them may have been an image."""
-    source = csv_of(tmp_path, "path,caption,label", '0.png,"Hello, said,0', '1.png,a dog",1', "2.png,x,0", "3.png,y,1")
-    assert open_source(data(source)).listing.manifest.left_out == {TAKEN_IN: (1, "line 3")}
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_that_a_missing_quote_takes_in_are_refused_or_named(end: str, tmp_path: Path) -> None:
+    """One with an image's name is refused: its image is lost, and the label at its end would be another's."""
+    lines = ["path,caption,label", '0.png,"Hello, said,0', '1.png,a dog",1', "2.png,x,0", "3.png,y,1"]
+    with pytest.raises(UserError, match=r"line 3: '1.png' within a value of 2 lines: is a quote missing"):
+        open_source(data(csv_of(tmp_path, end.join(lines))))
+    lines[2] = 'by a dog",1'
+    opened = open_source(data(csv_of(tmp_path, end.join(lines))))
+    assert (opened.listing.manifest.left_out, len(opened)) == ({TAKEN_IN: (1, "line 3")}, 3)
     with pytest.raises(UserError, match="line 3: a path or a label of 2 lines: is a quote missing"):
         open_source(data(csv_of(tmp_path, "label,path", '0,"0.png', '1.png"', "0,2.png")))
 
@@ -36,7 +42,38 @@ def test_a_space_before_a_quote_is_no_part_of_a_class(tmp_path: Path) -> None:
     assert sorted(zip(opened.names, opened.labels, strict=True)) == [("0.png", 0), ("1.png", 1), ("2.png", 10), ("3.png", 2)]
 
 
-@pytest.mark.parametrize("label", ["", " ", "nan", "NaN"])
+def test_a_column_that_names_two_parts_of_a_set_is_refused(tmp_path: Path) -> None:
+    lines = ["path,label,split,when", "0.png,0,train,test", "1.png,1, Train,no word", "2.png,0,val,test", "3.png,1,test,train"]
+    with pytest.raises(UserError, match=r"line 4: validation in column 'split', and train before: parts of a set; write"):
+        open_source(data(csv_of(tmp_path, *lines)))
+    assert len(open_source(data(csv_of(tmp_path, *lines[:3])))) == 2
+
+
+def test_a_csv_in_utf_16_is_named(tmp_path: Path) -> None:
+    source = csv_of(tmp_path)
+    (tmp_path / "labels.csv").write_bytes("path,label\n0.png,0\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"not a CSV in UTF-8, as iconv -f UTF-16 -t UTF-8 or"):
+        open_source(data(source))
+
+
+def test_labels_that_begin_at_1_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"got 2, but .* has labels up to 2; labels count from 0: do these begin at 1"):
+        open_source(data(csv_of(tmp_path, "path,label", "0.png,1", "1.png,2")))
+
+
+def test_edms_numbered_folders_are_no_classes(tmp_path: Path) -> None:
+    for number in range(4):
+        open_folder(tmp_path).write(f"{number // 2:05d}/img{number:08d}.png", picture(number))
+    source = {"kind": "folder", "url": str(tmp_path)}
+    assert len(open_source(data(source)).label_names) == 2, "as any names of classes"
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    with pytest.raises(UserError, match=r"has dataset.json beside numbered folders, as EDM's tools write them: these are no"):
+        open_source(data(source))
+    assert len(open_source(data(source, "none"))) == 4
+    assert take_survey(str(tmp_path), lambda _: None, lambda *_: None).classes == {}
+
+
+@pytest.mark.parametrize("label", ["", " ", "nan", "NaN", "NA", "None"])
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 def test_a_missing_label_is_no_class(kind: str, label: str, tmp_path: Path) -> None:
     files = {"parquet": parquet([(picture(0), "cat"), (picture(1), label)], metadata=None)}
