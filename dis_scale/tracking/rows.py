@@ -1,33 +1,31 @@
 """Metric rows in storage: written by one attempt after the other, read as they come, each (name, images) once.
 
-Rows in storage are the truth; MLflow holds a copy. A file holds what an attempt wrote at once, some seconds; at each resume point
-the small files are merged. `<attempt>-<first>-<last>.jsonl` holds what the files from number first to last held. A line holds the
-values of one step. Read next: goodput.py, mlflow.py.
+Rows in storage are the truth; MLflow holds a copy. The newest file of an attempt, `<attempt>-<number>.jsonl`, is written again with
+what came in some seconds, until it has a segment's size: files only grow, and those before the newest stay as they are. A line
+holds the values of one step. Read next: goodput.py, mlflow.py.
 """
 
-import contextlib
 import json
 import logging
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from dis_scale.process.errors import StorageAway, StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 FLUSH_EVERY_S = 10.0
-SEGMENT_BYTES = 4 * 2**20
-"""Files of this size are not merged any more."""
+SEGMENT_BYTES = 2**18
+"""Size of a file from which on the next rows are in another one; the newest is written again every ten seconds."""
 AT_ONCE = 16
-_TRIES = 10
-"""Listings of which a file has gone, before its loss is an error: a merge replaces files at each resume point only."""
+_NAME = re.compile(r"(\d+)-(\d+)(?:-(\d+))?\.jsonl")
+"""Attempt and number, and the last number of a file that holds several, as there were once."""
 
 
 class Row(NamedTuple):
@@ -47,31 +45,6 @@ class _Line(BaseModel):
     values: dict[str, float]
 
 
-class _File(NamedTuple):
-    """A file of rows; sorts by what it holds, and before all files that hold a part of the same."""
-
-    attempt: int
-    first: int
-    minus_last: int
-
-    @classmethod
-    def parse(cls, name: str) -> "_File | None":
-        try:
-            numbers = [int(part) for part in name.removesuffix(".jsonl").split("-")]
-        except ValueError:
-            return None
-        return cls(numbers[0], numbers[1], -numbers[-1]) if len(numbers) in (2, 3) else None
-
-    @property
-    def last(self) -> int:
-        return -self.minus_last
-
-    @property
-    def name(self) -> str:
-        last = f"-{self.last:06d}" if self.last > self.first else ""
-        return f"{self.attempt:04d}-{self.first:06d}{last}.jsonl"
-
-
 @dataclass
 class RowWriter:
     """Collects one attempt's rows and writes them into `folder` from a thread of its own.
@@ -83,9 +56,10 @@ class RowWriter:
     attempt: int
     writes: bool = True
     """Whether this process writes at all: one rank of a training does."""
-    _new: list[str] = field(default_factory=list)
-    _waiting: list[str] = field(default_factory=list)
-    """Texts of files that are not written yet."""
+    _lines: list[str] = field(default_factory=list)
+    """Those of the newest file, and those that are not written yet."""
+    _stored: int = 0
+    """How many of these are in storage."""
     _files: int = 0
     _flushed_s: float = field(default_factory=time.monotonic)
     _writing: Future[None] | None = None
@@ -94,7 +68,7 @@ class RowWriter:
     def add(self, images_seen: int, values: dict[str, float]) -> None:
         if values and self.writes:
             line = _Line(images=images_seen, time=time.time(), values={n: float(v) for n, v in values.items()})
-            self._new.append(json.dumps(line.model_dump()) + "\n")
+            self._lines.append(json.dumps(line.model_dump()) + "\n")
 
     def flush_if_due(self) -> None:
         """Start to write what was added, if the last time was `FLUSH_EVERY_S` ago."""
@@ -104,10 +78,7 @@ class RowWriter:
     def flush(self) -> None:
         """Start to write what was added."""
         self._flushed_s = time.monotonic()
-        if self._new:
-            self._waiting.append("".join(self._new))
-            self._new = []
-        if self._waiting and (self._writing is None or self._writing.done()):
+        if len(self._lines) > self._stored and (self._writing is None or self._writing.done()):
             self._writing = self._pool.submit(self._write)
 
     def settle(self) -> None:
@@ -115,25 +86,22 @@ class RowWriter:
         self.flush()
         if self._writing:
             wait([self._writing])  # it may have failed, or have begun before the last rows
-        if self._waiting:
+        if len(self._lines) > self._stored:
             self._pool.submit(self._write).result()
 
-    def compact(self) -> None:
-        """Start to merge the small files, also those that earlier attempts left; what fails is done at the next time."""
-        if self.writes:
-            self._writing = self._pool.submit(_compact_if_possible, self.folder)
-
     def close(self) -> None:
-        """Write everything, merge, and end the thread."""
+        """Write everything, and end the thread."""
         self.settle()
-        self.compact()
         self._pool.shutdown()
 
     def _write(self) -> None:
-        while self._waiting:
-            self.folder.write(_File(self.attempt, self._files, -self._files).name, self._waiting[0].encode())
-            self._files += 1
-            del self._waiting[0]
+        lines = self._lines[:]
+        data = "".join(lines).encode()
+        self.folder.write(f"{self.attempt:04d}-{self._files:06d}.jsonl", data)
+        self._stored = len(lines)
+        if len(data) >= SEGMENT_BYTES:
+            del self._lines[: len(lines)]
+            self._stored, self._files = 0, self._files + 1
 
 
 @dataclass
@@ -146,8 +114,8 @@ class RowReader:
     folder: Folder
     images: dict[str, int] = field(default_factory=dict)
     """By name: the images seen of the last row."""
-    _next: dict[int, int] = field(default_factory=dict)
-    """By attempt: the number of the next file to read."""
+    _read: dict[str, int] = field(default_factory=dict)
+    """By name of a file: the bytes that were read of it."""
     newest: dict[str, Row] = field(default_factory=dict)
     """By name: the last row that was read, a repeat or not: what the run does now."""
 
@@ -157,19 +125,11 @@ class RowReader:
 
     def batches(self) -> Iterator[list[Row]]:
         """Yield the rows that came since the last call, file by file: those of weeks are many."""
-        for _ in range(_TRIES):
-            try:
-                yield from self._read()
-            except FileNotFoundError:
-                continue  # merged since it was listed
-            return
-        raise StorageError(f"{self.folder}: files of rows are listed and cannot be read")
-
-    def _read(self) -> Iterator[list[Row]]:
-        left = [file for file in _listed(self.folder) if file.last >= self._next.get(file.attempt, 0)]
-        for file, data in zip(left, in_order(left, lambda file: self.folder.read(file.name), AT_ONCE), strict=True):
-            yield [row for row in _parse(data, f"{self.folder}/{file.name}") if self._first(row)]
-            self._next[file.attempt] = file.last + 1
+        grown = [(name, size) for name, size in _sizes(self.folder).items() if size > self._read.get(name, 0)]
+        parts = in_order(grown, lambda file: self.folder.read(file[0], self._read.get(file[0], 0), file[1]), AT_ONCE)
+        for (name, size), data in zip(grown, parts, strict=True):
+            yield [row for row in _parse(data, f"{self.folder}/{name}") if self._first(row)]
+            self._read[name] = size
 
     def _first(self, row: Row) -> bool:
         self.newest[row.name] = row
@@ -177,11 +137,6 @@ class RowReader:
         if new:
             self.images[row.name] = row.images
         return new
-
-
-def _compact_if_possible(folder: Folder) -> None:
-    with contextlib.suppress(StorageError, StorageAway, FileNotFoundError):
-        compact(folder)
 
 
 def _parse(data: bytes, where: str) -> list[Row]:
@@ -201,61 +156,12 @@ def _parse(data: bytes, where: str) -> list[Row]:
 
 def newest(folder: Folder) -> dict[str, Row]:
     """Return the last row of each name in the newest file: what a run did last, without reading its history."""
-    for _ in range(_TRIES):
-        files = _listed(folder)
-        if not files:
-            return {}
-        name = files[-1].name
-        with contextlib.suppress(FileNotFoundError):  # merged since it was listed
-            return {row.name: row for row in _parse(folder.read(name), f"{folder}/{name}")}
-    raise StorageError(f"{folder}: files of rows are listed and cannot be read")
+    for name in reversed(_sizes(folder)):
+        return {row.name: row for row in _parse(folder.read(name), f"{folder}/{name}")}
+    return {}
 
 
-def _listed(folder: Folder) -> list[_File]:
-    return sorted(file for name in folder.list() if (file := _File.parse(name)))
-
-
-def compact(folder: Folder) -> None:
-    """Merge each attempt's small files in their order. Only the attempt that owns the run may do so.
-
-    The merged file is written before its parts are deleted, so a reader finds each row at any time.
-    """
-    sizes = {file: size for name, size in folder.sizes().items() if (file := _File.parse(name))}
-    for _, of_attempt in groupby(sorted(sizes), key=lambda file: file.attempt):
-        files = list(of_attempt)
-        whole = _not_covered(files)
-        for group in _groups(whole, sizes):
-            parts = in_order(group, lambda file: folder.read(file.name), AT_ONCE)
-            data = b"".join(part.rstrip(b"\n") + b"\n" for part in parts)  # one may be cut off
-            folder.write(_File(group[0].attempt, group[0].first, group[-1].minus_last).name, data)
-            _delete(folder, group)
-        _delete(folder, set(files) - set(whole))  # left by a merge that was cut off
-
-
-def _delete(folder: Folder, files: Iterable[_File]) -> None:
-    for _ in in_order(files, lambda file: folder.delete(file.name), AT_ONCE):
-        pass
-
-
-def _not_covered(files: list[_File]) -> list[_File]:
-    """Return the files that hold something that none before them holds."""
-    whole, end = list[_File](), -1
-    for file in files:
-        if file.last > end:
-            whole.append(file)
-            end = file.last
-    return whole
-
-
-def _groups(files: list[_File], sizes: dict[_File, int]) -> Iterator[list[_File]]:
-    """Yield neighbours that have at most SEGMENT_BYTES together, at least two."""
-    group, group_bytes = list[_File](), 0
-    for file in files:
-        if group_bytes + sizes[file] > SEGMENT_BYTES:
-            if len(group) > 1:
-                yield group
-            group, group_bytes = [], 0
-        group.append(file)
-        group_bytes += sizes[file]
-    if len(group) > 1:
-        yield group
+def _sizes(folder: Folder) -> dict[str, int]:
+    """Return the bytes of each file, in the order of what they hold."""
+    sizes = {name: size for name, size in folder.sizes().items() if _NAME.fullmatch(name)}
+    return dict(sorted(sizes.items(), key=lambda file: [int(number) for number in re.findall(r"\d+", file[0])]))

@@ -138,7 +138,6 @@ def train_model(attempt: Attempt) -> int:
                 records.settle()
             if save_due:
                 training.save(images_seen)
-                records.compact()
             if publish_due:
                 training.publish(images_seen)
     end(training, images_seen, agreement)

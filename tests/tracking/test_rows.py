@@ -1,21 +1,21 @@
-"""Metric rows over weeks: written beside training, merged at resume points, read once; and the goodput that needs none of them."""
+"""Metric rows over weeks: written beside training, read once; and the goodput that needs none of them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dis_scale.process.errors import StorageAway, StorageError
-from dis_scale.storage.folder import open_folder
+from dis_scale.process.errors import StorageAway
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep.documents import RunCost, RunState
 from dis_scale.tracking import rows
 from dis_scale.tracking.goodput import Goodput, as_branch
-from dis_scale.tracking.rows import RowReader, RowWriter, compact
+from dis_scale.tracking.rows import RowReader, RowWriter
 from tests.support import store_requests
 
 
 def write(writer: RowWriter, images: range) -> None:
-    """Write each row into a file of its own."""
+    """Write each row by itself."""
     for seen in images:
         writer.add(seen, {"loss": 1.0 / seen, "lr": 0.1})
         writer.settle()
@@ -25,71 +25,48 @@ def losses(reader: RowReader) -> list[int]:
     return [row.images for row in reader.new() if row.name == "loss"]
 
 
-def test_small_files_are_merged_and_a_reader_sees_each_row_once(tmp_path: Path) -> None:
-    folder = open_folder(tmp_path)
-    writer, reader, seen = RowWriter(folder, 1), RowReader(folder), list[int]()
-    for first in range(1, 100, 10):
-        write(writer, range(first, first + 5))
-        seen += losses(reader)
-        write(writer, range(first + 5, first + 10))
-        compact(folder)
-        seen += losses(reader)
-        assert len(folder.list()) == 1
+def test_files_grow_to_a_segment_and_a_reader_takes_each_byte_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three weeks have as many files as segments; a later attempt repeats rows, of which the first count."""
+    monkeypatch.setattr(rows, "SEGMENT_BYTES", 1000)
+    folder, reader, seen, read = open_folder(tmp_path), RowReader(open_folder(tmp_path)), list[int](), list[int]()
+    take = Folder.read
+
+    def counted(folder: Folder, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        read.append(len(data := take(folder, path, start, end)))
+        return data
+
+    monkeypatch.setattr(Folder, "read", counted)
+    for attempt, images in ((1, range(1, 61)), (2, range(50, 101))):
+        writer = RowWriter(folder, attempt)
+        for first in images[::10]:
+            before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+            write(writer, range(first, min(first + 10, images.stop)))
+            seen += losses(reader)
+            assert [path for path, at in before.items() if path.stat().st_mtime_ns != at] in ([], [newest(before, attempt)])
+        writer.close()
+    sizes = folder.sizes()
+    assert all(1000 <= size < 1100 for size in [sizes[name] for name in folder.list() if name not in ends(folder)])
+    assert sum(read) == sum(sizes.values())
     assert seen == losses(RowReader(folder)) == list(range(1, 101))
 
 
-def test_files_of_a_segments_size_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "SEGMENT_BYTES", 1000)
-    folder, writer = open_folder(tmp_path), RowWriter(open_folder(tmp_path), 1)
-    for first in range(1, 201, 20):
-        write(writer, range(first, first + 20))
-        compact(folder)
-    sizes = folder.sizes()
-    assert all(size <= 1000 for size in sizes.values())
-    assert sum(sizes.values()) / len(sizes) > 800
-    before = {name: (tmp_path / name).stat().st_mtime_ns for name in sorted(sizes)[:-1]}
-    write(writer, range(201, 221))
-    compact(folder)
-    assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
+def newest(files: dict[Path, int], attempt: int) -> Path | None:
+    return max((path for path in files if path.name.startswith(f"{attempt:04d}-")), default=None)
 
 
-@pytest.mark.parametrize("verb", ["read", "write", "delete"])
-@pytest.mark.parametrize("nth", [1, 3])
-def test_a_merge_that_is_cut_off_loses_nothing_and_is_made_up_for(verb: str, nth: int, tmp_path: Path) -> None:
+def ends(folder: Folder) -> set[str]:
+    """The last file of each attempt."""
+    return set({name[:4]: name for name in folder.list()}.values())
+
+
+def test_files_that_were_merged_once_are_read(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
-    for attempt, images in ((1, range(1, 10)), (2, range(6, 15))):
-        write(RowWriter(folder, attempt), images)
-    calls = 0
-
-    def fail(at: str, _: str) -> None:
-        nonlocal calls
-        calls += at == verb
-        if at == verb and calls >= nth:
-            raise ValueError("cut off")
-
-    if verb != "write" or nth == 1:
-        with store_requests.before_each(fail), pytest.raises(StorageError, match="cut off"):
-            compact(folder)
-    assert losses(RowReader(folder)) == list(range(1, 15))
-    compact(folder)
-    assert folder.list() == ["0001-000000-000008.jsonl", "0002-000000-000008.jsonl"]
-    assert losses(RowReader(folder)) == list(range(1, 15))
-
-
-def test_a_file_that_is_merged_while_it_is_read_is_found_again(tmp_path: Path) -> None:
-    folder, other = open_folder(tmp_path), open_folder(tmp_path)
-    write(RowWriter(folder, 1), range(1, 6))
-    reader, merged = RowReader(folder), False
-
-    def merge(verb: str, path: str) -> None:
-        nonlocal merged
-        if verb == "read" and "000003" in path and not merged:
-            merged = True
-            compact(other)
-
-    with store_requests.before_each(merge):
-        assert losses(reader) == [1, 2, 3, 4, 5]
-    assert merged
+    write(RowWriter(folder, 1), range(1, 4))
+    write(RowWriter(folder, 2), range(4, 6))
+    folder.write("0001-000000-000007.jsonl", folder.read("0001-000000.jsonl"))
+    assert losses(RowReader(folder)) == [1, 2, 3, 4, 5]
+    folder.delete("0001-000000.jsonl")
+    assert losses(RowReader(folder)) == [1, 2, 3, 4, 5]
 
 
 def test_rows_wait_while_storage_is_away(tmp_path: Path, no_pauses: None) -> None:
@@ -119,20 +96,14 @@ def test_rows_wait_while_storage_is_away(tmp_path: Path, no_pauses: None) -> Non
 def test_damaged_rows_are_named_and_left_out(
     damage: Callable[[bytes], bytes], left: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, writer = open_folder(tmp_path), RowWriter(open_folder(tmp_path), 1)
-    write(writer, range(1, 2))
-    for seen in (2, 3):
-        writer.add(seen, {"loss": 1.0 / seen, "lr": 0.1})
-    writer.settle()
-    write(writer, range(4, 5))
-    name = "0001-000001.jsonl"
+    folder, name = open_folder(tmp_path), "0002-000000.jsonl"
+    for attempt, images in ((1, range(1, 2)), (2, range(2, 4)), (3, range(4, 5))):
+        write(RowWriter(folder, attempt), images)
     folder.write(name, damage(folder.read(name)))
     reader = RowReader(folder)
     assert losses(reader) == left
     assert f"{folder}/{name}: damaged: " in caplog.text
     assert reader.new() == []
-    compact(folder)
-    assert losses(RowReader(folder)) == left
     assert rows.newest(folder)["loss"].images == 4
 
 

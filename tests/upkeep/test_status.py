@@ -20,7 +20,6 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import RECIPE, PointName, Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended, Metrics, StageProgress
-from dis_scale.tracking import rows
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.upkeep import status
 from dis_scale.upkeep.status import RunStatus, Status
@@ -313,31 +312,6 @@ def test_storage_that_is_away_does_not_end_the_watch(sweep: Sweep, monkeypatch: 
     assert text.count("dis") > 2, "each is printed without a terminal"
     assert "\x1b" not in out.getvalue()
     assert text.index("dis") < text.index("storage is away; asked again in") < text.rindex("dis")
-
-
-def test_rows_that_are_merged_meanwhile_are_found(sweep: Sweep) -> None:
-    train(sweep, "dis", 80)
-    log, merged = sweep.run("dis").log, list[str]()
-    writer = RowWriter(log, 2)
-    for images in (120, 160):
-        writer.add(images, {"loss": 1.0, "images_per_s": 10.0})
-        writer.settle()
-    newest = log.list()[-1]
-
-    def merge(verb: str, path: str) -> None:
-        """Merge the newest file with others when it is listed and not yet read."""
-        if verb == "read" and path.endswith(newest) and not merged:
-            merged.append(path)
-            rows.compact(log)
-
-    with store_requests.before_each(merge):
-        found, run = of(sweep, "dis")
-    assert merged
-    assert not log.exists(newest)
-    assert (run.images_seen, found.wrong[-1]) == (
-        160,
-        f"stopped: no sweep command has run yet; to continue: dis-scale resume {sweep}",
-    )
 
 
 def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) -> None:
