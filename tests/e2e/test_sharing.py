@@ -235,6 +235,9 @@ def test_a_hang_of_all_counts_against_the_node_for_which_the_others_wait(tiny: R
     job = job_of(tiny, tmp_path)
     workers = [spawn(job, Joining, request_for("prepare", "cpu", 1)) for _ in range(2)]
     calls = [worker.join.remote(number in hanging) for number, worker in enumerate(workers)]
+    expected = [int(number not in hanging) for number in range(2)]
+    while [done for done, _ in ray.get([worker.poll.remote() for worker in workers])] != expected:
+        time.sleep(0.1)  # a process may take longer to start than the hang below
     with pytest.raises(WorkerFailure, match=r"hanging(; all others wait for the workers of node .*)?$") as raised:
         watch(job, workers, calls, policy=Watch(hang_after_s=3.0, blame_behind=True, poll_every_s=0.2, answer_s=2.0))
     alone = hanging == [1]
