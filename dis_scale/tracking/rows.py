@@ -21,7 +21,7 @@ from dis_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 FLUSH_EVERY_S = 10.0
-SEGMENT_BYTES = 2**18
+SEGMENT_BYTES = 2**20
 """Size of a file from which on the next rows are in another one; the newest is written again every ten seconds."""
 AT_ONCE = 16
 _NAME = re.compile(r"(\d+)-(\d+)(?:-(\d+))?\.jsonl")
