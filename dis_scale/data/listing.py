@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 HIDDEN, OF_OTHER_KINDS = "hidden", "of other kinds"
 """Reasons behind which anything may be."""
 ABSENT = {"", "#N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
-"""Labels that a program has written where there was none: those that pandas reads so, but for some of old systems."""
+"""Words that a program has written for a label where there was none: those that pandas reads so, but for some of old systems."""
 
 
 class LeftOut(NamedTuple):
@@ -120,8 +120,9 @@ def of_files(
 
 
 def number_or_name(text: str) -> str:
-    """Parse a class: digits are a number, any other text is a name."""
-    text = text.strip()
+    """Parse a written class: digits are a number, a word for none is empty, any other text is a name."""
+    if (text := text.strip()) in ABSENT:
+        return ""
     return Numeral(text) if text.isascii() and text.isdigit() else text
 
 
@@ -282,8 +283,10 @@ class _Labels:
         if isinstance(label, Numeral):
             label = self._number(entry, label)
         if isinstance(label, str):
-            if label.strip() in ABSENT:
-                raise UserError(f"{self._where}: image {printable(entry.name)} has no label: got {label!r}")
+            if not label.strip():
+                raise UserError(
+                    f"{self._where}: image {printable(entry.name)} has no label: it is empty, or a word for that such as NA or None"
+                )
             # 10.0 would be sorted before 2.0; pandas writes so where a label is missing
             if re.fullmatch(r"[+-]?\d+\.\d*", label):
                 raise UserError(

@@ -17,7 +17,7 @@ from dis_scale.data.listing import Column, Contents, Entry, Listing
 from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.data.parts import of_one_set
 from dis_scale.process.errors import UndecodableImage, UserError, printable
-from dis_scale.process.progress import ReportDone
+from dis_scale.process.progress import ReportDone, some
 from dis_scale.recipe import Data, LatentsSource, ParquetSource, SourceSettings, TarSource
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -180,6 +180,9 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
         from_one = "; labels count from 0: do these begin at 1?" if largest == data.num_classes else ""
         raise UserError(f"data.num_classes: got {data.num_classes}, but {where} has labels up to {largest}{from_one}")
     if names is not None and len(names) != data.num_classes:
-        shown = ", ".join(names[:5])
-        raise UserError(f"data.num_classes: got {data.num_classes}, but the source has {len(names)} classes ({shown}, ...)")
+        shown = [printable(name) for name in names]
+        only = len(names) == 1 and data.source.kind == "folder"
+        within = f"; if the folders in {shown[0]} are the classes, give that one as data.source.url" * only
+        found = f"the source has {len(names)} classes ({some(shown)}){within}"
+        raise UserError(f"data.num_classes: got {data.num_classes}, but {found}")
     return list(names or ()) or [str(i) for i in range(data.num_classes)]

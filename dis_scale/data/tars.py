@@ -337,7 +337,7 @@ def _sample_entries(
         else:
             image_label = _from_name(image.name, tar, settings) if settings.label in ("folder", "tar") else label
         if image_label is None or image_label == "":
-            expected = "a folder around it" if settings.label == "folder" else f"a .{settings.label} next to it"
+            expected = "a folder around it" if settings.label == "folder" else f"a .{settings.label} next to it with one"
             otherwise = "" if latents else ", or where the labels of images are: data.source.label = cls, json, folder or tar"
             raise UserError(
                 f"{where}: {printable(image.name)} has no label: expected {expected}; otherwise set data.num_classes: "

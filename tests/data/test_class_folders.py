@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dis_scale.data.sources import open_source
-from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
+from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, UserError
 from tests.support.labelled_images import data, png
 
 
@@ -28,6 +28,14 @@ def test_a_class_without_images_is_named(folders: Path) -> None:
     (folders / "d").mkdir()
     opened = open_source(data(source(folders), num_classes=4))
     assert "class folders without images, which are classes (d)" in str(opened.left_out)
+
+
+def test_a_folder_around_the_classes_is_offered(folders: Path) -> None:
+    (folders / "photos").mkdir()
+    for name in "abc":
+        (folders / name).rename(folders / "photos" / name)
+    with pytest.raises(UserError, match=r"the source has 1 classes \(photos\); if the folders in photos are the classes, give"):
+        open_source(data(source(folders), num_classes=3))
 
 
 def test_a_class_that_vanishes_while_it_is_listed_is_no_empty_one(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

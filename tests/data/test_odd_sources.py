@@ -61,6 +61,12 @@ def test_labels_that_begin_at_1_are_named(tmp_path: Path) -> None:
         open_source(data(csv_of(tmp_path, "path,label", "0.png,1", "1.png,2")))
 
 
+def test_a_folder_of_a_tar_may_have_such_a_word_as_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"NA/1.png": picture(1), "DE/2.png": picture(2)}))
+    source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
+    assert open_source(data(source)).label_names == ["DE", "NA"]
+
+
 def test_edms_numbered_folders_are_no_classes(tmp_path: Path) -> None:
     for number in range(4):
         open_folder(tmp_path).write(f"{number // 2:05d}/img{number:08d}.png", picture(number))

@@ -261,7 +261,7 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
     [
         (
             "a.tar", labelled_images.tar({"1.png": png(1)}), {},
-            r"a.tar: 1.png has no label: expected a .cls next to it; otherwise set data.num_classes: none, or",
+            r"a.tar: 1.png has no label: expected a .cls next to it with one; otherwise set data.num_classes: none, or",
         ),
         (
             "a.tar", labelled_images.tar({"1.png": png(1), "1.json": b'{"class": 1}'}), {"label": "json"},
