@@ -174,33 +174,23 @@ NO_AGENT = "Request failed with status code 500: No available agent to submit jo
 """Ray's words (2.x, `job_head.py`) after it has looked for the head's agent for 10 s: this job was not taken."""
 
 
-def test_a_job_is_submitted_again_until_the_dashboard_answers() -> None:
-    """It was taken although its answer was lost."""
+@pytest.mark.parametrize(
+    ("answers", "ours"),
+    [([RuntimeError(NO_AGENT), requests.ConnectionError("aborted")], True), ([RuntimeError(NO_AGENT)], False)],
+    ids=["taken although its answer was lost", "taken from another process meanwhile"],
+)
+def test_a_job_is_submitted_again_until_the_dashboard_answers(answers: list[Exception], ours: bool) -> None:
     taken = RuntimeError("Job with submission_id tiny-train-1 already exists. Please use a different submission_id.")
-    answers = iter([RuntimeError(NO_AGENT), requests.ConnectionError("aborted"), taken])
+    coming = iter([*answers, taken])
 
     class Client:
         def submit_job(self, **_: object) -> None:
-            raise next(answers)
+            raise next(coming)
 
     client: Any = Client()
     cluster = Cluster(client, {}, "a Ray", ours=True, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="x")
     submit = partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {})
-    assert Silence(pause_s=0.0).insist(submit, lambda: None).ours
-
-
-def test_a_job_that_no_agent_took_is_of_the_process_that_submitted_it_meanwhile() -> None:
-    taken = RuntimeError("Job with submission_id tiny-train-1 already exists. Please use a different submission_id.")
-    answers = iter([RuntimeError(NO_AGENT), taken])
-
-    class Client:
-        def submit_job(self, **_: object) -> None:
-            raise next(answers)
-
-    client: Any = Client()
-    cluster = Cluster(client, {}, "a Ray", ours=True, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="x")
-    submit = partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {})
-    assert not Silence(pause_s=0.0).insist(submit, lambda: None).ours
+    assert Silence(pause_s=0.0).insist(submit, lambda: None).ours == ours
 
 
 def test_a_stop_is_obeyed_while_no_agent_takes_a_job() -> None:
