@@ -24,7 +24,7 @@ FLUSH_EVERY_S = 10.0
 SEGMENT_BYTES = 2**20
 """Size of a file from which on the next rows are in another one; the newest is written again every ten seconds."""
 AT_ONCE = 16
-_NAME = re.compile(r"(\d+)-(\d+)(?:-(\d+))?\.jsonl")
+_NAME = re.compile(r"\d+-\d+(?:-\d+)?\.jsonl")
 """Attempt and number, and the last number of a file that holds several, as there were once."""
 
 
@@ -156,9 +156,9 @@ def _parse(data: bytes, where: str) -> list[Row]:
 
 def newest(folder: Folder) -> dict[str, Row]:
     """Return the last row of each name in the newest file: what a run did last, without reading its history."""
-    for name in reversed(_sizes(folder)):
-        return {row.name: row for row in _parse(folder.read(name), f"{folder}/{name}")}
-    return {}
+    if not (names := [*_sizes(folder)]):
+        return {}
+    return {row.name: row for row in _parse(folder.read(names[-1]), f"{folder}/{names[-1]}")}
 
 
 def _sizes(folder: Folder) -> dict[str, int]:
