@@ -97,7 +97,7 @@ class Trainer(Worker):
 
         from dis_scale.training.loop import Attempt, Start, train_model
 
-        self.report(0)
+        self.report(0)  # of images, after `check`
         self.context.attempt, self.context.rank = held_lease.number, int(os.environ["RANK"])
         if device == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))

@@ -1,17 +1,15 @@
-"""The kinds of source: how each lists and reads its images. Tars, Parquet and other programs' latents have files of their own."""
+"""The kinds of source: how each lists and reads its images. Tars, Parquet, the rows of a CSV and other programs' latents have files
+of their own.
+"""
 
 import contextlib
-import csv
 import errno
 import io
 import itertools
 import posixpath
-import re
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from importlib.metadata import distribution
@@ -21,10 +19,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from dis_scale.data import images, layouts, parquet, tars
-from dis_scale.data.listing import ABSENT, HIDDEN, Contents, Entry, LeftOut, number_or_name
-from dis_scale.data.parts import SPLITS
-from dis_scale.process.errors import StorageError, UserError, nearest, printable
+from dis_scale.data import csv_rows, images, layouts, parquet, tars
+from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut
+from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, LatentsSource, ParquetSource, TarSource
 from dis_scale.storage.folder import Folder, open_folder
@@ -33,10 +30,6 @@ UNLISTED = ("http://", "https://")
 """Beginnings of URLs whose folders cannot be listed: what is not there is found when it is read."""
 NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 """Answers of a file system to a path that is no file: a folder, below a file, too long."""
-TAKEN_IN = "lines in a quoted value of the line before: if they are images, a quote is missing"
-_LINE_END = re.compile(r"\r\n?|\n")
-LINE_CHARACTERS = 2**20
-"""Most characters of a CSV's line: paths have up to 4,096, and a field of Python's csv up to 131,072."""
 
 
 class SourceKind(Protocol):
@@ -241,7 +234,7 @@ class _Csv(_OneFileEach):
     def _each_once(self) -> Iterator[Entry | LeftOut]:
         """Yield the CSV's images; UserError at the end if two lines name one. Hashes: there may be a hundred million."""
         names, lines = array("q"), array("q")
-        for entry in _csv_entries(self._root, self._file.name, self._path, self._label):
+        for entry in csv_rows.entries(self._root, self._file.name, self._path, self._label):
             if isinstance(entry, LeftOut):
                 yield entry
                 continue
@@ -402,76 +395,6 @@ def gone(what: str) -> StorageError:
         f"{printable(what)} is gone: it was there when the source was listed; "
         "restore it, or change data.source.version and the sweep's name, and the source is listed again"
     )
-
-
-def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[Entry | LeftOut]:
-    """Yield the images in column `path`, of the classes in column `label` if given; and each line that is in a quoted value, since
-    a quote that lacks its other one takes in the images of the lines after it."""
-    where = printable(f"{root}/{name}")
-    try:
-        with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(_lines(file, where), strict=True, skipinitialspace=True)
-            columns = rows.fieldnames or []
-            if twice := [name for name, count in Counter(columns).items() if count > 1]:
-                raise UserError(f"{where}: its header names {', '.join(map(repr, twice))} twice")
-            for key, column in (("path", path), ("label", label)):
-                if column is not None and column not in columns:
-                    has = ", ".join(columns or ["nothing"])
-                    near = nearest(column, columns) or ", and no comma" * (len(columns) == 1)
-                    raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
-            part_of = dict.fromkeys(set(columns) - {path, label}, "")
-            for row in rows:
-                at = f"{where}: line {rows.line_num}"
-                _require_one_part(row, part_of, at)
-                if not row[path] or None in row or (label is not None and (row[label] or "").strip() in ABSENT):
-                    raise UserError(f"{at}: expected a path and a label, in quotes if it has a comma, got {list(row.values())}")
-                taken_in = _taken_in(row)
-                if _LINE_END.search(row[path] + (row[label] if label else "")):
-                    raise UserError(f"{at}: a path or a label of {len(taken_in) + 1} lines: is a quote missing?")
-                if image := next((field for line in taken_in for field in line.split(",") if _is_image(field)), ""):
-                    raise UserError(f"{at}: {image.strip()!r:.99} within a value of {len(taken_in) + 1} lines: is a quote missing?")
-                yield Entry(row[path], 0 if label is None else number_or_name(row[label]), location=(rows.line_num, 0))
-                yield from (LeftOut(f"line {rows.line_num - i}", TAKEN_IN) for i in range(len(taken_in)))
-    except FileNotFoundError as error:
-        raise UserError(f"data.source.url: no file {where}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        wide = isinstance(error, UnicodeDecodeError) and error.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
-        raise UserError(
-            f"{where}: not a CSV in UTF-8, as iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8 or a text editor writes it: "
-            f"{error}"
-        ) from error
-
-
-def _require_one_part(row: Mapping[str, str | None], part_of: dict[str, str], at: str) -> None:
-    """UserError if a column that names parts of a set, and nothing else so far, names another one than before in `part_of`."""
-    for column, first in list(part_of.items()):
-        part = SPLITS.get((row[column] or "").strip().lower())
-        if part is None:
-            del part_of[column]
-        elif first and part != first:
-            raise UserError(
-                f"{at}: {part} in column {column!r}, and {first} before: parts of a set; write a CSV of one of them, or without "
-                "the column to use all"
-            )
-        else:
-            part_of[column] = part
-
-
-def _taken_in(row: Mapping[str, str | None]) -> list[str]:
-    """Return the lines that values of a row have after their first."""
-    return [line for value in filter(None, row.values()) for line in _LINE_END.split(value)[1:]]
-
-
-def _is_image(field: str) -> bool:
-    return field.strip(' "').lower().endswith(images.SUFFIXES)
-
-
-def _lines(file: io.TextIOWrapper, where: str) -> Iterator[str]:
-    """Yield the lines; UserError for one that is too long to be a path and a label, before it fills the memory."""
-    while line := file.readline(LINE_CHARACTERS + 1):
-        if len(line) > LINE_CHARACTERS:
-            raise UserError(f"{where}: not a CSV of images: a line has over {LINE_CHARACTERS:,} characters")
-        yield line
 
 
 def _is_in(ordered: Sequence[int], number: int) -> bool:

@@ -110,6 +110,21 @@ def of_one_set(entries: Iterable[Entry | LeftOut], where: str) -> Iterator[Entry
         yield entry
 
 
+def require_one_part(row: Mapping[str, str | None], part_of: dict[str, str], at: str) -> None:
+    """UserError if a column that names parts of a set, and nothing else so far, names another one than before in `part_of`."""
+    for column, first in list(part_of.items()):
+        part = SPLITS.get((row[column] or "").strip().lower())
+        if part is None:
+            del part_of[column]
+        elif first and part != first:
+            raise UserError(
+                f"{at}: {part} in column {column!r}, and {first} before: parts of a set; write a CSV of one of them, or without "
+                "the column to use all"
+            )
+        else:
+            part_of[column] = part
+
+
 def _require_same_part(first_of: dict[tuple[str, ...], str], path: str, where: str) -> None:
     """UserError if the folder is another part than the first of those that are like it; it may be that first one."""
     around, _, name = path.rpartition("/")

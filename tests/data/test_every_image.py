@@ -29,7 +29,7 @@ import pytest
 from PIL import Image
 
 from dis_scale.data import listing, survey
-from dis_scale.data.kinds import TAKEN_IN
+from dis_scale.data.csv_rows import TAKEN_IN
 from dis_scale.data.sources import open_source
 from dis_scale.data.tars import UNMATCHED
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError

@@ -377,7 +377,7 @@ def test_what_is_beside_latents_is_counted_and_unlabelled_ones_need_no_classes(e
 
 
 def odd_files(out: Path) -> dict[str, int]:
-    """One folder behind a link, a name as of an incomplete file, and beside the latents what is none."""
+    """One folder behind a link, a name as of an incomplete file, and other files beside the latents."""
     (out / "00001").rename(out.parent / "elsewhere")
     (out / "00001").symlink_to(out.parent / "elsewhere")
     old, new = layouts.edm2_file(3), "00000/deep/x.part-3.npy"
@@ -407,7 +407,7 @@ def odd_tars(out: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("layout", "odd"), [("edm2", odd_files), ("repa", odd_files), ("webdataset", odd_tars)])
-def test_each_latent_comes_back_once_beside_what_is_none(
+def test_each_latent_comes_back_once_beside_other_files(
     layout: str, odd: Callable[[Path], dict[str, int]], encoded: tuple[str, Folder], tmp_path: Path
 ) -> None:
     vae, latents = encoded

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dis_scale.data.kinds import TAKEN_IN
+from dis_scale.data.csv_rows import TAKEN_IN
 from dis_scale.data.sources import open_source
 from dis_scale.data.survey import describe, take_survey
 from dis_scale.data.tars import LONG_END
