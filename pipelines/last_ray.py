@@ -66,7 +66,7 @@ def end_left_jobs(sweep: Sweep, say: Callable[[str], None], raise_if_stopped: Ca
     last = LastRay.find_intact(sweep.folder)
     if last is None or not last.address or last.host != socket.gethostname():
         return  # a cluster's jobs are joined, or refuse this command
-    leases = {name: sweep.lease(name) for name in ("prepare", "evaluate")}
+    leases = {name: sweep.lease(name) for name in ("prepare", "precompute", "evaluate")}
     leases |= {f"train {model}": sweep.run(model).lease for model in sweep.recipe.models}
     last_holdings = in_order(leases.values(), lease.last_holding)
     holdings = {name: holding for name, holding in zip(leases, last_holdings, strict=True) if holding}

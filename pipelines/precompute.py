@@ -176,7 +176,8 @@ def precompute_latents(job: StageJob) -> None:
     job.connect()
     device, why = ("cpu", "latents are copied") if job.recipe.data.given else choose_device(job.recipe)
     job.say(f"encoding on {device} ({why})")
-    find_or_make_latents(job, RayEncoders(job, device))
+    with job.hold("precompute"):
+        find_or_make_latents(job, RayEncoders(job, device))
 
 
 def find_or_make_latents(job: StageJob, encoders: Any) -> None:
@@ -190,10 +191,11 @@ def find_or_make_latents(job: StageJob, encoders: Any) -> None:
     if not complete:
         source = open_source(job.recipe.data, job.sweep.store, listing_words(job.say))
         encode, mix = (partial(work, latents, encoding, source) for work in (encoders.encode, encoders.mix))
-        latent_set = LatentSet(job.recipe, latents, source, encoding, encode, mix, job.say, job.raise_if_stopped)
+        latent_set = LatentSet(job.recipe, latents, source, encoding, encode, mix, job.say, job.raise_if_stopped, job.require_held)
         latent_set.make(partial(retrying, job))
     staging.delete_parts(latents)
     shards.require_allowed(latents, job.recipe.data)
+    job.require_held()
     state.use_latents(job.sweep, latents, encoding.identity)
 
 

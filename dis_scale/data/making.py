@@ -36,6 +36,8 @@ class LatentSet:
     mix: Make
     say: Callable[[str], None]
     raise_if_stopped: Callable[[], None]
+    require_held: Callable[[], None]
+    """Raises Held if another process makes this sweep's latents now."""
 
     def make(self, retry: Retry) -> None:
         """Begin or continue the set, and seal it."""
@@ -44,6 +46,7 @@ class LatentSet:
             self.say(f"{name} is not part of the set: deleted")
         retry(self._attempt, lambda: len(self.folder.list()) + len(self.folder.list(staging.STAGED)))
         self.raise_if_stopped()
+        self.require_held()
         made_from = _made_from(self.recipe, self.source, self.encoding)
         sealed: LatentsManifest = shards.write_manifest(self.folder, self._numbers, made_from)
         self.say(f"{sealed.count} latents in {len(self._numbers)} shards, {len(sealed.refused)} images refused")

@@ -245,7 +245,7 @@ def clear_strays(latents: Folder, numbers: range) -> list[str]:
 def write_manifest(latents: Folder, numbers: range, made_from: MadeFrom) -> LatentsManifest:
     """Write the manifest over all sidecars, as the last file; StorageError if a shard's size is not its sidecar's.
 
-    Another precompute that seals the set at the same time writes the same bytes, so neither needs a lease.
+    Another sweep's precompute that seals the set at the same time writes the same bytes, so the set has no lease of its own.
     """
     shards, sums, refused, labels, sizes = [], [], list[str](), LabelCounts(), latents.sizes()
     read = in_order(numbers, lambda n: ShardSidecar.read(latents, f"{shard_name(n)}.json"), READS_AT_ONCE)

@@ -1,6 +1,6 @@
 """Leases: one writer at a time. The writer holds `<n>` in the lease's folder; to take over, a process creates `<n + 1>`.
 
-The sweep, its prepare and evaluate stages and each run have their own leases. For a run, n is also the attempt's number.
+The sweep, its other stages and each run have their own leases. For a run, n is also the attempt's number.
 
 Create-only-if-absent lets one of several processes win; a nonce shows a process that it won although the answer was lost. The
 lease of a process that died on this machine, in the same container or outside of any, is free at once; that of any other process

@@ -34,7 +34,7 @@ STAGE_QUIET_S = 5400.0
 """Time without progress after which another stage does, as in the alert: its own watch has not helped."""
 ENDS = 3
 """Number of a run's last attempts whose errors are shown."""
-LEASES = ("sweep", "prepare", "evaluate")
+LEASES = ("sweep", "prepare", "precompute", "evaluate")
 """Leases of the sweep command and of stages; a run has its own."""
 T = TypeVar("T")
 

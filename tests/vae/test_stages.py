@@ -15,13 +15,17 @@ from dis_scale.evaluation.sampling import open_sampler
 from dis_scale.process.errors import Held, UserError
 from dis_scale.recipe import Sampling, reading
 from dis_scale.storage import lease
-from dis_scale.sweep import Sampled, state
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.sweep.documents import LatentsManifest, LatentsPointer
 from dis_scale.weights.opening import open_for_sampling, sample_pictures
+from pipelines import precompute
 from pipelines.evaluators import Evaluator
 from tests.conftest import TINY
 from tests.support import ranks
 from tests.support.autoencoders import Folded, exported
-from tests.support.stages import make_latents, preparer
+from tests.support.stage_jobs import printing_job
+from tests.support.stages import OneEncoder, make_latents, preparer
 
 
 def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
@@ -59,6 +63,20 @@ def test_a_stage_that_lost_its_lease_writes_no_network(tmp_path: Path) -> None:
             late.prepare(sweep, "cpu")
         assert state.vae_missing(sweep)
         assert not sweep.folder.exists("extractors")
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_stage_that_lost_its_lease_names_no_latents(complete: bool, tmp_path: Path) -> None:
+    recipe = reading.load(TINY, ["vae={kind: none}", "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"])
+    sweep, other = (Sweep(open_folder(tmp_path) / name, recipe) for name in "ab")
+    latents = make_latents(sweep)
+    if not complete:
+        latents.delete(LatentsManifest.NAME)
+    late = printing_job(other)
+    with late.hold("precompute"), lease.hold(late.sweep.lease("precompute")), pytest.raises(Held):
+        precompute.find_or_make_latents(late, OneEncoder(late))
+    assert LatentsManifest.find(latents) is None or complete
+    assert LatentsPointer.find(other.folder) is None
 
 
 def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
