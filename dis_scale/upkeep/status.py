@@ -148,14 +148,9 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
         )
     skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
     progress = StageProgress.find_intact(sweep.folder)
-    active = {
-        "prepare": working[1],
-        # After prepare the command may wait for its nodes.
-        "precompute": commanded and doing == "encoding latents" and not (progress and progress.stage == "prepare"),
-        "evaluate": working[2] and left,
-    }
-    for stage, holding in zip(active, (held[1], held[0], held[2]), strict=True):
-        if active[stage] and holding:
+    idle = {"precompute": progress and progress.stage == "prepare", "evaluate": not left}  # the former waits for its nodes
+    for stage, holding, alive in zip(LEASES[1:], held[1:], working[1:], strict=True):
+        if alive and holding and not idle.get(stage):
             wrong += _silent(sweep, stage, holding, progress, now)
     excluded = reader.read("the failures of nodes", lambda: state.excluded_nodes(sweep)) or []
     known = [f"{node}: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md" for node in excluded]

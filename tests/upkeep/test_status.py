@@ -121,8 +121,9 @@ def test_a_command_that_waits_for_the_nodes_of_its_encoders_is_not_silent(sweep:
     """For hours, where capacity is scarce."""
     monkeypatch.setattr(state, "prepared", lambda _: True)
     now = time.time()
-    Holder(host="there", pid=7, at=now - 9000).write(sweep.lease("sweep"), "0001")
-    sweep.lease("sweep").write("0001.beat", f"9 {now:.0f}".encode())
+    for name in ("sweep", "precompute"):
+        Holder(host="there", pid=7, at=now - 9000).write(sweep.lease(name), "0001")
+        sweep.lease(name).write("0001.beat", f"9 {now:.0f}".encode())
     StageProgress(stage="prepare", done=40, total=40, unit="images", at=now - 8000).write(sweep.folder)
     assert of(sweep, "dis")[0].wrong == []
 
