@@ -117,12 +117,12 @@ class _ClassFolders(_OneFileEach):
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
 
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
-        empty, linked = dict.fromkeys(labels), self._root.local and _LinkedFolders(self._root.local)
-        around, elsewhere = "", ""
+        empty, linked = dict.fromkeys(labels), self._root.local and _Linked(self._root.local, self._labelled)
+        around, folder_elsewhere = "", ""
         for file in files:
             folder, slash, _ = file.partition("/")
             if linked and around != (around := file.rpartition("/")[0]):
-                elsewhere = linked.other_path(around)
+                folder_elsewhere = linked.other_folder(around)
             if "//" in f"/{file}":  # a key in S3; its folder has another's name
                 raise UserError(
                     f"data.source.url: {printable(f'{self._root}/{file}')}: an empty name of a folder (//): rename it or delete it"
@@ -135,8 +135,8 @@ class _ClassFolders(_OneFileEach):
                 yield LeftOut(file, "images beside the class folders")
             elif self._labelled and folder not in labels:
                 yield LeftOut(file, "images in folders that came while they were listed")
-            elif elsewhere:
-                self._require_one_class(elsewhere, around)
+            elif elsewhere := folder_elsewhere or (linked and linked.other_file(file)):
+                self._require_one_class(elsewhere, around if folder_elsewhere else file)
                 yield LeftOut(file, "images that a link shows a second time")
             else:
                 empty.pop(folder, None)
@@ -144,13 +144,13 @@ class _ClassFolders(_OneFileEach):
         yield from (LeftOut(folder, "class folders without images, which are classes") for folder in empty)
 
     def _require_one_class(self, first: str, second: str) -> None:
-        """UserError if two paths of one folder, by a link, are of two classes."""
+        """UserError if two paths of one folder or image, by a link, are of two classes."""
         if self._labelled and first.partition("/")[0] != second.partition("/")[0]:
             paths = itertools.accumulate(second.split("/"), "{}/{}".format)
             link = next(path for path in paths if Path(self._root.local or "", path).is_symlink())
             raise UserError(
-                f"data.source.url: {printable(first)} and {printable(second)} in {self._root} are one folder, by the link "
-                f"{printable(link)}, so its images would be of two classes: delete that link"
+                f"data.source.url: {printable(first)} and {printable(second)} in {self._root} are one, by the link "
+                f"{printable(link)}, which would be of two classes: delete that link"
             )
 
     def _lost_link(self, file: str) -> str:
@@ -178,14 +178,26 @@ class _ClassFolders(_OneFileEach):
             raise gone(f"image {entry.name}") from error
 
 
-class _LinkedFolders:
-    """The folders below `root` that are there by links, to see which are there by another path too."""
+class _Linked:
+    """The folders and images below `root` that are there by links, to see which are there by another path too."""
 
-    def __init__(self, root: Path) -> None:
-        self._root, self._first = root.resolve(), dict[Path, str]()
+    def __init__(self, root: Path, labelled: bool) -> None:
+        self._root, self._labelled, self._first = root.resolve(), labelled, dict[Path, str]()
         self._known = lru_cache(64)(self._real)
 
-    def other_path(self, folder: str) -> str:
+    def other_file(self, file: str) -> str:
+        """Return the path by which the image that a link leads to was or will be listed; empty if it is this one."""
+        path = self._root / file
+        if not path.is_symlink() or not path.is_file():
+            return ""
+        real = path.resolve()
+        inside = str(real.relative_to(self._root)) if real.is_relative_to(self._root) else ""
+        if inside and not images.hidden(inside) and inside.lower().endswith(images.SUFFIXES) and "/" * self._labelled in inside:
+            return inside
+        first = self._first.setdefault(real, file)
+        return first if first != file else ""
+
+    def other_folder(self, folder: str) -> str:
         """Return the path below the root by which this folder was or will be listed; empty if it is this one."""
         if images.hidden(folder) or (real := self._known(folder)) == self._root / folder:
             return ""

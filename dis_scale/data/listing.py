@@ -7,10 +7,12 @@ kinds.py has the kinds of source.
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import re
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -196,6 +198,7 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
     if not count:
         raise contents.without_images(left_out)
     names, final, largest = labels.final()
+    labels.name_missing(left_out)
     manifest = ListingManifest(
         files={}, count=count, sha256=total.hexdigest(), label_names=names and [printable(name) for name in names],
         final_labels=final, largest=largest, left_out=left_out, version=contents.version,
@@ -276,7 +279,7 @@ class _Labels:
         self._where, self._known = where, names
         self._ids: dict[str, int] = {}
         self._written: dict[int, str] = {}
-        self._largest = -1
+        self._numbers: set[int] = set()
 
     def id_of(self, entry: Entry) -> int:
         label = entry.label
@@ -292,10 +295,10 @@ class _Labels:
                 raise UserError(
                     f"{self._where}: image {printable(entry.name)}: label {label!r}: write whole numbers from 0, or names"
                 )
-            if self._largest < 0:
+            if not self._numbers:
                 return self._ids.setdefault(label, len(self._ids))
         elif not self._ids and 0 <= label < (2**31 if self._known is None else len(self._known)):
-            self._largest = max(self._largest, label)
+            self._numbers.add(label)
             return label
         expected = f"a class from 0 to {len(self._known) - 1}" if self._known else "either a name or a number from 0 in all"
         raise UserError(f"{self._where}: image {printable(entry.name)}: label {entry.label!r:.99}, expected {expected}")
@@ -310,11 +313,24 @@ class _Labels:
 
     def final(self) -> tuple[list[str] | None, list[int] | None, int]:
         """Return the names (None for bare numbers), the final label of each id (None if it is the id) and the largest label."""
+        names = sorted(self._ids) or self._known or []
+        alike = dict[str, str]()
+        for name in names:
+            if (other := alike.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+                raise UserError(
+                    f"{self._where}: two classes whose names look the same, {other!a} and {name!a}: in one of them accents are "
+                    "letters of their own, as macOS writes them; give both one name"
+                )
         if not self._ids:
-            return self._known, None, self._largest
-        names = sorted(self._ids)
+            return self._known, None, max(self._numbers)
         rank = {name: i for i, name in enumerate(names)}
         return names, [rank[name] for name in self._ids], len(names) - 1
+
+    def name_missing(self, left_out: LeftOutByReason) -> None:
+        """Count the numbers below the largest that no image has."""
+        if self._numbers and self._known is None and (missing := max(self._numbers) + 1 - len(self._numbers)):
+            first = next(number for number in itertools.count() if number not in self._numbers)
+            left_out["classes without images, below the largest"] = missing, str(first)
 
 
 @dataclass(frozen=True)

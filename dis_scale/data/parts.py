@@ -88,9 +88,10 @@ def splits_in(names: Iterable[str]) -> set[str]:
 
 
 def parts_of(names: Iterable[str]) -> set[str]:
-    """Return the parts of a set that files hold. Those whose names speak of none are one more beside a part that is held out."""
-    each = [splits_in([name]) for name in names]
-    parts = set().union(*each)
+    """Return the parts of a set that files hold; a name with two words is of both. Those whose names speak of none are one more
+    beside a part that is held out."""
+    each = ["-".join(sorted(splits_in([name]))) for name in names]
+    parts = {*each} - {""}
     return parts | ({"others"} if parts - {"train"} and not all(each) else set())
 
 

@@ -75,11 +75,11 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
             f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
             "download them, or rename the others"
         )
-    parts = prefixes if len(prefixes) > 1 else parts_of(names)
-    if pattern == f"*{suffix}" and len(parts) > 1:
+    parts = prefixes if len(prefixes) > 1 and pattern == f"*{suffix}" else parts_of(names)
+    if len(parts) > 1:
         raise UserError(
-            f"data.source.files: {url} has files of {' and '.join(sorted(parts))}: say which to train on, for example "
-            f"'*train*{suffix}'"
+            f"data.source.files: {pattern!r} matches files of {' and '.join(sorted(parts))} in {url}: say which to train on, for "
+            f"example '*train*{suffix}'"
         )
     return url, names
 
@@ -89,7 +89,7 @@ def beside(root: Folder, names: Sequence[str]) -> Iterator[LeftOut]:
 
     Sub-folders are not listed: they may hold millions of files.
     """
-    every, folders, suffix = set(root.list()), set(root.folders()), PurePosixPath(names[0]).suffix
+    every, folders, suffix = set(root.list(incomplete=True)), set(root.folders()), PurePosixPath(names[0]).suffix
     alike = (name for name in every - folders if name.endswith(suffix) and not hidden(name))
     yield from (LeftOut(name, SKIPPED) for name in skipped(alike))
     for name in sorted((every | folders) - set(names)):
@@ -108,22 +108,26 @@ def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = T
 
 def _with_classes(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[Entry | LeftOut]:
     """Yield the entries; UserError at the end if a class is below several folders which may be the classes, as in
-    `<class>/images/<image>` and `<class>/2019/<image>`; not below `part-0` and `part-1`, which differ in numbers only."""
-    first_of, folders, twice = dict[str, str](), set[str](), list[str]()
+    `<class>/images/<image>` and `<class>/2019/<image>`; not below `part-0` and `part-1`, which differ in numbers only. Also if one
+    class is deeper than another, as in `<class>/<image>` and `<class>/2019/<image>`."""
+    first_of, depths, folders, twice = dict[str, str](), dict[int, str](), set[str](), list[str]()
     for entry in entries:
         folder = entry.name.partition("/")[2].rpartition("/")[0] if isinstance(entry, Entry) else ""
         if folder and folder not in folders and not twice:
             folders.add(folder)
             first = first_of.setdefault(folder.rpartition("/")[2], folder)
+            depths.setdefault(folder.count("/"), folder)
             if _without_numbers(first) != _without_numbers(folder):
                 twice = [first, folder]
         yield entry
     if len(first_of) == 1 < len(folders):
         twice = sorted(folders)[:2]
-    if twice:
+    if twice or len(depths) > 1:
+        both = " and ".join(map(printable, twice or [*depths.values()][:2]))
         raise UserError(
-            f"data.source.label: an image's folder is its class, and {' and '.join(map(printable, twice))} would be one: write the "
-            f"tars of {root} with one folder a class, or, if the first folders are the classes, unpack them and give that folder"
+            f"data.source.label: an image's folder is its class, and {both} {'would be one' if twice else 'are of two depths'}: "
+            f"write the tars of {root} with one folder a class, or, if the first folders are the classes, unpack them and give "
+            "that folder"
         )
 
 

@@ -171,11 +171,11 @@ class Folder:
             return sorted({_base(key) for key, is_folder in self._below(path) if is_folder} - {""})
         return sorted(_base(e["name"]) for e in self._entries(path, detail=True) if e["type"] == "directory")
 
-    def list(self, path: str = "") -> list[str]:
-        """Return the sorted names directly below `path`, none if it does not exist. Incomplete files are not listed."""
-        if self.url.startswith("s3://"):  # names only: s3fs would keep some kB for each
-            return sorted({_base(key) for key, _ in self._below(path) if _shown(key, path)} - {""})
-        return sorted({_base(entry) for entry in self._entries(path, detail=False) if _shown(entry, path)})
+    def list(self, path: str = "", incomplete: bool = False) -> list[str]:
+        """Return the sorted names directly below `path`, none if it does not exist; of `incomplete` files only if wanted."""
+        s3 = self.url.startswith("s3://")  # names only: s3fs would keep some kB for each
+        names = [key for key, _ in self._below(path)] if s3 else self._entries(path, detail=False)
+        return sorted({_base(name) for name in names if _shown(name, path, incomplete)} - {""})
 
     def _below(self, path: str) -> Iterator[tuple[str, bool]]:
         """Yield the keys directly below a folder in S3, and whether each is a folder's."""
@@ -345,9 +345,9 @@ def _base(entry: str) -> str:
     return entry.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _shown(entry: str, path: str) -> bool:
-    """Whether to list an entry: not the folder's own marker, and not an incomplete file."""
-    return not entry.endswith(f"/{path}/") and not _INCOMPLETE.search(entry)
+def _shown(entry: str, path: str, incomplete: bool = False) -> bool:
+    """Whether to list an entry: not the folder's own marker, and an incomplete file only if wanted."""
+    return not entry.endswith(f"/{path}/") and (incomplete or not _INCOMPLETE.search(entry))
 
 
 def _page(fs: Any, full: str, more: Mapping[str, str | int]) -> Any:

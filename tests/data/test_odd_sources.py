@@ -8,7 +8,7 @@ import pytest
 from dis_scale.data.csv_rows import TAKEN_IN
 from dis_scale.data.sources import open_source
 from dis_scale.data.survey import describe, take_survey
-from dis_scale.data.tars import LONG_END
+from dis_scale.data.tars import LONG_END, UNMATCHED
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.storage.folder import open_folder
 from tests.data.test_every_image import picture
@@ -101,11 +101,73 @@ def test_files_of_no_named_part_are_not_read_beside_a_test_set(tmp_path: Path) -
     for name in ("part-0.tar", "test.tar"):
         (tmp_path / name).write_bytes(tar({"cat/0.png": picture(0), "dog/1.png": picture(1)}))
     source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
-    with pytest.raises(UserError, match="has files of others and test: say which to train on"):
+    with pytest.raises(UserError, match=r"'\*.tar' matches files of others and test in .*: say which to train on"):
         open_source(data(source))
     assert len(open_source(data(source | {"files": "part-*.tar"}))) == 2
+    for pattern in ("*", "*t*.tar"):  # which say nothing of a part
+        with pytest.raises(UserError, match=r"matches files of others and test in"):
+            open_source(data(source | {"files": pattern}))
     (tmp_path / "test.tar").rename(tmp_path / "train.tar")
     assert len(open_source(data(source))) == 4
+    for name in ("part-0", "train"):
+        (tmp_path / f"{name}.tar").rename(tmp_path / f"{name}-val.tar")
+    with pytest.raises(UserError, match="matches files of train-validation and validation in"):
+        open_source(data(source))
+    (tmp_path / "part-0-val.tar").rename(tmp_path / "train-2-val.tar")
+    assert len(open_source(data(source))) == 4, "all are of one part"
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_an_image_that_a_link_shows_twice_is_one_image(outside: bool, tmp_path: Path) -> None:
+    """Sets are made of links to one folder of images; an image in two classes is a mistake."""
+    root = tmp_path / "set"
+    target = tmp_path / "elsewhere/0" if outside else root / "a/0.png"
+    open_folder(target.parent).write(target.name, picture(0))
+    open_folder(root).write("b/1.png", picture(1))
+    open_folder(root).write("2.png", picture(2))
+    for name, to in {"a/x.png": target, "a/y.png": target, "b/z.png": root / "2.png"}.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(to)
+    source, twice = {"kind": "folder", "url": str(root)}, "images that a link shows a second time"
+    opened = open_source(data(source))
+    assert sorted(zip(opened.names, opened.labels, strict=True)) == [
+        ("a/x.png" if outside else "a/0.png", 0), ("b/1.png", 1), ("b/z.png", 1)
+    ]  # fmt: skip
+    assert opened.listing.manifest.left_out[twice][0] == 2 - outside
+    (root / "b/x.png").symlink_to(target)
+    with pytest.raises(UserError, match=r"a/[0x].png and b/x.png in .* are one, by the link b/x.png, which would"):
+        open_source(data(source))
+    assert len(open_source(data(source, "none"))) == 3
+
+
+def test_two_names_that_look_the_same_are_no_two_classes(tmp_path: Path) -> None:
+    """macOS writes an accent as a letter of its own, and other systems as one letter with it."""
+    for number, name in enumerate(("caf\u00e9", "cafe\u0301")):
+        open_folder(tmp_path / "set").write(f"{name}/{number}.png", picture(number))
+    lines = ("0.png,caf\u00e9", "1.png,cafe\u0301")
+    for source in ({"kind": "folder", "url": f"{tmp_path}/set"}, csv_of(tmp_path, "path,label", *lines)):
+        with pytest.raises(UserError, match="two classes whose names look the same"):
+            open_source(data(source))
+
+
+def test_numbers_of_classes_that_no_image_has_are_named(tmp_path: Path) -> None:
+    source = csv_of(tmp_path, "path,label", "0.png,1", "1.png,2", "2.png,4")
+    assert open_source(data(source, 5)).left_out == "2 classes without images, below the largest (0)"
+    assert open_source(data(csv_of(tmp_path, "path,label", "0.png,0", "1.png,1"))).left_out == ""
+
+
+def test_a_tar_whose_folders_are_of_two_depths_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"cat/1.png": picture(1), "dog/large/2.png": picture(2)}))
+    source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
+    with pytest.raises(UserError, match=r"an image's folder is its class, and cat and dog/large are of two depths"):
+        open_source(data(source))
+
+
+def test_a_file_that_we_were_killed_while_writing_is_named_beside_a_source(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"cat/1.png": picture(1)}))
+    (tmp_path / f"b.tar.part-{'0' * 32}").touch()
+    source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
+    assert open_source(data(source, 1)).left_out.startswith(f"1 {UNMATCHED} (b.tar.part-000")
 
 
 def test_a_survey_says_what_is_left_out(tmp_path: Path) -> None:
