@@ -406,17 +406,48 @@ def odd_tars(out: Path) -> dict[str, int]:
     return {"links in tars": len(others), ".txt": len(others), "hidden": len(others) + 1, UNMATCHED: 1}
 
 
-@pytest.mark.parametrize(("layout", "odd"), [("edm2", odd_files), ("repa", odd_files), ("webdataset", odd_tars)])
+def odd_zip(out: Path) -> dict[str, int]:
+    """As the files, but no link, which zips have not."""
+    left_out = odd_files(out)
+    (out / "00001").unlink()
+    (out.parent / "elsewhere").rename(out / "00001")
+    return left_out
+
+
+@pytest.mark.parametrize(
+    ("layout", "odd"), [("edm2", odd_files), ("edm2 in a zip", odd_zip), ("repa", odd_files), ("webdataset", odd_tars)]
+)
 def test_each_latent_comes_back_once_beside_other_files(
     layout: str, odd: Callable[[Path], dict[str, int]], encoded: tuple[str, Folder], tmp_path: Path
 ) -> None:
     vae, latents = encoded
-    out = export(latents, layout, tmp_path / "out")
+    kind = layout.split()[0]
+    out = export(latents, kind, tmp_path / "out")
     left_out = odd(out / "vae-sd" if layout == "repa" else out)
-    sweep = given(tmp_path / "root", vae, layout, out)
+    sweep = given(tmp_path / "root", vae, kind, zipped(out) if "zip" in layout else out)
     assert sorted(stored_as_listed(make_latents(sweep))) == sorted(stored(latents).values())
     listed = open_source(sweep.recipe.data, sweep.store).listing.manifest.left_out
     assert {why: count for why, (count, _) in listed.items()} == left_out
+
+
+def test_each_row_of_safetensors_comes_back_once_beside_other_files(tmp_path: Path) -> None:
+    """One file behind a link, one without rows, another tensor, a Mac's file, and files beside them."""
+    vae = exported(tmp_path / "vae", posterior=False, **SCALE).model_dump_json(exclude_none=True)
+    original, out = make_latents(sweep_of(tmp_path / "root", vae)), tmp_path / "out"
+    out.mkdir()
+    for entry in LatentsManifest.require(original).shards:
+        shard = shards.unpack(original.read(entry.name), entry.name)
+        tensors = {"latents": np.ascontiguousarray(shard.moments[:, 0]), "labels": shard.labels, "more": np.zeros(3)}
+        safetensors.numpy.save_file(tensors, out / f"{entry.name[:-4]}.safetensors")
+    safetensors.numpy.save_file({name: each[:0].copy() for name, each in tensors.items()}, out / "none.safetensors")
+    (out / "000000.safetensors").rename(tmp_path / "elsewhere")
+    (out / "000000.safetensors").symlink_to(tmp_path / "elsewhere")
+    for name in ("._000000.safetensors", "latents_stats.pt", "deep/1.safetensors"):
+        open_folder(out).write(name, b"none")
+    sweep = given(tmp_path / "root", vae, "safetensors", out, "data.mirror=false")
+    assert sorted(stored_as_listed(make_latents(sweep))) == sorted(stored_as_listed(original))
+    listed = open_source(sweep.recipe.data, sweep.store).listing.manifest.left_out
+    assert {why: count for why, (count, _) in listed.items()} == {"hidden": 1, UNMATCHED: 1, "sub-folders": 1}
 
 
 def scaled(out: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:

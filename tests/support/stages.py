@@ -133,6 +133,11 @@ def make_latents(sweep: Sweep, encoder: type[OneEncoder] = OneEncoder) -> Folder
     return state.require_latents(sweep.folder)
 
 
+def evaluate_here(sweep: Sweep) -> None:
+    """Evaluate in this process as the sweep's stage does."""
+    _evaluate(printing_job(sweep))
+
+
 @dataclass
 class OneEvaluator:
     """An evaluator in this process, in the place of those on Ray."""
