@@ -149,7 +149,7 @@ class _ClassFolders(_OneFileEach):
             paths = itertools.accumulate(second.split("/"), "{}/{}".format)
             link = next(path for path in paths if Path(self._root.local or "", path).is_symlink())
             raise UserError(
-                f"data.source.url: {printable(first)} and {printable(second)} in {self._root} are one, by the link "
+                f"data.source.url: {printable(first)} and {printable(second)} in {self._root} show the same, by the link "
                 f"{printable(link)}, which would be of two classes: delete that link"
             )
 
@@ -183,19 +183,25 @@ class _Linked:
 
     def __init__(self, root: Path, labelled: bool) -> None:
         self._root, self._labelled, self._first = root.resolve(), labelled, dict[Path, str]()
+        self._listed = dict[int, str]()
+        """Folder of each image that is somewhere else, by the hash of where: 100 bytes each, of which there may be a million."""
         self._known = lru_cache(64)(self._real)
 
     def other_file(self, file: str) -> str:
-        """Return the path by which the image that a link leads to was or will be listed; empty if it is this one."""
+        """Return the path by which an image will be listed, or the folder in which it was; empty if it is listed by this one."""
         path = self._root / file
-        if not path.is_symlink() or not path.is_file():
+        if (link := path.is_symlink()) and not path.is_file():
             return ""
-        real = path.resolve()
-        inside = str(real.relative_to(self._root)) if real.is_relative_to(self._root) else ""
-        if inside and not images.hidden(inside) and inside.lower().endswith(images.SUFFIXES) and "/" * self._labelled in inside:
-            return inside
-        first = self._first.setdefault(real, file)
-        return first if first != file else ""
+        if (real := self._real(file)) == path:
+            return ""
+        if link and real.is_relative_to(self._root):
+            inside = str(real.relative_to(self._root))
+            if not images.hidden(inside) and inside.lower().endswith(images.SUFFIXES) and "/" * self._labelled in inside:
+                return inside
+        if (first := self._listed.get(hash(real))) is not None:
+            return first or "."
+        self._listed[hash(real)] = file.rpartition("/")[0]
+        return ""
 
     def other_folder(self, folder: str) -> str:
         """Return the path below the root by which this folder was or will be listed; empty if it is this one."""

@@ -412,7 +412,7 @@ def test_an_image_that_a_linked_folder_shows_twice_is_one_image(tmp_path: Path) 
     assert left_out == {twice: (2, "a/again/2.png"), "hidden": (1, ".store/4.png")}
     for link, to, other in (("d", "a", "a"), ("d", "b/x/cats", "b/x/cats")):
         (root / link).symlink_to(to)
-        with pytest.raises(UserError, match=f"{other} and {link} in {root} are one, by the link {link}, which"):
+        with pytest.raises(UserError, match=f"{other} and {link} in {root} show the same, by the link {link}, which"):
             open_source(data(source, 4))
         assert len(open_source(data(source, "none"))) == 5
         (root / link).unlink()
