@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from dis_scale.data.images import SUFFIXES
 from dis_scale.data.listing import Entry, LeftOut, number_or_name
-from dis_scale.data.parts import require_one_part
+from dis_scale.data.parts import PartColumns
 from dis_scale.process.errors import UserError, nearest, printable
 from dis_scale.storage.folder import Folder
 
@@ -34,18 +34,19 @@ def entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[E
                     has = ", ".join(columns or ["nothing"])
                     near = nearest(column, columns) or ", and no comma" * (len(columns) == 1)
                     raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
-            part_of = dict.fromkeys(set(columns) - {path, label}, "")
+            parts = PartColumns(set(columns) - {path, label})
             for row in rows:
                 at = f"{where}: line {rows.line_num}"
-                require_one_part(row, part_of, at)
                 kind = 0 if label is None else number_or_name(row[label] or "")
                 if not row[path] or None in row or kind == "":
                     raise UserError(f"{at}: expected a path and a label, in quotes if it has a comma, got {list(row.values())}")
+                parts.add(row, rows.line_num)
                 taken_in = [line for value in filter(None, row.values()) for line in _LINE_END.split(value)[1:]]
                 if taken_in:
                     _require_quotes(row[path] + (row[label] if label else ""), taken_in, at)
                 yield Entry(row[path], kind, location=(rows.line_num, 0))
                 yield from (LeftOut(f"line {rows.line_num - i}", TAKEN_IN) for i in range(len(taken_in)))
+            parts.require_one(where)
     except FileNotFoundError as error:
         raise UserError(f"data.source.url: no file {where}") from error
     except (csv.Error, UnicodeDecodeError) as error:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import itertools
+import os
 import posixpath
 from abc import ABC, abstractmethod
 from array import array
@@ -23,7 +24,7 @@ from dis_scale.data import csv_rows, images, layouts, parquet, tars
 from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
-from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, LatentsSource, ParquetSource, TarSource
+from dis_scale.recipe import CsvSource, Data, DigitsSource, Files, FolderSource, LatentsSource, ParquetSource, TarSource
 from dis_scale.storage.folder import Folder, open_folder
 
 UNLISTED = ("http://", "https://")
@@ -117,7 +118,7 @@ class _ClassFolders(_OneFileEach):
         return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
 
     def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
-        empty, linked = dict.fromkeys(labels), self._root.local and _Linked(self._root.local, self._labelled)
+        linked = self._root.local and _Linked(self._root.local, self._labelled)
         around, folder_elsewhere = "", ""
         for file in files:
             folder, slash, _ = file.partition("/")
@@ -139,9 +140,7 @@ class _ClassFolders(_OneFileEach):
                 self._require_one_class(elsewhere, around if folder_elsewhere else file)
                 yield LeftOut(file, "images that a link shows a second time")
             else:
-                empty.pop(folder, None)
                 yield Entry(file, labels[folder] if self._labelled else 0)
-        yield from (LeftOut(folder, "class folders without images, which are classes") for folder in empty)
 
     def _require_one_class(self, first: str, second: str) -> None:
         """UserError if two paths of one folder or image, by a link, are of two classes."""
@@ -183,25 +182,25 @@ class _Linked:
 
     def __init__(self, root: Path, labelled: bool) -> None:
         self._root, self._labelled, self._first = root.resolve(), labelled, dict[Path, str]()
-        self._listed = dict[int, str]()
-        """Folder of each image that is somewhere else, by the hash of where: 100 bytes each, of which there may be a million."""
         self._known = lru_cache(64)(self._real)
+        self._links = lru_cache(1)(self._linked_files)
 
     def other_file(self, file: str) -> str:
-        """Return the path by which an image will be listed, or the folder in which it was; empty if it is listed by this one."""
-        path = self._root / file
-        if (link := path.is_symlink()) and not path.is_file():
+        """Return the path by which the image that a link leads to will be listed too; empty if it will not, or is no link.
+
+        An image outside the root may be there twice, as a copy may: some stores keep equal files once, and links to them.
+        """
+        around, _, name = file.rpartition("/")
+        if name not in self._links(around) or not (path := self._root / file).is_file():
             return ""
-        if (real := self._real(file)) == path:
-            return ""
-        if link and real.is_relative_to(self._root):
-            inside = str(real.relative_to(self._root))
-            if not images.hidden(inside) and inside.lower().endswith(images.SUFFIXES) and "/" * self._labelled in inside:
-                return inside
-        if (first := self._listed.get(hash(real))) is not None:
-            return first or "."
-        self._listed[hash(real)] = file.rpartition("/")[0]
-        return ""
+        real = path.resolve()
+        inside = str(real.relative_to(self._root)) if real.is_relative_to(self._root) else ""
+        listed = inside.lower().endswith(images.SUFFIXES) and not images.hidden(inside) and "/" * self._labelled in inside
+        return inside if listed else ""
+
+    def _linked_files(self, folder: str) -> set[str]:
+        """Return the links in a folder: by listing it again, since to look at each of its images takes a request to its server."""
+        return {entry.name for entry in os.scandir(self._root / folder) if entry.is_symlink()}
 
     def other_folder(self, folder: str) -> str:
         """Return the path below the root by which this folder was or will be listed; empty if it is this one."""
@@ -302,8 +301,8 @@ class _ManyInAFile:
 
     mixed = False
 
-    def __init__(self, url: str, files: str, layout: layouts.InFiles, missing: str) -> None:
-        self.root, self._names = tars.files_of(folder := open_folder(url), files, layout.suffix)
+    def __init__(self, url: str, files: Files, layout: layouts.InFiles, missing: str, are_classes: bool = False) -> None:
+        self.root, self._names = tars.files_of(folder := open_folder(url), files, layout.suffix, are_classes)
         self._is_folder, self.where, self.missing = self.root == folder, self.root.url, f"{missing} {self.root}"
         self._layout, self.near = layout, layout.near
 
@@ -393,7 +392,7 @@ def open_kind(data: Data) -> SourceKind:
             find = partial(tars.find, settings=data.source, labelled=labelled)
             layout = layouts.InFiles(".tar", find, tars.read, tars.near)
             missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of"
-            return _ManyInAFile(data.source.url, data.source.files, layout, missing)
+            return _ManyInAFile(data.source.url, data.source.files, layout, missing, data.source.label == "tar")
         case ParquetSource():
             return _Parquet(data.source, labelled)
 

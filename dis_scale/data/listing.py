@@ -7,7 +7,6 @@ kinds.py has the kinds of source.
 
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
@@ -60,6 +59,7 @@ class Entry(NamedTuple):
 
 HIDDEN, OF_OTHER_KINDS = "hidden", "of other kinds"
 """Reasons behind which anything may be."""
+WITHOUT_IMAGES = "classes without images"
 ABSENT = {"", "#N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 """Words that a program has written for a label where there was none: those that pandas reads so, but for some of old systems."""
 
@@ -327,10 +327,11 @@ class _Labels:
         return names, [rank[name] for name in self._ids], len(names) - 1
 
     def name_missing(self, left_out: LeftOutByReason) -> None:
-        """Count the numbers below the largest that no image has."""
-        if self._numbers and self._known is None and (missing := max(self._numbers) + 1 - len(self._numbers)):
-            first = next(number for number in itertools.count() if number not in self._numbers)
-            left_out["classes without images, below the largest"] = missing, str(first)
+        """Count the classes that no image has: of those with known names, or the numbers below the largest."""
+        count = len(self._known) if self._known else max(self._numbers, default=-1) + 1
+        if self._numbers and (missing := count - len(self._numbers)):
+            first = next(number for number in range(count) if number not in self._numbers)
+            left_out[WITHOUT_IMAGES] = missing, printable(self._known[first]) if self._known else str(first)
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,19 @@ from dis_scale.data.listing import Entry, LeftOut
 from dis_scale.process.errors import UserError, printable
 
 SPLITS = (
-    dict.fromkeys(("train", "training", "trainset"), "train")
-    | dict.fromkeys(("test", "testing", "testset", "holdout"), "test")
-    | dict.fromkeys(("val", "valid", "validation", "valset", "dev", "eval", "evaluation"), "validation")
+    dict.fromkeys(("train", "training", "trainset", "trn"), "train")
+    | dict.fromkeys(("test", "tests", "testing", "testset", "tst", "holdout"), "test")
+    | dict.fromkeys(("val", "valid", "validation", "valset", "minival", "dev", "eval", "evaluation"), "validation")
     | dict.fromkeys(("unlabeled", "unlabelled"), "unlabelled")
 )
 """Words in the names of files and folders that hold one part of a set, and the part."""
+PART_COLUMNS = ("split", "partition")
+"""Names of a CSV's column whose words are parts of a set, whatever they are: CelebA's are 0, 1 and 2."""
+MOST_PARTS = 20
+"""Most words of such a column."""
 
 
-_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?(\..*)?")
+_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?(\..*)?")
 """Name of one of several files of a part, as the Hugging Face hub has them, older ones with a hash."""
 _COUNTED = re.compile(r"(.*?)(\d{1,18})(\D*)")
 """Name of a file whose last digits are its number."""
@@ -34,7 +38,7 @@ def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list
         numbers = there[part, total, suffix]
         first = int(int(total) in numbers)
         left = sorted({*range(first, first + int(total))} - numbers)
-        lacking += [f"{part}-{number:05d}-of-{total}{suffix}" for number in left]
+        lacking += [f"{part}-{number:0{len(total)}d}-of-{total}{suffix}" for number in left]
     return {part for part, *_ in chosen}, lacking
 
 
@@ -79,7 +83,7 @@ def skipped(names: Iterable[str]) -> Iterator[str]:
 
 def with_hash(name: str) -> str:
     """Return a numbered file's name as an older one, with some hash."""
-    return re.sub(r"-of-\d{5}", rf"\g<0>-{0:016x}", name)
+    return re.sub(r"-of-\d+", rf"\g<0>-{0:016x}", name)
 
 
 def splits_in(names: Iterable[str]) -> set[str]:
@@ -111,19 +115,30 @@ def of_one_set(entries: Iterable[Entry | LeftOut], where: str) -> Iterator[Entry
         yield entry
 
 
-def require_one_part(row: Mapping[str, str | None], part_of: dict[str, str], at: str) -> None:
-    """UserError if a column that names parts of a set, and nothing else so far, names another one than before in `part_of`."""
-    for column, first in list(part_of.items()):
-        part = SPLITS.get((row[column] or "").strip().lower())
-        if part is None:
-            del part_of[column]
-        elif first and part != first:
-            raise UserError(
-                f"{at}: {part} in column {column!r}, and {first} before: parts of a set; write a CSV of one of them, or without "
-                "the column to use all"
-            )
-        else:
-            part_of[column] = part
+class PartColumns:
+    """The words in those columns of a CSV that may name parts of a set."""
+
+    def __init__(self, columns: Iterable[str]) -> None:
+        self._lines: dict[str, dict[str, int]] = {column: {} for column in columns}
+
+    def add(self, row: Mapping[str, str | None], line: int) -> None:
+        """Keep the first line of each word; forget a column with many."""
+        for column, lines in list(self._lines.items()):
+            lines.setdefault((row[column] or "").strip().lower(), line)
+            if len(lines) > MOST_PARTS:
+                del self._lines[column]
+
+    def require_one(self, where: str) -> None:
+        """UserError if a column has the words of two parts; of a column that is called so, any two words."""
+        for column, lines in self._lines.items():
+            first_of = {SPLITS[word]: (line, word) for word, line in lines.items() if word in SPLITS}
+            two = list(lines) if column.strip().lower() in PART_COLUMNS else [word for _, word in first_of.values()]
+            if len(two) > 1:
+                first, second = two[:2]
+                raise UserError(
+                    f"{where}: {printable(first)!r} in column {column!r} of line {lines[first]}, {printable(second)!r} in line "
+                    f"{lines[second]}: parts of a set; write a CSV of one of them, or without the column to use all"
+                )
 
 
 def _require_same_part(first_of: dict[tuple[str, ...], str], path: str, where: str) -> None:

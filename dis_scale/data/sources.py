@@ -53,8 +53,11 @@ class Source:
 
     @property
     def left_out(self) -> str:
-        """What is beside the images, in words; empty if nothing is."""
-        return listing.words_of(self.listing.manifest.left_out)
+        """What is beside the images, in words, and how many classes have none; empty if nothing is."""
+        manifest = self.listing.manifest
+        beyond = range(manifest.largest + 1, len(self.label_names) if manifest.label_names is None else 0)
+        above: LeftOutByReason = {f"{listing.WITHOUT_IMAGES}, above the largest": (len(beyond), str(beyond[0]))} if beyond else {}
+        return listing.words_of(manifest.left_out | above)
 
     @cached_property
     def names(self) -> Sequence[str]:

@@ -121,9 +121,9 @@ def describe(found: Survey) -> list[str]:
 
 
 def _nested(names: Iterable[str]) -> str:
-    """Return the innermost folder around all images if they are in at least two folders of it; else empty."""
-    folders = {name.rpartition("/")[0] for name in names}
-    return "" if (around := posixpath.commonpath(folders)) in folders else around
+    """Return the innermost folder around all images of folders, if these are in at least two folders of it; else empty."""
+    folders = {name.rpartition("/")[0] for name in names if "/" in name}
+    return "" if not folders or (around := posixpath.commonpath(folders)) in folders else around
 
 
 def _class_of(name: str) -> str:

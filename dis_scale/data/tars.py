@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import accumulate
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
@@ -22,7 +22,7 @@ from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, number_or_n
 from dis_scale.data.parts import numbered, parts_of, skipped, with_hash
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
-from dis_scale.recipe import TarSource
+from dis_scale.recipe import Files, TarSource
 from dis_scale.storage.folder import Folder
 
 LARGE_BYTES = 8 * 2**30
@@ -46,13 +46,14 @@ LATENT = "latent"
 """Ending of a latent; a recipe of latents says neither which file of a sample is the image nor where the labels are."""
 
 
-def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]:
-    """Return the folder and its files that match `pattern` and are not hidden, sorted; a URL ending in `suffix` is one file
+def files_of(url: Folder, files: Files, suffix: str, are_classes: bool = False) -> tuple[Folder, list[str]]:
+    """Return the folder and its files that match a pattern and are not hidden, sorted; a URL ending in `suffix` is one file
     if it is no folder.
 
-    UserError if there are none, if one is a link that leads nowhere, or if they are of several parts of a set, such as train
-    and test, and no pattern selects some.
+    UserError if there are none, if one is a link that leads nowhere or to another, or if those of one pattern are of several parts
+    of a set, such as train and test, unless a file is a class.
     """
+    patterns = [files] if isinstance(files, str) else files
     if url.name.endswith(suffix) and not (url.local and url.local.is_dir()):
         parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name
         try:  # fsspec's `exists` takes a web server that does not answer for one without the file
@@ -62,26 +63,44 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
             if not url.list():
                 raise UserError(f"data.source.url: no file {url}") from error
     every = url.list()
-    names = [name for name in every if fnmatch(name, pattern) and not hidden(name)]  # such as a Mac's ._a.tar
+    shown = [name for name in every if not hidden(name)]  # not a Mac's ._a.tar
+    names = [name for name in shown if any(fnmatch(name, pattern) for pattern in patterns)]
     names = sorted({*names} - {*url.folders()}) if names else []  # Spark writes a folder `x.parquet`
     if not names:
         there = f"there are {some(every)}" if every else "it is empty or does not exist"
-        raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}, {there}")
-    if gone := [name for name in names if url.local and not (url.local / name).exists()]:
-        raise UserError(f"data.source.url: {url}: links that lead nowhere: {some(gone)}; correct or delete them")
+        raise UserError(f"data.source.url: no files {files!r} in {url}; expected {url}/<name>{suffix}, {there}")
+    if url.local:
+        _require_distinct(url.local, names)
     prefixes, lacking = numbered(names, every)
-    if lacking := [name for name in lacking if fnmatch(name, pattern) or fnmatch(with_hash(name), pattern)]:  # some may be chosen
+    alike = [(name, with_hash(name)) for name in lacking]
+    if lacking := [name for name, old in alike if any(fnmatch(name, p) or fnmatch(old, p) for p in patterns)]:  # some may be chosen
         raise UserError(
             f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
             "download them, or rename the others"
         )
+    for pattern in () if are_classes else patterns:
+        _require_one_part([name for name in names if fnmatch(name, pattern)], pattern, prefixes, suffix, url)
+    return url, names
+
+
+def _require_distinct(folder: Path, names: list[str]) -> None:
+    """UserError if a file is a link that leads nowhere, or to what another one is."""
+    first_of = dict[Path, str]()
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"data.source.url: {printable(f'{folder}/{name}')} is a link that leads nowhere: correct or delete it")
+        if (first := first_of.setdefault((folder / name).resolve(), name)) != name:
+            raise UserError(f"data.source.url: {first} and {name} in {folder} are one file, by a link: delete it")
+
+
+def _require_one_part(names: list[str], pattern: str, prefixes: set[str], suffix: str, url: Folder) -> None:
+    """UserError if the files of a pattern are of several parts of a set: by their words, or by `prefixes` if it takes all files."""
     parts = prefixes if len(prefixes) > 1 and pattern == f"*{suffix}" else parts_of(names)
     if len(parts) > 1:
         raise UserError(
             f"data.source.files: {pattern!r} matches files of {' and '.join(sorted(parts))} in {url}: say which to train on, for "
-            f"example '*train*{suffix}'"
+            f"example '*train*{suffix}', or a pattern for each: ['*train*{suffix}', ...]"
         )
-    return url, names
 
 
 def beside(root: Folder, names: Sequence[str]) -> Iterator[LeftOut]:
@@ -161,7 +180,13 @@ def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> It
     try:
         with root.open(name) as file:
             members = _members(file, where, settings.label if labelled and settings.label in BESIDE else "")
-            final = _each_once(members, where) if root.size(name) > LARGE_BYTES else _last(members)
+            if root.size(name) > LARGE_BYTES:
+                final = _each_once(members, where)
+            else:
+                kept = list(_last(members))
+                if settings.label not in BESIDE and settings.image is None:  # tar writes files in any order
+                    _refuse_two(_mask_beside([each for each in kept if each.name.lower().endswith(SUFFIXES)]), where)
+                final = iter(kept)
             yield from _images(final, name, where, settings, labelled)
     except (tarfile.TarError, EOFError, RecursionError) as error:  # the last for a chain of extended headers
         first = root.read(name, 0, max(map(len, COMPRESSED)))
@@ -327,14 +352,10 @@ def _sample_entries(
         )
     label = _label(labels[-1], f"{where}: {printable(labels[-1].name)}", settings) if labels and labelled else None
     latents = settings.image == LATENT
-    if len(images) > 1 and (pair := images[:2] if settings.label in BESIDE else _mask_beside(images)):
+    if len(images) > 1:
         if latents:
             raise UserError(f"{where}: {printable(images[0].name)} is there twice: write the tar again with one of them")
-        raise UserError(
-            f"{where}: {printable(pair[0].name)} and {printable(pair[1].name)} are two images of one sample: "
-            f"a sample's name ends at its first dot; say which is the image, for example data.source.image = "
-            f"{pair[0].name.rpartition('/')[2].partition('.')[2]}, or rename them"
-        )
+        _refuse_two(images[:2] if settings.label in BESIDE else _mask_beside(images), where)
     for image in images:
         if not labelled:
             image_label: int | str | None = 0
@@ -348,6 +369,16 @@ def _sample_entries(
                 f"none{otherwise}"
             )
         yield Entry(f"{tar}/{image.name}", image_label, tar, (image.start, image.size))
+
+
+def _refuse_two(pair: Sequence[_InTar] | None, where: str) -> None:
+    """UserError for two images of one sample, if any."""
+    if pair:
+        raise UserError(
+            f"{where}: {printable(pair[0].name)} and {printable(pair[1].name)} are two images of one sample: "
+            f"a sample's name ends at its first dot; say which is the image, for example data.source.image = "
+            f"{pair[0].name.rpartition('/')[2].partition('.')[2]}, or rename them"
+        )
 
 
 def _mask_beside(images: Sequence[_InTar]) -> tuple[_InTar, _InTar] | None:

@@ -16,6 +16,7 @@ from dis_scale.recipe.data import (
     Data,
     DigitsSource,
     ExportedVae,
+    Files,
     FolderSource,
     LatentsSource,
     Normalise,
@@ -47,7 +48,7 @@ from dis_scale.recipe.train import SCAN_DEVICES, Flow, Gaussian, Reader, Train
 
 __all__ = [
     "MAIN", "MODEL_NAME_CHARACTERS", "Branch", "CsvSource", "Data", "DigitsSource", "Evaluate", "ExportedExtractor",
-    "ExportedVae", "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "Isoflop",
+    "ExportedVae", "ExtractorSettings", "FileStart", "Files", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "Isoflop",
     "LatentShape", "LatentsSource", "Model", "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute",
     "PretrainedVae", "Reader", "Recipe", "Sampling", "SourceSettings", "SweepStart", "TarSource", "Train",
     "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",

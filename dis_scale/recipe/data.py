@@ -28,12 +28,16 @@ class FolderSource(StoredSource):
     kind: Literal["folder"]
 
 
+Files = str | tuple[str, ...]
+"""Files of a folder to read, as a shell pattern, or as several: those of one pattern are of one part of a set."""
+
+
 class TarSource(StoredSource):
     """Tar files of images, such as WebDataset shards: a folder of them, or a single `.tar`."""
 
     kind: Literal["tar"]
-    files: str = "*.tar"
-    """Files of the folder to read, as a shell pattern."""
+    files: Files = "*.tar"
+    """Files of the folder to read, as a shell pattern or several."""
     image: str | None = None
     """End of an image's name after its key, if a sample has several images: `jpg` beside `seg.png`. Default: any image."""
     label: Literal["cls", "json", "folder", "tar"] = "cls"
@@ -46,8 +50,8 @@ class ParquetSource(StoredSource):
     """Parquet files with image bytes (Hugging Face's layout): a folder of them, or a single `.parquet`."""
 
     kind: Literal["parquet"]
-    files: str = "*.parquet"
-    """Files of the folder to read, as a shell pattern: `train-*.parquet` leaves other splits out."""
+    files: Files = "*.parquet"
+    """Files of the folder to read, as a shell pattern: `train-*.parquet` leaves other splits out; a list reads several."""
     image: str = "image"
     """Column of images: bytes, or a struct with a field `bytes`."""
     label: str = "label"
@@ -70,8 +74,8 @@ class LatentsSource(StoredSource):
     kind: Literal["latents"]
     layout: Literal["edm2", "repa", "webdataset", "safetensors"]
     """How they are stored: EDM2's folder or zip, REPA's (the folder with `vae-sd/`), MaskDiT's tars or LightningDiT's files."""
-    files: str | None = None
-    """Tars or safetensors files of the folder to read, as a shell pattern; default: all."""
+    files: Files | None = None
+    """Tars or safetensors files of the folder to read, as a shell pattern or several; default: all."""
 
     @property
     def posterior(self) -> bool:

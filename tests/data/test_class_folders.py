@@ -27,7 +27,7 @@ def test_a_class_without_images_is_named(folders: Path) -> None:
     """It may be a mount whose disk is not there, or a copy that was interrupted."""
     (folders / "d").mkdir()
     opened = open_source(data(source(folders), num_classes=4))
-    assert "class folders without images, which are classes (d)" in str(opened.left_out)
+    assert "classes without images (d)" in str(opened.left_out)
 
 
 def test_a_folder_around_the_classes_is_offered(folders: Path) -> None:
