@@ -15,7 +15,7 @@ from dis_scale.data import shards, staging
 from dis_scale.data.making import LatentSet, MissingShards
 from dis_scale.data.sources import Source, open_source
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.progress import listing_words
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import REAL, Sweep, state
@@ -187,7 +187,12 @@ def find_or_make_latents(job: StageJob, encoders: Any) -> None:
     job.say(f"latents  {latents}")
     complete = LatentsManifest.find(latents) is not None
     if job.recipe.data.given and not (complete and job.sweep.folder.exists(REAL)):
-        job.say(f"given    {with_restarts(job, 'precompute', lambda _: encoders.check(), lambda: 0)}")
+        try:
+            job.say(f"given    {with_restarts(job, 'precompute', lambda _: encoders.check(), lambda: 0)}")
+        except (UserError, StorageError) as error:
+            if not complete:
+                raise
+            job.say(f"given    its images are not shown in the report: {error}", level="warning")
     if not complete:
         source = open_source(job.recipe.data, job.sweep.store, listing_words(job.say))
         encode, mix = (partial(work, latents, encoding, source) for work in (encoders.encode, encoders.mix))

@@ -8,6 +8,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -101,10 +102,11 @@ def _explained(means_BCHW: np.ndarray, again_BCHW: np.ndarray) -> float:
 
 def as_images(source: Source, vae: Vae) -> Source:
     """Return the source with each latent decoded, uint8 (H, W, 3)."""
+    shape_of = cache(vae.latent)  # exported programs are run for it
 
     def decode(file: bytes, name: str, resolution: int) -> np.ndarray:
-        moments, channels = source.decode(file, name, resolution), vae.latent(resolution).channels
-        mean_BCHW = moments[:1, :channels].astype(np.float32)
+        moments = source.decode(file, name, resolution)
+        mean_BCHW = moments[:1, : shape_of(resolution).channels].astype(np.float32)
         picture: np.ndarray = vae.decode(torch.from_numpy(vae.scaling.apply(mean_BCHW)))[0]
         return picture
 
@@ -128,11 +130,12 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
     folder.write(layouts.UNFINISHED, identity)
     places, labels = _places(manifest), dict[str, int]()
     for done, entry in enumerate(manifest.shards, 1):
-        data = read_verified(latents, entry.name, entry.digest)
-        shard = shards.unpack(data, f"{latents}/{entry.name}")
-        entries = places[shards.positions(data)].tolist()
-        unflipped = zip(entries, shard.moments[:, 0], shard.labels.tolist(), strict=True)
-        labels |= write(folder, entry.name, unflipped, manifest.encoding.posterior)
+        if entry.count:  # none if all of its images were refused
+            data = read_verified(latents, entry.name, entry.digest)
+            shard = shards.unpack(data, f"{latents}/{entry.name}")
+            entries = places[shards.positions(data)].tolist()
+            unflipped = zip(entries, shard.moments[:, 0], shard.labels.tolist(), strict=True)
+            labels |= write(folder, entry.name, unflipped, manifest.encoding.posterior)
         report(done, len(manifest.shards))
     if layout != "webdataset":
         classes = None if manifest.made_from.num_classes is None else sorted(labels.items())

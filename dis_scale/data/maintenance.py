@@ -50,12 +50,14 @@ def verify(latents: Folder, fast: bool, report: ReportShare) -> dict[str, str]:
     if fast:
         sizes = latents.sizes()
         return {e.name: damage for e in entries if (damage := _wrong_size(latents, e, sizes.get(e.name)))}
-    damaged = {}
+    damaged = dict[str, str]()
     with ThreadPoolExecutor(shards.READS_AT_ONCE) as pool:
         for i, damage in enumerate(pool.map(lambda e: _damage(latents, e), entries)):
             if damage:
                 damaged[entries[i].name] = damage
             report(i + 1, len(entries))
+    if damaged:
+        LatentsManifest.require(latents)  # of a folder that is gone, such as an unmounted disk's, no shard is damaged
     return damaged
 
 

@@ -100,9 +100,10 @@ def _require_unused(store: Folder, except_for: Folder | None, kind: str, folder:
 
 def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
     """Return the names of the latents and of the listings that the other sweeps use; UserError as in `find_unused`."""
-    if store.local and (store.local / SWEEPS).is_symlink() and not (store.local / SWEEPS).exists():
-        raise UserError(f"{KEPT}: {store}/{SWEEPS} is a link that leads nowhere: mount its disk, or remove it")
-    others = [folder for folder in sweeps_below(store) if folder != except_for]
+    all_of_it = sweeps_below(store)
+    if store.local and (store.local / SWEEPS).is_symlink() and not all_of_it:
+        raise UserError(f"{KEPT}: {store}/{SWEEPS} is a link that leads to no sweep: mount its disk, or remove it")
+    others = [folder for folder in all_of_it if folder != except_for]
     names = {name for name in store.list(SWEEPS) if not name.startswith(".")}
     if strange := sorted(names - set(store.folders(SWEEPS))):  # such as a link to a disk that is not mounted
         raise UserError(

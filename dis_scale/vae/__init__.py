@@ -98,7 +98,10 @@ def from_path(path: str, encoder: EncodedBy | None = None) -> Vae:
     known = encoder.model_dump(include={"posterior", "shift", "scale"}) if encoder else {}
     own = {"posterior": True, "sha256": hash_of(program_paths(path), "--vae")}
     own |= {name: value for name, value in known.items() if isinstance(value, bool | float)}
-    return load_exported(ExportedVae.model_validate({"kind": "exported", "path": path} | own))
+    found = load_exported(ExportedVae.model_validate({"kind": "exported", "path": path} | own))
+    # Latents of another program may have been stored without the variance that the VAE has.
+    other = replace(found, settings=found.settings.model_copy(update={"posterior": not found.posterior}))
+    return other if encoder and encoder.identity == other.identity else found
 
 
 def for_samples(sweep: Sweep, decoder: Vae) -> Vae:

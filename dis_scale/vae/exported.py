@@ -135,7 +135,7 @@ class ProgramVae(Vae):
         return result.float()
 
 
-def load_exported(settings: ExportedVae) -> Vae:
+def load_exported(settings: ExportedVae) -> "ProgramVae":
     """Load the two programs of a folder; UserError if one is missing, or if they have another hash than the recipe."""
     data = read_programs(program_paths(settings.path), settings.sha256, "vae.path")
     return ProgramVae(Programs(dict(zip(AUTOENCODER, data, strict=True)), settings.path), settings)

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import warnings
 import zipfile
@@ -33,7 +34,9 @@ from dis_scale.process.errors import StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Data, LatentsSource, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import REAL, Sweep
-from dis_scale.sweep.documents import LatentsManifest
+from dis_scale.sweep.documents import EncodedBy, LatentsManifest
+from dis_scale.vae import from_path, load
+from dis_scale.vae.exported import ProgramVae, load_exported
 from dis_scale.vae.interface import NO_VARIANCE
 from tests.conftest import TINY
 from tests.support.autoencoders import exported
@@ -448,6 +451,49 @@ def test_each_row_of_safetensors_comes_back_once_beside_other_files(tmp_path: Pa
     assert sorted(stored_as_listed(make_latents(sweep))) == sorted(stored_as_listed(original))
     listed = open_source(sweep.recipe.data, sweep.store).listing.manifest.left_out
     assert {why: count for why, (count, _) in listed.items()} == {"hidden": 1, UNMATCHED: 1, "sub-folders": 1}
+
+
+def test_a_second_sweep_needs_no_originals_of_a_complete_set(encoded: tuple[str, Folder], tmp_path: Path) -> None:
+    vae, latents = encoded
+    out = export(latents, "edm2", tmp_path / "out")
+    first = make_latents(given(tmp_path / "root", vae, "edm2", out))
+    shutil.rmtree(out)
+    second = given(tmp_path / "root", vae, "edm2", out, "name=second")
+    assert make_latents(second) == first
+    assert not second.folder.exists(REAL)
+
+
+def test_a_set_with_a_shard_of_refused_images_is_exported(tmp_path: Path) -> None:
+    last = permutation(9)[8]
+    for number in range(9):
+        broken = number == last
+        open_folder(tmp_path / "set").write(f"a/{number}.png", b"broken" if broken else png(np.full((8, 8, 3), number, np.uint8)))
+    source = f"data.source={{kind: folder, url: {tmp_path}/set}}"
+    skipping = ("data.num_classes=1", "data.undecodable=skip", "data.held_out_images=0", "precompute.shard_images=4")
+    latents = make_latents(sweep_of(tmp_path / "root", "{kind: none}", source, *skipping))
+    code, output = invoke("data", "export", latents.url, "--layout", "edm2", "--out", f"{tmp_path}/out")
+    assert code == 0, output
+    assert len(as_edm2_reads(tmp_path / "out")) == 8
+
+
+def test_a_vae_with_a_variance_decodes_latents_that_were_stored_without(tmp_path: Path) -> None:
+    settings = exported(tmp_path / "vae", posterior=True, **SCALE)
+    ours = load_exported(settings)
+    encoder = EncodedBy(identity=ours.identity, posterior=False, scale=ours.scale, shift=ours.shift)
+    found = from_path(str(tmp_path / "vae"), encoder)
+    assert (found.identity, found.latent(32)) == (ours.identity, ours.latent(32))
+
+
+def test_the_grid_asks_a_program_once_for_the_shape_of_its_latents(
+    encoded: tuple[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, latents = encoded
+    sweep = given(tmp_path / "root", vae, "edm2", export(latents, "edm2", tmp_path / "out"))
+    decoder, asked, latent = load(sweep), list[int](), ProgramVae.latent
+    monkeypatch.setattr(ProgramVae, "latent", lambda self, resolution: asked.append(resolution) or latent(self, resolution))
+    images = exporting.as_images(open_source(sweep.recipe.data), decoder)
+    assert all(images.pixels(i, 32).shape == (32, 32, 3) for i in range(3))
+    assert asked == [32]
 
 
 def scaled(out: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:

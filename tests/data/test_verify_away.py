@@ -23,6 +23,14 @@ def test_storage_that_is_away_is_not_reported_as_damage(bucket: str, gateway: Ga
     assert maintenance.verify(latents, False, lambda *_: None) == {}
 
 
+def test_the_shards_of_a_set_that_is_gone_are_not_reported_as_damaged(tmp_path: Path) -> None:
+    """Such as one on a disk that is unmounted meanwhile."""
+    latents = make(open_folder(tmp_path), [3, 3])
+    latents.delete("000000.tar")
+    with pytest.raises(StorageError, match=r"no manifest.json: the folder is incomplete or was deleted"):
+        maintenance.verify(latents, False, lambda *_: latents.delete("manifest.json"))
+
+
 def test_storage_that_refuses_access_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents, read = make(open_folder(tmp_path), [3, 3]), LocalFileSystem.cat_file
 

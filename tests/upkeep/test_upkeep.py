@@ -196,8 +196,10 @@ def test_latents_of_a_sweep_whose_folder_is_a_link_are_kept(sweep: Sweep, tmp_pa
         retention.find_unused(sweep.store)
     sweep.folder.local.parent.rename(tmp_path / "moved")
     sweep.folder.local.parent.symlink_to(tmp_path / "unmounted too")
-    with pytest.raises(UserError, match=r"latents and listings are kept: .*/sweeps is a link that leads nowhere: mount"):
-        retention.find_unused(sweep.store)
+    for _ in range(2):  # also an empty folder, on which a disk is mounted
+        with pytest.raises(UserError, match=r"latents and listings are kept: .*/sweeps is a link that leads to no sweep: mount"):
+            retention.find_unused(sweep.store)
+        (tmp_path / "unmounted too").mkdir(exist_ok=True)
 
 
 def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path) -> None:
