@@ -21,7 +21,7 @@ MOST_PARTS = 20
 """Most words of such a column."""
 
 
-_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?(\..*)?")
+_NUMBERED = re.compile(r"(.*)-(\d{3,})-of-(\d{3,})(?:-[0-9a-f]{16})?(\..*)?")
 """Name of one of several files of a part, as the Hugging Face hub has them, older ones with a hash."""
 _COUNTED = re.compile(r"(.*?)(\d{1,18})(\D*)")
 """Name of a file whose last digits are its number."""
@@ -83,7 +83,7 @@ def skipped(names: Iterable[str]) -> Iterator[str]:
 
 def with_hash(name: str) -> str:
     """Return a numbered file's name as an older one, with some hash."""
-    return re.sub(r"-of-\d+", rf"\g<0>-{0:016x}", name)
+    return re.sub(r"-of-\d{3,}", rf"\g<0>-{0:016x}", name)
 
 
 def splits_in(names: Iterable[str]) -> set[str]:

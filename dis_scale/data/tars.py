@@ -185,7 +185,8 @@ def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> It
             else:
                 kept = list(_last(members))
                 if settings.label not in BESIDE and settings.image is None:  # tar writes files in any order
-                    _refuse_two(_mask_beside([each for each in kept if each.name.lower().endswith(SUFFIXES)]), where)
+                    shown = (each for each in kept if not (each.why or hidden(each.name)))
+                    _refuse_two(_mask_beside([each for each in shown if each.name.lower().endswith(SUFFIXES)]), where)
                 final = iter(kept)
             yield from _images(final, name, where, settings, labelled)
     except (tarfile.TarError, EOFError, RecursionError) as error:  # the last for a chain of extended headers

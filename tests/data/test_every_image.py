@@ -378,6 +378,13 @@ def test_tars_that_the_numbers_of_others_skip_are_named(names: list[str], lackin
     assert left_out.get("files that the numbers of the others skip: were all downloaded?") == lacking
 
 
+def test_a_file_that_numbers_of_six_digits_count_and_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for number in (0, 1, 3):
+        (tmp_path / f"a-{number:06d}-of-000004.tar").write_bytes(tar({f"{number}.png": picture(1), f"{number}.cls": b"0"}))
+    with pytest.raises(UserError, match=r"lacks 1 of the files that the names of the others count: a-000002-of-000004.tar"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}, 1))
+
+
 @pytest.mark.parametrize("other", ["a-00000-of-00001.tar", "a-00000-of-00002-0123456789abcdef.tar"])
 def test_two_versions_of_a_numbered_set_are_refused(other: str, tmp_path: Path) -> None:
     """As a second download to the same folder leaves them, after the set was uploaded again."""
