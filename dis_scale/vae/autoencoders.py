@@ -190,6 +190,8 @@ def published(settings: PretrainedVae) -> tuple[Any, dict[str, Any]]:
     for key in ("in_channels", "out_channels"):
         if (channels := config.get(key, 3)) != 3:
             raise UserError(f"vae.path: {settings.path!r} has {key} {channels}, expected 3 for images in RGB")
+    if config.get("reshape_to_2d") is False:
+        raise UserError(f"vae.path: {settings.path!r} has reshape_to_2d false, so its latents are (C, tokens), expected (C, h, w)")
     return _diffusers(name), config
 
 

@@ -154,6 +154,12 @@ def test_an_autoencoder_of_other_images_is_refused(channels: dict[str, int], tmp
         vae.latent_shape(saved(tmp_path, 3, **channels), 32)
 
 
+def test_latents_that_are_no_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderRAE", "reshape_to_2d": false}')
+    with pytest.raises(UserError, match=r"has reshape_to_2d false, so its latents are \(C, tokens\), expected \(C, h, w\)"):
+        vae.latent_shape(PretrainedVae(kind="pretrained", path=str(tmp_path)), 32)
+
+
 class OfflineModeIsEnabled(ConnectionError):
     """As the hub's client raises it."""
 
