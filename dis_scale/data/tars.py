@@ -183,11 +183,9 @@ def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> It
             if root.size(name) > LARGE_BYTES:
                 final = _each_once(members, where)
             else:
-                kept = list(_last(members))
-                if settings.label not in BESIDE and settings.image is None:  # tar writes files in any order
-                    shown = (each for each in kept if not (each.why or hidden(each.name)))
-                    _refuse_two(_mask_beside([each for each in shown if each.name.lower().endswith(SUFFIXES)]), where)
-                final = iter(kept)
+                final = _last(members)
+                if settings.label not in BESIDE and settings.image is None:
+                    final = _without_masks(final, where)
             yield from _images(final, name, where, settings, labelled)
     except (tarfile.TarError, EOFError, RecursionError) as error:  # the last for a chain of extended headers
         first = root.read(name, 0, max(map(len, COMPRESSED)))
@@ -380,6 +378,14 @@ def _refuse_two(pair: Sequence[_InTar] | None, where: str) -> None:
             f"a sample's name ends at its first dot; say which is the image, for example data.source.image = "
             f"{pair[0].name.rpartition('/')[2].partition('.')[2]}, or rename them"
         )
+
+
+def _without_masks(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
+    """Yield the members; UserError before the first if one is a mask beside an image: tar writes files in any order."""
+    kept = list(members)
+    shown = (each for each in kept if not (each.why or hidden(each.name)))
+    _refuse_two(_mask_beside([each for each in shown if each.name.lower().endswith(SUFFIXES)]), where)
+    yield from kept
 
 
 def _mask_beside(images: Sequence[_InTar]) -> tuple[_InTar, _InTar] | None:
