@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import itertools
-import os
 import posixpath
 from abc import ABC, abstractmethod
 from array import array
@@ -108,19 +107,19 @@ class _ClassFolders(_OneFileEach):
                 "recipe with its data.source.kind"
             )
         if not self._labelled:
-            return Contents(self._entries(self._root.walk(), {}))
+            return Contents(self._entries(self._root.walk_with_links(), {}))
         classes = [name for name in self._root.folders() if not images.hidden(name)]
         if layouts.has_numbered_folders(self._root, classes):
             raise UserError(
                 f"data.source.url: {self._root} has {layouts.LABELS} beside numbered folders, as EDM's tools write them: these are "
                 f"no classes; set data.num_classes: none, or write {layouts.LABELS}'s labels as a CSV for data.source.kind csv"
             )
-        return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
+        return Contents(self._entries(self._root.walk_with_links(), {name: label for label, name in enumerate(classes)}), classes)
 
-    def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
+    def _entries(self, files: Iterable[tuple[str, bool]], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
         linked = self._root.local and _Linked(self._root.local, self._labelled)
         around, folder_elsewhere = "", ""
-        for file in files:
+        for file, is_link in files:
             folder, slash, _ = file.partition("/")
             if linked and around != (around := file.rpartition("/")[0]):
                 folder_elsewhere = linked.other_folder(around)
@@ -136,7 +135,7 @@ class _ClassFolders(_OneFileEach):
                 yield LeftOut(file, "images beside the class folders")
             elif self._labelled and folder not in labels:
                 yield LeftOut(file, "images in folders that came while they were listed")
-            elif elsewhere := folder_elsewhere or (linked and linked.other_file(file)):
+            elif elsewhere := folder_elsewhere or (linked and is_link and linked.other_file(file)):
                 self._require_one_class(elsewhere, around if folder_elsewhere else file)
                 yield LeftOut(file, "images that a link shows a second time")
             else:
@@ -183,33 +182,30 @@ class _Linked:
     def __init__(self, root: Path, labelled: bool) -> None:
         self._root, self._labelled, self._first = root.resolve(), labelled, dict[Path, str]()
         self._known = lru_cache(64)(self._real)
-        self._links = lru_cache(1)(self._linked_files)
 
     def other_file(self, file: str) -> str:
-        """Return the path by which the image that a link leads to will be listed too; empty if it will not, or is no link.
+        """Return the path by which the image that a link leads to will be listed too; empty if it will not.
 
         An image outside the root may be there twice, as a copy may: some stores keep equal files once, and links to them.
         """
-        around, _, name = file.rpartition("/")
-        if name not in self._links(around) or not (path := self._root / file).is_file():
+        if not (path := self._root / file).is_file():  # a link that leads nowhere
             return ""
-        real = path.resolve()
-        inside = str(real.relative_to(self._root)) if real.is_relative_to(self._root) else ""
-        listed = inside.lower().endswith(images.SUFFIXES) and not images.hidden(inside) and "/" * self._labelled in inside
-        return inside if listed else ""
-
-    def _linked_files(self, folder: str) -> set[str]:
-        """Return the links in a folder: by listing it again, since to look at each of its images takes a request to its server."""
-        return {entry.name for entry in os.scandir(self._root / folder) if entry.is_symlink()}
+        inside = self._inside(path.resolve())
+        return inside if inside.lower().endswith(images.SUFFIXES) and "/" * self._labelled in inside else ""
 
     def other_folder(self, folder: str) -> str:
         """Return the path below the root by which this folder was or will be listed; empty if it is this one."""
         if images.hidden(folder) or (real := self._known(folder)) == self._root / folder:
             return ""
-        if real.is_relative_to(self._root) and not images.hidden(inside := str(real.relative_to(self._root))):
+        if inside := self._inside(real):
             return inside
         first = self._first.setdefault(real, folder)  # also of a hidden folder, where some programs keep their files
         return first if first != folder else ""
+
+    def _inside(self, real: Path) -> str:
+        """Return the path below the root of what is there, and not hidden; else empty."""
+        inside = str(real.relative_to(self._root)) if real.is_relative_to(self._root) else ""
+        return "" if images.hidden(inside) else inside
 
     def _real(self, folder: str) -> Path:
         """Return a folder's path without links. That of the one around it is mostly known: `Path.resolve` asks for each."""

@@ -164,7 +164,7 @@ class Folder:
         """Return the sorted names of the folders directly below `path`, links to folders included; none if it does not exist."""
         if self.local:
             try:
-                return sorted(name for name, identity in self._scan(path) if identity)
+                return sorted(name for name, identity, _ in self._scan(path) if identity)
             except FileNotFoundError:
                 return []
         if self.url.startswith("s3://"):
@@ -189,23 +189,27 @@ class Folder:
         From S3 page by page, so that a million names are never in memory. Broken links are yielded; reading one names it. A link
         to a folder that it is in is yielded as a file, and not followed.
         """
+        return (name for name, _ in self.walk_with_links(path))
+
+    def walk_with_links(self, path: str = "") -> Iterator[tuple[str, bool]]:
+        """Yield the paths as `walk`, each with whether it is a link to a file on a local disk: its folder's list tells that."""
         if self.local:
             root = self.local / path
             return self._walk_local(path, "", frozenset([_identity(root.stat())] if root.exists() else ()))
         if self.url.startswith("s3://"):
-            return self._walk_pages(path)
-        return iter(sorted((self / path if path else self).tree(), key=os.fsencode))
+            return ((name, False) for name in self._walk_pages(path))
+        return ((name, False) for name in sorted((self / path if path else self).tree(), key=os.fsencode))
 
-    def _walk_local(self, root: str, below: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    def _walk_local(self, root: str, below: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
         try:
             entries = self._scan(f"{root}/{below}".strip("/"))
         except FileNotFoundError as error:
             if not above:
                 return
             raise StorageError(f"{self.url}/{root}{below}: it was there, and is gone while it is listed: list it again") from error
-        for name, here in sorted(entries, key=lambda found: os.fsencode(found[0] + "/" * bool(found[1]))):
+        for name, here, is_link in sorted(entries, key=lambda found: os.fsencode(found[0] + "/" * bool(found[1]))):
             if here is None or here in above:
-                yield below + name
+                yield below + name, is_link
             else:
                 yield from self._walk_local(root, f"{below}{name}/", above | {here})
 
@@ -231,9 +235,11 @@ class Folder:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _scan(self, path: str) -> Sequence[tuple[str, tuple[int, int] | None]]:
-        """Return the names in a local folder, each with its identity if it is a folder, or a link to one."""
-        return self._do("list", path, lambda _, full: [(entry.name, _folder(entry)) for entry in os.scandir(full)])
+    def _scan(self, path: str) -> Sequence[tuple[str, tuple[int, int] | None, bool]]:
+        """Return the names in a local folder, each with its identity if it is or leads to a folder, and whether it is a link."""
+        return self._do(
+            "list", path, lambda _, full: [(entry.name, _folder(entry), entry.is_symlink()) for entry in os.scandir(full)]
+        )
 
     def sizes(self, path: str = "") -> dict[str, int]:
         """Return names as `list`, each with its size in bytes; the size of a folder has no meaning."""
