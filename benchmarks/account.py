@@ -34,7 +34,7 @@ from dis_scale.models.cost import price_model
 from dis_scale.models.dis import network, s6, ssd
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.families import preset
-from dis_scale.planning.fleet import HOST_S, OPTIMIZER_BYTES, STEP_S
+from dis_scale.planning.fleet import HOST_S, OPTIMIZER_BYTES
 from dis_scale.recipe import LatentShape
 from dis_scale.scan import Choice, duality, mixer, norms
 from dis_scale.scan.backend import KeepingStates
@@ -45,6 +45,8 @@ SIZE, CLASSES, IMAGES = 32, 1000, 32
 PEAK, PRODUCTS, COPIES = 989e12, 790e12, 4.3e12
 """FLOP/s in bf16 of the datasheet and of large products; bytes/s that copies reach."""
 STEP_IMAGES = 128
+STEP_S = 0.01
+"""The least time in which Python runs the optimizer and the GPU waits: benchmarks/results/kernels.md#host-time."""
 CONV_NS = 61.9e3 / (32 * 258 * 2048)
 """Per token and channel, both passes: benchmarks/instructions.py."""
 CONV_KERNELS = 3

@@ -6,6 +6,8 @@ of bandwidth counts the bytes that must move, each input, output and gradient on
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from dis_scale.process.errors import DisScaleError
 from dis_scale.scan import Direction, choose, two_way_scan
 
 B, L, E, N = 32, 258, 2048, 16
-LENGTHS = {66: 125, 258: 32, 1026: 8, 4098: 2}
-"""Sequence length: number of sequences; about the same number of tokens each."""
+LENGTHS = {1026: 8, 66: 125, 4098: 2}
+"""Sequence length: number of sequences; about as many tokens each as B L."""
 COUNTED_S = 692e-6
 """The least time of the two-way scan at these sizes on an H200, by its instructions: the total of benchmarks/instructions.py."""
 REPEATS = 20
@@ -86,19 +88,25 @@ def main(rounds: int = 5) -> None:
         rows.insert(0, Row("two-way, against mamba-ssm twice with flips", "two-way", "mamba-ssm twice", 1.5, at_least=True))
     except DisScaleError as error:
         print(json.dumps({"name": "mamba-ssm twice", "not measured": str(error)}))
-    for length, batch in LENGTHS.items():
-        jobs[f"length {length}"] = scan("triton", batch, length)
-        work = float(batch * length), float(B * L)
-        rows.append(Row(f"time a token, {length} against {L}", f"length {length}", f"length {L}", 1.3, at_least=False, work=work))
-        name, peer = f"forward, length {length}", f"forward, length {L}"
-        jobs[name] = sampling(batch, length)
-        rows.append(Row(f"forward, time a token, {length} against {L}", name, peer, 1.3, at_least=False, work=work))
-    times = measure(jobs, rounds)
-    report(rows, {name: [t / REPEATS for t in seconds] for name, seconds in times.items()})
+    times = print_rows(jobs, rows, rounds)
     states, least_s = 2 * B * L * E * N, min(times["two-way"]) / REPEATS  # both directions
     counted = {"fs": 1e15 * least_s / states, "counted_fs": 1e15 * COUNTED_S / states, "ratio": least_s / COUNTED_S}
     print(json.dumps({"name": "two-way, per state and step, against its count on an H200", **counted}))
-    print(json.dumps({"name": "bandwidth of a copy", "tb_per_s": moved * REPEATS / min(times["copy"]) / 1e12}))
+    print(json.dumps({"name": "bandwidth of a copy", "tb_per_s": moved * REPEATS / min(times["copy"]) / 1e12}), flush=True)
+    jobs_of_a_size: dict[str, Callable[[int, int], Job]] = {"forward": sampling, "forward and backward": partial(scan, "triton")}
+    for length, batch in LENGTHS.items():
+        for name, job in jobs_of_a_size.items():
+            work = float(batch * length), float(B * L)
+            row = Row(f"{name}, time a token, {length} against {L}", "long", "peer", 1.3, at_least=False, work=work)
+            print_rows({"long": job(batch, length), "peer": job(B, L)}, [row], rounds)
+
+
+def print_rows(jobs: dict[str, Job], rows: list[Row], rounds: int) -> dict[str, list[float]]:
+    """Measure the jobs and print the rows at once: compiling the next ones may take longer than the time that is left."""
+    times = measure(jobs, rounds)
+    report(rows, {name: [t / REPEATS for t in seconds] for name, seconds in times.items()})
+    sys.stdout.flush()
+    return times
 
 
 if __name__ == "__main__":

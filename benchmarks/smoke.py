@@ -37,7 +37,7 @@ from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
 from dis_scale.weights.published import load_published
 
-AT_ONCE = max(2, min(6, (os.cpu_count() or 1) // 2))
+AT_ONCE = max(2, min(12, (os.cpu_count() or 1) * 3 // 4))
 """Training runs at the same time, each with one thread and the compilers of its kernels."""
 FIRST_LOSS = {"fp32": 1e-4, "bf16": 5e-3}
 """Largest relative difference of the first logged loss, after ten steps, to the CPU's in fp32. A CPU's bf16: 2.4e-4 at most."""

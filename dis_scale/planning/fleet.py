@@ -18,13 +18,13 @@ DAY_S = 86_400.0
 MOST_GPUS = 1024
 NODE_GPUS = 8
 ASSUMED_MFU = 0.15
-"""Share of a GPU's peak that training reaches. One H100 reached 0.163 with DiS-L/2; on an H200 its
-kernels' instructions allow 0.32."""
-HOST_S, STEP_S = 1.3e-3, 0.01
+"""Share of a GPU's peak that training reaches. DiS-L/2 reached 0.163 on an H100 and 0.187 on an H200, whose kernels' instructions
+allow 0.32."""
+HOST_S, STEP_S = 3.6e-3, 0.025
 """Python's time for a block's forward and backward pass, and for DeepSpeed's optimizer, which waits for the GPU and lets it wait.
 
-Measured without a GPU for DiS at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); all else is taken to need
-as much, so it is a lower bound at ZeRO 3 and where blocks are recomputed.
+Of DiS on the host of an H200 at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); a fast core takes a third.
+All else is taken to need as much, so it is a lower bound at ZeRO 3 and where blocks are recomputed.
 """
 OPTIMIZER_BYTES, MEMORY_GB_S = 100, 2000.0
 """A parameter's bytes that the copies, the norm, Adam and an average move, and 10^9 bytes/s of the slowest GPU's memory in GPUS."""

@@ -21,9 +21,9 @@ CURES: tuple[Mapping[str, object], ...] = (
 """Runtime settings that need less memory, the cheapest first."""
 USABLE = 0.85
 """Share of a GPU's memory that may be planned with; CUDA's context, temporary tensors and fragments need the rest."""
-BUSY_BYTES = 0.22e9
-"""A block's kept states in a forward pass from which on the GPU takes longer than Python: those of DiS-S/2 at 103 images, of H/2 at
-18 already (benchmarks/results/kernels.md#a-blocks-time)."""
+BUSY_BYTES = 0.33e9
+"""A block's kept states in a forward pass from which on the GPU takes longer than Python: those of DiS-L/2 at 62 images, of H/2 at
+27 already, with the host of an H200 (benchmarks/results/kernels.md#a-blocks-time)."""
 
 
 class PassPlan(NamedTuple):

@@ -167,11 +167,11 @@ def test_more_gpus_take_less_time_up_to_the_lanes(stage: int) -> None:
 
 
 def test_python_sets_the_pace_of_a_small_model_on_many_gpus() -> None:
-    """On 8 GPUs S/2 is paced by them, on 64 by Python: a pass of 25 blocks takes 25 ms, whatever its images."""
+    """On 2 GPUs S/2 is paced by them, on 64 by Python: a pass of 25 blocks takes 90 ms, whatever its images."""
     small, settings = price_model(Dis(**preset("DiS-S/2")), SHAPE, 1000), train()
-    few, many = (forecast(small, settings, 1024, Fleet("h200", count)) for count in (8, 64))
+    few, many = (forecast(small, settings, 1024, Fleet("h200", count)) for count in (2, 64))
     assert few.steps_per_s == pytest.approx(
-        1 / (128 * small.training_flops(128) / Fleet("h200", 8).flops("bf16") + optimizer(small, 8))
+        1 / (512 * small.training_flops(512) / Fleet("h200", 2).flops("bf16") + optimizer(small, 2))
     )
     assert many.steps_per_s == pytest.approx(1 / (25 * HOST_S + optimizer(small, 64)))
 

@@ -53,7 +53,7 @@ def test_scans_keep_their_states_in_memory_that_is_left() -> None:
     [
         (4, 139.8, (2, True)),  # as many images as fit would be 240, in two passes of 128
         (8, 79.1, (2, True)),  # 128 images fit, and 64 with the states of their scans
-        (8, 50.0, (3, True)),
+        (8, 50.0, (2, False)),  # three passes of 43 images would wait for Python
         (32, 79.1, (1, True)),
         (32, 24.0, (1, False)),  # 16 images would wait for Python
     ],
@@ -84,11 +84,11 @@ def test_after_an_out_of_memory_less_is_in_memory_until_a_pass_has_one_lane(worl
     assert fewer == lanes if keeps else fewer < lanes or lanes == 1
 
 
-@pytest.mark.parametrize(("size", "images"), [("S", 103), ("B", 43), ("L", 32), ("H", 18)])
+@pytest.mark.parametrize(("size", "images"), [("S", 178), ("B", 74), ("L", 55), ("H", 31)])
 def test_a_pass_whose_states_are_large_keeps_the_gpu_busy(size: str, images: int) -> None:
-    """By the counts of benchmarks/results/kernels.md, within a factor of 1.6."""
+    """As an H200 and its host took (benchmarks/results/kernels.md), within a factor of 1.6."""
     cost = price_model(Dis(**preset(f"DiS-{size}/2")), LatentShape(4, 32), 1000)
-    assert 1.0 <= BUSY_BYTES * len(cost.kept.blocks) / (images * cost.kept_in("bf16").states) < 1.6
+    assert 1 / 1.6 < BUSY_BYTES * len(cost.kept.blocks) / (images * cost.kept_in("bf16").states) < 1.6
 
 
 def test_a_cpu_computes_one_lane_at_once_unless_asked() -> None:
