@@ -64,10 +64,11 @@ class Job(NamedTuple):
     scan: str = "auto"
     latent: int = LATENT_SHAPE.size
     lanes: int = 1
+    graphs: bool = False
 
     @property
     def name(self) -> str:
-        extras = [", compiled"] * self.compile + [f", {self.scan} scan"] * (self.scan != "auto")
+        extras = [", compiled"] * self.compile + [", graphs"] * self.graphs + [f", {self.scan} scan"] * (self.scan != "auto")
         extras += [f", {8 * self.latent} pixels"] * (self.latent != LATENT_SHAPE.size)
         return f"{self.size}, {self.images} images, checkpointing {self.checkpointing}{''.join(extras)}"
 
@@ -79,7 +80,7 @@ class Job(NamedTuple):
 SIZED = [Job(size) for size in SIZES]
 GOAL = Job("DiS-L/2", 128, lanes=2)
 """128 images a step: in two passes if a GPU holds no more with the states of their scans."""
-VARIED = [GOAL, Job("DiS-H/2", 16, "block", latent=64)]
+VARIED = [GOAL, *(Job(size, graphs=True) for size in ("DiS-S/2", "DiS-L/2", "DiS2-L/2")), Job("DiS-H/2", 16, "block", latent=64)]
 VARIED += [Job("DiS-L/2", checkpointing=setting) for setting in ("block", "selective", "every_2")]
 VARIED += [Job("DiS-L/2", compile=True), Job("DiT-L/2", compile=True), Job("DiS-L/2", 64)]
 VARIED += [Job("DiS-L/2", 8), Job("DiS-S/2", 256), Job("DiS-H/2", 64, "block"), Job("DiS-L/2", scan="mamba")]
@@ -93,7 +94,8 @@ def recipe_of(job: Job, device: str) -> Recipe:
         f"models={{model: {{preset: {job.size}}}}}", "train.workers=1",
         f"train.batch_images={job.images}", f"train.lanes={job.lanes}",
         f"train.publish_images=[{1000 * job.images}]", f"train.resume_every_images={1000 * job.images}",
-        f"train.checkpointing={job.checkpointing}", f"train.compile={json.dumps(job.compile)}", f"device={device}",
+        f"train.checkpointing={job.checkpointing}", f"train.compile={json.dumps(job.compile)}",
+        f"train.graphs={json.dumps(job.graphs)}", f"device={device}",
         f"train.precision={'bf16' if device == 'cuda' else 'fp32'}", "train.warmup_images=0",
         f"train.scan={job.scan}", f"data.resolution={8 * job.latent}",
     ]  # fmt: skip

@@ -53,6 +53,10 @@ class Kept:
         """Return the bytes of an image at the peak, when one recomputed block is in memory besides."""
         return self._peak(checkpointing, self.image)
 
+    def inputs_bytes(self) -> int:
+        """Return the bytes of an image in all inputs of blocks, counted for each block."""
+        return sum(self.image[i] for block in self.blocks for i in block.inputs)
+
     def fixed_bytes(self, checkpointing: str) -> int:
         """Return the bytes that do not depend on the images of a forward pass, at the peak."""
         return self._peak(checkpointing, self.fixed)

@@ -97,6 +97,9 @@ class Train(Settings):
     """Activation checkpointing: `none`, `block`, every second or third block (`every_2`, ...), or `selective`."""
     compile: bool = runtime(False)
     """Run blocks through torch.compile; scans and convolutions stay as they are and break the graph at their borders."""
+    graphs: bool = runtime(False)
+    """Run each block as two CUDA graphs, where Python sets the pace of a GPU: many small blocks, few images in a forward pass.
+    Takes memory for another copy of the blocks' inputs, their gradients and the weights' gradients. No GPU has run it yet."""
     scan: Literal["auto", "reference", "native", "triton", "mamba", "chunked"] = runtime("auto")
     """Backend of the selective scan; `auto` takes the fastest of the device."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -171,6 +174,11 @@ class Train(Settings):
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile: ZeRO stage 3 gathers weights inside the blocks: set zero_stage to 1 or 2, or compile to false"
+            )
+        if self.graphs and (self.compile or self.checkpointing != "none" or self.zero_stage == 3):
+            raise ValueError(
+                "graphs: blocks that are compiled or recomputed, or whose weights ZeRO stage 3 gathers, cannot be captured: set "
+                "compile to false, checkpointing to none and zero_stage to 1 or 2, or graphs to false"
             )
         if not self.world_sizes:
             raise ValueError(

@@ -37,6 +37,7 @@ from dis_scale.training import engine, resume
 from dis_scale.training.bad_step import dump_step
 from dis_scale.training.devices import check_on_all_ranks
 from dis_scale.training.engine import Engine
+from dis_scale.training.graphs import graph_blocks
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
 from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, largest_share
 from dis_scale.training.memory import plan_passes
@@ -350,6 +351,7 @@ def start(
     check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, images, training=True))
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
+    blocks = _graphed(attempt, model, images, passes) if settings.graphs else None
     if dist.get_rank() == 0:
         origin = f"{before.model}'s " if before and not resumed else ""
         where = f"from {origin}{point.folder.name}" if point else "from the beginning"
@@ -357,10 +359,22 @@ def start(
         scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
         attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
         attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
+        if blocks:
+            attempt.log(f"{attempt.model}: {blocks}")
         if settings.base_width:
             attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
     earlier = as_branch(before, attempt.start.requested_at) if before and not resumed else before
     return state, model, images_seen, resumed, earlier
+
+
+def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -> str:
+    """Let the model's blocks run as CUDA graphs where that is possible; return what came of it. Each rank decides for itself."""
+    if attempt.device.type != "cuda":
+        return "train.graphs changes nothing on a CPU"
+    if attempt.short or len(images) > 1:
+        reason = "memory lacked" if attempt.short else "its forward passes differ in images"
+        return f"no CUDA graphs: {reason}"
+    return graph_blocks(model, min(images), passes)
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:

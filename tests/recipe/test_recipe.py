@@ -281,6 +281,8 @@ def test_settings_that_cannot_be_sampled_or_measured_are_refused(settings: list[
         (["device=cpu", "train.scan=mamba"], "train.scan mamba does not run on cpu"),
         (["train.scan=natve"], "train.scan: got 'natve', expected: "),
         (["train.compile=true", "train.checkpointing=selective"], "selective checkpointing cannot be compiled"),
+        (["train.graphs=true", "train.zero_stage=3"], "graphs: blocks that are compiled or recomputed"),
+        (["train.graphs=true", "train.checkpointing=block"], "graphs: blocks that are compiled or recomputed"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings: list[str], line: str) -> None:

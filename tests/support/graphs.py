@@ -1,0 +1,44 @@
+"""Small models of each family, and the gradients that passes of training add up. Needs no conftest."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dis_scale import models
+from dis_scale.models import families
+from dis_scale.models.settings import FamilySettings
+from dis_scale.models.tokens import Backbone
+from dis_scale.recipe import LatentShape
+
+FAMILIES: list[dict[str, Any]] = [
+    {"kind": "dis", "width": 64, "depth": 4, "patch": 2, "drop_path": 0.2},
+    {"kind": "dit", "width": 64, "depth": 2, "patch": 2, "heads": 2},
+    {"kind": "diffussm", "width": 64, "depth": 3, "patch": 1},
+]
+
+
+def parsed(settings: dict[str, Any]) -> FamilySettings:
+    return families.find(settings["kind"]).settings.model_validate(settings)
+
+
+def made(settings: dict[str, Any], device: str = "cpu", precision: Any = "fp32") -> Backbone:
+    """A model whose outputs depend on all weights: some of them are zero at first."""
+    shape = LatentShape(4, 8)
+    model = models.build(parsed(settings), shape, 10, precision=precision, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.to(device)
+
+
+def added_gradients(model: Backbone, images: int, passes: int) -> list[Tensor]:
+    """The gradients of all weights after some backward passes, as training has them."""
+    random, device = torch.Generator().manual_seed(images), next(model.parameters()).device
+    model.zero_grad(set_to_none=True)
+    for _ in range(passes):
+        x_BCHW, t_B = torch.randn(images, 4, 8, 8, generator=random), torch.rand(images, generator=random)
+        drop = torch.rand(len(model.drop_rates), images, generator=random).to(device) if model.drop_rates else None
+        model(x_BCHW.to(device), t_B.to(device), torch.arange(images, device=device), drop).square().mean().backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]

@@ -1,0 +1,29 @@
+"""Blocks as CUDA graphs on a GPU. Skipped if PyTorch finds none. Needs no conftest."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from dis_scale.training.graphs import CLOSE, graph_blocks
+from tests.support.graphs import FAMILIES, added_gradients, made
+
+if not torch.cuda.is_available():
+    pytest.skip("no NVIDIA GPU here", allow_module_level=True)
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # bit-equal products, as in training
+SSD = {"kind": "dis", "width": 64, "depth": 2, "patch": 2, "mixer": "ssd", "combine": "hydra", "state_size": 16}
+
+
+@pytest.mark.parametrize("keeps_states", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [*FAMILIES, SSD], ids=lambda settings: f"{settings['kind']} {settings.get('mixer', '')}")
+def test_graphs_of_blocks_have_the_gradients_of_blocks(settings: dict[str, Any], precision: str, keeps_states: bool) -> None:
+    """Of two passes a step, twice; another number of images runs without graphs."""
+    plain, model = made(settings, "cuda", precision), made(settings, "cuda", precision)
+    plain.keeps_states = model.keeps_states = keeps_states
+    assert "run as CUDA graphs" in graph_blocks(model, 3, passes=2)
+    for images in (3, 3, 2):
+        for ours, expected in zip(added_gradients(model, images, 2), added_gradients(plain, images, 2), strict=True):
+            assert (ours - expected).norm() <= CLOSE * expected.norm()
