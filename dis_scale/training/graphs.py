@@ -93,17 +93,22 @@ def _record(blocks: list[nn.Module], run: Callable[[], object]) -> list[tuple[Te
 
 def _capture(blocks: list[nn.Module], calls: list[tuple[Tensor | None, ...]], keeps_states: bool, images: int) -> None:
     """Replace the blocks' `forward`, for training with this many images, by graphs that share memory in the order of a pass."""
-    wrapped = [_Tensors(block, keeps_states, [x is not None for x in inputs]) for block, inputs in zip(blocks, calls, strict=True)]
+    present = [[x is not None for x in inputs] for inputs in calls]
+    wrapped = [_Tensors(block, keeps_states, there) for block, there in zip(blocks, present, strict=True)]
     samples = tuple(tuple(x for x in inputs if x is not None) for inputs in calls)
     graphed = torch.cuda.make_graphed_callables(tuple(wrapped), samples, allow_unused_input=True)
-    for block, graph in zip(blocks, graphed, strict=True):
-        block.forward = _either(graph, block.forward, images)
+    for block, graph, there in zip(blocks, graphed, present, strict=True):
+        block.forward = _either(graph, block.forward, images, there)
 
 
-def _either(graph: Callable[..., Any], plain: Callable[..., Any], images: int) -> Callable[..., Any]:
+def _either(graph: Callable[..., Any], plain: Callable[..., Any], images: int, present: list[bool]) -> Callable[..., Any]:
+    """The graph for inputs as it was captured with, where gradients are needed; otherwise the block as it is."""
+
     def forward(*inputs: Tensor | None) -> Any:
         tensors = [x for x in inputs if x is not None]
-        return graph(*tensors) if torch.is_grad_enabled() and len(tensors[0]) == images else plain(*inputs)
+        if torch.is_grad_enabled() and len(tensors[0]) == images and [x is not None for x in inputs] == present:
+            return graph(*tensors)
+        return plain(*inputs)
 
     return forward
 

@@ -1,6 +1,9 @@
 """Small models of each family, and the gradients that passes of training add up. Needs no conftest."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -42,3 +45,27 @@ def added_gradients(model: Backbone, images: int, passes: int) -> list[Tensor]:
         drop = torch.rand(len(model.drop_rates), images, generator=random).to(device) if model.drop_rates else None
         model(x_BCHW.to(device), t_B.to(device), torch.arange(images, device=device), drop).square().mean().backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+class NoGraph:
+    """A CUDA graph that computes nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+@contextmanager
+def capturing_nothing() -> Iterator[None]:
+    """PyTorch's own `make_graphed_callables` on a CPU: it runs each block once, and what comes of that is then all there is."""
+    nothing = {
+        "synchronize": None,
+        "Stream": None,
+        "graphs.graph_pool_handle": None,
+        "graph": nullcontext(),
+        "stream": nullcontext(),
+    }
+    with ExitStack() as patched:
+        patched.enter_context(mock.patch("torch.cuda.CUDAGraph", NoGraph))
+        for name, result in nothing.items():
+            patched.enter_context(mock.patch(f"torch.cuda.{name}", return_value=result))
+        yield

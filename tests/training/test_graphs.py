@@ -14,7 +14,7 @@ from dis_scale.models.cost import price_model
 from dis_scale.recipe import LatentShape
 from dis_scale.training.graphs import graph_blocks
 from dis_scale.training.memory import worker_bytes
-from tests.support.graphs import FAMILIES, added_gradients, made, parsed
+from tests.support.graphs import FAMILIES, added_gradients, capturing_nothing, made, parsed
 from tests.training.test_memory import train
 
 
@@ -77,13 +77,15 @@ def stand_in(wrapped: tuple[nn.Module, ...], samples: tuple[tuple[Tensor, ...], 
 def test_graphs_of_blocks_have_the_gradients_of_blocks(
     settings: dict[str, Any], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice, since a graph's memory is used again; a pass of another number of images runs as it did."""
+    """Twice, since a graph's memory is used again; with another number of images, or without drop path, a block runs as it did."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
     plain, model = made(settings), made(settings)
     assert graph_blocks(model, 3, passes) == f"{len(model.blocks)} blocks run as CUDA graphs in passes of 3 images"
     for images in (3, 3, 2):
         for ours, expected in zip(added_gradients(model, images, passes), added_gradients(plain, images, passes), strict=True):
             assert torch.equal(ours, expected)
+    inputs = torch.randn(3, 4, 8, 8), torch.rand(3), torch.arange(3)
+    assert torch.equal(model(*inputs), plain(*inputs))
 
 
 def test_without_copies_the_second_pass_overwrites_the_gradients_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +116,14 @@ def test_blocks_stay_as_they_are_if_their_graphs_are_wrong_or_fail(
     assert graph_blocks(model, 3, 1).startswith(f"each kernel of a block is launched by itself: {line}")
     pairs = zip(added_gradients(model, 3, 1), added_gradients(plain, 3, 1), strict=True)
     assert all(torch.equal(ours, expected) for ours, expected in pairs)
+
+
+@pytest.mark.parametrize("settings", FAMILIES, ids=lambda settings: str(settings["kind"]))
+def test_pytorch_takes_the_blocks_of_each_family(settings: dict[str, Any]) -> None:
+    """Its own function captures them all; gradients of a capture that computes nothing are then found to be wrong."""
+    model = made(settings)
+    with capturing_nothing():
+        assert graph_blocks(model, 3, 1).endswith("its graph computes another gradient")
 
 
 def test_memory_has_room_for_what_graphs_hold() -> None:
