@@ -3,7 +3,7 @@
 #     sh benchmarks/gpu.sh h200 kernels       the speed of scan and convolution, the same against the reference, and their tests
 #     sh benchmarks/gpu.sh h200 smoke         small models: training, resuming, ZeRO stages, sampling, memory
 #     sh benchmarks/gpu.sh h200 throughput    the published sizes: images per second, MFU and memory; sampling, encoding
-#     sh benchmarks/gpu.sh h200 settings      training by checkpointing, compilation, micro-batch and scan
+#     sh benchmarks/gpu.sh h200 settings      training by checkpointing, graphs, compilation, micro-batch and scan
 # They need neither Ray nor a network. What is missing is named, and the rest runs. With another interpreter:
 #     PYTHON=.venv/bin/python sh benchmarks/gpu.sh h200 kernels
 usage="usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput|settings, for example h200 kernels"
@@ -12,8 +12,9 @@ part=${2:?$usage}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.." || exit 1
 case $part in
-kernels) modules="scan_gpu step kernels" limit=260 ;;
-smoke | throughput | settings) modules=$part limit=530 ;;
+kernels) modules="scan_gpu kernels" limit=260 ;;
+smoke | throughput) modules=$part limit=530 ;;
+settings) modules="step settings" limit=530 ;;
 *)
     echo "error: no part $part; $usage" >&2
     exit 2

@@ -31,6 +31,8 @@ from dis_scale.models.dis.network import DiSBlock
 from dis_scale.models.dis.settings import Dis
 from dis_scale.scan import Direction
 from dis_scale.scan.triton import backend
+from dis_scale.training.graphs import capture
+from tests.support.graphs import capturing_nothing
 
 B, L, E, N, R = 2, 24, 64, 2, 4
 """R: columns of the product before B and C, as in the mixer."""
@@ -126,10 +128,17 @@ def conv() -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
     return lambda: backend.two_way_conv_silu(x, *weights), [x, *weights]
 
 
-def block() -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
-    """A block of DiS without a skip. Products are float32's, which start faster on a CPU; ten casts of bfloat16 are left out."""
+def block(graphs: bool = False) -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
+    """A block of DiS without a skip. Products are float32's, which start faster on a CPU; ten casts of bfloat16 are left out.
+
+    `graphs`: its passes as CUDA graphs that launch nothing.
+    """
     made = DiSBlock(Dis(kind="dis", width=E // 2, depth=2, patch=2, state_size=N), "triton", skip=False)
     h_BLD, r_BLD = (torch.randn(B, L, E // 2).requires_grad_() for _ in range(2))
+    if graphs:
+        copies = [x.detach().clone().requires_grad_() for x in (h_BLD, r_BLD)]
+        with capturing_nothing():
+            capture([made], [(*copies, None, None, None)], keeps_states=False, images=B)
     return lambda: made(h_BLD, r_BLD, None, None, None), [h_BLD, r_BLD, *made.parameters()]
 
 
@@ -150,7 +159,12 @@ def main(rounds: str = "3000", launcher: str = "") -> None:
     torch.set_num_threads(1)
     driver.set_active(none := NoCuda() if launcher else NoLaunch())
     mock.patch("dis_scale.scan.problem", return_value=None).start()  # as if the kernels could run here
-    jobs_of = {"two-way scan": scan(), "two-way convolution": conv(), "block of DiS": block()}
+    jobs_of = {
+        "two-way scan": scan(),
+        "two-way convolution": conv(),
+        "block of DiS": block(),
+        "block of DiS as graphs": block(graphs=True),
+    }
     for name, (forward, inputs) in jobs_of.items():
         dys = [torch.ones_like(y) for y in forward()]
         jobs: dict[str, Callable[[], Any]] = {

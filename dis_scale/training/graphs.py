@@ -52,7 +52,7 @@ def graph_blocks(model: Backbone, images: int, passes: int) -> str:
     expected = results()
     plain = [block.forward for block in blocks]
     try:
-        _capture(blocks, calls, model.keeps_states, images)
+        capture(blocks, calls, model.keeps_states, images)
         wrong = _difference(results(), expected)
     except RuntimeError as error:  # also if memory lacks
         wrong = str(error.__context__ or error).partition("\n")[0]
@@ -91,7 +91,7 @@ def _record(blocks: list[nn.Module], run: Callable[[], object]) -> list[tuple[Te
     return [calls[block] for block in blocks]
 
 
-def _capture(blocks: list[nn.Module], calls: list[tuple[Tensor | None, ...]], keeps_states: bool, images: int) -> None:
+def capture(blocks: list[nn.Module], calls: list[tuple[Tensor | None, ...]], keeps_states: bool, images: int) -> None:
     """Replace the blocks' `forward`, for training with this many images, by graphs that share memory in the order of a pass."""
     present = [[x is not None for x in inputs] for inputs in calls]
     wrapped = [_Tensors(block, keeps_states, there) for block, there in zip(blocks, present, strict=True)]
