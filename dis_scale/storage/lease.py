@@ -28,10 +28,12 @@ from dis_scale.storage.folder import Folder
 
 BEAT_S = 5.0
 """Time between two heartbeats."""
+CLOCK_BEATS = 720
+"""Heartbeats, an hour, after which the difference between this machine's clock and the store's is asked for again."""
 STILL_S = 20.0
 """Time without a heartbeat after which a holder on another machine counts as dead."""
 BEATLESS_S = 60.0
-"""Age of the last heartbeat from which a holder is reported dead; includes the difference between two machines' clocks."""
+"""Age of the last heartbeat, by the store's clock, from which a holder is reported dead."""
 WHY_CHARACTERS = 500
 """Most characters of the error that ended a lease."""
 
@@ -108,7 +110,7 @@ class End(Document):
 
 @dataclass(frozen=True)
 class Holding:
-    """One holder of a lease, past or present. Times are Unix times of the holder's clock."""
+    """One holder of a lease, past or present. Times are Unix times: of heartbeats by the store's clock, others by the holder's."""
 
     folder: Folder
     number: int
@@ -129,7 +131,7 @@ class Holding:
         return self.holder.pid != os.getpid() and not self.gone if self.holder.is_here else None
 
     def works(self, now: float) -> bool:
-        """Whether it holds the lease and is alive at the Unix time `now`, as far as its heartbeats tell."""
+        """Whether it holds the lease and is alive at the time `now` of the store's clock, as far as its heartbeats tell."""
         beats = self.beat is None or now - self.beat < BEATLESS_S
         return self.end is None and not self.gone and beats
 
@@ -231,12 +233,14 @@ def _time_of(heartbeat: bytes) -> float | None:
 
 
 def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
-    beats = 0
+    beats, ahead_s = 0, None
     while not ended.wait(BEAT_S):
         beats += 1
         # Storage may be away for a while. If another process takes over meanwhile, `held` sees its number.
         with contextlib.suppress(DisScaleError):
-            lease.folder.write(f"{_name(lease.number)}.beat", f"{beats} {time.time():.0f}".encode())
+            if ahead_s is None or beats % CLOCK_BEATS == 0:
+                ahead_s = lease.folder.time_s() - time.time()
+            lease.folder.write(f"{_name(lease.number)}.beat", f"{beats} {time.time() + ahead_s:.0f}".encode())
 
 
 def _highest(names: Iterable[str]) -> int:

@@ -166,6 +166,20 @@ def test_a_stop_request_reaches_a_holder_whose_clock_differs(tmp_path: Path) -> 
     assert folder.exists("0001.stop")
 
 
+def test_a_holder_whose_clock_is_an_hour_late_works_by_the_stores_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`status`, on a third machine, compares its heartbeats with the store's time."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.02)
+    monkeypatch.setattr(Folder, "time_s", lambda _: time.time() + 3600)
+    folder = open_folder(tmp_path)
+    with lease.hold(folder):
+        deadline_s = time.monotonic() + 10
+        while not folder.exists("0001.beat") and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        holding = lease.last_holding(folder)
+        assert holding
+        assert holding.works(folder.time_s())
+
+
 def test_storage_that_is_away_at_the_end_does_not_replace_the_error_on_its_way(
     tmp_path: Path, no_pauses: None, inject: Callable[[str], None]
 ) -> None:
