@@ -12,8 +12,8 @@ with more tokens.
 
 `waves` is the time that the scan's programs take relative to what they would if all multiprocessors had the same number: with one
 lane per channel, and as the GPU is filled. `kernels` are a block's launches. `step MFU` is of a step of 128 images on one GPU, with
-the optimizer at 4.3 TB/s; `images` is their number in a pass up to which the GPU waits for Python. The bytes of the optimizer and
-Python's times are those of dis_scale/planning/fleet.py.
+the optimizer at 4.3 TB/s; `images` is their number in a pass up to which an H200 waits for Python, as slow as it is and its host.
+The bytes of the optimizer and Python's time for a block are those of dis_scale/planning/fleet.py.
 """
 
 import math
@@ -45,6 +45,8 @@ SIZE, CLASSES, IMAGES = 32, 1000, 32
 PEAK, PRODUCTS, COPIES = 989e12, 790e12, 4.3e12
 """FLOP/s in bf16 of the datasheet and of large products; bytes/s that copies reach."""
 STEP_IMAGES = 128
+SLOWER = 1.6
+"""Times of this count that a block of DiS-L/2 took on an H200: benchmarks/results/kernels.md#a-blocks-time."""
 STEP_S = 0.01
 """The least time in which Python runs the optimizer and the GPU waits: benchmarks/results/kernels.md#host-time."""
 CONV_NS = 61.9e3 / (32 * 258 * 2048)
@@ -179,7 +181,7 @@ def row(name: str, settings: Dis, images: int, size: int) -> None:
     mfu = cost.training_flops(images) / seconds / PEAK
     step_s = STEP_IMAGES * seconds + STEP_S + OPTIMIZER_BYTES * cost.parameters / COPIES
     mfu_of_step = STEP_IMAGES * cost.training_flops(images) / step_s / PEAK
-    paced = HOST_S / (1e-9 * sum(times) * length)
+    paced = HOST_S / (SLOWER * 1e-9 * sum(times) * length)
     kernels, us = kernels + CONV_KERNELS * (settings.mixer == "ssd"), 1e-3 * sum(times) * count
     cells = *times, sum(times), mfu, mfu_of_step, paced, *waved, kernels, us
     print(f"{name:22}", *(f"{x:9.2f}" for x in cells))

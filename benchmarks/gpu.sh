@@ -1,20 +1,20 @@
 #!/bin/sh
-# Bring up a GPU, by four commands of under nine minutes each; all write into benchmarks/results/NAME.json as they measure.
+# Bring up a GPU, by five commands of under nine minutes each; all write into benchmarks/results/NAME.json as they measure.
 #     sh benchmarks/gpu.sh h200 kernels       the speed of scan and convolution, the same against the reference, and their tests
+#     sh benchmarks/gpu.sh h200 settings      training by graphs, checkpointing, compilation, micro-batch and scan
+#     sh benchmarks/gpu.sh h200 step          a step by checkpointing, and against DiT's and DiS2's
 #     sh benchmarks/gpu.sh h200 smoke         small models: training, resuming, ZeRO stages, sampling, memory
 #     sh benchmarks/gpu.sh h200 throughput    the published sizes: images per second, MFU and memory; sampling, encoding
-#     sh benchmarks/gpu.sh h200 settings      training by checkpointing, graphs, compilation, micro-batch and scan
 # They need neither Ray nor a network. What is missing is named, and the rest runs. With another interpreter:
 #     PYTHON=.venv/bin/python sh benchmarks/gpu.sh h200 kernels
-usage="usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput|settings, for example h200 kernels"
+usage="usage: sh benchmarks/gpu.sh NAME kernels|settings|step|smoke|throughput, for example h200 kernels"
 name=${1:?$usage}
 part=${2:?$usage}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.." || exit 1
 case $part in
 kernels) modules="scan_gpu kernels" limit=260 ;;
-smoke | throughput) modules=$part limit=530 ;;
-settings) modules="step settings" limit=530 ;;
+settings | step | smoke | throughput) modules=$part limit=530 ;;
 *)
     echo "error: no part $part; $usage" >&2
     exit 2
@@ -31,7 +31,7 @@ if [ "$part" = kernels ]; then
         # shellcheck disable=SC2086
         timeout 270 "$python" -m pytest --noconftest -q $workers tests/training/test_graphs_gpu.py tests/scan/test_ssd_gpu.py tests/scan/test_scan_gpu.py tests/models/test_dit_gpu.py || failed=1
     else
-        echo "tests/scan/test_ssd_gpu.py, test_scan_gpu.py and tests/models/test_dit_gpu.py: not run, pytest is not installed"
+        echo "the tests test_*_gpu.py: not run, pytest is not installed"
     fi
 fi
 exit $failed

@@ -41,7 +41,7 @@ from tests.support.documents import made_from
 
 RECIPE = Path(__file__).parent.parent / "configs/imagenet256.yaml"
 LATENTS, LATENT_SHAPE, CLASSES = 256, LatentShape(4, 32), 1000
-SIZES = ("DiS-S/2", "DiS-B/2", "DiS-M/2", "DiS-L/2", "DiS-H/2", "DiffuSSM-XL", "DiT-L/2", "DiT-XL/2")
+SIZES = ("DiS-S/2", "DiS-B/2", "DiS-M/2", "DiS-L/2", "DiS-H/2", "DiffuSSM-XL", "DiT-L/2", "DiT-XL/2", "DiS2-L/2")
 BUDGET_S = 380.0
 """Time after which no further job starts: with the last one and the imports, less than benchmarks/gpu.sh's limit."""
 JOB_S = 110.0

@@ -99,7 +99,8 @@ class Train(Settings):
     """Run blocks through torch.compile; scans and convolutions stay as they are and break the graph at their borders."""
     graphs: bool = runtime(False)
     """Run each block as two CUDA graphs, where Python sets the pace of a GPU: many small blocks, few images in a forward pass.
-    Takes memory for another copy of the blocks' inputs, their gradients and the weights' gradients. No GPU has run it yet."""
+    Takes memory for another copy of the blocks' inputs, and of the gradients of inputs, outputs and weights. No GPU has run
+    it yet."""
     scan: Literal["auto", "reference", "native", "triton", "mamba", "chunked"] = runtime("auto")
     """Backend of the selective scan; `auto` takes the fastest of the device."""
     learning_rate: float = Field(1e-4, gt=0)

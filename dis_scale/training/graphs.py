@@ -4,70 +4,58 @@ For models whose blocks are so short that Python sets the pace (benchmarks/resul
 blocks runs as it does without. Called by loop.py after DeepSpeed has moved the weights to where they stay.
 """
 
+import math
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dis_scale.models.tokens import Backbone
+from dis_scale.process.errors import UserError
 from dis_scale.scan.backend import KeepingStates
 
 CLOSE = 1e-3
-"""Largest relative difference of a gradient by graphs: a GPU's attention adds gradients in no fixed order."""
+"""Largest relative difference of a weight's gradient by graphs, or of as small a share of all: attention adds in no fixed order."""
+
+Inputs = tuple[Tensor | None, ...]
+Results = tuple[Tensor, list[Tensor]]
 
 
-class _Tensors(nn.Module):
-    """A block as a function of the tensors among its inputs, those that `present` names: PyTorch captures only such."""
+def graph_blocks(model: Backbone, images: int, adds_up: bool) -> str:
+    """Let the blocks of a model on a GPU run as graphs in passes of this many images; return a line that says so.
 
-    def __init__(self, block: nn.Module, keeps_states: bool, present: list[bool]):
-        super().__init__()
-        self.block, self.keeps_states, self.present = block, keeps_states, present
-
-    def forward(self, *tensors: Tensor) -> Any:
-        given = iter(tensors)
-        inputs = [next(given) if there else None for there in self.present]
-        if not self.keeps_states:
-            return self.block(*inputs)
-        with KeepingStates():
-            return self.block(*inputs)
-
-
-def graph_blocks(model: Backbone, images: int, passes: int) -> str:
-    """Let the blocks of a model on a GPU run as graphs in passes of this many images; return what came of it, as a line.
-
-    A step adds up the gradients of `passes` passes. Blocks stay as they are if they cannot be captured, or a graph computes other
-    numbers.
+    `adds_up`: the gradients of several passes are added up in `.grad`. UserError if PyTorch cannot capture the blocks, or if their
+    graphs compute other numbers; OutOfMemoryError if memory lacks. A failed capture leaves CUDA unusable for this process.
     """
-    x_BCHW, t_B, y_B, drop = _random_inputs(model, images)
-
-    def results() -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        out_BCHW = model(x_BCHW, t_B, y_B, drop)
-        weights = list(model.parameters())
-        return out_BCHW.detach(), torch.autograd.grad(out_BCHW.float().square().mean(), weights, allow_unused=True)
-
     assert isinstance(model.blocks, nn.ModuleList)
-    blocks = list(model.blocks)
-    calls = _record(blocks, results)
-    expected = results()
-    plain = [block.forward for block in blocks]
+    blocks, inputs = list(model.blocks), _random_inputs(model, images)
+    kept = [weight.detach().clone() for weight in model.parameters()]
+    with torch.no_grad():
+        for weight in model.parameters():  # at first the output of some models does not depend on their blocks
+            weight.add_(0.02 * torch.randn_like(weight))
+    calls = _record(blocks, model, inputs)
+    expected = _results(model, inputs)
     try:
         capture(blocks, calls, model.keeps_states, images)
-        wrong = _difference(results(), expected)
-    except RuntimeError as error:  # also if memory lacks
-        wrong = str(error.__context__ or error).partition("\n")[0]
-    if wrong:
-        for block, forward in zip(blocks, plain, strict=True):
-            block.forward = forward
-        return f"each kernel of a block is launched by itself: {wrong}"
-    if passes > 1:
-        for block in blocks:
-            for weight in block.parameters():  # else the next pass would overwrite what `.grad` took without a copy
-                weight.register_hook(torch.clone)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error.__context__ or error).partition("\n")[0]
+        raise UserError(f"train.graphs: the blocks cannot be captured ({reason}): set train.graphs=false") from error
+    if wrong := _difference(_results(model, inputs), expected):
+        raise UserError(f"train.graphs: the blocks' graphs compute another {wrong} than the blocks: set train.graphs=false")
+    with torch.no_grad():
+        for weight, before in zip(model.parameters(), kept, strict=True):
+            weight.copy_(before)
+    for weight in model.blocks.parameters() if adds_up else ():
+        weight.register_hook(lambda g, weight=weight: g.clone() if weight.grad is None else None)
     return f"{len(blocks)} blocks run as CUDA graphs in passes of {images} images"
 
 
-def _random_inputs(model: Backbone, images: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _random_inputs(model: Backbone, images: int) -> Inputs:
     device, (channels, size) = next(model.parameters()).device, model.shape
     random = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(images, channels, size, size, generator=random).to(device)
@@ -77,47 +65,81 @@ def _random_inputs(model: Backbone, images: int) -> tuple[Tensor, Tensor, Tensor
     return x_BCHW, t_B, y_B, drop
 
 
-def _record(blocks: list[nn.Module], run: Callable[[], object]) -> list[tuple[Tensor | None, ...]]:
-    """Return each block's inputs in a pass, as tensors of their own that need gradients if the inputs did."""
-    calls: dict[nn.Module, tuple[Tensor | None, ...]] = {}
+def _results(model: Backbone, inputs: Inputs) -> Results:
+    """The output, and the gradients of the weights that it depends on."""
+    out_BCHW = model(*inputs)
+    found = torch.autograd.grad(out_BCHW.float().square().mean(), list(model.parameters()), allow_unused=True)
+    return out_BCHW.detach(), [g for g in found if g is not None]
 
-    def keep(block: nn.Module, inputs: tuple[Tensor | None, ...]) -> None:
-        calls[block] = tuple(x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+
+def _record(blocks: list[nn.Module], model: Backbone, inputs: Inputs) -> list[Inputs]:
+    """Return each block's inputs in a pass, as tensors of their own that need gradients if the inputs did."""
+    calls: dict[nn.Module, Inputs] = {}
+
+    def keep(block: nn.Module, given: Inputs) -> None:
+        calls[block] = tuple(x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in given)
 
     hooks = [block.register_forward_pre_hook(keep) for block in blocks]
-    run()
+    model(*inputs)
     for hook in hooks:
         hook.remove()
     return [calls[block] for block in blocks]
 
 
-def capture(blocks: list[nn.Module], calls: list[tuple[Tensor | None, ...]], keeps_states: bool, images: int) -> None:
-    """Replace the blocks' `forward`, for training with this many images, by graphs that share memory in the order of a pass."""
+def capture(blocks: list[nn.Module], calls: list[Inputs], keeps_states: bool, images: int) -> None:
+    """Replace the blocks' `forward`, for training with this many images, by graphs that share memory in the order of a pass.
+
+    They are captured with aliases of the weights as inputs: the weights' own nodes of autograd, which DeepSpeed holds, belong to
+    the stream that made them, and a capture must not wait for another stream.
+    """
     present = [[x is not None for x in inputs] for inputs in calls]
-    wrapped = [_Tensors(block, keeps_states, there) for block, there in zip(blocks, present, strict=True)]
-    samples = tuple(tuple(x for x in inputs if x is not None) for inputs in calls)
-    graphed = torch.cuda.make_graphed_callables(tuple(wrapped), samples, allow_unused_input=True)
+    functions = tuple(_of_tensors(block, there, keeps_states) for block, there in zip(blocks, present, strict=True))
+    samples = []
+    for block, inputs in zip(blocks, calls, strict=True):
+        aliases = [weight.detach().requires_grad_() for weight in block.parameters()]
+        samples.append((*[x for x in inputs if x is not None], *aliases))
+    graphed = torch.cuda.make_graphed_callables(functions, tuple(samples), allow_unused_input=True)
     for block, graph, there in zip(blocks, graphed, present, strict=True):
-        block.forward = _either(graph, block.forward, images, there)
+        block.forward = _either(graph, block.forward, list(block.parameters()), images, there)
 
 
-def _either(graph: Callable[..., Any], plain: Callable[..., Any], images: int, present: list[bool]) -> Callable[..., Any]:
+def _of_tensors(block: nn.Module, present: list[bool], keeps_states: bool) -> Callable[..., Any]:
+    """A block as a function of the tensors among its inputs, those that `present` names, and of its weights."""
+    names, count = [name for name, _ in block.named_parameters()], sum(present)
+    plain = copy(block)  # whose `forward` stays
+
+    def function(*tensors: Tensor) -> Any:
+        given, weights = iter(tensors[:count]), dict(zip(names, tensors[count:], strict=True))
+        inputs = tuple(next(given) if there else None for there in present)
+        if not keeps_states:
+            return functional_call(plain, weights, inputs)
+        with KeepingStates():
+            return functional_call(plain, weights, inputs)
+
+    return function
+
+
+def _either(
+    graph: Callable[..., Any], plain: Callable[..., Any], weights: list[nn.Parameter], images: int, present: list[bool]
+) -> Callable[..., Any]:
     """The graph for inputs as it was captured with, where gradients are needed; otherwise the block as it is."""
 
     def forward(*inputs: Tensor | None) -> Any:
         tensors = [x for x in inputs if x is not None]
         if torch.is_grad_enabled() and len(tensors[0]) == images and [x is not None for x in inputs] == present:
-            return graph(*tensors)
+            return graph(*tensors, *weights)
         return plain(*inputs)
 
     return forward
 
 
-def _difference(found: tuple[Tensor, tuple[Tensor | None, ...]], expected: tuple[Tensor, tuple[Tensor | None, ...]]) -> str | None:
-    """What differs, if anything does."""
+def _difference(found: Results, expected: Results) -> str:
+    """What differs; empty if nothing does. NaN differs."""
     if not torch.equal(found[0], expected[0]):
-        return "its graph computes another output"
-    for a, b in zip(found[1], expected[1], strict=True):
-        if (a is None) != (b is None) or (a is not None and b is not None and (a - b).norm() > CLOSE * b.norm()):
-            return "its graph computes another gradient"
-    return None
+        return "output"
+    if len(found[1]) != len(expected[1]):
+        return "gradient"
+    norms = [g.norm().item() for g in expected[1]]
+    least, pairs = CLOSE * math.hypot(*norms), zip(found[1], expected[1], norms, strict=True)
+    within = [(a - b).norm().item() <= CLOSE * max(norm, least) for a, b, norm in pairs]
+    return "" if all(within) else "gradient"

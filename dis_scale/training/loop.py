@@ -368,13 +368,16 @@ def start(
 
 
 def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -> str:
-    """Let the model's blocks run as CUDA graphs where that is possible; return what came of it. Each rank decides for itself."""
+    """Let the model's blocks run as CUDA graphs where that is possible; return what came of it. Collective."""
     if attempt.device.type != "cuda":
         return "train.graphs changes nothing on a CPU"
     if attempt.short or len(images) > 1:
         reason = "memory lacked" if attempt.short else "its forward passes differ in images"
         return f"no CUDA graphs: {reason}"
-    return graph_blocks(model, min(images), passes)
+    lines: list[str] = []
+    adds_up = passes > 1 and attempt.recipe.train.zero_stage == 1
+    check_on_all_ranks(lambda: lines.append(graph_blocks(model, min(images), adds_up)))
+    return lines[0]
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:

@@ -23,7 +23,7 @@ USABLE = 0.85
 """Share of a GPU's memory that may be planned with; CUDA's context, temporary tensors and fragments need the rest."""
 BUSY_BYTES = 0.33e9
 """A block's kept states in a forward pass from which on the GPU takes longer than Python: those of DiS-L/2 at 62 images, of H/2 at
-27 already, with the host of an H200 (benchmarks/results/kernels.md#a-blocks-time)."""
+42 already, with the host of an H200 (benchmarks/results/kernels.md#a-blocks-time)."""
 
 
 class PassPlan(NamedTuple):
@@ -67,17 +67,20 @@ def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
 def worker_bytes(cost: Cost, settings: Train, world: int, images: int) -> int:
     """Return a worker's bytes at their peak, with `images` in a forward pass.
 
-    Activations are gone when the step joins this worker's reduced gradients in one more tensor.
+    Activations are gone when the step joins this worker's reduced gradients in one more tensor, but those of graphs.
     """
     image, fixed = _pass_bytes(cost, settings)
-    activations = images * image + fixed
-    return sum(state_bytes(cost, settings, world).values()) + max(activations, 4 * cost.parameters // world)
+    activations, joined = images * image + fixed, 4 * cost.parameters // world
+    return sum(state_bytes(cost, settings, world).values()) + (
+        activations + joined if settings.graphs else max(activations, joined)
+    )
 
 
 def most_images(cost: Cost, settings: Train, world: int, usable_bytes: float) -> int:
     """Return the most images in a forward pass for which a worker needs at most `usable_bytes`; 0 if none fit."""
     free = usable_bytes - sum(state_bytes(cost, settings, world).values())
     joined, (image, fixed) = 4 * cost.parameters // world, _pass_bytes(cost, settings)
+    free -= joined if settings.graphs else 0
     return max(0, int((free - fixed) // image)) if free >= joined else 0
 
 

@@ -12,7 +12,9 @@ from dis_scale import models
 from dis_scale.models import families
 from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
-from dis_scale.recipe import LatentShape
+from dis_scale.recipe import LatentShape, Train
+from dis_scale.training import engine, resume
+from dis_scale.training.graphs import graph_blocks
 
 FAMILIES: list[dict[str, Any]] = [
     {"kind": "dis", "width": 64, "depth": 4, "patch": 2, "drop_path": 0.2},
@@ -45,6 +47,28 @@ def added_gradients(model: Backbone, images: int, passes: int) -> list[Tensor]:
         drop = torch.rand(len(model.drop_rates), images, generator=random).to(device) if model.drop_rates else None
         model(x_BCHW.to(device), t_B.to(device), torch.arange(images, device=device), drop).square().mean().backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def trained(settings: dict[str, Any], device: torch.device, precision: Any, stage: int, graphs: bool) -> list[Tensor]:
+    """The weights after three steps of two passes under DeepSpeed, on this process alone."""
+    recipe: Any = {
+        "publish_images": (60,),
+        "batch_images": 6,
+        "lanes": 2,
+        "zero_stage": stage,
+        "precision": precision,
+        "graphs": graphs,
+    }
+    train, model, random = Train(**recipe), made(settings, "cpu", precision), torch.Generator().manual_seed(0)
+    state = engine.start(model.to(device), train, device, resume.fresh(model), 0, passes=2)
+    if graphs:
+        graph_blocks(model, 3, adds_up=stage == 1)
+    for _ in range(6):
+        x_BCHW, t_B = torch.randn(3, 4, 8, 8, generator=random), torch.rand(3, generator=random)
+        drop = torch.rand(len(model.drop_rates), 3, generator=random).to(device) if model.drop_rates else None
+        out_BCHW = state.deepspeed(x_BCHW.to(device), t_B.to(device), torch.arange(3, device=device), drop)
+        state.micro_step(out_BCHW.square().mean())
+    return [flat.detach().clone() for flat in state.flats]
 
 
 class NoGraph:

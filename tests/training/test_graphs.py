@@ -4,17 +4,21 @@ tests/training/test_graphs_gpu.py has the same on a GPU.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dis_scale import models
 from dis_scale.models.cost import price_model
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape
 from dis_scale.training.graphs import graph_blocks
 from dis_scale.training.memory import worker_bytes
-from tests.support.graphs import FAMILIES, added_gradients, capturing_nothing, made, parsed
+from tests.support.graphs import FAMILIES, added_gradients, capturing_nothing, made, parsed, trained
+from tests.support.ranks import on_ranks
 from tests.training.test_memory import train
 
 
@@ -22,54 +26,37 @@ class Static(torch.autograd.Function):
     """A captured block: inputs, outputs and gradients are always in the same memory."""
 
     @staticmethod
-    def forward(ctx: Any, memory: dict[str, Any], function: Callable[..., Any], count: int, *inputs: Tensor) -> Any:
+    def forward(ctx: Any, memory: dict[str, Any], function: Callable[..., Any], *inputs: Tensor) -> Any:
         ctx.memory = memory
-        with torch.no_grad():
-            for to, x in zip(memory["inputs"], inputs[:count], strict=True):
-                to.copy_(x)
+        for to, x in zip(memory["inputs"], inputs, strict=True):
+            if to.data_ptr() != x.data_ptr():
+                to.detach().copy_(x)
         with torch.enable_grad():
             out = function(*memory["inputs"])
         memory["graph"] = out if isinstance(out, tuple) else (out,)
         outputs = memory.setdefault("outputs", [x.detach().clone() for x in memory["graph"]])
-        with torch.no_grad():
-            for to, x in zip(outputs, memory["graph"], strict=True):
-                to.copy_(x)
+        for to, x in zip(outputs, memory["graph"], strict=True):
+            to.copy_(x.detach())
         given = tuple(x.detach() for x in outputs)
         return given if isinstance(out, tuple) else given[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         memory = ctx.memory
-        surface = [*memory["inputs"], *memory["weights"]]
-        wanted = [x for x in surface if x.requires_grad]
+        wanted = [x for x in memory["inputs"] if x.requires_grad]
         found = iter(torch.autograd.grad(memory["graph"], wanted, gradients, allow_unused=True))
-        results = [next(found) if x.requires_grad else None for x in surface]
+        results = [next(found) if x.requires_grad else None for x in memory["inputs"]]
         kept = memory.setdefault("gradients", [None if g is None else g.clone() for g in results])
         for to, g in zip(kept, results, strict=True):
             if to is not None:
                 to.copy_(g)
-        return None, None, None, *[None if g is None else g.detach() for g in kept]
+        return None, None, *[None if g is None else g.detach() for g in kept]
 
 
-def stand_in(wrapped: tuple[nn.Module, ...], samples: tuple[tuple[Tensor, ...], ...], allow_unused_input: bool) -> tuple[Any, ...]:
+def stand_in(functions: tuple[Callable[..., Any], ...], samples: tuple[tuple[Tensor, ...], ...], **_: bool) -> tuple[Any, ...]:
     """`torch.cuda.make_graphed_callables` on a CPU."""
-    assert allow_unused_input
-
-    def graphed(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-        weights, forward = tuple(module.parameters()), module.forward
-        memory = {"inputs": inputs, "weights": weights}
-        plain = module.block.forward  # what is captured; the block's own `forward` is replaced later
-
-        def captured(*static: Tensor) -> Any:
-            later, module.block.forward = module.block.forward, plain
-            try:
-                return forward(*static)
-            finally:
-                module.block.forward = later
-
-        return lambda *given: Static.apply(memory, captured, len(inputs), *given, *weights)
-
-    return tuple(graphed(module, inputs) for module, inputs in zip(wrapped, samples, strict=True))
+    memories: list[dict[str, Any]] = [{"inputs": inputs} for inputs in samples]
+    return tuple(partial(Static.apply, memory, function) for memory, function in zip(memories, functions, strict=True))
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -80,7 +67,8 @@ def test_graphs_of_blocks_have_the_gradients_of_blocks(
     """Twice, since a graph's memory is used again; with another number of images, or without drop path, a block runs as it did."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
     plain, model = made(settings), made(settings)
-    assert graph_blocks(model, 3, passes) == f"{len(model.blocks)} blocks run as CUDA graphs in passes of 3 images"
+    assert graph_blocks(model, 3, passes > 1) == f"{len(model.blocks)} blocks run as CUDA graphs in passes of 3 images"
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), plain.parameters(), strict=True)), "weights are as before"
     for images in (3, 3, 2):
         for ours, expected in zip(added_gradients(model, images, passes), added_gradients(plain, images, passes), strict=True):
             assert torch.equal(ours, expected)
@@ -89,41 +77,81 @@ def test_graphs_of_blocks_have_the_gradients_of_blocks(
 
 
 def test_without_copies_the_second_pass_overwrites_the_gradients_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the stand-in is for: blocks that were told of one pass add up two."""
+    """What the stand-in is for: blocks whose gradients are not said to be added up."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
     plain, model = made(FAMILIES[0]), made(FAMILIES[0])
-    graph_blocks(model, 3, passes=1)
+    graph_blocks(model, 3, adds_up=False)
     pairs = zip(added_gradients(model, 3, 2), added_gradients(plain, 3, 2), strict=True)
     assert not all(torch.equal(ours, expected) for ours, expected in pairs)
 
 
-def wrong(*given: Any, **options: Any) -> tuple[Any, ...]:
-    return tuple(lambda *inputs, one=one: tuple(1.5 * x for x in one(*inputs)) for one in stand_in(*given, **options))
+def test_deepspeed_trains_by_graphs_as_without() -> None:
+    on_ranks(1, trains_by_graphs_as_without)
+
+
+def trains_by_graphs_as_without() -> None:
+    """Two passes a step. Nothing captured has a node of the model's own weights, which DeepSpeed holds on another stream."""
+
+    def checked(functions: tuple[Any, ...], samples: tuple[tuple[Tensor, ...], ...], **_: bool) -> tuple[Any, ...]:
+        for function, inputs in zip(functions, samples, strict=True):
+            assert not any(isinstance(leaf, torch.nn.Parameter) for leaf in leaves(function(*inputs)))
+        return stand_in(functions, samples)
+
+    torch.cuda.make_graphed_callables = checked
+    for stage, settings in ((1, FAMILIES[0]), (2, FAMILIES[0]), (1, FAMILIES[1]), (1, FAMILIES[2])):
+        plain, graphed = (trained(settings, torch.device("cpu"), "fp32", stage, graphs) for graphs in (False, True))
+        assert all(torch.equal(a, b) for a, b in zip(plain, graphed, strict=True))
+
+
+def leaves(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """The tensors that these depend on and that no operation made."""
+    nodes, found = [x.grad_fn for x in (outputs if isinstance(outputs, tuple) else (outputs,))], list[Tensor]()
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        more = {each for each, _ in getattr(node, "next_functions", ()) if each} - seen
+        seen |= more
+        nodes += more
+    return found
+
+
+def of_another_size(functions: tuple[Any, ...], samples: Any, **_: bool) -> tuple[Any, ...]:
+    def times(one: Any, *inputs: Tensor) -> Any:
+        out = one(*inputs)
+        return tuple(1.5 * x for x in out) if isinstance(out, tuple) else 1.5 * out
+
+    return tuple(partial(times, one) for one in stand_in(functions, samples))
 
 
 def failing(*_: object, **__: object) -> tuple[Any, ...]:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nSee the documentation")
 
 
 @pytest.mark.parametrize(
-    ("capture", "line"), [(wrong, "its graph computes another output"), (failing, "CUDA out of memory. Tried")]
+    ("capture", "line"),
+    [
+        (of_another_size, "graphs compute another output than the blocks: set train.graphs=false"),
+        (failing, r"cannot be captured \(CUDA error: operation not permitted when stream is capturing\): set train.graphs=false"),
+    ],
 )
-def test_blocks_stay_as_they_are_if_their_graphs_are_wrong_or_fail(
-    capture: Callable[..., Any], line: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("settings", FAMILIES, ids=lambda settings: str(settings["kind"]))
+def test_graphs_that_are_wrong_or_fail_end_the_training(
+    settings: dict[str, Any], capture: Callable[..., Any], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of new models too, the output of some of which does not depend on their blocks."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
-    plain, model = made(FAMILIES[0]), made(FAMILIES[0])
-    assert graph_blocks(model, 3, 1).startswith(f"each kernel of a block is launched by itself: {line}")
-    pairs = zip(added_gradients(model, 3, 1), added_gradients(plain, 3, 1), strict=True)
-    assert all(torch.equal(ours, expected) for ours, expected in pairs)
+    model = models.build(parsed(settings), LatentShape(4, 8), 10, seed=0)
+    with pytest.raises(UserError, match=line):
+        graph_blocks(model, 3, adds_up=False)
 
 
 @pytest.mark.parametrize("settings", FAMILIES, ids=lambda settings: str(settings["kind"]))
 def test_pytorch_takes_the_blocks_of_each_family(settings: dict[str, Any]) -> None:
-    """Its own function captures them all; gradients of a capture that computes nothing are then found to be wrong."""
-    model = made(settings)
-    with capturing_nothing():
-        assert graph_blocks(model, 3, 1).endswith("its graph computes another gradient")
+    """Its own function captures them all; gradients of a capture that computes nothing, which may be NaN, are found to be wrong."""
+    with capturing_nothing(), pytest.raises(UserError, match="compute another gradient"):
+        graph_blocks(made(settings), 3, adds_up=False)
 
 
 def test_memory_has_room_for_what_graphs_hold() -> None:

@@ -1,5 +1,6 @@
 """Blocks as CUDA graphs on a GPU. Skipped if PyTorch finds none. Needs no conftest."""
 
+import itertools
 import os
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from dis_scale.training.graphs import CLOSE, graph_blocks
-from tests.support.graphs import FAMILIES, added_gradients, made
+from dis_scale.training.profile import process_group
+from tests.support.graphs import FAMILIES, added_gradients, made, trained
 
 if not torch.cuda.is_available():
     pytest.skip("no NVIDIA GPU here", allow_module_level=True)
@@ -23,7 +25,16 @@ def test_graphs_of_blocks_have_the_gradients_of_blocks(settings: dict[str, Any],
     """Of two passes a step, twice; another number of images runs without graphs."""
     plain, model = made(settings, "cuda", precision), made(settings, "cuda", precision)
     plain.keeps_states = model.keeps_states = keeps_states
-    assert "run as CUDA graphs" in graph_blocks(model, 3, passes=2)
+    assert "run as CUDA graphs" in graph_blocks(model, 3, adds_up=True)
     for images in (3, 3, 2):
         for ours, expected in zip(added_gradients(model, images, 2), added_gradients(plain, images, 2), strict=True):
             assert (ours - expected).norm() <= CLOSE * expected.norm()
+
+
+def test_deepspeed_trains_by_graphs_as_without() -> None:
+    device = torch.device("cuda")
+    with process_group(device):  # once in a process: DeepSpeed keeps its groups
+        for settings, stage in itertools.product([*FAMILIES, SSD], (1, 2)):
+            plain, graphed = (trained(settings, device, "bf16", stage, graphs) for graphs in (False, True))
+            for a, b in zip(plain, graphed, strict=True):
+                assert (a - b).norm() <= CLOSE * a.norm(), (settings, stage)

@@ -96,7 +96,7 @@ def plain(name: str) -> Plain:
     return Plain(name)
 
 
-@pytest.mark.parametrize(("world", "name"), [(1, "dit"), (2, "dit"), (3, "dit"), (2, "dis")])
+@pytest.mark.parametrize(("world", "name"), [(1, "dit"), (2, "dit"), (3, "dit"), (1, "dis"), (2, "dis"), (3, "dis")])
 def test_deepspeed_takes_the_steps_of_plain_pytorch(world: int, name: str) -> None:
     """At each stage, with 4, 2 and 2 forward passes a step; of three workers' six one repeats a lane with the weight 0.
 
