@@ -371,12 +371,17 @@ def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -
     """Let the model's blocks run as CUDA graphs where that is possible; return what came of it. Collective."""
     if attempt.device.type != "cuda":
         return "train.graphs changes nothing on a CPU"
-    if attempt.short or len(images) > 1:
-        reason = "memory lacked" if attempt.short else "its forward passes differ in images"
-        return f"no CUDA graphs: {reason}"
-    lines: list[str] = []
-    adds_up = passes > 1 and attempt.recipe.train.zero_stage == 1
-    check_on_all_ranks(lambda: lines.append(graph_blocks(model, min(images), adds_up)))
+    if attempt.short:
+        return "no CUDA graphs: memory lacked"
+    lines = []
+
+    def try_it() -> None:
+        same, adds_up = len(images) == 1, passes > 1 and attempt.recipe.train.zero_stage == 1
+        lines.append(
+            graph_blocks(model, min(images), adds_up) if same else "no CUDA graphs: forward passes of rank 0 differ in images"
+        )
+
+    check_on_all_ranks(try_it)  # on another rank the passes may differ
     return lines[0]
 
 

@@ -69,29 +69,28 @@ def worker_bytes(cost: Cost, settings: Train, world: int, images: int) -> int:
 
     Activations are gone when the step joins this worker's reduced gradients in one more tensor, but those of graphs.
     """
-    image, fixed = _pass_bytes(cost, settings)
-    activations, joined = images * image + fixed, 4 * cost.parameters // world
-    return sum(state_bytes(cost, settings, world).values()) + (
-        activations + joined if settings.graphs else max(activations, joined)
-    )
+    image, fixed = _pass_bytes(cost, settings, world)
+    activations = images * image + fixed
+    return sum(state_bytes(cost, settings, world).values()) + max(activations, 4 * cost.parameters // world)
 
 
 def most_images(cost: Cost, settings: Train, world: int, usable_bytes: float) -> int:
     """Return the most images in a forward pass for which a worker needs at most `usable_bytes`; 0 if none fit."""
     free = usable_bytes - sum(state_bytes(cost, settings, world).values())
-    joined, (image, fixed) = 4 * cost.parameters // world, _pass_bytes(cost, settings)
-    free -= joined if settings.graphs else 0
+    joined, (image, fixed) = 4 * cost.parameters // world, _pass_bytes(cost, settings, world)
     return max(0, int((free - fixed) // image)) if free >= joined else 0
 
 
-def _pass_bytes(cost: Cost, settings: Train) -> tuple[int, int]:
+def _pass_bytes(cost: Cost, settings: Train, world: int) -> tuple[int, int]:
     """Return what a forward pass keeps, in bytes: of an image, and besides.
 
-    Graphs of the blocks have inputs, and gradients of inputs, outputs and weights, of their own.
+    Graphs of the blocks have inputs, and gradients of inputs, outputs and weights, of their own. They still hold all of it when the
+    reduced gradients are joined.
     """
     image, fixed = cost.activation_bytes(settings.checkpointing, settings.precision), cost.kept.fixed_bytes(settings.checkpointing)
     if settings.graphs:
-        image, fixed = image + 3 * cost.kept_in(settings.precision).inputs_bytes(), fixed + 4 * cost.parameters
+        image += 3 * cost.kept_in(settings.precision).inputs_bytes()
+        fixed += 4 * cost.parameters + 4 * cost.parameters // world
     return image, fixed
 
 

@@ -5,6 +5,7 @@ tests/training/test_graphs_gpu.py has the same on a GPU.
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dis_scale import models
 from dis_scale.models.cost import price_model
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape
+from dis_scale.training import loop
 from dis_scale.training.graphs import graph_blocks
 from dis_scale.training.memory import worker_bytes
 from tests.support.graphs import FAMILIES, added_gradients, capturing_nothing, made, parsed, trained
@@ -152,6 +154,17 @@ def test_pytorch_takes_the_blocks_of_each_family(settings: dict[str, Any]) -> No
     """Its own function captures them all; gradients of a capture that computes nothing, which may be NaN, are found to be wrong."""
     with capturing_nothing(), pytest.raises(UserError, match="compute another gradient"):
         graph_blocks(made(settings), 3, adds_up=False)
+
+
+@pytest.mark.parametrize(("images", "line"), [({3}, "3 blocks run"), ({2, 3}, "no CUDA graphs: forward passes of rank 0 differ")])
+def test_all_ranks_are_asked_also_where_passes_differ(images: set[int], line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank with fewer lanes may have passes of one size where another has two: none may leave the others waiting."""
+    asked = list[bool]()
+    monkeypatch.setattr(loop, "check_on_all_ranks", lambda check: (check(), asked.append(True)))
+    monkeypatch.setattr(loop, "graph_blocks", lambda *_: "3 blocks run")
+    attempt: Any = SimpleNamespace(device=torch.device("cuda"), short=False, recipe=SimpleNamespace(train=train()))
+    assert loop._graphed(attempt, made(FAMILIES[1]), images, 1).startswith(line)
+    assert asked
 
 
 def test_memory_has_room_for_what_graphs_hold() -> None:
