@@ -29,7 +29,7 @@ if [ "$part" = kernels ]; then
         # Most of the time is compilation: eight tests at once. They need no fixture of the other tests.
         workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8")
         # shellcheck disable=SC2086
-        timeout 270 "$python" -m pytest --noconftest -q $workers tests/training/test_graphs_gpu.py tests/scan/test_ssd_gpu.py tests/scan/test_scan_gpu.py tests/models/test_dit_gpu.py || failed=1
+        timeout 270 "$python" -m pytest --noconftest -q $workers tests/*/test_*_gpu.py || failed=1
     else
         echo "the tests test_*_gpu.py: not run, pytest is not installed"
     fi

@@ -36,8 +36,7 @@ def graph_blocks(model: Backbone, images: int, adds_up: bool) -> str:
     with torch.no_grad():
         for weight in model.parameters():  # at first the output of some models does not depend on their blocks
             weight.add_(0.02 * torch.randn_like(weight))
-    calls = _record(blocks, model, inputs)
-    expected = _results(model, inputs)
+    calls, expected = _record(blocks, model, inputs)
     try:
         capture(blocks, calls, model.keeps_states, images)
     except torch.OutOfMemoryError:
@@ -72,18 +71,18 @@ def _results(model: Backbone, inputs: Inputs) -> Results:
     return out_BCHW.detach(), [g for g in found if g is not None]
 
 
-def _record(blocks: list[nn.Module], model: Backbone, inputs: Inputs) -> list[Inputs]:
-    """Return each block's inputs in a pass, as tensors of their own that need gradients if the inputs did."""
+def _record(blocks: list[nn.Module], model: Backbone, inputs: Inputs) -> tuple[list[Inputs], Results]:
+    """Return each block's inputs in a pass, as tensors of their own that need gradients if the inputs did, and its results."""
     calls: dict[nn.Module, Inputs] = {}
 
     def keep(block: nn.Module, given: Inputs) -> None:
         calls[block] = tuple(x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in given)
 
     hooks = [block.register_forward_pre_hook(keep) for block in blocks]
-    model(*inputs)
+    results = _results(model, inputs)
     for hook in hooks:
         hook.remove()
-    return [calls[block] for block in blocks]
+    return [calls[block] for block in blocks], results
 
 
 def capture(blocks: list[nn.Module], calls: list[Inputs], keeps_states: bool, images: int) -> None:
