@@ -1,5 +1,7 @@
 """Fixtures that many tests share: a tiny recipe of real parts, and a real object store where the machine has one."""
 
+import contextlib
+import ctypes
 import fcntl
 import os
 import signal
@@ -21,6 +23,12 @@ from tests.support.flaky_store import FlakyFileSystem
 
 # As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# glibc raises this bound up to 32 MiB and keeps freed tensors below it: three processes of tests grow to 16 GiB, and a machine that
+# has less ends one.
+M_MMAP_THRESHOLD = -3
+with contextlib.suppress(AttributeError):  # another C library
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
 
 # A shell lets what it starts with `&` ignore Ctrl-C, and so would the programs whose end by it is tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

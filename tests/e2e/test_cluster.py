@@ -127,15 +127,16 @@ def submit(head: Head, name: str, store: Store, *settings: str) -> subprocess.Co
     """Run `ray job submit` as docs/cluster.md shows it."""
     command = [str(head.python), *RAY, "job", "submit", "--address", head.url, "--working-dir", "."]
     command += ["--submission-id", name, "--", *entry(head, store, *settings)]
-    return subprocess.run(command, cwd=head.job, env=os.environ.copy(), capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=head.job, env=os.environ.copy(), capture_output=True, text=True, timeout=800)
 
 
+@pytest.mark.timeout(1500)
 def test_submitted_stopped_and_submitted_again(head: Head, store: Store, tmp_path: Path) -> None:
     """`ray job stop` on the sweep stops its stages; a rerun makes the rest, and MLflow has everything once."""
     client, sweep = JobSubmissionClient(head.url), store.sweep
     run, search = sweep.run(store.model), secrets.Search(SECRETS | store_secrets())
     client.submit_job(entrypoint=shlex.join(entry(head, store)), submission_id="first", runtime_env={"working_dir": str(head.job)})
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 800
     while len(run.resume.list()) < 2:
         assert time.monotonic() < deadline, client.get_job_logs("first")
         assert client.get_job_status("first") not in jobs.ENDED, client.get_job_logs("first")

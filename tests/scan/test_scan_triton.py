@@ -34,7 +34,7 @@ from tests.support.scans import BACKWARD_CYCLES, FORWARD_CYCLES
 
 PRODUCTS, TOUCHED = "threadsPerWarp = [32, 1], warpsPerCTA = [1, 4]", "threadsPerWarp = [8, 4], warpsPerCTA = [4, 1]"
 """Layouts of a tile: of all that is loaded, stored or summed; and of addresses of which nothing else is loaded."""
-INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
+INTERPRETED = Path(__file__).parent.parent / "support/interpreted"
 # Of the variants of scan_forward and scan_backward `make test` compiles those with the most registers.
 COMPILED = [
     "scan_forward, second, for backward", "scan_backward", "conv_forward", "conv_backward",
@@ -43,10 +43,11 @@ COMPILED = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("part", ["scan", "blocks", "duality"])
 @pytest.mark.parametrize("rows", ["not faults", pytest.param("faults", marks=pytest.mark.faults)])
-def test_the_interpreters_outputs_and_gradients_equal_the_reference(rows: str) -> None:
+def test_the_interpreters_outputs_and_gradients_equal_the_reference(rows: str, part: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", rows, str(INTERPRETED)],
+        [sys.executable, "-m", "pytest", "-m", rows, str(INTERPRETED / f"{part}.py")],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]

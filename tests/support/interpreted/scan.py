@@ -1,67 +1,23 @@
-"""Tests of the Triton kernels under Triton's interpreter. It must be enabled before Triton is imported, so in a new process.
+"""Scans and convolutions."""
 
-test_scan_triton.py runs `TRITON_INTERPRET=1 python -m pytest tests/support/interpreted_triton.py`: `make test` those that alone
-cross a border of the kernels, `make faults` the rest.
-"""
-
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime import interpreter
 
 from dis_scale.models.checkpointing import run_block
-from dis_scale.models.dis.network import DiSBlock
-from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dis.verification import verify_block
-from dis_scale.scan import choose, triton_backward, triton_layout, triton_mixer, triton_numbers
+from dis_scale.scan import choose, triton_backward, triton_layout, triton_numbers
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
-from dis_scale.scan.norms import by_definition, gated_rms_norm
-from dis_scale.scan.selftest import Case, verify
 from dis_scale.scan.triton_fill import Filling
-from dis_scale.scan.triton_mixer import takes
-from tests.support import ssd
-from tests.support.scans import (
-    CALLS,
-    TOLERANCE,
-    check_extreme_gates,
-    check_results,
-    outputs_and_gradients,
-    poison,
-    random_tensors,
-    views,
-)
-
-__all__ = ["poison"]
+from tests.support.scans import CALLS, TOLERANCE, check_extreme_gates, check_results, outputs_and_gradients, random_tensors, views
 
 # B, L, E, N: two chunks of 16 steps and two warps of 32 channels, the second of each incomplete; N is not a power of 2.
 ODD = (1, 18, 33, 3)
 # The interpreter truncates float32 to bfloat16, a GPU rounds: the error is one unit in the last place instead of half of one.
 INTERPRETER_TOLERANCE = TOLERANCE | {torch.bfloat16: 2**-7 + 1e-5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patched_once() -> Iterator[None]:
-    """The interpreter replaces triton.language's functions again for each call of a device function, which takes half its time.
-
-    Here it does so once for each module with kernels, and restores nothing in between.
-    """
-    patch, patched = interpreter._patch_lang, set[str]()
-
-    def patch_once(function: Any) -> Any:
-        if function.__module__ not in patched:
-            patched.add(function.__module__)
-            patch(function)
-        return interpreter._LangPatchScope()
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        yield
 
 
 def test_on_a_cpu_triton_is_selected_only_by_name() -> None:
@@ -217,86 +173,5 @@ def test_gradients_twice_on_one_graph_are_the_same() -> None:
     assert all(torch.equal(x, z) for x, z in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.faults), torch.bfloat16], ids=str)
-def test_the_self_test_passes(dtype: torch.dtype) -> None:
-    """Products of one type, weights and dynamics in float32, and every tensor with the strides that a mixer passes."""
-    verify("triton", torch.device("cpu"), dtype, Case(L=5, E=3, N=2))
-
-
-@pytest.mark.parametrize("changes", [{"keeping": True}, {"directions": 1}, {"gradients": False}], ids=str)
-def test_the_self_test_passes_for_other_kernels(changes: dict[str, Any]) -> None:
-    """Those of a recomputed block, of one direction, and of sampling."""
-    verify("triton", torch.device("cpu"), torch.float32, Case(L=5, E=3, N=1, images=1, **changes))
-
-
 def test_extreme_gates() -> None:
     check_extreme_gates("triton")
-
-
-def verified(settings: Dis, L: int, dtype: torch.dtype, **changes: Any) -> None:
-    """Compare a block by Triton with itself by PyTorch's operations."""
-    verify_block(
-        lambda scan: DiSBlock(settings, scan, False), settings.width, "triton", torch.device("cpu"), dtype, Case(L, **changes)
-    )
-
-
-@pytest.mark.parametrize("changes", [{}, {"keeping": True}, {"gradients": False}, {"images": 3}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_block_whose_mixer_is_one_function(changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks of steps; both directions' products in one, gradients in halves of one tensor, the norm with the sum."""
-    taken = list[bool]()
-    monkeypatch.setattr(triton_mixer, "takes", lambda *given: taken.append(takes(*given)) or taken[-1])
-    verified(Dis(kind="dis", width=12, depth=2, patch=2, state_size=3), 18, dtype, **changes)
-    assert taken == [True]
-
-
-def test_a_mixer_of_another_width_has_a_function_for_each_part() -> None:
-    """Its halves would not be aligned."""
-    verified(Dis(kind="dis", width=5, depth=2, patch=2, state_size=2), 4, torch.float32)
-
-
-@pytest.mark.parametrize("combine", ["sum", "hydra"])
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.faults), torch.bfloat16], ids=str)
-def test_the_self_test_of_state_space_duality_passes(combine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks. The interpreter would multiply the bits of bfloat16 as integers."""
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def multiply_wide(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return multiply(builder, *[builder.cast_impl(x, tl.float32) for x in (a, b)], *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", multiply_wide)
-    settings = {"kind": "dis", "width": 64, "depth": 2, "patch": 2, "mixer": "ssd", "combine": combine, "state_size": 16}
-    verified(Dis.model_validate(settings), 66, dtype)
-
-
-def test_the_norm_behind_a_gate() -> None:
-    """Rows for two programs of the backward pass, of which the second is incomplete; z is a view of a product."""
-    torch.manual_seed(0)
-    y, product, weight = torch.randn(3, 7, 20), torch.randn(3, 7, 50), torch.randn(20)
-    results = []
-    for dtype, norm in ((torch.float64, by_definition), (torch.float32, partial(gated_rms_norm, backend="triton"))):
-        leaves = [x.to(dtype).requires_grad_() for x in (y, product, weight)]
-        out = norm(leaves[0], leaves[1][..., 10:30], leaves[2])
-        results.append([out, *torch.autograd.grad(out, leaves, y.flip(0).to(dtype))])
-    for a, b in zip(*results, strict=True):
-        assert (a - b).abs().max() <= 1e-6 * a.abs().max()
-
-
-# L, H, P, N: one chunk; two, the second incomplete, of all heads in one program; three, with a program for each of five heads.
-DUAL = [(7, 1, 3, 5), (63, 3, 16, 64), (66, 5, 20, 16)]
-
-
-@pytest.mark.parametrize("exclusive", [False, True])
-@pytest.mark.parametrize("sizes", DUAL, ids=str)
-def test_state_space_duality(sizes: tuple[int, int, int, int], exclusive: bool) -> None:
-    """Also of one direction; against the recurrence in float64."""
-    exact, single = (ssd.inputs(*sizes, dtype) for dtype in (torch.float64, torch.float32))
-    for present in ((True, True), (True, False), (False, True)):
-        if sizes != DUAL[-1] and not all(present):
-            continue
-        results = []
-        for (x, own, *ways), backend in ((exact, "reference"), (single, "triton")):
-            earlier, later = (way if is_present else None for way, is_present in zip(ways, present, strict=True))
-            results.append(ssd.outputs_and_gradients((x, own, earlier, later), exclusive, backend))
-        for a, b in zip(*results, strict=True):  # A's gradient is a sum over all tokens, in which most cancels
-            assert (a - b).abs().max() <= (5e-5 if a.ndim == 1 else 1e-5) * a.abs().max()

@@ -1,0 +1,30 @@
+"""Fixtures of all of them: fresh memory that shows when it is read, and an interpreter that is twice as fast."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from triton.runtime import interpreter
+
+from tests.support.scans import poison
+
+__all__ = ["poison"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patched_once() -> Iterator[None]:
+    """The interpreter replaces triton.language's functions again for each call of a device function, which takes half its time.
+
+    Here it does so once for each module with kernels, and restores nothing in between.
+    """
+    patch, patched = interpreter._patch_lang, set[str]()
+
+    def patch_once(function: Any) -> Any:
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            patch(function)
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        yield

@@ -1,0 +1,46 @@
+"""State-space duality."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from dis_scale.models.dis.settings import Dis
+from tests.support import ssd
+from tests.support.interpreted.blocks import verified
+
+
+@pytest.mark.parametrize("combine", ["sum", "hydra"])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.faults), torch.bfloat16], ids=str)
+def test_the_self_test_of_state_space_duality_passes(combine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks. The interpreter would multiply the bits of bfloat16 as integers."""
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def multiply_wide(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(builder, *[builder.cast_impl(x, tl.float32) for x in (a, b)], *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", multiply_wide)
+    settings = {"kind": "dis", "width": 64, "depth": 2, "patch": 2, "mixer": "ssd", "combine": combine, "state_size": 16}
+    verified(Dis.model_validate(settings), 66, dtype)
+
+
+# L, H, P, N: one chunk; two, the second incomplete, of all heads in one program; three, with a program for each of five heads.
+DUAL = [(7, 1, 3, 5), (63, 3, 16, 64), (66, 5, 20, 16)]
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("sizes", DUAL, ids=str)
+def test_state_space_duality(sizes: tuple[int, int, int, int], exclusive: bool) -> None:
+    """Also of one direction; against the recurrence in float64."""
+    exact, single = (ssd.inputs(*sizes, dtype) for dtype in (torch.float64, torch.float32))
+    for present in ((True, True), (True, False), (False, True)):
+        if sizes != DUAL[-1] and not all(present):
+            continue
+        results = []
+        for (x, own, *ways), backend in ((exact, "reference"), (single, "triton")):
+            earlier, later = (way if is_present else None for way, is_present in zip(ways, present, strict=True))
+            results.append(ssd.outputs_and_gradients((x, own, earlier, later), exclusive, backend))
+        for a, b in zip(*results, strict=True):  # A's gradient is a sum over all tokens, in which most cancels
+            assert (a - b).abs().max() <= (5e-5 if a.ndim == 1 else 1e-5) * a.abs().max()
