@@ -210,6 +210,15 @@ def test_a_survey_says_what_is_left_out(tmp_path: Path) -> None:
     assert "left out 1 .txt (notes.txt)" in describe(take_survey(str(tmp_path), lambda _: None, lambda *_: None))
 
 
+def test_a_survey_refuses_a_link_in_two_classes_as_a_sweep_does(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(picture(0))
+    (tmp_path / "dog/1.png").symlink_to(tmp_path / "cat/0.png")
+    with pytest.raises(UserError, match=r"by the link dog/1.png, which would be of two classes"):
+        take_survey(str(tmp_path), lambda _: None, lambda *_: None)
+
+
 @pytest.mark.parametrize("size", [0, 21])
 def test_a_zip_that_is_cut_off_at_its_beginning_is_no_zip(size: int, tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"PK" + bytes(size) if size else b"")
