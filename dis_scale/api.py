@@ -30,16 +30,9 @@ from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.rows import Row, RowReader
 from dis_scale.upkeep import status
-from dis_scale.weights.checkpoints import find_checkpoint
+from dis_scale.weights.checkpoints import class_names, find_checkpoint, labels_in_words
 from dis_scale.weights.export import open_checkpoint
-from dis_scale.weights.opening import (
-    OpenCheckpoint,
-    class_names,
-    labels_in_turn,
-    labels_in_words,
-    open_for_sampling,
-    sample_pictures,
-)
+from dis_scale.weights.opening import OpenCheckpoint, labels_in_turn, open_for_sampling, sample_pictures
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,7 +194,7 @@ class Weights:
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
 
     def _label(self, label: int | str) -> int:
-        return labels_in_words(self.opened, [label])[0] if isinstance(label, str) else int(label)
+        return labels_in_words(self.opened.class_names, [label])[0] if isinstance(label, str) else int(label)
 
 
 def open_weights(

@@ -58,11 +58,12 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Sample a grid of images from one checkpoint, or a file of many for ADM's evaluator; on a GPU if there is one."""
-    from dis_scale.weights.checkpoints import find_checkpoint
+    from dis_scale.weights.checkpoints import find_checkpoint, labels_in_words
 
     aside = say_aside if as_json else say
     require_folder(npz or out, "--npz" if npz else "--out")
-    located = find_checkpoint(checkpoint)  # a misspelt path is refused before PyTorch is loaded, which takes seconds
+    located = find_checkpoint(checkpoint)  # misspelt paths and classes are refused before PyTorch is loaded, which takes seconds
+    chosen = None if classes is None else labels_in_words(located.class_names, classes)
     aside("loading  the model; its kernels are compiled at their first use on a machine")
     import numpy as np
     import torch
@@ -76,7 +77,6 @@ def sample(
     opened = pictures.open_for_sampling(located, vae, heads, guide)
     for line in opened.notes:
         aside(line)
-    chosen = None if classes is None else pictures.labels_in_words(opened, classes)
     each = len(chosen or range(opened.model.num_classes or 1))
     images = count or (ADM_SAMPLES if npz else each if chosen else min(each, MOST_IN_A_GRID))
     if npz and chosen is None:

@@ -1,15 +1,16 @@
-"""Location of one checkpoint: a published folder, or a file with weights, on this machine or in an object store."""
+"""Location of one checkpoint: a published folder, or a file with weights, on this machine or in an object store; its classes."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, nearest
+from dis_scale.process.progress import some
 from dis_scale.storage.folder import Folder, locate, open_folder
 from dis_scale.sweep import Run, Sampled, Sweep, folder_around, missing, state
-from dis_scale.sweep.documents import WEIGHTS_FILE, PublishedManifest
+from dis_scale.sweep.documents import WEIGHTS_FILE, LatentsManifest, PublishedManifest
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Located:
         runs = {model: self.sweep.run(model) for model in self.sweep.recipe.models}
         counts = ((model, images) for model, run in runs.items() for images in state.published_counts(run))
         return next((Sampled(*each) for each in counts if runs[each[0]].published_at(each[1]) == self.folder), None)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that its sweep's images have; empty outside a sweep, or without names."""
+        return class_names(self.sweep) if self.sweep else ()
 
     @contextmanager
     def fetched(self) -> Iterator[Path]:
@@ -64,3 +70,28 @@ def find_checkpoint(at: str) -> Located:
         )
     around = folder_around(folder)
     return Located(folder, name, Sweep.open(around.url) if around else None)
+
+
+def class_names(sweep: Sweep) -> tuple[str, ...]:
+    """Return the names of the classes of a sweep's images by label; empty without names, or before the latents are complete."""
+    latents = state.find_latents(sweep.folder)
+    return LatentsManifest.require(latents).made_from.label_names if latents else ()
+
+
+def labels_in_words(names: Sequence[str], words: str | Sequence[str]) -> list[int]:
+    """Return the labels of words, or of a text with commas between them, each a label or one of the classes' names.
+
+    UserError for others.
+    """
+    labels = list[int]()
+    if isinstance(words, str):
+        words = [words] if words in names else [word.strip() for word in words.split(",")]
+    for word in words:
+        number = word.isdecimal() and len(word) < 10
+        if not number and word not in names:
+            known = f", or names: {some(list(names))}" if names else ", for example 1,7"
+            raise UserError(f"--classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}")
+        if number and word in names and names.index(word) != int(word):
+            raise UserError(f"--classes: {word} is a label, and the name of label {names.index(word)}: rename the class")
+        labels.append(names.index(word) if word in names else int(word))
+    return labels

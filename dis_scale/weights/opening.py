@@ -19,12 +19,10 @@ from dis_scale.models import verify_kernels
 from dis_scale.models.replay import replayed
 from dis_scale.models.tokens import Backbone, check_labels
 from dis_scale.process import seeds
-from dis_scale.process.errors import UserError, nearest
-from dis_scale.process.progress import some
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling
 from dis_scale.recipe.evaluate import Autoguidance
 from dis_scale.sweep import Sweep, state
-from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import PixelVae, Vae
 from dis_scale.weights.checkpoints import Located, find_checkpoint
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts, trained_for
@@ -63,7 +61,7 @@ class OpenCheckpoint:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes that its sweep's images have; empty outside a sweep, or without names."""
-        return class_names(self.located.sweep) if self.located.sweep else ()
+        return self.located.class_names
 
     def sampling_with(self, **changes: Any) -> Sampling:
         """Return its sampling settings with other values for those that are not None; `guidance` is the scale, whatever guides.
@@ -74,12 +72,6 @@ class OpenCheckpoint:
         if self.guide_at is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")
         return sampling
-
-
-def class_names(sweep: Sweep) -> tuple[str, ...]:
-    """Return the names of the classes of a sweep's images by label; empty without names, or before the latents are complete."""
-    latents = state.find_latents(sweep.folder)
-    return LatentsManifest.require(latents).made_from.label_names if latents else ()
 
 
 def open_for_sampling(
@@ -189,22 +181,6 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
         pictures, reason = None, str(error).strip().splitlines()[-1]
     if pictures is None or pictures.shape[3] != 3:
         raise UserError(f"--vae {vae_path} does not decode the model's latents, {channels} channels of {size} x {size}: {reason}")
-
-
-def labels_in_words(opened: OpenCheckpoint, words: str | Sequence[str]) -> list[int]:
-    """Return the labels of words, or of a text with commas between them, each a label or a class's name; UserError for others."""
-    labels, names = list[int](), opened.class_names
-    if isinstance(words, str):
-        words = [words] if words in names else [word.strip() for word in words.split(",")]
-    for word in words:
-        number = word.isdecimal() and len(word) < 10
-        if not number and word not in names:
-            known = f", or names: {some(list(names))}" if names else ", for example 1,7"
-            raise UserError(f"--classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}")
-        if number and word in names and names.index(word) != int(word):
-            raise UserError(f"--classes: {word} is a label, and the name of label {names.index(word)}: rename the class")
-        labels.append(names.index(word) if word in names else int(word))
-    return labels
 
 
 def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int) -> list[int] | int:

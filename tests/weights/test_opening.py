@@ -24,15 +24,9 @@ from dis_scale.sweep.documents import EncodedBy
 from dis_scale.vae import PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import opening as pictures
+from dis_scale.weights.checkpoints import labels_in_words
 from dis_scale.weights.export import SamplingFacts, save
-from dis_scale.weights.opening import (
-    image_names,
-    labels_in_turn,
-    labels_in_words,
-    labels_of_all,
-    open_for_sampling,
-    sample_pictures,
-)
+from dis_scale.weights.opening import image_names, labels_in_turn, labels_of_all, open_for_sampling, sample_pictures
 from tests.conftest import TINY
 from tests.support import ranks
 from tests.support.commands import answer, invoke
@@ -83,20 +77,22 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
     put_published(sweep.run("dis").published_at(160), b"older", images=160)
     opened = open_for_sampling(sweep.run("dis").folder.url, None)
     assert opened.located.folder == weights
-    assert labels_in_words(opened, "kind c, 1,kind a") == [2, 1, 0]
+    assert labels_in_words(opened.class_names, "kind c, 1,kind a") == [2, 1, 0]
     with pytest.raises(
         UserError, match=r"--classes: got 'kin c' \(did you mean 'kind c'\?\), expected labels .*, or names: kind a"
     ):
-        labels_in_words(opened, "kind a,kin c")
+        labels_in_words(opened.class_names, "kind a,kin c")
+    code, output = invoke("sample", weights.url, "--classes", "kin c")
+    assert (code, "loading" in output) == (2, False), "refused before PyTorch and the weights are loaded"
     put_latents(latents, PixelVae().identity, (3, 32), label_names=("tench, Tinca tinca", "0", *names[2:]))
-    assert labels_in_words(opened, "tench, Tinca tinca") == [0], "as ImageNet's names are"
+    assert labels_in_words(opened.class_names, "tench, Tinca tinca") == [0], "as ImageNet's names are"
     own = dis_scale.open_weights(weights.url)
     by_name, by_label = (own.sample(classes=of, steps=1) for of in (["kind c", "tench, Tinca tinca"], [2, 0]))
     np.testing.assert_array_equal(np.stack(by_name), np.stack(by_label))
     with pytest.raises(UserError, match=r"got 'kind k' \(did you mean 'kind "):
         own.sample(classes=["kind k"])
     with pytest.raises(UserError, match="--classes: 0 is a label, and the name of label 1: rename the class"):
-        labels_in_words(opened, "0")
+        labels_in_words(opened.class_names, "0")
     put_latents(latents, PixelVae().identity, (3, 32), label_names=tuple(names))
     found = answer(
         "sample", sweep.run("dis").folder.url, "--classes", "kind c", "--steps", "1", "--out", f"{tmp_path}/c.png", "--json"
