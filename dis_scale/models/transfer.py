@@ -5,8 +5,9 @@ the network computes what it computes without it, so its weights need no further
 are not covered.
 
 DiT: as in Zheng et al. (arXiv 2505.15270): fixed size of a head, modulations as products within the width. DiS and DiffuSSM:
-experimental. Mamba's scan is no tensor program (Vankadara et al., arXiv 2411.19043), so no theorem covers its dynamics. They
-keep their rate here, as vectors do; benchmarks/results/training.md has the outcome.
+experimental. Mamba's scan is no tensor program, so these rules do not cover its dynamics. Vankadara et al. (NeurIPS 2024,
+openreview aQv5AbN1wF) derive some that do; those are not built in. The dynamics keep their rate here, as vectors do;
+benchmarks/results/training.md has the outcome.
 """
 
 import torch
