@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.process import seeds
+from dis_scale.process.imports import adamw
 from dis_scale.process.progress import ReportDone
 from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS
 from dis_scale.vae import to_unit
@@ -41,7 +42,7 @@ def train_classifier(
         torch.manual_seed(seeds.seed(kind, seed) % 2**63)
         net = Classifier(kind, num_classes)
     unit, held = to_unit(images), np.arange(len(images)) % HELD_OUT == 0
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-2)
+    optimizer = adamw()(net.parameters(), 2e-3, weight_decay=1e-2)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     inputs, targets = unit[~held], torch.from_numpy(labels[~held])
     for step in range(steps):

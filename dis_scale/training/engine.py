@@ -26,7 +26,7 @@ from torch import nn
 from dis_scale.models import transfer
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import DisScaleError
-from dis_scale.process.imports import hidden
+from dis_scale.process.imports import adamw, hidden
 from dis_scale.recipe import Train
 from dis_scale.weights import ema
 
@@ -185,7 +185,7 @@ def start(model: Backbone, settings: Train, device: torch.device, read: Read, ad
 
     A step accumulates the gradients of `passes` forward passes.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), settings.learning_rate, settings.betas, fused=True)
+    optimizer = adamw()(parameter_groups(model, settings), settings.learning_rate, settings.betas, fused=True)
     names = {id(p): name for name, p in model.named_parameters()}
     shapes = {name: p.shape for name, p in model.named_parameters()}
     sharded, *_ = _deepspeed(device).initialize(
@@ -226,8 +226,10 @@ def _deepspeed(device: torch.device) -> Any:
     with hidden("mlflow"):  # DeepSpeed's autotuner, which we do not use, would import it: three seconds
         import deepspeed
         import deepspeed.ops
+        from deepspeed.runtime import compiler
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    compiler.compile = lambda: compiler.dummy_decorator  # Muon, which we do not use, would import all of PyTorch's compiler
     return deepspeed
 
 

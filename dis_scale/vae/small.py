@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dis_scale import vae
 from dis_scale.process import seeds
+from dis_scale.process.imports import adamw
 from dis_scale.process.progress import ReportDone
 from dis_scale.recipe import TrainedVae
 from dis_scale.vae import to_unit
@@ -35,7 +36,7 @@ def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: Repor
         torch.manual_seed(seeds.seed("vae", seed) % 2**63)
         net = vae.new(settings, images.shape[1])
     unit, parameters = to_unit(images), list(net.parameters())
-    optimizer = torch.optim.AdamW(parameters, settings.learning_rate)
+    optimizer = adamw()(parameters, settings.learning_rate)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / settings.steps)))
 
     def gradients(half: tuple[Tensor, torch.Generator]) -> tuple[Tensor, ...]:
