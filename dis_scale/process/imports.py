@@ -33,7 +33,7 @@ def without_compiler() -> Iterator[None]:
     import torch
 
     disable = torch.compiler.disable
-    torch.compiler.disable = lambda function=None, *_, **__: function or (lambda each: each)
+    torch.compiler.disable = lambda fn=None, *_, **__: fn or (lambda each: each)
     try:
         with hidden("torch._dynamo"):
             yield
