@@ -101,19 +101,19 @@ class KeptLog:
         self.folder, self.name, self.begun_at = folder, name, time.time()
         self._context, self._without, self._files = context, without, output_files()
         self._over, self._lock = threading.Event(), threading.Lock()
-        self._written: list[int] | None = None
-        """Sizes of the files that the object was last written from."""
+        self._written: list[int | None] = []
+        """Sizes of the files that the object was last written from, and the rank that it named."""
         self._thread = threading.Thread(target=self._run, daemon=True, name="attempt log")
         self._thread.start()
 
     def write(self) -> None:
         """Write the object again if there is something new."""
         with self._lock, contextlib.suppress(Exception):  # whatever storage or the disk raises: training continues
-            sizes = [path.stat().st_size for path in self._files]
-            if sizes != self._written:
+            seen = [*(path.stat().st_size for path in self._files), self._context.rank]
+            if seen != self._written:
                 excerpts = {path.suffix.strip("."): excerpt(path, self._without) for path in self._files}
                 self.folder.write(str(self.name), to_bytes(self._facts(), excerpts))
-                self._written = sizes
+                self._written = seen
 
     def close(self) -> None:
         """Write the rest, if storage answers in time."""

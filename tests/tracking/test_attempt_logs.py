@@ -20,6 +20,7 @@ from dis_scale.tracking import attempt_logs
 from dis_scale.tracking.attempt_logs import HEAD_BYTES, TAIL_BYTES, LogName, excerpt
 from pipelines.lines import Log, readable
 from tests.support.commands import answer, invoke
+from tests.support.waiting import wait_until
 
 WRITES = """
 import os, sys, time
@@ -66,6 +67,30 @@ def test_what_a_process_wrote_is_there_after_its_kill(tmp_path: Path, store_url:
     assert '"stage": "train", "model": "dit"' in text.splitlines()[0]
     assert "progress" not in text
     assert "abc/def" not in text
+
+
+SILENT = """
+import sys, time
+from dis_scale.storage.folder import open_folder
+from dis_scale.process.context import Context
+from dis_scale.tracking import attempt_logs
+attempt_logs.WRITE_EVERY_S = 0.1
+context, folder = Context(), open_folder(sys.argv[1])
+attempt_logs.KeptLog(folder, attempt_logs.LogName("20261121T183819", "0001"), context)
+while not folder.list():
+    time.sleep(0.05)
+context.attempt, context.rank = 2, 1
+time.sleep(600)
+"""
+
+
+def test_a_log_names_its_rank_although_the_process_is_silent(tmp_path: Path) -> None:
+    with (tmp_path / "worker.out").open("wb") as out:
+        process = subprocess.Popen([sys.executable, "-c", SILENT, str(tmp_path / "logs")], stdout=out, stderr=out)
+    try:
+        wait_until(lambda: '"attempt": 2, "rank": 1' in wait_for(open_folder(tmp_path / "logs"), "20261121T183819-0001.log"), 60)
+    finally:
+        process.kill()
 
 
 def test_a_process_that_ends_writes_the_rest(tmp_path: Path) -> None:
