@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from triton.runtime import interpreter
 
 from tests.support.scans import poison
 
@@ -17,6 +16,8 @@ def patched_once() -> Iterator[None]:
 
     Here it does so once for each module with kernels, and restores nothing in between.
     """
+    from triton.runtime import interpreter  # here: pytest reads this file in every run
+
     patch, patched = interpreter._patch_lang, set[str]()
 
     def patch_once(function: Any) -> Any:
