@@ -194,7 +194,7 @@ class Weights:
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
 
     def _label(self, label: int | str) -> int:
-        return labels_in_words(self.opened.class_names, [label])[0] if isinstance(label, str) else int(label)
+        return labels_in_words(self.opened.located.class_names, [label])[0] if isinstance(label, str) else int(label)
 
 
 def open_weights(

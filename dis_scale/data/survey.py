@@ -74,7 +74,8 @@ class Survey:
 def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
     """Decode every image in a folder; `listed` gets the images listed so far, `report` those decoded and their number.
 
-    Class folders are labels if at least two of them have images. UserError if no image can be decoded.
+    Class folders are labels if at least two of them have images. UserError if no image can be decoded, or if a sweep would refuse
+    the folder.
     """
     folder = open_folder(url)
     settings = {"source": {"kind": "folder", "url": folder.url}, "resolution": 1, "num_classes": "none"}
@@ -85,7 +86,7 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
     chosen = [i for i, name in enumerate(source.names) if not labelled or _class_of(name)]
     sides, broken = Counter[int](), list[Broken]()
     folders = [name for name in folder.folders() if not images.hidden(name)]  # a sweep's classes, also without images
-    if labelled:  # a sweep refuses an image that a link shows in two classes
+    if labelled:  # raises what a sweep would, such as for an image that a link shows in two classes
         open_source(Data.model_validate(settings | {"num_classes": len(folders)}), None, listed)
     classes = dict.fromkeys(map(printable, folders) if labelled else (), 0)
     for done, (i, result) in enumerate(zip(chosen, _measured(source, chosen), strict=True), 1):

@@ -58,11 +58,6 @@ class OpenCheckpoint:
         except UserError as error:
             raise UserError(f"{error}; it guides the samples: guidance 1 samples without") from error
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes that its sweep's images have; empty outside a sweep, or without names."""
-        return self.located.class_names
-
     def sampling_with(self, **changes: Any) -> Sampling:
         """Return its sampling settings with other values for those that are not None; `guidance` is the scale, whatever guides.
 
@@ -203,7 +198,7 @@ def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int
 
 def image_names(opened: OpenCheckpoint, labels: Sequence[int] | int) -> list[str]:
     """Return the class of each image of these labels; empty without names."""
-    names = opened.class_names
+    names = opened.located.class_names
     if isinstance(labels, int) or not names:
         return []
     return [names[label] if label < len(names) else str(label) for label in labels]

@@ -77,22 +77,22 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
     put_published(sweep.run("dis").published_at(160), b"older", images=160)
     opened = open_for_sampling(sweep.run("dis").folder.url, None)
     assert opened.located.folder == weights
-    assert labels_in_words(opened.class_names, "kind c, 1,kind a") == [2, 1, 0]
+    assert labels_in_words(opened.located.class_names, "kind c, 1,kind a") == [2, 1, 0]
     with pytest.raises(
         UserError, match=r"--classes: got 'kin c' \(did you mean 'kind c'\?\), expected labels .*, or names: kind a"
     ):
-        labels_in_words(opened.class_names, "kind a,kin c")
+        labels_in_words(opened.located.class_names, "kind a,kin c")
     code, output = invoke("sample", weights.url, "--classes", "kin c")
     assert (code, "loading" in output) == (2, False), "refused before PyTorch and the weights are loaded"
     put_latents(latents, PixelVae().identity, (3, 32), label_names=("tench, Tinca tinca", "0", *names[2:]))
-    assert labels_in_words(opened.class_names, "tench, Tinca tinca") == [0], "as ImageNet's names are"
+    assert labels_in_words(opened.located.class_names, "tench, Tinca tinca") == [0], "as ImageNet's names are"
     own = dis_scale.open_weights(weights.url)
     by_name, by_label = (own.sample(classes=of, steps=1) for of in (["kind c", "tench, Tinca tinca"], [2, 0]))
     np.testing.assert_array_equal(np.stack(by_name), np.stack(by_label))
     with pytest.raises(UserError, match=r"got 'kind k' \(did you mean 'kind "):
         own.sample(classes=["kind k"])
     with pytest.raises(UserError, match="--classes: 0 is a label, and the name of label 1: rename the class"):
-        labels_in_words(opened.class_names, "0")
+        labels_in_words(opened.located.class_names, "0")
     put_latents(latents, PixelVae().identity, (3, 32), label_names=tuple(names))
     found = answer(
         "sample", sweep.run("dis").folder.url, "--classes", "kind c", "--steps", "1", "--out", f"{tmp_path}/c.png", "--json"
