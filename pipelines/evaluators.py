@@ -65,7 +65,7 @@ class Evaluator(Worker):
         where = devices.torch_device(device)
         if shares:
             torch.cuda.set_per_process_memory_fraction(sweep.recipe.evaluate.gpu_share, 0)
-        decoder = vae.for_samples(sweep, vae.load(sweep))
+        decoder = vae.for_samples(sweep, vae.load_in_stage(sweep))
         state.require_sweep_vae(sweep, decoder.identity)
         decoder.net.to(where)
         self.sweep, self.sampler = sweep, open_sampler(sweep, decoder, where)

@@ -90,7 +90,7 @@ class Encoder(Worker):
     def _loaded(self) -> "Vae":
         from dis_scale import vae
 
-        self._vae = self._vae or vae.load(self.sweep)
+        self._vae = self._vae or vae.load_in_stage(self.sweep)
         return self._vae
 
     def _count(self, images: int) -> None:

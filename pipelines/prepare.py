@@ -82,6 +82,7 @@ class Preparer(Worker):
         from dis_scale.vae import small
 
         assert isinstance(sweep.recipe.vae, TrainedVae)
+        vae.import_without_others()
         pixels, _ = self._pixels(sweep)
         net = small.train_vae(sweep.recipe.vae, pixels, sweep.recipe.seed, self._progress())
         self._held.require_held()

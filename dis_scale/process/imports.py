@@ -12,24 +12,26 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def hidden(module: str) -> Iterator[None]:
-    """Make `import module` fail in this block, unless it is imported already: an optional dependency then costs no start-up time.
+def hidden(*modules: str) -> Iterator[None]:
+    """Make the import of these modules fail in this block, unless one is imported already: for optional ones, to start sooner.
 
-    Holds for all threads. Libraries that look for the module while they are imported treat it as missing from then on.
+    Holds for all threads. Libraries that look for a module while they are imported treat it as missing from then on.
     """
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
+    absent = [module for module in modules if module not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        sys.modules.pop(module, None)
+        for module in absent:
+            sys.modules.pop(module, None)
 
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Import libraries in this block that tell PyTorch's compiler what to skip, without importing it."""
+    """Import libraries in this block that tell PyTorch's compiler what to skip, without importing it. Holds for all threads."""
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
     import torch
 
     disable = torch.compiler.disable

@@ -227,8 +227,11 @@ def _deepspeed(device: torch.device) -> Any:
         import deepspeed
         import deepspeed.ops
         from deepspeed.runtime import compiler
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if adamw() not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(adamw())
     compiler.compile = lambda: compiler.dummy_decorator  # Muon, which we do not use, would import all of PyTorch's compiler
     return deepspeed
 
@@ -249,7 +252,6 @@ def _config(settings: Train, parameters: int, passes: int) -> dict[str, Any]:
         "gradient_accumulation_steps": passes,
         "gradient_clipping": settings.clip,
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
 

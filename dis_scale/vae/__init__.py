@@ -18,6 +18,7 @@ from dis_scale.vae.autoencoders import (
     DETERMINISTIC,
     DiffusersVae,
     fitted,
+    import_without_others,
     load_pretrained,
     load_stored,
     new,
@@ -30,8 +31,9 @@ from dis_scale.vae.interface import PixelVae, Vae, to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
 
 __all__ = [
-    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "from_path", "has_posterior", "latent_shape", "load",
-    "load_exported", "load_pretrained", "new", "planned_shape", "save", "to_pixels", "to_unit",
+    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "from_path", "has_posterior", "import_without_others",
+    "latent_shape", "load", "load_exported", "load_in_stage", "load_pretrained", "new", "planned_shape", "save", "to_pixels",
+    "to_unit",
 ]  # fmt: skip
 
 HUB = {"stabilityai/sd-vae-ft-ema": (4, 8), "stabilityai/sd-vae-ft-mse": (4, 8)}
@@ -68,6 +70,13 @@ def has_posterior(settings: VaeSettings) -> bool:
     if isinstance(settings, ExportedVae):
         return settings.posterior
     return not isinstance(settings, PretrainedVae) or published(settings)[0].__name__ not in DETERMINISTIC
+
+
+def load_in_stage(sweep: Sweep) -> Vae:
+    """Load the sweep's VAE in a process of a stage, which uses diffusers for nothing else."""
+    if isinstance(sweep.recipe.vae, TrainedVae):
+        import_without_others()
+    return load(sweep)
 
 
 def load(sweep: Sweep) -> Vae:

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -110,13 +111,14 @@ def _diffusers(name: str) -> Any:
     return getattr(diffusers, name)
 
 
-def _kl() -> Any:
-    """Import diffusers' AutoencoderKL without what other models need, in a quarter of the time that the rest would take.
+def import_without_others() -> None:
+    """Import diffusers without the packages that only its other models need, which takes a third of the time.
 
-    A process that has opened a sweep's own autoencoder thus opens no AutoencoderRAE, which needs transformers.
+    For a process of a stage that opens a sweep's own autoencoder: for diffusers, these packages are missing from then on.
     """
-    with hidden("transformers"), hidden("torchvision"), hidden("scipy"), without_compiler():
-        return _diffusers("AutoencoderKL")
+    if "diffusers" not in sys.modules:
+        with hidden("transformers", "torchvision", "scipy", "peft", "xformers"), without_compiler():
+            _diffusers("AutoencoderKL")
 
 
 def _defaults(kind: type) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def fitted(channels: int, factor: int, resolution: int) -> LatentShape:
 def new(settings: TrainedVae, resolution: int) -> "AutoencoderKL":
     """Build an untrained small autoencoder; its factor is 2 ** (len(widths) - 1)."""
     levels = len(settings.widths)
-    net: AutoencoderKL = _kl()(
+    net: AutoencoderKL = _diffusers("AutoencoderKL")(
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=settings.widths, latent_channels=settings.latent_channels, layers_per_block=1,
         norm_num_groups=settings.norm_groups, sample_size=resolution,
@@ -171,7 +173,7 @@ def load_stored(folder: Folder) -> Vae:
     manifest = Manifest.find(folder)
     if manifest is None:
         raise UserError(f"{folder}: no VAE there: the prepare stage has not finished")
-    net: AutoencoderKL = _kl().from_config(json.loads(manifest.read_file(folder, CONFIG)))
+    net: AutoencoderKL = _diffusers("AutoencoderKL").from_config(json.loads(manifest.read_file(folder, CONFIG)))
     net.load_state_dict(safetensors.torch.load(manifest.read_file(folder, WEIGHTS_FILE)))
     return DiffusersVae(net.eval().requires_grad_(requires_grad=False))
 

@@ -10,6 +10,7 @@ from dis_scale.process.imports import adamw
 from dis_scale.recipe import TrainedVae
 from dis_scale.vae import autoencoders
 
+autoencoders.import_without_others()
 net = autoencoders.new(TrainedVae(kind="trained", widths=(8, 8)), 16)
 optimizer = adamw()(net.parameters(), 1e-3)
 optimizer.zero_grad()
