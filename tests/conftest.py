@@ -24,12 +24,6 @@ from tests.support.flaky_store import FlakyFileSystem
 # As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# glibc raises this bound up to 32 MiB and keeps freed tensors below it: three processes of tests grow to 16 GiB, and a machine that
-# has less ends one.
-M_MMAP_THRESHOLD = -3
-with contextlib.suppress(AttributeError):  # another C library
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
-
 # A shell lets what it starts with `&` ignore Ctrl-C, and so would the programs whose end by it is tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,6 +53,14 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run complete sweeps first: some processes take them, the others take the rest meanwhile."""
     items.sort(key=lambda item: "e2e" not in item.path.parts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def give_memory_back() -> Iterator[None]:
+    """glibc keeps what was freed: three processes of tests grow to 16 GiB, of which 4 are in use, and a machine stalls."""
+    yield
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture
