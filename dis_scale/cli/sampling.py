@@ -72,8 +72,11 @@ def sample(
     from dis_scale.evaluation.sampling import grid
     from dis_scale.process.progress import Board
     from dis_scale.training.throughput import machine_name
+    from dis_scale.vae import import_without_others
     from dis_scale.weights import opening as pictures
 
+    if vae is None and pictures.has_sweeps_vae(located):
+        import_without_others()
     opened = pictures.open_for_sampling(located, vae, heads, guide)
     for line in opened.notes:
         aside(line)

@@ -114,7 +114,7 @@ def _diffusers(name: str) -> Any:
 def import_without_others() -> None:
     """Import diffusers without the packages that only its other models need, which takes a third of the time.
 
-    For a process of a stage that opens a sweep's own autoencoder: for diffusers, these packages are missing from then on.
+    For our own processes that open a sweep's autoencoder: for diffusers, these packages are missing from then on.
     """
     if "diffusers" not in sys.modules:
         with hidden("transformers", "torchvision", "scipy", "peft", "xformers"), without_compiler():

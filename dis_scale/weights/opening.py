@@ -20,8 +20,9 @@ from dis_scale.models.replay import replayed
 from dis_scale.models.tokens import Backbone, check_labels
 from dis_scale.process import seeds
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling
+from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling, TrainedVae
 from dis_scale.recipe.evaluate import Autoguidance
+from dis_scale.storage.manifest import Manifest
 from dis_scale.sweep import Sweep, state
 from dis_scale.vae import PixelVae, Vae
 from dis_scale.weights.checkpoints import Located, find_checkpoint
@@ -119,6 +120,13 @@ def open_for_sampling(
     scale = sampling.scale if guide_at is not None or not isinstance(sampling.guidance, Autoguidance) else 1.0
     sampling = sampling.model_copy(update={"guidance": scale})
     return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located, guide_at)
+
+
+def has_sweeps_vae(located: Located) -> bool:
+    """Whether the checkpoint's VAE was trained by a sweep: by its own, or one that stored it beside the weights."""
+    if located.sweep:
+        return isinstance(located.sweep.recipe.vae, TrainedVae)
+    return Manifest.exists(located.folder / BESIDE)
 
 
 def _process_of(model: Backbone, facts: SamplingFacts | None, sweep: Sweep | None) -> Gaussian | Flow:
