@@ -140,6 +140,14 @@ def views(sizes: tuple[int, int, int, int], device: str = "cpu") -> Iterator[lis
     yield [x.repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in tensors]
 
 
+def check_views_are_bit_equal(call: str, sizes: tuple[int, int, int, int], backend: str) -> None:
+    """Compare a call on views of the random tensors with the same call on contiguous ones."""
+    expected = outputs_and_gradients(call, random_tensors(sizes), backend)
+    for tensors in views(sizes):
+        for x, y in zip(outputs_and_gradients(call, tensors, backend), expected, strict=True):
+            assert torch.equal(x, y)
+
+
 def check_extreme_gates(backend: str, device: str = "cpu") -> None:
     """SiLU at inputs where it equals its input, where it vanishes, and where its exponential overflows.
 
