@@ -78,9 +78,36 @@ def test_one_direction_is_the_forward_scan_of_the_forward_convolution():
     h = torch.randn(2, 18, 16, dtype=torch.float64)
     x, z = F.linear(h, mixer.in_proj).chunk(2, dim=-1)
     u = causal_conv_silu(x, *taps_and_bias(mixer.conv[0]), backend="reference")
-    y = selective_scan(*mixer.directions(u)[0], backend="reference") * F.silu(z)
+    y = selective_scan(*mixer.directions(mixer.dynamics, u)[0], backend="reference") * F.silu(z)
     assert torch.allclose(mixer(h), F.linear(y, mixer.out_proj), atol=1e-10)
     assert {len(p) for p in (mixer.conv, mixer.x_proj, mixer.dt_proj, mixer.dynamics)} == {1}
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_tied_spectrum_is_a_free_one_whose_rates_are_multiples_of_one(directions):
+    tied, free = dis(directions=directions, spectrum="tied"), dis(directions=directions)
+    weights = tied.state_dict()
+    for name, rows in weights.items():
+        if name.endswith("dynamics"):
+            assert rows.shape[1] == 3
+            rates = torch.stack([rows[:, 0].exp() * (n + 1) for n in range(16)], dim=1)
+            weights[name] = torch.cat([rates.log(), rows[:, 1:]], dim=1)
+    free.load_state_dict(weights)
+    assert torch.allclose(tied(*inputs()), free(*inputs()), atol=1e-6), "the rates' logarithms are float32"
+    of_tied, of_free = (model.requires_grad_(True) for model in (tied, free))
+    for model in (of_tied, of_free):
+        model(*inputs()).square().sum().backward()
+    grad, whole = (model.blocks[1].mixer.dynamics.grad for model in (of_tied, of_free))
+    assert torch.allclose(grad[:, 0], whole[:, :16].sum(1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_tied_spectrum_starts_as_a_free_one():
+    torch.manual_seed(0)
+    tied = build(Dis(kind="dis", width=16, depth=2, patch=2, spectrum="tied"), SHAPE, 10)
+    torch.manual_seed(0)
+    free = build(Dis(kind="dis", width=16, depth=2, patch=2), SHAPE, 10)
+    for block, whole in zip(tied.blocks, free.blocks, strict=True):
+        assert torch.equal(block.mixer.free_dynamics(), whole.mixer.dynamics)
 
 
 def test_with_one_direction_a_token_changes_later_ones_only():
@@ -141,7 +168,9 @@ def test_without_a_position_table_the_model_is_one_with_a_table_of_zeros():
 
 
 @pytest.mark.parametrize(
-    "options", [{"skip": "add"}, {"directions": 1}, {"position": "none"}, {"conditioning": "adaln_zero_alone"}], ids=str
+    "options",
+    [{"skip": "add"}, {"directions": 1}, {"position": "none"}, {"spectrum": "tied"}, {"conditioning": "adaln_zero_alone"}],
+    ids=str,
 )
 def test_an_ablation_is_not_exported_as_a_public_dis(options):
     name = next(iter(options))

@@ -143,7 +143,9 @@ def test_time_and_decay_are_not_rounded_with_the_weights():
     x, _, y = inputs(1)
     assert not torch.equal(model(x, torch.tensor([998.0]), y), model(x, torch.tensor([999.0]), y))
     u_BLE = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
-    assert {direction.A_EN.dtype for direction in model.blocks[0].mixer.directions(u_BLE, u_BLE)} == {torch.float32}
+    assert {
+        direction.A_EN.dtype for direction in model.blocks[0].mixer.directions(model.blocks[0].mixer.dynamics, u_BLE, u_BLE)
+    } == {torch.float32}
 
 
 @torch.no_grad()

@@ -43,12 +43,19 @@ class Mixer(nn.Module):
         x_proj      (ways, R + 2 N, E)  from the convolved u to the step, B and C (Gu and Dao 2023, Algorithm 2)
         dt_proj     (ways, E, R)
         dynamics    (ways, N + 2, E)    log(-A), a row for each state; D; and the step's bias
+
+    With `spectrum: tied`, `dynamics` (ways, 3, E) has one row of log a: state n decays at n + 1 times the rate a.
     """
+
+    log_rates_N1: Tensor | None
 
     def __init__(self, settings: Dis, scan: str):
         super().__init__()
         D, E, N, R = settings.width, inner_width(settings.width), settings.state_size, step_rank(settings.width)
         self.scan, self.sizes = scan, [R, N, N]
+        log_rates_N1 = torch.arange(1, N + 1, dtype=torch.float32).log()[:, None]
+        tied = settings.spectrum == "tied"
+        self.register_buffer("log_rates_N1", log_rates_N1 if tied else None, persistent=False)
         self.in_proj = uniform(2 * E, D, bound=D**-0.5)
         self.conv = conv_parameters(E, settings.ways)
         x_projs, dt_projs, dynamics = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -57,30 +64,37 @@ class Mixer(nn.Module):
             dt_projs.append(uniform(E, R, bound=R**-0.5))
             # The published code leaves the backward direction's bias at 0: softplus(0) = 0.69 remembers one or two tokens.
             bias_E = torch.zeros(E) if way and settings.init == "official" else log_uniform_steps(E)
-            log_A_NE = torch.arange(1, N + 1, dtype=torch.float32).log()[:, None].expand(N, E)
+            log_A_NE = log_rates_N1[: 1 if tied else N].expand(-1, E)
             dynamics.append(torch.cat([log_A_NE, torch.ones(1, E), bias_E[None]]))
         self.x_proj, self.dt_proj, self.dynamics = (nn.Parameter(torch.stack(each)) for each in (x_projs, dt_projs, dynamics))
         self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)  # GPT-2's 1 / sqrt(depth)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
-        weights = self.in_proj, self.conv, self.x_proj, self.dt_proj, self.dynamics, self.out_proj
+        dynamics = self.free_dynamics()
+        weights = self.in_proj, self.conv, self.x_proj, self.dt_proj, dynamics, self.out_proj
         if len(self.conv) == 2 and (fused := fused_mixer(h_BLD, *weights, backend=self.scan)) is not None:
             return fused
         x_BLE, z_BLE = product(h_BLD, self.in_proj).chunk(2, dim=-1)
         if len(self.conv) == 1:
             u_BLE = causal_conv_silu(x_BLE, *taps_and_bias(self.conv[0]), backend=self.scan)
-            (direction,) = self.directions(u_BLE)
+            (direction,) = self.directions(dynamics, u_BLE)
             y_BLE = selective_scan(*direction, backend=self.scan) * F.silu(z_BLE)
         else:
             forward, backward = map(taps_and_bias, self.conv.unbind())
             u_of = two_way_conv_silu(x_BLE, *forward, *backward, backend=self.scan)
-            front, back = self.directions(*u_of)
+            front, back = self.directions(dynamics, *u_of)
             y_BLE = two_way_scan(front, back, z_BLE, backend=self.scan)
         return product(y_BLE, self.out_proj)
 
-    def directions(self, *u_of: Tensor) -> list[Direction]:
+    def free_dynamics(self) -> Tensor:
+        """`dynamics` with a row for each state."""
+        if self.log_rates_N1 is None:
+            return self.dynamics
+        return torch.cat([self.dynamics[:, :1] + self.log_rates_N1, self.dynamics[:, 1:]], dim=1)
+
+    def directions(self, dynamics: Tensor, *u_of: Tensor) -> list[Direction]:
         """Project each direction's convolved u (B, L, E) to the inputs of its scan."""
-        rows_of, A_of, directions = self.dynamics.unbind(), (-wide(self.dynamics[:, :-2]).exp()).mT.unbind(), []
+        rows_of, A_of, directions = dynamics.unbind(), (-wide(dynamics[:, :-2]).exp()).mT.unbind(), []
         for u_BLE, x_proj, dt_proj, rows, A_EN in zip(
             u_of, self.x_proj.unbind(), self.dt_proj.unbind(), rows_of, A_of, strict=True
         ):

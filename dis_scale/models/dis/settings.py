@@ -21,6 +21,7 @@ PUBLISHED: dict[str, Any] = {
     "directions": 2,
     "position": "learned",
     "order": ("raster",),
+    "spectrum": "free",
     "attention_every": None,
 }
 """Options of the public code."""
@@ -47,6 +48,8 @@ class Dis(FamilySettings):
     a token and one quasi-separable matrix a head, in which a token's weight on itself is free."""
     state_size: Count = 16
     """States of the scan per channel."""
+    spectrum: Literal["free", "tied"] = "free"
+    """Rates at which a channel's states decay: each its own, or one for all, of which state n has n times as much."""
     drop_path: Fraction = 0.1
     """Probability with which the last block's branch is left out for an image in training; it rises from 0 over the blocks."""
     init: Literal["ours", "official"] = "ours"
@@ -83,10 +86,12 @@ class Dis(FamilySettings):
             raise ValueError(f"combine: {self.combine} is of the mixer ssd, got mixer: s6: set mixer: ssd")
         if self.mixer == "ssd" and self.init == "official":
             raise ValueError("init: official is of the mixer s6, got mixer: ssd: leave it out")
+        if self.mixer == "ssd" and self.spectrum == "tied":
+            raise ValueError("spectrum: tied is of the mixer s6, whose channels have many rates, got mixer: ssd: leave it out")
         if len(self.order) > 1 and len(set(self.order)) == 1:
             raise ValueError(f"order: {self.order[0]} in each block is [{self.order[0]}]")
-        if self.attention_every == 1 and (self.mixer, self.order) != ("s6", ("raster",)):
-            raise ValueError("attention_every: 1 leaves no scan: leave mixer and order out")
+        if self.attention_every == 1 and (self.mixer, self.order, self.spectrum) != ("s6", ("raster",), "free"):
+            raise ValueError("attention_every: 1 leaves no scan: leave mixer, order and spectrum out")
         return self
 
     def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:
@@ -101,11 +106,12 @@ class Dis(FamilySettings):
 
     @property
     def curve(self) -> str:
-        """Other mixers, attention and orders: `dis + ssd hydra`, `dis + attention 4`, `dis + raster column`."""
+        """Other mixers, attention and orders: `dis + ssd hydra`, `dis + attention 4`, `dis + raster column`, `dis + tied`."""
         options = [f"ssd {self.combine}"] if self.mixer == "ssd" else []
         if self.attention_every and self.attention_every <= self.depth + 1:  # else no block has it
             options.append(f"attention {self.attention_every}")
         options += [" ".join(self.order)] if self.order != PUBLISHED["order"] else []
+        options += ["tied"] if self.spectrum == "tied" else []
         return " + ".join([self.kind, *options])
 
     @property

@@ -64,8 +64,8 @@ def as_trained(block: nn.Module) -> nn.Module:
         weights[name].normal_()
     if "dynamics" in weights:
         weights["dynamics"][:, -1] -= 3
-        states = weights["dynamics"].shape[1] - 2
-        weights["x_proj"][:, -2 * states :] *= 12
+        rank = weights["dt_proj"].shape[2]
+        weights["x_proj"][:, rank:] *= 12
     return block
 
 
