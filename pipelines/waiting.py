@@ -12,8 +12,8 @@ from pipelines.nodes import alive_nodes
 from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
-LOGGED_AFTER_S = 5.0
-"""A worker whose process only has to start is not logged."""
+LOGGED_AFTER_S = 15.0
+"""A worker whose process only has to start is not logged: on two slow cores that takes up to 12 s."""
 LONG_S = 600.0
 """A wait that explains why nothing was saved meanwhile."""
 CURE = (
