@@ -122,10 +122,10 @@ class StageJob:
         if self.held:
             self.held.require_held()
 
-    def lost_a_node(self) -> bool:
-        """Whether a node that the current attempt ran on is gone: it was taken away, or has crashed."""
-        alive = {str(node["NodeName"]) for node in ray.nodes() if node["Alive"]} if self.placed else set[str]()
-        return bool(self.placed - alive)
+    def lost_one_of(self, names: frozenset[str]) -> bool:
+        """Whether one of these nodes is gone: it was taken away, or has crashed."""
+        alive = {str(node["NodeName"]) for node in ray.nodes() if node["Alive"]} if names else set[str]()
+        return bool(names - alive)
 
     def now_s(self) -> float:
         """Return the time of a clock that never jumps."""

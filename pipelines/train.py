@@ -212,7 +212,12 @@ class TrainingRun:
             worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings))
             for rank, worker in enumerate(ranks.workers)
         ]
-        watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=self.settings.hang_after_s, blame_behind=True))
+        try:
+            watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=self.settings.hang_after_s, blame_behind=True))
+        except WorkerFailure as failure:
+            if failure.silent_s < self.settings.hang_after_s:  # no hang: connections that fail now may work again later
+                failure.done = 0
+            raise
 
     def _train(self, ranks: Ranks, avoided: Collection[str], start: tuple[float, float | None]) -> int:
         """Train under a lease of its own."""

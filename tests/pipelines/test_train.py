@@ -17,6 +17,7 @@ from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowWriter
 from pipelines import nodes
+from pipelines.failures import WorkerFailure
 from pipelines.nodes import Node
 from pipelines.ranks import Place, RankPlaces, largest_fitting, rank_order
 from pipelines.restarts import with_restarts
@@ -92,6 +93,29 @@ def test_a_kernel_that_is_wrong_for_one_rank_alone_is_tried_on_other_nodes(
     with contextlib.nullcontext() if right else pytest.raises(WrongKernel):
         assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
     assert sorted(state.node_failures(job.sweep)) == failed
+
+
+class Connecting(TrainingRun):
+    """Attempts without Ray that begin with a check of the connections."""
+
+    def _start(self, group: Any, world: int) -> Ranks:
+        return Ranks([], [Place("ip", group, [], 1, "")])
+
+
+@pytest.mark.parametrize(("silent_s", "done"), [(3.0, 0), (10**6, 1)])
+def test_a_connection_that_fails_in_the_check_has_passed_no_step(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_s: float, done: int
+) -> None:
+    """All devices were right, which counts as progress; but a network that is away for minutes is no crash at the same place."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise WorkerFailure("no route", 1, silent_s, cause="connection")
+
+    monkeypatch.setattr("pipelines.train.watch", fails)
+    job = job_of(tiny, tmp_path)
+    with pytest.raises(WorkerFailure) as error:
+        Connecting(job, "dit", OnePlace(job, "dit", "cuda")).attempts(None)
+    assert error.value.done == done
 
 
 @dataclass
