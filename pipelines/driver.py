@@ -35,6 +35,8 @@ STAGES = ("prepare", "precompute", "evaluate")
 """Stages whose progress is stored: training's is in its rows."""
 MOST_FOLLOWED, FOLLOWED_IN_S = 10, 24 * 3600.0
 """How often in this time another job follows one of a stage that was killed, or stopped for an earlier command."""
+MOST_EVALUATIONS = 6
+"""Evaluation jobs that fail one after the other, without a new result, once all models are trained."""
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -52,7 +54,7 @@ class Driver:
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
     evaluate_again_s: float = 600.0
-    """Pause before an evaluation job that failed is submitted again."""
+    """Longest pause before an evaluation job that failed is submitted again; the first is a sixtieth of it."""
     requests_polled_every_s: float = lease.BEAT_S
     """Interval at which storage is asked for a stop request of another process."""
     as_json: bool = False
@@ -163,22 +165,24 @@ def _insist(driver: Driver, ask: Callable[[], T]) -> T:
 
 
 class _Evaluation:
-    """The evaluation job beside the trainings. One that failed by an accident is submitted again: they may go on for weeks."""
+    """The evaluation job beside the trainings. One that failed by an accident is submitted again: both may go on for weeks."""
 
     def __init__(self, driver: Driver, cluster: Cluster, failures: Failures) -> None:
         self._driver, self._failures = driver, failures
         self._submit = partial(_submit, driver, cluster, "evaluate")
         self._job: Job | None = self._submit()
-        self._again_s, self._last, self._over = 0.0, False, False
+        self._again_s, self._trained, self._over = 0.0, False, False
+        self._failed, self._results = 0, 0
 
     def over(self, trained: bool) -> bool:
-        """Show its log; return whether it has ended for good. An attempt begun once all models are `trained` is the last."""
+        """Show its log; return whether it has ended for good. Attempts begun once all models are `trained` are limited."""
         if self._over:
             return True
         if self._job is None:
-            if not trained and time.monotonic() < self._again_s:
+            if time.monotonic() < self._again_s:
+                go_on(self._driver)
                 return False
-            self._job, self._last = self._submit(), trained
+            self._job, self._trained = self._submit(), trained
             self._driver.gauge("evaluation_failed", 0)
         ended = self._job.ended()  # asked before its log, so that its end is handled completely
         _poll(self._driver, self._job, "evaluate")
@@ -195,10 +199,18 @@ class _Evaluation:
             return True
         self._failures.evaluation = _failure(self._driver, job, "evaluate")
         self._driver.gauge("evaluation_failed", 1)
-        if self._last or isinstance(job.error(""), UserError):
+        results = _insist(self._driver, self._measured)
+        self._failed, self._results = 1 if results > self._results else self._failed + 1, results
+        if isinstance(job.error(""), UserError) or (self._trained and self._failed >= MOST_EVALUATIONS):
             return False
-        self._job, self._again_s = None, time.monotonic() + self._driver.evaluate_again_s
+        wait_s = self._driver.evaluate_again_s * min(1.0, 2.0 ** (2 * min(self._failed, 9) - 2) / 60)
+        self._driver.board.say(f"another evaluation job follows in {wait_s:.0f} s")
+        self._job, self._again_s = None, time.monotonic() + wait_s
         return True
+
+    def _measured(self) -> int:
+        sweep = self._driver.sweep
+        return sum(len(state.measured(sweep, model)) for model in sweep.recipe.models)
 
 
 def _begin_waiting(

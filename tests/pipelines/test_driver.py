@@ -18,6 +18,7 @@ from dis_scale.sweep.documents import StageProgress
 from pipelines.cluster import Cluster
 from pipelines.driver import (
     FOLLOWED_IN_S,
+    MOST_EVALUATIONS,
     MOST_FOLLOWED,
     Drained,
     Driver,
@@ -89,7 +90,9 @@ def run(driver: Driver, fakes: dict[tuple[str, ...], FakeJob]) -> Failures:
 def driver(tmp_path: Path) -> Driver:
     """A sweep whose models are `evaluate`, like the stage, and `dit`."""
     model = "{kind: dit, width: 16, depth: 1, heads: 2, patch: 4}"
-    return driver_of(reading.load(TINY, [f"models={{evaluate: {model}, dit: {model}}}"]), tmp_path)
+    made = driver_of(reading.load(TINY, [f"models={{evaluate: {model}, dit: {model}}}"]), tmp_path)
+    made.evaluate_again_s = 0.0
+    return made
 
 
 def test_the_progress_of_a_stage_is_stored(driver: Driver) -> None:
@@ -258,8 +261,8 @@ def test_a_job_that_was_stopped_is_held_elsewhere_or_lost_storage_is_no_failure(
 
 
 def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Driver) -> None:
-    """While models are trained, and once after that; a mistake is not."""
-    driver.evaluate_again_s, gauges = 0.0, list[tuple[str, float]]()
+    """While models are trained and after that; a mistake is not."""
+    gauges = list[tuple[str, float]]()
     driver.gauge = lambda *gauge: gauges.append(gauge)
     submitted = list[str]()
     jobs = {"evaluate": [failed("the disk is full"), failed("the disk is full"), SUCCEEDED]}
@@ -275,6 +278,27 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
     mistake = FakeJob([JobStatus.FAILED], UserError("no such extractor"))
     jobs["evaluate"] = [mistake]
     assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor")
+
+
+@pytest.mark.parametrize(("results", "jobs"), [([0], MOST_EVALUATIONS), ([0, 0, 0, 4, 4, 9, 9], 5 + MOST_EVALUATIONS)])
+def test_evaluation_after_training_ends_by_failures_in_a_row_without_a_result(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, results: list[int], jobs: int
+) -> None:
+    """It may take days, in which the disk is full three times; a crash at its begin ends within the hour."""
+    clock, submitted, driver.evaluate_again_s = iter(range(10**6)), list[float](), 600.0
+    monkeypatch.setattr("pipelines.driver.time.monotonic", lambda: float(next(clock)))
+    counts = iter(results + [results[-1]] * MOST_EVALUATIONS)
+    monkeypatch.setattr(state, "measured", lambda _, model: range(next(counts) if model == "dit" else 0))
+
+    def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
+        submitted.extend([time.monotonic()] * (words[0] == "evaluate"))
+        return failed("the disk is full") if words[0] == "evaluate" else SUCCEEDED
+
+    driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
+    assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="the disk is full")
+    assert len(submitted) == jobs
+    assert submitted[-1] - submitted[-MOST_EVALUATIONS] > 10 + 40 + 160 + 600 + 600
+    assert submitted[-1] - submitted[-MOST_EVALUATIONS] < 3600
 
 
 @pytest.mark.parametrize("taken_over", [False, True])
