@@ -33,6 +33,11 @@ def image_counts(passes: Iterable[ForwardPass], lane_images: int) -> set[int]:
     return {len(one.lanes) * lane_images for one in passes}
 
 
+def image_counts_of_all(lanes: int, world: int, passes: int, lane_images: int) -> set[int]:
+    """Return the images of the forward passes of all ranks."""
+    return set().union(*(image_counts(forward_passes(lanes, rank, world, passes), lane_images) for rank in range(world)))
+
+
 def largest_share(lanes: int, world: int) -> int:
     """Return the lanes of the rank that has most."""
     return -(-lanes // world)

@@ -39,7 +39,7 @@ from dis_scale.training.devices import check_on_all_ranks
 from dis_scale.training.engine import Engine
 from dis_scale.training.graphs import graph_blocks
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
-from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, largest_share
+from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, image_counts_of_all, largest_share
 from dis_scale.training.memory import plan_passes
 from dis_scale.training.resume import Keep, ResumePoint, Saver
 from dis_scale.training.schedule import learning_rate
@@ -348,7 +348,9 @@ def start(
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
-    check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, images, training=True))
+    # Also passes that only other ranks have: a kernel that is wrong for these must be so on all ranks, or a device is blamed.
+    every = image_counts_of_all(settings.lanes, dist.get_world_size(), passes, settings.lane_images)
+    check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, every, training=True))
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
     blocks = _graphed(attempt, model, images, passes) if settings.graphs else None

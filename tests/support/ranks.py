@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,11 @@ def _rank(
     plan: Path | None,
 ) -> None:  # fmt: skip
     from dis_scale.process import faults
-    from dis_scale.training.loop import Attempt, Start, train_model
+    from dis_scale.training.loop import train_model
 
     faults.use(plan)
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    device = torch.device("cpu")
     _join(rank, world, port)
     _note_inputs(Path(root) / "inputs", rank)
     steps = iter(range(1, 10**9))
@@ -117,11 +117,17 @@ def _rank(
         due = stop_at is not None and rank == world - 1 and next(steps) * recipe.train.batch_images > stop_at
         return math.inf if due or asked.is_set() else None
 
-    attempt_of_rank = Attempt(
-        sweep_of(Path(root), recipe), model, open_folder(root) / "latents", attempt, device, Start(time.time()),
-        require_held=lambda: None, stop_by=stop_by, report=_nothing, log=print, emit=_nothing,
+    train_model(replace(attempt_on_a_rank(Path(root), recipe, model, attempt), stop_by=stop_by))
+
+
+def attempt_on_a_rank(root: Path, recipe: Recipe, model: str, number: int) -> Any:
+    """Return an attempt on the latents below `root`, without a lease or a log of its own."""
+    from dis_scale.training.loop import Attempt, Start
+
+    return Attempt(
+        sweep_of(root, recipe), model, open_folder(root) / "latents", number, torch.device("cpu"), Start(time.time()),
+        require_held=lambda: None, stop_by=lambda: None, report=_nothing, log=print, emit=_nothing,
     )  # fmt: skip
-    train_model(attempt_of_rank)
 
 
 def inputs(root: Path) -> dict[int, list[str]]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dis_scale.training.lanes import forward_passes, image_counts, largest_share
+from dis_scale.training.lanes import forward_passes, image_counts, image_counts_of_all, largest_share
 
 
 @given(st.integers(1, 64).flatmap(lambda lanes: st.tuples(st.just(lanes), st.integers(1, lanes))), st.integers(1, 9))
@@ -38,3 +38,4 @@ def test_lanes_that_cannot_be_shared_evenly_make_passes_of_two_sizes() -> None:
     """Seven lanes of four images: one rank has three of them in two passes, the other four."""
     assert [image_counts(forward_passes(7, rank, 2, passes=2), 4) for rank in (0, 1)] == [{4, 8}, {8}]
     assert image_counts(forward_passes(8, 0, 2, passes=2), 4) == {8}
+    assert image_counts_of_all(7, 2, 2, 4) == {4, 8}

@@ -1,9 +1,11 @@
 """A run that was stopped and resumed equals the undisturbed one to the bit, for each ZeRO stage and precision."""
 
 import errno
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -47,6 +49,24 @@ def losses(root: Path, model: str = "dis") -> list[tuple[int, float]]:
 def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def verifies_what_any_rank_runs(root: Path, recipe: Recipe) -> None:
+    """On one of both ranks: it has two lanes of three, or one."""
+    with mock.patch("dis_scale.models.verify_kernels") as verify:
+        loop.open_training(ranks.attempt_on_a_rank(root, recipe, "dit", 1), 2, None)
+    (of_kernels,) = verify.call_args_list
+    lane = recipe.train.lane_images
+    assert of_kernels.args[2] == {lane, 2 * lane}
+
+
+def test_all_ranks_check_the_same_kernels_also_with_unequal_shares(tmp_path: Path) -> None:
+    """Otherwise a wrong kernel of the larger share only would look like devices that fail where others do not."""
+    recipe = reading.load(
+        TINY, ["train.lanes=3", "train.workers=2", "train.batch_images=24", "train.publish_images=[48]", "train.micro_images=16"]
+    )
+    ranks.make_latents(open_folder(tmp_path) / "latents", recipe)
+    ranks.on_ranks(2, functools.partial(verifies_what_any_rank_runs, tmp_path, recipe))
 
 
 @pytest.mark.parametrize(
