@@ -425,6 +425,13 @@ def test_slurm_says_if_it_cannot_queue_a_job_again(tmp_path: Path) -> None:
     assert (done.returncode, "not queued again: scontrol requeue failed" in done.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("file", ["slurm.sh", "ray-cluster.yaml", "rayjob.yaml", "raycluster-4x8.yaml"])
+def test_each_shipped_command_outlasts_a_bad_gpu(file: str) -> None:
+    """Three attempts in a minute would end model after model, where no node is spare."""
+    command = (ROOT / "cluster" / file).read_text().partition("configs/imagenet256.yaml")[2]
+    assert "--set train.restarts=100" in command[:500]
+
+
 def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "") -> bool:
     """Run the script with a sweep that ends so; return whether the job is queued again."""
     done = run_slurm(tmp_path, code, restarts, signal, ray)
