@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     except DisScaleError as error:
         if "--debug" in words:
             raise
-        words_of_error = str(error) if isinstance(error, Preempted) else f"error: {error}"
+        # Nothing in a message looks like another line.
+        words_of_error = f"{'' if isinstance(error, Preempted) else 'error: '}{error}".replace("\n", "\n  ")
         if drives and os.environ.get(jsonlog.VARIABLE) == "json":
             words_of_error = jsonlog.entry(context, "error", "error", message=str(error))
         print(words_of_error, file=sys.stderr, flush=True)

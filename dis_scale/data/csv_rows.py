@@ -11,6 +11,7 @@ from dis_scale.data.images import SUFFIXES
 from dis_scale.data.listing import Entry, LeftOut, number_or_name
 from dis_scale.data.parts import PartColumns
 from dis_scale.process.errors import UserError, nearest, printable
+from dis_scale.process.progress import some
 from dis_scale.storage.folder import Folder
 
 TAKEN_IN = "lines in a quoted value of the line before: if they are images, a quote is missing"
@@ -31,7 +32,7 @@ def entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[E
                 raise UserError(f"{where}: its header names {', '.join(map(repr, twice))} twice")
             for key, column in (("path", path), ("label", label)):
                 if column is not None and column not in columns:
-                    has = ", ".join(columns or ["nothing"])
+                    has = some([*columns] or ["nothing"])
                     near = nearest(column, columns) or ", and no comma" * (len(columns) == 1)
                     raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
             parts = PartColumns(set(columns) - {path, label})
@@ -39,7 +40,9 @@ def entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[E
                 at = f"{where}: line {rows.line_num}"
                 kind = 0 if label is None else number_or_name(row[label] or "")
                 if not row[path] or None in row or kind == "":
-                    raise UserError(f"{at}: expected a path and a label, in quotes if it has a comma, got {list(row.values())}")
+                    raise UserError(
+                        f"{at}: expected a path and a label, in quotes if it has a comma, got {list(row.values())!s:.200}"
+                    )
                 parts.add(row, rows.line_num)
                 taken_in = [line for value in filter(None, row.values()) for line in _LINE_END.split(value)[1:]]
                 if taken_in:

@@ -64,7 +64,8 @@ def hidden(path: str) -> bool:
 def ending(name: str) -> str:
     """Return the kind of a file that is no image, by its name, in words."""
     _, dot, kind = name.rpartition(".")
-    return f".{kind.lower()}" if dot and not kind.isdigit() and len(kind) <= MOST_IN_AN_ENDING else "of no known ending"
+    known = dot and kind.isalnum() and not kind.isdigit() and len(kind) <= MOST_IN_AN_ENDING
+    return f".{kind.lower()}" if known else "of no known ending"
 
 
 def decode(data: bytes, name: str, resolution: int, crop: Crop | None = None, in_flight: InFlight | None = None) -> np.ndarray:

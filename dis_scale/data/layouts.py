@@ -94,9 +94,15 @@ def require_finished(root: Folder) -> None:
         raise UserError(f"{root}: an export was cut off, and latents are missing: run its dis-scale data export again")
 
 
+def _bounded(root: Folder) -> bytes:
+    if len(data := root.read_up_to(LABELS, LARGEST_BYTES)) > LARGEST_BYTES:
+        raise UserError(f"{root}/{LABELS}: expected at most {LARGEST_BYTES:,} bytes of classes")
+    return data
+
+
 def find_files(root: Folder, labelled: bool) -> Iterator[Entry | LeftOut]:
     """List EDM2's files of a folder. UserError if a file has no class, or a class has no file."""
-    labels = _labels(lambda: root.read(LABELS), f"{root}/{LABELS}") if labelled else None
+    labels = _labels(lambda: _bounded(root), f"{root}/{LABELS}") if labelled else None
     return _labelled(((name, "", (0, 0)) for name in root.walk() if name != LABELS), labels, str(root))
 
 
@@ -328,7 +334,7 @@ class _Tensor(NamedTuple):
         row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:]))
         data = root.read(file, self.first + first * row_bytes, self.first + last * row_bytes)
         if len(data) != (last - first) * row_bytes:
-            raise StorageError(f"{root}/{file}: it is shorter than when it was listed: restore it")
+            raise StorageError(f"{printable(f'{root}/{file}')}: it is shorter than when it was listed: restore it")
         values = np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
         if self.kind == "BF16":  # the upper half of a float32
             return (values.astype(np.uint32) << 16).view(np.float32)
@@ -339,7 +345,7 @@ def _tensors(root: Folder, file: str, mirror: bool) -> dict[str, _Tensor]:
     """Return a safetensors file's latents, labels if any, and latents of mirror images if wanted, by their header: its length, then
     JSON. UserError for other tensors; StorageError if the header is damaged, or the file shorter than it says.
     """
-    where, found, wanted = f"{root}/{file}", dict[str, _Tensor](), ["latents", "latents_flip"][: 1 + mirror]
+    where, found, wanted = printable(f"{root}/{file}"), dict[str, _Tensor](), ["latents", "latents_flip"][: 1 + mirror]
     try:
         length, size = int.from_bytes(root.read(file, 0, 8), "little"), root.size(file)
         if not 0 < length <= min(HEADER_BYTES, size):
@@ -376,7 +382,7 @@ def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Ent
         known = tensors.get("labels")
         if known is None or known.dtype.kind not in "iu" or known.shape != (count,) or known.kind == "BF16":
             got = f"{known.kind} {known.shape}" if known else "none"
-            raise UserError(f"{root}/{name}: labels are {got}, expected {count:,} integers, one for each latent")
+            raise UserError(f"{printable(f'{root}/{name}')}: labels are {got}, expected {count:,} integers, one for each latent")
         labels = known.read(root, name, 0, count).tolist()
     for row, label in enumerate(labels):
         yield Entry(f"{name}/{row:06d}", label, name, (row, 1))

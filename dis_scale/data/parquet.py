@@ -52,7 +52,7 @@ class ParquetReader:
     def _read_group(self, root: Folder, first: Entry) -> pa.ChunkedArray:
         try:
             with _opened(root, first.file) as file:
-                leaf, where = _leaf(file, self._settings), f"{root}/{first.file}"
+                leaf, where = _leaf(file, self._settings), printable(f"{root}/{first.file}")
                 return _read(file, first.location[0], leaf, where).flatten().column(0)
         finally:  # not before: the file may be written again while it is read
             self._require_unchanged(first)
@@ -104,7 +104,7 @@ def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, 
             raise UserError(f"data.source.{key}: {where} has two columns {column!r}: write it again with one of them")
         if column not in schema.names:
             near = nearest(column, schema.names)
-            raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {', '.join(schema.names)}")
+            raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {some(schema.names)}")
     kind = schema.field(settings.image).type
     in_structs = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if not (_is_bytes(file, settings) or in_structs):

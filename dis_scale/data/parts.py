@@ -51,8 +51,8 @@ def _require_one_series(names: Iterable[str]) -> None:
                 known, other = first.setdefault(key, (value, name))
                 if known != value:
                     raise UserError(
-                        f"data.source.url: {other} and {name} are of two versions of a set, whose images would be there twice: "
-                        "delete the older one's files, or choose by data.source.files"
+                        f"data.source.url: {printable(other)} and {printable(name)} are of two versions of a set, whose images "
+                        "would be there twice: delete the older one's files, or choose by data.source.files"
                     )
 
 

