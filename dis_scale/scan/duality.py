@@ -123,23 +123,26 @@ def ways_of(tensors: Sequence[Tensor]) -> list[Way]:
 
 
 def chunked(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
-    """Products within chunks of equal length, and a state from chunk to chunk."""
+    """Products within chunks of equal length, and a state from chunk to chunk.
+
+    Exponents are differences of sums over tokens, which have float64: those of large sums would lose their digits.
+    """
     L = x_BLHP.shape[1]
     K = math.ceil(L / CHUNK)
     parts = functools.partial(cut, K=K, Q=math.ceil(L / K))
     x_BKQHP = parts(x_BLHP)
     token = torch.arange(x_BKQHP.shape[2], device=x_BLHP.device)
-    exponent, product, passed = x_BLHP.new_tensor(-math.inf), x_BLHP.new_zeros(()), x_BLHP.new_zeros(())
+    exponent, product, passed = x_BLHP.new_tensor(-math.inf, dtype=torch.float64), x_BLHP.new_zeros(()), x_BLHP.new_zeros(())
     for way, reverse, mine_QQ in ((earlier, False, token[:, None] > token), (later, True, token[:, None] < token)):
         if way is None:
             continue
-        one = Exponents.of(parts(way.step_BLH), way.A_H, exclusive, reverse)
+        one = Exponents.of(parts(way.step_BLH.double()), way.A_H.double(), exclusive, reverse)
         B_BKQN, C_BKQN = parts(way.B_BLN), parts(way.C_BLN)
         exponent = torch.where(mine_QQ, one.reach_BKHQ[..., None] + one.leave_BKHQ[..., None, :], exponent)
         product = torch.where(mine_QQ, C_BKQN @ B_BKQN.transpose(2, 3), product)
         if K > 1:
             passed = passed + _passed(x_BKQHP, one, B_BKQN, C_BKQN, reverse)
-    mixing_BKHQQ = exponent.exp() * product.unsqueeze(2)
+    mixing_BKHQQ = exponent.to(x_BLHP).exp() * product.unsqueeze(2)
     y_BKQHP = passed + (mixing_BKHQQ @ x_BKQHP.transpose(2, 3)).transpose(2, 3)
     return y_BKQHP.flatten(1, 2)[:, :L] + own_BLH[..., None] * x_BLHP
 
@@ -171,16 +174,16 @@ class Exponents(NamedTuple):
 def _passed(x_BKQHP: Tensor, one: Exponents, B_BKQN: Tensor, C_BKQN: Tensor, reverse: bool) -> Tensor:
     """What the tokens of each chunk take of the states that enter it."""
     H, P = x_BKQHP.shape[-2:]
-    weight_BKQH = (one.total_BKH[..., None] + one.leave_BKHQ).exp().transpose(2, 3)
+    weight_BKQH = (one.total_BKH[..., None] + one.leave_BKHQ).to(x_BKQHP).exp().transpose(2, 3)
     added = (B_BKQN.transpose(2, 3) @ (weight_BKQH[..., None] * x_BKQHP).flatten(3)).unflatten(3, (H, P))
     state, entering = torch.zeros_like(added[:, 0]), []
-    chunks = list(zip(added.unbind(1), one.total_BKH.exp().unbind(1), strict=True))
+    chunks = list(zip(added.unbind(1), one.total_BKH.to(x_BKQHP).exp().unbind(1), strict=True))
     for added_BNHP, decay_BH in reversed(chunks) if reverse else chunks:
         entering.append(state)
         state = decay_BH[:, None, :, None] * state + added_BNHP
     states_BKNHP = torch.stack(entering[::-1] if reverse else entering, 1)
     taken_BKQHP: Tensor = (C_BKQN @ states_BKNHP.flatten(3)).unflatten(3, (H, P))
-    return one.reach_BKHQ.exp().transpose(2, 3)[..., None] * taken_BKQHP
+    return one.reach_BKHQ.to(x_BKQHP).exp().transpose(2, 3)[..., None] * taken_BKQHP
 
 
 def _check(x_BLHP: Tensor, own_BLH: Tensor, ways: list[Way]) -> None:
