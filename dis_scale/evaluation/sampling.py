@@ -91,8 +91,8 @@ class BlockSampler:
     """Label of each sample, or its column in the grid if the models have no classes."""
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    _guides: dict[tuple[str, int], Backbone] = field(default_factory=dict)
-    """The last model that guided: it guides other checkpoints too."""
+    _guides: dict[tuple[str, int, str], Backbone] = field(default_factory=dict)
+    """The last model that guided, at a precision: it guides other checkpoints too."""
 
     @property
     def recipe(self) -> Recipe:
@@ -102,10 +102,10 @@ class BlockSampler:
         """Load the model that guides, if any: its exponential average; StorageError if it is not published, or damaged."""
         if settings.guide is None:
             return None
-        at, average = (settings.guide.by, settings.guide.images), settings.model_copy(update={"ema_width": None})
-        if at not in self._guides:
+        by, average = settings.guide, settings.model_copy(update={"ema_width": None})
+        if (at := (by.by, by.images, settings.precision)) not in self._guides:
             self._guides.clear()
-            self._guides[at] = self.model(*at, average)
+            self._guides[at] = self.model(by.by, by.images, average)
         return self._guides[at]
 
     def model(self, name: str, images_seen: int, settings: Evaluate) -> Backbone:

@@ -188,6 +188,16 @@ def test_a_model_guided_by_itself_samples_as_without_guidance(sweep: Sweep) -> N
     assert one.guide(sweep.recipe.evaluate) is None
 
 
+def test_a_guide_has_the_precision_of_the_setting_whatever_was_sampled_before(sweep: Sweep) -> None:
+    """Otherwise a block would differ between an evaluator that goes on and one that begins with it."""
+    one = sampler(sweep)
+    by = {"guidance": Autoguidance(by="dis", images=160, scale=3)}
+    for precision in ("fp32", "bf16", "fp32"):
+        guide = one.guide(sweep.recipe.evaluate.model_copy(update=by | {"precision": precision}))
+        assert guide is not None
+        assert guide.precision == precision
+
+
 def test_the_grid_has_a_column_for_each_class() -> None:
     labels = np.array([2, 2, 7, 2, 5, 7, 7, 5])
     assert grid_numbers(labels).tolist() == [[0, 4, 2], [1, 7, 5]]
