@@ -212,7 +212,10 @@ def main(rounds: str = "3000", launcher: str = "") -> None:
     with process_group(torch.device("cpu")):
         for as_graphs in (False, True):
             name = "step of 49 blocks with DeepSpeed" + as_graphs * ", as graphs"
-            print(json.dumps({"name": name, "ms": training_steps(as_graphs)}), flush=True)
+            ms = training_steps(as_graphs)
+            if as_graphs:  # graphs that launch nothing leave any gradients behind, of which `step()` may take none
+                del ms["step()"]
+            print(json.dumps({"name": name, "ms": ms}), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ SHIFTED_FROM = 4096
 """Values of a latent for which `shift: auto` is 1: 4 x 32 x 32 (RAE, arXiv 2510.11690)."""
 
 LEAST_DIVISOR = 0.05
-"""Of a prediction's conversion to a velocity, which would multiply its error without limit (JiT)."""
+"""Of a prediction's conversion to a velocity, which would multiply its error without limit. Nearer to the end than this an exact
+prediction has a loss, whose least is where sampling, by the same conversion, is exact; JiT bounds the target's divisor too."""
 
 
 class FlowMatching:

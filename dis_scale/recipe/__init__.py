@@ -266,7 +266,8 @@ class Recipe(Settings):
     def _guide_refusal(self, guide: Autoguidance) -> str | None:
         if guide.by not in self.models:
             return f"no model {guide.by!r}{nearest(guide.by, self.models)}: expected one of {', '.join(self.models)}"
-        counts = self.train_of(guide.by).publish_images
+        if not (counts := self.train_of(guide.by).publish_images):
+            return f"{guide.by} is a size of a study and publishes nothing: expected one of its branches"
         if guide.images not in counts:
             return f"{guide.by} is not published at {guide.images:,} images: expected {' or '.join(f'{n:,}' for n in counts)}"
         return None

@@ -24,7 +24,10 @@ def test_perfect_velocitys_loss():
 
 @pytest.mark.parametrize("predicts", ["velocity", "image", "noise"])
 def test_predictions_and_losses_convert_into_each_other(predicts):
-    """An exact output has no loss of any kind; an error of the velocity is one of t times that in the image, 1 - t in the noise."""
+    """An exact output has no loss of any kind; an error of the velocity is one of t times that in the image, 1 - t in the noise.
+
+    Where no divisor is bounded.
+    """
     rng = torch.Generator().manual_seed(0)
     x0, noise, error = torch.randn(3, 2, 4, 3, 3, generator=rng, dtype=torch.float64)
     t = torch.tensor([0.2, 0.9], dtype=torch.float64)

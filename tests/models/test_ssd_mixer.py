@@ -119,7 +119,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         "width: 16, init: official": "init: official is of the mixer s6",
         "width: 16, spectrum: tied": "spectrum: tied is of the mixer s6",
         "width: 16, order: [column, column]": r"order: column in each block is \[column\]",
-        "width: 16, attention_every: 1": "attention_every: 1 leaves no scan: leave mixer, order and spectrum out",
+        "width: 16, attention_every: 1": "attention_every: 1 leaves no scan: leave mixer, order, spectrum and directions out",
         "width: 16, mixer: s6, combine: hydra": "combine: hydra is of the mixer ssd, got mixer: s6",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -90,8 +90,10 @@ class Dis(FamilySettings):
             raise ValueError("spectrum: tied is of the mixer s6, whose channels have many rates, got mixer: ssd: leave it out")
         if len(self.order) > 1 and len(set(self.order)) == 1:
             raise ValueError(f"order: {self.order[0]} in each block is [{self.order[0]}]")
-        if self.attention_every == 1 and (self.mixer, self.order, self.spectrum) != ("s6", ("raster",), "free"):
-            raise ValueError("attention_every: 1 leaves no scan: leave mixer, order and spectrum out")
+        if self.attention_every == 1 and (self.mixer, self.order, self.spectrum, self.directions) != (
+            "s6", ("raster",), "free", 2,
+        ):  # fmt: skip
+            raise ValueError("attention_every: 1 leaves no scan: leave mixer, order, spectrum and directions out")
         return self
 
     def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:
@@ -106,12 +108,13 @@ class Dis(FamilySettings):
 
     @property
     def curve(self) -> str:
-        """Other mixers, attention and orders: `dis + ssd hydra`, `dis + attention 4`, `dis + raster column`, `dis + tied`."""
+        """Other mixers, attention, orders and directions: `dis + ssd hydra`, `dis + attention 4`, `dis + raster column`."""
         options = [f"ssd {self.combine}"] if self.mixer == "ssd" else []
         if self.attention_every and self.attention_every <= self.depth + 1:  # else no block has it
             options.append(f"attention {self.attention_every}")
         options += [" ".join(self.order)] if self.order != PUBLISHED["order"] else []
         options += ["tied"] if self.spectrum == "tied" else []
+        options += [f"directions {self.directions}"] if self.directions != 2 else []
         return " + ".join([self.kind, *options])
 
     @property
