@@ -12,8 +12,9 @@ from pipelines.nodes import alive_nodes
 from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
-LOGGED_AFTER_S = 15.0
-"""A worker whose process only has to start is not logged: on two slow cores that takes up to 12 s."""
+LOGGED_AFTER_S, STARTS = 5.0, 3.0
+"""A wait is logged after this time, and after so many times as much if the nodes hold what is asked for: a worker's process alone
+takes up to 12 s to start on two slow cores."""
 LONG_S = 600.0
 """A wait that explains why nothing was saved meanwhile."""
 CURE = (
@@ -54,10 +55,14 @@ class Wait:
             return None
         self._export(count)
         self._since_s = self._since_s or time.monotonic()
-        if time.monotonic() - self._since_s < self._logged_after_s or count == self._logged:
+        waited_s = time.monotonic() - self._since_s
+        if waited_s < self._logged_after_s or count == self._logged:
+            return None
+        nodes = alive_nodes()
+        if waited_s < STARTS * self._logged_after_s and capacity(request, nodes) >= max(count, together):
             return None
         self._logged = count
-        return words(count, request, alive_nodes(), ray.available_resources(), together)
+        return words(count, request, nodes, ray.available_resources(), together)
 
     def log(self, job: StageJob, count: int, request: Resources, together: int = 1, alone: bool = True) -> None:
         """Poll and log it; a stop request ends the wait. `alone`: no other worker has work meanwhile."""

@@ -2,7 +2,10 @@
 
 import contextlib
 
+import pytest
+
 from dis_scale.process.errors import Preempted
+from pipelines import waiting
 from pipelines.waiting import Wait, words
 
 HEAD, NODE = {"CPU": 8.0, "prepare": 1.0}, {"CPU": 8.0, "GPU": 8.0, "memory": 5e9, "node:10.0.0.1": 1.0}
@@ -55,3 +58,17 @@ def test_the_end_of_a_long_wait_is_exported_as_a_time() -> None:
 def test_workers_that_ask_for_nothing_wait_for_their_processes_only() -> None:
     wait = Wait(lambda *_: None, logged_after_s=0.0)
     assert [wait.poll(2, {}) for _ in range(2)] == [None, None]
+
+
+@pytest.mark.parametrize(("cpus", "logged_at_s"), [(1.0, 15), (0.0, 5)])
+def test_a_worker_that_the_nodes_hold_may_only_have_to_start(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, logged_at_s: int
+) -> None:
+    clock = iter(range(1, 100))
+    monkeypatch.setattr(waiting, "alive_nodes", lambda: [{"CPU": cpus}])
+    monkeypatch.setattr(waiting.ray, "available_resources", dict)
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: float(next(clock)))
+    wait, polls = Wait(lambda *_: None), 1
+    while wait.poll(1, {"CPU": 1.0}) is None:
+        polls += 1
+    assert polls == logged_at_s
