@@ -40,6 +40,24 @@ def test_recurrence_and_chunks_are_the_quadratic_form(
             assert torch.allclose(form(x, own, *ways, exclusive), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
 
 
+MINIMAL = [
+    [0.134329165, -0.669107934, 0.235627451, 0.208757700, -0.557698963, 0.236076951, 1.056962220, -0.221936947],
+    [-0.039755709, -0.116212731, 0.700676588, -0.234600460, -0.086563368, 0.420170899, -0.008932622, -0.024687555],
+]  # fmt: skip
+"""What mamba_ssm's `ssd_minimal_discrete` (commit e9594ce) returns for each head in chunks of 4, run outside of this project."""
+
+
+@pytest.mark.parametrize("form", [recurrence, chunked])
+def test_one_direction_is_mamba_2s(form: module.Form) -> None:
+    def waves(*shape: int) -> Tensor:
+        return torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float64).cos().view(shape)
+
+    x, step, B, C = waves(1, 8, 2, 1), waves(1, 8, 2).exp() / 4, waves(1, 8, 3), waves(1, 8, 3) + 1
+    own = (B * C).sum(-1)[..., None] * step
+    y = form(x, own, Way(step, -torch.tensor([1.0, 8.0], dtype=torch.float64), B, C), None, False)
+    assert torch.allclose(y[0, :, :, 0].T, torch.tensor(MINIMAL, dtype=torch.float64), atol=1e-9)
+
+
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("sizes", [(66, 4, 64, 64), (258, 1, 16, 16), (131, 2, 64, 128), (127, 1, 8, 16), (1000, 1, 4, 16)])
 def test_float32_has_outputs_and_gradients_of_float64(sizes: tuple[int, int, int, int], exclusive: bool) -> None:
