@@ -10,6 +10,8 @@ State-space duality, of the presets DiS2: its launches, with those of the norm b
 the longest of its instructions, its products at 790 TFLOP/s, and its bytes. Last, the sum of two directions, and fewer images
 with more tokens.
 
+The presets DiT+, and DiT-L/2 beside them: a block's attention counts as products, of 3.5 forward passes in both.
+
 `waves` is the time that the scan's programs take relative to what they would if all multiprocessors had the same number: with one
 lane per channel, and as the GPU is filled. `kernels` are a block's launches. `step MFU` is of a step of 128 images on one GPU, with
 the optimizer at 4.3 TB/s; `images` is their number in a pass up to which an H200 waits for Python, as slow as it is and its host.
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -33,6 +36,8 @@ from benchmarks.instructions import MULTIPROCESSORS as SMS
 from dis_scale.models.cost import price_model
 from dis_scale.models.dis import network, s6, ssd
 from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.network import DiT
+from dis_scale.models.dit.settings import Dit
 from dis_scale.models.families import preset
 from dis_scale.planning.fleet import HOST_S, OPTIMIZER_BYTES
 from dis_scale.recipe import LatentShape
@@ -187,6 +192,22 @@ def row(name: str, settings: Dis, images: int, size: int) -> None:
     print(f"{name:22}", *(f"{x:9.2f}" for x in cells))
 
 
+def dit_row(name: str) -> None:
+    """Print the time per token of a block of attention and MLP, in the columns that it has."""
+    settings, shape = Dit(**preset(name)), LatentShape(4, SIZE)
+    T, D, half = (SIZE // settings.patch) ** 2, settings.width, torch.bfloat16
+    with torch.device("meta"):
+        block = DiT(settings, shape, CLASSES).blocks[0]
+        x_BTD, c_BD = torch.empty(IMAGES, T, D, requires_grad=True), torch.empty(IMAGES, D, dtype=half, requires_grad=True)
+        with patch.object(F, "scaled_dot_product_attention", lambda q, k, v: _Nothing.apply(1, q, k, v)[0]), Products() as counts:
+            out = block(x_BTD, c_BD)
+            torch.autograd.grad(out, [x_BTD, c_BD, *block.parameters()], torch.empty_like(out))
+    count, attention = IMAGES * T, 3.5 * 4 * IMAGES * T * T * D
+    times = 1e9 * (counts.seconds + attention / PRODUCTS) / count, 1e9 * counts.bytes / BYTES_PER_S / count
+    mfu = price_model(settings, shape, CLASSES).training_flops(IMAGES) / (1e-9 * sum(times) * T * settings.depth) / PEAK
+    print(f"{name:22}", f"{times[0]:9.2f}", " " * 19, *(f"{x:9.2f}" for x in (times[1], sum(times), mfu)))
+
+
 def main() -> None:
     heads = ("products", "scan", "conv", "other", "total", "MFU", "step MFU", "images", "waves", "filled", "kernels", "block us")
     print(f"{'':22}", *(f"{head:>9}" for head in heads))
@@ -194,6 +215,8 @@ def main() -> None:
         row(name, Dis(**preset(name)), IMAGES, SIZE)
     large = Dis(**preset("DiS2-L/2"))
     row("DiS2-L/2, sum", large.model_copy(update={"combine": "sum"}), IMAGES, SIZE)
+    for name in ("DiT-L/2", "DiT+-S/2", "DiT+-B/2", "DiT+-L/2", "DiT+-XL/2"):
+        dit_row(name)
     for images, size in ((8, 64), (2, 128)):
         row(f"DiS2-L/2, {tokens(large, size):,} tokens", large, images, size)
 
