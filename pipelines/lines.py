@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import shown
+from dis_scale.process.errors import shown, shown_below
 from dis_scale.process.redaction import redact
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 8.0, 600.0
@@ -62,7 +62,7 @@ def _readable(raw: str) -> str:
         return shown(raw)
     facts = line.facts
     rank = "" if facts["rank"] is None else f"rank {facts['rank']}: "
-    words = shown(_words(line)).replace("\n", "\n  ")  # nothing in a message looks like another line
+    words = shown_below(_words(line))
     level = f"{facts['level']}: " if facts["level"] != "info" else ""
     return f"{facts['time'][11:19]}  {level}{rank}{words}\n"
 

@@ -17,7 +17,7 @@ from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampl
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Preempted, UserError, shown
+from dis_scale.process.errors import DisScaleError, Preempted, UserError, shown, shown_below
 from dis_scale.process.redaction import redact
 
 NAME = "dis-scale"
@@ -91,8 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     except DisScaleError as error:
         if "--debug" in words:
             raise
-        # Nothing in a message looks like another line.
-        words_of_error = f"{'' if isinstance(error, Preempted) else 'error: '}{error}".replace("\n", "\n  ")
+        words_of_error = shown_below(str(error) if isinstance(error, Preempted) else f"error: {error}")
         if drives and os.environ.get(jsonlog.VARIABLE) == "json":
             words_of_error = jsonlog.entry(context, "error", "error", message=str(error))
         print(words_of_error, file=sys.stderr, flush=True)

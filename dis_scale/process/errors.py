@@ -92,6 +92,11 @@ def shown(text: str) -> str:
     return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
 
+def shown_below(text: str) -> str:
+    """Return a message as a terminal may get it, with its further lines indented, so that none looks like another message."""
+    return shown(text).replace("\n", "\n  ")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean X?)' with the known name nearest to `word`, or '' if none is similar, or it is known itself."""
     close = [name for name in difflib.get_close_matches(word, list(known), n=1) if name != word]

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
-from dis_scale.process.errors import printable, shown
+from dis_scale.process.errors import printable, shown_below
 
 ReportDone = Callable[[int], None]
 """Called with the number done so far."""
@@ -88,7 +88,7 @@ class Board:
         self._bars.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(shown(line).replace("\n", "\n  "), highlight=False, markup=False, soft_wrap=True)
+        self.console.print(shown_below(line), highlight=False, markup=False, soft_wrap=True)
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
         """Set the progress of the stage `name`, which never goes back; each unit has its own."""
