@@ -48,8 +48,10 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
             job.raise_if_stopped()
             failure = error if isinstance(error, WorkerFailure) else WorkerFailure(describe(error), cause=blame(error))
         failure.nodes = job.placed
-        for each in (*failures, failure):  # also of earlier ones: Ray calls a silent node dead after 30 s
-            each.node_gone = each.node_gone or job.lost_one_of(each.nodes)
+        so_far = [*failures, failure]  # also of earlier ones: Ray calls a silent node dead after 30 s
+        gone = job.gone_of(frozenset().union(*(each.nodes for each in so_far)))
+        for each in so_far:
+            each.node_gone = each.node_gone or not gone.isdisjoint(each.nodes)
         now = _stored_or(before, stored)
         failures, in_a_row = (failures, in_a_row + 1) if now == before else ([], 1)
         if now != before or job.now_s() - began_s > WORKED_S:

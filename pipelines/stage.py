@@ -122,10 +122,9 @@ class StageJob:
         if self.held:
             self.held.require_held()
 
-    def lost_one_of(self, names: frozenset[str]) -> bool:
-        """Whether one of these nodes is gone: it was taken away, or has crashed."""
-        alive = {str(node["NodeName"]) for node in ray.nodes() if node["Alive"]} if names else set[str]()
-        return bool(names - alive)
+    def gone_of(self, names: frozenset[str]) -> frozenset[str]:
+        """Return which of these nodes are gone: they were taken away, or have crashed."""
+        return names - {str(node["NodeName"]) for node in ray.nodes() if node["Alive"]} if names else names
 
     def now_s(self) -> float:
         """Return the time of a clock that never jumps."""

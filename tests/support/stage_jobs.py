@@ -38,8 +38,8 @@ class RecordedJob(StageJob):
     def gauge(self, name: str, value: float) -> None:
         self.gauges.append((name, value))
 
-    def lost_one_of(self, names: frozenset[str]) -> bool:
-        return not self.gone.isdisjoint(names)
+    def gone_of(self, names: frozenset[str]) -> frozenset[str]:
+        return names & self.gone
 
     def now_s(self) -> float:
         return sum(self.pauses)
@@ -55,7 +55,7 @@ class RecordedJob(StageJob):
 class RayJob(RecordedJob):
     """A recorded job for workers on a real Ray: its pauses take their time."""
 
-    lost_one_of, now_s, pause = StageJob.lost_one_of, StageJob.now_s, StageJob.pause
+    gone_of, now_s, pause = StageJob.gone_of, StageJob.now_s, StageJob.pause
 
 
 def job_of(recipe: Recipe, root: object = "/nowhere", kind: type[RecordedJob] = RecordedJob) -> RecordedJob:
