@@ -35,8 +35,9 @@ STAGES = ("prepare", "precompute", "evaluate")
 """Stages whose progress is stored: training's is in its rows."""
 MOST_FOLLOWED, FOLLOWED_IN_S = 10, 24 * 3600.0
 """How often in this time another job follows one of a stage that was killed, or stopped for an earlier command."""
-MOST_EVALUATIONS = 6
-"""Evaluation jobs that fail one after the other, without a new result, once all models are trained."""
+MOST_EVALUATIONS, FIRST_AGAIN_S = 6, 10.0
+"""Evaluation jobs that fail one after the other, without a new result, once all models are trained; and the first pause between
+them, which grows fourfold."""
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -54,7 +55,7 @@ class Driver:
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
     evaluate_again_s: float = 600.0
-    """Longest pause before an evaluation job that failed is submitted again; the first is a sixtieth of it."""
+    """Longest pause before an evaluation job that failed is submitted again."""
     requests_polled_every_s: float = lease.BEAT_S
     """Interval at which storage is asked for a stop request of another process."""
     as_json: bool = False
@@ -203,7 +204,7 @@ class _Evaluation:
         self._failed, self._results = 1 if results > self._results else self._failed + 1, results
         if isinstance(job.error(""), UserError) or (self._trained and self._failed >= MOST_EVALUATIONS):
             return False
-        wait_s = self._driver.evaluate_again_s * min(1.0, 2.0 ** (2 * min(self._failed, 9) - 2) / 60)
+        wait_s = min(self._driver.evaluate_again_s, FIRST_AGAIN_S * 4.0 ** min(self._failed - 1, 9))
         self._driver.board.say(f"another evaluation job follows in {wait_s:.0f} s")
         self._job, self._again_s = None, time.monotonic() + wait_s
         return True
