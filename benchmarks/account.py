@@ -107,7 +107,7 @@ def least(launch: Launch, arguments: tuple[Any, ...], program: Any) -> Least:
 
 
 class _Nothing(torch.autograd.Function):
-    """In place of a convolution: outputs like the first input, gradients like all inputs."""
+    """In place of a convolution or of attention: outputs like the first input, gradients like all inputs."""
 
     @staticmethod
     def forward(ctx: Any, outputs: int, *inputs: Tensor) -> Any:

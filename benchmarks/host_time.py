@@ -38,7 +38,6 @@ from dis_scale.recipe import LatentShape, Train
 from dis_scale.scan import Direction
 from dis_scale.scan.triton import backend
 from dis_scale.training import engine, graphs, resume
-from dis_scale.training.graphs import capture
 from dis_scale.training.profile import process_group
 from tests.support.graphs import capturing_nothing
 
@@ -136,17 +135,17 @@ def conv() -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
     return lambda: backend.two_way_conv_silu(x, *weights), [x, *weights]
 
 
-def block(graphs: bool = False) -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
+def block(as_graphs: bool = False) -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
     """A block of DiS without a skip. Products are float32's, which start faster on a CPU; ten casts of bfloat16 are left out.
 
-    `graphs`: its passes as CUDA graphs that launch nothing.
+    `as_graphs`: its passes as CUDA graphs that launch nothing.
     """
     made = DiSBlock(Dis(kind="dis", width=E // 2, depth=2, patch=2, state_size=N), "triton", skip=False)
     h_BLD, r_BLD = (torch.randn(B, L, E // 2).requires_grad_() for _ in range(2))
-    if graphs:
+    if as_graphs:
         copies = [x.detach().clone().requires_grad_() for x in (h_BLD, r_BLD)]
         with capturing_nothing():
-            capture([made], [(*copies, None, None, None)], keeps_states=False, images=B)
+            graphs.capture([made], [(*copies, None, None, None)], keeps_states=False, images=B)
     return lambda: made(h_BLD, r_BLD, None, None, None), [h_BLD, r_BLD, *made.parameters()]
 
 
@@ -194,7 +193,7 @@ def main(rounds: str = "3000", launcher: str = "") -> None:
         "two-way scan": scan(),
         "two-way convolution": conv(),
         "block of DiS": block(),
-        "block of DiS as graphs": block(graphs=True),
+        "block of DiS as graphs": block(as_graphs=True),
     }
     for name, (forward, inputs) in jobs_of.items():
         dys = [torch.ones_like(y) for y in forward()]

@@ -5,14 +5,16 @@ those of a training step of one image on this machine, by three blocks of width 
 """
 
 import json
+import statistics
 import sys
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks import backbones
 from benchmarks.rows import Job, least_times
-from dis_scale import Sweep, models
+from dis_scale import models
 from dis_scale.recipe import LatentShape
 from dis_scale.recipe.models import from_sizes
 
@@ -48,12 +50,10 @@ def times(rounds: int) -> dict[str, list[float]]:
 
 def losses_of(url: str) -> dict[str, list[tuple[int, float]]]:
     """(tokens, mean held-out loss of the seeds), by backbone."""
-    points = Sweep.open(url).results()
-    means = points.groupby(points["model"].str.replace(r"-seed-\d+$", "", regex=True))["held_out_loss"].mean()
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in BACKBONES}
-    for model, loss in means.items():
-        backbone, tokens = str(model).rsplit("-", 1)
-        found[backbone].append((int(tokens), float(loss)))
+    for model, losses in backbones.losses_of(url).items():
+        backbone, tokens = model.rsplit("-", 1)
+        found[backbone].append((int(tokens), statistics.fmean(losses)))
     return {name: sorted(pairs) for name, pairs in found.items()}
 
 

@@ -189,7 +189,7 @@ def test_a_model_guided_by_itself_samples_as_without_guidance(sweep: Sweep) -> N
 
 
 def test_a_guide_has_the_precision_of_the_setting_whatever_was_sampled_before(sweep: Sweep) -> None:
-    """Otherwise a block would differ between an evaluator that goes on and one that begins with it."""
+    """Otherwise a block would differ between an evaluator that continues and one that begins with it."""
     one = sampler(sweep)
     by = {"guidance": Autoguidance(by="dis", images=160, scale=3)}
     for precision in ("fp32", "bf16", "fp32"):
