@@ -1,5 +1,7 @@
 """Attention among the scans of a DiS: by its definition, where it is, and what it costs."""
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -17,8 +19,8 @@ from tests.conftest import TINY
 SHAPE = LatentShape(2, 4)
 
 
-def dis(every: int | None) -> DiS:
-    model = build(Dis(kind="dis", width=16, depth=4, patch=1, attention_every=every), SHAPE, 10, seed=0)
+def dis(every: int | None, mixer: Literal["s6", "ssd"] = "s6") -> DiS:
+    model = build(Dis(kind="dis", width=16, depth=4, patch=1, mixer=mixer, attention_every=every), SHAPE, 10, seed=0)
     assert isinstance(model, DiS)
     return model
 
@@ -73,10 +75,11 @@ def test_attention_stands_in_every_kth_block(every: int | None, where: list[int]
     assert [i for i, block in enumerate(model.blocks) if not isinstance(block.mixer, Mixer)] == where
 
 
-def test_more_blocks_than_there_are_change_no_bit() -> None:
+@pytest.mark.parametrize("mixer", ["s6", "ssd"])
+def test_more_blocks_than_there_are_change_no_bit(mixer: Literal["s6", "ssd"]) -> None:
     x, t, y = torch.randn(2, 2, 4, 4), torch.tensor([3.0, 900.0]), torch.tensor([1, 10])
-    assert dis(6).state_dict().keys() == dis(None).state_dict().keys()
-    assert torch.equal(dis(6)(x, t, y), dis(None)(x, t, y))
+    assert dis(6, mixer).state_dict().keys() == dis(None, mixer).state_dict().keys()
+    assert torch.equal(dis(6, mixer)(x, t, y), dis(None, mixer)(x, t, y))
     assert [dis(every).settings.curve for every in (6, 5)] == ["dis", "dis + attention 5"]
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dis_scale.models import build, public
 from dis_scale.models.dit.network import DiT, DiTBlock
@@ -36,7 +37,7 @@ def normal(x: Tensor, rms: bool, eps: float) -> Tensor:
 def by_definition(b: DiTBlock, modern: tuple[str, ...], x_BTD: Tensor, c_BD: Tensor) -> Tensor:
     """One head at a time; pairs of channels are complex numbers, turned by row and column."""
     rms = "rms_norm" in modern
-    m = torch.nn.functional.silu(c_BD) @ b.modulation.weight.T + b.modulation.bias
+    m = functional.silu(c_BD) @ b.modulation.weight.T + b.modulation.bias
     pieces = list(m[:, None].split(D, -1))
     if "no_shift" in modern:
         pieces = [torch.zeros(()), *pieces[:2], torch.zeros(()), *pieces[2:]]
@@ -71,12 +72,28 @@ def by_definition(b: DiTBlock, modern: tuple[str, ...], x_BTD: Tensor, c_BD: Ten
 @pytest.mark.parametrize("modern", [(), *[(part,) for part in MODERN], MODERN], ids=lambda m: "+".join(m) or "none")
 def test_a_block_is_that_of_its_definition_with_its_gradients(modern: tuple[str, ...]) -> None:
     made = block(*modern)
-    x, c = torch.randn(2, SIDE**2, D, dtype=torch.float64, requires_grad=True), torch.randn(2, D, dtype=torch.float64)
+    x, c = (torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((SIDE**2, D), (D,)))
     ours, theirs = made(x, c), by_definition(made, modern, x, c)
     assert torch.allclose(ours, theirs, atol=1e-6)  # the angles are float32
     weights = torch.randn_like(ours)
-    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), [x, *made.parameters()]) for y in (ours, theirs)), strict=True):
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), [x, c, *made.parameters()]) for y in (ours, theirs)), strict=True):
         assert torch.allclose(a, b, atol=1e-6 * max(1.0, b.abs().max().item()))
+
+
+def test_without_parts_a_block_is_as_before_them_to_the_bit() -> None:
+    """The operations of the block that had no parts, in their order."""
+    made = block().float()
+    x_BTD, c_BD = torch.randn(2, SIDE**2, D), torch.randn(2, D)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+        part[:, None] for part in made.modulation(functional.silu(c_BD)).chunk(6, 1)
+    )
+    h = torch.addcmul(shift_a, functional.layer_norm(x_BTD, (D,), eps=1e-6), 1 + scale_a)
+    q, k, v = made.qkv(h).reshape(2, SIDE**2, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
+    attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, SIDE**2, D)
+    by_dit = x_BTD + gate_a * made.out(attended)
+    h = torch.addcmul(shift_m, functional.layer_norm(by_dit, (D,), eps=1e-6), 1 + scale_m)
+    by_dit = by_dit + gate_m * made.down(functional.gelu(made.up(h), approximate="tanh"))
+    assert torch.equal(made(x_BTD, c_BD), by_dit)
 
 
 def test_without_parts_the_weights_are_those_of_dit() -> None:
