@@ -1,8 +1,8 @@
 """A cache of shards on a node's disk: shared by the node's processes, bounded in bytes, least recently used evicted first.
 
-A file is named by its sha256 and checked against it at the first read of each process. Processes map it, so that a node has one
-copy in memory, and a worker reads the pages of its own samples only.
-The cache never stops a run: on a full or broken disk, training continues without it.
+A file is named by its sha256 and checked against it once by each process. Processes map it, so that a node has one copy in memory,
+and a worker copies only its own samples from it. On a full or broken disk, training continues without the cache; but a disk that
+loses a page of a file that is mapped already ends that worker (SIGBUS), and the next attempt checks the file again.
 """
 
 import fcntl
@@ -22,8 +22,6 @@ from dis_scale.storage.manifest import Digest
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
 """The cache's own files. Other files in its folder are neither counted nor touched."""
-_LOCKS = 64
-"""Lock files, shared by hash: enough for the few shards that are fetched at once."""
 
 
 def default_folder() -> Path:
@@ -51,18 +49,19 @@ class Cache:
         """Inode and time of the last change of the files whose bytes this process has checked, by sha256."""
 
     def get(self, shard: Digest, fetch: Callable[[], bytes]) -> bytes | mmap.mmap:
-        """Return the shard with this digest: cached, or by `fetch`, in one process of the node at a time."""
-        lock = f"lock-{int(shard.sha256, 16) % _LOCKS:02d}"
-        with self._locked(lock, fcntl.LOCK_SH):
-            cached = self._cached(shard)
+        """Return the shard with this digest: cached, or by `fetch`, in one process of the node at a time.
+
+        A hit needs no lock: files appear complete, and a mapping outlives its file. Shards that begin with the same three digits
+        share a lock.
+        """
+        cached = self._cached(shard)
         if cached is None:
-            with self._locked(lock):
+            with self._locked(f"lock-{shard.sha256[:3]}"):
                 cached = self._cached(shard)  # another process may have fetched it
                 if cached is None:
                     counts.add(counts.CACHE_MISSES)
                     data = fetch()
-                    self._store(shard, data)
-                    return data
+                    return self._cached(shard) or data if self._store(shard, data) else data
         counts.add(counts.CACHE_HITS)
         return cached
 
@@ -92,19 +91,22 @@ class Cache:
             self._disable(error)
         return None
 
-    def _store(self, shard: Digest, data: bytes) -> None:
-        """Store the file atomically. Under this lock, any other `.part` file was left by a dead process."""
+    def _store(self, shard: Digest, data: bytes) -> bool:
+        """Store the file atomically, and return whether it is. Under this lock, other `.part` files are those of dead processes."""
         if self._disabled or len(data) > self.bound_bytes:
-            return
+            return False
         part = self.folder / f"{shard.sha256}.part"
         with self._locked("lock-capacity"):
             try:
                 self._evict(len(data))
                 part.write_bytes(data)
+                stat = part.stat()
                 part.replace(self.folder / shard.sha256)
+                self._checked[shard.sha256] = stat.st_ino, stat.st_mtime_ns
             except OSError as error:
                 part.unlink(missing_ok=True)
                 self._disable(error)
+        return not self._disabled
 
     def _evict(self, size_bytes: int) -> None:
         files = [(e.stat(), e) for e in os.scandir(self.folder) if _OURS.fullmatch(e.name)]
@@ -116,14 +118,14 @@ class Cache:
             used -= stat.st_size
 
     @contextmanager
-    def _locked(self, name: str, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-        """Hold this node-wide lock, unless the cache is disabled: alone, or shared with other readers. It ends with its process."""
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold this node-wide lock, unless the cache is disabled. It ends with its process."""
         file = None
         try:
             if not self._disabled:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 file = (self.folder / name).open("ab")
-                fcntl.flock(file, kind)
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             self._disable(error)
         try:

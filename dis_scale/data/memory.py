@@ -1,5 +1,6 @@
 """Shards in a worker's memory: those of the current block and the next, or all of them. Threads load them ahead of use."""
 
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -8,8 +9,12 @@ from pathlib import Path
 from dis_scale.data.shards import Shard
 
 LOADS_AT_ONCE = 4
-_CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-"""Limit and use of a container's memory below /sys/fs/cgroup, versions 2 and 1."""
+CGROUPS = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
+"""Limit and use of a container's memory, and what the use consists of, versions 2 and 1."""
 
 
 class MemoryBuffer:
@@ -52,18 +57,19 @@ class MemoryBuffer:
         return future
 
 
-def free_memory_bytes() -> int:
-    """Return the free memory of this machine or container; 0 if unknown (not Linux)."""
+def free_memory_bytes(cgroups: Path = CGROUPS) -> int:
+    """Return the free memory of this machine or container; 0 if unknown (not Linux). What the kernel keeps of files is free."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return 0
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    for limit, used in _CGROUPS:
+    for names in _LIMITS:
         try:
-            limit_bytes, used_bytes = ((Path("/sys/fs/cgroup") / name).read_text().strip() for name in (limit, used))
+            limit, used, stat = ((cgroups / name).read_text() for name in names)
         except OSError:
             continue
-        if limit_bytes.isdigit():
-            free.append(max(0, int(limit_bytes) - int(used_bytes)))
+        if limit.strip().isdigit():
+            files = sum(map(int, re.findall(r"^(?:active|inactive)_file (\d+)$", stat, re.MULTILINE)))
+            free.append(max(0, int(limit) - int(used) + files))
     return min(free, default=0)

@@ -30,16 +30,18 @@ class Digest:
         return cls(len(data), hashlib.sha256(data).hexdigest())
 
 
-def read_verified(folder: Folder, name: str, expected: Digest) -> bytes:
-    """Return one file after comparing it with its digest; Damaged names a missing, short or damaged one."""
+def read_verified(folder: Folder, name: str, expected: Digest, *, hashed: bool = True) -> bytes:
+    """Return one file after comparing it with its digest; Damaged names a missing, short or damaged one.
+
+    With `hashed=False`, for a file that was compared before, only its size is.
+    """
     try:
         data = folder.read(name)
     except FileNotFoundError as error:
         raise Damaged(f"{folder}/{name}: missing, though its manifest names it") from error
-    actual = Digest.of(data)
-    if actual.size_bytes != expected.size_bytes:
-        raise Damaged(f"{folder}/{name}: damaged: {actual.size_bytes} bytes, its manifest says {expected.size_bytes}")
-    if actual.sha256 != expected.sha256:
+    if len(data) != expected.size_bytes:
+        raise Damaged(f"{folder}/{name}: damaged: {len(data)} bytes, its manifest says {expected.size_bytes}")
+    if hashed and Digest.of(data).sha256 != expected.sha256:
         raise Damaged(f"{folder}/{name}: damaged: its sha256 differs from the manifest's")
     return data
 

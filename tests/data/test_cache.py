@@ -49,24 +49,22 @@ def test_one_of_many_readers_fetches_a_shard(tmp_path: Path) -> None:
     assert files(tmp_path) == {name(3)}
 
 
-def test_a_hit_waits_for_no_other_reader(tmp_path: Path) -> None:
-    """Eight workers read and check one after the other otherwise."""
+def test_a_hit_waits_for_no_fetch(tmp_path: Path) -> None:
+    """Not even for one of a shard that has the same lock."""
     cache, storage = Cache(tmp_path, 10_000, pytest.fail), Storage()
     storage.get(cache, 3)
-    (lock,) = (path for path in tmp_path.glob("lock-*") if path.name != "lock-capacity")
-    with ThreadPoolExecutor(1) as pool, lock.open("rb") as reader:
-        fcntl.flock(reader, fcntl.LOCK_SH)
+    with ThreadPoolExecutor(1) as pool, (tmp_path / f"lock-{name(3)[:3]}").open("rb") as fetching:
+        fcntl.flock(fetching, fcntl.LOCK_EX)
         assert bytes(pool.submit(storage.get, cache, 3).result(timeout=30)) == SHARDS[3]
 
 
 def test_a_process_checks_a_file_once_and_its_replacement_again(tmp_path: Path) -> None:
     cache, storage, file = Cache(tmp_path, 10_000, pytest.fail), Storage(), tmp_path / name(1)
-    for _ in range(2):
-        storage.get(cache, 1)
+    assert isinstance(storage.get(cache, 1), mmap.mmap), "what was fetched is mapped as well: a node keeps one copy"
     wrong, changed_ns = SHARDS[1][:-1] + b"x", file.stat().st_mtime_ns
     file.write_bytes(wrong)
     os.utime(file, ns=(changed_ns, changed_ns))
-    assert bytes(storage.get(cache, 1)) == wrong, "the same inode, and no change that its time tells: it is not read again"
+    assert bytes(storage.get(cache, 1)) == wrong, "the same inode, and no change that its time tells: it is not hashed again"
     os.utime(file, ns=(changed_ns, changed_ns + 1))  # as a new file that got the number of the old one
     assert bytes(storage.get(cache, 1)) == SHARDS[1]
     file.with_suffix(".new").write_bytes(wrong)
@@ -145,7 +143,7 @@ def test_other_files_are_neither_counted_nor_touched(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     data = b"y" * 500
     cache = Cache(tmp_path, 600, print)
-    assert cache.get(Digest.of(data), lambda: data) == data
+    assert bytes(cache.get(Digest.of(data), lambda: data)) == data
     assert (tmp_path / "thesis.txt").stat().st_size == 900
     assert bytes(cache.get(Digest.of(data), lambda: b"fetched again")) == data
 

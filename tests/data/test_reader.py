@@ -137,7 +137,7 @@ def test_a_damaged_shard_stops_training_only_when_it_is_needed(at: Path, how: st
 
 
 def test_a_file_on_a_local_path_is_hashed_once_by_each_process(at: Path) -> None:
-    """As one in the cache: hashing takes longer than reading. What is cut later is still found."""
+    """As one in the cache: hashing takes longer than reading. What is cut or deleted later is still found."""
     latents, images = Latents(open_folder(at), 0), sum(COUNTS)
     epoch = [read(latents, first, first + 1) for first in range(images)]
     for path in at.glob("*.tar"):
@@ -148,15 +148,18 @@ def test_a_file_on_a_local_path_is_hashed_once_by_each_process(at: Path) -> None
         path.write_bytes(path.read_bytes()[:-512])
     with pytest.raises(StorageError, match="damaged"):
         read(latents, 2 * images, 3 * images)
+    for path in at.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(StorageError, match="missing, though its manifest names it"):
+        read(latents, 3 * images, 4 * images)
 
 
 def test_a_set_that_the_cache_holds_is_kept_once_for_all_workers_of_a_node(at: Path, tmp_path: Path) -> None:
     """Mapped; what the cache may evict is copied."""
     for bound, copied in ((10**9, False), (10**5, True)):
         cache = Cache(tmp_path / f"cache-{bound}", bound, pytest.fail)
-        for _ in range(2):  # the first fetches
-            latents = Latents(open_folder(flaky(at)), 0, cache=cache, keep_all=True)
-            read(latents, 0, sum(COUNTS))
+        latents = Latents(open_folder(flaky(at)), 0, cache=cache, keep_all=True)
+        read(latents, 0, sum(COUNTS))
         moments = latents._buffer[0].moments
         while isinstance(moments.base, np.ndarray):
             moments = moments.base
@@ -218,6 +221,17 @@ def test_the_choice_is_logged_with_its_reason(tiny: Recipe, at: Path) -> None:
 def test_free_memory_is_no_more_than_the_machine_has() -> None:
     total_kib = int(Path("/proc/meminfo").read_text().split()[1])
     assert 0 < free_memory_bytes() < 1024 * total_kib
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is known on Linux only")
+@pytest.mark.parametrize(("below", "limit", "used"), [("", "max", "current"), ("memory", "limit_in_bytes", "usage_in_bytes")])
+def test_what_a_container_keeps_of_files_is_free(tmp_path: Path, below: str, limit: str, used: str) -> None:
+    """Otherwise a warm cache of shards would be taken for memory in use."""
+    (folder := tmp_path / below).mkdir(exist_ok=True)
+    (folder / f"memory.{limit}").write_text("100000\n")
+    (folder / f"memory.{used}").write_text("90000\n")
+    (folder / "memory.stat").write_text("anon 20000\nfile 70000\ninactive_file 40000\nactive_file 20000\ntotal_active_file 9\n")
+    assert free_memory_bytes(tmp_path) == 70_000
 
 
 def test_a_wrong_key_stops_with_object_and_cause(bucket: str, no_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:
