@@ -9,17 +9,16 @@ from typing import Any, Literal, get_args
 import ray
 
 from dis_scale.process.errors import BrokenDevice, DisScaleError, OutOfMemory, StorageAway
+from dis_scale.training.devices import lacks_memory
 
-MEMORY = re.compile(r"OutOfMemoryError|(CUDA error|Triton Error \[CUDA\]): out of memory|_STATUS_ALLOC_FAILED")
-"""Parts of the errors of a GPU whose memory is too small."""
 DEVICE = re.compile(
-    r"AcceleratorError|CUDA (unknown )?error|Triton Error \[CUDA\]|CUDA driver initialization failed|No CUDA GPUs are available|"
-    r"cuDNN error|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_(STATUS_|[A-Z_]*FAILED)"
+    r"AcceleratorError|CUDA (unknown |driver )?error|Triton Error \[CUDA\]|CUDA driver initialization failed|"
+    r"No CUDA GPUs are available|cuDNN error|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_(STATUS_|[A-Z_]*FAILED)"
 )
 """Parts of the errors of a GPU that fails: memory with uncorrectable errors, a failed launch, a device that is busy or gone."""
 REJECTED = re.compile(
-    r"(CUDA error|Triton Error \[CUDA\]): (device-side assert triggered|invalid |no kernel image|device kernel image is invalid)|"
-    r"_STATUS_INVALID_VALUE"
+    r"(CUDA (driver )?error|Triton Error \[CUDA\]): (device-side assert triggered|invalid |no kernel image|device kernel image"
+    r" is invalid)|_STATUS_INVALID_VALUE"
 )
 """Parts of the errors of a GPU that refuses what a program asks: every device would."""
 CONNECTION = re.compile(r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has timed out|Connection (closed|reset)")
@@ -70,7 +69,7 @@ def failure_to_raise(failures: Sequence[tuple[int, Exception]], done: int, silen
     if cause == "mistake":
         return worst
     if cause == "memory":
-        return OutOfMemory(describe(worst))
+        return OutOfMemory(describe(worst), done, silent_s)
     return WorkerFailure(describe(worst), done, silent_s, cause, worker)
 
 
@@ -101,9 +100,9 @@ def blame(error: Exception) -> Cause:
         return "lost"
     if not isinstance(cause, RuntimeError):
         return "mistake"
-    text = f"{type(cause).__name__}: {cause}"
-    if MEMORY.search(text):
+    if lacks_memory(cause):
         return "memory"
+    text = f"{type(cause).__name__}: {cause}"
     if REJECTED.search(text):
         return "mistake"
     if AMBIGUOUS.search(text) or NODE.search(text):

@@ -126,7 +126,7 @@ def train_one(job: StageJob) -> None:
             stored = partial(state.resumable_images, sweep.run(model))
             images_seen = with_restarts(job, model, training.attempts, stored)
         except OutOfMemory as error:
-            raise OutOfMemory(f"{error}; {FITS}") from error
+            raise OutOfMemory(f"{error}; {FITS}", error.done, error.silent_s) from error
     if images_seen < training.settings.images:
         job.raise_if_stopped()
     copy.finish("FINISHED")
@@ -186,7 +186,8 @@ class TrainingRun:
             if world <= self.short_with:
                 raise
             self.short_with = world
-            raise WorkerFailure(f"{error}; forward passes are smaller from now on, if they have several lanes") from error
+            words = f"{error}; forward passes are smaller from now on, if they have several lanes"
+            raise WorkerFailure(words, error.done, error.silent_s) from error
         finally:
             self.places.free(group)
 

@@ -57,7 +57,14 @@ class Held(DisScaleError):
 
 
 class OutOfMemory(DisScaleError):
-    """A device's memory is too small for the settings; another attempt would fail in the same way."""
+    """A device's memory is too small for the settings; another attempt would fail in the same way.
+
+    Known of a training: the images done, and the seconds since the last one.
+    """
+
+    def __init__(self, words: str, done: int = 0, silent_s: float = 0.0) -> None:
+        super().__init__(words)
+        self.done, self.silent_s = done, silent_s
 
 
 class BrokenDevice(DisScaleError):

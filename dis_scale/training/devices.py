@@ -24,6 +24,11 @@ PCI = Path("/sys/bus/pci/devices")
 """The kernel lists the machine's devices here, with a driver or without."""
 NVIDIA, DISPLAY = "0x10de", "0x03"
 """PCI vendor, and first digits of the class of graphics devices."""
+MEMORY = re.compile(
+    r"OutOfMemoryError|(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|Cuda failure \d+ 'out of memory'|"
+    r"_STATUS_ALLOC_FAILED"
+)
+"""Parts of the errors of a GPU whose memory is too small: PyTorch's, of segments that grow, of Triton, NCCL and cuBLAS."""
 UNSUPPORTED = re.compile(r"driver on your system is too old|no kernel image is available")
 """Parts of the errors of a driver or a GPU that this PyTorch does not support."""
 FOREIGN = 0.25
@@ -157,6 +162,11 @@ def check_on_node(device: "torch.device", shared: float = 0.0) -> None:
         raise BrokenDevice(f"{device}: other processes left no memory for a matrix of 4 MiB: {error}") from error
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's memory is too small. It has several classes, so its text decides."""
+    return isinstance(error, RuntimeError) and bool(MEMORY.search(f"{type(error).__name__}: {error}"))
+
+
 @contextmanager
 def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None) -> Iterator[None]:
     """Raise BrokenDevice where memory was too small because other processes hold the GPU's: strangers, or some that do not end.
@@ -168,7 +178,9 @@ def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None
     cuda = cuda or torch.cuda
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         free, total = cuda.mem_get_info(device)
         others = total - free - cuda.memory_reserved(device)
         if others <= (shared + FOREIGN) * total:

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.scan.backend import KeepingStates
+from dis_scale.training.devices import lacks_memory
 
 CLOSE = 1e-3
 """Largest relative difference of a weight's gradient by graphs, or of as small a share of all: attention adds in no fixed order."""
@@ -39,9 +40,9 @@ def graph_blocks(model: Backbone, images: int, adds_up: bool) -> str:
     calls, expected = _record(blocks, model, inputs)
     try:
         capture(blocks, calls, model.keeps_states, images)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if lack := next((each for each in (error, error.__context__) if each and lacks_memory(each)), None):
+            raise torch.OutOfMemoryError(str(lack)) from error
         reason = str(error.__context__ or error).partition("\n")[0]
         raise UserError(f"train.graphs: the blocks cannot be captured ({reason}): set train.graphs=false") from error
     if wrong := _difference(_results(model, inputs), expected):

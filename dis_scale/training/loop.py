@@ -264,7 +264,7 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     count, keeps = plan.smaller(largest_share(settings.lanes, world)) if attempt.short else plan
     passes = forward_passes(settings.lanes, rank, world, count)
     images = image_counts(passes, settings.lane_images)
-    state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), images, keeps)
+    state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), keeps)
     if rank == 0:
         for line in how:
             attempt.log(f"{attempt.model}: {line}")
@@ -317,12 +317,10 @@ def _workers_on_this_node(world: int) -> int:
     return hosts.count(socket.gethostname())
 
 
-def start(
-    attempt: Attempt, latents: Latents, passes: int, images: set[int], keeps: bool
-) -> tuple[Engine, Backbone, int, bool, RunState | None]:
+def start(attempt: Attempt, latents: Latents, passes: int, keeps: bool) -> tuple[Engine, Backbone, int, bool, RunState | None]:
     """Return the engine, its model, and the last fields of `Opened`: from the newest resume point or from initial weights.
 
-    A step has `passes` forward passes on each rank, whose image counts are in `images`; scans keep their states if `keeps`.
+    A step has `passes` forward passes on each rank; scans keep their states if `keeps`.
     """
     settings, recipe = attempt.recipe.train, attempt.recipe
     seed = seeds.seed("init", recipe.seed_of(attempt.model)) % 2**63
@@ -353,7 +351,7 @@ def start(
     check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, every, training=True))
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
-    blocks = _graphed(attempt, model, images, passes) if settings.graphs else None
+    blocks = _graphed(attempt, model, every, passes) if settings.graphs else None
     if dist.get_rank() == 0:
         origin = f"{before.model}'s " if before and not resumed else ""
         where = f"from {origin}{point.folder.name}" if point else "from the beginning"
@@ -370,20 +368,18 @@ def start(
 
 
 def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -> str:
-    """Let the model's blocks run as CUDA graphs where that is possible; return what came of it. Collective."""
+    """Let the model's blocks run as CUDA graphs where that is possible; return what came of it. Collective.
+
+    `images` are those of all ranks' passes: all ranks decide alike, or a rank that need not try would blame another's device.
+    """
     if attempt.device.type != "cuda":
         return "train.graphs changes nothing on a CPU"
     if attempt.short:
         return "no CUDA graphs: memory lacked"
-    lines = []
-
-    def try_it() -> None:
-        same, adds_up = len(images) == 1, passes > 1 and attempt.recipe.train.zero_stage == 1
-        lines.append(
-            graph_blocks(model, min(images), adds_up) if same else "no CUDA graphs: forward passes of rank 0 differ in images"
-        )
-
-    check_on_all_ranks(try_it)  # on another rank the passes may differ
+    if len(images) > 1:
+        return "no CUDA graphs: forward passes differ in images"
+    lines, adds_up = list[str](), passes > 1 and attempt.recipe.train.zero_stage == 1
+    check_on_all_ranks(lambda: lines.append(graph_blocks(model, min(images), adds_up)))
     return lines[0]
 
 

@@ -147,7 +147,7 @@ class ShortOfMemory(TrainingRun):
         world = len(ranks.workers)
         self.tried.append((world, world <= self.short_with))
         if world not in self.fits and not (self.tried[-1][1] and self.even_smaller_fit):
-            raise OutOfMemory("CUDA out of memory")
+            raise OutOfMemory("CUDA out of memory", done=48, silent_s=2.5)
         return 0 if len(self.tried) < 5 else self.settings.images
 
 
@@ -157,6 +157,7 @@ def test_passes_are_smaller_after_memory_was_short_until_more_workers_train(tiny
     run = ShortOfMemory(job, "dit", GivenWorlds(job, "dit", "cuda", worlds=iter([8, 8, 32, 4, 8])), fits={32})
     assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
     assert run.tried == [(8, False), (8, True), (32, False), (4, True), (8, True)]
+    assert [event["done"] for event in job.events_named("restart")] == [48], "what was trained counts"
 
 
 def test_memory_that_is_short_twice_ends_the_model(tiny: Recipe, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dis_scale import models
@@ -18,6 +19,7 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape
 from dis_scale.training import loop
 from dis_scale.training.graphs import graph_blocks
+from dis_scale.training.lanes import image_counts_of_all
 from dis_scale.training.memory import worker_bytes
 from tests.support.graphs import FAMILIES, added_gradients, capturing_nothing, made, parsed, trained
 from tests.support.ranks import on_ranks
@@ -156,15 +158,38 @@ def test_pytorch_takes_the_blocks_of_each_family(settings: dict[str, Any]) -> No
         graph_blocks(made(settings), 3, adds_up=False)
 
 
-@pytest.mark.parametrize(("images", "line"), [({3}, "3 blocks run"), ({2, 3}, "no CUDA graphs: forward passes of rank 0 differ")])
-def test_all_ranks_are_asked_also_where_passes_differ(images: set[int], line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank with fewer lanes may have passes of one size where another has two: none may leave the others waiting."""
-    asked = list[bool]()
-    monkeypatch.setattr(loop, "check_on_all_ranks", lambda check: (check(), asked.append(True)))
-    monkeypatch.setattr(loop, "graph_blocks", lambda *_: "3 blocks run")
+@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: out of memory"), RuntimeError("capture failed")], ids=str)
+def test_memory_that_lacks_for_a_capture_is_no_mistake(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next attempt has no graphs. The end of a capture fails for another reason, after memory lacked inside."""
+
+    def capture(*_: object, **__: object) -> tuple[Any, ...]:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        except torch.OutOfMemoryError:
+            raise error  # noqa: B904
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    with pytest.raises(torch.OutOfMemoryError):
+        graph_blocks(made(FAMILIES[1]), 3, adds_up=False)
+
+
+@pytest.mark.parametrize(("lanes", "line"), [(4, "train.graphs: no"), (5, "no CUDA graphs: forward passes differ in images")])
+def test_no_device_is_blamed_where_a_ranks_passes_differ(lanes: int, line: str) -> None:
+    """Of two ranks with five lanes one has passes of one size, the other of two: they decide alike."""
+    on_ranks(2, graphs_of_a_rank, lanes, line)
+
+
+def graphs_of_a_rank(lanes: int, line: str) -> None:
+    def refuses(*_: object) -> str:
+        raise UserError("train.graphs: no")
+
+    loop.graph_blocks = refuses
     attempt: Any = SimpleNamespace(device=torch.device("cuda"), short=False, recipe=SimpleNamespace(train=train()))
-    assert loop._graphed(attempt, made(FAMILIES[1]), images, 1).startswith(line)
-    assert asked
+    try:
+        words = loop._graphed(attempt, made(FAMILIES[1]), image_counts_of_all(lanes, 2, 2, 1), 2)
+    except UserError as error:
+        words = str(error)
+    assert words == line, (dist.get_rank(), words)
 
 
 def test_memory_has_room_for_what_graphs_hold() -> None:
