@@ -1,7 +1,8 @@
 """Environment variables of our processes.
 
-Read when a process starts: how threads wait, and what becomes of freed memory. Read when a process group is made: its network
-interface, and what is recorded for a hang. A variable that the node's environment sets is left as it is.
+Read when a process starts: how threads wait, and what becomes of freed memory. They come with the job, and only the job's own
+`env_vars` change them. Read when a process group is made: its network interface, and what is recorded for a hang. Of these, one
+that the node's environment sets is left as it is.
 """
 
 import os

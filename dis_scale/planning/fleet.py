@@ -12,7 +12,7 @@ from dis_scale.process.settings import InferencePrecision
 from dis_scale.recipe import Train
 from dis_scale.training.engine import kinds
 from dis_scale.training.lanes import largest_share
-from dis_scale.training.memory import USABLE, most_images, worker_bytes
+from dis_scale.training.memory import USABLE, most_images, plan_passes, worker_bytes
 
 DAY_S = 86_400.0
 MOST_GPUS = 1024
@@ -24,7 +24,8 @@ HOST_S, STEP_S = 3.6e-3, 0.025
 """Python's time for a block's forward and backward pass, and for DeepSpeed's optimizer, which waits for the GPU and lets it wait.
 
 Of DiS on the host of an H200 at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); a fast core takes a third.
-All else is taken to need as much, so it is a lower bound at ZeRO 3 and where blocks are recomputed.
+All else is taken to need as much, so it is a lower bound at ZeRO 3, where blocks are recomputed, and for state-space duality,
+of which a block took 7.7 ms.
 """
 OPTIMIZER_BYTES, MEMORY_GB_S = 100, 2000.0
 """A parameter's bytes that the copies, the norm, Adam and an average move, and 10^9 bytes/s of the slowest GPU's memory in GPUS."""
@@ -143,12 +144,15 @@ def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Fore
     overlap. The optimizer comes in addition.
     """
     world = min(fleet.count, settings.lanes)
-    share_images = largest_share(settings.lanes, world) * settings.lane_images
+    share = largest_share(settings.lanes, world)
+    share_images = share * settings.lane_images
     micro = min(share_images, most_images(cost, settings, world, USABLE * fleet.gpu_bytes))
-    at_once = settings.micro_images or max(micro, settings.lane_images)
-    wire = wire_bytes(cost, settings, world, -(-share_images // at_once))
+    fits = micro >= min(settings.micro_images or settings.lane_images, share_images)
+    passes = plan_passes("", cost, settings, world, fleet.gpu_bytes).passes if fits else share
+    at_once = -(-share // passes) * settings.lane_images
+    wire = wire_bytes(cost, settings, world, passes)
     compute_s = share_images * cost.training_flops(at_once) / fleet.flops(settings.precision)
-    host_s = -(-share_images // at_once) * len(cost.kept.blocks) * HOST_S
+    host_s = passes * len(cost.kept.blocks) * HOST_S
     optimizer_s = STEP_S + cost.parameters / world * OPTIMIZER_BYTES / (1e9 * MEMORY_GB_S)
     step_s = max(compute_s, fleet.sending_s(wire, world), host_s) + optimizer_s
     resume_bytes = 4 * cost.parameters * len(kinds(settings))
@@ -162,7 +166,7 @@ def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Fore
     expected_days = days / (1 - loss) if loss < 1 else math.inf
     every_images = max(1, round(every_s / step_s)) * settings.batch_images if every_s < math.inf else None
     return Forecast(
-        gpus=world, fits=micro >= min(settings.micro_images or settings.lane_images, share_images), micro_images=micro,
+        gpus=world, fits=fits, micro_images=micro,
         memory_bytes=memory_grid(cost, settings, world), wire_bytes=wire, steps_per_s=1 / step_s, days=days, loss=loss,
         expected_days=expected_days, training_gpu_hours=24 * world * expected_days, resume_bytes=resume_bytes,
         resume_every_s=every_s, resume_every_images=every_images,

@@ -34,7 +34,7 @@ from dis_scale.planning.fleet import (
 )
 from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.training import engine, resume
-from dis_scale.training.memory import most_images, worker_bytes
+from dis_scale.training.memory import most_images, plan_passes, worker_bytes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu.json"
 SHAPE = LatentShape(4, 32)
@@ -46,6 +46,15 @@ GIB = 2**30
 def train(**settings: object) -> Train:
     fixed = {"publish_images": (102_400_000,), "batch_images": 1024, "lanes": 64, "workers": 8, "precision": "bf16"}
     return Train(**fixed | settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_a_forecast_has_the_forward_passes_of_training(gpu: str) -> None:
+    """More than memory needs, where the scans' states then fit."""
+    settings, fleet = train(zero_stage=2), Fleet(gpu, 8)
+    passes = plan_passes("h", H, settings, 8, fleet.gpu_bytes)
+    assert passes.keeps_states
+    assert forecast(H, settings, 1024, fleet).wire_bytes == wire_bytes(H, settings, 8, passes.passes)
 
 
 def test_memory_is_within_a_tenth_of_what_was_measured() -> None:
