@@ -1,20 +1,21 @@
 #!/bin/sh
-# Bring up a GPU, by five commands of under nine minutes each; all write into benchmarks/results/NAME.json as they measure.
+# Bring up a GPU, by six commands of under nine minutes each; all write into benchmarks/results/NAME.json as they measure.
 #     sh benchmarks/gpu.sh h200 kernels       the speed of scan and convolution, the same against the reference, and their tests
 #     sh benchmarks/gpu.sh h200 settings      training by graphs, checkpointing, compilation, micro-batch and scan
+#     sh benchmarks/gpu.sh h200 trace         the time of each kernel in a step of DiS-L/2, and the gaps between them
 #     sh benchmarks/gpu.sh h200 step          a step by checkpointing, and against DiT's and DiS2's
 #     sh benchmarks/gpu.sh h200 smoke         small models: training, resuming, ZeRO stages, sampling, memory
 #     sh benchmarks/gpu.sh h200 throughput    the published sizes: images per second, MFU and memory; sampling, encoding
 # They need neither Ray nor a network. What is missing is named, and the rest runs. With another interpreter:
 #     PYTHON=.venv/bin/python sh benchmarks/gpu.sh h200 kernels
-usage="usage: sh benchmarks/gpu.sh NAME kernels|settings|step|smoke|throughput, for example h200 kernels"
+usage="usage: sh benchmarks/gpu.sh NAME kernels|settings|trace|step|smoke|throughput, for example h200 kernels"
 name=${1:?$usage}
 part=${2:?$usage}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.." || exit 1
 case $part in
 kernels) modules="scan_gpu kernels" limit=260 ;;
-settings | step | smoke | throughput) modules=$part limit=530 ;;
+settings | trace | step | smoke | throughput) modules=$part limit=530 ;;
 *)
     echo "error: no part $part; $usage" >&2
     exit 2
@@ -25,13 +26,13 @@ failed=0
 # shellcheck disable=SC2086
 timeout $limit "$python" -m benchmarks.record "$name" $modules || failed=1
 if [ "$part" = kernels ]; then
-    if "$python" -c 'import pytest' 2>/dev/null; then
+    if "$python" -c 'import pytest, pydantic' 2>/dev/null; then
         # Most of the time is compilation: eight tests at once. They need no fixture of the other tests.
         workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8")
         # shellcheck disable=SC2086
         timeout 270 "$python" -m pytest --noconftest -q $workers tests/*/test_*_gpu.py || failed=1
     else
-        echo "the tests test_*_gpu.py: not run, pytest is not installed"
+        echo "the tests test_*_gpu.py: not run, they need pytest and pydantic"
     fi
 fi
 exit $failed

@@ -1,8 +1,8 @@
 """Run benchmarks and record their rows with machine, versions and date: `python -m benchmarks.record NAME MODULE ...`.
 
-Their output is shown as it comes. `benchmarks/results/NAME.json` gets each module's JSON lines as they come, so that a run
-that is cut off leaves what it measured, and its failure, if any. A file of the same machine and versions keeps its other
-modules; each module has its own date.
+Their output is shown as it comes. `benchmarks/results/NAME.json` gets each module's JSON lines as they come, with a last one that
+says so until the module has ended: a run that is cut off leaves what it measured, and what it did not. A file of the same machine
+and versions keeps its other modules; each module has its own date and commit.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import torch
 from dis_scale.process.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
+CUT_OFF = {"not measured": "cut off, or not begun"}
 PACKAGES = ["torch", "triton", "mamba-ssm", "causal-conv1d", "deepspeed", "numpy", "webdataset", "diffusers", "torch-fidelity"]
 
 
@@ -31,6 +32,14 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
     }  # fmt: skip
+
+
+def commit() -> str | None:
+    """The commit that is measured, with a + if files differ from it; None outside a repository."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--exclude=*", "--dirty=+"], cwd=RESULTS.parent, capture_output=True, text=True
+    )
+    return described.stdout.strip() or None
 
 
 def installed(package: str) -> str | None:
@@ -74,13 +83,20 @@ def main(name: str, *modules: str) -> int:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     result = read(path)
+    measured = result["benchmarks"]
     for module in modules:
-        lines = result["benchmarks"][module] = [{"date": datetime.date.today().isoformat()}]
+        measured.setdefault(module, [CUT_OFF])
+    for module in modules:
+        lines: list[dict[str, Any]] = [{"date": datetime.date.today().isoformat(), "commit": commit()}]
+        measured[module] = [*lines, CUT_OFF]
         write(path, result)
         for row in rows(module):
             lines.append(row)
+            measured[module] = [*lines, CUT_OFF]
             write(path, result)
-    return int(any("failed" in row for module in modules for row in result["benchmarks"][module]))
+        measured[module] = lines
+        write(path, result)
+    return int(any("failed" in row for module in modules for row in measured[module]))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,10 @@ def test_rows_are_written_as_they_come(results: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(record, "rows", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        record.main("name", "one")
-    assert recorded(results) == {"one": [{"a": 1}]}
+        record.main("name", "one", "two")
+    not_measured = {"not measured": "cut off, or not begun"}
+    assert json.loads(results.read_text())["benchmarks"]["two"] == [not_measured]
+    assert recorded(results)["one"] == [{"a": 1}, not_measured]
 
 
 def test_a_failed_benchmark_is_recorded_and_the_next_one_runs(results: Path) -> None:
@@ -192,12 +194,12 @@ def kill_itself(_: int) -> None:
 
 def test_every_part_of_the_bring_up_exists() -> None:
     script = (ROOT / "benchmarks/gpu.sh").read_text()
-    for name in ["kernels", "scan_gpu", "step", "smoke", "throughput", "settings"]:
+    for name in ["kernels", "scan_gpu", "settings", "trace", "step", "smoke", "throughput"]:
         assert name in script
         assert (ROOT / "benchmarks" / f"{name}.py").exists()
     unknown = subprocess.run(["sh", ROOT / "benchmarks/gpu.sh", "name", "smok"], capture_output=True, text=True)
     assert unknown.returncode == 2
-    assert "no part smok; usage: sh benchmarks/gpu.sh NAME kernels|settings|step|smoke|throughput" in unknown.stderr
+    assert "no part smok; usage: sh benchmarks/gpu.sh NAME kernels|settings|trace|step|smoke|throughput" in unknown.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
