@@ -35,7 +35,7 @@ from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
 from pipelines.ray_private import DashboardClient, Resources, gpus_by_node, known_nodes
 from pipelines.shared_folder import require_shared
-from pipelines.silence import Silence, Unanswered
+from pipelines.silence import RayEnded, Silence, Unanswered
 from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
@@ -67,6 +67,8 @@ class Cluster:
     """Dashboard of a Ray of our own; other clusters are found by RAY_ADDRESS."""
     gpu_bytes: Callable[[], int | None] = lambda: None
     """Returns the memory of the smallest GPU of a Ray of our own, of the largest one of another cluster; None if none is known."""
+    require_alive: Callable[[], None] = lambda: None
+    """Raises `RayEnded` if it is a Ray of our own that has ended."""
     unanswered: set[str] = field(default_factory=set)
     """Jobs that were submitted without an answer, and may have been taken."""
 
@@ -94,7 +96,7 @@ def open_cluster(recipe: Recipe, say: Callable[[str], None] = print, go_on: Call
             yield Cluster(
                 client_of(dashboard), {}, f"a local Ray that this command started ({dashboard})",
                 ours=True, at_once=lambda: 1, gpus=lambda: gpus, gpu_fault=fault, id=folder.name, address=dashboard,
-                gpu_bytes=lambda: smallest_gpu_bytes() if gpus else None,
+                gpu_bytes=lambda: smallest_gpu_bytes() if gpus else None, require_alive=partial(_require_alive, head, folder),
             )  # fmt: skip
         finally:
             if head:
@@ -314,8 +316,19 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
     if answers(head, lambda: client_of(url).list_jobs()):
         return head, url
     head.kill()
-    tail = " ".join((folder / "start.log").read_text(errors="replace").split())[-300:]
-    raise DisScaleError(f"a local Ray did not start within {START_TIMEOUT_S:.0f} s (ports {port}, {dashboard}, {agent}): {tail}")
+    raise DisScaleError(
+        f"a local Ray did not start within {START_TIMEOUT_S:.0f} s (ports {port}, {dashboard}, {agent}): {_last_words(folder)}"
+    )
+
+
+def _require_alive(head: subprocess.Popen, folder: Path) -> None:
+    """RayEnded if the head has ended, as it does if one of its processes dies: its dashboard will never answer again."""
+    if head.poll() is not None:
+        raise RayEnded(f"the Ray that this command started has ended: {_last_words(folder)}")
+
+
+def _last_words(folder: Path) -> str:
+    return " ".join((folder / "start.log").read_text(errors="replace").split())[-300:]
 
 
 def answers(head: subprocess.Popen, ask: Callable[[], object], time_s: float = START_TIMEOUT_S) -> bool:

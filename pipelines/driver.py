@@ -50,7 +50,7 @@ class Driver:
     board: Board
     jobs: list[Job] = field(default_factory=list)
     followed_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """When another job followed one that was killed or stopped, by its stage and model."""
+    """When another job followed one that was killed or stopped, by its stage and model; and another Ray of our own."""
     stop_requested: Event = field(default_factory=Event)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
@@ -267,11 +267,8 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
     again: StorageAway if it does not for as long as jobs wait.
     """
     stopped, away = job.status == "STOPPED" and not job.ours, isinstance(job.error(""), StorageAway)
-    now_s = time.monotonic()
-    lately = [at_s for at_s in driver.followed_s[name] if now_s - at_s < FOLLOWED_IN_S]
-    if not (job.killed or stopped or away) or len(lately) == MOST_FOLLOWED:
+    if not (job.killed or stopped or away) or not may_follow(driver, name):
         return False
-    driver.followed_s[name] = [*lately, now_s]
     why = job.reason()[:200]
     what = f"its process was killed, or not started ({why})"
     if stopped:
@@ -283,12 +280,22 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
     return True
 
 
+def may_follow(driver: Driver, name: str) -> bool:
+    """Note that another job, or Ray, follows one of this name; false if too many have."""
+    now_s = time.monotonic()
+    lately = [at_s for at_s in driver.followed_s[name] if now_s - at_s < FOLLOWED_IN_S]
+    if len(lately) == MOST_FOLLOWED:
+        return False
+    driver.followed_s[name] = [*lately, now_s]
+    return True
+
+
 def how_to_continue(sweep: Sweep) -> str:
     return f"to continue: dis-scale resume {sweep}"
 
 
 def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:
-    silence = Silence(driver.board.say, pause_s=driver.poll_every_s)
+    silence = Silence(driver.board.say, pause_s=driver.poll_every_s, require_alive=cluster.require_alive)
     submitted = partial(driver.submit, cluster, driver.sweep, stage, *arguments)
     try:
         job: Job = silence.insist(submitted, partial(go_on, driver))

@@ -18,6 +18,10 @@ class Unanswered(DisScaleError):
     exit_code = StorageAway.exit_code
 
 
+class RayEnded(Unanswered):
+    """The Ray that this command started for itself has ended. Another one can take its place."""
+
+
 @dataclass
 class Silence:
     """How long Ray's dashboard has not answered a question: it is logged once, and raised after `most_s`."""
@@ -27,6 +31,8 @@ class Silence:
     pause_s: float = 0.5
     """Pause before `insist` asks again."""
     now_s: Callable[[], float] = time.monotonic
+    require_alive: Callable[[], None] = lambda: None
+    """Raises `RayEnded` if no answer can come."""
     _since_s: float | None = None
 
     def ask(self, call: Callable[[], T]) -> T | None:
@@ -49,6 +55,7 @@ class Silence:
         return answer
 
     def _note(self, why: str) -> None:
+        self.require_alive()
         if self._since_s is None:
             self._since_s = self.now_s()
             self.say(f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}")

@@ -37,11 +37,23 @@ from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
 from pipelines import last_ray, nodes
 from pipelines.cluster import Cluster, open_cluster, require_root
-from pipelines.driver import Drained, Driver, Failures, go_on, how_to_continue, run_stage, stopping_jobs, train_and_evaluate
+from pipelines.driver import (
+    MOST_FOLLOWED,
+    Drained,
+    Driver,
+    Failures,
+    go_on,
+    how_to_continue,
+    may_follow,
+    run_stage,
+    stopping_jobs,
+    train_and_evaluate,
+)
 from pipelines.jobs import prefix_of
 from pipelines.metrics import EXPORT_EVERY_S, Exporter
 from pipelines.needs import await_nodes, name_needs, require_device, require_fits
 from pipelines.signals import obeying_signals
+from pipelines.silence import RayEnded, Unanswered
 
 PAGE_EVERY_S, PAGE_SHARE = 30.0, 0.03
 """Least interval at which the page of a running sweep is written, and most of the time that this takes."""
@@ -101,7 +113,7 @@ def await_storage(sweep: Folder, console: Console) -> None:
 
 
 def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
-    """Run all stages that are left, on the Ray that this process runs in or on one of our own."""
+    """Run all stages that are left, on the Ray that this process runs in or on one of our own, and on another if that ends."""
     sweep, board = driver.sweep, driver.board
     store.require_usable()
     require_source(sweep.recipe.data, store)
@@ -109,9 +121,20 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         require_weights(extractor)
     dashboards.require_installed(sweep.recipe.tracking.also)
     require_starts(sweep, plan)
+    with obeying_signals(driver.stop_requested), showing_a_stop(driver, plan):
+        while True:
+            try:
+                return _on_one_ray(driver, plan, store)
+            except RayEnded as error:
+                if not may_follow(driver, "ray"):
+                    raise Unanswered(f"{error}; as {MOST_FOLLOWED} others within a day") from error
+                board.say(f"ray      {error}; another one is started, and the sweep continues")
+                driver.jobs.clear()
+
+
+def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:
+    sweep, board = driver.sweep, driver.board
     with (
-        obeying_signals(driver.stop_requested),
-        showing_a_stop(driver, plan),
         open_cluster(sweep.recipe, board.say, partial(go_on, driver)) as cluster,
         showing_a_stop(driver, plan),  # while Ray still shows the gauges of this process
         one_at_a_time(driver, cluster) as first,
@@ -171,7 +194,7 @@ def showing_a_stop(driver: Driver, plan: Plan) -> Iterator[None]:
         yield
     except DisScaleError as error:
         with contextlib.suppress(DisScaleError):  # storage may be away, and the error's code decides what follows
-            if not (driver.stop_shown or isinstance(error, StorageAway)) and driver.sweep.folder.exists(RECIPE):
+            if not (driver.stop_shown or isinstance(error, StorageAway | RayEnded)) and driver.sweep.folder.exists(RECIPE):
                 driver.stop_shown = True
                 _write_page(driver, plan)
         raise

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dis_scale.sweep import state
@@ -17,6 +18,9 @@ from tests.support import secrets, sweeps
 ONE_WORKER = ("models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}", "train.workers=1")
 """Of one model; tests/e2e/test_cluster.py trains in two workers."""
 SEARCH_EVERY_S = 8.0
+
+
+pytestmark = pytest.mark.timeout(2400)  # up to five sweeps one after the other
 
 
 def in_prepare(root: Path) -> bool:
@@ -59,6 +63,19 @@ def test_a_sweep_makes_everything_without_a_secret_and_a_rerun_does_nothing(
     assert any("printed.log" in name for name in search.searched)
     assert len(search.secrets) == len(secrets.SECRETS) + 1, "Ray's token was not seen"
     _assert_complete_and_rerun(root, *ONE_WORKER)
+
+
+@pytest.mark.faults
+def test_a_ray_of_its_own_that_ends_is_followed_by_another(tmp_path: Path) -> None:
+    """As it does if the machine is so busy that one of Ray's processes gives up: its dashboard answers nobody any more."""
+    root, log = tmp_path / "store", tmp_path / "log"
+    process = sweeps.start(str(root), *sweeps.SLOW, *ONE_WORKER, log=log)
+    sweeps.wait_until(lambda: in_training(root), process, log)
+    (raylet,) = (child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "raylet")
+    raylet.kill()
+    assert process.wait(1200) == 0, log.read_text()
+    assert log.read_text().count("another one is started, and the sweep continues") == 1
+    _nothing_made_again(root, {})
 
 
 @pytest.mark.faults

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import requests
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import reading
 from pipelines import cluster
+from pipelines.silence import RayEnded, Silence
 from tests.conftest import TINY
 
 
@@ -114,3 +116,14 @@ def test_a_dashboard_that_needs_long_for_its_first_answer_is_asked_again() -> No
         assert not cluster.answers(head, lambda: 1 / 0, time_s=0)
         head.kill()
     assert not cluster.answers(head, lambda: 1 / 0)
+
+
+def test_a_ray_of_our_own_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+    """Its dashboard was asked again for 15 minutes."""
+    with subprocess.Popen(["sleep", "60"]) as head:
+        cluster._require_alive(head, tmp_path)
+        head.kill()
+    (tmp_path / "start.log").write_text("Some Ray subprocesses exited unexpectedly:\n  raylet\n")
+    silence = Silence(pytest.fail, require_alive=partial(cluster._require_alive, head, tmp_path))
+    with pytest.raises(RayEnded, match="has ended: Some Ray subprocesses exited unexpectedly: raylet"):
+        silence.ask(Path("/nowhere").read_text)
