@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_folder, say, show
+from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_file, say, show
 from dis_scale.process.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def report(
 
     opened = Sweep.open(sweep)
     if serve:
+        if published or as_json:
+            raise UserError("--serve shows the stored page: without --published and --json")
         from dis_scale.report.serving import serve as serve_folder
 
         if not opened.report.exists(PAGE):  # as while a sweep runs: the sweep itself leaves the CSV at its end
@@ -70,7 +72,7 @@ def compare(
     if b is None:
         raise UserError("compare: expected two sweeps, or one with --families A B")
     if page:
-        require_folder(page, "--page")
+        require_file(page, "--page")
     opened_both = Sweep.open(a), Sweep.open(b)
     first, second = (collect(sweep, plan_of(sweep)) for sweep in opened_both)
     if first.sweep == second.sweep:  # of two storage roots

@@ -15,7 +15,7 @@ from dis_scale.cli.shared import (
     console,
     driver_console,
     load_recipe,
-    require_folder,
+    require_file,
     say,
     say_aside,
     show,
@@ -182,7 +182,7 @@ def profile(
     from dis_scale.training.profile import profile_training
 
     if trace is not None:
-        require_folder(trace, "--trace")
+        require_file(trace, "--trace")
     rates = profile_training(Sweep.open(sweep), model, steps, trace, say_aside if as_json else say)
     document = rates | {"model": model, "steps": steps, "trace": trace and str(trace)}
     show(as_json, document, *([f"trace    {trace}"] if trace else []))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dis_scale.cli.checkpoints import Heads
-from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_folder, say, say_aside, show
+from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_file, say, say_aside, show
 from dis_scale.process.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ADM_SAMPLES = 50_000
 """Samples that FID is defined by."""
-MOST_IN_A_GRID = 100
+MOST_IN_A_GRID, WITHOUT_CLASSES = 100, 20
 """Images in a grid unless more are asked for."""
 COLUMNS = 10
 """Most columns of a grid."""
@@ -31,7 +31,9 @@ def sample(
     count: Annotated[
         int | None,
         typer.Option(
-            help=f"Number of images; default: one per label, of all classes at most {MOST_IN_A_GRID}; 50000 with --npz.", min=1
+            help=f"Number of images; default: one per label, of all classes at most {MOST_IN_A_GRID}, "
+            f"without classes {WITHOUT_CLASSES}; 50000 with --npz.",
+            min=1,
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
@@ -61,7 +63,7 @@ def sample(
     from dis_scale.weights.checkpoints import find_checkpoint, labels_in_words
 
     aside = say_aside if as_json else say
-    require_folder(npz or out, "--npz" if npz else "--out")
+    require_file(npz or out, "--npz" if npz else "--out")
     located = find_checkpoint(checkpoint)  # misspelt paths and classes are refused before PyTorch is loaded, which takes seconds
     chosen = None if classes is None else labels_in_words(located.class_names, classes)
     aside("loading  the model; its kernels are compiled at their first use on a machine")
@@ -80,7 +82,7 @@ def sample(
     opened = pictures.open_for_sampling(located, vae, heads, guide)
     for line in opened.notes:
         aside(line)
-    each = len(chosen or range(opened.model.num_classes or 1))
+    each = len(chosen or range(opened.model.num_classes or WITHOUT_CLASSES))
     images = count or (ADM_SAMPLES if npz else each if chosen else min(each, MOST_IN_A_GRID))
     if npz and chosen is None:
         each_label = pictures.labels_of_all(opened, labels, images, seed)

@@ -1,6 +1,7 @@
 """What several commands share: their arguments, the terminal, JSON."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -121,9 +122,18 @@ def load_recipe(recipe: str | Path | None, overrides: list[str] | None = None) -
 
 
 def require_folder(out: Path, option: str = "--out") -> None:
-    """UserError if the folder of a file to be written does not exist."""
+    """UserError if the folder of a file to be written does not exist, or may not be written to."""
     if not out.absolute().parent.is_dir():
         raise UserError(f"{option} {out}: there is no folder {out.absolute().parent}")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise UserError(f"{option} {out}: {out.absolute().parent} may not be written to")
+
+
+def require_file(out: Path, option: str = "--out") -> None:
+    """UserError for a folder, or for a file that cannot be written: before the work is done."""
+    require_folder(out, option)
+    if out.is_dir():
+        raise UserError(f"{option} {out}: this is a folder: give the name of a file")
 
 
 def require_new(out: Path, option: str) -> None:

@@ -34,11 +34,13 @@ def init(
 ) -> None:
     """Look at a folder of images and write a recipe that fits them and this machine."""
     from dis_scale.data import survey
-    from dis_scale.planning.first_recipe import Machine, propose, resolution_of
+    from dis_scale.planning.first_recipe import Machine, propose, require_resolution, resolution_of
     from dis_scale.process.progress import Board, listing_words
     from dis_scale.recipe import reading
 
     require_new(out, "--out")
+    if resolution:
+        require_resolution(resolution)  # before all images are decoded
     if names:
         require_new(names, "--names")
     with naming_misspelt(images), Board(console(stderr=as_json)) as board:

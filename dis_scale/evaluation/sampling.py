@@ -227,11 +227,15 @@ def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
 
 
 def grid_numbers(labels: np.ndarray) -> np.ndarray:
-    """Return the numbers of the samples in the grid (rows, columns): a column for each shown class, only complete rows."""
-    present = np.unique(labels)
+    """Return the numbers of the samples in the grid (rows, columns): a column for each shown class, only complete rows.
+
+    A class with less than half of the most samples that a column holds has no column, since it would cut all others.
+    """
+    present, counts = np.unique(labels, return_counts=True)
+    many = 2 * counts >= min(ROWS, counts.max())
+    present, rows = present[many], min(ROWS, counts[many].min())
     shown = present[np.linspace(0, len(present) - 1, min(COLUMNS, len(present))).round().astype(int)]
-    columns = [np.flatnonzero(labels == label)[:ROWS] for label in shown]
-    return np.stack([column[: min(map(len, columns))] for column in columns], axis=1)
+    return np.stack([np.flatnonzero(labels == label)[:rows] for label in shown], axis=1)
 
 
 def arrange(pictures: np.ndarray, labels: np.ndarray) -> np.ndarray:

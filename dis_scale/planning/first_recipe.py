@@ -138,13 +138,17 @@ def resolution_of(survey: Survey, machine: Machine) -> int:
     return max((r for r in RESOLUTIONS if r <= most and survey.share_of(r) >= MOSTLY), default=RESOLUTIONS[0])
 
 
+def require_resolution(resolution: int) -> None:
+    """UserError for another resolution than `RESOLUTIONS`."""
+    if resolution not in RESOLUTIONS:
+        raise UserError(f"--resolution {resolution}: expected one of {', '.join(map(str, RESOLUTIONS))}")
+
+
 def propose(survey: Survey, machine: Machine, file: str, resolution: int) -> str:
     """Return a recipe's text, which names its own `file`.
 
-    UserError for another resolution than `RESOLUTIONS`, for too few images, and if no model fits the memory.
+    UserError for too few images, and if no model fits the memory.
     """
-    if resolution not in RESOLUTIONS:
-        raise UserError(f"--resolution {resolution}: expected one of {', '.join(map(str, RESOLUTIONS))}")
     draft = _Draft(survey, machine, GPU if machine.gpus else CPU, file, resolution)
     scale, first, *larger = draft.scale, *draft.scale.models
     if not draft.fits(first):

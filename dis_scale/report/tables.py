@@ -71,7 +71,8 @@ def points_table(report: Report) -> Table:
     )  # fmt: skip
     shown = columns(report)
     for name in shown:
-        out.add_column(name, justify="left" if name in ("model", "sampling") else "right", no_wrap=True)
+        named = name in ("model", "sampling")  # long ones take several lines, so that no number is cut
+        out.add_column(name, justify="left" if named else "right", no_wrap=not named, overflow="fold")
     for point in report.means:
         out.add_row(*(cell(point) for cell in shown.values()))
     return out

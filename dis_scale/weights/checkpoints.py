@@ -79,7 +79,7 @@ def class_names(sweep: Sweep) -> tuple[str, ...]:
 
 
 def labels_in_words(names: Sequence[str], words: str | Sequence[str]) -> list[int]:
-    """Return the labels of words, or of a text with commas between them, each a label or one of the classes' names.
+    """Return the labels of words, or of a text with commas between them, each a label or one of the classes' names, which win.
 
     UserError for others.
     """
@@ -87,11 +87,8 @@ def labels_in_words(names: Sequence[str], words: str | Sequence[str]) -> list[in
     if isinstance(words, str):
         words = [words] if words in names else [word.strip() for word in words.split(",")]
     for word in words:
-        number = word.isdecimal() and len(word) < 10
-        if not number and word not in names:
+        if word not in names and not (word.isdecimal() and len(word) < 10):
             known = f", or names: {some(list(names))}" if names else ", for example 1,7"
             raise UserError(f"--classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}")
-        if number and word in names and names.index(word) != int(word):
-            raise UserError(f"--classes: {word} is a label, and the name of label {names.index(word)}: rename the class")
         labels.append(names.index(word) if word in names else int(word))
     return labels

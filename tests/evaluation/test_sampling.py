@@ -201,6 +201,8 @@ def test_a_guide_has_the_precision_of_the_setting_whatever_was_sampled_before(sw
 def test_the_grid_has_a_column_for_each_class() -> None:
     labels = np.array([2, 2, 7, 2, 5, 7, 7, 5])
     assert grid_numbers(labels).tolist() == [[0, 4, 2], [1, 7, 5]]
+    assert grid_numbers(np.repeat([0, 1, 2], [40, 18, 2])).shape == (10, 2), "a rare class does not cut the others"
+    assert grid_numbers(np.repeat([0, 1, 2], [8, 8, 7])).shape == (7, 3)
     by_number = np.array([0, 1, 2, 4, 5, 7])
     assert arrange(by_number, labels).tolist() == [0, 4, 2, 1, 7, 5]
     assert grid_numbers(np.repeat(np.arange(1000), 5)).shape == (5, 10)

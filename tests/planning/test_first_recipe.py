@@ -11,7 +11,7 @@ from PIL import Image
 from dis_scale import vae
 from dis_scale.data.survey import Broken, Survey
 from dis_scale.models.dis.settings import Dis
-from dis_scale.planning.first_recipe import Machine, propose, resolution_of
+from dis_scale.planning.first_recipe import Machine, propose, require_resolution, resolution_of
 from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, Recipe, reading
@@ -147,7 +147,7 @@ def test_broken_images_are_skipped_by_the_recipe() -> None:
 def test_another_resolution_is_taken_or_refused() -> None:
     assert reading.parse(propose(photos(300), LAPTOP, "x.yaml", 256), "text").vae.kind == "pretrained"
     with pytest.raises(UserError, match="--resolution 100: expected one of 32, 64, 128, 256, 512"):
-        propose(photos(), LAPTOP, "x.yaml", 100)
+        require_resolution(100)
 
 
 @pytest.fixture
