@@ -61,7 +61,8 @@ class Cache:
                 if cached is None:
                     counts.add(counts.CACHE_MISSES)
                     data = fetch()
-                    return self._cached(shard) or data if self._store(shard, data) else data
+                    self._store(shard, data)
+                    return self._cached(shard) or data
         counts.add(counts.CACHE_HITS)
         return cached
 
@@ -91,10 +92,10 @@ class Cache:
             self._disable(error)
         return None
 
-    def _store(self, shard: Digest, data: bytes) -> bool:
-        """Store the file atomically, and return whether it is. Under this lock, other `.part` files are those of dead processes."""
+    def _store(self, shard: Digest, data: bytes) -> None:
+        """Store the file atomically. Under this lock, any other `.part` file was left by a dead process."""
         if self._disabled or len(data) > self.bound_bytes:
-            return False
+            return
         part = self.folder / f"{shard.sha256}.part"
         with self._locked("lock-capacity"):
             try:
@@ -106,7 +107,6 @@ class Cache:
             except OSError as error:
                 part.unlink(missing_ok=True)
                 self._disable(error)
-        return not self._disabled
 
     def _evict(self, size_bytes: int) -> None:
         files = [(e.stat(), e) for e in os.scandir(self.folder) if _OURS.fullmatch(e.name)]

@@ -157,7 +157,7 @@ def check_on_node(device: "torch.device", shared: float = 0.0) -> None:
     except UserError as error:
         raise BrokenDevice(str(error)) from error
     except RuntimeError as error:
-        if shared or "out of memory" not in str(error):
+        if shared or not lacks_memory(error):
             raise
         raise BrokenDevice(f"{device}: other processes left no memory for a matrix of 4 MiB: {error}") from error
 
