@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.rows import verdict
 from dis_scale.data import shards
-from dis_scale.data.latents import Latents, micro_batch
+from dis_scale.data.latents import SWITCH_S, Latents, micro_batch
 from dis_scale.data.shards import Sample
 from dis_scale.storage.folder import Folder, open_folder
 from ops.drills import object_store
@@ -79,6 +79,16 @@ def micro_batches(at: Folder) -> int:
     return latents.order.total
 
 
+def beside_python(at: Folder, switch_s: float) -> int:
+    """Micro-batches while another thread runs Python without a pause, as a step's launches do."""
+    sys.setswitchinterval(switch_s)
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(micro_batches, at)
+        while not made.done():
+            sum(range(100))
+    return made.result()
+
+
 def collated(samples: Iterable[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     moments, labels = zip(*samples, strict=True)
     sides = np.random.randint(0, 2, len(labels))
@@ -110,6 +120,8 @@ def jobs(at: Path, bucket: str | None) -> dict[str, Job]:
     """Jobs by name. Alternatives of the peer differ only after the last comma."""
     made = make(open_folder(at / "latents"))
     result: dict[str, Job] = {"memory, ours": partial(from_memory, made), "disk, ours with all draws": partial(micro_batches, made)}
+    for switch_s in (5e-3, SWITCH_S):
+        result[f"disk, ours with all draws beside Python, turns of {1e3 * switch_s:g} ms"] = partial(beside_python, made, switch_s)
     stores = {"disk": made}
     if bucket:
         stores["s3"] = open_folder(bucket) / "latents"

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dis_scale.data import shards
-from dis_scale.data.latents import Latents, micro_batch, prefetch
+from dis_scale.data.latents import SWITCH_S, Latents, micro_batch, prefetch
 from dis_scale.data.shards import Sample
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import LatentShape, Recipe
@@ -271,6 +272,13 @@ def test_prefetch_keeps_order_and_raises_errors() -> None:
         for item in prefetch(items()):  # type: ignore[arg-type]
             got.append(item)
     assert got == list(range(5))
+
+
+def test_the_thread_that_prefetches_waits_less_for_pythons_turn() -> None:
+    """What it gains beside a thread that launches a step: benchmarks/reader.py."""
+    before = sys.getswitchinterval()
+    assert [sys.getswitchinterval() for _ in prefetch(iter(range(3)))] == pytest.approx([SWITCH_S] * 3)
+    assert sys.getswitchinterval() == before > 5 * SWITCH_S
 
 
 def test_the_bytes_of_a_sample_are_those_of_its_shard() -> None:
