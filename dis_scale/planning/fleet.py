@@ -20,12 +20,13 @@ NODE_GPUS = 8
 ASSUMED_MFU = 0.15
 """Share of a GPU's peak that training reaches. DiS-L/2 reached 0.163 on an H100 and 0.187 on an H200, whose kernels' instructions
 allow 0.30 in a step."""
-HOST_S, STEP_S = 3.6e-3, 0.025
-"""Python's time for a block's forward and backward pass, and for DeepSpeed's optimizer, which waits for the GPU and lets it wait.
+HOST_S, GRAPHS_HOST_S, STEP_S = 3.6e-3, 0.6e-3, 0.025
+"""Python's time for a block's forward and backward pass, the same by graphs, and for DeepSpeed's optimizer, which waits for the GPU
+and lets it wait.
 
 Of DiS on the host of an H200 at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); a fast core takes a third.
 All else is taken to need as much, so it is a lower bound at ZeRO 3, where blocks are recomputed, and for state-space duality,
-of which a block took 7.7 ms.
+of which a block took 7.7 ms without graphs.
 """
 OPTIMIZER_BYTES, MEMORY_GB_S = 100, 2000.0
 """A parameter's bytes that the copies, the norm, Adam and an average move, and 10^9 bytes/s of the slowest GPU's memory in GPUS."""
@@ -152,7 +153,7 @@ def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Fore
     at_once = -(-share // passes) * settings.lane_images
     wire = wire_bytes(cost, settings, world, passes)
     compute_s = share_images * cost.training_flops(at_once) / fleet.flops(settings.precision)
-    host_s = passes * len(cost.kept.blocks) * HOST_S
+    host_s = passes * len(cost.kept.blocks) * (GRAPHS_HOST_S if settings.graphs else HOST_S)
     optimizer_s = STEP_S + cost.parameters / world * OPTIMIZER_BYTES / (1e9 * MEMORY_GB_S)
     step_s = max(compute_s, fleet.sending_s(wire, world), host_s) + optimizer_s
     resume_bytes = 4 * cost.parameters * len(kinds(settings))

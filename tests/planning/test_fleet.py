@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from benchmarks import throughput
 from dis_scale.models import build
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.models.dis.settings import Dis
@@ -22,6 +23,7 @@ from dis_scale.models.families import preset
 from dis_scale.planning.fleet import (
     ASSUMED_MFU,
     GPUS,
+    GRAPHS_HOST_S,
     HOST_S,
     MEMORY_GB_S,
     MOST_GPUS,
@@ -36,7 +38,7 @@ from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.training import engine, resume
 from dis_scale.training.memory import most_images, plan_passes, worker_bytes
 
-RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 SHAPE = LatentShape(4, 32)
 H = price_model(Dis(**preset("DiS-H/2")), SHAPE, 1000)
 WEIGHTS = 4 * H.parameters
@@ -59,7 +61,7 @@ def test_a_forecast_has_the_forward_passes_of_training(gpu: str) -> None:
 
 def test_memory_is_within_a_tenth_of_what_was_measured() -> None:
     """Peak of all tensors in real training steps, by `python -m benchmarks.record cpu memory`."""
-    _, *rows = json.loads(RESULTS.read_text())["benchmarks"]["memory"]
+    _, *rows = json.loads((RESULTS / "cpu.json").read_text())["benchmarks"]["memory"]
     assert len({row["size"] for row in rows}) >= 3
     assert {row["zero_stage"] for row in rows} == {1, 2, 3}
     assert {row["checkpointing"] for row in rows} > {"none", "block"}
@@ -72,6 +74,19 @@ def test_memory_is_within_a_tenth_of_what_was_measured() -> None:
         model = reading.load("imagenet256", [f"models={{model: {text}}}"]).models["model"]
         computed = worker_bytes(price_model(model, SHAPE, 1000), settings, 1, row["images"])
         assert computed / GIB == pytest.approx(row["measured_gib"], rel=0.1), row
+
+
+def test_a_gpus_memory_is_within_a_tenth_of_what_was_measured() -> None:
+    """On an H200, by the jobs of the bring-up, among them some with graphs."""
+    measured = json.loads((RESULTS / "h200.json").read_text())["benchmarks"]
+    rows = {row["name"]: row["memory_gib"] for part in ("throughput", "settings") for row in measured[part] if "memory_gib" in row}
+    jobs = {f"train {job.name}": job for job in throughput.SIZED + throughput.VARIED}
+    found = {name: jobs[name] for name in rows if name in jobs}
+    assert len(found) >= 14
+    assert {job.graphs for job in found.values()} == {False, True}
+    for name, job in found.items():
+        computed = throughput.computed(job, throughput.recipe_of(job, "cuda"), int(GPUS["h200"].memory_gib * GIB))
+        assert computed["formula_gib"] == pytest.approx(rows[name], rel=0.1), name
 
 
 @pytest.mark.parametrize(
@@ -183,6 +198,8 @@ def test_python_sets_the_pace_of_a_small_model_on_many_gpus() -> None:
         1 / (512 * small.training_flops(512) / Fleet("h200", 2).flops("bf16") + optimizer(small, 2))
     )
     assert many.steps_per_s == pytest.approx(1 / (25 * HOST_S + optimizer(small, 64)))
+    graphs = forecast(small, train(graphs=True), 1024, Fleet("h200", 64))
+    assert graphs.steps_per_s == pytest.approx(1 / (25 * GRAPHS_HOST_S + optimizer(small, 64)))
 
 
 def optimizer(cost: Cost, world: int) -> float:

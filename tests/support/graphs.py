@@ -60,7 +60,8 @@ def trained(settings: dict[str, Any], device: torch.device, precision: Any, stag
         "graphs": graphs,
     }
     train, model, random = Train(**recipe), made(settings, "cpu", precision), torch.Generator().manual_seed(0)
-    state = engine.start(model.to(device), train, device, resume.fresh(model), 0, passes=2)
+    read = resume.fresh(model)  # on the host, as in training
+    state = engine.start(model.to(device), train, device, read, 0, passes=2)
     if graphs:
         graph_blocks(model, 3, adds_up=stage == 1)
     for _ in range(6):
