@@ -1,19 +1,13 @@
 """The command that samples from one checkpoint."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from dis_scale.cli.checkpoints import Heads
 from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_file, say, say_aside, show
 from dis_scale.process.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from dis_scale.process.progress import ReportDone
 
 ADM_SAMPLES = 50_000
 """Samples that FID is defined by."""
@@ -95,14 +89,16 @@ def sample(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     by = opened.guide_at if sampling.scale != 1 else None
     aside(f"sampling {opened.located}: {sampling}{f' by {by}' if by else ''}, fp32 on {machine_name(device)}")
-    parts = pictures.sample_pictures(opened, each_label, sampling=sampling, seed=seed, batch=batch, device=device)
     with Board(console(stderr=as_json)) as board:
-        counted = _counted(parts, lambda n: board.update("sample", n, images, "images"))
+        parts = pictures.sample_pictures(
+            opened, each_label, sampling=sampling, seed=seed, batch=batch, device=device,
+            progress=lambda done, steps: board.update("sample", done, steps, "steps"),
+        )  # fmt: skip
         if npz:
-            adm.write_samples(npz, images, counted)
+            adm.write_samples(npz, images, parts)
         else:
             names = pictures.image_names(opened, each_label)
-            out.write_bytes(grid(np.concatenate(list(counted)), grid_columns(each, images), names))
+            out.write_bytes(grid(np.concatenate(list(parts)), grid_columns(each, images), names))
     how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.scale, "seed": seed}
     guided = {"guide": str(by)} if by else {}
     found = {
@@ -114,12 +110,3 @@ def sample(
 def grid_columns(classes: int, images: int) -> int:
     """Return the columns of a grid. Few classes fill complete columns, each with one class."""
     return min(images, COLUMNS // classes * classes or COLUMNS)
-
-
-def _counted(parts: "Iterable[np.ndarray]", report: "ReportDone") -> "Iterator[np.ndarray]":
-    """Yield the parts; `report` gets the images so far."""
-    done = 0
-    for part in parts:
-        yield part
-        done += len(part)
-        report(done)

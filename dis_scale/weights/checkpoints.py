@@ -1,8 +1,9 @@
 """Location of one checkpoint: a published folder, or a file with weights, on this machine or in an object store; its classes."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from dis_scale.process.progress import some
 from dis_scale.storage.folder import Folder, locate, open_folder
 from dis_scale.sweep import Run, Sampled, Sweep, folder_around, missing, state
 from dis_scale.sweep.documents import WEIGHTS_FILE, LatentsManifest, PublishedManifest
+
+MOST_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, by its format."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Located:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes that its sweep's images have; empty outside a sweep, or without names."""
-        return class_names(self.sweep) if self.sweep else ()
+        """Names of the classes, of its sweep's images or as its file has them; empty without names."""
+        return class_names(self.sweep) if self.sweep else _names_in(self.folder, self.name)
 
     @contextmanager
     def fetched(self) -> Iterator[Path]:
@@ -70,6 +74,19 @@ def find_checkpoint(at: str) -> Located:
         )
     around = folder_around(folder)
     return Located(folder, name, Sweep.open(around.url) if around else None)
+
+
+def _names_in(folder: Folder, name: str) -> tuple[str, ...]:
+    """Return the names of the classes in a safetensors file, from its header alone: eight bytes of its length, then JSON."""
+    if not name.endswith(".safetensors"):
+        return ()
+    length = int.from_bytes(folder.read(name, 0, 8), "little")
+    if length > MOST_HEADER_BYTES:
+        return ()  # no such file, which is said when it is opened
+    with suppress(ValueError, KeyError):
+        facts = json.loads(json.loads(folder.read(name, 8, 8 + length))["__metadata__"]["dis_scale"])["sampling"]
+        return tuple(facts.get("label_names", ()))
+    return ()
 
 
 def class_names(sweep: Sweep) -> tuple[str, ...]:

@@ -103,6 +103,8 @@ class SamplingFacts:
     scaling: Scaling | None
     """Scaling of the model's latents; None for the VAE's own."""
     sampling: Sampling
+    label_names: tuple[str, ...] = ()
+    """Names of the classes by label; empty without names."""
 
     @classmethod
     def of(cls, recipe: Recipe, latents: LatentsManifest) -> "SamplingFacts":
@@ -110,7 +112,7 @@ class SamplingFacts:
         encoder = EncodedBy(**latents.encoding.model_dump(include=set(EncodedBy.model_fields)))
         normalise = recipe.data.normalise
         scaling = None if normalise == "vae" else Scaling.of(latents, normalise)
-        return cls(recipe.diffusion, encoder, scaling, recipe.evaluate.sampling)
+        return cls(recipe.diffusion, encoder, scaling, recipe.evaluate.sampling, latents.made_from.label_names)
 
     @classmethod
     def of_sweep(cls, sweep: Sweep) -> "SamplingFacts | None":

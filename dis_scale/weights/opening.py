@@ -15,6 +15,7 @@ import torch
 from dis_scale import diffusion, vae
 from dis_scale.diffusion.generate import batch_sizes, generate
 from dis_scale.diffusion.guidance import forward_images
+from dis_scale.diffusion.samplers import Progress
 from dis_scale.models import verify_kernels
 from dis_scale.models.replay import replayed
 from dis_scale.models.tokens import Backbone, check_labels
@@ -232,10 +233,12 @@ def sample_pictures(
     seed: int = 0,
     batch: int = 64,
     device: torch.device | str = "cpu",
+    progress: Progress | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield uint8 images of these labels in parts (B, H, W, 3), `batch` at a time.
 
-    `labels` is the number of images of a model without classes. The default of `sampling` is the checkpoint's own.
+    `labels` is the number of images of a model without classes. The default of `sampling` is the checkpoint's own. `progress` is
+    told the steps of all parts.
     """
     sampling, count = sampling or opened.sampling, labels if isinstance(labels, int) else len(labels)
     process, model = diffusion.build(opened.process, opened.model.shape), opened.model.to(device)
@@ -245,9 +248,14 @@ def sample_pictures(
         verify_kernels(each, torch.device(device), images, training=False)
     opened.decoder.net.to(device)
     drawn, guides = replayed(model, torch.device(device)), guide and replayed(guide, torch.device(device))
-    for first in range(0, count, batch):
+    for done, first in enumerate(range(0, count, batch)):
+
+        def stepped(step: int, steps: int, done: int = done) -> None:
+            if progress:
+                progress(done * steps + step, -(-count // batch) * steps)
+
         numbers = range(first, min(first + batch, count))
         part = None if isinstance(labels, int) else labels[numbers.start : numbers.stop]
         with torch.no_grad():
-            latents = generate(drawn, process, part, numbers, sampling, seed=seed, device=device, guide=guides)
+            latents = generate(drawn, process, part, numbers, sampling, seed=seed, device=device, guide=guides, progress=stepped)
         yield opened.decoder.decode(latents)

@@ -24,8 +24,8 @@ from dis_scale.sweep.documents import EncodedBy
 from dis_scale.vae import PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import opening as pictures
-from dis_scale.weights.checkpoints import labels_in_words
-from dis_scale.weights.export import SamplingFacts, save
+from dis_scale.weights.checkpoints import find_checkpoint, labels_in_words
+from dis_scale.weights.export import SamplingFacts, open_checkpoint, save
 from dis_scale.weights.opening import image_names, labels_in_turn, labels_of_all, open_for_sampling, sample_pictures
 from tests.conftest import TINY
 from tests.support import ranks
@@ -51,7 +51,10 @@ def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
     labels = labels_in_turn(opened, [1, 7], 6)
     assert labels == [1, 7, 1, 7, 1, 7]
     (at_once,) = sample_pictures(opened, labels, sampling=sampling, seed=3, batch=6)
-    split = np.concatenate(list(sample_pictures(opened, labels, sampling=sampling, seed=3, batch=4)))
+    told = list[tuple[int, int]]()
+    parts = sample_pictures(opened, labels, sampling=sampling, seed=3, batch=4, progress=lambda *each: told.append(each))
+    split = np.concatenate(list(parts))
+    assert told == [(done, 10) for done in range(1, 11)], "five steps of two parts"
     assert at_once.shape == (6, 32, 32, 3)
     assert np.abs(at_once.astype(int) - split.astype(int)).max() <= 1  # float32 sums of another batch size
     (other,) = sample_pictures(opened, labels, sampling=sampling, seed=4, batch=6)
@@ -265,6 +268,22 @@ def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: 
     assert opened.decoder.scaling == Scaling(0.0, 0.18215)
     (note,) = opened.notes
     assert note.endswith(f"its identity is {theirs.identity[:12]}, theirs is 000000000000")
+
+
+def test_a_file_outside_its_sweep_knows_its_classes(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also without PyTorch, to refuse a misspelt one at once; a damaged header has none."""
+    model, names = open_checkpoint(files[0]), tuple(f"kind {letter}" for letter in "abcdefghij")
+    encoder = EncodedBy(identity=vae.from_path(str(files[1])).identity, shift=0.0, scale=1.0)
+    facts = SamplingFacts(Gaussian(kind="gaussian"), encoder, None, Sampling(sampler="ddim", steps=1), names)
+    save(model, tmp_path / "named.safetensors", facts)
+    command = ["sample", f"{tmp_path}/named.safetensors", "--vae", str(files[1]), "--out", f"{tmp_path}/grid.png"]
+    assert invoke(*command, "--classes", "kind c,kind a")[0] == 0
+    assert json.loads(Image.open(tmp_path / "grid.png").info["columns"]) == ["kind c", "kind a"]
+    code, output = invoke(*command, "--classes", "kind k")
+    assert (code, "did you mean 'kind " in output, "loading" in output) == (2, True, False)
+    for damaged in (b"", b"\xff" * 40, b"\x05" + bytes(7) + b"no js", b"\x02" + bytes(7) + b"{}"):
+        (tmp_path / "named.safetensors").write_bytes(damaged)
+        assert find_checkpoint(f"{tmp_path}/named.safetensors").class_names == ()
 
 
 def test_a_file_without_facts_is_sampled_by_its_sweep(tmp_path: Path) -> None:
