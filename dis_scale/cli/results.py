@@ -173,12 +173,15 @@ def sync(
     from dis_scale.sweep import Sweep
     from dis_scale.sweep.documents import TrackingIds
     from dis_scale.tracking.mlflow_copy import copy_everything
+    from dis_scale.upkeep.removal import require_stopped
 
     opened = Sweep.open(sweep)
     tracking = TrackingIds.find_intact(opened.folder)
     into = uri or (tracking.uri if tracking else None)
     if into is None:
         raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
+    if tracking and into != tracking.uri:
+        require_stopped(opened)  # a command that runs would go on in the other MLflow
     rows = copy_everything(opened, plan_of(opened).parameters(), into)
     show(as_json, {"uri": into, "rows": rows}, f"{rows:,} rows of training and all evaluations are in {into}")
 

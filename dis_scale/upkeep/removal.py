@@ -43,7 +43,7 @@ def find(sweep: Sweep) -> Removal:
     """
     if Sweep.below(sweep.store, sweep.recipe).folder != sweep.folder:
         raise UserError(f"{sweep} holds the sweep {sweep.recipe.name}, whose folder has another name: delete it by hand")
-    _require_stopped(sweep)
+    require_stopped(sweep)
     unshared, kept = _unshared(sweep)
     tracking = TrackingIds.find_intact(sweep.folder)
     copies = [Note("mlflow", f"its runs stay in {tracking.uri}")] if tracking else []
@@ -54,7 +54,7 @@ def delete(removal: Removal) -> None:
     """Delete it while holding the sweep's lease; Held if it was started meanwhile. A rerun continues an interrupted one."""
     sweep = removal.sweep
     with lease.hold(command_lease(sweep.folder)) as held:
-        _require_stopped(sweep, but=command_lease(sweep.folder))
+        require_stopped(sweep, but=command_lease(sweep.folder))
         retention.delete(removal.unshared)
         manifests = [part for part in walk(sweep.folder) if MANIFEST in part.sizes]
         for _ in in_order(manifests, lambda part: part.folder.delete(MANIFEST)):
@@ -66,7 +66,7 @@ def delete(removal: Removal) -> None:
         sweep.folder.delete()
 
 
-def _require_stopped(sweep: Sweep, but: Folder | None = None) -> None:
+def require_stopped(sweep: Sweep, but: Folder | None = None) -> None:
     """Held if a lease of the sweep is held, `but` this one."""
     leases = [sweep.lease(name) for name in sweep.leases.folders()] + [sweep.run(m).lease for m in sweep.recipe.models]
     for folder, holder in lease.live_holders(folder for folder in leases if folder != but).items():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dis_scale.planning.plan import Plan, price_sweep
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, Held, UserError
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import GRID, Sampled, Sweep
@@ -19,6 +19,7 @@ from dis_scale.tracking.rows import RowReader, RowWriter
 from tests.conftest import TINY
 from tests.support.commands import answer, invoke
 from tests.support.documents import put_metrics, put_published
+from tests.support.leases import run_elsewhere
 
 
 @pytest.fixture
@@ -78,6 +79,9 @@ def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Sweep, plan: Plan, 
     assert content(sweep, second) == as_it_came
     assert answer("mlflow", "sync", sweep.folder.url, "--json")["rows"] == 8
     assert content(sweep, second) == as_it_came, "a second time doubles nothing"
+    run_elsewhere(sweep.lease("sweep"))  # a command that would go on in the other MLflow
+    code, output = invoke("mlflow", "sync", sweep.folder.url, "--uri", first)
+    assert (code, "is running" in output, TrackingIds.read(sweep.folder).uri) == (Held.exit_code, True, second)
 
 
 @pytest.fixture
