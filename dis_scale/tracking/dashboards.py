@@ -33,7 +33,9 @@ def require_installed(dashboards: Iterable[Dashboard]) -> None:
     """UserError with the command that installs what is missing."""
     for name in dashboards:
         if find_spec(name) is None:
-            raise UserError(f"tracking.also: {name} is not installed: pip install '.[{name}]' in the repository")
+            raise UserError(
+                f"tracking.also: {name} is not installed: pip install -e '.[{name}]' -c constraints.txt in the repository"
+            )
 
 
 @contextmanager
