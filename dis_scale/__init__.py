@@ -14,6 +14,10 @@ __all__ = ["Sweep", "__version__", "open_weights", "plan"]
 __version__ = "0.1.0"
 
 
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))
+
+
 def __getattr__(name: str) -> Any:
     """Import the API on its first use: it needs torch and pandas, which take seconds."""
     if name not in __all__:

@@ -164,7 +164,7 @@ class Weights:
     def sample(
         self,
         *,
-        classes: Sequence[int | str] | None = None,
+        classes: Sequence[int | str] | str | None = None,
         count: int | None = None,
         sampler: str | None = None,
         steps: int | None = None,
@@ -175,12 +175,16 @@ class Weights:
     ) -> list[Image.Image]:
         """Return RGB images.
 
-        The labels are `classes` in turn, each a label or a class's name, by default all classes. `count` is by default one image
-        for each of them; `sampler`, `steps` and `guidance` are by default the sweep's own, whose channels and times of guidance
-        always hold; `device` is a GPU if there is one. An image depends on the seed, its number and its label, not on `batch`.
+        The labels are `classes` in turn, each a label or a class's name, or a text of them with commas; by default all classes.
+        `count` is by default one image for each of them; `sampler`, `steps` and `guidance` are by default the sweep's own, whose
+        channels and times of guidance always hold; `device` is a GPU if there is one. An image depends on the seed, its number and
+        its label, not on `batch`.
         UserError for weights, classes or settings that the model does not have.
         """
-        labels = None if classes is None else [self._label(each) for each in classes]
+        if isinstance(classes, str):
+            labels: list[int] | None = labels_in_words(self.opened.located.class_names, classes)
+        else:
+            labels = None if classes is None else [self._label(each) for each in classes]
         if count is None:
             count = len(range(self.opened.model.num_classes or 1) if labels is None else labels)
         if min(count, batch) < 1:

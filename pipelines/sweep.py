@@ -5,6 +5,7 @@ is read from storage and nowhere else. Read next: dis_scale/sweep/state.py, trai
 """
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -375,7 +376,7 @@ def mlflow_lines(tracking: TrackingIds) -> list[str]:
     charts = f"#/experiments/{tracking.experiment}/runs?compareRunsMode=CHART"
     if tracking.uri.startswith("http"):
         return [f"{tracking.uri.rstrip('/')}/{charts}"]
-    command = f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {tracking.uri}"
+    command = shlex.join([str(Path(sys.executable).with_name("mlflow")), "ui", "--backend-store-uri", tracking.uri])
     return [command, f"http://127.0.0.1:5000/{charts}"]
 
 

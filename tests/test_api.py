@@ -34,6 +34,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert set(dis_scale.__all__) <= set(dir(dis_scale))
     with pytest.raises(AttributeError, match="module 'dis_scale' has no attribute 'Sweeps'"):
         _ = dis_scale.Sweeps  # type: ignore[attr-defined]
 
@@ -122,6 +123,9 @@ def test_images_are_of_all_classes_or_of_the_named_ones(sweep: dis_scale.Sweep) 
     assert len(named) == 4
     assert np.abs(named[1].astype(int) - every[1]).max() <= 1, "the same number, label and seed"
     assert not np.array_equal(named[2], every[2]), "another label"
+    assert [np.asarray(image).tolist() for image in sweep.sample("dis", 320, classes="0,1", steps=1)] == [
+        image.tolist() for image in named[:2]
+    ]
 
 
 @pytest.mark.parametrize(

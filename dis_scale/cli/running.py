@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -119,7 +119,7 @@ def status(
 def logs(
     sweep: SweepUrl,
     model: Annotated[str | None, typer.Argument(help="A model: the logs of its training.", show_default=False)] = None,
-    stage: Annotated[str | None, typer.Option(help="A stage instead: prepare, precompute or evaluate.")] = None,
+    stage: Annotated[Literal["prepare", "precompute", "evaluate"] | None, typer.Option(help="A stage instead.")] = None,
     attempt: Annotated[str | None, typer.Option(help="When it began, as listed; default: the newest.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Print the lines as they are stored: JSON.")] = False,
     as_json: AsJson = False,
@@ -133,6 +133,8 @@ def logs(
     if model is not None and stage is not None:
         raise UserError("logs: expected a model or --stage, got both")
     if model is None and stage is None:
+        if attempt or raw:
+            raise UserError("logs: --attempt and --raw are of one job's logs: name a model, or --stage")
         lines = attempt_logs.overview(opened)
         return show(as_json, {"attempts": lines}, *lines)
     if model is not None:

@@ -284,11 +284,16 @@ def table(status: Status) -> Group:
     out.columns[0].no_wrap = False
     for run in status.runs:
         out.add_row(
-            run.model, run.doing, f"{_count(run.images_seen)} ({run.images_seen / run.images:.0%})",
+            run.model, run.doing, f"{_count(run.images_seen)} ({_share(run.images_seen, run.images)})",
             "" if run.images_per_s is None else f"{run.images_per_s:,.0f}", _span(run.left_s), _span(run.resume_age_s),
             f"{run.evaluated}/{run.published}", "" if run.metric is None else f"{run.metric:.4g}",
         )  # fmt: skip
     return Group(head, out, below) if below else Group(head, out)
+
+
+def _share(seen: int, images: int) -> str:
+    """All of nothing, if only the initial weights are published."""
+    return f"{seen / images if images else 1:.0%}"
 
 
 def _count(images: int) -> str:
@@ -309,7 +314,7 @@ def overview(found: Sequence[Status]) -> Group:
         trained = sum(run.doing == "trained" for run in status.runs)
         out.add_row(
             Text(shown(status.sweep.removeprefix(above))), f"stopped ({status.doing})" if status.stopped else status.doing,
-            f"{trained} of {len(status.runs)}", f"{seen / images:.0%}", f"{status.backlog}", f"{len(status.wrong)}",
+            f"{trained} of {len(status.runs)}", _share(seen, images), f"{status.backlog}", f"{len(status.wrong)}",
         )  # fmt: skip
     return Group(Text(shown(f"below {above}")), out) if above else Group(out)
 

@@ -242,6 +242,20 @@ def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str
     assert "nobody" not in output
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--attempt", "20261121T183819"], "logs: --attempt and --raw are of one job's logs: name a model, or --stage"),
+        (["--raw"], "logs: --attempt and --raw are of one job's logs"),
+        (["--stage", "trian"], "'trian' is not one of 'prepare', 'precompute', 'evaluate'"),
+    ],
+    ids=["attempt", "raw", "stage"],
+)
+def test_logs_of_no_job_are_refused(elsewhere: Sweep, options: list[str], line: str) -> None:
+    code, output = invoke("logs", elsewhere.folder.url, *options)
+    assert (code, line in " ".join(output.replace("│", "").split())) == (2, True), output
+
+
 def test_where_nothing_has_begun_status_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, output = invoke("status")

@@ -368,6 +368,14 @@ def test_all_columns_fit_a_terminal_of_80(sweep: Sweep) -> None:
     assert "51.2 M (50%)" in capture.get()
 
 
+def test_a_sweep_that_publishes_its_first_weights_alone_is_complete_at_no_images(sweep: Sweep) -> None:
+    console, (found, run) = Console(width=80), of(sweep, "dis")
+    with console.capture() as capture:
+        console.print(status.table(replace(found, runs=[replace(run, images=0)])))
+        console.print(status.overview([replace(found, runs=[replace(run, images=0)])]))
+    assert "0 (100%)" in capture.get()
+
+
 def test_an_error_that_looks_like_markup_is_shown_as_it_is(sweep: Sweep) -> None:
     why = "[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer"
     Ended(why=why).write(sweep.run("dis").folder)
