@@ -23,7 +23,7 @@ def write(sweep: Sweep, report: Report, published: bool = False, running: bool =
     """Write the figures, the pages and, last, the CSV below `report/`, of a `running` sweep the pages only; return them by name.
 
     `published` adds published results to the plot; UserError if the sweep measures another quantity. Beside the real images are
-    samples of the best point, of the newest until the sweep is done.
+    samples of the best point, of the newest while the sweep is at work.
     """
     if published:
         require_published_protocol(report)
@@ -41,7 +41,7 @@ def write(sweep: Sweep, report: Report, published: bool = False, running: bool =
     ]
     facts = _facts(sweep, report, losses)
     newest = max(report.main, key=lambda p: p.evaluation.time, default=None)
-    shown = page.best_point(report) if facts.status.doing == "done" else newest
+    shown = newest if facts.status.at_work else page.best_point(report)
     pictures, strips = samples.real(sweep), samples.strips(sweep, report)
     pictures += samples.of_point(sweep, shown) if shown else []
     files = {SAMPLES: page.render_samples(report, strips)} if strips else {}

@@ -60,8 +60,7 @@ def render_page(report: Report, facts: Facts, plots: Sequence[Plot], pictures: S
         _table(tables.points_table(report), "Every point") if report.points else "",
         _folded("How these numbers were measured", [*figures.correlations(report), *tables.notes(report)]),
     ]
-    running = status.doing != "done" and not status.stopped
-    return _document(report.sweep, parts, RELOAD_S if running else None)
+    return _document(report.sweep, parts, RELOAD_S if status.at_work else None)
 
 
 def render_comparison(a: Report, b: Report, table: Table, plot: Plot, pictures: Sequence[Picture]) -> bytes:

@@ -95,6 +95,11 @@ class Status:
     wrong: list[str]
     known: list[str]
 
+    @property
+    def at_work(self) -> bool:
+        """Whether a process works on it."""
+        return self.doing != "done" and not self.stopped
+
 
 @dataclass(frozen=True)
 class _Reader:

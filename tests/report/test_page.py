@@ -107,6 +107,8 @@ def test_the_page_of_a_sweep_tells_what_was_found_and_loads_nothing(sweep: Sweep
     assert "prefers-color-scheme: dark" in text.decode()
     assert page.of("details"), "the notes are folded"
     assert not [meta for meta in page.of("meta") if meta.get("http-equiv") == "refresh"], "no command runs"
+    shown = [image["alt"] for image in page.of("img")]
+    assert "dis128 after 160 images" in shown, "the best, as nothing newer comes"
 
 
 def test_a_running_sweep_has_a_page_before_anything_is_evaluated(tmp_path: Path, tiny: Recipe) -> None:
