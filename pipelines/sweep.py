@@ -86,6 +86,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: S
         done = measured and sweep.report.exists(report.CSV)
         if done:
             board.say("nothing to do: every model is trained and evaluated at every published count")
+            dashboards.require_installed(sweep.recipe.tracking.also)
             with dashboards.copying(sweep, store, board.say):
                 pass
         else:
@@ -320,8 +321,10 @@ def _obey_request(held: lease.Lease, driver: Driver, cluster: Cluster) -> None:
 def resumed_recipe(sweep: Sweep, overrides: list[str]) -> Recipe:
     """Return the recipe of a stored sweep with more overrides.
 
-    `train.start_over` is an act of one command: only that of `overrides` counts. UserError if the sweep was moved.
+    `train.start_over` is an act of one command: only that of `overrides` counts. UserError if the sweep was moved, or would be.
     """
+    if moved := [each for each in overrides if each.partition("=")[0] in ("name", "storage.root")]:
+        raise UserError(f"--set {moved[0]}: a stored sweep keeps its name and its place; dis-scale sweep RECIPE begins another one")
     settings = ["train.start_over=false", *overrides, f"storage.root={sweep.store}"]
     recipe = reading.parse(reading.dump(sweep.recipe), f"{sweep}/{RECIPE}", settings)
     if (expected := Sweep.below(sweep.store, recipe)) != replace(sweep, recipe=recipe):

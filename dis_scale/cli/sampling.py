@@ -58,6 +58,8 @@ def sample(
 
     aside = say_aside if as_json else say
     require_file(npz or out, "--npz" if npz else "--out")
+    if not npz and out.suffix.lower() not in (".png", ""):
+        raise UserError(f"--out {out}: a grid is a PNG: give a name that ends with .png")
     located = find_checkpoint(checkpoint)  # misspelt paths and classes are refused before PyTorch is loaded, which takes seconds
     chosen = None if classes is None else labels_in_words(located.class_names, classes)
     aside("loading  the model; its kernels are compiled at their first use on a machine")

@@ -193,6 +193,12 @@ def test_a_resumed_sweep_has_its_own_settings_and_the_new_ones(tmp_path: Path) -
     assert recipe.storage.root == str(tmp_path / "after")
 
 
+@pytest.mark.parametrize("setting", ["name=other", "storage.root=/elsewhere"])
+def test_a_stored_sweep_keeps_its_name_and_its_place(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(UserError, match=f"--set {setting}: a stored sweep keeps its name and its place; dis-scale sweep RECIPE"):
+        pipeline.resumed_recipe(stored(tmp_path), ["train.restarts=7", setting])
+
+
 def test_starting_over_is_an_act_of_one_command(tmp_path: Path) -> None:
     first = pipeline.resumed_recipe(stored(tmp_path), ["train.start_over=true"])
     Sweep.below(open_folder(tmp_path), first).save_recipe()

@@ -328,6 +328,7 @@ def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
     ("arguments", "message"),
     [
         (["--classes", "1,x"], "--classes: got 'x', expected labels with commas between them"),
+        (["--classes", "1", "--out", "grid.jpg"], "--out grid.jpg: a grid is a PNG: give a name that ends with .png"),
         (["--classes", "1²"], "--classes: got '1²', expected labels with commas between them"),
         (["--classes", "9" * 20], "expected labels with commas between them"),
         (["--classes", "11"], "label 11 is out of range: expected 0 to 9"),
