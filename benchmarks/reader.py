@@ -80,7 +80,7 @@ def micro_batches(at: Folder) -> int:
 
 
 def beside_python(at: Folder, switch_s: float) -> int:
-    """Micro-batches while another thread runs Python without a pause, as a step's launches do."""
+    """Micro-batches while another thread runs Python without a pause, which is harsher than a step: its operators let others in."""
     sys.setswitchinterval(switch_s)
     with ThreadPoolExecutor(1) as pool:
         made = pool.submit(micro_batches, at)

@@ -80,7 +80,11 @@ class Job(NamedTuple):
 SIZED = [Job(size) for size in SIZES]
 GOAL = Job("DiS-L/2", 128, lanes=2)
 """128 images a step: in two passes if a GPU holds no more with the states of their scans."""
-VARIED = [GOAL, *(Job(size, graphs=True) for size in ("DiS-S/2", "DiS-B/2", "DiS-L/2", "DiS2-L/2", "DiT-L/2"))]
+VARIED = [
+    GOAL,
+    GOAL._replace(graphs=True),
+    *(Job(size, graphs=True) for size in ("DiS-S/2", "DiS-B/2", "DiS-L/2", "DiS2-L/2", "DiT-L/2")),
+]
 VARIED += [Job("DiS-H/2", 16, "block", latent=64)]
 VARIED += [Job("DiS-L/2", checkpointing=setting) for setting in ("block", "selective", "every_2")]
 VARIED += [Job("DiS-L/2", compile=True), Job("DiT-L/2", compile=True), Job("DiS-L/2", 64)]

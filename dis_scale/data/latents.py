@@ -38,7 +38,7 @@ _NOISE = ThreadPoolExecutor(1, "noise")
 T = TypeVar("T")
 _END: Any = object()
 SWITCH_S = 5e-4
-"""Longest that a thread waits for another's Python; Python's own is 5 ms. Making 32 images lets others in 14 times."""
+"""Time after which a thread that waits for another's Python asks for its turn; Python's own is 5 ms. A batch needs several."""
 
 
 class Latents:
@@ -201,12 +201,8 @@ def sample_posterior(moments_BCHW: np.ndarray, rng: np.random.Generator) -> np.n
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
     """Yield the same items, made by a thread up to two ahead. An exception of the thread is raised in its item's place.
 
-    Meanwhile threads of this process take turns after `SWITCH_S`: a step's launches are Python that would not let the thread in.
+    From then on threads of this process take turns after `SWITCH_S`: a step's launches are Python that hardly lets the thread in.
     """
-    ahead = in_order(repeat(items), lambda each: next(each, _END), threads=1)
-    before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
-    try:
-        yield from takewhile(lambda item: item is not _END, ahead)
-    finally:
-        sys.setswitchinterval(before)
+    ahead = in_order(repeat(items), lambda each: next(each, _END), threads=1)
+    yield from takewhile(lambda item: item is not _END, ahead)

@@ -11,7 +11,7 @@ from dis_scale.models.cost import Cost
 from dis_scale.process.settings import InferencePrecision
 from dis_scale.recipe import Train
 from dis_scale.training.engine import kinds
-from dis_scale.training.lanes import largest_share
+from dis_scale.training.lanes import image_counts_of_all, largest_share
 from dis_scale.training.memory import USABLE, most_images, plan_passes, worker_bytes
 
 DAY_S = 86_400.0
@@ -20,13 +20,13 @@ NODE_GPUS = 8
 ASSUMED_MFU = 0.15
 """Share of a GPU's peak that training reaches. DiS-L/2 reached 0.163 on an H100 and 0.187 on an H200, whose kernels' instructions
 allow 0.30 in a step."""
-HOST_S, GRAPHS_HOST_S, STEP_S = 3.6e-3, 0.6e-3, 0.025
+HOST_S, GRAPHS_HOST_S, STEP_S = 3.6e-3, 1.6e-3, 0.025
 """Python's time for a block's forward and backward pass, the same by graphs, and for DeepSpeed's optimizer, which waits for the GPU
 and lets it wait.
 
-Of DiS on the host of an H200 at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); a fast core takes a third.
-All else is taken to need as much, so it is a lower bound at ZeRO 3, where blocks are recomputed, and for state-space duality,
-of which a block took 7.7 ms without graphs.
+Of DiS on the host of an H200 at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); a fast core takes a third. By
+graphs: of S/2's 66 ms a step, for which the reader's thread may have been waited. All else is taken to need as much, so it is a
+lower bound at ZeRO 3, where blocks are recomputed, and for state-space duality, of which a block took 7.7 ms without graphs.
 """
 OPTIMIZER_BYTES, MEMORY_GB_S = 100, 2000.0
 """A parameter's bytes that the copies, the norm, Adam and an average move, and 10^9 bytes/s of the slowest GPU's memory in GPUS."""
@@ -153,7 +153,7 @@ def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Fore
     at_once = -(-share // passes) * settings.lane_images
     wire = wire_bytes(cost, settings, world, passes)
     compute_s = share_images * cost.training_flops(at_once) / fleet.flops(settings.precision)
-    host_s = passes * len(cost.kept.blocks) * (GRAPHS_HOST_S if settings.graphs else HOST_S)
+    host_s = passes * len(cost.kept.blocks) * host_of_block_s(settings, world, passes)
     optimizer_s = STEP_S + cost.parameters / world * OPTIMIZER_BYTES / (1e9 * MEMORY_GB_S)
     step_s = max(compute_s, fleet.sending_s(wire, world), host_s) + optimizer_s
     resume_bytes = 4 * cost.parameters * len(kinds(settings))
@@ -172,6 +172,12 @@ def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Fore
         expected_days=expected_days, training_gpu_hours=24 * world * expected_days, resume_bytes=resume_bytes,
         resume_every_s=every_s, resume_every_images=every_images,
     )  # fmt: skip
+
+
+def host_of_block_s(settings: Train, world: int, passes: int) -> float:
+    """Return Python's time for a block's pass; training makes graphs only if the passes of all workers have as many images."""
+    alike = len(image_counts_of_all(settings.lanes, world, passes, settings.lane_images)) == 1
+    return GRAPHS_HOST_S if settings.graphs and alike else HOST_S
 
 
 def wire_bytes(cost: Cost, settings: Train, world: int, passes: int) -> float:

@@ -98,9 +98,9 @@ class Train(Settings):
     compile: bool = runtime(False)
     """Run blocks through torch.compile; scans and convolutions stay as they are and break the graph at their borders."""
     graphs: bool = runtime(False)
-    """Run each block as two CUDA graphs, where Python sets the pace of a GPU: with 32 images on an H200 DiS-S/2 and B/2 trained
-    1.9 times as fast, DiS-L/2 1.35, DiT-L/2 1.6. Takes memory for gradients of the blocks' inputs, outputs and weights. Not
-    for passes that fill the GPU; no training on several GPUs has used it yet."""
+    """Run each block as two CUDA graphs, where Python sets the pace of a GPU: with 32 images on an H200 models trained 1.4 to 2.3
+    times as fast. Takes memory for gradients of the blocks' inputs, outputs and weights. Not for passes that fill the GPU; no
+    training on several GPUs has used it yet."""
     scan: Literal["auto", "reference", "native", "triton", "mamba", "chunked"] = runtime("auto")
     """Backend of the selective scan; `auto` takes the fastest of the device."""
     learning_rate: float = Field(1e-4, gt=0)
