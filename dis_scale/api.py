@@ -182,7 +182,7 @@ class Weights:
         UserError for weights, classes or settings that the model does not have.
         """
         if isinstance(classes, str):
-            labels: list[int] | None = labels_in_words(self.opened.located.class_names, classes)
+            labels: list[int] | None = labels_in_words(self.opened.class_names, classes)
         else:
             labels = None if classes is None else [self._label(each) for each in classes]
         if count is None:
@@ -198,7 +198,7 @@ class Weights:
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
 
     def _label(self, label: int | str) -> int:
-        return labels_in_words(self.opened.located.class_names, [label])[0] if isinstance(label, str) else int(label)
+        return labels_in_words(self.opened.class_names, [label])[0] if isinstance(label, str) else int(label)
 
 
 def open_weights(

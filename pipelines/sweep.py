@@ -86,7 +86,6 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: S
         done = measured and sweep.report.exists(report.CSV)
         if done:
             board.say("nothing to do: every model is trained and evaluated at every published count")
-            dashboards.require_installed(sweep.recipe.tracking.also)
             with dashboards.copying(sweep, store, board.say):
                 pass
         else:
@@ -323,10 +322,14 @@ def resumed_recipe(sweep: Sweep, overrides: list[str]) -> Recipe:
 
     `train.start_over` is an act of one command: only that of `overrides` counts. UserError if the sweep was moved, or would be.
     """
-    if moved := [each for each in overrides if each.partition("=")[0] in ("name", "storage.root")]:
-        raise UserError(f"--set {moved[0]}: a stored sweep keeps its name and its place; dis-scale sweep RECIPE begins another one")
-    settings = ["train.start_over=false", *overrides, f"storage.root={sweep.store}"]
-    recipe = reading.parse(reading.dump(sweep.recipe), f"{sweep}/{RECIPE}", settings)
+    where, settings = f"{sweep}/{RECIPE}", ["train.start_over=false", *overrides]
+    own = reading.parse(reading.dump(sweep.recipe), where, settings)
+    stays = own.storage.root == sweep.recipe.storage.root or open_folder(own.storage.root) == sweep.store
+    if own.name != sweep.recipe.name or not stays:
+        raise UserError(
+            f"{sweep} keeps its name and its place: got {own.name} in {own.storage.root}; dis-scale sweep RECIPE begins another one"
+        )
+    recipe = reading.parse(reading.dump(own), where, [f"storage.root={sweep.store}"])
     if (expected := Sweep.below(sweep.store, recipe)) != replace(sweep, recipe=recipe):
         raise UserError(f"{sweep} holds the sweep {recipe.name}, which belongs into {expected}: move it there")
     return recipe

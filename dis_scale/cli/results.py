@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_file, say, show
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import Held, UserError
 
 if TYPE_CHECKING:
     from dis_scale.sweep import Sampled
@@ -172,6 +172,7 @@ def sync(
     from dis_scale.report import plan_of
     from dis_scale.sweep import Sweep
     from dis_scale.sweep.documents import TrackingIds
+    from dis_scale.tracking.mlflow import SQLITE
     from dis_scale.tracking.mlflow_copy import copy_everything
     from dis_scale.upkeep.removal import require_stopped
 
@@ -180,8 +181,12 @@ def sync(
     into = uri or (tracking.uri if tracking else None)
     if into is None:
         raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
-    if tracking and into != tracking.uri:
-        require_stopped(opened)  # a command that runs would go on in the other MLflow
+    if tracking and into != tracking.uri and into.startswith(SQLITE):
+        try:
+            require_stopped(opened)
+        except Held as error:
+            where = f"--uri {into}: its jobs would go on there, in a file of this machine"
+            raise Held(f"{where}: leave --uri out, or wait: {error}") from None
     rows = copy_everything(opened, plan_of(opened).parameters(), into)
     show(as_json, {"uri": into, "rows": rows}, f"{rows:,} rows of training and all evaluations are in {into}")
 

@@ -133,7 +133,7 @@ def logs(
     if model is not None and stage is not None:
         raise UserError("logs: expected a model or --stage, got both")
     if model is None and stage is None:
-        if attempt or raw:
+        if attempt is not None or raw:
             raise UserError("logs: --attempt and --raw are of one job's logs: name a model, or --stage")
         lines = attempt_logs.overview(opened)
         return show(as_json, {"attempts": lines}, *lines)

@@ -136,6 +136,13 @@ def require_file(out: Path, option: str = "--out") -> None:
         raise UserError(f"{option} {out}: this is a folder: give the name of a file")
 
 
+def require_png(out: Path) -> None:
+    """UserError unless --out is a PNG that can be written."""
+    require_file(out)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: a grid is a PNG: give a name that ends with .png")
+
+
 def require_new(out: Path, option: str) -> None:
     """UserError if the file exists, or has no folder to be written to."""
     require_folder(out, option)

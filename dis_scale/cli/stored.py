@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, naming_misspelt, require_file, say, show
+from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, naming_misspelt, require_png, say, show
 from dis_scale.process.errors import DisScaleError, UserError
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def data_show(
     if decoder is None:
         say("grid     none: to decode images, give the sweep's folder or --vae")
         return
-    require_file(out)
+    require_png(out)
     examples = maintenance.decode_examples(latents, decoder)
     pictures, names = examples.decoded, examples.names
     try:

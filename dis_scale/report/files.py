@@ -41,7 +41,7 @@ def write(sweep: Sweep, report: Report, published: bool = False, running: bool =
     ]
     facts = _facts(sweep, report, losses)
     newest = max(report.main, key=lambda p: p.evaluation.time, default=None)
-    shown = newest if facts.status.at_work else page.best_point(report)
+    shown = newest if facts.status.at_work else page.best_point(report) or newest
     pictures, strips = samples.real(sweep), samples.strips(sweep, report)
     pictures += samples.of_point(sweep, shown) if shown else []
     files = {SAMPLES: page.render_samples(report, strips)} if strips else {}

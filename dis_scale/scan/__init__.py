@@ -35,7 +35,8 @@ BACKENDS = ("reference", "native", "triton", "mamba", "chunked")
 """Modules of this folder, imported at first use: two of them need packages that not every machine has."""
 GPU_BACKENDS = {
     "triton": "triton, which comes with PyTorch's builds for Linux: pip install triton",
-    "mamba": "mamba-ssm and causal-conv1d: on a machine with nvcc, pip install --no-build-isolation -e '.[gpu]' in the repository",
+    "mamba": "mamba-ssm and causal-conv1d: on a machine with nvcc, in the repository: "
+    "pip install --no-build-isolation -e '.[gpu]' -c constraints.txt",
 }
 """Requirements of the GPU backends, and how to install them."""
 

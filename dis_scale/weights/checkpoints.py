@@ -1,13 +1,14 @@
 """Location of one checkpoint: a published folder, or a file with weights, on this machine or in an object store; its classes."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dis_scale.process.errors import UserError, nearest
+from pydantic import BaseModel, Field, ValidationError
+
+from dis_scale.process.errors import StorageError, UserError, nearest
 from dis_scale.process.progress import some
 from dis_scale.storage.folder import Folder, locate, open_folder
 from dis_scale.sweep import Run, Sampled, Sweep, folder_around, missing, state
@@ -15,6 +16,22 @@ from dis_scale.sweep.documents import WEIGHTS_FILE, LatentsManifest, PublishedMa
 
 MOST_HEADER_BYTES = 100_000_000
 """Of a safetensors file, by its format."""
+
+
+class _Header(BaseModel):
+    """Of a safetensors file."""
+
+    metadata: dict[str, str] = Field({}, alias="__metadata__")
+
+
+class _Names(BaseModel):
+    label_names: tuple[str, ...] = ()
+
+
+class _Description(BaseModel):
+    """What is read here of that of weights/export.py, which needs PyTorch."""
+
+    sampling: _Names = _Names()
 
 
 @dataclass(frozen=True)
@@ -39,8 +56,8 @@ class Located:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, of its sweep's images or as its file has them; empty without names."""
-        return class_names(self.sweep) if self.sweep else _names_in(self.folder, self.name)
+        """Names of the classes, of its sweep's images or as its file has them; empty without names, or if it cannot be read."""
+        return (class_names(self.sweep) if self.sweep else ()) or _names_in(self.folder, self.name)
 
     @contextmanager
     def fetched(self) -> Iterator[Path]:
@@ -80,12 +97,10 @@ def _names_in(folder: Folder, name: str) -> tuple[str, ...]:
     """Return the names of the classes in a safetensors file, from its header alone: eight bytes of its length, then JSON."""
     if not name.endswith(".safetensors"):
         return ()
-    length = int.from_bytes(folder.read(name, 0, 8), "little")
-    if length > MOST_HEADER_BYTES:
-        return ()  # no such file, which is said when it is opened
-    with suppress(ValueError, KeyError):
-        facts = json.loads(json.loads(folder.read(name, 8, 8 + length))["__metadata__"]["dis_scale"])["sampling"]
-        return tuple(facts.get("label_names", ()))
+    with suppress(StorageError, ValidationError):  # what is wrong is said when it is opened; a server may give no ranges
+        length = min(int.from_bytes(folder.read(name, 0, 8), "little"), MOST_HEADER_BYTES)
+        header = _Header.model_validate_json(folder.read(name, 8, 8 + length))
+        return _Description.model_validate_json(header.metadata.get("dis_scale", "{}")).sampling.label_names
     return ()
 
 

@@ -5,7 +5,7 @@ Noise is a function of the seed and the sample's number, so the batch size does 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from dis_scale.recipe.evaluate import Autoguidance
 from dis_scale.storage.manifest import Manifest
 from dis_scale.sweep import Sweep, state
 from dis_scale.vae import PixelVae, Vae
-from dis_scale.weights.checkpoints import Located, find_checkpoint
+from dis_scale.weights.checkpoints import Located, class_names, find_checkpoint
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts, trained_for
 
 BESIDE = "vae"
@@ -49,6 +49,8 @@ class OpenCheckpoint:
     located: Located
     guide_at: str | Path | None = None
     """Path of the model that guides it, in place of the model without labels; opened where it is used."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes by label; empty without names."""
 
     @cached_property
     def guide(self) -> Backbone | None:
@@ -120,7 +122,8 @@ def open_for_sampling(
         )
     scale = sampling.scale if guide_at is not None or not isinstance(sampling.guidance, Autoguidance) else 1.0
     sampling = sampling.model_copy(update={"guidance": scale})
-    return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located, guide_at)
+    names = (class_names(sweep) if sweep else ()) or (facts.label_names if facts else ())
+    return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located, guide_at, names)
 
 
 def has_sweeps_vae(located: Located) -> bool:
@@ -207,7 +210,7 @@ def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int
 
 def image_names(opened: OpenCheckpoint, labels: Sequence[int] | int) -> list[str]:
     """Return the class of each image of these labels; empty without names."""
-    names = opened.located.class_names
+    names = opened.class_names
     if isinstance(labels, int) or not names:
         return []
     return [names[label] if label < len(names) else str(label) for label in labels]
@@ -223,6 +226,11 @@ def labels_of_all(opened: OpenCheckpoint, how: Literal["balanced", "uniform"], c
         return labels_in_turn(opened, None, count)
     labels: list[int] = seeds.generator("sample labels", seed).integers(known, size=count).tolist()
     return labels
+
+
+def _stepped(progress: Progress, done: int, parts: int, step: int, steps: int) -> None:
+    """Tell `progress` a step of the part that follows `done` others."""
+    progress(done * steps + step, parts * steps)
 
 
 def sample_pictures(
@@ -249,11 +257,7 @@ def sample_pictures(
     opened.decoder.net.to(device)
     drawn, guides = replayed(model, torch.device(device)), guide and replayed(guide, torch.device(device))
     for done, first in enumerate(range(0, count, batch)):
-
-        def stepped(step: int, steps: int, done: int = done) -> None:
-            if progress:
-                progress(done * steps + step, -(-count // batch) * steps)
-
+        stepped = partial(_stepped, progress, done, -(-count // batch)) if progress else None
         numbers = range(first, min(first + batch, count))
         part = None if isinstance(labels, int) else labels[numbers.start : numbers.stop]
         with torch.no_grad():

@@ -193,10 +193,14 @@ def test_a_resumed_sweep_has_its_own_settings_and_the_new_ones(tmp_path: Path) -
     assert recipe.storage.root == str(tmp_path / "after")
 
 
-@pytest.mark.parametrize("setting", ["name=other", "storage.root=/elsewhere"])
+@pytest.mark.parametrize("setting", ["name=other", "storage.root=/elsewhere", "storage={root: /elsewhere}"])
 def test_a_stored_sweep_keeps_its_name_and_its_place(tmp_path: Path, setting: str) -> None:
-    with pytest.raises(UserError, match=f"--set {setting}: a stored sweep keeps its name and its place; dis-scale sweep RECIPE"):
-        pipeline.resumed_recipe(stored(tmp_path), ["train.restarts=7", setting])
+    """The settings with which it began, which hints repeat, change neither."""
+    sweep = stored(tmp_path)
+    with pytest.raises(UserError, match=f"{sweep} keeps its name and its place: got .*; dis-scale sweep RECIPE begins another"):
+        pipeline.resumed_recipe(sweep, ["train.restarts=7", setting])
+    same = pipeline.resumed_recipe(sweep, [f"name={sweep.recipe.name}", f"storage.root={tmp_path}"])
+    assert (same.name, same.storage.root) == (sweep.recipe.name, str(tmp_path))
 
 
 def test_starting_over_is_an_act_of_one_command(tmp_path: Path) -> None:

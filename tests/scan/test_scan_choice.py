@@ -86,8 +86,8 @@ def test_without_mamba_ssm_the_error_gives_the_install_command() -> None:
     with pytest.raises(UserError) as error:
         choose("mamba", "cuda")
     assert str(error.value) == (
-        "the mamba scan needs mamba-ssm and causal-conv1d: on a machine with nvcc, pip install --no-build-isolation "
-        "-e '.[gpu]' in the repository (got: No module named 'causal_conv1d')"
+        "the mamba scan needs mamba-ssm and causal-conv1d: on a machine with nvcc, in the repository: pip install "
+        "--no-build-isolation -e '.[gpu]' -c constraints.txt (got: No module named 'causal_conv1d')"
     )
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
     assert {name.split("==")[0] for name in extras} == {"mamba-ssm", "causal-conv1d"}

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,10 +113,10 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
 def test_without_classes_the_command_samples_all_of_them_in_turn(files: tuple[Path, Path], tmp_path: Path) -> None:
     command = ["sample", str(files[0]), "--vae", str(files[1]), "--steps", "2", "--out"]
     for name, more in (("all", []), ("named", ["--classes", "0,1,2,3,4,5,6,7,8,9"])):
-        code, output = invoke(*command, str(tmp_path / name), *more)
+        code, output = invoke(*command, str(tmp_path / f"{name}.png"), *more)
         assert code == 0, output
-    assert (tmp_path / "all").read_bytes() == (tmp_path / "named").read_bytes()
-    assert Image.open(tmp_path / "all").size == (10 * 64, 64)
+    assert (tmp_path / "all.png").read_bytes() == (tmp_path / "named.png").read_bytes()
+    assert Image.open(tmp_path / "all.png").size == (10 * 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -281,9 +282,21 @@ def test_a_file_outside_its_sweep_knows_its_classes(files: tuple[Path, Path], tm
     assert json.loads(Image.open(tmp_path / "grid.png").info["columns"]) == ["kind c", "kind a"]
     code, output = invoke(*command, "--classes", "kind k")
     assert (code, "did you mean 'kind " in output, "loading" in output) == (2, True, False)
-    for damaged in (b"", b"\xff" * 40, b"\x05" + bytes(7) + b"no js", b"\x02" + bytes(7) + b"{}"):
+    for damaged in (b"", b"\xff" * 40, b"\x05" + bytes(7) + b"no js", *map(_header, HEADERS)):
         (tmp_path / "named.safetensors").write_bytes(damaged)
         assert find_checkpoint(f"{tmp_path}/named.safetensors").class_names == ()
+
+
+HEADERS = [
+    {}, [], {"__metadata__": None}, {"__metadata__": {"format": "pt"}}, {"__metadata__": {"dis_scale": "[]"}},
+    {"__metadata__": {"dis_scale": '{"sampling": null}'}}, {"__metadata__": {"dis_scale": '{"sampling": {"label_names": null}}'}},
+]  # fmt: skip
+
+
+def _header(content: Any) -> bytes:
+    """The begin of a safetensors file."""
+    text = json.dumps(content).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 def test_a_file_without_facts_is_sampled_by_its_sweep(tmp_path: Path) -> None:
