@@ -181,10 +181,7 @@ class Weights:
         its label, not on `batch`.
         UserError for weights, classes or settings that the model does not have.
         """
-        if isinstance(classes, str):
-            labels: list[int] | None = labels_in_words(self.opened.class_names, classes)
-        else:
-            labels = None if classes is None else [self._label(each) for each in classes]
+        labels = None if classes is None else self._labels(classes)
         if count is None:
             count = len(range(self.opened.model.num_classes or 1) if labels is None else labels)
         if min(count, batch) < 1:
@@ -197,8 +194,11 @@ class Weights:
         )  # fmt: skip
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
 
-    def _label(self, label: int | str) -> int:
-        return labels_in_words(self.opened.class_names, [label])[0] if isinstance(label, str) else int(label)
+    def _labels(self, classes: Sequence[int | str] | str) -> list[int]:
+        names = self.opened.class_names
+        if isinstance(classes, str):
+            return labels_in_words(names, classes)
+        return [labels_in_words(names, [each])[0] if isinstance(each, str) else int(each) for each in classes]
 
 
 def open_weights(

@@ -329,7 +329,7 @@ def resumed_recipe(sweep: Sweep, overrides: list[str]) -> Recipe:
         raise UserError(
             f"{sweep} keeps its name and its place: got {own.name} in {own.storage.root}; dis-scale sweep RECIPE begins another one"
         )
-    recipe = reading.parse(reading.dump(own), where, [f"storage.root={sweep.store}"])
+    recipe = own.model_copy(update={"storage": own.storage.model_copy(update={"root": sweep.store.url})})
     if (expected := Sweep.below(sweep.store, recipe)) != replace(sweep, recipe=recipe):
         raise UserError(f"{sweep} holds the sweep {recipe.name}, which belongs into {expected}: move it there")
     return recipe

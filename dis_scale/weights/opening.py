@@ -229,7 +229,7 @@ def labels_of_all(opened: OpenCheckpoint, how: Literal["balanced", "uniform"], c
 
 
 def _stepped(progress: Progress, done: int, parts: int, step: int, steps: int) -> None:
-    """Tell `progress` a step of the part that follows `done` others."""
+    """Report a step of the part that follows `done` others."""
     progress(done * steps + step, parts * steps)
 
 
@@ -245,8 +245,8 @@ def sample_pictures(
 ) -> Iterator[np.ndarray]:
     """Yield uint8 images of these labels in parts (B, H, W, 3), `batch` at a time.
 
-    `labels` is the number of images of a model without classes. The default of `sampling` is the checkpoint's own. `progress` is
-    told the steps of all parts.
+    `labels` is the number of images of a model without classes. The default of `sampling` is the checkpoint's own. `progress` gets
+    the steps of all parts.
     """
     sampling, count = sampling or opened.sampling, labels if isinstance(labels, int) else len(labels)
     process, model = diffusion.build(opened.process, opened.model.shape), opened.model.to(device)

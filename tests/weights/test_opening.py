@@ -52,10 +52,10 @@ def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
     labels = labels_in_turn(opened, [1, 7], 6)
     assert labels == [1, 7, 1, 7, 1, 7]
     (at_once,) = sample_pictures(opened, labels, sampling=sampling, seed=3, batch=6)
-    told = list[tuple[int, int]]()
-    parts = sample_pictures(opened, labels, sampling=sampling, seed=3, batch=4, progress=lambda *each: told.append(each))
+    reported = list[tuple[int, int]]()
+    parts = sample_pictures(opened, labels, sampling=sampling, seed=3, batch=4, progress=lambda *each: reported.append(each))
     split = np.concatenate(list(parts))
-    assert told == [(done, 10) for done in range(1, 11)], "five steps of two parts"
+    assert reported == [(done, 10) for done in range(1, 11)], "five steps of two parts"
     assert at_once.shape == (6, 32, 32, 3)
     assert np.abs(at_once.astype(int) - split.astype(int)).max() <= 1  # float32 sums of another batch size
     (other,) = sample_pictures(opened, labels, sampling=sampling, seed=4, batch=6)
