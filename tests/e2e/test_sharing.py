@@ -127,6 +127,12 @@ def takers(job: StageJob, count: int, name: str = "precompute") -> list[Any]:
     return [spawn(job, Taker, request_for(name, "cpu", 1)) for _ in range(count)]
 
 
+def started(workers: list[Any]) -> list[Any]:
+    """Wait for the workers' processes: one without is killed when all others have ended, however soon it would have begun."""
+    ray.get([worker.poll.remote() for worker in workers])
+    return workers
+
+
 def test_capacity_is_that_of_the_declared_resource() -> None:
     request = request_for("precompute", "cpu", 1)
     assert request.named() == {"precompute": 1}
@@ -202,7 +208,7 @@ def dealing() -> list[psutil.Process]:
 def test_a_lost_worker_is_reported_soon_and_can_be_replaced(job: StageJob, tmp_path: Path) -> None:
     """The other ends what it has begun, and gets no more numbers until the caller has another beside it."""
     progress: list[list[int]] = []
-    workers = takers(job, 2, "prepare")
+    workers = started(takers(job, 2, "prepare"))
     living, _, failure = share(job, workers, "take", (tmp_path,), [*range(60), -1, *range(60, 1000)], progress.append, POLICY)
     assert isinstance(failure, WorkerFailure)
     assert "a worker was lost" in str(failure)
@@ -220,7 +226,7 @@ def test_a_lost_worker_is_reported_soon_and_can_be_replaced(job: StageJob, tmp_p
 
 
 def test_a_worker_that_hangs_is_killed_and_the_others_go_on(job: StageJob, tmp_path: Path) -> None:
-    workers = takers(job, 2, "prepare")
+    workers = started(takers(job, 2, "prepare"))
     numbers = [*range(20), HANGS, *range(20, 200)]
     living, _, failure = share(job, workers, "take", (tmp_path,), numbers, policy=replace(POLICY, hang_after_s=10.0))
     assert "a worker was lost" in str(failure)
