@@ -38,6 +38,10 @@ WIDE, SIZE = SIZES = (9.0, 4.8), (5.0, 3.8)
 """Inches of a figure for a page, and for half a page or a phone."""
 COLOURS = ("#2d6996", "#d2870f", "#4ba596", "#782dff", "#8787ff", "#875a2d")
 """Of the first models: apart for colour-blind eyes, too, and visible on white and on black; more models take shades."""
+LIGHT = 0.13, 0.29
+"""Luminance, relative to white, between which a colour has a contrast of 3 with a white and a dark page (WCAG 2.2)."""
+LUMINANCE = 0.2126, 0.7152, 0.0722
+"""Shares of red, green and blue in the luminance."""
 NEAR = 5
 """Pixels around a point that no name covers."""
 SEGMENT = 50
@@ -230,8 +234,11 @@ def colours_of(recipe: Recipe) -> dict[str, str]:
 
 
 def shades(count: int) -> list[str]:
-    """Return colours that are read as an order."""
-    return [to_hex(shade) for shade in colormaps["viridis"](np.linspace(0.15, 0.8, count))]
+    """Return colours that are read as an order: viridis', each as light as `LIGHT` says."""
+    hues = colormaps["viridis"](np.linspace(0, 0.95, count))[:, :3]
+    light = np.where(hues <= 0.04045, hues / 12.92, ((hues + 0.055) / 1.055) ** 2.4)  # by sRGB's definition
+    light *= (np.linspace(*LIGHT, count) / (light @ LUMINANCE))[:, None]
+    return [to_hex(hue.clip(0, 1)) for hue in np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)]
 
 
 def ends(values: Sequence[float]) -> tuple[float, float]:

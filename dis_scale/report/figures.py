@@ -41,7 +41,7 @@ def every(report: Report, losses: Mapping[str, Sequence[Row]], published: bool =
         "sample_ms_fid": (sample_distance(report), by_sampling),
         "memory_fid": (memory_distance(report), "Peak memory of training against distance"),
     }
-    wanted = of_study(report) | of_points if report.main else {}
+    wanted = of_study(report) | of_points if any(p.images_seen for p in report.main) else {}
     wanted["training_loss"] = training_loss(report, losses), "Training loss over images seen"
     return {name: (figure, caption) for name, (figure, caption) in wanted.items() if figure}
 
@@ -99,10 +99,10 @@ def compute_distance(report: Report) -> Figure:
 
 
 def compute_loss(report: Report) -> Figure | None:
-    """Plot training compute against the held-out loss: a line for each model; None for a sweep that does not measure it."""
+    """Plot training compute against the held-out loss: a line for each model; None where no point has it beside a distance."""
     loss = replace(report, metric=HELD_OUT, points=[p for p in report.points if HELD_OUT in p.values], floors=[])
     trained = [p for p in loss.main if p.images_seen]
-    if not trained:
+    if not trained or report.metric == HELD_OUT:
         return None
     figure, axes = drawing.new_axes(loss, COMPUTE)
     axes.set_ylabel("held-out loss")

@@ -8,6 +8,7 @@ from rich.table import Table
 from dis_scale.report.points import Report
 from dis_scale.report.published import require_published_protocol
 from dis_scale.report.tables import to_csv
+from dis_scale.storage import lease
 from dis_scale.sweep import Sweep
 from dis_scale.tracking.rows import Row, RowReader
 from dis_scale.upkeep import status
@@ -75,6 +76,7 @@ def _facts(sweep: Sweep, report: Report, losses: Mapping[str, Sequence[Row]]) ->
     now = sweep.folder.time_s()
     times = [row.time for rows in losses.values() for row in rows]
     times += [p.evaluation.time for p in report.points if p.evaluation.time]
+    times += filter(None, [lease.first_taken_at(sweep.lease("sweep"))])
     return Facts(status.collect(sweep, now), now, (min(times), max(times)) if times else None)
 
 

@@ -34,7 +34,7 @@ class Plot(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """How far a sweep is at a time, and the times of the first and the last value measured, if known.
+    """How far a sweep is at a time, and the times of its first command and of the last value measured, if known.
 
     All times are Unix times.
     """
@@ -134,7 +134,7 @@ def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
         span = f"{first:%H:%M} to {'' if first.date() == last.date() else f'{last:%Y-%m-%d} '}{last:%H:%M} UTC"
         found["Stopped" if status.stopped else status.doing.capitalize()] = (
             f"{time_words(times[1] - times[0])}",
-            f"from the first loss to the last result, {first:%Y-%m-%d} {span}",
+            f"from the first command to the last result, {first:%Y-%m-%d} {span}",
         )
     return found
 
@@ -202,12 +202,14 @@ def _section(title: str, pictures: Sequence[Picture], turning: int = 0) -> str:
 
 
 def _table(table: Table, title: str) -> str:
-    """Return a terminal's table; columns of words are on the left."""
+    """Return a terminal's table; columns of words are on the left, and a row of a style has its name as a class."""
     side = [" class='left'" if column.justify == "left" else "" for column in table.columns]
     head = "".join(f"<th{left}>{escape(str(column.header))}</th>" for left, column in zip(side, table.columns, strict=True))
-    rows = zip(*(column.cells for column in table.columns), strict=True)
+    cells = zip(*(column.cells for column in table.columns), strict=True)
     body = "".join(
-        f"<tr>{''.join(f'<td{left}>{escape(str(cell))}</td>' for left, cell in zip(side, row, strict=True))}</tr>" for row in rows
+        f"<tr class='{row.style or ''}'>"
+        f"{''.join(f'<td{left}>{escape(str(cell))}</td>' for left, cell in zip(side, each, strict=True))}</tr>"
+        for row, each in zip(table.rows, cells, strict=True)
     )
     return f"<h2>{escape(title)}</h2><div class='scroll'><table><tr>{head}</tr>{body}</table></div>"
 

@@ -193,6 +193,12 @@ def last_holding(folder: Folder) -> Holding | None:
     return next(iter(last_holdings(folder, 1)), None)
 
 
+def first_taken_at(folder: Folder) -> float | None:
+    """Return the Unix time at which the first of the lease's holders that are still listed took it; None without any."""
+    first = min(filter(str.isdigit, folder.list()), default=None)
+    return (Holder.find_intact(folder, first) or Holder()).at if first else None
+
+
 def last_holdings(folder: Folder, count: int) -> list[Holding]:
     """Return at most `count` of the lease's last holders, the last one first."""
     names = set(folder.list())

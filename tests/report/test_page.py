@@ -5,6 +5,7 @@ import itertools
 import re
 import threading
 from collections import Counter
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from queue import Queue
@@ -14,12 +15,14 @@ import pytest
 
 from dis_scale import report as reports
 from dis_scale.cli import results
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.report import drawing, figures
 from dis_scale.report.serving import serve
 from dis_scale.storage import lease
 from dis_scale.sweep import Sampled, Sweep, command_lease
+from dis_scale.sweep.documents import Metrics
 from dis_scale.tracking.rows import RowWriter
+from tests.conftest import TINY
 from tests.support.commands import invoke
 from tests.support.evaluations import collect, put, sweep_at
 from tests.support.waiting import wait_until
@@ -67,7 +70,7 @@ def test_colours_of_models_are_apart_for_all_eyes_and_visible_on_both_papers(eye
     """A difference of 2 in CIELAB is just seen. Graphics need a contrast of 3 (WCAG 2.1, 1.4.11)."""
     seen = [lab(np.array(eyes) @ linear(colour)) for colour in drawing.COLOURS]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 30
-    luminances = [(TO_XYZ @ linear(colour))[1] for colour in drawing.COLOURS]
+    luminances = [(TO_XYZ @ linear(colour))[1] for colour in (*drawing.COLOURS, *drawing.shades(7), *drawing.shades(20))]
     dark = (TO_XYZ @ linear("#14171a"))[1]
     assert min(1.05 / (luminance + 0.05) for luminance in luminances) > 2.9
     assert min((luminance + 0.05) / (dark + 0.05) for luminance in luminances) > 2.9
@@ -127,6 +130,40 @@ def test_a_running_sweep_has_a_page_before_anything_is_evaluated(tmp_path: Path,
     assert "68 s left" in page.words
     assert "Training loss over images seen" in page.words
     assert "no model is measured" in page.words
+
+
+def test_untrained_weights_alone_are_in_the_table_and_in_no_figure(tmp_path: Path, recipe: Recipe) -> None:
+    begun = sweep_at(tmp_path, "begun", recipe)
+    put(begun, Sampled("dis32", 0), 90.0)
+    page = Page(reports.write(begun, collect(begun))[reports.PAGE])
+    assert ("90 ± 0.5" in page.words, page.of("svg")) == (True, [])
+
+
+def test_the_time_of_a_sweep_begins_with_its_first_command(sweep: Sweep) -> None:
+    for _ in range(2):
+        with lease.hold(sweep.lease("sweep")):
+            pass
+    first = lease.first_taken_at(sweep.lease("sweep"))
+    assert first is not None
+    folder = sweep.evaluation(Sampled("dis64", 160))
+    Metrics.read(folder).changed(time=first + 7200).write(folder)
+    page = Page(reports.write(sweep, collect(sweep))[reports.PAGE])
+    assert f"2.0 hfrom the first command to the last result, {datetime.fromtimestamp(first, UTC):%Y-%m-%d %H:%M} to" in page.words
+
+
+def test_the_row_that_the_note_calls_bold_is_bold_on_the_page(tmp_path: Path) -> None:
+    sweeps = []
+    for name, distances in (("a", [9.0, 9.2, 9.4]), ("b", [5.0, 5.2, 5.1])):
+        made = sweep_at(tmp_path, name, reading.load(TINY, ["models.dit.seeds=3"]))
+        for model, distance in zip(("dit", "dit-seed-1", "dit-seed-2"), distances, strict=True):
+            put(made, Sampled(model, 320), distance)
+        put(made, Sampled("dis", 320), distances[0])
+        made.save_recipe()
+        sweeps.append(made)
+    code, output = invoke("compare", *map(str, sweeps), "--page", str(tmp_path / "both.html"))
+    assert code == 0, output
+    rows = Page((tmp_path / "both.html").read_bytes()).of("tr")
+    assert [row.get("class") for row in rows] == [None, "", "bold"]
 
 
 def test_two_sweeps_have_a_page_with_the_samples_of_both(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
