@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from dis_scale.cli.shared import CHECKPOINT, AsJson, Overrides, RecipePath, VaeOption, load_recipe, require_folder, show
+from dis_scale.cli.shared import (
+    CHECKPOINT,
+    AsJson,
+    Overrides,
+    RecipePath,
+    VaeOption,
+    load_recipe,
+    require_folder,
+    require_there,
+    show,
+    working,
+)
 from dis_scale.process.errors import UserError, nearest
 from dis_scale.recipe.shipped import EMBEDDED
 
@@ -23,7 +34,8 @@ def export(
     from dis_scale.weights import card
 
     require_folder(folder, "FOLDER")
-    opened = card.export_checkpoint(checkpoint, folder, vae, heads)
+    with working("export: reading and writing weights"):
+        opened = card.export_checkpoint(checkpoint, folder, vae, heads)
     document = {"folder": str(folder), "checkpoint": str(opened.located), "notes": opened.notes}
     show(as_json, document, *opened.notes, f"exported {folder}\nnext     fill in {folder / card.CARD}: data, licence")
 
@@ -42,6 +54,7 @@ def import_weights(
     from dis_scale.sweep import Sweep
     from dis_scale.weights import importing as public_weights
 
+    require_there(file)
     if model not in (known := load_recipe(recipe, overrides).models):
         raise UserError(f"--model: the recipe has no {model!r}{nearest(model, known)}: it has {', '.join(known)}")
     settings = load_recipe(recipe, [*(overrides or []), seen := f"models.{model}.train.publish_images=[{images}]"])
@@ -49,7 +62,8 @@ def import_weights(
     storage = settings.storage.model_copy(update={"root": store.url})
     sweep = Sweep.below(store, settings.model_copy(update={"storage": storage}))
     shape = vae.planned_shape(settings.vae, settings.data.resolution)
-    found = public_weights.import_weights(sweep, model, file, shape)
+    with working("import: reading and writing weights"):
+        found = public_weights.import_weights(sweep, model, file, shape)
     stored = model in Sweep.open(sweep.folder.url).recipe.models
     again = f"dis-scale resume {sweep}" if stored else f"dis-scale sweep {recipe or EMBEDDED} --set '{seen}'"
     show(

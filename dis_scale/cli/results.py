@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_file, say, show
+from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_file, require_there, say, show, working
 from dis_scale.process.errors import Held, UserError
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ def report(
         if not opened.report.exists(PAGE):  # as while a sweep runs: the sweep itself leaves the CSV at its end
             write(opened, collect(opened, plan_of(opened)), published, running=True)
         return serve_folder(opened.report, say)
-    points = collect(opened, plan_of(opened))
-    write(opened, points, published)
+    with working("report: reading and drawing"):
+        points = collect(opened, plan_of(opened))
+        write(opened, points, published)
     page = f"{opened.report}/{PAGE}"
     show(as_json, to_json(points) | {"page": page}, table(points), f"page     {page}")
 
@@ -64,7 +65,8 @@ def compare(
             raise UserError("--families compares within one sweep, without --pair, --by-cost and --page")
         from dis_scale.report import families as within
 
-        measured = collect(opened := Sweep.open(a), plan_of(opened))
+        with working("compare: reading"):
+            measured = collect(opened := Sweep.open(a), plan_of(opened))
         compared = within.comparisons(measured, *families)
         lines = within.left_out(measured, *families)
         show(as_json, [each.to_json() for each in compared], within.table(measured.sweep, compared), *lines)
@@ -74,7 +76,8 @@ def compare(
     if page:
         require_file(page, "--page")
     opened_both = Sweep.open(a), Sweep.open(b)
-    first, second = (collect(sweep, plan_of(sweep)) for sweep in opened_both)
+    with working("compare: reading"):
+        first, second = (collect(sweep, plan_of(sweep)) for sweep in opened_both)
     if first.sweep == second.sweep:  # of two storage roots
         first, second = (replace(each, sweep=str(sweep)) for each, sweep in zip((first, second), opened_both, strict=True))
     pairs = (comparison.by_cost if by_cost else comparison.by_name)(first, second)
@@ -85,7 +88,8 @@ def compare(
     found = comparison.differences(first, second, pairs)
     table = comparison.comparison_table(first, second, found)
     if page:
-        page.write_bytes(compare_page(opened_both, (first, second), table))
+        with working("compare: drawing"):
+            page.write_bytes(compare_page(opened_both, (first, second), table))
     show(as_json, [each.to_json() for each in found], table, *([f"page     {page}"] if page else []))
 
 
@@ -96,6 +100,8 @@ def measure(
     as_json: AsJson = False,
 ) -> None:
     """Measure any samples: FID, sFID, Inception Scores, precision and recall, with errors, as ADM's evaluator does."""
+    for pictures in (samples, reference):
+        require_there(pictures)
     import torch
 
     from dis_scale.evaluation import inception, outside
@@ -187,7 +193,8 @@ def sync(
         except Held as error:
             where = f"--uri {into}: its jobs would go on there, in a file of this machine"
             raise Held(f"{where}: leave --uri out, or wait: {error}") from None
-    rows = copy_everything(opened, plan_of(opened).parameters(), into)
+    with working(f"mlflow sync: copying to {into}"):
+        rows = copy_everything(opened, plan_of(opened).parameters(), into)
     show(as_json, {"uri": into, "rows": rows}, f"{rows:,} rows of training and all evaluations are in {into}")
 
 

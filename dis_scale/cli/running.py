@@ -90,7 +90,8 @@ def status(
     from dis_scale.upkeep import status as statuses
 
     root = open_folder(sweep)
-    below = [] if root.exists(RECIPE) else [folder for folder in sweeps_below(root) if folder.exists(RECIPE)]
+    folders = [] if root.exists(RECIPE) else sweeps_below(root) or [root / name for name in root.folders()]  # also outputs/sweeps
+    below = [folder for folder in folders if folder.exists(RECIPE)]
     if every and (as_json or check or below):
         raise UserError("status: expected --watch alone, with one sweep")
     if every:

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +17,7 @@ from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, UserError, shown
 from dis_scale.process.jsonlog import JsonLines
+from dis_scale.process.progress import PLAIN_EVERY_S
 from dis_scale.recipe import shipped
 
 if TYPE_CHECKING:
@@ -101,15 +104,37 @@ def source_images(recipe: "Recipe", given: int | None) -> tuple[int | None, str]
 @contextmanager
 def naming_misspelt(at: str | Path) -> Iterator[None]:
     """Turn a UserError about a path or URL that is not there into one that says so, with the first part that is not."""
-    from dis_scale.storage.folder import open_folder
-    from dis_scale.sweep import missing
-
     try:
         yield
-    except UserError as error:
-        if (folder := open_folder(at)).exists(""):
-            raise
-        raise UserError(f"there is no {at}{missing(folder)}") from error
+    except UserError:
+        require_there(str(at))
+        raise
+
+
+def require_there(at: str) -> None:
+    """UserError if nothing is at a path or URL, with the first part that is not there."""
+    from dis_scale.storage.folder import missing, open_folder
+
+    if not (folder := open_folder(at)).exists(""):
+        raise UserError(f"there is no {at}{missing(folder)}")
+
+
+@contextmanager
+def working(words: str, every_s: float = PLAIN_EVERY_S) -> Iterator[None]:
+    """Say from time to time beside the output that this work goes on: storage may be far, and a sweep large."""
+    ended, began_s = threading.Event(), time.monotonic()
+
+    def say_so() -> None:
+        while not ended.wait(every_s):
+            say_aside(f"{words}, {time.monotonic() - began_s:.0f} s so far")
+
+    thread = threading.Thread(target=say_so, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def load_recipe(recipe: str | Path | None, overrides: list[str] | None = None) -> "Recipe":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, console, load_recipe, naming_misspelt, require_new, say, show
+from dis_scale.cli.shared import AsJson, console, load_recipe, naming_misspelt, require_new, say, show, working
 from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe.shipped import EMBEDDED
 
@@ -77,7 +77,8 @@ def doctor(
     settings, findings = load_recipe(recipe), []
     needs = Needs(settings, open_folder(storage or settings.storage.root))
     for part, check in (checks() | {"ray": _ray}).items():
-        findings.append(each := tried(part, check, needs))
+        with working(f"doctor: {part}"):
+            findings.append(each := tried(part, check, needs))
         if not as_json:
             say(f"{each.state:<10} {each.part:<14} {each.words}")
     show(as_json, [asdict(each) for each in findings])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, naming_misspelt, require_png, say, show
+from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, naming_misspelt, require_png, say, show, working
 from dis_scale.process.errors import DisScaleError, UserError
 
 if TYPE_CHECKING:
@@ -43,11 +43,12 @@ def gc(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
     from dis_scale.upkeep import retention
 
     opened, notes = Sweep.open(sweep), list[retention.Note]()
-    unneeded = retention.find_unneeded(opened)
-    try:
-        unneeded += retention.find_unused(opened.store)
-    except UserError as error:  # a sweep there runs or has no latents yet, so it may come to use any
-        notes.append(retention.Note("kept", str(error)))
+    with working("gc: listing"):
+        unneeded = retention.find_unneeded(opened)
+        try:
+            unneeded += retention.find_unused(opened.store)
+        except UserError as error:  # a sweep there runs or has no latents yet, so it may come to use any
+            notes.append(retention.Note("kept", str(error)))
     delete = partial(retention.delete, unneeded)
     _list_or_delete(unneeded, notes, delete if yes else None, as_json, f"dis-scale gc {sweep} --yes")
 
@@ -63,7 +64,8 @@ def data_gc(
     """
     from dis_scale.upkeep import retention
 
-    unneeded = retention.find_unused(retention.open_store(root))
+    with working("data gc: listing"):
+        unneeded = retention.find_unused(retention.open_store(root))
     delete = partial(retention.delete, unneeded)
     _list_or_delete(unneeded, [], delete if yes else None, as_json, f"dis-scale data gc {root} --yes")
 
@@ -79,7 +81,8 @@ def _list_or_delete(
         for note in notes:
             say(f"{note.kind:<12} {note.words}")
     if delete:
-        delete()
+        with working("deleting"):
+            delete()
     total = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
     document = {
         "parts": [each.to_json() for each in parts], "notes": [note._asdict() for note in notes],
@@ -97,7 +100,8 @@ def delete(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep import removal
 
-    removed = removal.find(Sweep.open(sweep))
+    with working("delete: listing"):
+        removed = removal.find(Sweep.open(sweep))
     delete = partial(removal.delete, removed)
     remedy = f"dis-scale delete {sweep} --yes"
     _list_or_delete(removed.parts, removed.notes, delete if yes else None, as_json, remedy)

@@ -26,7 +26,7 @@ from dis_scale.process.progress import ReportDone
 from dis_scale.process.threads import batched, in_order
 from dis_scale.storage import npy
 from dis_scale.storage.document import FORMAT
-from dis_scale.storage.folder import UNKNOWN, Folder
+from dis_scale.storage.folder import UNKNOWN, Folder, missing, open_folder
 from dis_scale.storage.manifest import Digest
 from dis_scale.sweep.documents import LeftOutByReason, ListingManifest
 
@@ -88,7 +88,7 @@ class Contents(NamedTuple):
     def without_images(self, left_out: LeftOutByReason) -> UserError:
         """Return the error of a source without entries; it says what is there."""
         there = f"; there are {words_of(left_out)}" if left_out else ""
-        return UserError(f"data.source.url: {self.missing}{there}")
+        return UserError(f"data.source.url: {self.missing}{there or missing(open_folder(self.where))}")
 
 
 class Numeral(str):

@@ -31,7 +31,7 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile
 
 from dis_scale.process import faults
-from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError, nearest
 from dis_scale.process.settings import absolute
 from dis_scale.storage import local
 from dis_scale.storage.retries import PATIENT_TRIES, TRIES, cause_of, http_status, with_retries
@@ -339,6 +339,18 @@ class _Ranges(AbstractBufferedFile):  # type: ignore[misc]
 def open_folder(url: str | os.PathLike[str]) -> Folder:
     """Return the folder at a URL or local path (made absolute)."""
     return Folder(absolute(os.fspath(url)))
+
+
+def missing(folder: Folder) -> str:
+    """Return words on the first part of a path or URL that is not there, with the nearest name beside it; '' if all are there."""
+    path = folder.url
+    parent, _, name = path.rpartition("/")
+    while parent.rpartition("/")[0].strip("/:") and not Folder(parent).exists(""):
+        path = parent
+        parent, _, name = path.rpartition("/")
+    names = Folder(parent or "/").list()
+    where = "" if path == folder.url else f": {path} is missing"
+    return "" if name in names else f"{where}{nearest(name, names)}"
 
 
 def locate(url: str) -> tuple[Folder, str]:

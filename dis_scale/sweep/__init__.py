@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dis_scale.process.errors import NoFamily, UserError, nearest
 from dis_scale.recipe import MAIN, Recipe, reading
-from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.folder import Folder, missing, open_folder
 
 RECIPE = "recipe.yaml"
 SWEEPS = "sweeps"
@@ -71,18 +71,6 @@ def folder_around(folder: Folder) -> Folder | None:
     parts = path.split("/")
     above = (replace(folder, url=start + mark + "/".join(parts[:depth])) for depth in range(len(parts), 1, -1))
     return next((each for each in above if each.exists(RECIPE)), None)
-
-
-def missing(folder: Folder) -> str:
-    """Return words on the first part of a path or URL that is not there, with the nearest name beside it; '' if all are there."""
-    path = folder.url
-    parent, _, name = path.rpartition("/")
-    while parent.rpartition("/")[0].strip("/:") and not Folder(parent).exists(""):
-        path = parent
-        parent, _, name = path.rpartition("/")
-    names = Folder(parent or "/").list()
-    where = "" if path == folder.url else f": {path} is missing"
-    return "" if name in names else f"{where}{nearest(name, names)}"
 
 
 def _job_name(stage: str, model: str | None) -> str:

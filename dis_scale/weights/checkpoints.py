@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from dis_scale.process.errors import StorageError, UserError, nearest
 from dis_scale.process.progress import some
-from dis_scale.storage.folder import Folder, locate, open_folder
-from dis_scale.sweep import Run, Sampled, Sweep, folder_around, missing, state
+from dis_scale.storage.folder import Folder, locate, missing, open_folder
+from dis_scale.sweep import Run, Sampled, Sweep, folder_around, state
 from dis_scale.sweep.documents import WEIGHTS_FILE, LatentsManifest, PublishedManifest
 
 MOST_HEADER_BYTES = 100_000_000
@@ -84,13 +84,20 @@ def find_checkpoint(at: str) -> Located:
         name = (manifest.stored_file(WEIGHTS_FILE) if manifest else None) or WEIGHTS_FILE
     else:
         folder, name = locate(folder.url)
+    around = folder_around(folder)
     if not folder.exists(name):
         raise UserError(
             f"no checkpoint at {at}{missing(open_folder(at))}: expected a published folder, a run of a sweep, a .safetensors "
-            "file or a public .pt"
+            f"file or a public .pt{_published_in(around) if around else ''}"
         )
-    around = folder_around(folder)
     return Located(folder, name, Sweep.open(around.url) if around else None)
+
+
+def _published_in(folder: Folder) -> str:
+    """Return words on what a sweep has published."""
+    sweep = Sweep.open(folder.url)
+    runs = [run for model in sweep.recipe.models if state.published_counts(run := sweep.run(model))]
+    return f"; of this sweep {', '.join(str(run.folder) for run in runs)}" if runs else f"; {sweep} has published nothing yet"
 
 
 def _names_in(folder: Folder, name: str) -> tuple[str, ...]:

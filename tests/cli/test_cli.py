@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,15 @@ def test_logs_of_no_job_are_refused(elsewhere: Sweep, options: list[str], line: 
     assert (code, line in " ".join(output.replace("│", "").split())) == (2, True), output
 
 
+def test_a_command_says_from_time_to_time_that_it_works(capsys: pytest.CaptureFixture[str]) -> None:
+    with shared.working("report: reading", every_s=0.1):
+        time.sleep(0.35)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["report: reading, 0 s so far"] * 2
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
 def test_where_nothing_has_begun_status_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, output = invoke("status")
@@ -270,6 +280,9 @@ def test_where_nothing_has_begun_status_says_so(tmp_path: Path, monkeypatch: pyt
         (["report", "sweeps/tiny/report"], "a folder with recipe.yaml: did you mean {}/sweeps/tiny?"),
         (["report", "sweeps/tiny/reprot"], "a folder with recipe.yaml: did you mean {}/sweeps/tiny?"),
         (["sample", "sweeps/tini"], "no checkpoint at sweeps/tini (did you mean 'tiny'?): expected"),
+        (["sample", "sweeps/tiny"], "or a public .pt; {}/sweeps/tiny has published nothing yet"),
+        (["measure", "recipe", "x"], "there is no recipe (did you mean 'recipes'?)"),
+        (["import", "pictures/a.pt", "recipes/own.yaml", "--model", "dis", "--images", "5"], "there is no pictures/a.pt"),
         (["sample", "sweeps/tiny/runs/dit1"], "sweeps/tiny/runs/dit1 (did you mean 'dit'?): expected a published"),
         (["plan", "recpes/own.yaml"], "there is no recpes/own.yaml: {}/recpes is missing (did you mean 'recipes'?)"),
         (["recipe", "show", "recipes/owm.yaml"], "there is no recipes/owm.yaml (did you mean 'own.yaml'?)"),

@@ -136,6 +136,7 @@ def test_all_sweeps_below_a_root_are_listed_and_checked(sweep: Sweep, tmp_path: 
         listed = answer("status", str(tmp_path), "--json")
     assert (code, f"{sweep}: stopped: no sweep command has run yet" in output) == (1, True)
     assert [(each["sweep"], bool(each["stopped"])) for each in listed] == [(str(other), False), (str(sweep), True)]
+    assert [each["sweep"] for each in answer("status", str(tmp_path / "sweeps"), "--json")] == [str(other), str(sweep)]
     other.folder.write(RECIPE, b"name: [")
     code, output = invoke("status", str(tmp_path), "--check")
     assert (code, f"not read: {other}/recipe.yaml" in output, "and 1 more" in output) == (1, True, True)
