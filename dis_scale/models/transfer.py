@@ -1,13 +1,16 @@
 """Learning-rate transfer over width: maximal-update parametrisation for Adam (Yang et al., arXiv 2203.03466, table 3).
 
-A rate that is best at `train.base_width` stays near the best at other widths. Only rates, decays and initial weights change:
-the network computes what it computes without it, so its weights need no further setting. Depth, batch and length of training
-are not covered.
+A rate that is best at `train.base_width` stays near the best at other widths. Only rates, decays, Adam's eps and initial weights
+change: the network computes what it computes without it, so its weights need no further setting. Depth, batch and length of
+training are not covered.
 
-DiT: as in Zheng et al. (arXiv 2505.15270): fixed size of a head, modulations as products within the width. DiS and DiffuSSM:
-experimental. Mamba's scan is no tensor program, so these rules do not cover its dynamics. Vankadara et al. (NeurIPS 2024,
-openreview aQv5AbN1wF) derive some that do; those are not built in. The dynamics keep their rate here, as vectors do;
-benchmarks/results/training.md has the outcome.
+DiT: as in Zheng et al. (arXiv 2505.15270): fixed size of a head, modulations as products within the width.
+
+DiS (S6) and DiffuSSM (S4D): each channel of a scan is a function of that channel's input, step and rates, and in S6 of the values
+of B and C, whose number N does not grow with the width. Such a function is a non-linearity of a tensor program, with N scalars,
+means over the width, as parameters. So B and C are outputs of the width, the step's two products lie within it, and rates, D and
+biases are vectors. Where N grows with the width, no tensor program is left, and other rules hold: Vankadara et al. (NeurIPS 2024,
+openreview aQv5AbN1wF). `mixer: ssd` is not derived. benchmarks/results/training.md has the outcome.
 """
 
 import torch
@@ -17,6 +20,8 @@ from dis_scale.models import construct, families
 from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
 
+EPS = 1e-8
+"""PyTorch's, at the base width."""
 TABLES = ("label.", "position")
 """Beginnings of the names of weights that are looked up, not multiplied."""
 
@@ -43,6 +48,11 @@ def scale_initial(model: Backbone, base_width: int) -> None:
         if model.rate_group(name, weight) == "output":
             weight.mul_(growth[name] ** -0.5)
     model.scale_initial(weights, growth, base_width)
+
+
+def adam_eps(settings: FamilySettings, base_width: int | None) -> float:
+    """Return what Adam adds to a gradient's size. Gradients fall with the width; those of a scan's steps, behind B and C, twice."""
+    return EPS * (base_width / settings.width) ** 2 if base_width else EPS
 
 
 def words(settings: FamilySettings, base_width: int) -> str:

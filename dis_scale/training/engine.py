@@ -211,13 +211,14 @@ def parameter_groups(model: Backbone, settings: Train) -> list[dict[str, Any]]:
     With a base width, a step decays weights by the same share at each width, as Yang et al.'s package `mup` does.
     """
     growth = transfer.fan_in_growth(model, settings.base_width) if settings.base_width else defaultdict(lambda: 1.0)
+    eps = transfer.adam_eps(model.settings, settings.base_width)
     groups = defaultdict[tuple[float, float], list[nn.Parameter]](list)
     for name, parameter in model.named_parameters():
         decay = settings.weight_decay * growth[name] if model.decays(name, parameter) else 0.0
         rate = 1 / growth[name]
         groups[decay, rate].append(parameter)
     ordered = sorted(groups.items(), key=lambda item: item[0][0], reverse=True)  # the norm's bits depend on it
-    return [{"params": each, "weight_decay": decay, "rate": rate} for (decay, rate), each in ordered]
+    return [{"params": each, "weight_decay": decay, "rate": rate, "eps": eps} for (decay, rate), each in ordered]
 
 
 def _deepspeed(device: torch.device) -> Any:
