@@ -92,13 +92,13 @@ def join(nodes: RayNodes, *options: str, cpus: int = 1, **environment: str) -> N
 
 def bad_gpu_or_node(drill: Drill) -> None:
     """Simulated: on one of three nodes each check of the device reports an uncorrectable memory error."""
-    plan = drill.root / "broken"
-    plan.write_text("broken at check times=99\n")
+    plan = drill.plan(f"broken at check\nwait at check until={GO_ON}\nbroken at check times=99\n")
     nodes = drill.cluster(cpus=2, options=[SLOT])
-    join(nodes, SLOT, "--node-name=bad", DIS_SCALE_FAULTS=str(plan))
+    join(nodes, SLOT, "--node-name=bad", DIS_SCALE_FAULTS=plan)
     sweep = drill.start()
     drill.until_logged(sweep, "node bad: failure 1 of its devices")
-    join(nodes, SLOT)
+    join(nodes, SLOT)  # a node takes longer to start than attempts do to fail
+    drill.go_on()
     drill.wait(sweep, DONE)
     drill.expect("node bad: failure 2 of its devices: .*uncorrectable ECC error")
     drill.expect("node bad is excluded after 2 failures: drain it, or repair it")
