@@ -351,8 +351,10 @@ def store_recipe(driver: Driver, first: bool) -> Sweep:
 def begin_tracking(driver: Driver, plan: Plan, uri: str) -> None:
     """Create the sweep's runs in MLflow. If it cannot be reached, log that and continue: it only holds a copy."""
     try:
-        mlflow.create_runs(driver.sweep, uri, plan.parameters())
+        tracking = mlflow.create_runs(driver.sweep, uri, plan.parameters())
         driver.board.say(f"tracking {uri}")
+        for line in mlflow_lines(tracking):
+            driver.board.say(f"mlflow   {line}")
     except DisScaleError:
         raise
     except Exception as error:
