@@ -6,11 +6,12 @@ training are not covered.
 
 DiT: as in Zheng et al. (arXiv 2505.15270): fixed size of a head, modulations as products within the width.
 
-DiS (S6) and DiffuSSM (S4D): each channel of a scan is a function of that channel's input, step and rates, and in S6 of the values
-of B and C, whose number N does not grow with the width. Such a function is a non-linearity of a tensor program, with N scalars,
-means over the width, as parameters. So B and C are outputs of the width, the step's two products lie within it, and rates, D and
-biases are vectors. Where N grows with the width, no tensor program is left, and other rules hold: Vankadara et al. (NeurIPS 2024,
-openreview aQv5AbN1wF). `mixer: ssd` is not derived. benchmarks/results/training.md has the outcome.
+DiS (S6) and DiffuSSM (S4D) are experimental. Each channel of a scan is a function of that channel's input, step and rates, and in
+S6 of the values of B and C, whose number N does not grow with the width: a non-linearity with N means over the width as parameters.
+So B and C start and learn as outputs, the step's two products lie within the width, and rates, D and biases are vectors. No theorem
+covers it: in the limit B and C start at zero, each without a gradient before the other has moved, and Adam moves them by the sign
+of what is left. Vankadara et al. (NeurIPS 2024, openreview aQv5AbN1wF) derive rules of their own for Mamba; those are not built in.
+`mixer: ssd` is refused. benchmarks/results/training.md has the outcome.
 """
 
 import torch
@@ -51,8 +52,11 @@ def scale_initial(model: Backbone, base_width: int) -> None:
 
 
 def adam_eps(settings: FamilySettings, base_width: int | None) -> float:
-    """Return what Adam adds to a gradient's size. Gradients fall with the width; those of a scan's steps, behind B and C, twice."""
-    return EPS * (base_width / settings.width) ** 2 if base_width else EPS
+    """Return what Adam adds to a gradient's size: less above the base width.
+
+    There gradients fall with the width, and those of a scan's steps, until B and C have moved, with its square.
+    """
+    return EPS * min(1.0, base_width / settings.width) ** 2 if base_width else EPS
 
 
 def words(settings: FamilySettings, base_width: int) -> str:

@@ -144,6 +144,7 @@ def test_nothing_changes_at_the_base_width(settings: Dit | Dis | DiffuSsm) -> No
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), scaled.parameters(), strict=True))
     groups = [parameter_groups(model, train(base_width)) for base_width in (None, 64)]
     assert groups[0] == groups[1]
+    assert {group["eps"] for group in parameter_groups(model, train(128))} == {1e-8}, "nor Adam's eps below it"
 
 
 def train(base_width: int | None) -> Train:
@@ -171,6 +172,7 @@ def test_sums_over_the_width_learn_slower_and_decay_as_fast(settings: Dit | Dis 
     plain, scaled = ({p: g for g in parameter_groups(model, train(b)) for p in g["params"]} for b in (None, 32))
     for name, p in model.named_parameters():
         assert scaled[p]["rate"] == plain[p]["rate"] / growth[name], name
+        assert scaled[p]["eps"] == plain[p]["eps"] / 4
         assert scaled[p]["weight_decay"] * scaled[p]["rate"] == pytest.approx(plain[p]["weight_decay"] * plain[p]["rate"])
 
 
@@ -178,4 +180,4 @@ def test_sums_over_the_width_learn_slower_and_decay_as_fast(settings: Dit | Dis 
 def test_the_model_says_its_factor(settings: Dit | Dis | DiffuSsm) -> None:
     line = transfer.words(settings, 32)
     assert line.startswith("learning rate of sums over the width x 0.5 (width 64, base_width 32")
-    assert "experimental" not in line, "so says a family without `transfers`"
+    assert ("experimental" in line) == (settings.kind != "dit")

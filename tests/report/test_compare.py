@@ -18,7 +18,7 @@ from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics
 from tests.conftest import TINY
 from tests.support.documents import SAMPLING
-from tests.support.evaluations import collect, compared, put, sweep_at
+from tests.support.evaluations import collect, compared, put, sweep_at, two_with_seeds
 
 
 def test_differences_of_two_sweeps_have_errors(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
@@ -39,13 +39,7 @@ def test_differences_of_two_sweeps_have_errors(sweep: Sweep, tmp_path: Path, rec
 
 
 def test_only_a_difference_over_seeds_is_significant(tmp_path: Path) -> None:
-    sweeps = []
-    for name, distances in (("a", [9.0, 9.2, 9.4]), ("b", [5.0, 5.2, 5.1])):
-        made = sweep_at(tmp_path, name, reading.load(TINY, ["models.dit.seeds=3"]))
-        for model, distance in zip(("dit", "dit-seed-1", "dit-seed-2"), distances, strict=True):
-            put(made, Sampled(model, 320), distance)
-        put(made, Sampled("dis", 320), distances[0])
-        sweeps.append(collect(made))
+    sweeps = [collect(sweep) for sweep in two_with_seeds(tmp_path)]
     found = {d.a.model: d for d in compare.differences(*sweeps, compare.by_name(*sweeps))}
     assert {model: d.significant for model, d in found.items()} == {"dit": True, "dis": False}
     assert "bold: Welch's test refuses at 5 %" in compared(*sweeps)

@@ -15,16 +15,15 @@ import pytest
 
 from dis_scale import report as reports
 from dis_scale.cli import results
-from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe import Recipe
 from dis_scale.report import drawing, figures
 from dis_scale.report.serving import serve
 from dis_scale.storage import lease
 from dis_scale.sweep import Sampled, Sweep, command_lease
 from dis_scale.sweep.documents import Metrics
 from dis_scale.tracking.rows import RowWriter
-from tests.conftest import TINY
 from tests.support.commands import invoke
-from tests.support.evaluations import collect, put, sweep_at
+from tests.support.evaluations import collect, put, sweep_at, two_with_seeds
 from tests.support.waiting import wait_until
 
 PROTAN = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
@@ -152,15 +151,7 @@ def test_the_time_of_a_sweep_begins_with_its_first_command(sweep: Sweep) -> None
 
 
 def test_the_row_that_the_note_calls_bold_is_bold_on_the_page(tmp_path: Path) -> None:
-    sweeps = []
-    for name, distances in (("a", [9.0, 9.2, 9.4]), ("b", [5.0, 5.2, 5.1])):
-        made = sweep_at(tmp_path, name, reading.load(TINY, ["models.dit.seeds=3"]))
-        for model, distance in zip(("dit", "dit-seed-1", "dit-seed-2"), distances, strict=True):
-            put(made, Sampled(model, 320), distance)
-        put(made, Sampled("dis", 320), distances[0])
-        made.save_recipe()
-        sweeps.append(made)
-    code, output = invoke("compare", *map(str, sweeps), "--page", str(tmp_path / "both.html"))
+    code, output = invoke("compare", *map(str, two_with_seeds(tmp_path)), "--page", str(tmp_path / "both.html"))
     assert code == 0, output
     rows = Page((tmp_path / "both.html").read_bytes()).of("tr")
     assert [row.get("class") for row in rows] == [None, "", "bold"]

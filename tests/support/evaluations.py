@@ -34,6 +34,19 @@ def sweep_at(root: Path, name: str, recipe: Recipe) -> Sweep:
     return Sweep(open_folder(root) / "sweeps" / name, recipe)
 
 
+def two_with_seeds(root: Path) -> list[Sweep]:
+    """Two sweeps: the second one's `dit` is better over its three seeds, and both have the same `dis`."""
+    sweeps = []
+    for name, distances in (("a", [9.0, 9.2, 9.4]), ("b", [5.0, 5.2, 5.1])):
+        made = sweep_at(root, name, reading.load(TINY, ["models.dit.seeds=3"]))
+        for model, distance in zip(("dit", "dit-seed-1", "dit-seed-2"), distances, strict=True):
+            put(made, Sampled(model, 320), distance)
+        put(made, Sampled("dis", 320), distances[0])
+        made.save_recipe()
+        sweeps.append(made)
+    return sweeps
+
+
 def collect(sweep: Sweep) -> reports.Report:
     return reports.collect(sweep, price_sweep(sweep.recipe, SHAPE))
 

@@ -32,10 +32,10 @@ SETTINGS = Train(
 )  # fmt: skip
 CLIP = {"dit": 0.5, "dis": 0.9}
 PROCESS = diffusion.build(Flow(kind="flow"), SHAPE)
-MOMENTS, MOVES = 1e-6, 8e-4
-"""Largest relative errors. float32 rounds a gradient to 6e-8: moments agree to 1.4e-7. Weights move by up to 4e-4 otherwise, since
-attention's keys have a bias without a gradient: Adam divides its rounding errors by their own size, with a quarter of the base
-width's eps."""
+MOMENTS, MOVES = 1e-6, {"dit": 8e-4, "dis": 2e-6}
+"""Largest relative errors. float32 rounds a gradient to 6e-8: moments agree to 1.4e-7, DiS's weights to 8e-7. DiT's move by up to
+4e-4 otherwise, since attention's keys have a bias without a gradient: Adam divides its rounding errors by their own size, with a
+quarter of the base width's eps."""
 
 
 def initial_model(name: str, checkpointing: str = "none") -> Backbone:
@@ -127,6 +127,7 @@ def takes_the_same_steps(name: str, checkpointing: str, stage: int) -> None:
         loop.train_step(state, PROCESS, settings, inputs, 8 * step)
         norms.append(state.gradient_norm)
     assert norms == pytest.approx(plain(name).norms, rel=MOMENTS)
+    assert {group["eps"] for group in state.optimizer.param_groups} == {1e-8 / 4}
     assert min(norms) < settings.clip < max(norms), "some steps are clipped"
     for kind in state.kinds:
         expected, error, size = plain(name).state(kind), 0.0, 0.0
@@ -135,4 +136,4 @@ def takes_the_same_steps(name: str, checkpointing: str, stage: int) -> None:
             error += float((flat - exact).square().sum())
             size += float((exact - (0 if kind in engine.MOMENTS else before)).square().sum())
         assert size > 0, (stage, kind)
-        assert (error / size) ** 0.5 < (MOMENTS if kind in engine.MOMENTS else MOVES), (stage, kind)
+        assert (error / size) ** 0.5 < (MOMENTS if kind in engine.MOMENTS else MOVES[name]), (stage, kind)

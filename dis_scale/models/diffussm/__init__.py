@@ -21,4 +21,4 @@ def _network(*arguments: Any) -> "Backbone":
     return DiffuSSM(*arguments)
 
 
-FAMILY = Family(DiffuSsm, _network, presets=SIZES, marker="^", line="-.", transfers=True)
+FAMILY = Family(DiffuSsm, _network, presets=SIZES, marker="^", line="-.")

@@ -60,7 +60,6 @@ FAMILY = Family(
     },
     marker="o",
     line="-",
-    transfers=True,
     scans=frozenset({"auto", "reference", "native", "triton", "mamba", "chunked"}),
     thop_gflops=_thop_gflops,
     public=_public,
