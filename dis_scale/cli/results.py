@@ -34,7 +34,8 @@ def report(
         from dis_scale.report.serving import serve as serve_folder
 
         if not opened.report.exists(PAGE):  # as while a sweep runs: the sweep itself leaves the CSV at its end
-            write(opened, collect(opened, plan_of(opened)), published, running=True)
+            with working("report: reading and drawing"):
+                write(opened, collect(opened, plan_of(opened)), published, running=True)
         return serve_folder(opened.report, say)
     with working("report: reading and drawing"):
         points = collect(opened, plan_of(opened))

@@ -19,6 +19,7 @@ from dis_scale.cli.shared import (
     say,
     say_aside,
     show,
+    working,
 )
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Storage
@@ -101,8 +102,9 @@ def status(
     found, unread = list[statuses.Status](), list[str]()
     for url in [folder.url for folder in below] or [sweep]:
         try:
-            opened = Sweep.open(url)
-            found.append(statuses.collect(opened, opened.folder.time_s()))
+            with working(f"status: reading {url}"):
+                opened = Sweep.open(url)
+                found.append(statuses.collect(opened, opened.folder.time_s()))
         except DisScaleError as error:
             if not below:
                 raise

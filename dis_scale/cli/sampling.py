@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from dis_scale.cli.checkpoints import Heads
-from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_file, require_png, say, say_aside, show
+from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_file, require_png, say, say_aside, show, working
 from dis_scale.process.errors import UserError
 
 ADM_SAMPLES = 50_000
@@ -58,7 +58,8 @@ def sample(
 
     aside = say_aside if as_json else say
     require_file(npz, "--npz") if npz else require_png(out)
-    located = find_checkpoint(checkpoint)  # misspelt paths and classes are refused before PyTorch is loaded, which takes seconds
+    with working("sample: reading"):
+        located = find_checkpoint(checkpoint)  # misspelt paths and classes are refused before PyTorch is loaded: it takes seconds
     chosen = None if classes is None else labels_in_words(located.class_names, classes)
     aside("loading  the model; its kernels are compiled at their first use on a machine")
     import numpy as np

@@ -65,7 +65,9 @@ def data_gc(
     from dis_scale.upkeep import retention
 
     with working("data gc: listing"):
-        unneeded = retention.find_unused(retention.open_store(root))
+        with naming_misspelt(root):
+            store = retention.open_store(root)
+        unneeded = retention.find_unused(store)
     delete = partial(retention.delete, unneeded)
     _list_or_delete(unneeded, [], delete if yes else None, as_json, f"dis-scale data gc {root} --yes")
 

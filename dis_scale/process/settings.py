@@ -31,7 +31,7 @@ class LatentShape(NamedTuple):
 
 def absolute(url: str) -> str:
     """Return a URL or path without a slash at its end; a local path is made absolute, and begins at the home folder for `~`."""
-    text = url.rstrip("/")
+    text = url.rstrip("/") or "/"
     if text.startswith("file://") or "://" not in text:
         return str(Path(text.removeprefix("file://")).expanduser().absolute())
     return text

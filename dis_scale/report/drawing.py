@@ -234,8 +234,8 @@ def colours_of(recipe: Recipe) -> dict[str, str]:
 
 
 def shades(count: int) -> list[str]:
-    """Return colours that are read as an order: viridis', each as light as `LIGHT` says."""
-    hues = colormaps["viridis"](np.linspace(0, 0.95, count))[:, :3]
+    """Return colours that all eyes read as an order: cividis', each as light as `LIGHT` says."""
+    hues = colormaps["cividis"](np.linspace(0, 1, count))[:, :3]
     light = np.where(hues <= 0.04045, hues / 12.92, ((hues + 0.055) / 1.055) ** 2.4)  # by sRGB's definition
     light *= (np.linspace(*LIGHT, count) / (light @ LUMINANCE))[:, None]
     return [to_hex(hue.clip(0, 1)) for hue in np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)]

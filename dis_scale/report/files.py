@@ -76,8 +76,10 @@ def _facts(sweep: Sweep, report: Report, losses: Mapping[str, Sequence[Row]]) ->
     now = sweep.folder.time_s()
     times = [row.time for rows in losses.values() for row in rows]
     times += [p.evaluation.time for p in report.points if p.evaluation.time]
-    times += filter(None, [lease.first_taken_at(sweep.lease("sweep"))])
-    return Facts(status.collect(sweep, now), now, (min(times), max(times)) if times else None)
+    found, began = status.collect(sweep, now), lease.first_taken_at(sweep.lease("sweep"))
+    last = now if found.at_work else max(times, default=None)
+    first = min([*times, *filter(None, [began])], default=None)
+    return Facts(found, now, None if first is None or last is None else (first, last))
 
 
 def _losses(sweep: Sweep) -> dict[str, list[Row]]:

@@ -34,7 +34,7 @@ class Plot(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """How far a sweep is at a time, and the times of its first command and of the last value measured, if known.
+    """How far a sweep is at a time, and the times of its first command and of the last value measured, or now while it is at work.
 
     All times are Unix times.
     """
@@ -134,7 +134,7 @@ def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
         span = f"{first:%H:%M} to {'' if first.date() == last.date() else f'{last:%Y-%m-%d} '}{last:%H:%M} UTC"
         found["Stopped" if status.stopped else status.doing.capitalize()] = (
             f"{time_words(times[1] - times[0])}",
-            f"from the first command to the last result, {first:%Y-%m-%d} {span}",
+            f"from the first command to {'now' if status.at_work else 'the last result'}, {first:%Y-%m-%d} {span}",
         )
     return found
 

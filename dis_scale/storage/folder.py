@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -310,7 +311,12 @@ class Folder:
         def once() -> T:
             fs, base = _client(self.url)
             faults.at(verb, path=full)
-            return action(fs, f"{base}/{path}" if path else base)  # fsspec would expand `*` and `::` in a name
+            try:
+                return action(fs, f"{base}/{path}" if path else base)  # fsspec would expand `*` and `::` in a name
+            except NotADirectoryError as error:
+                if verb == "list":  # below a file there is nothing
+                    raise FileNotFoundError(errno.ENOENT, str(error), full) from error
+                raise
 
         done = with_retries(once, f"cannot {verb} {full}", self.tries, None if self.local else store)
         if verb in ("write", "create"):
@@ -337,20 +343,22 @@ class _Ranges(AbstractBufferedFile):  # type: ignore[misc]
 
 
 def open_folder(url: str | os.PathLike[str]) -> Folder:
-    """Return the folder at a URL or local path (made absolute)."""
-    return Folder(absolute(os.fspath(url)))
+    """Return the folder at a URL or local path (made absolute); UserError for an empty one, which would be the current folder."""
+    if not (text := os.fspath(url)).strip():
+        raise UserError("the path or URL of a folder is empty: is a variable not set?")
+    return Folder(absolute(text))
 
 
 def missing(folder: Folder) -> str:
     """Return words on the first part of a path or URL that is not there, with the nearest name beside it; '' if all are there."""
-    path = folder.url
-    parent, _, name = path.rpartition("/")
-    while parent.rpartition("/")[0].strip("/:") and not Folder(parent).exists(""):
-        path = parent
-        parent, _, name = path.rpartition("/")
-    names = Folder(parent or "/").list()
-    where = "" if path == folder.url else f": {path} is missing"
-    return "" if name in names else f"{where}{nearest(name, names)}"
+    start, mark, path = folder.url.rpartition("://")
+    parts = path.split("/")
+    above = [start + mark + ("/".join(parts[:depth]) or "/") for depth in range(1, len(parts) + 1)]  # from the root or bucket on
+    for (parent, child), name in zip(pairwise(above), parts[1:], strict=True):
+        if not Folder(child).exists(""):
+            names = Folder(parent).list()
+            return ("" if child == folder.url else f": {child} is missing") + nearest(name, names)
+    return ""
 
 
 def locate(url: str) -> tuple[Folder, str]:
@@ -420,7 +428,7 @@ def _client(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.url_to_fs(url, **_options(url))
     except (ImportError, ValueError) as error:
-        raise UserError(f"storage {url}: {error}") from error
+        raise UserError(f"storage {url}: {error}; expected a path, s3://bucket/prefix, or another URL that fsspec knows") from error
     if url.startswith("s3://") and fs.retries > 1:
         from botocore import handlers
 

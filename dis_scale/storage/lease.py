@@ -183,9 +183,9 @@ def live_holders(folders: Iterable[Folder]) -> dict[Folder, Holder]:
 
 
 def earlier(names: Collection[str]) -> list[str]:
-    """Return those of a lease's files that belong to another holder than the last."""
-    latest = _highest(names)
-    return [name for name in names if (number := name.partition(".")[0]).isdigit() and int(number) < latest]
+    """Return those of a lease's files that belong to another holder than the last, and the first: it shows when the work began."""
+    latest, first = _highest(names), min(filter(str.isdigit, names), default=None)
+    return [name for name in names if (number := name.partition(".")[0]).isdigit() and int(number) < latest and name != first]
 
 
 def last_holding(folder: Folder) -> Holding | None:
@@ -194,7 +194,7 @@ def last_holding(folder: Folder) -> Holding | None:
 
 
 def first_taken_at(folder: Folder) -> float | None:
-    """Return the Unix time at which the first of the lease's holders that are still listed took it; None without any."""
+    """Return the Unix time at which the lease's first holder took it; None without any."""
     first = min(filter(str.isdigit, folder.list()), default=None)
     return (Holder.find_intact(folder, first) or Holder()).at if first else None
 

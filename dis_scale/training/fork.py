@@ -26,7 +26,11 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     is left. UserError if it cannot be done; Held while a command runs the sweep, whose recipe would change under it.
     """
     with lease.hold(command_lease(sweep.folder)) as held:
-        return _fork(Sweep.open(sweep.folder.url), model, images_seen, new, settings, held)  # another may have forked meanwhile
+        try:  # another may have forked meanwhile
+            return _fork(Sweep.open(sweep.folder.url), model, images_seen, new, settings, held)
+        except UserError as error:
+            refusal = error
+    raise refusal  # behind the lease, of which it would be the end: the sweep itself has not failed
 
 
 def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequence[str], held: Lease) -> Run:

@@ -97,7 +97,7 @@ def _published_in(folder: Folder) -> str:
     """Return words on what a sweep has published."""
     sweep = Sweep.open(folder.url)
     runs = [run for model in sweep.recipe.models if state.published_counts(run := sweep.run(model))]
-    return f"; of this sweep {', '.join(str(run.folder) for run in runs)}" if runs else f"; {sweep} has published nothing yet"
+    return f": of this sweep's, {' or '.join(str(run.folder) for run in runs)}" if runs else f"; {sweep} has published nothing yet"
 
 
 def _names_in(folder: Folder, name: str) -> tuple[str, ...]:

@@ -198,7 +198,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"cannot read weights from {path}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"cannot read weights from {path}: {' '.join(repr(error).split())[:200]}") from None
     weights = data.get("ema", data) if isinstance(data, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} holds no state dict: expected tensors by name, or a training state with 'ema'")

@@ -22,6 +22,7 @@ from dis_scale.storage import lease
 from dis_scale.sweep import Sampled, Sweep, command_lease
 from dis_scale.sweep.documents import Metrics
 from dis_scale.tracking.rows import RowWriter
+from dis_scale.upkeep import retention
 from tests.support.commands import invoke
 from tests.support.evaluations import collect, put, sweep_at, two_with_seeds
 from tests.support.waiting import wait_until
@@ -67,8 +68,9 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("eyes", [np.eye(3), PROTAN, DEUTAN])
 def test_colours_of_models_are_apart_for_all_eyes_and_visible_on_both_papers(eyes: np.ndarray) -> None:
     """A difference of 2 in CIELAB is just seen. Graphics need a contrast of 3 (WCAG 2.1, 1.4.11)."""
-    seen = [lab(np.array(eyes) @ linear(colour)) for colour in drawing.COLOURS]
-    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 30
+    for colours, apart in ((drawing.COLOURS, 30), (drawing.shades(7), 13), (drawing.shades(12), 6)):
+        seen = [lab(np.array(eyes) @ linear(colour)) for colour in colours]
+        assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > apart
     luminances = [(TO_XYZ @ linear(colour))[1] for colour in (*drawing.COLOURS, *drawing.shades(7), *drawing.shades(20))]
     dark = (TO_XYZ @ linear("#14171a"))[1]
     assert min(1.05 / (luminance + 0.05) for luminance in luminances) > 2.9
@@ -129,6 +131,7 @@ def test_a_running_sweep_has_a_page_before_anything_is_evaluated(tmp_path: Path,
     assert "68 s left" in page.words
     assert "Training loss over images seen" in page.words
     assert "no model is measured" in page.words
+    assert "from the first command to now" in page.words
 
 
 def test_untrained_weights_alone_are_in_the_table_and_in_no_figure(tmp_path: Path, recipe: Recipe) -> None:
@@ -148,6 +151,10 @@ def test_the_time_of_a_sweep_begins_with_its_first_command(sweep: Sweep) -> None
     Metrics.read(folder).changed(time=first + 7200).write(folder)
     page = Page(reports.write(sweep, collect(sweep))[reports.PAGE])
     assert f"2.0 hfrom the first command to the last result, {datetime.fromtimestamp(first, UTC):%Y-%m-%d %H:%M} to" in page.words
+    with lease.hold(sweep.lease("sweep")):
+        pass
+    retention.delete(retention.find_unneeded(sweep))
+    assert lease.first_taken_at(sweep.lease("sweep")) == first, "also after gc"
 
 
 def test_the_row_that_the_note_calls_bold_is_bold_on_the_page(tmp_path: Path) -> None:

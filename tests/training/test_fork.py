@@ -105,3 +105,6 @@ def test_an_impossible_fork_is_refused_and_writes_nothing(sweep: Sweep, model: s
     with pytest.raises(UserError, match=words):
         fork_run(sweep, model, images, new)
     assert sweep.folder.list("runs") == before
+    (holding,) = lease.last_holdings(sweep.lease("sweep"), 1)
+    assert holding.end is not None
+    assert holding.end.why == "", "the sweep itself has not failed"

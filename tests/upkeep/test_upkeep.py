@@ -215,7 +215,7 @@ def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path)
     retention.delete(found)
     gone = before - {path for path in tmp_path.rglob("*") if path.is_file()}
     assert gone == {Path(str(each.folder)) / name for each in found for name in each.sizes}
-    assert {path.name for path in gone if path.parent.name == "lease"} == {"0001", "0001.end"}
+    assert {path.name for path in gone if path.parent.name == "lease"} == {"0001.end"}
     assert (store.list("latents"), store.list("listings")) == (["used"], [used.name])
     assert retention.find_unneeded(sweep) + retention.find_unused(store) == []
     assert verified(sweep) == []
