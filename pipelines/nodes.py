@@ -149,7 +149,8 @@ def failed(sweep: Sweep, nodes: Sequence[Node]) -> dict[str, str]:
 def excluded(job: StageJob, nodes: Sequence[Node], enough: Callable[[Collection[str]], bool]) -> list[str]:
     """Return the ids of the nodes to avoid; none, with a line, unless the other nodes are `enough` without them."""
     bad = failed(job.sweep, nodes)
-    if bad and not enough(bad.keys()):
+    job.reuses_excluded = bool(bad) and not enough(bad.keys())
+    if job.reuses_excluded:
         job.emit("exclusion_ignored", nodes=sorted(bad.values()))
         job.say(f"the other nodes have no capacity: excluded nodes are used again: {', '.join(sorted(bad.values()))}")
         return []

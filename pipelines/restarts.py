@@ -19,6 +19,8 @@ LONGEST_FOR_DEVICE_S = 1800.0
 which 100 attempts outlast."""
 WORKED_S = 3600.0
 """Time of an attempt after which storage was there in it: one that is away ends an attempt within minutes."""
+REPLACED_S = 3600.0
+"""Time for which failures of an excluded node do not count while another is gone: a new one starts later than attempts fail."""
 NEAR_STEPS = 2
 """Most steps between crashes at the same place: progress is asked for each second, and a process that dies tells no more."""
 SAME, ALWAYS = 5, 10
@@ -31,12 +33,13 @@ Before an attempt's first step much fails that passes, such as connections: ther
 def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | None], T], stored: Callable[[], int]) -> T:
     """Return the attempt's result. After a failure run it again with that failure, as often as the recipe allows.
 
-    Only consecutive attempts without progress (`stored` has not grown) count towards the limit, and none that ended because storage
-    was away. The wait between them doubles. DisScaleError after the last, or when the crash is deterministic; StorageAway when
-    storage has been away for too long.
+    Only consecutive attempts without progress (`stored` has not grown) count towards the limit; of an hour neither those that ended
+    because storage was away, nor those of a device on an excluded node that is used in place of one that is gone. The wait between
+    them doubles. DisScaleError after the last, or when the crash is deterministic; StorageAway when storage has been away for too
+    long.
     """
-    failures: list[WorkerFailure] = []
-    before, away_since_s, in_a_row = _stored_or(0, stored), float("inf"), 0
+    failures, seen = list[WorkerFailure](), frozenset[str]()
+    before, away_since_s, reused_since_s, in_a_row = _stored_or(0, stored), float("inf"), float("inf"), 0
     near = NEAR_STEPS * job.recipe.train.batch_images
     while True:
         began_s, job.placed = job.now_s(), frozenset()
@@ -47,7 +50,7 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
                 raise
             job.raise_if_stopped()
             failure = error if isinstance(error, WorkerFailure) else WorkerFailure(describe(error), cause=blame(error))
-        failure.nodes = job.placed
+        failure.nodes, seen = job.placed, seen | job.placed
         so_far = [*failures, failure]  # also of earlier ones: Ray calls a silent node dead after 30 s
         gone = job.gone_of(frozenset().union(*(each.nodes for each in so_far)))
         for each in so_far:
@@ -55,17 +58,22 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
         now = _stored_or(before, stored)
         failures, in_a_row = (failures, in_a_row + 1) if now == before else ([], 1)
         if now != before or job.now_s() - began_s > WORKED_S:
-            away_since_s = float("inf")  # it was there meanwhile: this is another outage
+            away_since_s = reused_since_s = float("inf")  # it was there meanwhile: this is another outage
         before = now
+        reused = failure.cause == "device" and job.reuses_excluded and len(seen) > 1
+        reused_since_s = min(reused_since_s, job.now_s()) if reused else float("inf")
+        awaits_node = reused and job.now_s() - reused_since_s < REPLACED_S
         if failure.cause == "storage":
             away_since_s = min(away_since_s, job.now_s())
             if job.now_s() - away_since_s > STORAGE_AWAY_S:
                 raise StorageAway(f"{name}: storage has been away for {STORAGE_AWAY_S / 60:.0f} minutes: {failure}") from failure
+        elif awaits_node:
+            away_since_s = float("inf")
         else:
             failures, away_since_s = [*failures, failure], float("inf")
             if len(failures) > job.recipe.train.restarts or _deterministic(failures, near):
                 raise DisScaleError(_last_words(name, failures, near)) from failure
-        longest_s = LONGEST_FOR_DEVICE_S if failure.cause == "device" else LONGEST_BACKOFF_S
+        longest_s = LONGEST_FOR_DEVICE_S if failure.cause == "device" and not awaits_node else LONGEST_BACKOFF_S
         wait_s = min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(in_a_row - 2, 10)) if in_a_row > 1 else 0.0
         left = job.recipe.train.restarts - len(failures)
         counts.add(counts.RESTARTS)

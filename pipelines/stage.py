@@ -48,6 +48,8 @@ class StageJob:
     """The resources that each worker asked for, by its actor's id."""
     placed: frozenset[str] = frozenset()
     """Names of the nodes that the current attempt runs on."""
+    reuses_excluded: bool = False
+    """Whether it uses nodes whose devices failed, since the others have no capacity."""
     held: Lease | None = None
     """The stage's lease, while this job holds it."""
     dealer: Any = None

@@ -40,6 +40,9 @@ def test_without_capacity_elsewhere_the_node_is_used_again(job: RecordedJob) -> 
     assert nodes.excluded(job, LIVING, lambda ids: bool(given.append(set(ids)))) == []
     assert given == [{"id-a"}], "a node that is gone excludes nothing"
     assert job.events_named("exclusion_ignored") == [{"event": "exclusion_ignored", "nodes": ["a"]}]
+    assert job.reuses_excluded
+    nodes.excluded(job, LIVING, lambda _: True)
+    assert not job.reuses_excluded
 
 
 def test_a_node_that_is_forgiven_is_used_again_and_no_other(job: RecordedJob) -> None:

@@ -54,6 +54,31 @@ def test_a_device_that_is_the_only_one_is_waited_for_and_not_called_a_mistake(ti
     assert sum(job.pauses) > 45 * 3600
 
 
+@pytest.mark.parametrize(("placed", "tries"), [("ab", 69), ("a", 4)])
+def test_a_bad_node_is_used_for_an_hour_until_another_takes_the_place_of_one_that_is_gone(
+    job: RecordedJob, placed: str, tries: int
+) -> None:
+    """A new node starts in minutes, attempts on the bad one fail in seconds; where there was no other node, none is waited for."""
+    made = 0
+
+    def attempt(_: WorkerFailure | None, last: int = 0) -> str:
+        nonlocal made
+        made += 1
+        job.placed, job.reuses_excluded = frozenset(placed), True
+        if made == last:
+            return "trained"
+        raise WorkerFailure("ECC", 112, cause="device")
+
+    if len(placed) > 1:
+        assert with_restarts(job, "dis", lambda failure: attempt(failure, last=15), lambda: 80) == "trained"
+        assert max(job.pauses) == 60
+        job.pauses.clear()
+        made = 0
+    with pytest.raises(DisScaleError, match="dis: 4 attempts in a row failed without progress: ECC"):
+        with_restarts(job, "dis", attempt, lambda: 80)
+    assert made == tries
+
+
 def test_failures_at_different_counts_are_not(job: RecordedJob) -> None:
     failures: list[Exception] = [WorkerFailure("worker lost", done) for done in (96, 112, 96, 128)]
     with pytest.raises(DisScaleError, match="dis: 4 attempts in a row failed without progress: worker lost"):
