@@ -324,6 +324,8 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
         elif line and line.kind == "message":
             driver.board.say(f"  {line.text}")
     go_on(driver)
+    if not driver.as_json:
+        driver.board.at_work(name)
     if progress and name in STAGES:
         with suppress(DisScaleError):  # only people read it
             StageProgress(stage=name, at=time.time(), **progress).write(driver.sweep.folder)

@@ -21,6 +21,8 @@ ReportShare = Callable[[int, int], None]
 """Called with the number done so far and the total."""
 
 PLAIN_EVERY_S = 7.0
+QUIET_S = 9.0
+"""Time without a line after which one says that a stage works."""
 LOG_EVERY_S = 5.0
 RATE_OVER_S = 300.0
 MOST_BAR = 40
@@ -72,6 +74,7 @@ class Board:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self._clock = console, clock
         self._tasks, self._logged_s = dict[tuple[str, str], TaskID](), dict[TaskID, float]()
+        self._shown_s = clock()
         self._bars = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(None, table_column=Column(max_width=MOST_BAR)),
@@ -89,6 +92,13 @@ class Board:
 
     def say(self, line: str) -> None:
         self.console.print(shown_below(line), highlight=False, markup=False, soft_wrap=True)
+        self._shown_s = self._clock()
+
+    def at_work(self, name: str) -> None:
+        """Say once that the stage `name` works if it shows nothing for a while: processes start, or a step is the first."""
+        if self._clock() > self._shown_s + QUIET_S:
+            self.say(f"{name}: at work")
+            self._shown_s = float("inf")
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
         """Set the progress of the stage `name`, which never goes back; each unit has its own."""
@@ -98,7 +108,9 @@ class Board:
         if done and not task.started:
             self._bars.start_task(task.id)  # imports, a build or the compilation in a first step come once
         self._bars.update(task.id, completed=max(done, task.completed), total=total)
-        if not self.console.is_interactive:
+        if self.console.is_interactive:
+            self._shown_s = self._clock()
+        else:
             self._log(name, task)
 
     def _log(self, name: str, task: Task) -> None:

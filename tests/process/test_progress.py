@@ -160,6 +160,18 @@ def read_all(terminal: int) -> str:
     return text.decode()
 
 
+def test_a_silent_stage_is_said_to_work_once_in_each_silence(clock: list[float], console: Console) -> None:
+    """Not each ten seconds: one may wait for machines for days."""
+    board = Board(console, lambda: clock[0])
+    for begin in (0.0, 50.0):
+        clock[0] = begin
+        board.say("a line")
+        for seconds in range(1, 40):
+            clock[0] = begin + seconds
+            board.at_work("train dis")
+    assert console.export_text().splitlines() == ["a line", "train dis: at work"] * 2
+
+
 def test_progress_does_not_run_back(clock: list[float], console: Console) -> None:
     board = Board(console, lambda: clock[0])
     for seconds, done in [(20, 300), (40, 100)]:
