@@ -7,11 +7,11 @@ training are not covered.
 DiT: as in Zheng et al. (arXiv 2505.15270): fixed size of a head, modulations as products within the width.
 
 DiS (S6) and DiffuSSM (S4D) are experimental. Each channel of a scan is a function of that channel's input, step and rates, and in
-S6 of the values of B and C, whose number N does not grow with the width: a non-linearity with N means over the width as parameters.
-So B and C start and learn as outputs, the step's two products lie within the width, and rates, D and biases are vectors. No theorem
-covers it: in the limit B and C start at zero, each without a gradient before the other has moved, and Adam moves them by the sign
-of what is left. Vankadara et al. (NeurIPS 2024, openreview aQv5AbN1wF) derive rules of their own for Mamba; those are not built in.
-`mixer: ssd` is refused. benchmarks/results/training.md has the outcome.
+S6 of 2 N averages over the width, B and C, whose number does not grow with it. So B and C start and learn as outputs, the step's
+two products lie within the width, and rates, D and biases are vectors. We know of no theorem for this: in the limit B and C start
+at zero, where neither has a gradient before the other has moved. Vankadara et al. (NeurIPS 2024, openreview aQv5AbN1wF) state that
+this parametrisation fails for Mamba as its width grows, and derive another; we had their abstract only, so theirs is neither built
+nor compared. `mixer: ssd` is refused. benchmarks/results/training.md has the outcome.
 """
 
 import torch

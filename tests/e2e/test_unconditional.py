@@ -38,9 +38,10 @@ def settings(tmp_path: Path) -> tuple[str, ...]:
     sha256 = hashlib.sha256(extractor.read_bytes()).hexdigest()
     return (
         f"data.source={{kind: folder, url: {pictures.url}}}", "data.resolution=16", "data.num_classes=none",
-        f"data.held_out_images={HELD_OUT}", "vae={kind: none}", "precompute.shard_images=20", MODEL, "train.publish_images=[0, 32]",
+        f"data.held_out_images={HELD_OUT}", "vae={kind: none}", "precompute.shard_images=20", MODEL,
+        "train.publish_images=[0, 16, 32]",
         f"evaluate.extractor={{kind: exported, name: means, path: {extractor}, sha256: {sha256}}}",
-        "evaluate.guidance=1", "evaluate.variants={fast: {steps: 2}}",
+        "evaluate.guidance=1", "evaluate.variants={auto: {guidance: {by: dis, images: 16, scale: 2}}, fast: {steps: 2}}",
     )  # fmt: skip
 
 
@@ -84,6 +85,8 @@ def test_pictures_without_labels_pass_all_stages(
     ):
         code, output = invoke("sample", published, "--out", out, *arguments)
         assert (code, words in output) == (2, True), output
+    guided = state.evaluated(sweep, "dis", "auto")[32].values
+    assert guided["fd_means_80"] != values["fd_means_80"], "guided by its own earlier weights, without labels"
     code, output = invoke("ablate", "guidance", str(sweep), "dis", "--scales", "1,2")
     assert (code, "guidance: got 2, expected 1: data.num_classes is none" in output) == (2, True), output
     code, output = invoke("data", "show", str(sweep), "--out", out)
