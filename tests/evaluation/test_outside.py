@@ -120,9 +120,9 @@ def test_a_reference_of_too_few_pictures_is_refused(pictures: Path, extractor: E
 @pytest.mark.parametrize(
     ("samples", "words"),
     [
-        ("none.npz", "measure: no file"),
-        ("none", "measure: no images in"),
-        ("none.tar", "measure: no file"),
+        ("none.npz", "there is no {}/none.npz (did you mean 'text.npz'?)"),
+        ("none", "there is no {}/none"),
+        ("none.tar", "there is no {}/none.tar"),
         ("text.npz", "text.npz is not an .npz: File is not a zip file"),
         ("damaged.npz", "damaged.npz: damaged: Bad CRC-32"),
         ("samples.tar.gz", "samples.tar.gz: expected an .npz, a folder of images or a .tar that is not compressed"),
@@ -153,9 +153,9 @@ def test_the_command_names_what_it_cannot_measure_in_its_own_words(
     monkeypatch.setattr("dis_scale.evaluation.inception.load", Net)
     code, output = invoke("measure", str(tmp_path / samples), str(pictures / "real.npz"))
     assert code, output
-    assert words in " ".join(output.split()), output
+    assert words.format(tmp_path) in " ".join(output.split()), output
     assert "Traceback" not in output
     assert "--set" not in output
     assert bool(loaded) == (samples == "damaged.npz"), "its header is intact"
     code, output = invoke("measure", str(pictures / "samples.npz"), str(tmp_path / "none.npz"))
-    assert "measure: no file" in output
+    assert f"there is no {tmp_path}/none.npz" in output
