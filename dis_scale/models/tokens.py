@@ -18,8 +18,8 @@ from dis_scale.scan.graphs import prepare_to_compile
 
 FREQUENCIES = 256
 """Sinusoidal features of the time (DiT's frequency_embedding_size)."""
-INPUT = ("patches.", "embed.", "time.up.", "label.", "position")
-"""Beginnings of the names of weights whose inputs do not grow with the width, and of the tables."""
+TABLES = ("label.", "position")
+"""Beginnings of the names of weights that are looked up, not multiplied."""
 
 
 class Backbone(nn.Module):
@@ -77,13 +77,10 @@ class Backbone(nn.Module):
         return parameter.ndim > 1 and name.rpartition(".")[2] not in self.dynamics | self.undecayed
 
     def rate_group(self, name: str, parameter: Tensor) -> str:
-        """Return the kind of a parameter: input, hidden, output, dynamics or vectors; rates transfer over widths by it."""
-        last = name.rpartition(".")[2]
-        if last in self.dynamics:
-            return "dynamics"
-        if parameter.ndim < 2 or last in self.vectors:
-            return "vectors"
-        return "input" if name.startswith(INPUT) else "output" if name.startswith("final.") else "hidden"
+        """Return the kind of a parameter, by which rates transfer over widths: output, product, or own (tables and vectors)."""
+        if name.startswith(TABLES) or parameter.ndim < 2 or name.rpartition(".")[2] in self.dynamics | self.vectors:
+            return "own"
+        return "output" if name.startswith("final.") else "product"
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:
         """Scale initial weights in place that do not follow the rules of models/transfer.py, besides those of the output."""

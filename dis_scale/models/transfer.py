@@ -23,8 +23,6 @@ from dis_scale.models.tokens import Backbone
 
 EPS = 1e-8
 """PyTorch's, at the base width."""
-TABLES = ("label.", "position")
-"""Beginnings of the names of weights that are looked up, not multiplied."""
 
 
 def fan_in_growth(model: Backbone, base_width: int) -> dict[str, float]:
@@ -68,6 +66,4 @@ def words(settings: FamilySettings, base_width: int) -> str:
 
 def _inputs(model: Backbone, name: str, parameter: Tensor) -> int:
     """Inputs of one output of a product or a convolution; 1 for other parameters."""
-    if name.startswith(TABLES) or model.rate_group(name, parameter) in ("dynamics", "vectors"):
-        return 1
-    return parameter.shape[-1]
+    return 1 if model.rate_group(name, parameter) == "own" else parameter.shape[-1]
