@@ -121,7 +121,7 @@ def require_there(at: str) -> None:
 
 @contextmanager
 def working(words: str, every_s: float = PLAIN_EVERY_S) -> Iterator[None]:
-    """Say from time to time beside the output that this work goes on: storage may be far, and a sweep large."""
+    """Say from time to time beside the output that this work continues: storage may be far, and a sweep large."""
     ended, began_s = threading.Event(), time.monotonic()
 
     def say_so() -> None:

@@ -184,7 +184,7 @@ def live_holders(folders: Iterable[Folder]) -> dict[Folder, Holder]:
 
 def earlier(names: Collection[str]) -> list[str]:
     """Return those of a lease's files that belong to another holder than the last, and the first: it shows when the work began."""
-    latest, first = _highest(names), min(filter(str.isdigit, names), default=None)
+    latest, first = _highest(names), _first(names)
     return [name for name in names if (number := name.partition(".")[0]).isdigit() and int(number) < latest and name != first]
 
 
@@ -195,7 +195,7 @@ def last_holding(folder: Folder) -> Holding | None:
 
 def first_taken_at(folder: Folder) -> float | None:
     """Return the Unix time at which the lease's first holder took it; None without any."""
-    first = min(filter(str.isdigit, folder.list()), default=None)
+    first = _first(folder.list())
     return (Holder.find_intact(folder, first) or Holder()).at if first else None
 
 
@@ -252,6 +252,11 @@ def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
 def _highest(names: Iterable[str]) -> int:
     """Return the highest number that is the name of a holder, 0 if none."""
     return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _first(names: Iterable[str]) -> str | None:
+    """Return the name of the first holder's file, None if there is none."""
+    return min(filter(str.isdigit, names), key=int, default=None)
 
 
 def _living(holdings: Sequence[Holding]) -> list[bool]:
