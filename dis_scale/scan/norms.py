@@ -32,23 +32,34 @@ def by_definition(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
     return rms_norm(gated_BLE, weight_E).to(y_BLE.dtype)
 
 
-def added_rms_norm(r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Return the stream r + h, in float32 or better, and its norm in h's type."""
+def added_rms_norm(
+    r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor, backend: str = "auto", places: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the stream r + h, in float32 or better, and its norm in h's type.
+
+    `places` are two permutations (L): h has token l of the stream at the first one's [l], the norm has there the second one's [l].
+    """
     if h_BLD.is_cuda or backend == "triton":  # elsewhere torch.compile joins the sum and the norm to what is around them
-        both = _added_by_triton(r_BLD, h_BLD, weight_D, backend)
+        both = _added_by_triton(r_BLD, h_BLD, weight_D, backend, places)
         if both is not None:
             return both
-    r_BLD = r_BLD + h_BLD
-    return r_BLD, normalised(r_BLD, weight_D, h_BLD.dtype)
+    if places is None:
+        r_BLD = r_BLD + h_BLD
+        return r_BLD, normalised(r_BLD, weight_D, h_BLD.dtype)
+    place_L, order_L = places
+    r_BLD = r_BLD + h_BLD.index_select(1, place_L)
+    return r_BLD, normalised(r_BLD, weight_D, h_BLD.dtype).index_select(1, order_L)
 
 
 @outside_graphs
-def _added_by_triton(r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor, backend: str) -> tuple[Tensor, Tensor] | None:
+def _added_by_triton(
+    r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor, backend: str, places: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor] | None:
     if not _by_triton(h_BLD, backend) or r_BLD.dtype != torch.float32:
         return None
     from dis_scale.scan import triton_norm
 
-    return triton_norm.added_rms_norm(r_BLD, h_BLD, weight_D)
+    return triton_norm.added_rms_norm(r_BLD, h_BLD, weight_D, places)
 
 
 def _by_triton(x: Tensor, backend: str) -> bool:

@@ -24,9 +24,11 @@ def gated_rms_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
     return out_BLE
 
 
-def added_rms_norm(r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """`norms.added_rms_norm` of a float32 stream."""
-    both: tuple[Tensor, Tensor] = _AddedNorm.apply(r_BLD, h_BLD, weight_D.float())
+def added_rms_norm(
+    r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor, places: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`norms.added_rms_norm` of a float32 stream. The kernels read and write at the places, so that these move nothing more."""
+    both: tuple[Tensor, Tensor] = _AddedNorm.apply(r_BLD, h_BLD, weight_D.float(), *(places or (None, None)))
     return both
 
 
@@ -71,36 +73,45 @@ class _GatedNorm(torch.autograd.Function):
 
 class _AddedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor, place_L: Tensor | None, order_L: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(r_BLD):
             r_BLD, h_BLD = rowwise(r_BLD), rowwise(h_BLD)
             sum_BLD, out_BLD = empty_like(r_BLD), empty_like(h_BLD)
-            _forward(kernels.added_norm, NormKind.of(r_BLD, h_BLD))(r_BLD, h_BLD, plain(weight_D), sum_BLD, out_BLD)
-        ctx.save_for_backward(sum_BLD, weight_D)
+            launch = _forward(kernels.added_norm, NormKind.of(r_BLD, h_BLD), L=_tokens(order_L))
+            launch(r_BLD, h_BLD, plain(weight_D), sum_BLD, out_BLD, place_L, order_L)
+        ctx.save_for_backward(sum_BLD, weight_D, place_L, order_L)
         return sum_BLD, out_BLD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dsum_BLD: Tensor, dout_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r_BLD, weight_D = ctx.saved_tensors
+    def backward(ctx: Any, dsum_BLD: Tensor, dout_BLD: Tensor) -> tuple[Tensor | None, ...]:
+        r_BLD, weight_D, place_L, order_L = ctx.saved_tensors
         with torch.cuda.device_of(r_BLD):
             r_BLD, dsum_BLD, dout_BLD = rowwise(r_BLD), rowwise(dsum_BLD), rowwise(dout_BLD)
             dr_BLD, dh_BLD = empty_like(r_BLD), empty_like(dout_BLD)
-            launch = _backward(kernels.added_norm_backward, NormKind.of(r_BLD, dsum_BLD, dout_BLD))
+            kind = NormKind.of(r_BLD, dsum_BLD, dout_BLD)
+            launch = _backward(kernels.added_norm_backward, kind, L=_tokens(order_L))
             parts_GD = weight_D.new_empty(launch.grid[0], len(weight_D))
-            launch(r_BLD, dsum_BLD, dout_BLD, plain(weight_D), dr_BLD, dh_BLD, parts_GD)
-            return dr_BLD, dh_BLD, parts_GD.sum(0)
+            launch(r_BLD, dsum_BLD, dout_BLD, plain(weight_D), dr_BLD, dh_BLD, parts_GD, place_L, order_L)
+            return dr_BLD, dh_BLD, parts_GD.sum(0), None, None
+
+
+def _tokens(order_L: Tensor | None) -> int:
+    """Tokens of an image that has an order; 0 without."""
+    return 0 if order_L is None else len(order_L)
 
 
 @functools.cache
-def _forward(kernel: Any, kind: NormKind) -> Launch:
+def _forward(kernel: Any, kind: NormKind, **numbers: int) -> Launch:
     """With a program for each row."""
-    return _launch(kernel, kind, kind.rows)
+    return _launch(kernel, kind, kind.rows, **numbers)
 
 
 @functools.cache
-def _backward(kernel: Any, kind: NormKind) -> Launch:
-    return _launch(kernel, kind, ceil_div(kind.rows, ROWS), count=kind.rows, ROWS=ROWS)
+def _backward(kernel: Any, kind: NormKind, **numbers: int) -> Launch:
+    return _launch(kernel, kind, ceil_div(kind.rows, ROWS), count=kind.rows, ROWS=ROWS, **numbers)
 
 
 def _launch(kernel: Any, kind: NormKind, programs: int, **numbers: float) -> Launch:

@@ -1,7 +1,8 @@
 """The norms behind a gate and behind a sum on NVIDIA GPUs: a program has one row after the other, all channels, in float32.
 
 E channels, in tiles of SIZE; `first_row`, `second_row` and `dout_row` are the distances between two rows of both inputs and of the
-output's gradient. `parts` has the weight's gradient of each program's rows. Read next: norms.py.
+output's gradient. `parts` has the weight's gradient of each program's rows. Of L tokens in an image, the norm's token i is token
+order[i] of the stream, which h has at place[order[i]]; L is 0 if all lie alike. Read next: norms.py.
 """
 
 import triton
@@ -63,23 +64,35 @@ def gated_norm_backward(
 
 
 @triton.jit
+def _places_of(row, place, order, L: tl.constexpr):
+    """Return the rows of the stream and of h that belong to a row of the norm."""
+    r_row, h_row = row, row
+    if L > 0:
+        first = row // L * L
+        token = tl.load(order + (row - first))
+        r_row, h_row = first + token, first + tl.load(place + token)
+    return r_row, h_row
+
+
+@triton.jit
 def added_norm(
-    r, h, weight, total, out,
-    first_row: tl.constexpr, second_row: tl.constexpr, E: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
+    r, h, weight, total, out, place, order,
+    first_row: tl.constexpr, second_row: tl.constexpr, E: tl.constexpr, L: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """total = r + h; out = total rsqrt(mean(total^2) + EPS) weight."""
     row, e = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     inside = e < E
-    x_E = tl.load(r + row * first_row + e, mask=inside, other=0.0)
-    x_E += tl.load(h + row * second_row + e, mask=inside, other=0.0).to(tl.float32)
-    tl.store(total + row * E + e, x_E, mask=inside)
+    r_row, h_row = _places_of(row, place, order, L)
+    x_E = tl.load(r + r_row * first_row + e, mask=inside, other=0.0)
+    x_E += tl.load(h + h_row * second_row + e, mask=inside, other=0.0).to(tl.float32)
+    tl.store(total + r_row * E + e, x_E, mask=inside)
     _store_normalised(x_E, weight, out, row, e, E, EPS)
 
 
 @triton.jit(do_not_specialize=["count"])
 def added_norm_backward(
-    total, dtotal, dout, weight, dr, dh, parts, count,
-    first_row: tl.constexpr, second_row: tl.constexpr, dout_row: tl.constexpr, E: tl.constexpr,
+    total, dtotal, dout, weight, dr, dh, parts, place, order, count,
+    first_row: tl.constexpr, second_row: tl.constexpr, dout_row: tl.constexpr, E: tl.constexpr, L: tl.constexpr,
     ROWS: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of r and h, which differ in type alone, and the rows' part of the weight's."""
@@ -89,11 +102,12 @@ def added_norm_backward(
     for i in range(ROWS):
         row = program * ROWS + i
         inside = (e < E) & (row < count)
-        x_E = tl.load(total + row * first_row + e, mask=inside, other=0.0)
+        r_row, h_row = _places_of(row, place, order, L)
+        x_E = tl.load(total + r_row * first_row + e, mask=inside, other=0.0)
         dout_E = tl.load(dout + row * dout_row + e, mask=inside, other=0.0).to(tl.float32)
         dx_E, dweight_E = _through_norm(x_E, dout_E, weight_E, E, EPS)
         part_E += dweight_E
-        dx_E += tl.load(dtotal + row * second_row + e, mask=inside, other=0.0)
-        tl.store(dr + row * E + e, dx_E, mask=inside)
-        tl.store(dh + row * E + e, dx_E.to(dh.dtype.element_ty), mask=inside)
+        dx_E += tl.load(dtotal + r_row * second_row + e, mask=inside, other=0.0)
+        tl.store(dr + r_row * E + e, dx_E, mask=inside)
+        tl.store(dh + h_row * E + e, dx_E.to(dh.dtype.element_ty), mask=inside)
     tl.store(parts + program * E + e, part_E, mask=e < E)

@@ -1,5 +1,6 @@
 """Orders of the scan: equal to the public lists, restored after each block, and nothing but another order."""
 
+import copy
 import hashlib
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from dis_scale.models import build, public
-from dis_scale.models.dis.network import DiS
+from dis_scale.models.dis.network import DiS, DiSBlock
 from dis_scale.models.dis.orders import orders_of
 from dis_scale.models.dis.settings import Dis
 from dis_scale.process.errors import UserError
@@ -82,6 +83,57 @@ def test_blocks_take_the_orders_in_turn_and_then_reversed() -> None:
         got = torch.arange(18) if block.order is None else block.order
         assert got.tolist() == [0, 1, *(2 + order.flatten()).tolist()]
     assert len(model.blocks[0].mixer.conv) == 1
+
+
+def restoring(model: DiS) -> DiS:
+    """The model as it is defined: each block gets its tokens by a gather, and restores their places by another one."""
+    defined = copy.deepcopy(model)
+    defined.place = None
+    for block in defined.blocks:
+        assert isinstance(block, DiSBlock)
+        block.mixer = Restoring(block.mixer, block.order)
+        block.order = block.place = block.skip_order = None
+    return defined
+
+
+class Restoring(torch.nn.Module):
+    def __init__(self, mixer: torch.nn.Module, order: torch.Tensor | None):
+        super().__init__()
+        self.mixer, self.order = mixer, order
+
+    def forward(self, n: torch.Tensor) -> torch.Tensor:
+        if self.order is None:
+            return self.mixer(n)
+        return self.mixer(n[:, self.order])[:, self.order.argsort()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"order": ("hilbert",)},
+        {"order": ("raster", "column")},
+        {"order": ("zigzag8",), "skip": "add", "conditioning": "adaln_zero"},
+        {"order": ("column", "hilbert"), "directions": "alternate", "skip": "none"},
+        {"order": ("column", "zigzag"), "attention_every": 3, "drop_path": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("checkpointing", ["none", "every_2"])
+def test_tokens_that_stay_where_a_block_leaves_them_are_the_same(changes: dict[str, Any], checkpointing: str) -> None:
+    """The next norm reads them there, a skip is put into the branch's order: outputs and gradients are those of restored places."""
+    model = dis(depth=6, **changes)
+    model.checkpointing = checkpointing
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)), alpha=0.05)
+    x, t, y = inputs()
+    drop = torch.tensor([[2.0, 0, 1]]).expand(len(model.drop_rates), 3) if model.drop_rates else None
+    results = []
+    for each in (model, restoring(model)):
+        out = each(x, t, y, drop)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(each.parameters()))])
+    for got, expected in zip(*results, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
 
 
 def test_the_published_order_adds_nothing_and_others_are_not_exported_as_published() -> None:

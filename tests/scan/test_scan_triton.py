@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from benchmarks.instructions import FORWARD, CompileOnly, ahead, busy, code, compiled, counted, registers, work
 from dis_scale.process.errors import UserError
-from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers, triton_scan, triton_ssd
+from dis_scale.scan import Direction, triton_conv, triton_layout, triton_norm, triton_numbers, triton_scan, triton_ssd
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.duality import Way
 from dis_scale.scan.triton_fill import FULL
@@ -99,6 +99,27 @@ def test_state_space_duality_compiles_ahead(capability: int) -> None:
         assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
         assert program.metadata.shared <= 18 * 1024
         assert registers(program).spilled_bytes <= (400 if capability == 80 else 0)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("ordered", [False, True], ids=["stream's order", "order of its own"])
+def test_norms_compile_ahead(capability: int, ordered: bool) -> None:
+    """At DiS-L/2's sizes; an order is an argument, of which a kernel without one knows nothing. No register is spilled."""
+    with torch.device("meta"), ahead(capability) as launched:
+        r, weight = torch.empty(2, 258, 1024, requires_grad=True), torch.empty(1024, requires_grad=True)
+        places = (torch.empty(258, dtype=torch.int64), torch.empty(258, dtype=torch.int64)) if ordered else None
+        stream, normal = triton_norm.added_rms_norm(r, torch.empty(2, 258, 1024, dtype=torch.bfloat16), weight, places)
+        torch.autograd.backward([stream, normal], [torch.empty_like(stream), torch.empty_like(normal)])
+        gated = triton_norm.gated_rms_norm(normal.detach(), normal.detach(), weight)
+        gated.backward(torch.empty_like(gated))
+    assert [launch.kernel.__name__ for launch, *_ in launched] == [
+        "added_norm", "added_norm_backward", "gated_norm", "gated_norm_backward",
+    ]  # fmt: skip
+    for launch, _, program in launched:
+        assert f".target sm_{capability}" in program.asm["ptx"]
+        assert registers(program).spilled_bytes == 0
+        takes_orders = "%order: !tt.ptr<i64>" in program.asm["ttir"]
+        assert takes_orders == (ordered and launch.kernel.__name__.startswith("added"))
 
 
 def test_the_instructions_are_counted() -> None:

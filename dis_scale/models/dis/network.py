@@ -9,11 +9,13 @@ import itertools
 import math
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dis_scale.models.checkpointing import recompute_every, run_block
 from dis_scale.models.dis.attention import Attention
@@ -32,20 +34,34 @@ from dis_scale.scan.selftest import Case, distinct
 MIXERS = {"s6": Mixer, "ssd": SsdMixer}
 
 
+class Orders(NamedTuple):
+    """Orders of tokens, permutations (L): a block's own, of the branch that it gets, and of the skip; None for the stream's."""
+
+    own: Tensor | None = None
+    branch: Tensor | None = None
+    skip: Tensor | None = None
+
+
 class DiSBlock(nn.Module):
     """One block: add to the stream, normalise, mix. Maps (branch h, stream r) to (branch h, stream r); no MLP.
 
-    The mixer gets the tokens in the block's `order`, a permutation (L), if it is not theirs. Given `attention`, it is the mixer.
+    The mixer gets the tokens in the block's own order, and leaves the branch in it: the next norm reads each where it lies. Given
+    `attention`, it is the mixer.
     """
 
     order: Tensor | None
     place: Tensor | None
+    skip_order: Tensor | None
 
-    def __init__(self, settings: Dis, scan: str, skip: bool, order: Tensor | None = None, attention: Attention | None = None):
+    def __init__(
+        self, settings: Dis, scan: str, skip: bool, orders: Orders = Orders(), attention: Attention | None = None
+    ):  # fmt: skip
         super().__init__()
+        ordered = orders.own is not None or orders.branch is not None
         # Computed, not learned: not persistent, so that the state dict holds exactly what is trained.
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("place", None if order is None else order.argsort(), persistent=False)
+        self.register_buffer("order", _given(orders.own, orders.branch) if ordered else None, persistent=False)
+        self.register_buffer("place", _given(orders.branch, orders.own).argsort() if ordered else None, persistent=False)
+        self.register_buffer("skip_order", _between(orders.skip, orders.branch), persistent=False)
         D = settings.width
         self.scan = scan
         self.norm = nn.Parameter(torch.ones(D))
@@ -60,23 +76,56 @@ class DiSBlock(nn.Module):
         self, h_BLD: Tensor, r_BLD: Tensor | None, c_BD: Tensor, skip_BLD: Tensor | None, drop_B: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if skip_BLD is not None:
+            skip_BLD = reordered(skip_BLD, self.skip_order)
             h_BLD = h_BLD + skip_BLD if self.skip is None else self.skip(torch.cat([h_BLD, skip_BLD], dim=-1))
         if r_BLD is None:  # the first block's stream is the tokens themselves
             r_BLD = wide(h_BLD)
-            n_BLD = normalised(r_BLD, self.norm, h_BLD.dtype)
+            n_BLD = reordered(normalised(r_BLD, self.norm, h_BLD.dtype), self.order)
         else:
-            r_BLD, n_BLD = added_rms_norm(r_BLD, dropped(h_BLD, drop_B), self.norm, self.scan)
+            places = None if self.place is None or self.order is None else (self.place, self.order)
+            r_BLD, n_BLD = added_rms_norm(r_BLD, dropped(h_BLD, drop_B), self.norm, self.scan, places)
         if self.modulation is None:
-            return self._mix(n_BLD), r_BLD
+            return self.mixer(n_BLD), r_BLD
         shift_BD, scale_BD, *gate_BD = self.modulation(F.silu(c_BD)).chunk(2 + self.gated, dim=1)
-        mixed_BLD = self._mix(modulate(n_BLD, shift_BD, scale_BD))
+        mixed_BLD = self.mixer(modulate(n_BLD, shift_BD, scale_BD))
         return gate_BD[0].unsqueeze(1) * mixed_BLD if self.gated else mixed_BLD, r_BLD
 
-    def _mix(self, n_BLD: Tensor) -> Tensor:
-        if self.order is not None:
-            n_BLD = n_BLD.index_select(1, self.order)
-        mixed_BLD: Tensor = self.mixer(n_BLD)
-        return mixed_BLD if self.place is None else mixed_BLD.index_select(1, self.place)
+
+class _Reordered(torch.autograd.Function):
+    """Its gradient is copied to its places; PyTorch's own would be added to zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, order_L: Tensor) -> Tensor:
+        ctx.save_for_backward(order_L)
+        return x_BLD.index_select(1, order_L)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_BLD: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(dout_BLD).index_copy_(1, ctx.saved_tensors[0], dout_BLD), None
+
+
+def reordered(x_BLD: Tensor, order_L: Tensor | None) -> Tensor:
+    """x with its token order[l] at l; x itself without an order."""
+    if order_L is None:
+        return x_BLD
+    out_BLD: Tensor = _Reordered.apply(x_BLD, order_L)  # type: ignore[no-untyped-call]
+    return out_BLD
+
+
+def _given(order_L: Tensor | None, other_L: Tensor | None) -> Tensor:
+    """An order, or the stream's own as long as the other one."""
+    if order_L is None:
+        assert other_L is not None
+        return torch.arange(len(other_L), device=other_L.device)
+    return order_L
+
+
+def _between(from_L: Tensor | None, to_L: Tensor | None) -> Tensor | None:
+    """Return where the tokens of one order lie in another one; None if these are the same."""
+    if from_L is to_L or (from_L is not None and to_L is not None and torch.equal(from_L, to_L)):
+        return None
+    return _given(from_L, to_L).argsort()[_given(to_L, from_L)]
 
 
 def dropped(h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:
@@ -95,6 +144,7 @@ class DiS(Backbone):
     settings: Dis
     dynamics = frozenset({"dynamics", "A_log", "dt_bias"})
     vectors = Backbone.vectors | {"conv"}
+    place: Tensor | None
     undecayed = Backbone.undecayed | {"conv"}
 
     def __init__(self, settings: Dis, shape: LatentShape, num_classes: int | None, scan: str = "auto", checkpointing: str = "none"):
@@ -107,14 +157,15 @@ class DiS(Backbone):
         self.length = self.extras + (shape.size // settings.patch) ** 2
         self.position = nn.Parameter(torch.zeros(1, self.length, D)) if settings.position == "learned" else None
         side, every = shape.size // settings.patch, settings.attention_every
-        orders = itertools.cycle(_token_orders(settings, self.extras, side))
+        turns = itertools.cycle(_token_orders(settings, self.extras, side))
+        attends = [every is not None and (i + 1) % every == 0 for i in range(2 * half + 1)]
+        own = [None if attention else next(turns) for attention in attends]
         self.blocks = nn.ModuleList()
-        for i in range(2 * half + 1):
-            if every and (i + 1) % every == 0:
-                block = DiSBlock(settings, scan, i > half, attention=Attention(D, settings.depth, self.extras, side))
-            else:
-                block = DiSBlock(settings, scan, i > half, next(orders))
-            self.blocks.append(block)
+        for i, attention in enumerate(attends):
+            orders = Orders(own[i], own[i - 1] if i else None, own[2 * half - i] if i > half else None)
+            mixer = Attention(D, settings.depth, self.extras, side) if attention else None
+            self.blocks.append(DiSBlock(settings, scan, i > half, orders, mixer))
+        self.register_buffer("place", None if own[-1] is None else own[-1].argsort(), persistent=False)
         self.norm = nn.Parameter(torch.ones(D))
         self.modulation = None if num_classes is None else Linear(D, 2 * D)
         self.final = Linear(D, settings.patch**2 * 2 * shape.channels)
@@ -147,7 +198,7 @@ class DiS(Backbone):
         if drop is not None and self.drop_rates:
             drops[1:] = drop.unbind()
         h_BLD, r_BLD = self._run(h_BLD, c_BD, drops)
-        return self._image(r_BLD + dropped(h_BLD, drops[-1]), c_BD, dtype)
+        return self._image(r_BLD + dropped(reordered(h_BLD, self.place), drops[-1]), c_BD, dtype)
 
     @property
     def tokens(self) -> int:
@@ -210,11 +261,14 @@ class DiS(Backbone):
 
 @functools.cache
 def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dtype, case: Case) -> None:
-    plain = settings.model_copy(update={"conditioning": "tokens"})
+    plain, tokens = settings.model_copy(update={"conditioning": "tokens"}), torch.arange(case.L)
+    orders = (
+        Orders() if settings.order == ("raster",) and settings.directions != "alternate" else Orders(tokens.flip(0), tokens.roll(1))
+    )
 
     def make(scan: str) -> DiSBlock:
         alone = Attention(settings.width, settings.depth, case.L, 0) if settings.attention_every == 1 else None
-        return DiSBlock(plain, scan, skip=False, attention=alone)
+        return DiSBlock(plain, scan, skip=False, orders=orders, attention=alone)
 
     verify_block(make, settings.width, scan, device, dtype, case)
 

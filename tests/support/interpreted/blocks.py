@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dis_scale.models.dis.network import DiSBlock
+from dis_scale.models.dis.network import DiSBlock, Orders
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dis.verification import verify_block
 from dis_scale.scan import triton_mixer
@@ -27,11 +27,10 @@ def test_the_self_test_passes_for_other_kernels(changes: dict[str, Any]) -> None
     verify("triton", torch.device("cpu"), torch.float32, Case(L=5, E=3, N=1, images=1, **changes))
 
 
-def verified(settings: Dis, L: int, dtype: torch.dtype, **changes: Any) -> None:
+def verified(settings: Dis, L: int, dtype: torch.dtype, orders: Orders = Orders(), **changes: Any) -> None:
     """Compare a block by Triton with itself by PyTorch's operations."""
-    verify_block(
-        lambda scan: DiSBlock(settings, scan, False), settings.width, "triton", torch.device("cpu"), dtype, Case(L, **changes)
-    )
+    device = torch.device("cpu")
+    verify_block(lambda scan: DiSBlock(settings, scan, False, orders), settings.width, "triton", device, dtype, Case(L, **changes))
 
 
 @pytest.mark.parametrize("changes", [{}, {"keeping": True}, {"gradients": False}, {"images": 3}], ids=str)
@@ -42,6 +41,13 @@ def test_a_block_whose_mixer_is_one_function(changes: dict[str, Any], dtype: tor
     monkeypatch.setattr(triton_mixer, "takes", lambda *given: taken.append(takes(*given)) or taken[-1])
     verified(Dis(kind="dis", width=12, depth=2, patch=2, state_size=3), 18, dtype, **changes)
     assert taken == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_in_an_order_of_its_own(dtype: torch.dtype) -> None:
+    """Its norm reads the branch before it in one order and writes in another; more rows than a program of the backward pass has."""
+    orders = Orders(torch.randperm(9), torch.randperm(9))
+    verified(Dis(kind="dis", width=12, depth=2, patch=2, state_size=3), 9, dtype, orders, images=3)
 
 
 def test_a_mixer_of_another_width_has_a_function_for_each_part() -> None:
