@@ -22,8 +22,8 @@ from dis_scale.process.errors import UserError
 from dis_scale.scan import choose, counts
 from dis_scale.scan.graphs import outside_graphs
 
-CHUNK = 128
-"""Most tokens of a chunk: where a chunk's products cost as much as its state's."""
+CHUNK = 64
+"""Most tokens of a chunk: as many as a head has channels and states, so that its products cost no more than its state's."""
 MACS = 2.5
 """Multiply-adds per channel, state, token and direction, as a recurrence: 5 FLOPs."""
 LEAST_STEP = 1e-30
@@ -172,18 +172,21 @@ class Exponents(NamedTuple):
 
 
 def _passed(x_BKQHP: Tensor, one: Exponents, B_BKQN: Tensor, C_BKQN: Tensor, reverse: bool) -> Tensor:
-    """What the tokens of each chunk take of the states that enter it."""
+    """What the tokens of each chunk take of the states that enter it; none enters the first one, and the last one's is not used."""
     H, P = x_BKQHP.shape[-2:]
-    weight_BKQH = (one.total_BKH[..., None] + one.leave_BKHQ).to(x_BKQHP).exp().transpose(2, 3)
-    added = (B_BKQN.transpose(2, 3) @ (weight_BKQH[..., None] * x_BKQHP).flatten(3)).unflatten(3, (H, P))
-    state, entering = torch.zeros_like(added[:, 0]), []
-    chunks = list(zip(added.unbind(1), one.total_BKH.to(x_BKQHP).exp().unbind(1), strict=True))
+    givers, takers = (slice(1, None), slice(-1)) if reverse else (slice(-1), slice(1, None))
+    weight_BKQH = (one.total_BKH[..., None] + one.leave_BKHQ)[:, givers].to(x_BKQHP).exp().transpose(2, 3)
+    added = (B_BKQN[:, givers].transpose(2, 3) @ (weight_BKQH[..., None] * x_BKQHP[:, givers]).flatten(3)).unflatten(3, (H, P))
+    chunks = list(zip(added.unbind(1), one.total_BKH[:, givers].to(x_BKQHP).exp().unbind(1), strict=True))
+    state, entering = x_BKQHP.new_zeros(()), []
     for added_BNHP, decay_BH in reversed(chunks) if reverse else chunks:
-        entering.append(state)
         state = decay_BH[:, None, :, None] * state + added_BNHP
+        entering.append(state)
     states_BKNHP = torch.stack(entering[::-1] if reverse else entering, 1)
-    taken_BKQHP: Tensor = (C_BKQN @ states_BKNHP.flatten(3)).unflatten(3, (H, P))
-    return one.reach_BKHQ.to(x_BKQHP).exp().transpose(2, 3)[..., None] * taken_BKQHP
+    taken_BKQHP = (C_BKQN[:, takers] @ states_BKNHP.flatten(3)).unflatten(3, (H, P))
+    decayed_BKQHP = one.reach_BKHQ[:, takers].to(x_BKQHP).exp().transpose(2, 3)[..., None] * taken_BKQHP
+    nothing = torch.zeros_like(decayed_BKQHP[:, :1])
+    return torch.cat([decayed_BKQHP, nothing] if reverse else [nothing, decayed_BKQHP], 1)
 
 
 def _check(x_BLHP: Tensor, own_BLH: Tensor, ways: list[Way]) -> None:
