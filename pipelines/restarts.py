@@ -1,6 +1,8 @@
 """Restarts of failed attempts: how many, how long apart, and the message after the last."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TypeVar
 
@@ -38,44 +40,19 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
     them doubles. DisScaleError after the last, or when the crash is deterministic; StorageAway when storage has been away for too
     long.
     """
-    failures, seen = list[WorkerFailure](), frozenset[str]()
-    before, away_since_s, reused_since_s, in_a_row = _stored_or(0, stored), float("inf"), float("inf"), 0
-    near = NEAR_STEPS * job.recipe.train.batch_images
+    record = _Record(job, name, _stored_or(0, stored))
     while True:
         began_s, job.placed = job.now_s(), frozenset()
         try:
-            return attempt(failures[-1] if failures else None)
+            return attempt(record.counted[-1] if record.counted else None)
         except (WorkerFailure, StorageAway, ray.exceptions.RayError) as error:
             if isinstance(error, ray.exceptions.RayError) and not may_pass(error):
                 raise
             job.raise_if_stopped()
             failure = error if isinstance(error, WorkerFailure) else WorkerFailure(describe(error), cause=blame(error))
-        failure.nodes, seen = job.placed, seen | job.placed
-        so_far = [*failures, failure]  # also of earlier ones: Ray calls a silent node dead after 30 s
-        gone = job.gone_of(frozenset().union(*(each.nodes for each in so_far)))
-        for each in so_far:
-            each.node_gone = each.node_gone or not gone.isdisjoint(each.nodes)
-        now = _stored_or(before, stored)
-        failures, in_a_row = (failures, in_a_row + 1) if now == before else ([], 1)
-        if now != before or job.now_s() - began_s > WORKED_S:
-            away_since_s = reused_since_s = float("inf")  # it was there meanwhile: this is another outage
-        before = now
-        reused = failure.cause == "device" and job.reuses_excluded and len(seen) > 1
-        reused_since_s = min(reused_since_s, job.now_s()) if reused else float("inf")
-        awaits_node = reused and job.now_s() - reused_since_s < REPLACED_S
-        if failure.cause == "storage":
-            away_since_s = min(away_since_s, job.now_s())
-            if job.now_s() - away_since_s > STORAGE_AWAY_S:
-                raise StorageAway(f"{name}: storage has been away for {STORAGE_AWAY_S / 60:.0f} minutes: {failure}") from failure
-        elif awaits_node:
-            away_since_s = float("inf")
-        else:
-            failures, away_since_s = [*failures, failure], float("inf")
-            if len(failures) > job.recipe.train.restarts or _deterministic(failures, near):
-                raise DisScaleError(_last_words(name, failures, near)) from failure
-        longest_s = LONGEST_FOR_DEVICE_S if failure.cause == "device" and not awaits_node else LONGEST_BACKOFF_S
-        wait_s = min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(in_a_row - 2, 10)) if in_a_row > 1 else 0.0
-        left = job.recipe.train.restarts - len(failures)
+        failure.nodes = job.placed
+        record.add(failure, _stored_or(record.stored, stored), worked=job.now_s() - began_s > WORKED_S)
+        wait_s, left = record.wait_s(failure), job.recipe.train.restarts - len(record.counted)
         counts.add(counts.RESTARTS)
         job.emit("restart", job=name, done=failure.done, left=left)
         job.say(
@@ -84,6 +61,67 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
         )
         job.pause(wait_s)
         job.raise_if_stopped()
+
+
+@dataclass
+class _Record:
+    """Failed attempts in a row without progress: those that count, and since when others have not."""
+
+    job: StageJob
+    name: str
+    stored: int
+    counted: list[WorkerFailure] = field(default_factory=list)
+    in_a_row: int = 0
+    """Also of those that do not count."""
+    nodes: frozenset[str] = frozenset()
+    """Of all attempts, also before progress."""
+    away_since_s: float = math.inf
+    """When storage went away, if the last attempt ended by that."""
+    reused_since_s: float = math.inf
+    """When an excluded node was first used in place of a gone one, if the last attempt's device failed on it."""
+
+    def add(self, failure: WorkerFailure, stored: int, worked: bool) -> None:
+        """Take in a failure of an attempt that left so much stored; DisScaleError or StorageAway if it was the last.
+
+        `worked`: it ran for so long that an outage of storage which ended it is another one than before.
+        """
+        now_s, progress = self.job.now_s(), stored != self.stored
+        self.stored, self.nodes = stored, self.nodes | failure.nodes
+        self._note_gone([*self.counted, failure])
+        if progress:
+            self.counted, self.in_a_row = [], 0
+        if progress or worked:
+            self.away_since_s = self.reused_since_s = math.inf
+        self.in_a_row += 1
+        reused = failure.cause == "device" and self.job.reuses_excluded and len(self.nodes) > 1
+        self.away_since_s = min(self.away_since_s, now_s) if failure.cause == "storage" else math.inf
+        self.reused_since_s = min(self.reused_since_s, now_s) if reused else math.inf
+        if failure.cause == "storage":
+            if now_s - self.away_since_s > STORAGE_AWAY_S:
+                minutes = f"{STORAGE_AWAY_S / 60:.0f} minutes"
+                raise StorageAway(f"{self.name}: storage has been away for {minutes}: {failure}") from failure
+        elif not self.awaits_node:
+            self.counted.append(failure)
+            train = self.job.recipe.train
+            near = NEAR_STEPS * train.batch_images
+            if len(self.counted) > train.restarts or _deterministic(self.counted, near):
+                raise DisScaleError(_last_words(self.name, self.counted, near)) from failure
+
+    @property
+    def awaits_node(self) -> bool:
+        """Whether an excluded node is used only until another one is there."""
+        return self.reused_since_s <= self.job.now_s() < self.reused_since_s + REPLACED_S
+
+    def wait_s(self, failure: WorkerFailure) -> float:
+        """Time before the next attempt; the second one follows at once."""
+        longest_s = LONGEST_FOR_DEVICE_S if failure.cause == "device" and not self.awaits_node else LONGEST_BACKOFF_S
+        return min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(self.in_a_row - 2, 10)) if self.in_a_row > 1 else 0.0
+
+    def _note_gone(self, failures: Sequence[WorkerFailure]) -> None:
+        """Note whose nodes are gone by now, also those of earlier failures: Ray calls a silent node dead after 30 s."""
+        gone = self.job.gone_of(frozenset().union(*(failure.nodes for failure in failures)))
+        for failure in failures:
+            failure.node_gone = failure.node_gone or not gone.isdisjoint(failure.nodes)
 
 
 def _stored_or(before: int, stored: Callable[[], int]) -> int:
