@@ -1,11 +1,12 @@
 """The Python API: a stored sweep's results, curves, weights, samples and figure, and what a recipe would cost.
 
-`dis_scale.Sweep`, `dis_scale.open_weights` and `dis_scale.plan` are all of it. It writes nothing to storage. The folder of a sweep
-and its paths are in sweep/; weights/opening.py samples.
+`dis_scale.Sweep`, `dis_scale.open_weights` and `dis_scale.plan` are all of it. It leaves nothing in storage: only `state` writes, a
+file without content by which a file system tells its time. The folder of a sweep and its paths are in sweep/; weights/opening.py
+samples.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
@@ -23,7 +24,7 @@ from dis_scale.models.tokens import Backbone
 from dis_scale.planning import isoflop
 from dis_scale.planning.plan import derive
 from dis_scale.process.errors import DisScaleError, UserError
-from dis_scale.recipe import reading
+from dis_scale.recipe import Recipe, reading
 from dis_scale.report import figures, tables
 from dis_scale.report.points import Report, collect, plan_of
 from dis_scale.storage.folder import Folder
@@ -107,15 +108,22 @@ class StoredSweep:
         return self.weights(model, images).sample(**settings)
 
     def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
-        """Return the scaled latents (B, C, h, w) of uint8 images (B, H, W, 3), each the mean of its posterior; on the CPU."""
-        if pixels_BHWC.dtype != np.uint8 or pixels_BHWC.ndim != 4 or pixels_BHWC.shape[3] != 3:
-            raise UserError(f"got {pixels_BHWC.dtype} of shape {pixels_BHWC.shape}, expected uint8 images (B, H, W, 3)")
+        """Return the scaled latents (B, C, h, w) of uint8 images (B, H, W, 3), each the mean of its posterior; on the CPU.
+
+        UserError for others than uint8 images of the sweep's resolution.
+        """
+        side = self.stored.recipe.data.resolution
+        if _described(pixels_BHWC) != ("uint8", (side, side, 3)):
+            raise UserError(f"got {_got(pixels_BHWC)}, expected an array of uint8 images (B, {side}, {side}, 3)")
         moments_BXHW = self._vae.encode(pixels_BHWC)
         means_BCHW = moments_BXHW.chunk(2, 1)[0] if self._vae.posterior else moments_BXHW
         return torch.from_numpy(self._vae.scaling.apply(means_BCHW.float().numpy(force=True)))
 
     def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
-        """Return the uint8 images (B, H, W, 3) of scaled latents (B, C, h, w), such as a model's samples."""
+        """Return the uint8 images (B, H, W, 3) of scaled latents (B, C, h, w), as `encode` returns; UserError for other shapes."""
+        channels, side = self._vae.latent(self.stored.recipe.data.resolution)
+        if not isinstance(latents_BCHW, torch.Tensor) or _described(latents_BCHW)[1] != (channels, side, side):
+            raise UserError(f"got {_got(latents_BCHW)}, expected a tensor of latents (B, {channels}, {side}, {side})")
         return self._vae.decode(latents_BCHW)
 
     @cached_property
@@ -187,10 +195,13 @@ class Weights:
         if min(count, batch) < 1:
             raise UserError(f"got count {count} and batch {batch}, expected at least 1")
         each_label = labels_in_turn(self.opened, labels, count)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            where = torch.zeros(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
+            raise UserError(f"device {device!r}: {str(error).splitlines()[0]}") from error
         parts = sample_pictures(
             self.opened, each_label, sampling=self.opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance),
-            seed=seed, batch=batch, device=device,
+            seed=seed, batch=batch, device=where,
         )  # fmt: skip
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
 
@@ -198,7 +209,19 @@ class Weights:
         names = self.opened.class_names
         if isinstance(classes, str):
             return labels_in_words(names, classes)
+        if not isinstance(classes, Iterable) or not all(isinstance(each, int | np.integer | str) for each in classes):
+            raise UserError(f"classes: got {classes!r}, expected labels or names of classes, such as [1, 7]")
         return [labels_in_words(names, [each])[0] if isinstance(each, str) else int(each) for each in classes]
+
+
+def _described(x: Any) -> tuple[str, tuple[int, ...]]:
+    """Type of the numbers and shape behind the batch; nothing for what has none, or no images."""
+    shape = tuple(getattr(x, "shape", ()))
+    return str(getattr(x, "dtype", "")), shape[1:] if shape and shape[0] else ()
+
+
+def _got(x: Any) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
 
 
 def open_weights(
@@ -218,12 +241,15 @@ def open_weights(
     return Weights(opened)
 
 
-def plan(recipe: str | Path, overrides: list[str] | None = None, images: int | None = None) -> pd.DataFrame:
+def plan(recipe: str | Path | Recipe, overrides: Sequence[str] = (), images: int | None = None) -> pd.DataFrame:
     """Return a row for each model of a recipe: parameters, multiply-adds, operations of its training and of one evaluation.
 
-    `recipe` is a file or a shipped name, `overrides` are `a.b=value`; without the number of the source's `images`, epochs are
-    unknown. UserError for a wrong recipe.
+    `recipe` is a file, a shipped name, or that of a sweep, `overrides` are `a.b=value` for the first two; without the number of the
+    source's `images`, epochs are unknown. UserError for a wrong recipe.
     """
-    numbers = derive(isoflop.price(reading.load(recipe, overrides)), images, "not given")
+    if isinstance(overrides, str) or (overrides and isinstance(recipe, Recipe)):
+        raise UserError(f"overrides: got {overrides!r}, expected a list of a.b=value, for a recipe's file")
+    loaded = recipe if isinstance(recipe, Recipe) else reading.load(recipe, [*overrides])
+    numbers = derive(isoflop.price(loaded), images, "not given")
     models = {name: asdict(model) for name, model in numbers.models.items()}
     return pd.DataFrame.from_dict(models, orient="index").rename_axis("model")

@@ -1,5 +1,6 @@
 """The Python API on a sweep of one published and evaluated model."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import dis_scale
 from dis_scale import report as reports
 from dis_scale.process.errors import Damaged, UserError
+from dis_scale.recipe import reading
 from dis_scale.sweep import Sampled
 from dis_scale.tracking.rows import RowWriter
 from tests.support.evaluations import put
@@ -82,8 +84,13 @@ def test_pixels_come_back_from_latents(sweep: dis_scale.Sweep) -> None:
     latents = sweep.encode(pixels)
     assert (latents.shape, latents.dtype) == ((2, 3, 32, 32), torch.float32)
     assert np.array_equal(sweep.decode(latents), pixels)
-    with pytest.raises(UserError, match=r"got float64 of shape \(2, 32, 32, 3\), expected uint8 images"):
-        sweep.encode(pixels / 255)
+    floats = r"float64 of shape \(2, 32, 32, 3\)"
+    for wrong, got in ((pixels / 255, floats), (pixels[:0], "uint8 of"), (pixels[:, 1:], "uint8 of"), ([1], "list")):
+        with pytest.raises(UserError, match=rf"got {got}.*, expected an array of uint8 images \(B, 32, 32, 3\)"):
+            sweep.encode(wrong)  # type: ignore[arg-type]
+    for wrong in (latents[:, 1:], latents[..., 1:], latents.numpy()):
+        with pytest.raises(UserError, match=r"expected a tensor of latents \(B, 3, 32, 32\)"):
+            sweep.decode(wrong)
 
 
 def test_weights_outside_their_sweep_sample_in_one_line(sweep: dis_scale.Sweep, tmp_path: Path) -> None:
@@ -95,9 +102,12 @@ def test_weights_outside_their_sweep_sample_in_one_line(sweep: dis_scale.Sweep, 
     with pytest.warns(UserWarning, match="assumed  gaussian process"):
         weights = dis_scale.open_weights(copied, "none")
     (outside,) = weights.sample(classes=np.array([3]), steps=1)
-    for wrong in ({"classes": []}, {"count": 0}, {"batch": 0}, {"classes": [11]}):
-        with pytest.raises(UserError, match=r"expected|classes"):
-            weights.sample(**wrong)
+    for wrong in (
+        {"classes": []}, {"count": 0}, {"batch": 0}, {"classes": [11]}, {"classes": 3}, {"classes": [1.7]}, {"steps": 2.5},
+        {"steps": "2"}, {"guidance": math.nan}, {"guidance": -1}, {"device": "gpu"},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"expected|classes|device 'gpu'"):
+            weights.sample(**wrong)  # type: ignore[arg-type]
     assert outside.size == (32, 32)
 
 
@@ -105,6 +115,11 @@ def test_a_recipe_has_its_price() -> None:
     planned = dis_scale.plan("digits", ["train.publish_images=[640]"], images=1797)
     assert planned.loc["dis-m"].images == 640
     assert planned.loc["dis-m"].epochs == pytest.approx(640 / 1797)
+    recipe = reading.load("digits")
+    assert dis_scale.plan(recipe).equals(dis_scale.plan("digits"))
+    for overrides, of in (("train.images=1", "digits"), (["train.images=1"], recipe)):
+        with pytest.raises(UserError, match=r"overrides: got .*, expected a list"):
+            dis_scale.plan(of, overrides)
 
 
 def test_damaged_weights_are_refused(sweep: dis_scale.Sweep) -> None:

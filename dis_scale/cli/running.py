@@ -121,7 +121,7 @@ def status(
 
 def logs(
     sweep: SweepUrl,
-    model: Annotated[str | None, typer.Argument(help="A model: the logs of its training.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(help="A model, or a log's name as listed.", show_default=False)] = None,
     stage: Annotated[Literal["prepare", "precompute", "evaluate"] | None, typer.Option(help="A stage instead.")] = None,
     attempt: Annotated[str | None, typer.Option(help="When it began, as listed; default: the newest.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Print the lines as they are stored: JSON.")] = False,
@@ -140,7 +140,10 @@ def logs(
             raise UserError("logs: --attempt and --raw are of one job's logs: name a model, or --stage")
         lines = attempt_logs.overview(opened)
         return show(as_json, {"attempts": lines}, *lines)
-    if model is not None:
+    if model in ("prepare", "precompute", "evaluate") and model not in opened.recipe.models:
+        model, stage = None, model
+    if model is not None:  # also as listed: train-dis-m
+        model = model if model in opened.recipe.models else model.removeprefix("train-")
         opened.run(model)  # refuses an unknown one
     folder = opened.logs(stage or "train", model)
     texts = attempt_logs.read_attempt(folder, attempt)

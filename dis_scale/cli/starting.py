@@ -34,7 +34,7 @@ def init(
 ) -> None:
     """Look at a folder of images and write a recipe that fits them and this machine."""
     from dis_scale.data import survey
-    from dis_scale.planning.first_recipe import Machine, propose, require_resolution, resolution_of
+    from dis_scale.planning.first_recipe import Machine, propose, require_resolution, resolution_of, why_no_distance
     from dis_scale.process.progress import Board, listing_words
     from dis_scale.recipe import reading
 
@@ -54,11 +54,13 @@ def init(
     with out.open("x") as file:
         file.write(text)
     recipe = reading.parse(text, str(out))
+    measured = [] if recipe.evaluate.extractors else [f"measures {why_no_distance(found)}"]
     show(
         as_json,
         {"recipe": str(out), "settings": recipe.model_dump(mode="json"), **found.to_json()},
         f"machine  {machine.words}",
         f"recipe   {out}: {', '.join(recipe.models)} at {recipe.data.resolution} pixels",
+        *measured,
         f"next     dis-scale plan {out}\n         dis-scale sweep {out}",
     )
 

@@ -113,7 +113,8 @@ def describe(found: Survey) -> list[str]:
         f"classes  {f'{len(classes):,}: {some(classes)}' if classes else 'none: the images are not in two or more class folders'}",
         f"sizes    shorter side {min(found.sides):,} to {max(found.sides):,} pixels, median {found.median_side:,}",
     ]
-    lines += [f"empty    class folders without an image that can be decoded: {some(empty)}"] if empty else []
+    if empty:
+        lines.append(f"empty    class folders without an image that can be decoded, labels all the same: delete {some(empty)}")
     lines += [f"unused   {found.beside:,} images beside the class folders"] if found.beside else []
     classes_below = f"{found.nested} has folders of images: for these as classes, give {found.url}/{found.nested}"
     lines += [f"nested   {classes_below}"] if found.nested else []

@@ -341,5 +341,10 @@ def _extractor(draft: _Draft) -> tuple[str, int]:
         return "{kind: inception}  # downloads its weights, 96 MB, or reads `weights`", draft.scale.inception_samples
     if count < LEAST_IMAGES:
         raise UserError(f"{survey.url}: {count:,} images are too few: expected at least {LEAST_IMAGES}: add images")
+    return f"{{kind: none}}  # {why_no_distance(survey)}", 40
+
+
+def why_no_distance(survey: Survey) -> str:
+    """Return why a recipe for so few images measures no distance."""
     least = f"{TRAINED + 1}" if survey.classes else f"{INCEPTION + 1:,}, or {TRAINED + 1} in class folders"
-    return f"{{kind: none}}  # a distance needs {least}: so samples to look at, and a held-out loss", 40
+    return f"a distance needs {least}: so samples to look at, and a held-out loss"

@@ -133,7 +133,7 @@ class Comparison:
         if self.found is None:
             return f"{start}: {self.ours} and {self.theirs} cannot be compared: {self.unknown}"
         error = self.found.error
-        words = f"{self.ours} is {_apart(self.found.change)} the curve of {self.theirs}"
+        words = f"{self.ours} is {_apart(self.found.change)} a straight line through the sizes of {self.theirs}"
         words += f", mean of {len(self.found.sizes)} sizes at {self.images:,} images" if len(self.found.sizes) > 1 else ""
         words += f" ({self.unknown})" if self.unknown else ""
         if error is None:
@@ -303,7 +303,7 @@ def table(sweep: str, found: Sequence[Comparison | AtBudget]) -> Table:
     """Return a table with every size and seed beside the other family's curve; the sentences are its caption."""
     ours, theirs = found[0].ours, found[0].theirs
     out = Table(title=f"{sweep}: {ours} against {theirs}", caption="\n".join(each.sentence for each in found))
-    for column in ("metric", "at equal", "model", "cost", "each seed", f"curve of {theirs}", "difference"):
+    for column in ("metric", "at equal", "model", "cost", "each seed", f"line of {theirs}", "difference"):
         out.add_column(column, justify="left" if column in ("metric", "at equal", "model") else "right")
     for each in found:
         for row in each.rows():

@@ -15,6 +15,8 @@ RECIPE = "recipe.yaml"
 SWEEPS = "sweeps"
 """Folder of all sweeps below a storage root."""
 GRID = "samples.png"
+USUAL = "outputs/sweeps"
+"""Where sweeps are unless a recipe says otherwise."""
 """Grid of samples of one evaluation."""
 REAL = "real.png"
 """Grid of real images of the sweep's source, in the same layout."""
@@ -149,9 +151,11 @@ class Sweep:
         if not folder.exists(RECIPE):
             if around := folder_around(folder):
                 raise UserError(f"no sweep at {folder}: expected a folder with {RECIPE}: did you mean {around}?")
+            if "/" not in url and open_folder(f"{USUAL}/{url}").exists(RECIPE):
+                raise UserError(f"no sweep at {folder}: expected a folder with {RECIPE}: did you mean {USUAL}/{url}?")
             raise UserError(
                 f"no sweep at {folder}{missing(folder)}: expected a folder with {RECIPE}, for example "
-                "outputs/sweeps/digits; a first start writes it when it has listed its images"
+                f"{USUAL}/digits; a first start writes it when it has listed its images"
             )
         try:
             return cls(folder, reading.parse(folder.read(RECIPE).decode(), f"{folder}/{RECIPE}", stored=True))

@@ -34,7 +34,8 @@ def require_installed(dashboards: Iterable[Dashboard]) -> None:
     for name in dashboards:
         if find_spec(name) is None:
             raise UserError(
-                f"tracking.also: {name} is not installed: pip install -e '.[{name}]' -c constraints.txt in the repository"
+                f"tracking.also: {name} is not installed: pip install 'dis-scale[{name}]', or in the repository "
+                f"pip install -e '.[{name}]' -c constraints.txt"
             )
 
 

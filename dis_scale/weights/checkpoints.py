@@ -128,6 +128,9 @@ def labels_in_words(names: Sequence[str], words: str | Sequence[str]) -> list[in
     for word in words:
         if word not in names and not (word.isdecimal() and len(word) < 10):
             known = f", or names: {some(list(names))}" if names else ", for example 1,7"
-            raise UserError(f"--classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}")
-        labels.append(names.index(word) if word in names else int(word))
+            raise UserError(f"classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}")
+        label = names.index(word) if word in names else int(word)
+        if names and label > len(names):  # the one behind the last is that of no class
+            raise UserError(f"classes: got {word}, expected a label from 0 to {len(names) - 1}, or names: {some(list(names))}")
+        labels.append(label)
     return labels

@@ -3,6 +3,7 @@
 Noise is a function of the seed and the sample's number, so the batch size does not change the pictures.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -67,6 +68,11 @@ class OpenCheckpoint:
 
         UserError if the model cannot be guided by their scale.
         """
+        steps, guidance = changes.get("steps"), changes.get("guidance")
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise UserError(f"steps: got {steps!r}, expected a whole number from 1 on")
+        if guidance is not None and (not isinstance(guidance, int | float) or not 0 <= guidance < math.inf):
+            raise UserError(f"guidance: got {guidance!r}, expected a number from 0 on")
         sampling = self.sampling.model_copy(update={name: value for name, value in changes.items() if value is not None})
         if self.guide_at is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")

@@ -37,7 +37,7 @@ def test_class_folders_sizes_and_progress(tmp_path: Path) -> None:
     lines = describe(found)
     assert "classes  3: cat 30, dog 1, empty 0" in lines
     assert "sizes    shorter side 20 to 100 pixels, median 40" in lines
-    assert "empty    class folders without an image that can be decoded: empty" in lines
+    assert "empty    class folders without an image that can be decoded, labels all the same: delete empty" in lines
     assert "unused   1 images beside the class folders" in lines
 
 

@@ -99,7 +99,10 @@ def test_a_copy_that_fails_misses_nothing_after_the_next_start(sweep: Sweep, tmp
 
 def test_a_package_that_is_missing_is_named_before_anything_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"wandb is not installed: pip install -e '\.\[wandb\]' -c constraints\.txt"):
+    with pytest.raises(
+        UserError,
+        match=r"wandb is not installed: pip install 'dis-scale\[wandb\]', or in the repository pip install -e '\.\[wandb\]'",
+    ):
         dashboards.require_installed(["tensorboard", "wandb"])
 
 

@@ -82,9 +82,7 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
     opened = open_for_sampling(sweep.run("dis").folder.url, None)
     assert opened.located.folder == weights
     assert labels_in_words(opened.located.class_names, "kind c, 1,kind a") == [2, 1, 0]
-    with pytest.raises(
-        UserError, match=r"--classes: got 'kin c' \(did you mean 'kind c'\?\), expected labels .*, or names: kind a"
-    ):
+    with pytest.raises(UserError, match=r"classes: got 'kin c' \(did you mean 'kind c'\?\), expected labels .*, or names: kind a"):
         labels_in_words(opened.located.class_names, "kind a,kin c")
     code, output = invoke("sample", weights.url, "--classes", "kin c")
     assert (code, "loading" in output) == (2, False), "refused before PyTorch and the weights are loaded"
@@ -340,9 +338,9 @@ def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--classes", "1,x"], "--classes: got 'x', expected labels with commas between them"),
+        (["--classes", "1,x"], "classes: got 'x', expected labels with commas between them"),
         (["--classes", "1", "--out", "grid.jpg"], "--out grid.jpg: a grid is a PNG: give a name that ends with .png"),
-        (["--classes", "1²"], "--classes: got '1²', expected labels with commas between them"),
+        (["--classes", "1²"], "classes: got '1²', expected labels with commas between them"),
         (["--classes", "9" * 20], "expected labels with commas between them"),
         (["--classes", "11"], "label 11 is out of range: expected 0 to 9"),
         (["--classes", "1", "--sampler", "euler"], "euler"),
