@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -255,6 +256,20 @@ def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str
 def test_logs_of_no_job_are_refused(elsewhere: Sweep, options: list[str], line: str) -> None:
     code, output = invoke("logs", elsewhere.folder.url, *options)
     assert (code, line in " ".join(output.replace("│", "").split())) == (2, True), output
+
+
+@pytest.mark.parametrize("name", ["train-dit", "dit", "evaluate"])
+def test_logs_of_a_job_are_found_by_the_name_that_is_listed(elsewhere: Sweep, name: str) -> None:
+    folder = elsewhere.all_logs / f"train-{name.removeprefix('train-')}" if "dit" in name else elsewhere.all_logs / name
+    folder.write("20261121T183819-driver.log", b"words")
+    assert invoke("logs", elsewhere.folder.url, name) == (0, f"==> {folder}/20261121T183819-driver.log <==\nwords\n")
+
+
+def test_a_sweep_is_suggested_by_its_name_alone(elsewhere: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert elsewhere.folder.local
+    shutil.copytree(elsewhere.folder.local, tmp_path / "outputs/sweeps/mine")
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean outputs/sweeps/mine?" in invoke("status", "mine")[1]
 
 
 def test_a_command_says_from_time_to_time_that_it_works(capsys: pytest.CaptureFixture[str]) -> None:
