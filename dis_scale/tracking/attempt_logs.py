@@ -8,6 +8,7 @@ Nothing here ever stops a process: a log that cannot be written is tried again.
 import contextlib
 import json
 import os
+import re
 import socket
 import stat
 import threading
@@ -33,7 +34,9 @@ SEARCHED_BYTES = 4 * 2**20
 """End of the file that is searched for these last lines: a driver's has a line of progress every few seconds."""
 ATTEMPTS_KEPT = 20
 DRIVER = "driver"
-_FOR_PROGRAMS = (":job_id:", ":actor_name:", ":task_name:", '{"kind": "event"')
+_FOR_PROGRAMS = re.compile(
+    r':(job_id|actor_name|task_name):|{"kind": "event"|Running entrypoint for job |\S+ \S+\s+INFO job_manager\.py'
+)
 """Beginnings of lines of Ray and of ours that have no words for a reader."""
 
 
@@ -138,7 +141,7 @@ def to_bytes(facts: dict[str, Any], outputs: dict[str, str]) -> bytes:
 
 def in_words(text: str) -> str:
     """Return a stored log for a reader: its facts in words, without Ray's markers and events, which its messages repeat."""
-    lines = [line for line in text.expandtabs().splitlines(keepends=True) if not line.startswith(_FOR_PROGRAMS)]
+    lines = [line for line in text.expandtabs().splitlines(keepends=True) if not _FOR_PROGRAMS.match(line)]
     with contextlib.suppress(IndexError, ValueError):  # a log without facts
         facts = json.loads(lines[0])
         if isinstance(facts, dict) and "kind" not in facts:
