@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dis_scale.models import build, public
+from dis_scale.models.dis import network
 from dis_scale.models.dis.network import DiS, DiSBlock
 from dis_scale.models.dis.orders import orders_of
 from dis_scale.models.dis.settings import Dis
@@ -134,6 +135,27 @@ def test_tokens_that_stay_where_a_block_leaves_them_are_the_same(changes: dict[s
         results.append([out, *torch.autograd.grad(out.square().sum(), list(each.parameters()))])
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("order", [("zigzag8",), ("column", "hilbert"), ("raster", "column")], ids=str)
+@pytest.mark.parametrize("directions", [2, "alternate"])
+def test_a_model_without_memory_has_an_order_too(order: tuple[str, ...], directions: Any) -> None:
+    """Importing, warm starts and transfer build one."""
+    with torch.device("meta"):
+        model = DiS(dis(order=order, directions=directions).settings, SHAPE, 10)
+    assert all(buffer.is_meta for buffer in model.buffers())
+    assert [*model.buffers()]
+
+
+def test_the_self_test_has_each_kind_of_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks in an order of their own, and those behind attention that have the stream's; a model in raster order has one kind."""
+    kinds = list[bool]()
+    monkeypatch.setattr(network, "_verify_once", lambda *given: kinds[-1:] == [given[-1]] or kinds.append(given[-1]))
+    mixed = {"order": ("raster", "column"), "attention_every": 3}
+    for changes, expected in (({}, [False]), ({"order": ("hilbert",)}, [True]), (mixed, [False, True])):
+        kinds.clear()
+        dis(depth=6, **changes).verify_kernels(torch.device("cpu"), [2], training=False)
+        assert kinds == expected
 
 
 def test_the_published_order_adds_nothing_and_others_are_not_exported_as_published() -> None:

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from dis_scale.models.checkpointing import recompute_every, run_block
 from dis_scale.models.dis.attention import Attention
-from dis_scale.models.dis.orders import orders_of
+from dis_scale.models.dis.orders import Orders, orders_of
 from dis_scale.models.dis.s6 import Mixer, inner_width
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dis.ssd import SsdMixer
@@ -32,14 +32,6 @@ from dis_scale.scan.norms import added_rms_norm, normalised
 from dis_scale.scan.selftest import Case, distinct
 
 MIXERS = {"s6": Mixer, "ssd": SsdMixer}
-
-
-class Orders(NamedTuple):
-    """Orders of tokens, permutations (L): a block's own, of the branch that it gets, and of the skip; None for the stream's."""
-
-    own: Tensor | None = None
-    branch: Tensor | None = None
-    skip: Tensor | None = None
 
 
 class DiSBlock(nn.Module):
@@ -57,11 +49,10 @@ class DiSBlock(nn.Module):
         self, settings: Dis, scan: str, skip: bool, orders: Orders = Orders(), attention: Attention | None = None
     ):  # fmt: skip
         super().__init__()
-        ordered = orders.own is not None or orders.branch is not None
+        place, order = orders.places or (None, None)
         # Computed, not learned: not persistent, so that the state dict holds exactly what is trained.
-        self.register_buffer("order", _given(orders.own, orders.branch) if ordered else None, persistent=False)
-        self.register_buffer("place", _given(orders.branch, orders.own).argsort() if ordered else None, persistent=False)
-        self.register_buffer("skip_order", _between(orders.skip, orders.branch), persistent=False)
+        for name, each in (("place", place), ("order", order), ("skip_order", orders.of_skip)):
+            self.register_buffer(name, _buffer(each), persistent=False)
         D = settings.width
         self.scan = scan
         self.norm = nn.Parameter(torch.ones(D))
@@ -113,19 +104,8 @@ def reordered(x_BLD: Tensor, order_L: Tensor | None) -> Tensor:
     return out_BLD
 
 
-def _given(order_L: Tensor | None, other_L: Tensor | None) -> Tensor:
-    """An order, or the stream's own as long as the other one."""
-    if order_L is None:
-        assert other_L is not None
-        return torch.arange(len(other_L), device=other_L.device)
-    return order_L
-
-
-def _between(from_L: Tensor | None, to_L: Tensor | None) -> Tensor | None:
-    """Return where the tokens of one order lie in another one; None if these are the same."""
-    if from_L is to_L or (from_L is not None and to_L is not None and torch.equal(from_L, to_L)):
-        return None
-    return _given(from_L, to_L).argsort()[_given(to_L, from_L)]
+def _buffer(order_L: np.ndarray | None) -> Tensor | None:
+    return None if order_L is None else torch.tensor(order_L)
 
 
 def dropped(h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:
@@ -165,7 +145,7 @@ class DiS(Backbone):
             orders = Orders(own[i], own[i - 1] if i else None, own[2 * half - i] if i > half else None)
             mixer = Attention(D, settings.depth, self.extras, side) if attention else None
             self.blocks.append(DiSBlock(settings, scan, i > half, orders, mixer))
-        self.register_buffer("place", None if own[-1] is None else own[-1].argsort(), persistent=False)
+        self.register_buffer("place", None if own[-1] is None else _buffer(own[-1].argsort()), persistent=False)
         self.norm = nn.Parameter(torch.ones(D))
         self.modulation = None if num_classes is None else Linear(D, 2 * D)
         self.final = Linear(D, settings.patch**2 * 2 * shape.channels)
@@ -207,8 +187,12 @@ class DiS(Backbone):
     def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:
         """A block, once for each set of compiled kernels."""
         name = choose(self.scan, device).name
-        for case in distinct(name, device, self._cases(images, training)):
-            _verify_once(self.settings, name, device, self.compute_dtype, case)
+        for case, ordered in itertools.product(distinct(name, device, self._cases(images, training)), self._kinds_of_norms()):
+            _verify_once(self.settings, name, device, self.compute_dtype, case, ordered)
+
+    def _kinds_of_norms(self) -> list[bool]:
+        """Whether norms read and write at places: all, none, or some. The first block's adds nothing."""
+        return sorted({isinstance(block, DiSBlock) and block.place is not None for block in [*self.blocks][1:]})
 
     def _cases(self, images: Collection[int], training: bool) -> list[Case]:
         """All passes of these image counts. A recomputed block's second forward pass keeps states; the first has no backward.
@@ -260,11 +244,9 @@ class DiS(Backbone):
 
 
 @functools.cache
-def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dtype, case: Case) -> None:
-    plain, tokens = settings.model_copy(update={"conditioning": "tokens"}), torch.arange(case.L)
-    orders = (
-        Orders() if settings.order == ("raster",) and settings.directions != "alternate" else Orders(tokens.flip(0), tokens.roll(1))
-    )
+def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dtype, case: Case, ordered: bool) -> None:
+    plain, tokens = settings.model_copy(update={"conditioning": "tokens"}), np.arange(case.L)
+    orders = Orders(tokens[::-1].copy(), np.roll(tokens, 1)) if ordered else Orders()
 
     def make(scan: str) -> DiSBlock:
         alone = Attention(settings.width, settings.depth, case.L, 0) if settings.attention_every == 1 else None
@@ -273,12 +255,12 @@ def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dt
     verify_block(make, settings.width, scan, device, dtype, case)
 
 
-def _token_orders(settings: Dis, extras: int, side: int) -> list[Tensor | None]:
+def _token_orders(settings: Dis, extras: int, side: int) -> list[np.ndarray | None]:
     """Return the orders of all tokens that blocks take in turn: label and time first, then the patches; None for theirs."""
     raster = np.arange(side**2)
     patches = orders_of(settings.order, side, settings.directions == "alternate")
     every = [np.concatenate([np.arange(extras), extras + order]) for order in patches]
-    return [None if np.array_equal(p, raster) else torch.tensor(o) for p, o in zip(patches, every, strict=True)]
+    return [None if np.array_equal(p, raster) else o for p, o in zip(patches, every, strict=True)]
 
 
 def resized_positions(position_1LD: Tensor, extras: int, patches: int) -> Tensor:

@@ -3,9 +3,42 @@
 Neighbouring rows are a whole row apart for a scan by rows. Blocks that scan by turns in other orders make them neighbours too.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from dis_scale.process.errors import UserError
+
+
+class Orders(NamedTuple):
+    """Orders of tokens, permutations (L): a block's own, of the branch that it gets, and of the skip; None for the stream's."""
+
+    own: np.ndarray | None = None
+    branch: np.ndarray | None = None
+    skip: np.ndarray | None = None
+
+    @property
+    def places(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Where the branch has each token of the stream, and the block's own order; None if both are the stream's."""
+        if self.own is None and self.branch is None:
+            return None
+        return _given(self.branch, self.own).argsort(), _given(self.own, self.branch)
+
+    @property
+    def of_skip(self) -> np.ndarray | None:
+        """Where the skip has the tokens of the branch; None if both have the same order."""
+        if self.skip is None and self.branch is None:
+            return None
+        skip, branch = _given(self.skip, self.branch), _given(self.branch, self.skip)
+        return None if np.array_equal(skip, branch) else skip.argsort()[branch]
+
+
+def _given(order_L: np.ndarray | None, other_L: np.ndarray | None) -> np.ndarray:
+    """An order, or the stream's, which is as long as the other one."""
+    if order_L is not None:
+        return order_L
+    assert other_L is not None
+    return np.arange(len(other_L))
 
 
 def orders_of(names: tuple[str, ...], side: int, alternate: bool) -> list[np.ndarray]:

@@ -110,7 +110,7 @@ class Dis(FamilySettings):
     def curve(self) -> str:
         """Other mixers, attention, orders and directions: `dis + ssd hydra`, `dis + attention 4`, `dis + raster column`."""
         options = [f"ssd {self.combine}"] if self.mixer == "ssd" else []
-        if self.attention_every and self.attention_every <= self.depth + 1:  # else no block has it
+        if self._attends:
             options.append(f"attention {self.attention_every}")
         options += [" ".join(self.order)] if self.order != PUBLISHED["order"] else []
         options += ["tied"] if self.spectrum == "tied" else []
@@ -120,7 +120,13 @@ class Dis(FamilySettings):
     @property
     def unpublished(self) -> str | None:
         """Name of the first setting that the public code lacks; None if it has all."""
-        return next((name for name, public in PUBLISHED.items() if getattr(self, name) != public), None)
+        own = self.model_dump(include=set(PUBLISHED)) | {"attention_every": self.attention_every if self._attends else None}
+        return next((name for name, public in PUBLISHED.items() if own[name] != public), None)
+
+    @property
+    def _attends(self) -> bool:
+        """Whether a block has attention."""
+        return self.attention_every is not None and self.attention_every <= self.depth + 1
 
     @property
     def ways(self) -> Literal[1, 2]:
