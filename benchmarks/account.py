@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +36,7 @@ from benchmarks.instructions import BYTES_PER_S, CLOCK_HZ, SCHEDULERS, TOTALS, a
 from benchmarks.instructions import MULTIPROCESSORS as SMS
 from dis_scale.models.cost import price_model
 from dis_scale.models.dis import network, s6, ssd
+from dis_scale.models.dis.orders import Orders
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.network import DiT
 from dis_scale.models.dit.settings import Dit
@@ -127,13 +129,13 @@ def recorded() -> Iterator[list[tuple[Launch, tuple[Any, ...], Any]]]:
         yield found
 
 
-def operations(settings: Dis, skip: bool, images: int, T: int) -> Work:
+def operations(settings: Dis, skip: bool, images: int, T: int, orders: Orders = Orders()) -> Work:
     """Count a block's training pass. Launches of the selective scan and its convolution are not compiled: `row` has their time."""
     conv = patch.object(ssd, "causal_conv_silu", lambda *inputs, **_: _Nothing.apply(1, *inputs)[0])
     triton = [patch.object(x, "choose", lambda *_: Choice("triton", "by count")) for x in (duality, norms, mixer)]
     D, half = settings.width, torch.bfloat16
     with torch.device("meta"):
-        block = network.DiSBlock(settings, "triton", skip)
+        block = network.DiSBlock(settings, "triton", skip, orders)
         h_BLD, skip_BLD = (torch.empty(images, T, D, dtype=half, requires_grad=True) for _ in range(2))
         r_BLD, c_BD = torch.empty(images, T, D, requires_grad=True), torch.empty(images, D, dtype=half)
         inputs = [h_BLD, r_BLD, *([skip_BLD] if skip else []), *block.parameters()]
@@ -219,6 +221,20 @@ def main() -> None:
         dit_row(name)
     for images, size in ((8, 64), (2, 128)):
         row(f"DiS2-L/2, {tokens(large, size):,} tokens", large, images, size)
+    print_orders(Dis(**preset("DiS-L/2")))
+
+
+def print_orders(settings: Dis) -> None:
+    """Print what else than products and scans a block with a long skip moves, by the orders that its ends have."""
+    T = tokens(settings, SIZE)
+    ours, theirs = np.arange(T)[::-1].copy(), np.roll(np.arange(T), 1)
+    for name, orders in (
+        ("no order", Orders()),
+        ("one order", Orders(ours, ours, ours)),
+        ("two orders", Orders(ours, theirs, ours)),
+    ):
+        each = [operations(settings, skip, IMAGES, T, orders).bytes / (IMAGES * T * settings.width) for skip in (False, True)]
+        print(f"DiS-L/2, {name:13} bytes a channel and token: {each[0]:.3f}, with a skip {each[1]:.3f}")
 
 
 if __name__ == "__main__":

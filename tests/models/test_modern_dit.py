@@ -74,10 +74,10 @@ def test_a_block_is_that_of_its_definition_with_its_gradients(modern: tuple[str,
     made = block(*modern)
     x, c = (torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((SIDE**2, D), (D,)))
     ours, theirs = made(x, c), by_definition(made, modern, x, c)
-    assert torch.allclose(ours, theirs, atol=1e-6)  # the angles are float32
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)  # the angles are float32
     weights = torch.randn_like(ours)
     for a, b in zip(*(torch.autograd.grad((y * weights).sum(), [x, c, *made.parameters()]) for y in (ours, theirs)), strict=True):
-        assert torch.allclose(a, b, atol=1e-6 * max(1.0, b.abs().max().item()))
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * max(1.0, b.abs().max().item()))
 
 
 def test_without_parts_a_block_is_as_before_them_to_the_bit() -> None:

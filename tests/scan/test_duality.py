@@ -1,5 +1,7 @@
 """State-space duality: three forms of one function, its gradients, and what it refuses."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,18 +28,27 @@ def dense(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | Non
     return y_BLHP
 
 
+def results(form: module.Form, x_and_own: Sequence[Tensor], ways: Sequence[Way | None], exclusive: bool) -> list[Tensor]:
+    """y, and the gradients of its squares."""
+    leaves = [t.clone().requires_grad_() for t in (*x_and_own, *[t for way in ways if way for t in way])]
+    each = module.ways_of(leaves[2:])
+    y = form(leaves[0], leaves[1], each[0] if ways[0] else None, each[-1] if ways[1] else None, exclusive)
+    return [y, *torch.autograd.grad(y.square().sum(), leaves, materialize_grads=True)]
+
+
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 1, 4, 16), (7, 2, 3, 16), (35, 1, 8, 128)])
 def test_recurrence_and_chunks_are_the_quadratic_form(
     sizes: tuple[int, int, int, int], exclusive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of one direction, and of a length that chunks do not divide."""
+    """Outputs and gradients, also of one direction, and of a length that chunks do not divide."""
     monkeypatch.setattr(module, "CHUNK", 8)
-    x, own, earlier, later = inputs(*sizes)
-    for ways in ((earlier, later), (earlier, None), (None, later)):
-        expected = dense(x, own, *ways, exclusive)
+    given = inputs(*sizes)
+    for ways in (given[2:], (given[2], None), (None, given[3])):
+        expected = results(dense, given[:2], ways, exclusive)
         for form in (recurrence, chunked):
-            assert torch.allclose(form(x, own, *ways, exclusive), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+            for got, exact in zip(results(form, given[:2], ways, exclusive), expected, strict=True):
+                assert (got - exact).abs().max() <= 1e-9 * max(1.0, exact.detach().abs().max())
 
 
 MINIMAL = [
@@ -72,9 +83,11 @@ def test_chunks_in_float32_have_the_definitions_outputs_and_gradients(sizes: tup
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_gradients_are_those_of_differences(exclusive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("L", [1, 3, 5, 8])
+def test_gradients_are_those_of_differences(L: int, exclusive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one chunk, of two, and of three: one that takes a state and passes one on."""
     monkeypatch.setattr(module, "CHUNK", 3)
-    x, own, *ways = inputs(5, 2, 2, 3)
+    x, own, *ways = inputs(L, 2, 2, 3)
     leaves = [t.requires_grad_() for t in (x, own, *ways[0], *ways[1])]
 
     def function(x: Tensor, own: Tensor, *ways: Tensor) -> Tensor:
