@@ -96,7 +96,7 @@ def launches_of(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> s
     seen = set[tuple[object, ...]]()
 
     def note(launch: Launch, *tensors: Any) -> None:
-        types = tuple(x.dtype for x in tree_leaves(tensors))
+        types = tuple(getattr(x, "dtype", None) for x in tree_leaves(tensors))
         seen.add((launch.kernel.__name__, types, *sorted((name, str(value)) for name, value in launch.numbers.items())))
 
     monkeypatch.setattr(Launch, "__call__", note)
