@@ -3,14 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_file, require_there, say, show, working
-from dis_scale.process.errors import Held, UserError
+from dis_scale.process.errors import Held, UserError, nearest
 
 if TYPE_CHECKING:
     from dis_scale.sweep import Sampled
+
+MLFLOWS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+"""Schemes of the servers and databases that keep MLflow's runs."""
 
 
 def report(
@@ -188,6 +192,8 @@ def sync(
     into = uri or (tracking.uri if tracking else None)
     if into is None:
         raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
+    if (scheme := urlsplit(into).scheme.partition("+")[0]) not in MLFLOWS:  # MLflow says so after a minute, at length
+        raise UserError(f"--uri {into}: expected a URL of {', '.join(MLFLOWS)}{nearest(scheme, MLFLOWS)}")
     if tracking and into != tracking.uri and into.startswith(SQLITE):
         try:
             require_stopped(opened)

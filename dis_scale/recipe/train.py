@@ -36,7 +36,7 @@ class Flow(Settings):
     """What the network's output is. Of patches with more values than the network has channels only `image` can be learned (JiT,
     arXiv 2511.13720)."""
     loss: Prediction = "velocity"
-    """What the squared error is of; the output is converted to it."""
+    """What the squared error is of; the output is converted to it, with a divisor of at least 0.05."""
 
     @property
     def prediction(self) -> Prediction:

@@ -80,6 +80,8 @@ def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Sweep, plan: Plan, 
     assert answer("mlflow", "sync", sweep.folder.url, "--json")["rows"] == 8
     assert content(sweep, second) == as_it_came, "a second time doubles nothing"
     run_elsewhere(sweep.lease("sweep"))  # a command that would go on in the other MLflow
+    code, output = invoke("mlflow", "sync", sweep.folder.url, "--uri", "htp://127.0.0.1:5000")
+    assert (code, "expected a URL of http, https, sqlite" in output, "did you mean 'http'" in output) == (2, True, True)
     code, output = invoke("mlflow", "sync", sweep.folder.url, "--uri", first)
     assert (code, "in a file of this machine" in output, TrackingIds.read(sweep.folder).uri) == (Held.exit_code, True, second)
     assert answer("mlflow", "sync", sweep.folder.url, "--json")["rows"] == 8, "into its own"
