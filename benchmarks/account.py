@@ -104,8 +104,12 @@ def least(launch: Launch, arguments: tuple[Any, ...], program: Any) -> Least:
     flops = groups * sum(count for op, count in times if op == "HGMMA")
     if shape := re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", disassembled(program, "-sass")):
         flops *= 2 * math.prod(map(int, shape.groups()))
-    moved = {id(x): x.nbytes for x in tree_leaves(arguments) if x is not None}
-    return Least(issued / SCHEDULERS / CLOCK_HZ, flops / PRODUCTS, sum(moved.values()) / BYTES_PER_S)
+    return Least(issued / SCHEDULERS / CLOCK_HZ, flops / PRODUCTS, moved_bytes(arguments) / BYTES_PER_S)
+
+
+def moved_bytes(arguments: tuple[Any, ...]) -> int:
+    """Bytes of a launch's tensors, each once."""
+    return sum({id(x): x.nbytes for x in tree_leaves(arguments) if x is not None}.values())
 
 
 class _Nothing(torch.autograd.Function):
@@ -144,7 +148,7 @@ def operations(settings: Dis, skip: bool, images: int, T: int, orders: Orders = 
             outs = block(h_BLD, r_BLD, c_BD, skip_BLD if skip else None, None)
             torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
     norms_of = [arguments for launch, arguments, _ in launched if launch.kernel.fn.__name__.startswith("added_norm")]
-    moved = sum(sum({id(x): x.nbytes for x in tree_leaves(arguments) if x is not None}.values()) for arguments in norms_of)
+    moved = sum(map(moved_bytes, norms_of))
     compiled = [each for each in launched if each[2] and not each[0].kernel.fn.__name__.startswith("added_norm")]
     scan = [least(*each) for each in compiled]
     return Work(counts.launches + len(launched), counts.seconds, counts.bytes + moved, scan)

@@ -3,6 +3,8 @@
 Read next: triton_norm.py.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,8 +49,29 @@ def added_rms_norm(
         r_BLD = r_BLD + h_BLD
         return r_BLD, normalised(r_BLD, weight_D, h_BLD.dtype)
     place_L, order_L = places
-    r_BLD = r_BLD + h_BLD.index_select(1, place_L)
-    return r_BLD, normalised(r_BLD, weight_D, h_BLD.dtype).index_select(1, order_L)
+    r_BLD = r_BLD + reordered(h_BLD, place_L)
+    return r_BLD, reordered(normalised(r_BLD, weight_D, h_BLD.dtype), order_L)
+
+
+def reordered(x_BLD: Tensor, order_L: Tensor | None) -> Tensor:
+    """x with its token order[l] at l; x itself without an order."""
+    if order_L is None:
+        return x_BLD
+    out_BLD: Tensor = _Reordered.apply(x_BLD, order_L)
+    return out_BLD
+
+
+class _Reordered(torch.autograd.Function):
+    """Its gradient is copied to its places; that of PyTorch's gather would be added to zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, order_L: Tensor) -> Tensor:
+        ctx.save_for_backward(order_L)
+        return x_BLD.index_select(1, order_L)
+
+    @staticmethod
+    def backward(ctx: Any, dout_BLD: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(dout_BLD).index_copy_(1, ctx.saved_tensors[0], dout_BLD), None
 
 
 @outside_graphs

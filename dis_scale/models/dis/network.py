@@ -9,13 +9,11 @@ import itertools
 import math
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dis_scale.models.checkpointing import recompute_every, run_block
 from dis_scale.models.dis.attention import Attention
@@ -28,7 +26,7 @@ from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding,
 from dis_scale.process.settings import LatentShape
 from dis_scale.scan import choose
 from dis_scale.scan.backend import KeepingStates
-from dis_scale.scan.norms import added_rms_norm, normalised
+from dis_scale.scan.norms import added_rms_norm, normalised, reordered
 from dis_scale.scan.selftest import Case, distinct
 
 MIXERS = {"s6": Mixer, "ssd": SsdMixer}
@@ -80,28 +78,6 @@ class DiSBlock(nn.Module):
         shift_BD, scale_BD, *gate_BD = self.modulation(F.silu(c_BD)).chunk(2 + self.gated, dim=1)
         mixed_BLD = self.mixer(modulate(n_BLD, shift_BD, scale_BD))
         return gate_BD[0].unsqueeze(1) * mixed_BLD if self.gated else mixed_BLD, r_BLD
-
-
-class _Reordered(torch.autograd.Function):
-    """Its gradient is copied to its places; PyTorch's own would be added to zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BLD: Tensor, order_L: Tensor) -> Tensor:
-        ctx.save_for_backward(order_L)
-        return x_BLD.index_select(1, order_L)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_BLD: Tensor) -> tuple[Tensor, None]:
-        return torch.empty_like(dout_BLD).index_copy_(1, ctx.saved_tensors[0], dout_BLD), None
-
-
-def reordered(x_BLD: Tensor, order_L: Tensor | None) -> Tensor:
-    """x with its token order[l] at l; x itself without an order."""
-    if order_L is None:
-        return x_BLD
-    out_BLD: Tensor = _Reordered.apply(x_BLD, order_L)  # type: ignore[no-untyped-call]
-    return out_BLD
 
 
 def _buffer(order_L: np.ndarray | None) -> Tensor | None:
