@@ -13,7 +13,7 @@ from dis_scale.process.errors import Held, UserError, nearest
 if TYPE_CHECKING:
     from dis_scale.sweep import Sampled
 
-MLFLOWS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+MLFLOWS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "file")
 """Schemes of the servers and databases that keep MLflow's runs."""
 
 
@@ -192,7 +192,7 @@ def sync(
     into = uri or (tracking.uri if tracking else None)
     if into is None:
         raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
-    if (scheme := urlsplit(into).scheme.partition("+")[0]) not in MLFLOWS:  # MLflow says so after a minute, at length
+    if (scheme := urlsplit(into).scheme.partition("+")[0]) and scheme not in MLFLOWS:  # MLflow says so after a minute, at length
         raise UserError(f"--uri {into}: expected a URL of {', '.join(MLFLOWS)}{nearest(scheme, MLFLOWS)}")
     if tracking and into != tracking.uri and into.startswith(SQLITE):
         try:

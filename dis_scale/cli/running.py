@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -26,6 +26,7 @@ from dis_scale.recipe import Storage
 from dis_scale.recipe.shipped import EMBEDDED
 
 ROOT: str = Storage.model_fields["root"].default
+Stage = Literal["prepare", "precompute", "evaluate"]
 Here = Annotated[bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")]
 
 
@@ -122,7 +123,7 @@ def status(
 def logs(
     sweep: SweepUrl,
     model: Annotated[str | None, typer.Argument(help="A model, or a log's name as listed.", show_default=False)] = None,
-    stage: Annotated[Literal["prepare", "precompute", "evaluate"] | None, typer.Option(help="A stage instead.")] = None,
+    stage: Annotated[Stage | None, typer.Option(help="A stage instead.")] = None,
     attempt: Annotated[str | None, typer.Option(help="When it began, as listed; default: the newest.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Print the lines as they are stored: JSON.")] = False,
     as_json: AsJson = False,
@@ -140,7 +141,7 @@ def logs(
             raise UserError("logs: --attempt and --raw are of one job's logs: name a model, or --stage")
         lines = attempt_logs.overview(opened)
         return show(as_json, {"attempts": lines}, *lines)
-    if model in ("prepare", "precompute", "evaluate") and model not in opened.recipe.models:
+    if model in get_args(Stage) and model not in opened.recipe.models:
         model, stage = None, model
     if model is not None:  # also as listed: train-dis-m
         model = model if model in opened.recipe.models else model.removeprefix("train-")

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dis_scale.process.errors import NoFamily, UserError, nearest
-from dis_scale.recipe import MAIN, Recipe, reading
+from dis_scale.recipe import MAIN, Recipe, Storage, reading
 from dis_scale.storage.folder import Folder, missing, open_folder
 
 RECIPE = "recipe.yaml"
 SWEEPS = "sweeps"
 """Folder of all sweeps below a storage root."""
-GRID = "samples.png"
-USUAL = "outputs/sweeps"
+USUAL = f"{Storage.model_fields['root'].default}/{SWEEPS}"
 """Where sweeps are unless a recipe says otherwise."""
+GRID = "samples.png"
 """Grid of samples of one evaluation."""
 REAL = "real.png"
 """Grid of real images of the sweep's source, in the same layout."""
