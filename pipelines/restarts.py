@@ -28,7 +28,7 @@ NEAR_STEPS = 2
 SAME, ALWAYS = 5, 10
 """Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any.
 
-Before an attempt's first step much fails that passes, such as connections: there twice and three times `ALWAYS`.
+Twice and three times `ALWAYS` if all are connections that broke before a first step: a network may be away for a while.
 """
 
 
@@ -152,7 +152,8 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     sets = [failure.nodes for failure in alike if failure.nodes]
     if last.cause == "device":
         return last.done > 0 and len(sets) >= SAME and not frozenset.intersection(*sets)
-    on_two, on_any = (2 * ALWAYS, 3 * ALWAYS) if last.done == 0 else (SAME, ALWAYS)
+    unmade = last.done == 0 and all(each.cause == "connection" for each in alike)
+    on_two, on_any = (2 * ALWAYS, 3 * ALWAYS) if unmade else (SAME, ALWAYS)
     return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
 
 

@@ -18,10 +18,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def shipped() -> Rules:
-    """The limits of cluster/rayjob.yaml, and that which it asks to set in the environment of KubeRay's operator."""
-    text = (ROOT / "cluster/rayjob.yaml").read_text()
-    spec = next(yaml.safe_load_all(text))["spec"]
-    (timeout_s,) = (line.split("=")[1].split()[0] for line in text.splitlines() if "STATUS_CHECK_TIMEOUT_SECONDS=" in line)
+    """The limits of cluster/rayjob.yaml, and that of cluster/kuberay-operator.yaml."""
+    spec = next(yaml.safe_load_all((ROOT / "cluster/rayjob.yaml").read_text()))["spec"]
+    operator = yaml.safe_load((ROOT / "cluster/kuberay-operator.yaml").read_text())
+    environment = {variable["name"]: variable["value"] for variable in operator["env"]}
+    timeout_s = environment["RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS"]
     (submitter,) = spec["submitterPodTemplate"]["spec"]["containers"]
     follows = "while state=$(ask status $job)" in " ".join(submitter.get("command", []))
     return Rules(spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"], float(timeout_s), follows)

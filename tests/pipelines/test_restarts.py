@@ -5,7 +5,7 @@ import ray
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
-from pipelines.failures import WorkerFailure
+from pipelines.failures import Cause, WorkerFailure
 from pipelines.restarts import with_restarts
 from tests.support.stage_jobs import RecordedJob, job_of
 
@@ -136,18 +136,20 @@ def test_a_death_and_the_connections_that_it_breaks_are_one_cause(tiny: Recipe) 
 
 
 @pytest.mark.parametrize(
-    ("nodes", "done", "attempts"),
+    ("nodes", "done", "cause", "attempts"),
     [
-        ("ababa", [112] * 5, 5), ("aaaaaaaaaa", [112] * 10, 10), ("ababababab", [112, 160] * 5, 41), ("ab", [0], 20),
-        ("ab", [112, 128, 96, 112, 112], 5),
-        ("a", [0], 30), ("aaaabbbb", [112] * 8, 5),
+        ("ababa", [112] * 5, "lost", 5), ("aaaaaaaaaa", [112] * 10, "lost", 10), ("ababababab", [112, 160] * 5, "lost", 41),
+        ("ab", [112, 128, 96, 112, 112], "lost", 5), ("aaaabbbb", [112] * 8, "lost", 5),
+        ("ab", [0], "lost", 5), ("a", [0], "lost", 10), ("ab", [0], "connection", 20), ("a", [0], "connection", 30),
     ],
     ids=[
-        "on two sets of nodes", "always on one set", "at two places", "before a step", "a step apart", "before a step on one set",
-        "after a move",
+        "on two sets of nodes", "always on one set", "at two places", "a step apart", "after a move",
+        "before a step", "before a step on one set", "no connection", "no connection on one set",
     ],
 )  # fmt: skip
-def test_a_deterministic_crash_does_not_burn_all_restarts(tiny: Recipe, nodes: str, done: list[int], attempts: int) -> None:
+def test_a_deterministic_crash_does_not_burn_all_restarts(
+    tiny: Recipe, nodes: str, done: list[int], cause: Cause, attempts: int
+) -> None:
     """Of the forty that this recipe allows."""
     recipe = tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 40})})
     job, made = job_of(recipe), 0
@@ -156,7 +158,7 @@ def test_a_deterministic_crash_does_not_burn_all_restarts(tiny: Recipe, nodes: s
         nonlocal made
         job.placed = frozenset(nodes[made % len(nodes)])
         made += 1
-        raise WorkerFailure("worker lost", done[(made - 1) % len(done)])
+        raise WorkerFailure("worker lost", done[(made - 1) % len(done)], cause=cause)
 
     with pytest.raises(DisScaleError):
         with_restarts(job, "dis", attempt, lambda: 80)
