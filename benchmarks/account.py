@@ -147,11 +147,13 @@ def operations(settings: Dis, skip: bool, images: int, T: int, orders: Orders = 
         with conv, triton[0], triton[1], triton[2], seen as launched, KeepingStates(), Products() as counts:
             outs = block(h_BLD, r_BLD, c_BD, skip_BLD if skip else None, None)
             torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
-    norms_of = [arguments for launch, arguments, _ in launched if launch.kernel.fn.__name__.startswith("added_norm")]
-    moved = sum(map(moved_bytes, norms_of))
-    compiled = [each for each in launched if each[2] and not each[0].kernel.fn.__name__.startswith("added_norm")]
-    scan = [least(*each) for each in compiled]
-    return Work(counts.launches + len(launched), counts.seconds, counts.bytes + moved, scan)
+    named = [(launch.kernel.fn.__name__, launch, arguments, program) for launch, arguments, program in launched]
+    moved = sum(moved_bytes(arguments) for name, _, arguments, _ in named if name.startswith("added_norm"))
+    ours = ("added_norm", "conv_", "sum_conv")
+    scan = [least(*each) for name, *each in named if each[2] and not name.startswith(ours)]
+    convolutions = sum(name.startswith(ours[1:]) for name, *_ in named)
+    ours_launched = len(launched) + (CONV_KERNELS - convolutions) * (settings.mixer == "ssd")
+    return Work(counts.launches + ours_launched, counts.seconds, counts.bytes + moved, scan)
 
 
 def tokens(settings: Dis, size: int) -> int:
@@ -193,7 +195,7 @@ def row(name: str, settings: Dis, images: int, size: int) -> None:
     step_s = STEP_IMAGES * seconds + STEP_S + OPTIMIZER_BYTES * cost.parameters / COPIES
     mfu_of_step = STEP_IMAGES * cost.training_flops(images) / step_s / PEAK
     paced = HOST_S / (SLOWER * 1e-9 * sum(times) * length)
-    kernels, us = kernels + CONV_KERNELS * (settings.mixer == "ssd"), 1e-3 * sum(times) * count
+    us = 1e-3 * sum(times) * count
     cells = *times, sum(times), mfu, mfu_of_step, paced, *waved, kernels, us
     print(f"{name:22}", *(f"{x:9.2f}" for x in cells))
 

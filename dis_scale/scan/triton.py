@@ -294,16 +294,22 @@ def _plain_weights(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [x for bias in biases for x in (None if bias is None else next(matrices), bias)]
 
 
-def run_conv(x: Tensor, weights: Sequence[Tensor | None], outs: Sequence[Tensor | None]) -> None:
-    """Launch a forward pass for tensors as the kernels take them; None for a skipped direction."""
-    numbers.conv_forward(_conv_kind(x, weights))(x, _both(weights[::2]), _both(weights[1::2]), _both(outs))
+def run_conv(x: Tensor, weights: Sequence[Tensor | None], outs: Sequence[Tensor | None], ahead: int = 0) -> None:
+    """Launch a forward pass for tensors as the kernels take them; None for a skipped direction. The first direction's outputs also
+    see as many steps `ahead` of their own, and as many fewer of those before."""
+    numbers.conv_forward(_conv_kind(x, weights, ahead))(x, _both(weights[::2]), _both(weights[1::2]), _both(outs))
 
 
 def run_conv_backward(
-    x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor], dx: Tensor, gradients: Sequence[Tensor | None]
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    dys: Sequence[Tensor],
+    dx: Tensor,
+    gradients: Sequence[Tensor | None],
+    ahead: int = 0,
 ) -> None:
     """Launch a backward pass; the gradients of the weights lie as they do."""
-    kind, rows = _conv_kind(x, weights), [each.stride(1) for each in (*dys, dx)]
+    kind, rows = _conv_kind(x, weights, ahead), [each.stride(1) for each in (*dys, dx)]
     launches = numbers.conv_backward(kind, *rows)
     given = x, weights, dys, dx, gradients
     if x.is_cuda and launches.sums.is_new:  # both kernels; the forward pass has only one
@@ -312,10 +318,10 @@ def run_conv_backward(
     _conv_backward(launches, kind, *given)
 
 
-def _conv_kind(x: Tensor, weights: Sequence[Tensor | None]) -> ConvKind:
+def _conv_kind(x: Tensor, weights: Sequence[Tensor | None], ahead: int) -> ConvKind:
     (B, L, E), weight = x.shape, next(w for w in weights if w is not None)
     types = tuple([None if w is None else w.dtype for w in (x, *weights)])
-    return ConvKind(x.device, types, B, L, E, weight.shape[1], x.stride(1), weight.stride())
+    return ConvKind(x.device, types, B, L, E, weight.shape[1], x.stride(1), weight.stride(), ahead)
 
 
 def _conv_backward(

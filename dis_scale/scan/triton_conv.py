@@ -12,6 +12,7 @@ Names end in their axes: e channels, t time. Sizes and flags, all compile-time c
     FORWARD         compute direction 0, which reads earlier steps (causal): weights[0], biases[0], outs[0], dys[0], sums[0]
     BACKWARD        compute direction 1, which reads later steps: weights[1], ...
     SIGN            1 for the forward direction, -1 for the backward direction
+    AHEAD           steps by which the forward direction's outputs come earlier: it reads as many later steps
     LANES           channels of a program
     ROWS            steps of a group
     SEGMENT         steps of a program of conv_backward, a multiple of ROWS
@@ -76,7 +77,8 @@ def _store_outputs(x_t, taps, out, first, e, inside, E: tl.constexpr, L: tl.cons
 @triton.jit
 def conv_forward(
     x, weights, biases, outs, x_row: tl.constexpr, w_channel: tl.constexpr, w_tap: tl.constexpr, E: tl.constexpr, L: tl.constexpr,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    TAPS: tl.constexpr,
 ):  # fmt: skip
     """Convolution and SiLU of one group of steps, in one or both directions."""
     e, rows = tl.program_id(0) * LANES + tl.arange(0, LANES), tl.program_id(1).to(tl.int64) * L
@@ -85,7 +87,7 @@ def conv_forward(
     taps1 = _load_taps(
         weights[1], biases[1], e, inside, w_channel, w_tap, TAPS
     )  # before the first store, which a load would wait for
-    x_t = _load_steps(x + rows * x_row, x_row, first, e, inside, L, 1 - TAPS, ROWS + TAPS - 1)
+    x_t = _load_steps(x + rows * x_row, x_row, first + AHEAD, e, inside, L, 1 - TAPS, ROWS + TAPS - 1)
     if FORWARD:
         _store_outputs(x_t, taps0, outs[0] + rows * E, first, e, inside, E, L, 1, ROWS)
     if BACKWARD:
@@ -95,12 +97,13 @@ def conv_forward(
 @triton.jit
 def _add_gradients(
     dx_t, sums, x_t, taps, dy, dy_row: tl.constexpr, first, e, inside,
-    L: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr,
+    L: tl.constexpr, SIGN: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add one direction's part to dx, and to the sums over time for the weight and the bias."""
+    """Add one direction's part to dx, and to the sums over time for the weight and the bias. The output at a step is the gradient's
+    row AHEAD steps before it."""
     HALO: tl.constexpr = len(taps) - 2
     BEGIN: tl.constexpr = 0 if SIGN == 1 else -HALO  # dx of a group needs the gradients of HALO more steps
-    dy_t = _load_steps(dy, dy_row, first, e, inside, L, BEGIN, BEGIN + ROWS + HALO)
+    dy_t = _load_steps(dy, dy_row, first - AHEAD, e, inside, L, BEGIN, BEGIN + ROWS + HALO)
     g_t = ()  # gradients before SiLU
     for i in tl.static_range(ROWS + HALO):
         total_e = _convolved(x_t, taps, i + BEGIN + HALO, SIGN)
@@ -138,13 +141,13 @@ def _store_sums(sums, out, part, e, inside, E: tl.constexpr):
 def conv_backward(
     x, weights, biases, dys, dx, sums, x_row: tl.constexpr, w_channel: tl.constexpr, w_tap: tl.constexpr,
     dy0_row: tl.constexpr, dy1_row: tl.constexpr, dx_row: tl.constexpr,
-    E: tl.constexpr, L: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, AHEAD: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one segment of a batch row. The values before SiLU are computed again."""
     e, batch = tl.program_id(0) * LANES + tl.arange(0, LANES), tl.program_id(1).to(tl.int64)
     inside, rows, first = e < E, batch * L, tl.program_id(2) * SEGMENT
-    end = min(first + SEGMENT, L)
+    end = min(first + SEGMENT, L + AHEAD)  # the last outputs are those of steps behind the sequence
     part = batch * tl.num_programs(2) + tl.program_id(2)
     taps0 = _load_taps(weights[0], biases[0], e, inside, w_channel, w_tap, TAPS)
     taps1 = _load_taps(weights[1], biases[1], e, inside, w_channel, w_tap, TAPS)
@@ -154,10 +157,10 @@ def conv_backward(
         dx_t = _zeros(e, ROWS)
         if FORWARD:
             dy = dys[0] + rows * dy0_row
-            dx_t, sums0 = _add_gradients(dx_t, sums0, x_t, taps0, dy, dy0_row, first, e, inside, L, 1, ROWS)
+            dx_t, sums0 = _add_gradients(dx_t, sums0, x_t, taps0, dy, dy0_row, first, e, inside, L, 1, AHEAD, ROWS)
         if BACKWARD:
             dy = dys[1] + rows * dy1_row
-            dx_t, sums1 = _add_gradients(dx_t, sums1, x_t, taps1, dy, dy1_row, first, e, inside, L, -1, ROWS)
+            dx_t, sums1 = _add_gradients(dx_t, sums1, x_t, taps1, dy, dy1_row, first, e, inside, L, -1, 0, ROWS)
         for j in tl.static_range(ROWS):
             _store_step(dx + rows * dx_row, dx_row, first, j, e, dx_t[j], inside, L)
         first += ROWS

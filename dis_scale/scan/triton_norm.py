@@ -54,21 +54,33 @@ class _GatedNorm(torch.autograd.Function):
     def forward(ctx: Any, y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
         ctx.save_for_backward(y_BLE, z_BLE, weight_E)
         with torch.cuda.device_of(y_BLE):
-            y_BLE, z_BLE, out_BLE = rowwise(y_BLE), rowwise(z_BLE), empty_like(y_BLE)
-            _forward(kernels.gated_norm, NormKind.of(y_BLE, z_BLE))(y_BLE, z_BLE, plain(weight_E), out_BLE)
-            return out_BLE
+            return run_gated_norm(rowwise(y_BLE), rowwise(z_BLE), plain(weight_E))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y_BLE, z_BLE, weight_E = ctx.saved_tensors
         with torch.cuda.device_of(dout_BLE):
-            y_BLE, z_BLE, dout_BLE = rowwise(y_BLE), rowwise(z_BLE), rowwise(dout_BLE)
-            dy_BLE, dz_BLE = empty_like(y_BLE), empty_like(y_BLE)
-            launch = _backward(kernels.gated_norm_backward, NormKind.of(y_BLE, z_BLE, dout_BLE))
-            parts_GE = weight_E.new_empty(launch.grid[0], len(weight_E))
-            launch(y_BLE, z_BLE, dout_BLE, plain(weight_E), dy_BLE, dz_BLE, parts_GE)
-            return dy_BLE, dz_BLE, parts_GE.sum(0)
+            y_BLE, z_BLE, dz_BLE = rowwise(y_BLE), rowwise(z_BLE), empty_like(y_BLE)
+            dy_BLE, dweight_E = run_gated_norm_backward(y_BLE, z_BLE, rowwise(dout_BLE), plain(weight_E), dz_BLE)
+            return dy_BLE, dz_BLE, dweight_E
+
+
+def run_gated_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
+    """Launch a forward pass for tensors as the kernel takes them."""
+    out_BLE = empty_like(y_BLE)
+    _forward(kernels.gated_norm, NormKind.of(y_BLE, z_BLE))(y_BLE, z_BLE, weight_E, out_BLE)
+    return out_BLE
+
+
+def run_gated_norm_backward(
+    y_BLE: Tensor, z_BLE: Tensor, dout_BLE: Tensor, weight_E: Tensor, dz_BLE: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Store the gate's gradient; return those of y and of the weight."""
+    launch = _backward(kernels.gated_norm_backward, NormKind.of(y_BLE, z_BLE, dout_BLE), dz_row=dz_BLE.stride(1))
+    parts_GE, dy_BLE = weight_E.new_empty(launch.grid[0], len(weight_E)), empty_like(y_BLE)
+    launch(y_BLE, z_BLE, dout_BLE, weight_E, dy_BLE, dz_BLE, parts_GE)
+    return dy_BLE, parts_GE.sum(0)
 
 
 class _AddedNorm(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """The norms behind a gate and behind a sum on NVIDIA GPUs: a program has one row after the other, all channels, in float32.
 
-E channels, in tiles of SIZE; `first_row`, `second_row` and `dout_row` are the distances between two rows of both inputs and of the
-output's gradient. `parts` has the weight's gradient of each program's rows. Of L tokens in an image, the norm's token i is token
-order[i] of the stream, which h has at place[order[i]]; L is 0 if all lie alike. Read next: norms.py.
+E channels, in tiles of SIZE; `first_row`, `second_row`, `dout_row` and `dz_row` are the distances between two rows of both inputs,
+of the output's gradient and of the gate's. `parts` has the weight's gradient of each program's rows. Of L tokens in an image, the
+norm's token i is token order[i] of the stream, which h has at place[order[i]]; L is 0 if all lie alike. Read next: norms.py.
 """
 
 import triton
@@ -41,7 +41,7 @@ def gated_norm(
 @triton.jit(do_not_specialize=["count"])
 def gated_norm_backward(
     y, z, dout, weight, dy, dz, parts, count,
-    first_row: tl.constexpr, second_row: tl.constexpr, dout_row: tl.constexpr, E: tl.constexpr,
+    first_row: tl.constexpr, second_row: tl.constexpr, dout_row: tl.constexpr, dz_row: tl.constexpr, E: tl.constexpr,
     ROWS: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of y and z, and the rows' part of the weight's. Rows behind the last one, count - 1, add nothing."""
@@ -59,7 +59,7 @@ def gated_norm_backward(
         part_E += dweight_E
         tl.store(dy + row * E + e, (dh_E * z_E * open_E).to(dy.dtype.element_ty), mask=inside)
         dz_E = dh_E * y_E * open_E * (1.0 + z_E * (1.0 - open_E))
-        tl.store(dz + row * E + e, dz_E.to(dz.dtype.element_ty), mask=inside)
+        tl.store(dz + row * dz_row + e, dz_E.to(dz.dtype.element_ty), mask=inside)
     tl.store(parts + program * E + e, part_E, mask=e < E)
 
 

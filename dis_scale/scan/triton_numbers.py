@@ -132,7 +132,7 @@ def _sum_scan(kind: ScanKind, i: int, parts: int, dBC_row: int) -> Launch:
 
 class ConvKind(NamedTuple):
     """All that distinguishes one convolution's launches from another's: types of input and weights, sizes, the distances between
-    the input's rows and between a weight's channels and its taps, and the directions."""
+    the input's rows and between a weight's channels and its taps, the directions, and how far the first one looks ahead."""
 
     device: torch.device
     types: tuple[torch.dtype | None, ...]
@@ -142,15 +142,21 @@ class ConvKind(NamedTuple):
     taps: int
     x_row: int
     weight: tuple[int, ...]
+    ahead: int
 
     @property
     def directions(self) -> tuple[bool, bool]:
         return self.types[1] is not None, self.types[3] is not None
 
     @property
+    def steps(self) -> int:
+        """Of which a backward pass computes the values before SiLU."""
+        return self.L + self.ahead
+
+    @property
     def parts(self) -> int:
         """Parts of the weights' gradients."""
-        return self.B * ceil_div(self.L, SEGMENT)
+        return self.B * ceil_div(self.steps, SEGMENT)
 
 
 class ConvBackward(NamedTuple):
@@ -169,10 +175,10 @@ def conv_forward(kind: ConvKind) -> Launch:
 @functools.cache
 def conv_backward(kind: ConvKind, dy0_row: int, dy1_row: int, dx_row: int) -> ConvBackward:
     """For gradients of the outputs and of the input with rows at these distances."""
-    B, L, E, taps, directions = kind.B, kind.L, kind.E, kind.taps, sum(kind.directions)
+    B, E, taps, directions = kind.B, kind.E, kind.taps, sum(kind.directions)
     rows, blocks = {"dy0_row": dy0_row, "dy1_row": dy1_row, "dx_row": dx_row}, ceil_div((taps + 1) * E, SIZE)
     return ConvBackward(
-        Launch(triton_conv.conv_backward, grid(B, L, E, SEGMENT), **_conv(kind), **rows, SEGMENT=SEGMENT),
+        Launch(triton_conv.conv_backward, grid(B, kind.steps, E, SEGMENT), **_conv(kind), **rows, SEGMENT=SEGMENT),
         Launch(triton_layout.sum_conv, (blocks, directions, 1), parts=kind.parts, **_weight(kind), E=E, TAPS=taps, SIZE=SIZE),
     )
 
@@ -180,7 +186,7 @@ def conv_backward(kind: ConvKind, dy0_row: int, dy1_row: int, dx_row: int) -> Co
 def _conv(kind: ConvKind) -> dict[str, int]:
     forward, backward = kind.directions
     sizes = {"E": kind.E, "L": kind.L, "TAPS": kind.taps, "x_row": kind.x_row, "FORWARD": forward, "BACKWARD": backward}
-    return sizes | _weight(kind) | {"ROWS": ROWS, "LANES": LANES * WARPS, "num_warps": WARPS}
+    return sizes | _weight(kind) | {"AHEAD": kind.ahead, "ROWS": ROWS, "LANES": LANES * WARPS, "num_warps": WARPS}
 
 
 def _weight(kind: ConvKind) -> dict[str, int]:

@@ -1,23 +1,24 @@
-"""State-space duality by the Triton backend: what of it is small is PyTorch's, what is as wide as x is in four kernels.
+"""State-space duality by the Triton backend: kernels for all but the scores of a chunk's pairs of tokens, which are products.
 
-A forward pass keeps only its inputs. The backward pass computes the exponents and the scores again, with their graph, through
-which it passes on the gradients that the kernels compute. Every run has the same bits.
+A forward pass keeps only its inputs. The backward pass computes the exponents and the scores again. Every run has the same bits.
 
-Axes: as in duality.py. Read next: triton_ssd_kernels.py.
+Axes: as in duality.py. Read next: triton_ssd_kernels.py, triton_ssd_mixer.py.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dis_scale.process.errors import UserError
 from dis_scale.scan import triton_ssd_kernels as kernels
-from dis_scale.scan.duality import Exponents, Way, cut, ways_of
-from dis_scale.scan.triton_launch import Launch, ceil_div, next_power_of_2, plain, rowwise
+from dis_scale.scan.duality import Way, ways_of
+from dis_scale.scan.triton_launch import Launch, ceil_div, empty_like, next_power_of_2, plain, rowwise
 
 CHUNK = {2: 64, 4: 32}
 """Most tokens of a chunk by the bytes of a number: its pairs of tokens are in registers."""
@@ -27,6 +28,17 @@ WARPS = 8
 """Of a program: with fewer, tiles spill registers."""
 LEAST_TILE = 16
 """Of a product on tensor cores."""
+EXPONENTS, EXPONENTS_WARPS = 16, 4
+"""Most heads of a program that sums decays, and its warps."""
+
+
+class Chunks(NamedTuple):
+    """What the kernels get of a direction: steps with even rows, A, and B and C in chunks, contiguous (`SsdKind.cut`)."""
+
+    step_BLH: Tensor
+    A_H: Tensor
+    B_BKQN: Tensor
+    C_BKQN: Tensor
 
 
 class Mixed(NamedTuple):
@@ -53,6 +65,7 @@ class SsdKind(NamedTuple):
     P: int
     N: int
     present: tuple[bool, bool]
+    exclusive: bool
     x_row: int
 
     @property
@@ -94,6 +107,16 @@ class SsdKind(NamedTuple):
     def ways(self) -> dict[str, bool]:
         return {"EARLIER": self.present[0], "LATER": self.present[1]}
 
+    def cut(self, x_BLN: Tensor, shift: int = 0) -> Tensor:
+        """B or C in chunks, padded by zeros. With a shift, token i gets what token i - shift has."""
+        behind = self.chunks * self.tokens - self.L - shift
+        return plain(F.pad(x_BLN, (0, 0, shift, behind)).unflatten(1, (self.chunks, self.tokens)))
+
+    def joined(self, d_BKQN: Tensor, shift: int = 0) -> Tensor:
+        """The gradient of what was `cut`."""
+        behind = self.chunks * self.tokens - self.L - shift
+        return F.pad(d_BKQN.flatten(1, 2), (0, 0, -shift, -behind))
+
 
 def ssd(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
     """`duality.ssd` of checked inputs, with B and C in x's type, and all else in float32."""
@@ -115,38 +138,38 @@ class _Ssd(torch.autograd.Function):
         ctx.present, ctx.exclusive = present, exclusive
         ctx.save_for_backward(x_BLHP, own_BLH, *ways)
         with torch.cuda.device_of(x_BLHP):
-            x_BLE = rowwise(x_BLHP.flatten(2))
-            kind = _kind(x_BLHP, x_BLE, ways, present)
-            return _outputs(kind, x_BLE, plain(own_BLH), *_mixed(kind, ways, exclusive)).view(x_BLHP.shape)
+            kind, x_BLE, chunks = _taken(x_BLHP, ways, present, exclusive)
+            return run_ssd(kind, x_BLE, plain(own_BLH), chunks).view(x_BLHP.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLHP: Tensor) -> tuple[Tensor | None, ...]:
         x_BLHP, own_BLH, *ways = ctx.saved_tensors
-        leaves = [x.detach().requires_grad_() for x in ways]
         with torch.cuda.device_of(dy_BLHP):
-            x_BLE, dy_BLE = rowwise(x_BLHP.flatten(2)), rowwise(dy_BLHP.flatten(2))
-            kind = _kind(x_BLHP, x_BLE, ways, ctx.present)
-            with torch.enable_grad():
-                mixed, scores = _mixed(kind, leaves, ctx.exclusive)
-            dx_BLE, down_BLH, gradients = _gradients(kind, x_BLE, dy_BLE, plain(own_BLH), mixed, scores)
-            outputs, given = zip(*gradients, strict=True)
-            return None, None, dx_BLE.view(x_BLHP.shape), down_BLH, *torch.autograd.grad(outputs, leaves, given)
+            kind, x_BLE, chunks = _taken(x_BLHP, ways, ctx.present, ctx.exclusive)
+            dx_BLE, dsteps = empty_like(x_BLE), [empty_like(each.step_BLH) for each in chunks]
+            dy_BLE = rowwise(dy_BLHP.flatten(2))
+            down_BLH, gradients = run_ssd_backward(kind, x_BLE, dy_BLE, plain(own_BLH), chunks, dx_BLE, dsteps)
+            of_ways = [(each.step_BLH, each.A_H, kind.joined(each.B_BKQN), kind.joined(each.C_BKQN)) for each in gradients]
+            return None, None, dx_BLE.view(x_BLHP.shape), down_BLH, *itertools.chain(*of_ways)
 
 
-def _kind(x_BLHP: Tensor, x_BLE: Tensor, ways: Sequence[Tensor], present: tuple[bool, bool]) -> SsdKind:
-    B, L, H, P = x_BLHP.shape
-    return SsdKind(x_BLHP.device, x_BLHP.dtype, B, L, H, P, ways[2].shape[2], present, x_BLE.stride(1))
+def _taken(
+    x_BLHP: Tensor, ways: Sequence[Tensor], present: tuple[bool, bool], exclusive: bool
+) -> tuple[SsdKind, Tensor, list[Chunks]]:
+    (B, L, H, P), x_BLE = x_BLHP.shape, rowwise(x_BLHP.flatten(2))
+    kind = SsdKind(x_BLHP.device, x_BLHP.dtype, B, L, H, P, ways[2].shape[2], present, exclusive, x_BLE.stride(1))
+    return kind, x_BLE, [Chunks(plain(way[0]), plain(way[1]), kind.cut(way[2]), kind.cut(way[3])) for way in ways_of(ways)]
 
 
-def _mixed(kind: SsdKind, ways: Sequence[Tensor], exclusive: bool) -> tuple[list[Mixed], Tensor]:
+def _mixed(kind: SsdKind, ways: Sequence[Chunks]) -> tuple[list[Mixed], Tensor]:
     """What each direction mixes by, and C . B of each pair of a chunk's tokens: of the earlier direction below the diagonal."""
-    parts, mixed = functools.partial(cut, K=kind.chunks, Q=kind.tokens), list[Mixed]()
-    for reverse, way in zip(kind.reverse, ways_of(ways), strict=True):
-        one = Exponents.of(parts(way.step_BLH), way.A_H, exclusive, reverse)
-        weight_BKHQ = (one.total_BKH[..., None] + one.leave_BKHQ).exp()
-        tensors = one.reach_BKHQ, one.leave_BKHQ, one.reach_BKHQ.exp(), weight_BKHQ, one.total_BKH.exp()
-        mixed.append(Mixed(*map(plain, (*tensors, parts(way.B_BLN), parts(way.C_BLN)))))
+    mixed = list[Mixed]()
+    for way, reverse in zip(ways, kind.reverse, strict=True):
+        exponents = way.A_H.new_empty(4, kind.B, kind.chunks, kind.H, kind.tokens).unbind()
+        decay_BKH = way.A_H.new_empty(kind.B, kind.chunks, kind.H)
+        _exponents_launch(kind, way.step_BLH.stride(1), reverse)(way.step_BLH, way.A_H, *exponents, decay_BKH)
+        mixed.append(Mixed._make((*exponents, decay_BKH, way.B_BKQN, way.C_BKQN)))
     scores = [each.C_BKQN @ each.B_BKQN.transpose(2, 3) for each in mixed]
     if len(mixed) == 1:
         return mixed, scores[0]
@@ -170,20 +193,21 @@ def _entering(kind: SsdKind, x_BLE: Tensor, mixed: Sequence[Mixed]) -> list[Tens
     ]
 
 
-def _outputs(kind: SsdKind, x_BLE: Tensor, own_BLH: Tensor, mixed: Sequence[Mixed], scores: Tensor) -> Tensor:
-    y_BLE = torch.empty_like(x_BLE, memory_format=torch.contiguous_format)
+def run_ssd(kind: SsdKind, x_BLE: Tensor, own_BLH: Tensor, ways: Sequence[Chunks]) -> Tensor:
+    """y (B, L, E) for tensors as the kernels take them."""
+    (mixed, scores), y_BLE = _mixed(kind, ways), empty_like(x_BLE)
     states = _entering(kind, x_BLE, mixed)
     taking = [(each.C_BKQN, each.taken_BKHQ, state) for each, state in zip(mixed, states, strict=True)]
     _outputs_launch(kind)(x_BLE, own_BLH, scores, *_both([each[:2] for each in mixed]), *_both(taking), y_BLE)
     return y_BLE
 
 
-def _gradients(
-    kind: SsdKind, x_BLE: Tensor, dy_BLE: Tensor, own_BLH: Tensor, mixed: Sequence[Mixed], scores: Tensor
-) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """The gradients of x and own, and those of what is mixed by, each behind its tensor."""
-    dx_BLE, down_BLH = torch.empty_like(x_BLE, memory_format=torch.contiguous_format), torch.empty_like(own_BLH)
-    pairs, states = _backward_launches(kind, dy_BLE.stride(1))
+def run_ssd_backward(
+    kind: SsdKind, x_BLE: Tensor, dy_BLE: Tensor, own_BLH: Tensor, ways: Sequence[Chunks], dx_BLE: Tensor, dsteps: Sequence[Tensor]
+) -> tuple[Tensor, list[Chunks]]:
+    """Store the gradients of x and, for each direction, of its steps; return that of own, and those of the directions."""
+    (mixed, scores), down_BLH = _mixed(kind, ways), torch.empty_like(own_BLH)
+    pairs, of_states = _backward_launches(kind, dy_BLE.stride(1), dx_BLE.stride(1))
     dstates = [
         _states(kind, each.C_BKQN, dy_BLE, each.taken_BKHQ, each.decay_BKH, not reverse)
         for each, reverse in zip(mixed, kind.reverse, strict=True)
@@ -195,15 +219,21 @@ def _gradients(
         x_BLE, dy_BLE, own_BLH, scores, *_both([each[:2] for each in mixed]), *_both(adding), dx_BLE, down_BLH, dscores,
         *_both([each[:2] for each in new]),
     )  # fmt: skip
-    gradients = [(scores, dscores.sum(0).to(scores.dtype))]
-    for each, d, state, dstate in zip(mixed, new, _entering(kind, x_BLE, mixed), dstates, strict=True):
-        gradients += zip(each[:2], d[:2], strict=True)
+    dscores_BKQQ, gradients = dscores.sum(0).to(scores.dtype), list[Chunks]()
+    halves = [dscores_BKQQ.tril(-1), dscores_BKQQ.triu(1)] if len(mixed) == 2 else [dscores_BKQQ]
+    for way, each, d, dscores_BKQQ, dstep_BLH, state, dstate, reverse in zip(
+        ways, mixed, new, halves, dsteps, _entering(kind, x_BLE, mixed), dstates, kind.reverse, strict=True
+    ):
+        B, C, taken, weight = each.B_BKQN, each.C_BKQN, each.taken_BKHQ, each.weight_BKHQ
+        dB, dC = dscores_BKQQ.mT @ C, dscores_BKQQ @ B
         if kind.chunks > 1:
-            B, C, taken, weight = each.B_BKQN, each.C_BKQN, each.taken_BKHQ, each.weight_BKHQ
-            states(x_BLE, dy_BLE, B, C, taken, weight, state, dstate, d.B_BKQN, d.C_BKQN, *d[2:5])
-            gradients += zip(each[2:5], d[2:5], strict=True)
-            gradients += [(B, d.B_BKQN.sum(0).to(B.dtype)), (C, d.C_BKQN.sum(0).to(C.dtype))]
-    return dx_BLE, down_BLH, gradients
+            of_states(x_BLE, dy_BLE, B, C, taken, weight, state, dstate, d.B_BKQN, d.C_BKQN, *d[2:5])
+            dB, dC = dB + d.B_BKQN.sum(0), dC + d.C_BKQN.sum(0)
+        dA_BKH = torch.empty_like(each.decay_BKH)
+        launch = _exponents_backward_launch(kind, way.step_BLH.stride(1), dstep_BLH.stride(1), reverse)
+        launch(way.step_BLH, way.A_H, taken, weight, each.decay_BKH, *d[:5], dstep_BLH, dA_BKH)
+        gradients.append(Chunks(dstep_BLH, dA_BKH.sum((0, 1)), dB.to(B.dtype), dC.to(C.dtype)))
+    return down_BLH, gradients
 
 
 def _parts(kind: SsdKind, x: Tensor) -> Tensor:
@@ -228,11 +258,28 @@ def _outputs_launch(kind: SsdKind) -> Launch:
 
 
 @functools.cache
-def _backward_launches(kind: SsdKind, dy_row: int) -> tuple[Launch, Launch]:
+def _backward_launches(kind: SsdKind, dy_row: int, dx_row: int) -> tuple[Launch, Launch]:
     """Of pairs of tokens, and of one direction's states."""
     rows = {"HEADS": kind.heads, "x_row": kind.x_row, "dy_row": dy_row}
-    pairs = _launch(kind, kernels.ssd_pairs_backward, kind.grid, **rows, **kind.ways)
+    pairs = _launch(kind, kernels.ssd_pairs_backward, kind.grid, **rows, dx_row=dx_row, **kind.ways)
     return pairs, _launch(kind, kernels.ssd_states_backward, kind.grid, **rows)
+
+
+@functools.cache
+def _exponents_launch(kind: SsdKind, step_row: int, reverse: bool) -> Launch:
+    return _of_exponents(kind, kernels.ssd_exponents, reverse, step_row=step_row)
+
+
+@functools.cache
+def _exponents_backward_launch(kind: SsdKind, step_row: int, dstep_row: int, reverse: bool) -> Launch:
+    return _of_exponents(kind, kernels.ssd_exponents_backward, reverse, step_row=step_row, dstep_row=dstep_row)
+
+
+def _of_exponents(kind: SsdKind, kernel: Any, reverse: bool, **rows: int) -> Launch:
+    """With a program for some heads of a chunk."""
+    heads, sizes = min(EXPONENTS, next_power_of_2(kind.H)), {name: kind.sizes[name] for name in ("L", "H", "K", "Q", "TOKENS")}
+    flags = {"REVERSE": reverse, "EXCLUSIVE": kind.exclusive, "HEADS": heads, "num_warps": EXPONENTS_WARPS}
+    return Launch(kernel, (kind.B * kind.chunks, ceil_div(kind.H, heads), 1), **sizes, **rows, **flags)
 
 
 def _launch(kind: SsdKind, kernel: Any, grid: tuple[int, int, int], **numbers: int) -> Launch:

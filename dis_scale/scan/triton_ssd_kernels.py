@@ -1,4 +1,6 @@
-"""State-space duality on NVIDIA GPUs: what the chunks of duality.py mix, as four Triton kernels for both directions.
+"""State-space duality on NVIDIA GPUs: what the chunks of duality.py mix, by Triton kernels.
+
+`ssd_exponents` and its backward pass are of one direction, and of all heads of a chunk. The others are of both directions.
 
 A program has a chunk and some of its heads. The scores C . B of its pairs of tokens, which all heads share, are those of the
 earlier direction below the diagonal and of the later one above it, so that one product for each head mixes both. Factors of
@@ -12,7 +14,8 @@ Pointers, for images of K chunks of Q tokens; "chunks" are those of all images:
     scores, dscores (chunk, token, token), where dscores has one part for each program of a chunk, float32
     U, B, C         (chunk, token, state); dB and dC have parts, as dscores
     reach, leave, taken, weight   (chunk, head, token), float32, and their gradients, as `Chunks` says
-    decay           (chunk, head), float32
+    decay, dA       (chunk, head), float32; the parts of A's gradient
+    step, dstep     (image, time, head), float32, with `step_row` from token to token; A is (head)
     states, dstates (chunk, head, state, channel): the state that enters a chunk, and the gradient of the one that leaves it
 
 Sizes and flags, all compile-time constants: L, H, P, N, K and Q as in duality.py, `x_row` and `dy_row` the distance between two
@@ -24,6 +27,8 @@ import triton
 import triton.language as tl
 
 LOG2_OF_E = tl.constexpr(1.4426950408889634)
+LEAST_STEP = tl.constexpr(1e-30)
+"""As in duality.py."""
 
 
 @triton.jit
@@ -64,6 +69,65 @@ def _through_state(way, chunk, head, i, n, p, inside, H, P: tl.constexpr, N: tl.
     state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P)
     weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
     return weight_Q[:, None] * tl.dot(u_QN, state_NP, input_precision="tf32x3")
+
+
+@triton.jit
+def _at_heads(L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The chunk; its tokens, its first row, which tokens are the image's; the heads; and where a tile of (token, head) lies."""
+    chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
+    return chunk, i, row, present, h, chunk * H * Q + h[None, :] * Q + i[:, None], inside[:, None] & (h < H)[None, :]
+
+
+@triton.jit
+def ssd_exponents(
+    step, A, reach, leave, taken, weight, decay,
+    L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, step_row: tl.constexpr,
+    REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """What tokens take and leave by the sums of their decays (`Exponents` of duality.py), and the powers of e of these."""
+    chunk, i, row, present, h, at, inside = _at_heads(L, H, K, Q, TOKENS, HEADS)
+    step_QH = _matrix(step + row * step_row, i, h, step_row, present, h < H)
+    decay_QH = step_QH * tl.load(A + h, mask=h < H, other=0.0)[None, :]
+    sums_QH = tl.cumsum(decay_QH, 0, reverse=REVERSE)
+    total_H = tl.sum(tl.where(i[:, None] == (0 if REVERSE else Q - 1), sums_QH, 0.0), 0)
+    reach_QH = sums_QH - decay_QH if EXCLUSIVE else sums_QH
+    leave_QH = tl.log(tl.maximum(step_QH, LEAST_STEP)) - sums_QH
+    tl.store(reach + at, reach_QH, mask=inside)
+    tl.store(leave + at, leave_QH, mask=inside)
+    tl.store(taken + at, tl.exp(reach_QH), mask=inside)
+    tl.store(weight + at, tl.exp(total_H[None, :] + leave_QH), mask=inside)
+    tl.store(decay + chunk * H + h, tl.exp(total_H), mask=h < H)
+
+
+@triton.jit
+def ssd_exponents_backward(
+    step, A, taken, weight, decay, dreach, dleave, dtaken, dweight, ddecay, dstep, dA,
+    L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, step_row: tl.constexpr, dstep_row: tl.constexpr,
+    REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of step and A by those of what `ssd_exponents` stores; the last three are read if there are states."""
+    chunk, i, row, present, h, at, inside = _at_heads(L, H, K, Q, TOKENS, HEADS)
+    step_QH = _matrix(step + row * step_row, i, h, step_row, present, h < H)
+    dreach_QH = tl.load(dreach + at, mask=inside, other=0.0)
+    dleave_QH = tl.load(dleave + at, mask=inside, other=0.0)
+    dtotal_H = tl.zeros((HEADS,), tl.float32)
+    if K > 1:
+        dreach_QH += tl.load(dtaken + at, mask=inside, other=0.0) * tl.load(taken + at, mask=inside, other=0.0)
+        through_QH = tl.load(dweight + at, mask=inside, other=0.0) * tl.load(weight + at, mask=inside, other=0.0)
+        dleave_QH += through_QH
+        of_decay, heads = chunk * H + h, h < H
+        dtotal_H = tl.load(ddecay + of_decay, mask=heads, other=0.0) * tl.load(decay + of_decay, mask=heads, other=0.0)
+        dtotal_H += tl.sum(through_QH, 0)
+    dsums_QH = dreach_QH - dleave_QH + tl.where(i[:, None] == (0 if REVERSE else Q - 1), dtotal_H[None, :], 0.0)
+    ddecay_QH = tl.cumsum(dsums_QH, 0, reverse=not REVERSE)
+    if EXCLUSIVE:
+        ddecay_QH -= dreach_QH
+    dstep_QH = ddecay_QH * tl.load(A + h, mask=h < H, other=0.0)[None, :]
+    dstep_QH += tl.where(step_QH >= LEAST_STEP, dleave_QH / tl.maximum(step_QH, LEAST_STEP), 0.0)
+    at_step = dstep + row * dstep_row + (i[:, None] * dstep_row + h[None, :])
+    tl.store(at_step, dstep_QH, mask=present[:, None] & (h < H)[None, :])
+    tl.store(dA + chunk * H + h, tl.sum(ddecay_QH * step_QH, 0), mask=h < H)
 
 
 @triton.jit
@@ -121,8 +185,8 @@ def ssd_outputs(
 def ssd_pairs_backward(
     x, dy, own, scores, early, late, early_state, late_state, dx, down, dscores, d_early, d_late,
     L: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr,
-    x_row: tl.constexpr, dy_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr, HEADS: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
+    x_row: tl.constexpr, dy_row: tl.constexpr, dx_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x, own, scores, reach and leave. `early_state` is B, weight and dstates, `d_early` dreach and dleave."""
     chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
@@ -157,7 +221,7 @@ def ssd_pairs_backward(
             dx_QP += _through_state(early_state, chunk, head, i, n, p, inside, H, P, N, Q)
         if K > 1 and LATER:
             dx_QP += _through_state(late_state, chunk, head, i, n, p, inside, H, P, N, Q)
-        at_QP = dx + row * (H * P) + head * P + (i[:, None] * (H * P) + p[None, :])
+        at_QP = dx + row * dx_row + head * P + (i[:, None] * dx_row + p[None, :])
         tl.store(at_QP, dx_QP.to(dx.dtype.element_ty), mask=present[:, None] & (p < P)[None, :])
     part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + chunk
     at_QQ = dscores + part * Q * Q + (i[:, None] * Q + i[None, :])

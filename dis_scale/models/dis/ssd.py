@@ -14,6 +14,7 @@ from dis_scale.models.dis.settings import Dis, head_size
 from dis_scale.models.tokens import product, uniform, wide
 from dis_scale.scan import causal_conv_silu
 from dis_scale.scan.duality import Way, ssd
+from dis_scale.scan.mixer import fused_ssd_mixer
 from dis_scale.scan.norms import gated_rms_norm
 
 AROUND = 7
@@ -47,6 +48,10 @@ class SsdMixer(nn.Module):
         self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
+        if self.own_proj is not None and self.ways == 2:
+            weights = self.conv, self.own_proj, self.dt_bias, self.A_log, self.D, self.norm, self.out_proj
+            if (fused := fused_ssd_mixer(h_BLD, AROUND // 2, self.in_proj, *weights, backend=self.scan)) is not None:
+                return fused
         mixed_BLX, z_BLE, raw_BLH = product(h_BLD, self.in_proj).split(self.sizes, dim=-1)
         steps = F.softplus(wide(raw_BLH) + self.dt_bias).chunk(self.ways, dim=-1)
         decays = (-wide(self.A_log).exp()).chunk(self.ways)

@@ -8,22 +8,29 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from dis_scale.models.dis.settings import Dis
+from dis_scale.scan import triton_ssd_mixer
+from dis_scale.scan.triton_ssd_mixer import takes
 from tests.support import ssd
 from tests.support.interpreted.blocks import verified
 
 
-@pytest.mark.parametrize("combine", ["sum", "hydra"])
+@pytest.mark.parametrize(("combine", "width"), [("sum", 64), ("hydra", 64), ("hydra", 128)])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.faults), torch.bfloat16], ids=str)
-def test_the_self_test_of_state_space_duality_passes(combine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks. The interpreter would multiply the bits of bfloat16 as integers."""
+def test_the_self_test_of_state_space_duality_passes(
+    combine: str, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two chunks; of four heads, Hydra's mixer is one function. The interpreter would multiply the bits of bfloat16 as integers."""
     multiply = interpreter.InterpreterBuilder.create_dot
 
     def multiply_wide(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
         return multiply(builder, *[builder.cast_impl(x, tl.float32) for x in (a, b)], *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", multiply_wide)
-    settings = {"kind": "dis", "width": 64, "depth": 2, "patch": 2, "mixer": "ssd", "combine": combine, "state_size": 16}
+    taken = list[bool]()
+    monkeypatch.setattr(triton_ssd_mixer, "takes", lambda *given: taken.append(takes(*given)) or taken[-1])
+    settings = {"kind": "dis", "width": width, "depth": 2, "patch": 2, "mixer": "ssd", "combine": combine, "state_size": 16}
     verified(Dis.model_validate(settings), 66, dtype)
+    assert taken == ([width == 128] if combine == "hydra" else [])
 
 
 # L, H, P, N: one chunk; two, the second incomplete, of all heads in one program; three, with a program for each of five heads.
