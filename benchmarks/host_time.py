@@ -43,6 +43,8 @@ from tests.support.graphs import capturing_nothing
 
 B, L, E, N, R = 2, 24, 64, 2, 4
 """R: columns of the product before B and C, as in the mixer."""
+SMALL = Dis(kind="dis", width=E // 2, depth=2, patch=2, state_size=N)
+DUAL = SMALL.model_copy(update={"width": 128, "mixer": "ssd", "combine": "hydra", "state_size": 16})
 
 
 NO_CUDA = """
@@ -135,13 +137,13 @@ def conv() -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
     return lambda: backend.two_way_conv_silu(x, *weights), [x, *weights]
 
 
-def block(as_graphs: bool = False) -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
+def block(settings: Dis, as_graphs: bool = False) -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
     """A block of DiS without a skip. Products are float32's, which start faster on a CPU; ten casts of bfloat16 are left out.
 
     `as_graphs`: its passes as CUDA graphs that launch nothing.
     """
-    made = DiSBlock(Dis(kind="dis", width=E // 2, depth=2, patch=2, state_size=N), "triton", skip=False)
-    h_BLD, r_BLD = (torch.randn(B, L, E // 2).requires_grad_() for _ in range(2))
+    made = DiSBlock(settings, "triton", skip=False)
+    h_BLD, r_BLD = (torch.randn(B, L, settings.width).requires_grad_() for _ in range(2))
     if as_graphs:
         copies = [x.detach().clone().requires_grad_() for x in (h_BLD, r_BLD)]
         with capturing_nothing():
@@ -192,8 +194,9 @@ def main(rounds: str = "3000", launcher: str = "") -> None:
     jobs_of = {
         "two-way scan": scan(),
         "two-way convolution": conv(),
-        "block of DiS": block(),
-        "block of DiS as graphs": block(as_graphs=True),
+        "block of DiS": block(SMALL),
+        "block of DiS as graphs": block(SMALL, as_graphs=True),
+        "block of DiS2": block(DUAL),
     }
     for name, (forward, inputs) in jobs_of.items():
         dys = [torch.ones_like(y) for y in forward()]

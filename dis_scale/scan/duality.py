@@ -24,6 +24,8 @@ from dis_scale.scan.graphs import outside_graphs
 
 CHUNK = 64
 """Most tokens of a chunk: as many as a head has channels and states, so that its products cost no more than its state's."""
+GPU_CHUNKS = {2: CHUNK, 4: 32}
+"""The same on a GPU by the bytes of a number: its pairs of tokens are in registers."""
 MACS = 2.5
 """Multiply-adds per channel, state, token and direction, as a recurrence: 5 FLOPs."""
 LEAST_STEP = 1e-30
@@ -53,8 +55,11 @@ def ssd(
     """
     ways = [way for way in (earlier, later) if way]
     _check(x_BLHP, own_BLH, ways)
-    if counts.active.get():
-        counts.report("ssd", MACS * len(ways) * x_BLHP.numel() * ways[0].B_BLN.shape[-1] + x_BLHP.numel())
+    if counter := counts.active.get():
+        N, size = ways[0].B_BLN.shape[-1], x_BLHP.element_size()
+        counts.report("ssd", MACS * len(ways) * x_BLHP.numel() * N + x_BLHP.numel())
+        chunks = math.ceil(x_BLHP.shape[1] / GPU_CHUNKS.get(size, CHUNK))
+        counter.states += len(ways) * chunks * N * x_BLHP[:, 0].numel() * size if chunks > 1 else 0
         return counts.keeping(counts.like_first, x_BLHP, own_BLH, *itertools.chain(*ways))
     name = choose(backend, x_BLHP.device).name
     if name == "triton":

@@ -1,12 +1,12 @@
 """State-space duality by the Triton backend: kernels for all but the scores of a chunk's pairs of tokens, which are products.
 
-A forward pass keeps only its inputs. The backward pass computes the exponents and the scores again. Every run has the same bits.
+A forward pass keeps its inputs, and within `KeepingStates` the states that enter the chunks. The backward pass computes the
+exponents and the scores again. Every run has the same bits.
 
 Axes: as in duality.py. Read next: triton_ssd_kernels.py, triton_ssd_mixer.py.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from dis_scale.process.errors import UserError
 from dis_scale.scan import triton_ssd_kernels as kernels
-from dis_scale.scan.duality import Way, ways_of
+from dis_scale.scan.backend import keeps_states
+from dis_scale.scan.duality import GPU_CHUNKS, Way, ways_of
 from dis_scale.scan.triton_launch import Launch, ceil_div, empty_like, next_power_of_2, plain, rowwise
 
-CHUNK = {2: 64, 4: 32}
-"""Most tokens of a chunk by the bytes of a number: its pairs of tokens are in registers."""
-HEADS = 4
+HEADS = 8
 """Most heads of a program: fewer give more programs, and more parts of the gradients that heads share."""
 WARPS = 8
 """Of a program: with fewer, tiles spill registers."""
@@ -70,7 +69,7 @@ class SsdKind(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return ceil_div(self.L, CHUNK[self.dtype.itemsize])
+        return ceil_div(self.L, GPU_CHUNKS[self.dtype.itemsize])
 
     @property
     def tokens(self) -> int:
@@ -112,10 +111,12 @@ class SsdKind(NamedTuple):
         behind = self.chunks * self.tokens - self.L - shift
         return plain(F.pad(x_BLN, (0, 0, shift, behind)).unflatten(1, (self.chunks, self.tokens)))
 
-    def joined(self, d_BKQN: Tensor, shift: int = 0) -> Tensor:
-        """The gradient of what was `cut`."""
-        behind = self.chunks * self.tokens - self.L - shift
-        return F.pad(d_BKQN.flatten(1, 2), (0, 0, -shift, -behind))
+    def join(self, d_BKQN: Tensor, into_BLN: Tensor, shift: int = 0) -> Tensor:
+        """Store the gradient of what was `cut`; return it."""
+        first, last = max(shift, 0), self.L + min(shift, 0)
+        into_BLN[:, first - shift : last - shift] = d_BKQN.flatten(1, 2)[:, first:last]
+        into_BLN[:, : first - shift] = into_BLN[:, last - shift :] = 0
+        return into_BLN
 
 
 def ssd(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
@@ -136,22 +137,27 @@ class _Ssd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, present: tuple[bool, bool], exclusive: bool, x_BLHP: Tensor, own_BLH: Tensor, *ways: Tensor) -> Tensor:
         ctx.present, ctx.exclusive = present, exclusive
-        ctx.save_for_backward(x_BLHP, own_BLH, *ways)
         with torch.cuda.device_of(x_BLHP):
             kind, x_BLE, chunks = _taken(x_BLHP, ways, present, exclusive)
-            return run_ssd(kind, x_BLE, plain(own_BLH), chunks).view(x_BLHP.shape)
+            y_BLE, states = run_ssd(kind, x_BLE, plain(own_BLH), chunks)
+        ctx.save_for_backward(x_BLHP, own_BLH, *ways, *(states if keeps_states() else ()))
+        return y_BLE.view(x_BLHP.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLHP: Tensor) -> tuple[Tensor | None, ...]:
-        x_BLHP, own_BLH, *ways = ctx.saved_tensors
+        (x_BLHP, own_BLH, *saved), given = ctx.saved_tensors, len(Way._fields) * sum(ctx.present)
+        ways, states = saved[:given], saved[given:]
         with torch.cuda.device_of(dy_BLHP):
             kind, x_BLE, chunks = _taken(x_BLHP, ways, ctx.present, ctx.exclusive)
             dx_BLE, dsteps = empty_like(x_BLE), [empty_like(each.step_BLH) for each in chunks]
             dy_BLE = rowwise(dy_BLHP.flatten(2))
-            down_BLH, gradients = run_ssd_backward(kind, x_BLE, dy_BLE, plain(own_BLH), chunks, dx_BLE, dsteps)
-            of_ways = [(each.step_BLH, each.A_H, kind.joined(each.B_BKQN), kind.joined(each.C_BKQN)) for each in gradients]
-            return None, None, dx_BLE.view(x_BLHP.shape), down_BLH, *itertools.chain(*of_ways)
+            down_BLH, gradients = run_ssd_backward(kind, x_BLE, dy_BLE, plain(own_BLH), chunks, states, dx_BLE, dsteps)
+            of_ways = list[Tensor]()
+            for each, way in zip(gradients, ways_of(ways), strict=True):
+                shared = zip(each[2:], way[2:], strict=True)
+                of_ways += [*each[:2], *[kind.join(d_BKQN, empty_like(x_BLN)) for d_BKQN, x_BLN in shared]]
+            return None, None, dx_BLE.view(x_BLHP.shape), down_BLH, *of_ways
 
 
 def _taken(
@@ -177,41 +183,48 @@ def _mixed(kind: SsdKind, ways: Sequence[Chunks]) -> tuple[list[Mixed], Tensor]:
     return mixed, torch.where(token[:, None] > token, scores[0], scores[1])
 
 
-def _states(kind: SsdKind, U_BKQN: Tensor, v_BLE: Tensor, weight_BKHQ: Tensor, decay_BKH: Tensor, reverse: bool) -> Tensor:
-    """The state that enters each chunk in this order; nothing if there is only one."""
+def entering_states(kind: SsdKind, x_BLE: Tensor, mixed: Sequence[Mixed]) -> list[Tensor]:
+    """For each direction the state that enters each chunk (B, K, H, N, P), in x's type."""
+    ways = [(each.B_BKQN, each.weight_BKHQ, each.decay_BKH) for each in mixed]
+    return _passed(kind, x_BLE, ways, backward=False)
+
+
+def _passed(kind: SsdKind, v_BLE: Tensor, ways: Sequence[tuple[Tensor, Tensor, Tensor]], backward: bool) -> list[Tensor]:
+    """The states of v by what each direction adds up; of one chunk tensors that are not used."""
     if kind.chunks == 1:
-        return v_BLE
-    states_BKHNP = v_BLE.new_empty(kind.B, kind.chunks, kind.H, kind.N, kind.P)
-    _states_launch(kind, v_BLE.stride(1), reverse)(U_BKQN, v_BLE, weight_BKHQ, decay_BKH, states_BKHNP)
-    return states_BKHNP
+        return [v_BLE] * len(ways)
+    states = v_BLE.new_empty(len(ways), kind.B, kind.chunks, kind.H, kind.N, kind.P).unbind()
+    both = _both([(*way, each) for way, each in zip(ways, states, strict=True)])
+    _states_launch(kind, v_BLE.stride(1), backward)(v_BLE, *both)
+    return list(states)
 
 
-def _entering(kind: SsdKind, x_BLE: Tensor, mixed: Sequence[Mixed]) -> list[Tensor]:
-    return [
-        _states(kind, each.B_BKQN, x_BLE, each.weight_BKHQ, each.decay_BKH, reverse)
-        for each, reverse in zip(mixed, kind.reverse, strict=True)
-    ]
-
-
-def run_ssd(kind: SsdKind, x_BLE: Tensor, own_BLH: Tensor, ways: Sequence[Chunks]) -> Tensor:
-    """y (B, L, E) for tensors as the kernels take them."""
+def run_ssd(kind: SsdKind, x_BLE: Tensor, own_BLH: Tensor, ways: Sequence[Chunks]) -> tuple[Tensor, list[Tensor]]:
+    """y (B, L, E) for tensors as the kernels take them, and the states that enter the chunks; none if there is one chunk."""
     (mixed, scores), y_BLE = _mixed(kind, ways), empty_like(x_BLE)
-    states = _entering(kind, x_BLE, mixed)
+    states = entering_states(kind, x_BLE, mixed)
     taking = [(each.C_BKQN, each.taken_BKHQ, state) for each, state in zip(mixed, states, strict=True)]
     _outputs_launch(kind)(x_BLE, own_BLH, scores, *_both([each[:2] for each in mixed]), *_both(taking), y_BLE)
-    return y_BLE
+    return y_BLE, states if kind.chunks > 1 else []
 
 
 def run_ssd_backward(
-    kind: SsdKind, x_BLE: Tensor, dy_BLE: Tensor, own_BLH: Tensor, ways: Sequence[Chunks], dx_BLE: Tensor, dsteps: Sequence[Tensor]
+    kind: SsdKind,
+    x_BLE: Tensor,
+    dy_BLE: Tensor,
+    own_BLH: Tensor,
+    ways: Sequence[Chunks],
+    states: Sequence[Tensor],
+    dx_BLE: Tensor,
+    dsteps: Sequence[Tensor],
 ) -> tuple[Tensor, list[Chunks]]:
-    """Store the gradients of x and, for each direction, of its steps; return that of own, and those of the directions."""
+    """Store the gradients of x and, for each direction, of its steps; return that of own, and those of the directions.
+
+    Without `states` of the forward pass they are computed again. The gradients of B and C are float32.
+    """
     (mixed, scores), down_BLH = _mixed(kind, ways), torch.empty_like(own_BLH)
     pairs, of_states = _backward_launches(kind, dy_BLE.stride(1), dx_BLE.stride(1))
-    dstates = [
-        _states(kind, each.C_BKQN, dy_BLE, each.taken_BKHQ, each.decay_BKH, not reverse)
-        for each, reverse in zip(mixed, kind.reverse, strict=True)
-    ]
+    dstates = _passed(kind, dy_BLE, [(each.C_BKQN, each.taken_BKHQ, each.decay_BKH) for each in mixed], backward=True)
     adding = [(each.B_BKQN, each.weight_BKHQ, dstate) for each, dstate in zip(mixed, dstates, strict=True)]
     new = [Mixed(*[torch.empty_like(x) for x in each[:5]], *[_parts(kind, x) for x in each[5:]]) for each in mixed]
     dscores = _parts(kind, scores)
@@ -219,20 +232,23 @@ def run_ssd_backward(
         x_BLE, dy_BLE, own_BLH, scores, *_both([each[:2] for each in mixed]), *_both(adding), dx_BLE, down_BLH, dscores,
         *_both([each[:2] for each in new]),
     )  # fmt: skip
+    if kind.chunks > 1:
+        states = states or entering_states(kind, x_BLE, mixed)
+        through = [
+            (each.B_BKQN, each.C_BKQN, each.taken_BKHQ, each.weight_BKHQ, *both)
+            for each, *both in zip(mixed, states, dstates, strict=True)
+        ]
+        of_states(x_BLE, dy_BLE, *_both(through), *_both([each[2:] for each in new]))
     dscores_BKQQ, gradients = dscores.sum(0).to(scores.dtype), list[Chunks]()
     halves = [dscores_BKQQ.tril(-1), dscores_BKQQ.triu(1)] if len(mixed) == 2 else [dscores_BKQQ]
-    for way, each, d, dscores_BKQQ, dstep_BLH, state, dstate, reverse in zip(
-        ways, mixed, new, halves, dsteps, _entering(kind, x_BLE, mixed), dstates, kind.reverse, strict=True
-    ):
-        B, C, taken, weight = each.B_BKQN, each.C_BKQN, each.taken_BKHQ, each.weight_BKHQ
-        dB, dC = dscores_BKQQ.mT @ C, dscores_BKQQ @ B
+    for way, each, d, dscores_BKQQ, dstep_BLH, reverse in zip(ways, mixed, new, halves, dsteps, kind.reverse, strict=True):
+        dB, dC = dscores_BKQQ.mT @ each.C_BKQN, dscores_BKQQ @ each.B_BKQN
         if kind.chunks > 1:
-            of_states(x_BLE, dy_BLE, B, C, taken, weight, state, dstate, d.B_BKQN, d.C_BKQN, *d[2:5])
             dB, dC = dB + d.B_BKQN.sum(0), dC + d.C_BKQN.sum(0)
         dA_BKH = torch.empty_like(each.decay_BKH)
         launch = _exponents_backward_launch(kind, way.step_BLH.stride(1), dstep_BLH.stride(1), reverse)
-        launch(way.step_BLH, way.A_H, taken, weight, each.decay_BKH, *d[:5], dstep_BLH, dA_BKH)
-        gradients.append(Chunks(dstep_BLH, dA_BKH.sum((0, 1)), dB.to(B.dtype), dC.to(C.dtype)))
+        launch(way.step_BLH, way.A_H, *each[2:5], *d[:5], dstep_BLH, dA_BKH)
+        gradients.append(Chunks(dstep_BLH, dA_BKH.sum((0, 1)), dB, dC))
     return down_BLH, gradients
 
 
@@ -247,9 +263,10 @@ def _both(ways: Sequence[Any]) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _states_launch(kind: SsdKind, v_row: int, reverse: bool) -> Launch:
-    """With a program for each head of an image."""
-    return _launch(kind, kernels.ssd_states, (kind.B, kind.H, 1), v_row=v_row, REVERSE=reverse)
+def _states_launch(kind: SsdKind, v_row: int, backward: bool) -> Launch:
+    """With a program for each direction of a head of an image."""
+    programs = kind.B * kind.H * sum(kind.present)
+    return _launch(kind, kernels.ssd_states, (programs, 1, 1), v_row=v_row, BACKWARD=backward, **kind.ways)
 
 
 @functools.cache
@@ -259,10 +276,11 @@ def _outputs_launch(kind: SsdKind) -> Launch:
 
 @functools.cache
 def _backward_launches(kind: SsdKind, dy_row: int, dx_row: int) -> tuple[Launch, Launch]:
-    """Of pairs of tokens, and of one direction's states."""
-    rows = {"HEADS": kind.heads, "x_row": kind.x_row, "dy_row": dy_row}
-    pairs = _launch(kind, kernels.ssd_pairs_backward, kind.grid, **rows, dx_row=dx_row, **kind.ways)
-    return pairs, _launch(kind, kernels.ssd_states_backward, kind.grid, **rows)
+    """Of pairs of tokens, and of states."""
+    rows = {"HEADS": kind.heads, "x_row": kind.x_row, "dy_row": dy_row, **kind.ways}
+    pairs = _launch(kind, kernels.ssd_pairs_backward, kind.grid, **rows, dx_row=dx_row)
+    directions = kind.B * kind.chunks * sum(kind.present), kind.programs, 1
+    return pairs, _launch(kind, kernels.ssd_states_backward, directions, **rows)
 
 
 @functools.cache

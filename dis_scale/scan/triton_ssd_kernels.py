@@ -131,17 +131,37 @@ def ssd_exponents_backward(
 
 
 @triton.jit
+def _way_of(program, EARLIER: tl.constexpr, LATER: tl.constexpr):
+    """The number that both directions' programs share, which are neighbours, and whether the program's is the later tokens'.
+
+    So one of them finds in a cache what the other has read.
+    """
+    if EARLIER and LATER:
+        return program // 2, program % 2 == 1
+    return program, program < 0 if EARLIER else program >= 0
+
+
+@triton.jit
 def ssd_states(
-    U, v, weight, decay, states,
+    v, early, late,
     L: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr,
-    v_row: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
+    v_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters each chunk of a head, and after it is decay state + sum of weight_i U_i v_i over its tokens."""
-    image, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """The state that enters each chunk of a head, and after it is decay state + sum of weight_i U_i v_i over its tokens.
+
+    `early` is U, weight, decay, states. The gradients of a BACKWARD pass go from chunk to chunk in the other order.
+    """
+    number, of_late = _way_of(tl.program_id(0).to(tl.int64), EARLIER, LATER)
+    image, head = number // H, number % H
+    U, weight, decay, states = early
+    if of_late:
+        U, weight, decay, states = late
+    reverse = of_late != BACKWARD
     n, p = tl.arange(0, STATES), tl.arange(0, CHANNELS)
     state_NP = tl.zeros((STATES, CHANNELS), tl.float32)
     for step in range(K):
-        chunk = image * K + (K - 1 - step if REVERSE else step)
+        chunk = image * K + tl.where(reverse, K - 1 - step, step)
         at = chunk * H + head
         inside_NP = (n < N)[:, None] & (p < P)[None, :]
         tl.store(states + at * N * P + (n[:, None] * P + p[None, :]), state_NP.to(states.dtype.element_ty), mask=inside_NP)
@@ -246,13 +266,20 @@ def _states_backward(
 
 @triton.jit
 def ssd_states_backward(
-    x, dy, B, C, taken, weight, states, dstates, dB, dC, dtaken, dweight, ddecay,
+    x, dy, early, late, d_early, d_late,
     L: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr,
-    x_row: tl.constexpr, dy_row: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    STATES: tl.constexpr,
+    x_row: tl.constexpr, dy_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of B, C, taken, weight and decay of one direction by the states, without the pairs of tokens."""
-    chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    """The gradients of B, C, taken, weight and decay by the states, without the pairs of tokens. `early` is B, C, taken, weight,
+    states and dstates, `d_early` dtaken, dweight, ddecay, dB and dC."""
+    chunk, of_late = _way_of(tl.program_id(0).to(tl.int64), EARLIER, LATER)
+    first = tl.program_id(1) * HEADS
+    B, C, taken, weight, states, dstates = early
+    dtaken, dweight, ddecay, dB, dC = d_early
+    if of_late:
+        B, C, taken, weight, states, dstates = late
+        dtaken, dweight, ddecay, dB, dC = d_late
     i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
     n, p = tl.arange(0, STATES), tl.arange(0, CHANNELS)
     dB_QN, dC_QN = tl.zeros((TOKENS, STATES), tl.float32), tl.zeros((TOKENS, STATES), tl.float32)
@@ -264,7 +291,8 @@ def ssd_states_backward(
         state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P).to(tl.float32)
         dstate_NP = _matrix(dstates + at * N * P, n, p, P, n < N, p < P)
         tl.store(ddecay + at, tl.sum(tl.sum(state_NP * dstate_NP, 1), 0))
-    part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + chunk
+    chunks = tl.num_programs(0) // 2 if EARLIER and LATER else tl.num_programs(0)
+    part = tl.program_id(1).to(tl.int64) * chunks + chunk
     at_QN, inside_QN = part * Q * N + (i[:, None] * N + n[None, :]), inside[:, None] & (n < N)[None, :]
     tl.store(dB + at_QN, dB_QN, mask=inside_QN)
     tl.store(dC + at_QN, dC_QN, mask=inside_QN)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dis_scale.scan.backend import keeps_states
 from dis_scale.scan.triton import run_conv, run_conv_backward
 from dis_scale.scan.triton_launch import ALIGNMENT, check_offsets
 from dis_scale.scan.triton_norm import run_gated_norm, run_gated_norm_backward
@@ -96,37 +97,40 @@ class _HydraMixer(torch.autograd.Function):
         convolved_BLX = h_BLD.new_empty(B, L, columns.convolved)
         with torch.cuda.device_of(h_BLD):
             run_conv(all_BLS[..., : columns.convolved], _taps(conv_1XE), [convolved_BLX, None], ahead)
-            x_BLE, own_BLH, _, _, kind, ways = _given(columns, all_BLS, convolved_BLX, rounded[1], dt_bias, A_log, D_H)
-            y_BLE = run_ssd(kind, x_BLE, own_BLH, ways)
+            own_BLH = convolved_BLX[..., columns.x] @ rounded[1].T + D_H
+            raw_BLH, A_H = all_BLS[..., columns.steps] + dt_bias, A_log.exp().neg_()
+            y_BLE, states = run_ssd(*_inputs(columns, convolved_BLX, own_BLH, raw_BLH, A_H))
             normed_BLE = run_gated_norm(y_BLE, all_BLS[..., columns.z], norm_E)
             out_BLD = (normed_BLE.view(B * L, -1) @ rounded[2].T).view(B, L, -1)
         ctx.ahead, ctx.columns = ahead, columns
-        ctx.save_for_backward(h_TD, all_BLS, convolved_BLX, y_BLE, normed_BLE, conv_1XE, dt_bias, A_log, D_H, norm_E, *rounded)
+        ctx.save_for_backward(
+            h_TD, all_BLS, convolved_BLX, own_BLH, raw_BLH, A_H, y_BLE, normed_BLE, conv_1XE, norm_E, *rounded,
+            *(states if keeps_states() else ()),
+        )  # fmt: skip
         return out_BLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BLD: Tensor) -> tuple[Tensor | None, ...]:
-        h_TD, all_BLS, convolved_BLX, y_BLE, normed_BLE, conv_1XE, dt_bias, A_log, D_H, norm_E, *rounded = ctx.saved_tensors
-        columns, (B, L, S), X = ctx.columns, all_BLS.shape, ctx.columns.convolved
+        h_TD, all_BLS, convolved_BLX, own_BLH, raw_BLH, A_H, y_BLE, normed_BLE, conv_1XE, norm_E, *saved = ctx.saved_tensors
+        columns, (B, L, S), X, rounded, states = ctx.columns, all_BLS.shape, ctx.columns.convolved, saved[:3], saved[3:]
         dout_TD = dout_BLD.reshape(B * L, -1)
         with torch.cuda.device_of(dout_BLD):
-            dall_BLS, dconvolved_BLX, dconv_1XE = map(torch.empty_like, (all_BLS, convolved_BLX, conv_1XE))
+            dall_BLS, dconvolved_BLX, dconv_1XE, dsteps_BLH = map(torch.empty_like, (all_BLS, convolved_BLX, conv_1XE, raw_BLH))
             dnormed_BLE = (dout_TD @ rounded[2]).view(B, L, -1)
             z_BLE, dz_BLE = all_BLS[..., columns.z], dall_BLS[..., columns.z]
             dy_BLE, dnorm_E = run_gated_norm_backward(y_BLE, z_BLE, dnormed_BLE, norm_E, dz_BLE)
-            x_BLE, own_BLH, raw_BLH, A_H, kind, ways = _given(columns, all_BLS, convolved_BLX, rounded[1], dt_bias, A_log, D_H)
-            dsteps_BLH, dx_BLE = torch.empty_like(raw_BLH), dconvolved_BLX[..., columns.x]
-            down_BLH, new = run_ssd_backward(kind, x_BLE, dy_BLE, own_BLH, ways, dx_BLE, dsteps_BLH.chunk(2, -1))
+            kind, x_BLE, _, ways = _inputs(columns, convolved_BLX, own_BLH, raw_BLH, A_H)
+            into = dconvolved_BLX[..., columns.x], dsteps_BLH.chunk(2, -1)
+            down_BLH, new = run_ssd_backward(kind, x_BLE, dy_BLE, own_BLH, ways, states, *into)
             for each, shift, (of_B, of_C) in zip(new, SHIFTS, columns.ways, strict=True):
-                dconvolved_BLX[..., of_B] = kind.joined(each.B_BKQN)
-                dconvolved_BLX[..., of_C] = kind.joined(each.C_BKQN, shift)
+                kind.join(each.B_BKQN, dconvolved_BLX[..., of_B])
+                kind.join(each.C_BKQN, dconvolved_BLX[..., of_C], shift)
             down_TH = down_BLH.view(B * L, -1).to(dout_BLD.dtype)
-            x_TE, dx_TE = convolved_BLX.view(B * L, X)[:, columns.x], dconvolved_BLX.view(B * L, X)[:, columns.x]
+            x_TE, dx_TE = (x_BLX.view(B * L, X)[:, columns.x] for x_BLX in (convolved_BLX, dconvolved_BLX))
             dx_TE.addmm_(down_TH, rounded[1])
-            run_conv_backward(
-                all_BLS[..., :X], _taps(conv_1XE), [dconvolved_BLX] * 2, dall_BLS[..., :X], _taps(dconv_1XE), ctx.ahead
-            )
+            gradients = [dconvolved_BLX] * 2, dall_BLS[..., :X], _taps(dconv_1XE)
+            run_conv_backward(all_BLS[..., :X], _taps(conv_1XE), *gradients, ctx.ahead)
             draw_BLH = torch.ops.aten.softplus_backward(dsteps_BLH, raw_BLH, 1, 20)
             dall_BLS[..., columns.steps] = draw_BLH
             dall_TS = dall_BLS.view(B * L, S)
@@ -137,19 +141,17 @@ class _HydraMixer(torch.autograd.Function):
         return dh_BLD, None, din, dconv_1XE, down_proj, *vectors, dnorm_E, dout_proj
 
 
-def _given(
-    columns: Columns, all_BLS: Tensor, convolved_BLX: Tensor, own_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D_H: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, SsdKind, list[Chunks]]:
-    """x, own, the steps before softplus, A, and both directions, from what is saved; computed again by the backward pass."""
-    (B, L, _), H, x_BLE = all_BLS.shape, columns.H, convolved_BLX[..., columns.x]
-    own_BLH = x_BLE @ own_proj.T + D_H
-    raw_BLH, A_H = all_BLS[..., columns.steps] + dt_bias, A_log.exp().neg_()
+def _inputs(
+    columns: Columns, convolved_BLX: Tensor, own_BLH: Tensor, raw_BLH: Tensor, A_H: Tensor
+) -> tuple[SsdKind, Tensor, Tensor, list[Chunks]]:
+    """What `run_ssd` takes; `raw_BLH` are the steps of both directions before softplus."""
+    (B, L, _), H, x_BLE = convolved_BLX.shape, columns.H, convolved_BLX[..., columns.x]
     sizes = B, L, H, columns.E // H, columns.N
     kind = SsdKind(x_BLE.device, x_BLE.dtype, *sizes, (True, True), exclusive=True, x_row=x_BLE.stride(1))
     ways, steps = list[Chunks](), F.softplus(raw_BLH).chunk(2, -1)
     for step_BLH, A, shift, (of_B, of_C) in zip(steps, A_H.chunk(2), SHIFTS, columns.ways, strict=True):
         ways.append(Chunks(step_BLH, A, kind.cut(convolved_BLX[..., of_B]), kind.cut(convolved_BLX[..., of_C], shift)))
-    return x_BLE, own_BLH, raw_BLH, A_H, kind, ways
+    return kind, x_BLE, own_BLH, ways
 
 
 def _taps(conv_1XE: Tensor) -> list[Tensor | None]:

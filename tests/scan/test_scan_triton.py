@@ -23,10 +23,12 @@ import triton
 from triton.runtime import driver
 
 from benchmarks.instructions import FORWARD, CompileOnly, ahead, busy, code, compiled, counted, registers, work
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dis.ssd import AROUND, SsdMixer
+from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
-from dis_scale.scan import Direction, triton_conv, triton_layout, triton_norm, triton_numbers, triton_scan, triton_ssd
+from dis_scale.scan import Direction, triton_conv, triton_layout, triton_norm, triton_numbers, triton_scan, triton_ssd_mixer
 from dis_scale.scan import triton as scan_triton
-from dis_scale.scan.duality import Way
 from dis_scale.scan.triton_fill import FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together
 from tests.support.alone import in_its_own_process
@@ -87,17 +89,18 @@ def check_program(program: Any, name: str, capability: int) -> None:
 def test_state_space_duality_compiles_ahead(capability: int) -> None:
     """At DiS2-L/2's sizes: on tensor cores, in 18 KB of shared memory, without atomics; only an A100's spill registers."""
     with torch.device("meta"), ahead(capability) as launched:
-        bf16, single = (partial(torch.empty, dtype=torch.bfloat16, requires_grad=True), partial(torch.empty, requires_grad=True))
-        ways = [Way(single(2, 258, 32), single(32), bf16(2, 258, 64), bf16(2, 258, 64)) for _ in range(2)]
-        y = triton_ssd.ssd(bf16(2, 258, 32, 64), single(2, 258, 32), ways[0], ways[1], exclusive=True)
-        y.backward(torch.empty_like(y))
-    kernels = {launch.kernel.__name__ for launch, *_ in launched}
-    sums = {"ssd_exponents", "ssd_exponents_backward"}
-    assert kernels == sums | {"ssd_states", "ssd_outputs", "ssd_pairs_backward", "ssd_states_backward"}
+        mixer = SsdMixer(Dis.model_validate(preset("DiS2-L/2")), "triton")
+        h = torch.empty(2, 258, 1024, dtype=torch.bfloat16, requires_grad=True)
+        names = ("in_proj", "conv", "own_proj", "dt_bias", "A_log", "D", "norm", "out_proj")
+        out = triton_ssd_mixer.mixer(h, AROUND // 2, *[mixer.get_parameter(name) for name in names])
+        out.backward(torch.empty_like(out))
+    products = {"ssd_states", "ssd_outputs", "ssd_pairs_backward", "ssd_states_backward"}
+    forward, backward = {"ssd_exponents", "conv_forward", "gated_norm"}, {"ssd_exponents_backward", "conv_backward", "sum_conv"}
+    assert {launch.kernel.__name__ for launch, *_ in launched} == products | forward | backward | {"gated_norm_backward"}
     for launch, _, program in launched:
         assert f".target sm_{capability}" in program.asm["ptx"]
         multiplies = re.search(r"\b(mma\.sync|wgmma|tcgen05\.mma)", program.asm["ptx"])
-        assert bool(multiplies) != (launch.kernel.__name__ in sums)
+        assert bool(multiplies) == (launch.kernel.__name__ in products)
         assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
         assert program.metadata.shared <= 18 * 1024
         assert registers(program).spilled_bytes <= (400 if capability == 80 else 0)

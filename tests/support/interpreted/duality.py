@@ -33,8 +33,8 @@ def test_the_self_test_of_state_space_duality_passes(
     assert taken == ([width == 128] if combine == "hydra" else [])
 
 
-# L, H, P, N: one chunk; two, the second incomplete, of all heads in one program; three, with a program for each of five heads.
-DUAL = [(7, 1, 3, 5), (63, 3, 16, 64), (66, 5, 20, 16)]
+# L, H, P, N: one chunk; two, the second incomplete, of all heads in one program; three, with a program for each of eleven heads.
+DUAL = [(7, 1, 3, 5), (63, 3, 16, 64), (66, 11, 20, 16)]
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
