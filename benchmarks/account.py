@@ -59,6 +59,7 @@ STEP_S = 0.01
 CONV_NS = 61.9e3 / (32 * 258 * 2048)
 """Per token and channel, both passes: benchmarks/instructions.py."""
 CONV_KERNELS = 3
+"""Launches of one convolution in a training pass: forward, backward, and the sums of its weights' gradients."""
 
 
 class Work(NamedTuple):
@@ -149,11 +150,9 @@ def operations(settings: Dis, skip: bool, images: int, T: int, orders: Orders = 
             torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
     named = [(launch.kernel.fn.__name__, launch, arguments, program) for launch, arguments, program in launched]
     moved = sum(moved_bytes(arguments) for name, _, arguments, _ in named if name.startswith("added_norm"))
-    ours = ("added_norm", "conv_", "sum_conv")
-    scan = [least(*each) for name, *each in named if each[2] and not name.startswith(ours)]
-    convolutions = sum(name.startswith(ours[1:]) for name, *_ in named)
-    ours_launched = len(launched) + (CONV_KERNELS - convolutions) * (settings.mixer == "ssd")
-    return Work(counts.launches + ours_launched, counts.seconds, counts.bytes + moved, scan)
+    scan = [least(*each) for name, *each in named if name.startswith(("ssd_", "gated_norm"))]
+    replaced = CONV_KERNELS * settings.ways if (settings.mixer, settings.combine) == ("ssd", "sum") else 0
+    return Work(counts.launches + len(launched) + replaced, counts.seconds, counts.bytes + moved, scan)
 
 
 def tokens(settings: Dis, size: int) -> int:

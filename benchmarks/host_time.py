@@ -44,7 +44,8 @@ from tests.support.graphs import capturing_nothing
 B, L, E, N, R = 2, 24, 64, 2, 4
 """R: columns of the product before B and C, as in the mixer."""
 SMALL = Dis(kind="dis", width=E // 2, depth=2, patch=2, state_size=N)
-DUAL = SMALL.model_copy(update={"width": 128, "mixer": "ssd", "combine": "hydra", "state_size": 16})
+HYDRA = SMALL.model_copy(update={"width": 128, "mixer": "ssd", "combine": "hydra", "state_size": 16})
+"""The least that Hydra's mixer takes as one function: four heads of 64 channels."""
 
 
 NO_CUDA = """
@@ -196,7 +197,7 @@ def main(rounds: str = "3000", launcher: str = "") -> None:
         "two-way convolution": conv(),
         "block of DiS": block(SMALL),
         "block of DiS as graphs": block(SMALL, as_graphs=True),
-        "block of DiS2": block(DUAL),
+        "block of DiS2": block(HYDRA),
     }
     for name, (forward, inputs) in jobs_of.items():
         dys = [torch.ones_like(y) for y in forward()]

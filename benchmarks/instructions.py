@@ -39,7 +39,7 @@ UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "ST
 SCAN = {"LANES": LANES, "WARPS": WARPS, "SPLIT": 1, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "STATE_ROWS": CHUNK}
 SCAN |= {"GATED": True, "u_row": E, "delta_row": E, "z_row": 2 * E, "dy_row": E}  # z is half of a product
 SCAN |= {"A_channel": 1, "A_state": E}
-CONV = {"LANES": LANES * WARPS, "ROWS": ROWS, "TAPS": 4, "E": E, "L": L, "FORWARD": True, "BACKWARD": True}
+CONV = {"LANES": LANES * WARPS, "ROWS": ROWS, "TAPS": 4, "E": E, "L": L, "FORWARD": True, "BACKWARD": True, "AHEAD": 0}
 CONV |= {"x_row": 2 * E, "w_channel": 1, "w_tap": E}
 FUNCTIONS: dict[str, Any] = {
     "scan_forward": triton_scan.scan_forward,

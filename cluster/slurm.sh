@@ -29,6 +29,9 @@
 # PreemptParameters=send_user_signal and a GraceTime in slurm.conf (https://slurm.schedmd.com/slurm.conf.html).
 #SBATCH --signal=B:TERM@300
 #
+# Triton keeps compiled kernels in ~/.triton/cache. For a home that is slow or full, a folder that all nodes mount:
+# export TRITON_CACHE_DIR=/scratch/$USER/triton
+#
 # Network of the GPUs, if NCCL does not find it by itself (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html):
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
 set -euo pipefail

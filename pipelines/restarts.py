@@ -152,8 +152,8 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     sets = [failure.nodes for failure in alike if failure.nodes]
     if last.cause == "device":
         return last.done > 0 and len(sets) >= SAME and not frozenset.intersection(*sets)
-    unmade = last.done == 0 and all(each.cause == "connection" for each in alike)
-    on_two, on_any = (2 * ALWAYS, 3 * ALWAYS) if unmade else (SAME, ALWAYS)
+    only_connections = last.done == 0 and all(each.cause == "connection" for each in alike)
+    on_two, on_any = (2 * ALWAYS, 3 * ALWAYS) if only_connections else (SAME, ALWAYS)
     return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
 
 

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMAGE = f"registry.example.com/dis-scale:{PROJECT['version']}"
 OPERATOR = pods.CLUSTER / "kuberay-operator.yaml"
-"""Values of a chart of others, and of its image."""
+"""Values of KubeRay's Helm chart: no object of Kubernetes, and no image of ours."""
 FILES = (*pods.JOBS, pods.LAUNCHER)
 PLAIN = (*pods.JOBS, "mlflow.yaml", "check.yaml")
 """Files for kubectl."""

@@ -23,7 +23,7 @@ class Counter(Protocol):
     """What a network that is priced reports to."""
 
     states: int
-    """Bytes that scans keep besides where they may (`KeepingStates`)."""
+    """Bytes that scans and state-space duality keep besides where they may (`KeepingStates`)."""
 
     def add(self, name: str, macs: float, passes: int = 3) -> None:
         """Count multiply-adds of a forward pass; training needs `passes` times as many."""

@@ -1,4 +1,7 @@
-"""Two-way mixers as one function of autograd, where a backend has it. Read next: triton_mixer.py, triton_ssd_mixer.py."""
+"""Two-way mixers as one function of autograd, where a backend has it. Read next: triton_mixer.py, triton_ssd_mixer.py.
+
+Their modules are imported when they are needed: Triton comes only with PyTorch's builds for Linux.
+"""
 
 from torch import Tensor
 
@@ -11,19 +14,19 @@ def fused_mixer(h_BLD: Tensor, *weights: Tensor, backend: str = "auto") -> Tenso
     """Return the mixer's output, of s6.Mixer's weights in their order; None where its parts run one by one."""
     if not _by_triton(h_BLD, backend):
         return None
-    from dis_scale.scan import triton_mixer  # here: Triton comes only with PyTorch's builds for Linux
+    from dis_scale.scan import triton_mixer
 
     return triton_mixer.mixer(h_BLD, *weights) if triton_mixer.takes(h_BLD, weights) else None
 
 
 @outside_graphs
-def fused_ssd_mixer(h_BLD: Tensor, ahead: int, *weights: Tensor, backend: str = "auto") -> Tensor | None:
-    """As `fused_mixer`, of the weights of ssd.SsdMixer with Hydra's convolution, which sees so many steps ahead."""
+def fused_ssd_mixer(h_BLD: Tensor, *weights: Tensor, backend: str = "auto") -> Tensor | None:
+    """As `fused_mixer`, of the weights of ssd.SsdMixer with Hydra's convolution, in their order."""
     if not _by_triton(h_BLD, backend):
         return None
     from dis_scale.scan import triton_ssd_mixer
 
-    return triton_ssd_mixer.mixer(h_BLD, ahead, *weights) if triton_ssd_mixer.takes(h_BLD, weights) else None
+    return triton_ssd_mixer.mixer(h_BLD, *weights) if triton_ssd_mixer.takes(h_BLD, weights) else None
 
 
 def _by_triton(h_BLD: Tensor, backend: str) -> bool:

@@ -295,8 +295,8 @@ def _plain_weights(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def run_conv(x: Tensor, weights: Sequence[Tensor | None], outs: Sequence[Tensor | None], ahead: int = 0) -> None:
-    """Launch a forward pass for tensors as the kernels take them; None for a skipped direction. The first direction's outputs also
-    see as many steps `ahead` of their own, and as many fewer of those before."""
+    """Launch a forward pass for tensors as the kernels take them; None for a skipped direction. Outputs of the first one
+    alone also see as many steps `ahead` of their own, and as many fewer of those before."""
     numbers.conv_forward(_conv_kind(x, weights, ahead))(x, _both(weights[::2]), _both(weights[1::2]), _both(outs))
 
 
@@ -319,6 +319,7 @@ def run_conv_backward(
 
 
 def _conv_kind(x: Tensor, weights: Sequence[Tensor | None], ahead: int) -> ConvKind:
+    assert not ahead or weights[2] is None, "only a direction that is alone looks ahead"
     (B, L, E), weight = x.shape, next(w for w in weights if w is not None)
     types = tuple([None if w is None else w.dtype for w in (x, *weights)])
     return ConvKind(x.device, types, B, L, E, weight.shape[1], x.stride(1), weight.stride(), ahead)

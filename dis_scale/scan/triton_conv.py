@@ -12,7 +12,7 @@ Names end in their axes: e channels, t time. Sizes and flags, all compile-time c
     FORWARD         compute direction 0, which reads earlier steps (causal): weights[0], biases[0], outs[0], dys[0], sums[0]
     BACKWARD        compute direction 1, which reads later steps: weights[1], ...
     SIGN            1 for the forward direction, -1 for the backward direction
-    AHEAD           steps by which the forward direction's outputs come earlier: it reads as many later steps
+    AHEAD           steps by which the forward direction's outputs come earlier: it reads as many later steps; 0 with BACKWARD
     LANES           channels of a program
     ROWS            steps of a group
     SEGMENT         steps of a program of conv_backward, a multiple of ROWS

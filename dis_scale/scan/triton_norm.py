@@ -1,4 +1,5 @@
-"""The norms of norms.py by Triton: one kernel for each pass, which keeps only its inputs. Every run has the same bits.
+"""The norms of norms.py by Triton: one kernel for each pass, which keeps its inputs, or their sum, which it
+gives. Every run has the same bits.
 
 Axes: B batch, L time, E or D channels, G groups of rows. Read next: triton_norm_kernels.py.
 """

@@ -150,7 +150,7 @@ class ConvKind(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Of which a backward pass computes the values before SiLU."""
+        """Steps whose values before SiLU a backward pass computes."""
         return self.L + self.ahead
 
     @property

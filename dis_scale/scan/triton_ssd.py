@@ -28,10 +28,10 @@ WARPS = 8
 LEAST_TILE = 16
 """Of a product on tensor cores."""
 EXPONENTS, EXPONENTS_WARPS = 16, 4
-"""Most heads of a program that sums decays, and its warps."""
+"""Most heads of a program that sums decays, and its warps: of 64 tokens a thread has 8 numbers."""
 
 
-class Chunks(NamedTuple):
+class CutWay(NamedTuple):
     """What the kernels get of a direction: steps with even rows, A, and B and C in chunks, contiguous (`SsdKind.cut`)."""
 
     step_BLH: Tensor
@@ -138,9 +138,9 @@ class _Ssd(torch.autograd.Function):
     def forward(ctx: Any, present: tuple[bool, bool], exclusive: bool, x_BLHP: Tensor, own_BLH: Tensor, *ways: Tensor) -> Tensor:
         ctx.present, ctx.exclusive = present, exclusive
         with torch.cuda.device_of(x_BLHP):
-            kind, x_BLE, chunks = _taken(x_BLHP, ways, present, exclusive)
+            kind, x_BLE, chunks = _inputs(x_BLHP, ways, present, exclusive)
             y_BLE, states = run_ssd(kind, x_BLE, plain(own_BLH), chunks)
-        ctx.save_for_backward(x_BLHP, own_BLH, *ways, *(states if keeps_states() else ()))
+        ctx.save_for_backward(x_BLHP, own_BLH, *ways, *states)
         return y_BLE.view(x_BLHP.shape)
 
     @staticmethod
@@ -149,7 +149,7 @@ class _Ssd(torch.autograd.Function):
         (x_BLHP, own_BLH, *saved), given = ctx.saved_tensors, len(Way._fields) * sum(ctx.present)
         ways, states = saved[:given], saved[given:]
         with torch.cuda.device_of(dy_BLHP):
-            kind, x_BLE, chunks = _taken(x_BLHP, ways, ctx.present, ctx.exclusive)
+            kind, x_BLE, chunks = _inputs(x_BLHP, ways, ctx.present, ctx.exclusive)
             dx_BLE, dsteps = empty_like(x_BLE), [empty_like(each.step_BLH) for each in chunks]
             dy_BLE = rowwise(dy_BLHP.flatten(2))
             down_BLH, gradients = run_ssd_backward(kind, x_BLE, dy_BLE, plain(own_BLH), chunks, states, dx_BLE, dsteps)
@@ -160,15 +160,15 @@ class _Ssd(torch.autograd.Function):
             return None, None, dx_BLE.view(x_BLHP.shape), down_BLH, *of_ways
 
 
-def _taken(
+def _inputs(
     x_BLHP: Tensor, ways: Sequence[Tensor], present: tuple[bool, bool], exclusive: bool
-) -> tuple[SsdKind, Tensor, list[Chunks]]:
+) -> tuple[SsdKind, Tensor, list[CutWay]]:
     (B, L, H, P), x_BLE = x_BLHP.shape, rowwise(x_BLHP.flatten(2))
     kind = SsdKind(x_BLHP.device, x_BLHP.dtype, B, L, H, P, ways[2].shape[2], present, exclusive, x_BLE.stride(1))
-    return kind, x_BLE, [Chunks(plain(way[0]), plain(way[1]), kind.cut(way[2]), kind.cut(way[3])) for way in ways_of(ways)]
+    return kind, x_BLE, [CutWay(plain(way[0]), plain(way[1]), kind.cut(way[2]), kind.cut(way[3])) for way in ways_of(ways)]
 
 
-def _mixed(kind: SsdKind, ways: Sequence[Chunks]) -> tuple[list[Mixed], Tensor]:
+def _mixed(kind: SsdKind, ways: Sequence[CutWay]) -> tuple[list[Mixed], Tensor]:
     """What each direction mixes by, and C . B of each pair of a chunk's tokens: of the earlier direction below the diagonal."""
     mixed = list[Mixed]()
     for way, reverse in zip(ways, kind.reverse, strict=True):
@@ -183,7 +183,7 @@ def _mixed(kind: SsdKind, ways: Sequence[Chunks]) -> tuple[list[Mixed], Tensor]:
     return mixed, torch.where(token[:, None] > token, scores[0], scores[1])
 
 
-def entering_states(kind: SsdKind, x_BLE: Tensor, mixed: Sequence[Mixed]) -> list[Tensor]:
+def _entering_states(kind: SsdKind, x_BLE: Tensor, mixed: Sequence[Mixed]) -> list[Tensor]:
     """For each direction the state that enters each chunk (B, K, H, N, P), in x's type."""
     ways = [(each.B_BKQN, each.weight_BKHQ, each.decay_BKH) for each in mixed]
     return _passed(kind, x_BLE, ways, backward=False)
@@ -199,13 +199,17 @@ def _passed(kind: SsdKind, v_BLE: Tensor, ways: Sequence[tuple[Tensor, Tensor, T
     return list(states)
 
 
-def run_ssd(kind: SsdKind, x_BLE: Tensor, own_BLH: Tensor, ways: Sequence[Chunks]) -> tuple[Tensor, list[Tensor]]:
-    """y (B, L, E) for tensors as the kernels take them, and the states that enter the chunks; none if there is one chunk."""
+def run_ssd(kind: SsdKind, x_BLE: Tensor, own_BLH: Tensor, ways: Sequence[CutWay]) -> tuple[Tensor, list[Tensor]]:
+    """y (B, L, E) for tensors as the kernels take them, and for each direction the states that enter the chunks, if they are kept.
+
+    Without them a tensor of nothing: a recomputed block must save as many tensors as it did at first.
+    """
     (mixed, scores), y_BLE = _mixed(kind, ways), empty_like(x_BLE)
-    states = entering_states(kind, x_BLE, mixed)
+    states = _entering_states(kind, x_BLE, mixed)
     taking = [(each.C_BKQN, each.taken_BKHQ, state) for each, state in zip(mixed, states, strict=True)]
     _outputs_launch(kind)(x_BLE, own_BLH, scores, *_both([each[:2] for each in mixed]), *_both(taking), y_BLE)
-    return y_BLE, states if kind.chunks > 1 else []
+    keep = kind.chunks > 1 and keeps_states()
+    return y_BLE, states if keep else [x_BLE.new_empty(0) for _ in states]
 
 
 def run_ssd_backward(
@@ -213,14 +217,14 @@ def run_ssd_backward(
     x_BLE: Tensor,
     dy_BLE: Tensor,
     own_BLH: Tensor,
-    ways: Sequence[Chunks],
+    ways: Sequence[CutWay],
     states: Sequence[Tensor],
     dx_BLE: Tensor,
     dsteps: Sequence[Tensor],
-) -> tuple[Tensor, list[Chunks]]:
+) -> tuple[Tensor, list[CutWay]]:
     """Store the gradients of x and, for each direction, of its steps; return that of own, and those of the directions.
 
-    Without `states` of the forward pass they are computed again. The gradients of B and C are float32.
+    States of the forward pass that were not kept are computed again. The gradients of B and C are float32.
     """
     (mixed, scores), down_BLH = _mixed(kind, ways), torch.empty_like(own_BLH)
     pairs, of_states = _backward_launches(kind, dy_BLE.stride(1), dx_BLE.stride(1))
@@ -233,22 +237,22 @@ def run_ssd_backward(
         *_both([each[:2] for each in new]),
     )  # fmt: skip
     if kind.chunks > 1:
-        states = states or entering_states(kind, x_BLE, mixed)
+        states = states if states[0].numel() else _entering_states(kind, x_BLE, mixed)
         through = [
             (each.B_BKQN, each.C_BKQN, each.taken_BKHQ, each.weight_BKHQ, *both)
             for each, *both in zip(mixed, states, dstates, strict=True)
         ]
         of_states(x_BLE, dy_BLE, *_both(through), *_both([each[2:] for each in new]))
-    dscores_BKQQ, gradients = dscores.sum(0).to(scores.dtype), list[Chunks]()
-    halves = [dscores_BKQQ.tril(-1), dscores_BKQQ.triu(1)] if len(mixed) == 2 else [dscores_BKQQ]
-    for way, each, d, dscores_BKQQ, dstep_BLH, reverse in zip(ways, mixed, new, halves, dsteps, kind.reverse, strict=True):
-        dB, dC = dscores_BKQQ.mT @ each.C_BKQN, dscores_BKQQ @ each.B_BKQN
+    dscores_BKQQ, gradients = dscores.sum(0).to(scores.dtype), list[CutWay]()
+    for way, each, d, dstep_BLH, reverse in zip(ways, mixed, new, dsteps, kind.reverse, strict=True):
+        half_BKQQ = dscores_BKQQ.triu(1) if reverse else dscores_BKQQ.tril(-1)
+        dB, dC = half_BKQQ.mT @ each.C_BKQN, half_BKQQ @ each.B_BKQN
         if kind.chunks > 1:
             dB, dC = dB + d.B_BKQN.sum(0), dC + d.C_BKQN.sum(0)
         dA_BKH = torch.empty_like(each.decay_BKH)
         launch = _exponents_backward_launch(kind, way.step_BLH.stride(1), dstep_BLH.stride(1), reverse)
         launch(way.step_BLH, way.A_H, *each[2:5], *d[:5], dstep_BLH, dA_BKH)
-        gradients.append(Chunks(dstep_BLH, dA_BKH.sum((0, 1)), dB, dC))
+        gradients.append(CutWay(dstep_BLH, dA_BKH.sum((0, 1)), dB, dC))
     return down_BLH, gradients
 
 

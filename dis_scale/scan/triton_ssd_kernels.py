@@ -1,6 +1,6 @@
 """State-space duality on NVIDIA GPUs: what the chunks of duality.py mix, by Triton kernels.
 
-`ssd_exponents` and its backward pass are of one direction, and of all heads of a chunk. The others are of both directions.
+`ssd_exponents` and its backward pass are of one direction. The others are of both directions.
 
 A program has a chunk and some of its heads. The scores C . B of its pairs of tokens, which all heads share, are those of the
 earlier direction below the diagonal and of the later one above it, so that one product for each head mixes both. Factors of
@@ -9,18 +9,20 @@ Nothing is added atomically: heads' parts of gradients that they share are store
 
 Pointers, for images of K chunks of Q tokens; "chunks" are those of all images:
 
-    x, y, dx, dy    (image, time, head, channel)
+    x, y, dx, dy    (image, time, head, channel); v is x, or dy in a BACKWARD pass
     own, down       (image, time, head), float32
     scores, dscores (chunk, token, token), where dscores has one part for each program of a chunk, float32
-    U, B, C         (chunk, token, state); dB and dC have parts, as dscores
-    reach, leave, taken, weight   (chunk, head, token), float32, and their gradients, as `Chunks` says
-    decay, dA       (chunk, head), float32; the parts of A's gradient
-    step, dstep     (image, time, head), float32, with `step_row` from token to token; A is (head)
+    U, B, C         (chunk, token, state); U is B or C; dB and dC have parts, as dscores
+    reach, leave, taken, weight   (chunk, head, token), float32, and their gradients, as `Mixed` of triton_ssd.py says
+    decay, ddecay, dA (chunk, head), float32; dA are the parts of A's gradient
+    step, dstep     (image, time, head), float32; A is (head)
     states, dstates (chunk, head, state, channel): the state that enters a chunk, and the gradient of the one that leaves it
 
-Sizes and flags, all compile-time constants: L, H, P, N, K and Q as in duality.py, `x_row` and `dy_row` the distance between two
-tokens, EARLIER and LATER the directions that are present, and TOKENS, CHANNELS and STATES tiles of Q, P and N. A direction's
-pointers are tuples; the other one's take the place of those of an absent one, and are not used. Read next: duality.py.
+Sizes and flags, all compile-time constants: L, H, P, N, K and Q as in duality.py; `x_row`, `v_row`, `dy_row`, `dx_row`, `step_row`
+and `dstep_row` the distance between two tokens; HEADS of a program; EARLIER and LATER the directions that are present; REVERSE that
+the direction is the later tokens'; EXCLUSIVE as in duality.ssd; BACKWARD that states are gradients, which go from the last chunk to
+the first of the earlier tokens' direction; TOKENS, CHANNELS and STATES tiles of Q, P and N. A direction's pointers are tuples; the
+other one's take the place of those of an absent one, and are not used. Read next: duality.py.
 """
 
 import triton
@@ -73,7 +75,8 @@ def _through_state(way, chunk, head, i, n, p, inside, H, P: tl.constexpr, N: tl.
 
 @triton.jit
 def _at_heads(L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """The chunk; its tokens, its first row, which tokens are the image's; the heads; and where a tile of (token, head) lies."""
+    """The chunk; its tokens, its first row, which tokens are the image's; the heads; where a tile of (token, head) lies, and what
+    of it is inside."""
     chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
     return chunk, i, row, present, h, chunk * H * Q + h[None, :] * Q + i[:, None], inside[:, None] & (h < H)[None, :]
@@ -106,7 +109,7 @@ def ssd_exponents_backward(
     L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, step_row: tl.constexpr, dstep_row: tl.constexpr,
     REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of step and A by those of what `ssd_exponents` stores; the last three are read if there are states."""
+    """The gradients of step and A by those of what `ssd_exponents` stores; dtaken, dweight and ddecay are read if K > 1."""
     chunk, i, row, present, h, at, inside = _at_heads(L, H, K, Q, TOKENS, HEADS)
     step_QH = _matrix(step + row * step_row, i, h, step_row, present, h < H)
     dreach_QH = tl.load(dreach + at, mask=inside, other=0.0)
@@ -138,7 +141,7 @@ def _way_of(program, EARLIER: tl.constexpr, LATER: tl.constexpr):
     """
     if EARLIER and LATER:
         return program // 2, program % 2 == 1
-    return program, program < 0 if EARLIER else program >= 0
+    return program, program < 0 if EARLIER else program >= 0  # tensors: each kernel chooses of both tuples
 
 
 @triton.jit
@@ -150,7 +153,7 @@ def ssd_states(
 ):  # fmt: skip
     """The state that enters each chunk of a head, and after it is decay state + sum of weight_i U_i v_i over its tokens.
 
-    `early` is U, weight, decay, states. The gradients of a BACKWARD pass go from chunk to chunk in the other order.
+    `early` is U, weight, decay, states. In a BACKWARD pass U is C and weight is taken, and chunks are in the other order.
     """
     number, of_late = _way_of(tl.program_id(0).to(tl.int64), EARLIER, LATER)
     image, head = number // H, number % H
@@ -249,7 +252,7 @@ def ssd_pairs_backward(
 
 
 @triton.jit
-def _states_backward(
+def _factor_gradient(
     v, v_row, U, weight, states, dweight, chunk, head, row, i, n, p, inside, present, H, P: tl.constexpr, N: tl.constexpr,
     Q: tl.constexpr,
 ):  # fmt: skip
@@ -286,8 +289,8 @@ def ssd_states_backward(
     for j in range(HEADS):
         head = first + j
         at = chunk * H + head
-        dC_QN += _states_backward(dy, dy_row, C, taken, states, dtaken, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
-        dB_QN += _states_backward(x, x_row, B, weight, dstates, dweight, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
+        dC_QN += _factor_gradient(dy, dy_row, C, taken, states, dtaken, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
+        dB_QN += _factor_gradient(x, x_row, B, weight, dstates, dweight, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
         state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P).to(tl.float32)
         dstate_NP = _matrix(dstates + at * N * P, n, p, P, n < N, p < P)
         tl.store(ddecay + at, tl.sum(tl.sum(state_NP * dstate_NP, 1), 0))

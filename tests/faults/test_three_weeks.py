@@ -23,6 +23,7 @@ def shipped() -> Rules:
     operator = yaml.safe_load((ROOT / "cluster/kuberay-operator.yaml").read_text())
     environment = {variable["name"]: variable["value"] for variable in operator["env"]}
     timeout_s = environment["RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS"]
+    assert operator["metrics"]["serviceMonitor"]["enabled"], "alerts read the operator's metrics"
     (submitter,) = spec["submitterPodTemplate"]["spec"]["containers"]
     follows = "while state=$(ask status $job)" in " ".join(submitter.get("command", []))
     return Rules(spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"], float(timeout_s), follows)

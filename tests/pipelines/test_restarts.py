@@ -138,17 +138,18 @@ def test_a_death_and_the_connections_that_it_breaks_are_one_cause(tiny: Recipe) 
 @pytest.mark.parametrize(
     ("nodes", "done", "cause", "attempts"),
     [
-        ("ababa", [112] * 5, "lost", 5), ("aaaaaaaaaa", [112] * 10, "lost", 10), ("ababababab", [112, 160] * 5, "lost", 41),
-        ("ab", [112, 128, 96, 112, 112], "lost", 5), ("aaaabbbb", [112] * 8, "lost", 5),
-        ("ab", [0], "lost", 5), ("a", [0], "lost", 10), ("ab", [0], "connection", 20), ("a", [0], "connection", 30),
+        ("ababa", [112] * 5, ["lost"], 5), ("aaaaaaaaaa", [112] * 10, ["lost"], 10), ("ababababab", [112, 160] * 5, ["lost"], 41),
+        ("ab", [112, 128, 96, 112, 112], ["lost"], 5), ("aaaabbbb", [112] * 8, ["lost"], 5),
+        ("ab", [0], ["lost"], 5), ("a", [0], ["lost"], 10), ("ab", [0], ["connection"], 20), ("a", [0], ["connection"], 30),
+        ("ab", [0], ["lost", "connection"], 5), ("ab", [0], ["connection", "lost"], 5),
     ],
     ids=[
         "on two sets of nodes", "always on one set", "at two places", "a step apart", "after a move",
-        "before a step", "before a step on one set", "no connection", "no connection on one set",
+        "before a step", "before a step on one set", "no connection", "no connection on one set", "both", "the other first",
     ],
 )  # fmt: skip
 def test_a_deterministic_crash_does_not_burn_all_restarts(
-    tiny: Recipe, nodes: str, done: list[int], cause: Cause, attempts: int
+    tiny: Recipe, nodes: str, done: list[int], cause: list[Cause], attempts: int
 ) -> None:
     """Of the forty that this recipe allows."""
     recipe = tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 40})})
@@ -158,7 +159,7 @@ def test_a_deterministic_crash_does_not_burn_all_restarts(
         nonlocal made
         job.placed = frozenset(nodes[made % len(nodes)])
         made += 1
-        raise WorkerFailure("worker lost", done[(made - 1) % len(done)], cause=cause)
+        raise WorkerFailure("worker lost", done[(made - 1) % len(done)], cause=cause[(made - 1) % len(cause)])
 
     with pytest.raises(DisScaleError):
         with_restarts(job, "dis", attempt, lambda: 80)

@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from benchmarks.instructions import FORWARD, CompileOnly, ahead, busy, code, compiled, counted, registers, work
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dis.ssd import AROUND, SsdMixer
+from dis_scale.models.dis.ssd import SsdMixer
 from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
 from dis_scale.scan import Direction, triton_conv, triton_layout, triton_norm, triton_numbers, triton_scan, triton_ssd_mixer
@@ -92,7 +92,7 @@ def test_state_space_duality_compiles_ahead(capability: int) -> None:
         mixer = SsdMixer(Dis.model_validate(preset("DiS2-L/2")), "triton")
         h = torch.empty(2, 258, 1024, dtype=torch.bfloat16, requires_grad=True)
         names = ("in_proj", "conv", "own_proj", "dt_bias", "A_log", "D", "norm", "out_proj")
-        out = triton_ssd_mixer.mixer(h, AROUND // 2, *[mixer.get_parameter(name) for name in names])
+        out = triton_ssd_mixer.mixer(h, *[mixer.get_parameter(name) for name in names])
         out.backward(torch.empty_like(out))
     products = {"ssd_states", "ssd_outputs", "ssd_pairs_backward", "ssd_states_backward"}
     forward, backward = {"ssd_exponents", "conv_forward", "gated_norm"}, {"ssd_exponents_backward", "conv_backward", "sum_conv"}
@@ -289,7 +289,7 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
     """Those of the backward pass: the forward pass has only one."""
     failed = let_wait_for_each_other(monkeypatch, triton_conv.conv_backward, triton_layout.sum_conv)
     x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
-    dys, kind = [torch.ones(1, 5, 8)] * 2, scan_triton._conv_kind(x, weights)
+    dys, kind = [torch.ones(1, 5, 8)] * 2, scan_triton._conv_kind(x, weights, ahead=0)
     dx, gradients = torch.empty(1, 5, 8), [torch.empty_like(w) for w in weights]
     meta, launches = kind._replace(device=scan_triton.META), triton_numbers.conv_backward(kind, 8, 8, 8)
     empty = scan_triton.without_memory((x, weights, dys, dx, gradients))

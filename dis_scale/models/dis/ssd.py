@@ -49,8 +49,9 @@ class SsdMixer(nn.Module):
 
     def forward(self, h_BLD: Tensor) -> Tensor:
         if self.own_proj is not None and self.ways == 2:
-            weights = self.conv, self.own_proj, self.dt_bias, self.A_log, self.D, self.norm, self.out_proj
-            if (fused := fused_ssd_mixer(h_BLD, AROUND // 2, self.in_proj, *weights, backend=self.scan)) is not None:
+            vectors = self.dt_bias, self.A_log, self.D, self.norm
+            weights = self.in_proj, self.conv, self.own_proj, *vectors, self.out_proj
+            if (fused := fused_ssd_mixer(h_BLD, *weights, backend=self.scan)) is not None:
                 return fused
         mixed_BLX, z_BLE, raw_BLH = product(h_BLD, self.in_proj).split(self.sizes, dim=-1)
         steps = F.softplus(wide(raw_BLH) + self.dt_bias).chunk(self.ways, dim=-1)
