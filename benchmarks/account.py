@@ -43,7 +43,7 @@ from dis_scale.models.dit.settings import Dit
 from dis_scale.models.families import preset
 from dis_scale.planning.fleet import HOST_S, OPTIMIZER_BYTES
 from dis_scale.recipe import LatentShape
-from dis_scale.scan import Choice, duality, mixer, norms
+from dis_scale.scan import Choice, duality, norms
 from dis_scale.scan.backend import KeepingStates
 from dis_scale.scan.triton_fill import Filling, filling
 from dis_scale.scan.triton_launch import LANES, WARPS, Launch
@@ -137,7 +137,7 @@ def recorded() -> Iterator[list[tuple[Launch, tuple[Any, ...], Any]]]:
 def operations(settings: Dis, skip: bool, images: int, T: int, orders: Orders = Orders()) -> Work:
     """Count a block's training pass. Launches of the selective scan and its convolution are not compiled: `row` has their time."""
     conv = patch.object(ssd, "causal_conv_silu", lambda *inputs, **_: _Nothing.apply(1, *inputs)[0])
-    triton = [patch.object(x, "choose", lambda *_: Choice("triton", "by count")) for x in (duality, norms, mixer)]
+    triton = [patch.object(x, "choose", lambda *_: Choice("triton", "by count")) for x in (duality, norms)]
     D, half = settings.width, torch.bfloat16
     with torch.device("meta"):
         block = network.DiSBlock(settings, "triton", skip, orders)
@@ -145,7 +145,7 @@ def operations(settings: Dis, skip: bool, images: int, T: int, orders: Orders = 
         r_BLD, c_BD = torch.empty(images, T, D, requires_grad=True), torch.empty(images, D, dtype=half)
         inputs = [h_BLD, r_BLD, *([skip_BLD] if skip else []), *block.parameters()]
         seen = ahead() if settings.mixer == "ssd" else recorded()
-        with conv, triton[0], triton[1], triton[2], seen as launched, KeepingStates(), Products() as counts:
+        with conv, triton[0], triton[1], seen as launched, KeepingStates(), Products() as counts:
             outs = block(h_BLD, r_BLD, c_BD, skip_BLD if skip else None, None)
             torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
     named = [(launch.kernel.fn.__name__, launch, arguments, program) for launch, arguments, program in launched]

@@ -60,7 +60,9 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
     try:
         return Recipe.model_validate_json(json.dumps(data, default=str), context={"stored": True} if stored else None)
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {line}" for line in _lines(error, data))) from None
+        given = {override.partition("=")[0] for override in overrides or []}
+        lines = [f"--set {line}" if line.partition(":")[0] in given else f"{where}: {line}" for line in _lines(error, data)]
+        raise UserError("\n".join(lines)) from None
 
 
 def _written_out(models: dict[str, Any], seed: Any, where: str) -> Iterator[tuple[str, Any]]:

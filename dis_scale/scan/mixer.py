@@ -5,14 +5,14 @@ Their modules are imported when they are needed: Triton comes only with PyTorch'
 
 from torch import Tensor
 
-from dis_scale.scan import choose, counts
 from dis_scale.scan.graphs import outside_graphs
+from dis_scale.scan.norms import by_triton
 
 
 @outside_graphs
 def fused_mixer(h_BLD: Tensor, *weights: Tensor, backend: str = "auto") -> Tensor | None:
     """Return the mixer's output, of s6.Mixer's weights in their order; None where its parts run one by one."""
-    if not _by_triton(h_BLD, backend):
+    if not by_triton(h_BLD, backend):
         return None
     from dis_scale.scan import triton_mixer
 
@@ -22,12 +22,8 @@ def fused_mixer(h_BLD: Tensor, *weights: Tensor, backend: str = "auto") -> Tenso
 @outside_graphs
 def fused_ssd_mixer(h_BLD: Tensor, *weights: Tensor, backend: str = "auto") -> Tensor | None:
     """As `fused_mixer`, of the weights of ssd.SsdMixer with Hydra's convolution, in their order."""
-    if not _by_triton(h_BLD, backend):
+    if not by_triton(h_BLD, backend):
         return None
     from dis_scale.scan import triton_ssd_mixer
 
     return triton_ssd_mixer.mixer(h_BLD, *weights) if triton_ssd_mixer.takes(h_BLD, weights) else None
-
-
-def _by_triton(h_BLD: Tensor, backend: str) -> bool:
-    return not counts.active.get() and choose(backend, h_BLD.device).name == "triton"

@@ -20,7 +20,7 @@ def gated_rms_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor, backend: str 
     """The normalised y_BLE SiLU(z), computed in float32 or better, in y's type (Mamba-2's RMSNormGated, gate first)."""
     if counts.active.get() and y_BLE.dtype != torch.float32:  # as on a GPU, whose kernel keeps its inputs alone
         return counts.keeping(by_definition, y_BLE, z_BLE, weight_E)
-    if _by_triton(y_BLE, backend):
+    if by_triton(y_BLE, backend):
         from dis_scale.scan import triton_norm  # here: Triton comes only with PyTorch's builds for Linux
 
         return triton_norm.gated_rms_norm(y_BLE, z_BLE, weight_E)
@@ -78,14 +78,15 @@ class _Reordered(torch.autograd.Function):
 def _added_by_triton(
     r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor, backend: str, places: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor] | None:
-    if not _by_triton(h_BLD, backend) or r_BLD.dtype != torch.float32:
+    if not by_triton(h_BLD, backend) or r_BLD.dtype != torch.float32:
         return None
     from dis_scale.scan import triton_norm
 
     return triton_norm.added_rms_norm(r_BLD, h_BLD, weight_D, places)
 
 
-def _by_triton(x: Tensor, backend: str) -> bool:
+def by_triton(x: Tensor, backend: str) -> bool:
+    """Whether Triton computes with x: a network that is priced is computed by PyTorch's operations."""
     return not counts.active.get() and choose(backend, x.device).name == "triton"
 
 
