@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,12 +24,26 @@ pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds fo
 import triton
 from triton.runtime import driver
 
+from benchmarks.account import recorded
 from benchmarks.instructions import FORWARD, CompileOnly, ahead, busy, code, compiled, counted, registers, work
+from dis_scale.models.cost import price_model
+from dis_scale.models.dis.network import DiSBlock
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dis.ssd import SsdMixer
 from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
-from dis_scale.scan import Direction, triton_conv, triton_layout, triton_norm, triton_numbers, triton_scan, triton_ssd_mixer
+from dis_scale.recipe import LatentShape
+from dis_scale.scan import (
+    Choice,
+    Direction,
+    norms,
+    triton_conv,
+    triton_layout,
+    triton_norm,
+    triton_numbers,
+    triton_scan,
+    triton_ssd_mixer,
+)
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.triton_fill import FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together
@@ -104,6 +120,31 @@ def test_state_space_duality_compiles_ahead(capability: int) -> None:
         assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
         assert program.metadata.shared <= 18 * 1024
         assert registers(program).spilled_bytes <= (400 if capability == 80 else 0)
+
+
+def test_hydras_mixer_keeps_what_is_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of an image in a block of DiS2-L/2 within 3 %: by the price, and by the tensors that autograd saves."""
+    settings = Dis.model_validate(preset("DiS2-L/2"))
+    kept = price_model(settings, LatentShape(4, 32), 1000).kept_in("bf16")
+    monkeypatch.setattr(norms, "choose", lambda *_: Choice("triton", "by count"))
+    found = list[int]()
+    for images in (1, 2):
+        saved = dict[int, UntypedStorage]()
+        with torch.device("meta"), recorded():
+            block = DiSBlock(settings, "triton", skip=False)
+            h = torch.empty(images, 258, 1024, dtype=torch.bfloat16, requires_grad=True)
+            r, c = torch.empty(images, 258, 1024, requires_grad=True), torch.empty(images, 1024, dtype=torch.bfloat16)
+
+            def keep(x: Tensor, saved: dict[int, UntypedStorage] = saved) -> Tensor:
+                saved[x.untyped_storage()._cdata] = x.untyped_storage()
+                return x
+
+            with saved_tensors_hooks(keep, lambda x: x):
+                outs = block(h, r, c, None, None)
+        found.append(sum(each.nbytes() for each in saved.values()))
+        del outs
+    priced = sum(kept.image[number] for number in kept.blocks[1].kept)
+    assert found[1] - found[0] == pytest.approx(priced, rel=0.03)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dis_scale.models.dis.s6 import TAPS, conv_parameters, inner_width, log_uniform_steps, taps_and_bias
 from dis_scale.models.dis.settings import Dis, head_size
 from dis_scale.models.tokens import product, uniform, wide
-from dis_scale.scan import causal_conv_silu
+from dis_scale.scan import causal_conv_silu, counts
 from dis_scale.scan.duality import Way, ssd
 from dis_scale.scan.mixer import fused_ssd_mixer
 from dis_scale.scan.norms import gated_rms_norm
@@ -75,9 +75,7 @@ class SsdMixer(nn.Module):
 
     def _hydra(self, mixed_BLX: Tensor, steps: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> Tensor:
         """Hydra's matrix: a token takes from each direction what its neighbour there would."""
-        half = AROUND // 2
-        padded_BLX = F.pad(mixed_BLX, (0, 0, 0, half))
-        convolved_BLX = causal_conv_silu(padded_BLX, *taps_and_bias(self.conv[0]), backend=self.scan)[:, half:]
+        convolved_BLX = _centred_conv_silu(mixed_BLX, *taps_and_bias(self.conv[0]), self.scan)
         B_BLN, C_BLN, x_BLE, *back = convolved_BLX.split(self.mixed, dim=-1)
         earlier = Way(steps[0], decays[0], B_BLN, F.pad(C_BLN[:, :-1], (0, 0, 1, 0)))
         later = Way(steps[1], decays[1], back[0], F.pad(back[1][:, 1:], (0, 0, 0, 1))) if back else None
@@ -87,3 +85,11 @@ class SsdMixer(nn.Module):
     def _mix(self, x_BLE: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None) -> Tensor:
         x_BLHP = x_BLE.unflatten(-1, (-1, self.head))
         return ssd(x_BLHP, own_BLH, earlier, later, exclusive=self.hydra, backend=self.scan)
+
+
+def _centred_conv_silu(x_BLX: Tensor, weight_XW: Tensor, bias_X: Tensor, scan: str) -> Tensor:
+    """As `causal_conv_silu`, of a window around each token."""
+    half = weight_XW.shape[1] // 2
+    if counts.active.get() and x_BLX.dtype != torch.float32:  # as on a GPU, whose mixer looks ahead without a copy
+        return causal_conv_silu(x_BLX, weight_XW, bias_X, backend=scan)
+    return causal_conv_silu(F.pad(x_BLX, (0, 0, 0, half)), weight_XW, bias_X, backend=scan)[:, half:]
