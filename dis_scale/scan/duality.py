@@ -59,7 +59,7 @@ def ssd(
         N, size = ways[0].B_BLN.shape[-1], x_BLHP.element_size()
         counts.report("ssd", MACS * len(ways) * x_BLHP.numel() * N + x_BLHP.numel())
         chunks = math.ceil(x_BLHP.shape[1] / GPU_CHUNKS.get(size, CHUNK))
-        counter.states += len(ways) * chunks * N * x_BLHP[:, 0].numel() * size if chunks > 1 else 0
+        counter.states += len(ways) * (chunks - 1) * N * x_BLHP[:, 0].numel() * size
         return counts.keeping(counts.like_first, x_BLHP, own_BLH, *itertools.chain(*ways))
     name = choose(backend, x_BLHP.device).name
     if name == "triton":

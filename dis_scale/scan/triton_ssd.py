@@ -184,7 +184,7 @@ def _mixed(kind: SsdKind, ways: Sequence[CutWay]) -> tuple[list[Mixed], Tensor]:
 
 
 def _entering_states(kind: SsdKind, x_BLE: Tensor, mixed: Sequence[Mixed]) -> list[Tensor]:
-    """For each direction the state that enters each chunk (B, K, H, N, P), in x's type."""
+    """For each direction the state that enters each chunk but its first (B, K - 1, H, N, P), in x's type."""
     ways = [(each.B_BKQN, each.weight_BKHQ, each.decay_BKH) for each in mixed]
     return _passed(kind, x_BLE, ways, backward=False)
 
@@ -193,7 +193,7 @@ def _passed(kind: SsdKind, v_BLE: Tensor, ways: Sequence[tuple[Tensor, Tensor, T
     """The states of v by what each direction adds up; of one chunk tensors that are not used."""
     if kind.chunks == 1:
         return [v_BLE] * len(ways)
-    states = v_BLE.new_empty(len(ways), kind.B, kind.chunks, kind.H, kind.N, kind.P).unbind()
+    states = v_BLE.new_empty(len(ways), kind.B, kind.chunks - 1, kind.H, kind.N, kind.P).unbind()
     both = _both([(*way, each) for way, each in zip(ways, states, strict=True)])
     _states_launch(kind, v_BLE.stride(1), backward)(v_BLE, *both)
     return list(states)

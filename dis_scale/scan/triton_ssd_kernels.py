@@ -16,7 +16,8 @@ Pointers, for images of K chunks of Q tokens; "chunks" are those of all images:
     reach, leave, taken, weight   (chunk, head, token), float32, and their gradients, as `Mixed` of triton_ssd.py says
     decay, ddecay, dA (chunk, head), float32; dA are the parts of A's gradient
     step, dstep     (image, time, head), float32; A is (head)
-    states, dstates (chunk, head, state, channel): the state that enters a chunk, and the gradient of the one that leaves it
+    states, dstates (image, K - 1 chunks, head, state, channel): the state that enters a chunk, none of the first in the direction's
+                    order, and the gradient of the one that leaves it, none of the last
 
 Sizes and flags, all compile-time constants: L, H, P, N, K and Q as in duality.py; `x_row`, `v_row`, `dy_row`, `dx_row`, `step_row`
 and `dstep_row` the distance between two tokens; HEADS of a program; EARLIER and LATER the directions that are present; REVERSE that
@@ -63,13 +64,26 @@ def _factors(early, late, at, i, inside, EARLIER: tl.constexpr, LATER: tl.conste
 
 
 @triton.jit
-def _through_state(way, chunk, head, i, n, p, inside, H, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
+def _state(states, chunk, head, n, p, not_first, H, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """The state of a chunk; zeros of the one that has none: an image's first (`not_first`), or its last."""
+    k = chunk % K
+    if not_first:
+        number, exists = k - 1, k > 0
+    else:
+        number, exists = k, k < K - 1
+    at = ((chunk // K * (K - 1) + number) * H + head) * N * P
+    return _matrix(states + at, n, p, P, (n < N) & exists, p < P)
+
+
+@triton.jit
+def _through_state(
+    way, chunk, head, i, n, p, inside, not_first, H, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr
+):  # fmt: skip
     """weight_i (U_i . state) for each token of the chunk and each channel; `way` is U, weight, states."""
     U, weight, states = way
-    at = chunk * H + head
     u_QN = _matrix(U + chunk * Q * N, i, n, N, inside, n < N)
-    state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P)
-    weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
+    state_NP = _state(states, chunk, head, n, p, not_first, H, P, N, K)
+    weight_Q = tl.load(weight + (chunk * H + head) * Q + i, mask=inside, other=0.0)
     return weight_Q[:, None] * tl.dot(u_QN, state_NP, input_precision="tf32x3")
 
 
@@ -163,18 +177,18 @@ def ssd_states(
     reverse = of_late != BACKWARD
     n, p = tl.arange(0, STATES), tl.arange(0, CHANNELS)
     state_NP = tl.zeros((STATES, CHANNELS), tl.float32)
-    for step in range(K):
+    for step in range(K - 1):
         chunk = image * K + tl.where(reverse, K - 1 - step, step)
         at = chunk * H + head
-        inside_NP = (n < N)[:, None] & (p < P)[None, :]
-        tl.store(states + at * N * P + (n[:, None] * P + p[None, :]), state_NP.to(states.dtype.element_ty), mask=inside_NP)
-        if step < K - 1:
-            i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
-            u_QN = _matrix(U + chunk * Q * N, i, n, N, inside, n < N)
-            v_QP = _matrix(v + row * v_row + head * P, i, p, v_row, present, p < P)
-            weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
-            weighted_QP = (v_QP * weight_Q[:, None]).to(v_QP.dtype)
-            state_NP = tl.load(decay + at) * state_NP + tl.dot(tl.trans(u_QN), weighted_QP, input_precision="tf32x3")
+        i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
+        u_QN = _matrix(U + chunk * Q * N, i, n, N, inside, n < N)
+        v_QP = _matrix(v + row * v_row + head * P, i, p, v_row, present, p < P)
+        weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
+        weighted_QP = (v_QP * weight_Q[:, None]).to(v_QP.dtype)
+        state_NP = tl.load(decay + at) * state_NP + tl.dot(tl.trans(u_QN), weighted_QP, input_precision="tf32x3")
+        number = image * (K - 1) + tl.where(reverse, K - 2 - step, step)  # of the next chunk in this order
+        into = states + (number * H + head) * N * P + (n[:, None] * P + p[None, :])
+        tl.store(into, state_NP.to(states.dtype.element_ty), mask=(n < N)[:, None] & (p < P)[None, :])
 
 
 @triton.jit
@@ -197,9 +211,9 @@ def ssd_outputs(
         mixing_QQ = scores_QQ * _factors(early, late, (chunk * H + head) * Q, i, inside, EARLIER, LATER)
         y_QP = own_Q[:, None] * x_QP + tl.dot(mixing_QQ.to(x_QP.dtype), x_QP, input_precision="tf32x3")
         if K > 1 and EARLIER:
-            y_QP += _through_state(early_state, chunk, head, i, n, p, inside, H, P, N, Q)
+            y_QP += _through_state(early_state, chunk, head, i, n, p, inside, True, H, P, N, K, Q)
         if K > 1 and LATER:
-            y_QP += _through_state(late_state, chunk, head, i, n, p, inside, H, P, N, Q)
+            y_QP += _through_state(late_state, chunk, head, i, n, p, inside, False, H, P, N, K, Q)
         at = y + row * (H * P) + head * P + (i[:, None] * (H * P) + p[None, :])
         tl.store(at, y_QP.to(y.dtype.element_ty), mask=present[:, None] & (p < P)[None, :])
 
@@ -241,9 +255,9 @@ def ssd_pairs_backward(
         dx_QP = own_Q[:, None] * dy_QP
         dx_QP += tl.dot(tl.trans(mixing_QQ.to(dy_QP.dtype)), dy_QP, input_precision="tf32x3")
         if K > 1 and EARLIER:
-            dx_QP += _through_state(early_state, chunk, head, i, n, p, inside, H, P, N, Q)
+            dx_QP += _through_state(early_state, chunk, head, i, n, p, inside, False, H, P, N, K, Q)
         if K > 1 and LATER:
-            dx_QP += _through_state(late_state, chunk, head, i, n, p, inside, H, P, N, Q)
+            dx_QP += _through_state(late_state, chunk, head, i, n, p, inside, True, H, P, N, K, Q)
         at_QP = dx + row * dx_row + head * P + (i[:, None] * dx_row + p[None, :])
         tl.store(at_QP, dx_QP.to(dx.dtype.element_ty), mask=present[:, None] & (p < P)[None, :])
     part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + chunk
@@ -253,13 +267,12 @@ def ssd_pairs_backward(
 
 @triton.jit
 def _factor_gradient(
-    v, v_row, U, weight, states, dweight, chunk, head, row, i, n, p, inside, present, H, P: tl.constexpr, N: tl.constexpr,
+    v, v_row, U, weight, state_NP, dweight, chunk, head, row, i, n, p, inside, present, H, P: tl.constexpr, N: tl.constexpr,
     Q: tl.constexpr,
 ):  # fmt: skip
     """A head's part of the gradient of U, and the gradient of weight, of products weight_i U_i . (state v_i)."""
     at = chunk * H + head
     v_QP = _matrix(v + row * v_row + head * P, i, p, v_row, present, p < P)
-    state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P)
     weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
     product_QN = tl.dot(v_QP, tl.trans(state_NP), input_precision="tf32x3")
     u_QN = _matrix(U + chunk * Q * N, i, n, N, inside, n < N)
@@ -289,11 +302,11 @@ def ssd_states_backward(
     for j in range(HEADS):
         head = first + j
         at = chunk * H + head
-        dC_QN += _factor_gradient(dy, dy_row, C, taken, states, dtaken, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
-        dB_QN += _factor_gradient(x, x_row, B, weight, dstates, dweight, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
-        state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P).to(tl.float32)
-        dstate_NP = _matrix(dstates + at * N * P, n, p, P, n < N, p < P)
-        tl.store(ddecay + at, tl.sum(tl.sum(state_NP * dstate_NP, 1), 0))
+        state_NP = _state(states, chunk, head, n, p, not of_late, H, P, N, K)
+        dstate_NP = _state(dstates, chunk, head, n, p, of_late, H, P, N, K)
+        dC_QN += _factor_gradient(dy, dy_row, C, taken, state_NP, dtaken, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
+        dB_QN += _factor_gradient(x, x_row, B, weight, dstate_NP, dweight, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
+        tl.store(ddecay + at, tl.sum(tl.sum(state_NP.to(tl.float32) * dstate_NP, 1), 0))
     chunks = tl.num_programs(0) // 2 if EARLIER and LATER else tl.num_programs(0)
     part = tl.program_id(1).to(tl.int64) * chunks + chunk
     at_QN, inside_QN = part * Q * N + (i[:, None] * N + n[None, :]), inside[:, None] & (n < N)[None, :]
