@@ -68,6 +68,12 @@ def rowwise(x_BLX: Tensor, align: bool = True) -> Tensor:
     return x_BLX
 
 
+def of_training(x: Tensor, weights: Sequence[Tensor], *starts: int) -> bool:
+    """Whether types are those of training, and numbers of x's type at these `starts` of an aligned tensor's rows are aligned."""
+    aligned = not any(start % (ALIGNMENT // min(x.element_size(), 4)) for start in starts)
+    return aligned and x.dtype != torch.float64 and all(weight.dtype == torch.float32 for weight in weights)
+
+
 def plain(x: Tensor) -> Tensor:
     """x, contiguous and aligned; a copy only if necessary."""
     x = x.contiguous()

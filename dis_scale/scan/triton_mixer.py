@@ -15,16 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from dis_scale.scan.backend import Direction, keeps_states
 from dis_scale.scan.triton import BackwardPass, Operands, run_conv, run_conv_backward, run_scan, run_scan_backward
-from dis_scale.scan.triton_launch import ALIGNMENT, check_offsets
+from dis_scale.scan.triton_launch import ALIGNMENT, check_offsets, of_training
 from dis_scale.scan.triton_memory import Gradients, KeptStates, ScanGradients
 
 
 def takes(h_BLD: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether all directions' and halves' first numbers are aligned, and types are those of training."""
     in_proj, conv, _, _, dynamics, _ = weights
-    aligned = in_proj.shape[0] // 2 % (ALIGNMENT // min(h_BLD.element_size(), 4)) == 0
-    aligned &= not (conv.data_ptr() | dynamics.data_ptr()) % ALIGNMENT
-    return aligned and h_BLD.dtype != torch.float64 and all(weight.dtype == torch.float32 for weight in weights)
+    aligned = not (conv.data_ptr() | dynamics.data_ptr()) % ALIGNMENT
+    return aligned and of_training(h_BLD, weights, in_proj.shape[0] // 2)
 
 
 def mixer(h_BLD: Tensor, *weights: Tensor) -> Tensor:

@@ -115,7 +115,8 @@ class SsdKind(NamedTuple):
         """Store the gradient of what was `cut`; return it."""
         first, last = max(shift, 0), self.L + min(shift, 0)
         into_BLN[:, first - shift : last - shift] = d_BKQN.flatten(1, 2)[:, first:last]
-        into_BLN[:, : first - shift] = into_BLN[:, last - shift :] = 0
+        if shift:
+            into_BLN[:, slice(-shift, None) if shift > 0 else slice(-shift)].zero_()
         return into_BLN
 
 

@@ -302,11 +302,14 @@ def ssd_states_backward(
     for j in range(HEADS):
         head = first + j
         at = chunk * H + head
+        # Both are read twice, from a cache: tiles that are kept take registers and shared memory.
+        both_NP = _state(states, chunk, head, n, p, not of_late, H, P, N, K).to(tl.float32)
+        both_NP *= _state(dstates, chunk, head, n, p, of_late, H, P, N, K)
+        tl.store(ddecay + at, tl.sum(tl.sum(both_NP, 1), 0))
         state_NP = _state(states, chunk, head, n, p, not of_late, H, P, N, K)
-        dstate_NP = _state(dstates, chunk, head, n, p, of_late, H, P, N, K)
         dC_QN += _factor_gradient(dy, dy_row, C, taken, state_NP, dtaken, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
+        dstate_NP = _state(dstates, chunk, head, n, p, of_late, H, P, N, K)
         dB_QN += _factor_gradient(x, x_row, B, weight, dstate_NP, dweight, chunk, head, row, i, n, p, inside, present, H, P, N, Q)
-        tl.store(ddecay + at, tl.sum(tl.sum(state_NP.to(tl.float32) * dstate_NP, 1), 0))
     chunks = tl.num_programs(0) // 2 if EARLIER and LATER else tl.num_programs(0)
     part = tl.program_id(1).to(tl.int64) * chunks + chunk
     at_QN, inside_QN = part * Q * N + (i[:, None] * N + n[None, :]), inside[:, None] & (n < N)[None, :]

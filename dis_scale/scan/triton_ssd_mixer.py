@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dis_scale.scan.triton import run_conv, run_conv_backward
-from dis_scale.scan.triton_launch import ALIGNMENT, check_offsets
+from dis_scale.scan.triton_launch import ALIGNMENT, check_offsets, of_training
 from dis_scale.scan.triton_norm import run_gated_norm, run_gated_norm_backward
 from dis_scale.scan.triton_ssd import CutWay, SsdKind, run_ssd, run_ssd_backward
 
@@ -52,10 +52,9 @@ class Sizes(NamedTuple):
 def takes(h_BLD: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether all that kernels read begins at an aligned number, and types are those of training."""
     in_proj, conv, _, dt_bias, *_, norm_E, _ = weights
-    (N, E, H), aligned = Sizes.of(in_proj, dt_bias, norm_E), ALIGNMENT // min(h_BLD.element_size(), 4)
-    fits = not (2 * N % aligned or (4 * N + E) % aligned or (conv.data_ptr() | norm_E.data_ptr()) % ALIGNMENT)
-    fits &= H % 4 == 0  # the later direction's steps and A, in float32, begin at head H
-    return fits and h_BLD.dtype != torch.float64 and all(weight.dtype == torch.float32 for weight in weights)
+    (N, E, H), aligned = Sizes.of(in_proj, dt_bias, norm_E), not (conv.data_ptr() | norm_E.data_ptr()) % ALIGNMENT
+    aligned &= H % 4 == 0  # the later direction's steps and A, in float32, begin at head H
+    return aligned and of_training(h_BLD, weights, 2 * N, 4 * N + E)
 
 
 def mixer(h_BLD: Tensor, *weights: Tensor) -> Tensor:

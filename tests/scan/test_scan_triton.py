@@ -103,7 +103,7 @@ def check_program(program: Any, name: str, capability: int) -> None:
     "capability", [pytest.param(80, marks=pytest.mark.faults), 90, pytest.param(100, marks=pytest.mark.faults)]
 )
 def test_state_space_duality_compiles_ahead(capability: int) -> None:
-    """At DiS2-L/2's sizes: on tensor cores, in 25 KB of shared memory, without atomics; only an A100's spill registers."""
+    """At DiS2-L/2's sizes: on tensor cores, in 18 KB of shared memory, without atomics; only an A100's spill registers."""
     with torch.device("meta"), ahead(capability) as launched:
         mixer = SsdMixer(Dis.model_validate(preset("DiS2-L/2")), "triton")
         h = torch.empty(2, 258, 1024, dtype=torch.bfloat16, requires_grad=True)
@@ -118,7 +118,7 @@ def test_state_space_duality_compiles_ahead(capability: int) -> None:
         multiplies = re.search(r"\b(mma\.sync|wgmma|tcgen05\.mma)", program.asm["ptx"])
         assert bool(multiplies) == (launch.kernel.__name__ in products)
         assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
-        assert program.metadata.shared <= 25 * 1024
+        assert program.metadata.shared <= 18 * 1024
         assert registers(program).spilled_bytes <= (400 if capability == 80 else 0)
 
 
