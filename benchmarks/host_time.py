@@ -1,33 +1,26 @@
-"""Host time of the Triton backend: `python -m benchmarks.host_time [rounds] [launcher]`. Needs no GPU.
+"""Host time of the Triton backend: `python -m benchmarks.host_time [rounds]`. Needs no GPU.
 
 The time that a call keeps Python busy before the GPU can have its work. Every call takes the path of a launch, with a driver of
-an H100 that launches nothing; tensors are on the CPU and small. With `launcher`, Triton's own launcher is compiled and called,
-in C, against a library that returns at once in place of CUDA's. The time of CUDA itself comes in addition. A row has the least
-time of all rounds, in us, and the launches: of Triton's kernels, and of PyTorch's operations that would launch one or more
-kernels on a GPU.
+an H100 that launches nothing; tensors are on the CPU and small. The time of Triton's launcher and of CUDA comes in addition. A row
+has the least time of all rounds, in us, and the launches: of Triton's kernels, and of PyTorch's operations that would launch one or
+more kernels on a GPU.
 
 The last rows are medians of training steps of a DiS of 48 + 1 narrow blocks with DeepSpeed, of one worker, with the CPU's scan:
 each pass, with DeepSpeed's hooks, and its `step()`; with blocks as they are, and as graphs that launch nothing.
 """
 
-import ctypes
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver
 
 from benchmarks.dit_counts import Counts
@@ -46,19 +39,6 @@ B, L, E, N, R = 2, 24, 64, 2, 4
 SMALL = Dis(kind="dis", width=E // 2, depth=2, patch=2, state_size=N)
 HYDRA = SMALL.model_copy(update={"width": 128, "mixer": "ssd", "combine": "hydra", "state_size": 16})
 """The least that Hydra's mixer takes as one function: four heads of 64 channels."""
-
-
-NO_CUDA = """
-#include <stdint.h>
-int cuPointerGetAttribute(uint64_t *data, int attribute, uint64_t pointer) { *data = pointer; return 0; }
-int cuGetErrorString(int error, const char **text) { *text = ""; return 0; }
-int cuLaunchKernelEx(const void *config, void *function, void **arguments, void **extra) { return 0; }
-int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
-int cuDeviceGet(int *device, int number) { *device = number; return 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
-int cuCtxSetCurrent(void *context) { return 0; }
-int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
-"""
 
 
 class NoLaunch:
@@ -91,28 +71,6 @@ class NoLaunch:
 
     def _launch(self, *_: Any) -> None:
         self.launches += 1
-
-
-class NoCuda(NoLaunch):
-    """The same with Triton's launcher, linked to functions in C that do nothing."""
-
-    def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        folder = Path(self.folder.name)
-        (folder / "cuda.c").write_text(NO_CUDA)
-        library = folder / "libcuda.so.1"
-        subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "cuda.c"], check=True)
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-        triton.knobs.nvidia.libcuda_path = str(folder)
-
-    def launcher_cls(self, *arguments: Any) -> Callable[..., None]:
-        launcher = CudaLauncher(*arguments)
-
-        def launch(*given: Any) -> None:
-            self.launches += 1
-            launcher(*given)
-
-        return launch
 
 
 def direction() -> Direction:
@@ -188,9 +146,9 @@ def _both_passes(forward: Callable[[], Any], inputs: Any, dys: Any) -> None:
     torch.autograd.grad(forward(), inputs, dys)
 
 
-def main(rounds: str = "3000", launcher: str = "") -> None:
+def main(rounds: str = "3000") -> None:
     torch.set_num_threads(1)
-    driver.set_active(none := NoCuda() if launcher else NoLaunch())
+    driver.set_active(none := NoLaunch())
     mock.patch("dis_scale.scan.problem", return_value=None).start()  # as if the kernels could run here
     jobs_of = {
         "two-way scan": scan(),

@@ -5,16 +5,15 @@ from the model's first weight to the end of the second step, as PyTorch's alloca
 is training/memory.py's: states by ZeRO stage, and activations by checkpointing.
 """
 
-import itertools
 import json
 import multiprocessing
 import sys
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 from torch.profiler import profile
 
+from benchmarks.step import peak_bytes
 from benchmarks.throughput import CLASSES, LATENT_SHAPE, random_latents
 from dis_scale.models.cost import price_model
 from dis_scale.recipe import Recipe, reading, shipped
@@ -52,25 +51,21 @@ def recipe_of(job: Job) -> Recipe:
     return reading.load(shipped.resolve("imagenet256"), changes)
 
 
-def peak_bytes(recipe: Recipe) -> int:
+def measured_bytes(recipe: Recipe) -> int:
     """Return the peak memory of all tensors in a training of two steps."""
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep.below(open_folder(scratch), recipe)
         random_latents(sweep)
         with profile(profile_memory=True, acc_events=True) as seen:
             profile_training(sweep, "model", 1, None, lambda line: print(line, file=sys.stderr))
-        trace = Path(scratch) / "trace.json"
-        seen.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return int(max(itertools.accumulate(size for _, size in changes)))
+    return peak_bytes(seen)
 
 
 def measure(job: Job) -> None:
     """Print a row: the measured peak, the computed one, and their ratio."""
     recipe = recipe_of(job)
     cost = price_model(recipe.models["model"], LATENT_SHAPE, CLASSES)
-    computed, measured = worker_bytes(cost, recipe.train, 1, job.images), peak_bytes(recipe)
+    computed, measured = worker_bytes(cost, recipe.train, 1, job.images), measured_bytes(recipe)
     ratio = measured / computed
     row = job._asdict() | {"measured_gib": measured / 2**30, "computed_gib": computed / 2**30, "ratio": ratio}
     print(json.dumps(row | {"right": abs(ratio - 1) <= GOAL}), flush=True)

@@ -1,8 +1,8 @@
 """A device trains, resumes and samples as a CPU does: `python -m benchmarks.smoke [--device cpu --quick]`.
 
 Small DiS, DiffuSSM and DiT on the digits' latents, without Ray: losses against the CPU's in fp32 and bf16, a killed run against
-an undisturbed one, ZeRO 1, 2 and 3, samples of each sampler against the CPU's, memory against the formula. The inputs of every
-step are bit-equal on all devices, so only sums differ.
+an undisturbed one, ZeRO 1, 2 and 3, samples of each sampler against the CPU's. The inputs of every step are bit-equal on all
+devices, so only sums differ; throughput.py compares memory with the formula.
 """
 
 import json
@@ -16,22 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.profiler import profile
 
 from benchmarks import digits
 from benchmarks.bringup import Options, options
 from benchmarks.digits import TrainingRun
-from dis_scale import models, vae
+from dis_scale import vae
 from dis_scale.evaluation import metrics
 from dis_scale.evaluation.features import load_extractors
 from dis_scale.evaluation.reference import load_all
 from dis_scale.evaluation.sampling import BlockSampler, labels_of
-from dis_scale.models.cost import price_model
-from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dit.settings import Dit
-from dis_scale.models.families import preset
-from dis_scale.models.tokens import Backbone
-from dis_scale.recipe import Gaussian, LatentShape
+from dis_scale.recipe import Gaussian
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
@@ -45,9 +39,6 @@ LAST_LOSS = {"fp32": 1e-3, "bf16": 1e-2}
 """The same of the mean of the last ten logged losses of 300 steps. On a CPU: another scan in fp32 1e-7, bf16 2.3e-3."""
 DISTANCE = 0.02
 """Largest relative difference of the samples' distance to the real images, from that of the same model's on the CPU."""
-MEMORY = 0.1
-"""Largest relative difference of kept activations to models/cost.py."""
-IMAGES = 32
 
 
 class Checks:
@@ -90,8 +81,6 @@ def main(chosen: Options) -> bool:
             train(checks, sweep, chosen)
         with checks.part("sampling"):
             sample(checks, sweep, chosen)
-    with checks.part("memory"):
-        compare_memory(checks, chosen)
     return checks.right
 
 
@@ -169,36 +158,6 @@ def distance(trained: Sweep, sweep: Sweep, sampler: str, device: torch.device) -
     block = sampler_on.sample(sampler_on.model("dis", trained.recipe.train.images, settings), settings, 0)
     ((name, features),) = block.features.items()
     return metrics.frechet(metrics.fit(features.pooled), load_all(sweep)[name].pooled)
-
-
-def compare_memory(checks: Checks, chosen: Options) -> None:
-    """Compare the memory that a forward pass leaves allocated with the count, per image, in fp32."""
-    shape = LatentShape(4, 16 if chosen.quick else 32)
-    for name, settings in {"DiS-S/2": Dis(**preset("DiS-S/2")), "DiT-S/2": Dit(**preset("DiT-S/2"))}.items():
-        for mode in ("none", "block"):
-            model = models.build(settings, shape, 10, checkpointing=mode).to(chosen.device)
-            left_bytes(model, 1, chosen.device)  # the first call allocates what libraries keep
-            count = 2 if chosen.quick else IMAGES
-            left = [left_bytes(model, images, chosen.device) for images in (count, 2 * count)]
-            formula = price_model(settings, shape, 10).kept.left_bytes(mode)
-            measured = (left[1] - left[0]) / count
-            checks.add(f"{name}, checkpointing {mode}: kept bytes per image", relative(measured, formula), MEMORY)
-
-
-def left_bytes(model: Backbone, images: int, device: torch.device) -> int:
-    shape = model.shape
-    inputs = (torch.randn(images, shape.channels, shape.size, shape.size, device=device), torch.rand(images, device=device))
-    labels = torch.zeros(images, dtype=torch.int64, device=device)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        kept = model(*inputs, labels)
-        left = torch.cuda.memory_allocated() - before
-    else:
-        with profile(profile_memory=True) as recorded:
-            kept = model(*inputs, labels)
-        left = sum(event.self_cpu_memory_usage for event in recorded.key_averages())
-    assert kept.requires_grad
-    return left
 
 
 if __name__ == "__main__":

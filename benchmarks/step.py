@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 
-from benchmarks.rows import Job, Row, least_times, report
+from benchmarks.rows import Job, Row, least_times, on_threads, report
 from dis_scale import models
 from dis_scale.models.cost import price_model
 from dis_scale.models.dis.settings import Dis
@@ -72,6 +72,11 @@ def peak_of_a_cpu(job: Job) -> int:
     """Peak memory from the profiler's trace, which has every allocation and release in order of time."""
     with profile(profile_memory=True, acc_events=True) as seen:
         job()
+    return peak_bytes(seen)
+
+
+def peak_bytes(seen: profile) -> int:
+    """Largest sum of what was alive at a time."""
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
         seen.export_chrome_trace(trace.name)
         events = json.loads(Path(trace.name).read_text())["traceEvents"]
@@ -90,6 +95,9 @@ def main(rounds: int = 10) -> None:
     added = {kind: added_bytes(dis, kind) for kind in KINDS}
     print(json.dumps({"added_gib": {kind: size / 2**30 for kind, size in added.items()}}))
     others = {"DiS2": step_job(model(DIS2), "none"), "DiT": step_job(model(DIT), "none")}
+    threads = torch.get_num_threads()
+    if DEVICE.type == "cpu" and threads > 1:
+        others["one thread"] = on_threads(1, step_job(dis, "none"))
     seconds = least_times({kind: step_job(dis, kind) for kind in KINDS} | others, rounds)
     work = [BATCH * price_model(settings, SHAPE, CLASSES).gmacs_training for settings in (DIS, DIT)]
     rows = [Row(f"checkpointing {kind}, time", kind, "none", TIME.get(kind), at_least=False) for kind in KINDS[1:]]
@@ -106,6 +114,8 @@ def main(rounds: int = 10) -> None:
         Row(f"DiS2-{SIZE}'s step against DiS-{SIZE}'s", "DiS2", "none", 1.0, at_least=False),
         Row(f"DiT-{SIZE}, share of peak", "DiT", "DiT at peak", None, at_least=True),
     ]
+    if "one thread" in others:
+        rows.append(Row(f"DiS-{SIZE}, {threads} threads, against one", "none", "one thread", 1.6, at_least=True))
     at_peak = {"peak": 2e9 * work[0] / peak, "DiT at peak": 2e9 * work[1] / peak}
     memory = [(f"checkpointing {kind}, memory", added[kind] / added["none"], MEMORY.get(kind)) for kind in KINDS[1:]]
     report(rows, {name: [s] for name, s in (seconds | at_peak).items()}, memory)
