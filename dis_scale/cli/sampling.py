@@ -18,7 +18,8 @@ COLUMNS = 10
 
 
 def sample(
-    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT, show_default=False)],
+    checkpoint: Annotated[str | None, typer.Argument(help=CHECKPOINT, show_default=False)] = None,
+    named: Annotated[str | None, typer.Option("--checkpoint", help="The checkpoint by name, instead of as an argument.")] = None,
     classes: Annotated[
         str | None, typer.Option(help="Labels or classes to sample in turn, such as 1,7 or cat,dog; default: all.")
     ] = None,
@@ -56,10 +57,12 @@ def sample(
     """Sample a grid of images from one checkpoint, or a file of many for ADM's evaluator; on a GPU if there is one."""
     from dis_scale.weights.checkpoints import find_checkpoint, labels_in_words
 
+    if not (given := checkpoint or named) or (checkpoint and named):
+        raise UserError("sample: expected one checkpoint, such as examples/digits or SWEEP/runs/MODEL")
     aside = say_aside if as_json else say
     require_file(npz, "--npz") if npz else require_png(out)
     with working("sample: reading"):
-        located = find_checkpoint(checkpoint)  # misspelt paths and classes are refused before PyTorch is loaded: it takes seconds
+        located = find_checkpoint(given)  # misspelt paths and classes are refused before PyTorch is loaded: it takes seconds
     chosen = None if classes is None else labels_in_words(located.class_names, classes)
     aside("loading  the model; its kernels are compiled at their first use on a machine")
     import numpy as np
@@ -105,7 +108,7 @@ def sample(
     found = {
         "file": str(npz or out), "images": images, **how, **guided, "device": machine_name(device), "notes": opened.notes
     }  # fmt: skip
-    show(as_json, found, f"{images} images in {npz or out}")
+    show(as_json, found, f"{images:,} {'images' if images > 1 else 'image'} in {npz or out}")
 
 
 def grid_columns(classes: int, images: int) -> int:

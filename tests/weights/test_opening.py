@@ -69,6 +69,12 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
     found = answer(*command, "--out", str(tmp_path / "grid.png"), "--json")
     assert (found["images"], found["sampler"], found["steps"]) == (2, "ddpm", 2)
+    by_name = ["sample", "--checkpoint", *command[1:], "--out", str(tmp_path / "again.png")]
+    assert invoke(*by_name)[0] == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+    for wrong in (["sample"], [*by_name, str(files[0])]):
+        code, output = invoke(*wrong)
+        assert (code, "expected one checkpoint" in output) == (2, True)
 
 
 def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -> None:
@@ -89,8 +95,11 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
     put_latents(latents, PixelVae().identity, (3, 32), label_names=("tench, Tinca tinca", "0", *names[2:]))
     assert labels_in_words(opened.located.class_names, "tench, Tinca tinca") == [0], "as ImageNet's names are"
     own = dis_scale.open_weights(weights.url)
-    by_name, by_label = (own.sample(classes=of, steps=1) for of in (["kind c", "tench, Tinca tinca"], [2, 0]))
-    np.testing.assert_array_equal(np.stack(by_name), np.stack(by_label))
+    by_name, by_label = (
+        np.stack([np.asarray(image) for image in own.sample(classes=of, steps=1)])
+        for of in (["kind c", "tench, Tinca tinca"], [2, 0])
+    )
+    np.testing.assert_array_equal(by_name, by_label)
     with pytest.raises(UserError, match=r"got 'kind k' \(did you mean 'kind "):
         own.sample(classes=["kind k"])
     assert labels_in_words(opened.located.class_names, "0,2") == [1, 2], "a name wins over a label: folders may be numbered from 1"
@@ -240,7 +249,7 @@ def test_no_file_is_left_of_samples_that_end_early(tmp_path: Path) -> None:
 
 def test_labels_of_all_classes_are_balanced_or_uniform(files: tuple[Path, Path]) -> None:
     opened = open_for_sampling(files[0], str(files[1]))
-    balanced, random = (np.array(labels_of_all(opened, how, 5000, 0)) for how in ("balanced", "uniform"))  # type: ignore[arg-type]
+    balanced, random = (np.array(labels_of_all(opened, how, 5000, 0)) for how in ("balanced", "uniform"))
     assert (np.bincount(balanced) == 500).all()
     assert np.abs(np.bincount(random, minlength=10) - 500).max() < 5 * (5000 * 0.1 * 0.9) ** 0.5
     assert not (np.bincount(random, minlength=10) == 500).all()
