@@ -154,7 +154,8 @@ def train(run: TrainingRun, attempt: int) -> None:
     """Train in this process: alone in its process group."""
     torch.set_num_threads(1)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as pipelines/environment.py sets it for workers
-    from dis_scale.training.loop import Attempt, Start, train_model
+    from dis_scale.training.attempt import Attempt, Start
+    from dis_scale.training.loop import train_model
     from dis_scale.training.profile import process_group
 
     def killed(images_seen: int) -> None:

@@ -92,10 +92,11 @@ class Trainer(Worker):
         shared: float,
         short: bool,
     ) -> int:
-        """Train as one rank after `check`; return the images seen. `start`, `shared` and `short` are as in `loop.Attempt`."""
+        """Train as one rank after `check`; return the images seen. `start`, `shared` and `short` are as in `attempt.Attempt`."""
         import torch
 
-        from dis_scale.training.loop import Attempt, Start, train_model
+        from dis_scale.training.attempt import Attempt, Start
+        from dis_scale.training.loop import train_model
 
         self.report(0)  # of images, after `check`
         self.context.attempt, self.context.rank = held_lease.number, int(os.environ["RANK"])

@@ -166,7 +166,7 @@ def micro_batch(
 ) -> Micro:
     """Return the micro-batch at positions [step B + lane m, step B + (lane + 1) m), m = B / lanes.
 
-    Its random numbers are made on the CPU. Times and drop-path masks are made in training/loop.py.
+    Its random numbers are made on the CPU. Times and drop-path masks are made in training/inputs.py.
     """
     micro = batch // lanes
     positions = np.arange(micro) + step * batch + lane * micro

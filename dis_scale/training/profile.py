@@ -22,9 +22,10 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
 from dis_scale.training import engine
+from dis_scale.training.attempt import Attempt, Start, open_training
 from dis_scale.training.inputs import step_inputs
 from dis_scale.training.lanes import largest_share
-from dis_scale.training.loop import Attempt, Start, open_training, train_step
+from dis_scale.training.loop import train_step
 from dis_scale.training.throughput import synchronize
 
 WARM_STEPS = 2
@@ -59,7 +60,7 @@ def profile_training(sweep: Sweep, model: str, steps: int, trace: Path | None, l
             require_held=lambda: None, stop_by=lambda: None, report=lambda _: None, log=log,
             emit=lambda *_, **__: None,
         )  # fmt: skip
-        reader, process, state, backbone, passes, meter, images_seen, *_ = open_training(attempt, 1, log)
+        reader, process, state, backbone, passes, meter, images_seen, *_ = open_training(attempt, log)
         inputs = step_inputs(recipe, recipe.seed_of(model), device, reader, backbone.drop_rates, 0, passes)
         with closing(prefetch(inputs)) as batches:
 

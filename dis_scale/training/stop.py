@@ -15,7 +15,7 @@ class StopAgreement:
     """
 
     def __init__(self, stop_by: Callable[[], float | None]) -> None:
-        """`stop_by` is that of `loop.Attempt`."""
+        """`stop_by` is that of `attempt.Attempt`."""
         self._stop_by, self._requested, self._work = stop_by, torch.zeros(1), None
         self._group = dist.new_group(backend="gloo")
 

@@ -122,7 +122,7 @@ def _rank(
 
 def attempt_on_a_rank(root: Path, recipe: Recipe, model: str, number: int) -> Any:
     """Return an attempt on the latents below `root`, without a lease or a log of its own."""
-    from dis_scale.training.loop import Attempt, Start
+    from dis_scale.training.attempt import Attempt, Start
 
     return Attempt(
         sweep_of(root, recipe), model, open_folder(root) / "latents", number, torch.device("cpu"), Start(time.time()),

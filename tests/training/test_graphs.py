@@ -17,7 +17,7 @@ from dis_scale import models
 from dis_scale.models.cost import price_model
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape
-from dis_scale.training import loop
+from dis_scale.training import attempt as attempts
 from dis_scale.training.graphs import graph_blocks
 from dis_scale.training.lanes import image_counts_of_all
 from dis_scale.training.memory import worker_bytes
@@ -71,6 +71,7 @@ def test_graphs_of_blocks_have_the_gradients_of_blocks(
     """Twice, since a graph's memory is used again; with another number of images, or without drop path, a block runs as it did."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
     plain, model = made(settings), made(settings)
+    assert isinstance(model.blocks, torch.nn.ModuleList)
     assert graph_blocks(model, 3, passes > 1) == f"{len(model.blocks)} blocks run as CUDA graphs in passes of 3 images"
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), plain.parameters(), strict=True)), "weights are as before"
     for images in (3, 3, 2):
@@ -101,7 +102,7 @@ def trains_by_graphs_as_without() -> None:
             assert not any(isinstance(leaf, torch.nn.Parameter) for leaf in leaves(function(*inputs)))
         return stand_in(functions, samples)
 
-    torch.cuda.make_graphed_callables = checked
+    pytest.MonkeyPatch().setattr(torch.cuda, "make_graphed_callables", checked)
     for stage, settings in ((1, FAMILIES[0]), (2, FAMILIES[0]), (1, FAMILIES[1]), (1, FAMILIES[2])):
         plain, graphed = (trained(settings, torch.device("cpu"), "fp32", stage, graphs) for graphs in (False, True))
         assert all(torch.equal(a, b) for a, b in zip(plain, graphed, strict=True))
@@ -113,7 +114,7 @@ def leaves(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        if hasattr(node, "variable"):
+        if node is not None and hasattr(node, "variable"):
             found.append(node.variable)
         more = {each for each, _ in getattr(node, "next_functions", ()) if each} - seen
         seen |= more
@@ -183,10 +184,10 @@ def graphs_of_a_rank(lanes: int, line: str) -> None:
     def refuses(*_: object) -> str:
         raise UserError("train.graphs: no")
 
-    loop.graph_blocks = refuses
+    pytest.MonkeyPatch().setattr(attempts, "graph_blocks", refuses)
     attempt: Any = SimpleNamespace(device=torch.device("cuda"), short=False, recipe=SimpleNamespace(train=train()))
     try:
-        words = loop._graphed(attempt, made(FAMILIES[1]), image_counts_of_all(lanes, 2, 2, 1), 2)
+        words = attempts._graphed(attempt, made(FAMILIES[1]), image_counts_of_all(lanes, 2, 2, 1), 2)
     except UserError as error:
         words = str(error)
     assert words == line, (dist.get_rank(), words)
@@ -194,7 +195,8 @@ def graphs_of_a_rank(lanes: int, line: str) -> None:
 
 def test_memory_has_room_for_what_graphs_hold() -> None:
     """At least the copies of each block's inputs and outputs, and one more of the weights' gradients."""
-    blocks = len(made(FAMILIES[0]).blocks)
+    model = made(FAMILIES[0])
+    assert isinstance(model.blocks, torch.nn.ModuleList)
     cost = price_model(parsed(FAMILIES[0]), LatentShape(4, 8), 10)
     more = [worker_bytes(cost, train(graphs=graphs), 1, 64) for graphs in (False, True)]
-    assert more[1] - more[0] >= 4 * cost.parameters + 64 * blocks * 18 * 64 * 3 * 4
+    assert more[1] - more[0] >= 4 * cost.parameters + 64 * len(model.blocks) * 18 * 64 * 3 * 4

@@ -5,12 +5,14 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import pytest
 import safetensors.torch
 import torch
-from torch.multiprocessing import ProcessRaisedException
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dis_scale.process.errors import Held, StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe, Train, reading
@@ -20,7 +22,7 @@ from dis_scale.sweep import PointName, Run, state
 from dis_scale.sweep.documents import WEIGHTS_FILE, LatentsManifest, PublishedManifest, ResumePointManifest, RunState
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import loop, resume
-from dis_scale.training.loop import Attempt, Start
+from dis_scale.training.attempt import Attempt, Start, open_training
 from dis_scale.training.resume import Keep
 from dis_scale.training.schedule import learning_rate
 from dis_scale.weights.published import load_average, load_published
@@ -54,7 +56,7 @@ def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 def verifies_what_any_rank_runs(root: Path, recipe: Recipe) -> None:
     """On one of both ranks: it has two lanes of three, or one."""
     with mock.patch("dis_scale.models.verify_kernels") as verify:
-        loop.open_training(ranks.attempt_on_a_rank(root, recipe, "dit", 1), 2, None)
+        open_training(ranks.attempt_on_a_rank(root, recipe, "dit", 1), None)
     (of_kernels,) = verify.call_args_list
     lane = recipe.train.lane_images
     assert of_kernels.args[2] == {lane, 2 * lane}
@@ -125,11 +127,11 @@ def test_a_cooldown_branch_ends_as_the_complete_training_with_that_schedule(tmp_
     annealed_run = run_at(tmp_path / "trunk", "dit-at-320")
     assert state.published_counts(annealed_run) == [320]
     at_branch = run_at(tmp_path / "trunk", "dit").resume_point(PointName(224, 1))
-    trunk = ResumePointManifest.require(at_branch).progress.cost.worker_hours
+    trunk_hours = ResumePointManifest.require(at_branch).progress.cost.worker_hours
     annealed_hours = PublishedManifest.require(annealed_run.published_at(320)).cost.worker_hours
-    assert trunk
+    assert trunk_hours
     assert annealed_hours
-    assert 0 < trunk < annealed_hours, "the trunk's hours are the branch's, too"
+    assert 0 < trunk_hours < annealed_hours, "the trunk's hours are the branch's, too"
     complete = reading.load(TINY, [*settings, "train.decay=linear", "train.decay_from=0.7"])
     ranks.run(complete, "dit", tmp_path / "complete", attempt=1)
     annealed = weights(tmp_path / "trunk", "dit-at-320")
@@ -322,7 +324,7 @@ def test_a_late_write_of_a_lost_attempt_tears_no_published_weights(tmp_path: Pat
 def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
     tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, took_s: float, warnings: list[str]
 ) -> None:
-    monkeypatch.setattr(loop.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     logged: list[str] = []
     attempt = Attempt(
         ranks.sweep_of(tmp_path, tiny), "dit", open_folder(tmp_path) / "latents", 1, torch.device("cpu"), Start(0.0),
@@ -340,10 +342,12 @@ def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
     ("decay", "images", "expected"),
     [("none", 1000, 1.0), ("linear", 600, 0.8), ("linear", 1000, 0.0), ("cosine", 750, 0.5), ("cosine", 400, 1.0)],
 )
-def test_the_learning_rate_falls_after_the_plateau(decay: str, images: int, expected: float) -> None:
+def test_the_learning_rate_falls_after_the_plateau(
+    decay: Literal["none", "linear", "cosine"], images: int, expected: float
+) -> None:
     settings = Train(
         publish_images=(0, 1000), batch_images=10, lanes=1, resume_every_images=10, learning_rate=1.0, decay=decay, decay_from=0.5
-    )  # type: ignore[arg-type]
+    )
     assert learning_rate(settings, images) == pytest.approx(expected)
 
 

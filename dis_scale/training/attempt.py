@@ -1,0 +1,212 @@
+"""One attempt at a model's training: what it is given, and what it opens before its first step.
+
+Runs on every rank of a process group. Read next: loop.py, which takes the steps.
+"""
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dis_scale import diffusion, models
+from dis_scale.data.latents import Latents, open_latents
+from dis_scale.diffusion import Process
+from dis_scale.models import families, transfer
+from dis_scale.models.cost import price_model
+from dis_scale.models.tokens import Backbone
+from dis_scale.process import seeds
+from dis_scale.recipe import Recipe
+from dis_scale.scan import choose
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Run, Sweep
+from dis_scale.sweep.documents import RunState
+from dis_scale.tracking.goodput import as_branch
+from dis_scale.training import engine, resume
+from dis_scale.training.devices import check_on_all_ranks
+from dis_scale.training.engine import Engine
+from dis_scale.training.graphs import graph_blocks
+from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, image_counts_of_all, largest_share
+from dis_scale.training.memory import plan_passes
+from dis_scale.training.resume import ResumePoint
+from dis_scale.training.schedule import learning_rate
+from dis_scale.training.throughput import ThroughputMeter, gpu_bytes, peak_flops
+from dis_scale.weights import warm_start
+
+
+@dataclass(frozen=True)
+class Start:
+    """The time at which an attempt was requested (Unix seconds): at the start, or when the failure before it was noticed."""
+
+    requested_at: float
+    silent_s: float | None = None
+    """Seconds from the last step of the failed attempt to the moment when the failure was noticed; None if none failed."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One model's training in one attempt, and its connections to the driver."""
+
+    sweep: Sweep
+    model: str
+    latents: Folder
+    number: int
+    device: torch.device
+    start: Start
+    require_held: Callable[[], None]
+    """Raises Held if this attempt no longer owns the run."""
+    stop_by: Callable[[], float | None]
+    """Time of this process's monotonic clock by which it must have saved and stopped: infinity if it stops to move to more
+    workers, None while no stop is requested."""
+    report: Callable[[int], None]
+    """Called with the images seen after every step, on every rank."""
+    log: Callable[[str], None]
+    emit: Callable[..., None]
+    """Called with the name and the facts of an event."""
+    shared: float = 0.0
+    """Fraction of each GPU's memory that evaluators may take."""
+    short: bool = False
+    """Whether a GPU's memory was too small for the planned forward passes."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The sweep's recipe with this model's training settings."""
+        return self.sweep.recipe.for_model(self.model)
+
+    @property
+    def run(self) -> Run:
+        return self.sweep.run(self.model)
+
+
+class Opened(NamedTuple):
+    """The parts of training that every step needs, and where it begins."""
+
+    latents: Latents
+    process: Process
+    state: Engine
+    model: Backbone
+    passes: list[ForwardPass]
+    """This rank's forward passes of each step."""
+    meter: ThroughputMeter
+    images_seen: int
+    resumed: bool
+    """Whether it continues from a resume point of this model; otherwise from the beginning, or as a branch."""
+    earlier: RunState | None
+    """State at the resume point; for a branch what its trunk has spent, None at the beginning."""
+
+
+def open_training(attempt: Attempt, log_rates: Callable[[str], None] | None) -> Opened:
+    """Open the latents, the model at its newest resume point, and the meter. Collective.
+
+    `log_rates` is called with lines on speed, on one rank.
+    """
+    recipe = attempt.recipe
+    settings, rank, world = recipe.train, dist.get_rank(), dist.get_world_size()
+    on_this_node = _workers_on_this_node(world)
+    latents, how = open_latents(attempt.latents, recipe, on_this_node, attempt.log, recipe.seed_of(attempt.model))
+    price = price_model(recipe.models[attempt.model], latents.shape, recipe.data.num_classes)
+    memory: list[int | None] = [None] * world
+    dist.all_gather_object(memory, gpu_bytes(attempt.device))
+    smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
+    plan = plan_passes(attempt.model, price, settings, world, smallest, attempt.shared)
+    count, keeps = plan.smaller(largest_share(settings.lanes, world)) if attempt.short else plan
+    passes = forward_passes(settings.lanes, rank, world, count)
+    images = image_counts(passes, settings.lane_images)
+    state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), keeps)
+    if rank == 0:
+        for line in how:
+            attempt.log(f"{attempt.model}: {line}")
+        kept = ", which keep the states of their scans" if keeps else ""
+        attempt.log(f"{attempt.model}: {count} forward passes of up to {max(images)} images a worker and step{kept}")
+    peak = peak_flops(attempt.device, settings.precision)
+    meter = ThroughputMeter(price, max(images), world, attempt.device, *peak, log_rates)
+    process = diffusion.build(recipe.diffusion, latents.shape)
+    return Opened(latents, process, state, model, passes, meter, images_seen, resumed, earlier)
+
+
+def _workers_on_this_node(world: int) -> int:
+    """The number of workers that share this node's memory; collective."""
+    hosts: list[str] = [""] * world
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts.count(socket.gethostname())
+
+
+def start(attempt: Attempt, latents: Latents, passes: int, keeps: bool) -> tuple[Engine, Backbone, int, bool, RunState | None]:
+    """Return the engine, its model, and the last fields of `Opened`: from the newest resume point or from initial weights.
+
+    A step has `passes` forward passes on each rank; scans keep their states if `keeps`.
+    """
+    settings, recipe = attempt.recipe.train, attempt.recipe
+    seed = seeds.seed("init", recipe.seed_of(attempt.model)) % 2**63
+    model = models.build(
+        recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
+        checkpointing=settings.checkpointing, precision=settings.precision, seed=seed,
+    )  # fmt: skip
+    model.keeps_states = keeps
+    if settings.base_width:
+        transfer.scale_initial(model, settings.base_width)
+    if settings.compile:
+        model.compile_blocks()
+    point = _agreed_resume_point(attempt)
+    if point:
+        point.require_latents(latents)
+    before = point.manifest.progress if point else None
+    resumed = before is not None and before.model == attempt.model  # not that of a branch's trunk
+    images_seen, adam_step = (point.manifest.images, point.manifest.progress.adam_step) if point else (0, 0)
+    if point is None and recipe.models[attempt.model].start:
+        warm_start.load_into(model, attempt.sweep, attempt.model, attempt.log)
+    read = point.read if point else resume.fresh(model)
+    if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
+    # Also passes that only other ranks have: a kernel that is wrong for these must be so on all ranks, or a device is blamed.
+    every = image_counts_of_all(settings.lanes, dist.get_world_size(), passes, settings.lane_images)
+    check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, every, training=True))
+    state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
+    state.set_learning_rate(learning_rate(settings, images_seen))
+    blocks = _graphed(attempt, model, every, passes) if settings.graphs else None
+    if dist.get_rank() == 0:
+        origin = f"{before.model}'s " if before and not resumed else ""
+        where = f"from {origin}{point.folder.name}" if point else "from the beginning"
+        scans = settings.scan in families.find(recipe.models[attempt.model].kind).scans
+        scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
+        attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
+        attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
+        if blocks:
+            attempt.log(f"{attempt.model}: {blocks}")
+        if settings.base_width:
+            attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
+    earlier = as_branch(before, attempt.start.requested_at) if before and not resumed else before
+    return state, model, images_seen, resumed, earlier
+
+
+def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -> str:
+    """Let the model's blocks run as CUDA graphs where that is possible; return what came of it. Collective.
+
+    `images` are those of all ranks' passes: all ranks decide alike, or a rank that need not try would blame another's device.
+    """
+    if attempt.device.type != "cuda":
+        return "train.graphs changes nothing on a CPU"
+    if attempt.short:
+        return "no CUDA graphs: memory lacked"
+    if len(images) > 1:
+        return "no CUDA graphs: forward passes differ in images"
+    lines, adds_up = list[str](), passes > 1 and attempt.recipe.train.zero_stage == 1
+    check_on_all_ranks(lambda: lines.append(graph_blocks(model, min(images), adds_up)))
+    return lines[0]
+
+
+def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
+    """Rank 0 finds and checks the newest resume point, for a new branch its trunk's; all ranks use it."""
+    point, branch = None, attempt.recipe.models[attempt.model].branch
+    if dist.get_rank() == 0:
+        begin, start_over = branch.at if branch else 0, attempt.recipe.train.start_over
+        point = resume.newest_point(attempt.run, attempt.log, start_over, begin)
+        if point is None and branch:
+            point = resume.branch_point(attempt.sweep, branch)
+    others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read
+    dist.broadcast_object_list(others, group=dist.new_group(backend="gloo"))  # the others sleep while rank 0 reads
+    return point or others[0]
