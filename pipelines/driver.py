@@ -13,7 +13,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
 from dis_scale.storage import lease
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import STAGES, Sweep, state
 from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
@@ -31,8 +31,6 @@ class Drained(DisScaleError):
     exit_code = StorageAway.exit_code
 
 
-STAGES = ("prepare", "precompute", "evaluate")
-"""Stages whose progress is stored: training's is in its rows."""
 MOST_FOLLOWED, FOLLOWED_IN_S = 10, 24 * 3600.0
 """How often in this time another job follows one of a stage that was killed, or stopped for an earlier command."""
 MOST_EVALUATIONS, FIRST_AGAIN_S = 6, 10.0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dis_scale.process.errors import UserError
 from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
-from dis_scale.sweep import Sweep
+from dis_scale.sweep import STAGES, Sweep
 from dis_scale.sweep.documents import LastRay
 from pipelines.cluster import Cluster, ray_address
 
@@ -66,7 +66,7 @@ def end_left_jobs(sweep: Sweep, say: Callable[[str], None], raise_if_stopped: Ca
     last = LastRay.find_intact(sweep.folder)
     if last is None or not last.address or last.host != socket.gethostname():
         return  # a cluster's jobs are joined, or refuse this command
-    leases = {name: sweep.lease(name) for name in ("prepare", "precompute", "evaluate")}
+    leases = {name: sweep.lease(name) for name in STAGES}
     leases |= {f"train {model}": sweep.run(model).lease for model in sweep.recipe.models}
     last_holdings = in_order(leases.values(), lease.last_holding)
     holdings = {name: holding for name, holding in zip(leases, last_holdings, strict=True) if holding}

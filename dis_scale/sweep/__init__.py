@@ -21,6 +21,8 @@ GRID = "samples.png"
 REAL = "real.png"
 """Grid of real images of the sweep's source, in the same layout."""
 _LEASES = "leases"
+STAGES = ("prepare", "precompute", "evaluate")
+"""Stages of a sweep, which have a lease and store their progress. A run has its own lease, and its progress in its rows."""
 ABLATION = "vary"
 """Folder of an evaluation's ablations, next to its variants."""
 

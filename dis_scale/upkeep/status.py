@@ -21,12 +21,12 @@ from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.lease import Holding
-from dis_scale.sweep import PointName, Run, Sampled, Sweep, state
+from dis_scale.sweep import STAGES, PointName, Run, Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics, ResumePointManifest, StageProgress
 from dis_scale.tracking import rows
 
 Doing = Literal["waiting", "training", "silent", "stopped", "failed", "trained"]
-STAGES = ("preparing", "encoding latents", "evaluating")
+IN_STAGES = ("preparing", "encoding latents", "evaluating")
 """What a sweep is doing while a stage runs alone, other than training."""
 QUIET_S = 300.0
 """Time without a new metric row after which a run counts as silent."""
@@ -34,8 +34,6 @@ STAGE_QUIET_S = 5400.0
 """Time without progress after which another stage does, as in the alert: its own watch has not helped."""
 ENDS = 3
 """Number of a run's last attempts whose errors are shown."""
-LEASES = ("sweep", "prepare", "precompute", "evaluate")
-"""Leases of the sweep command and of stages; a run has its own."""
 T = TypeVar("T")
 
 
@@ -136,7 +134,7 @@ def collect(sweep: Sweep, now: float) -> Status:
 
 def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
     sweep, now, models = reader.sweep, reader.now, reader.sweep.recipe.models
-    held = [next(iter(reader.holdings(name, sweep.lease(name))), None) for name in LEASES]
+    held = [next(iter(reader.holdings(name, sweep.lease(name))), None) for name in ("sweep", *STAGES)]
     working = [holding is not None and holding.works(now) for holding in held]
     commanded = working[0]
     since = held[0].holder.at or 0.0 if commanded and held[0] else None
@@ -154,7 +152,7 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
     skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
     progress = StageProgress.find_intact(sweep.folder)
     idle = {"precompute": progress and progress.stage == "prepare", "evaluate": not left}  # the former waits for its nodes
-    for stage, holding, alive in zip(LEASES[1:], held[1:], working[1:], strict=True):
+    for stage, holding, alive in zip(STAGES, held[1:], working[1:], strict=True):
         if alive and holding and not idle.get(stage):
             wrong += _silent(sweep, stage, holding, progress, now)
     excluded = reader.read("the failures of nodes", lambda: state.excluded_nodes(sweep)) or []
@@ -163,7 +161,7 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
     failed += [f"skipped: {each}: {why}" for each, why in skipped.items()]
     (known if commanded else wrong).extend(failed)
     wrong += [*_wrong(runs), *reader.damaged, *(record.getMessage() for record in warnings)]
-    stage = f"{progress}, {_span(now - progress.at, ' ago')}" if progress and doing in STAGES else ""
+    stage = f"{progress}, {_span(now - progress.at, ' ago')}" if progress and doing in IN_STAGES else ""
     return Status(str(sweep), doing, stopped, _holder(held[0]) if commanded else "", stage, runs, len(left), wrong, known)
 
 
