@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     assert set(dis_scale.__all__) <= set(dir(dis_scale))
     with pytest.raises(AttributeError, match="module 'dis_scale' has no attribute 'Sweeps'"):
-        _ = dis_scale.Sweeps  # type: ignore[attr-defined]
+        _ = dis_scale.Sweeps
 
 
 def test_the_results_are_the_points_of_the_report(sweep: dis_scale.Sweep) -> None:
@@ -51,7 +52,7 @@ def test_the_results_are_the_points_of_the_report(sweep: dis_scale.Sweep) -> Non
 
 
 def test_the_figure_has_the_measured_distance(sweep: dis_scale.Sweep) -> None:
-    assert any(list(line.get_ydata()) == [4.5] for line in sweep.figure().axes[0].lines)
+    assert any(np.array_equal(line.get_ydata(), [4.5]) for line in sweep.figure().axes[0].lines)
 
 
 def test_a_model_has_its_published_weights(sweep: dis_scale.Sweep) -> None:
@@ -88,9 +89,9 @@ def test_pixels_come_back_from_latents(sweep: dis_scale.Sweep) -> None:
     for wrong, got in ((pixels / 255, floats), (pixels[:0], "uint8 of"), (pixels[:, 1:], "uint8 of"), ([1], "list")):
         with pytest.raises(UserError, match=rf"got {got}.*, expected an array of uint8 images \(B, 32, 32, 3\)"):
             sweep.encode(wrong)  # type: ignore[arg-type]
-    for wrong in (latents[:, 1:], latents[..., 1:], latents.numpy()):
+    for unfit in (latents[:, 1:], latents[..., 1:], latents.numpy()):
         with pytest.raises(UserError, match=r"expected a tensor of latents \(B, 3, 32, 32\)"):
-            sweep.decode(wrong)
+            sweep.decode(unfit)  # type: ignore[arg-type]
 
 
 def test_weights_outside_their_sweep_sample_in_one_line(sweep: dis_scale.Sweep, tmp_path: Path) -> None:
@@ -98,16 +99,17 @@ def test_weights_outside_their_sweep_sample_in_one_line(sweep: dis_scale.Sweep, 
     copied = shutil.copytree(stored, tmp_path / "copied")
     (own,) = sweep.sample("dis", classes=[3], steps=1)
     (there,) = dis_scale.open_weights(stored).sample(classes=[3], steps=1)
-    assert np.array_equal(there, own)
+    assert np.array_equal(np.asarray(there), np.asarray(own))
     with pytest.warns(UserWarning, match="assumed  gaussian process"):
         weights = dis_scale.open_weights(copied, "none")
-    (outside,) = weights.sample(classes=np.array([3]), steps=1)
-    for wrong in (
+    (outside,) = weights.sample(classes=np.array([3]), steps=1)  # type: ignore[arg-type]
+    wrong: list[dict[str, Any]] = [
         {"classes": []}, {"count": 0}, {"batch": 0}, {"classes": [11]}, {"classes": 3}, {"classes": [1.7]}, {"steps": 2.5},
         {"steps": "2"}, {"guidance": math.nan}, {"guidance": -1}, {"device": "gpu"},
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for settings in wrong:
         with pytest.raises(UserError, match=r"expected|classes|device 'gpu'"):
-            weights.sample(**wrong)  # type: ignore[arg-type]
+            weights.sample(**settings)
     assert outside.size == (32, 32)
 
 

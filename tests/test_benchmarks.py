@@ -204,7 +204,7 @@ def test_every_part_of_the_bring_up_exists() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_bring_up_ends_at_once() -> None:
-    command = ["sh", ROOT / "benchmarks/gpu.sh", "name", "smoke"]
+    command = ["sh", str(ROOT / "benchmarks/gpu.sh"), "name", "smoke"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
     assert (done.returncode, done.stderr.strip()) == (1, "error: no GPU here that PyTorch sees")
 

@@ -77,7 +77,8 @@ def test_only_what_a_new_cluster_may_mend_is_tried_again(job: dict[str, Any], gr
 
 
 def pod(group: dict[str, Any]) -> dict[str, Any]:
-    return group["template"]["spec"]
+    spec: dict[str, Any] = group["template"]["spec"]
+    return spec
 
 
 def requested() -> set[str]:
@@ -88,7 +89,7 @@ def requested() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("request_for", "self.request")
     ]
-    return {name.value for name in (call.args[0] for call in calls) if isinstance(name, ast.Constant)}
+    return {str(name.value) for name in (call.args[0] for call in calls) if isinstance(name, ast.Constant)}
 
 
 @pytest.mark.parametrize("path", sorted({*pods.CLUSTER.glob("*.yaml")} - {OPERATOR}), ids=lambda p: p.name)
@@ -117,7 +118,7 @@ def test_the_job_runs_a_recipe_that_keeps_its_state_in_object_storage(job: dict[
 def test_no_pod_asks_a_hub(job: dict[str, Any], groups: list[dict[str, Any]], recipe: Recipe) -> None:
     """The VAE and the extractor's weights are below a folder that each pod fills from the bucket before Ray starts."""
     files = [recipe.vae.path, recipe.evaluate.extractor.weights]  # type: ignore[union-attr]
-    assert all(file.startswith("/models/") for file in files)
+    assert all(file and file.startswith("/models/") for file in files)
     for group in groups:
         (copy,) = pod(group)["initContainers"]
         assert copy["volumeMounts"] == [{"mountPath": "/models", "name": "models"}]

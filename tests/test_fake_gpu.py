@@ -27,7 +27,7 @@ from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.tokens import Backbone
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Precision, Sampling, TrainedVae
-from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS, Sampler
 from dis_scale.training import loop
 from dis_scale.training.engine import MOMENTS, Engine, Segment
 from dis_scale.training.inputs import StepInput, to_device
@@ -63,7 +63,8 @@ def to_gpu(net: nn.Module) -> Any:
 def model_on_gpu(settings: Any, precision: Precision, checkpointing: str = "none") -> Backbone:
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         model = build(settings, SHAPE, 10, scan="chunked", precision=precision, checkpointing=checkpointing)
-    return to_gpu(model)
+    to_gpu(model)
+    return model
 
 
 @FAMILIES
@@ -136,14 +137,14 @@ SAMPLERS = [(Gaussian(kind="gaussian"), name) for name in GAUSSIAN_SAMPLERS] + [
 @FAMILIES
 @pytest.mark.parametrize(("process", "sampler"), SAMPLERS, ids=lambda value: value if isinstance(value, str) else "")
 def test_each_sampler_with_guidance(
-    on_host: None, fake: None, monkeypatch: pytest.MonkeyPatch, family: str, process: Any, sampler: str
+    on_host: None, fake: None, monkeypatch: pytest.MonkeyPatch, family: str, process: Any, sampler: Sampler
 ) -> None:
     """In bf16, where types can be mixed too. A step waits for the GPU only to get its noise, if it has some."""
     monkeypatch.setattr("dis_scale.diffusion.generate.check_labels", lambda *_: None)  # fake labels have no values
     model, built, copies = model_on_gpu(SETTINGS[family], "bf16"), diffusion.build(process, SHAPE), []
     for steps in (2, 4):
         sampling = Sampling(sampler=sampler, steps=steps, guidance=1.5, guidance_interval=(200.0, 700.0))
-        with Waits() as waits:
+        with Waits() as waits:  # type: ignore[no-untyped-call]
             latents = generate(model, built, [1, 2, 3], range(3), sampling, device=CUDA)
         assert (latents.device.type, latents.dtype, latents.shape) == ("cuda", torch.float32, (3, 4, 8, 8))
         copies.append(waits.copies)
@@ -177,8 +178,8 @@ def test_a_gpu_keeps_the_counted_bytes(
     """
     settings = SETTINGS[family].model_copy(update={"width": 256, "depth": 8})
     counted = price_model(settings, SHAPE, 10).kept_in(precision)
-    monkeypatch.setattr(s6, "two_way_scan", lambda f, b, z, **_: _Scan.apply(*f, *b, z))
-    monkeypatch.setattr(s6, "two_way_conv_silu", lambda *inputs, **_: _Conv.apply(*inputs))
+    monkeypatch.setattr(s6, "two_way_scan", lambda f, b, z, **_: _Scan.apply(*f, *b, z))  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(s6, "two_way_conv_silu", lambda *inputs, **_: _Conv.apply(*inputs))  # type: ignore[no-untyped-call]
     with FakeTensorMode(allow_non_fake_inputs=True):
         two, four = (_kept_bytes(model_on_gpu(settings, precision, checkpointing), batch) for batch in (2, 4))
     assert (four - two) / 2 == pytest.approx(counted.left_bytes(checkpointing), rel=0.1)

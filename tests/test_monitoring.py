@@ -54,8 +54,8 @@ def metrics_in(texts: list[str]) -> set[str]:
 
 
 def test_states_of_slurm_jobs_are_exported(tmp_path: Path) -> None:
-    reasons = ("None", "Priority", "JobHeldUser", "JobHeldAdmin", "JobHoldMaxRequeue", "launch failed requeued held")
-    reasons += ("QOSUsageThreshold",)
+    reasons = ["None", "Priority", "JobHeldUser", "JobHeldAdmin", "JobHoldMaxRequeue", "launch failed requeued held"]
+    reasons += ["QOSUsageThreshold"]
     queue = "".join(f"{job}|{reason}\\n" for job, reason in enumerate(reasons, 9))
     for command, answer in (("sacct", "7|FAILED\\n8|CANCELLED by 1000\\n"), ("squeue", queue)):
         (tmp_path / command).write_text(f"#!/bin/sh\nprintf '{answer}'\n")

@@ -57,7 +57,8 @@ def page() -> str:
 
 def commands(within: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each command's words, such as `data verify`, and the command."""
-    for name, command in (within or typer.main.get_command(app)).commands.items():
+    group: Any = within or typer.main.get_command(app)
+    for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{name} ")
         else:
@@ -66,7 +67,7 @@ def commands(within: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def exit_codes() -> set[int]:
     """Return all codes with which a command ends."""
-    return {0, *(cls.exit_code for cls in (DisScaleError, *subclasses(DisScaleError)))}
+    return {0, DisScaleError.exit_code, *(each.exit_code for each in subclasses(DisScaleError))}
 
 
 def _section(name: str, command: Any) -> str:

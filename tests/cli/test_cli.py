@@ -18,10 +18,11 @@ import typer.main
 
 import dis_scale
 from dis_scale import cli
-from dis_scale.cli import running, shared
+from dis_scale.cli import shared
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
+from dis_scale.recipe.shipped import EMBEDDED
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from pipelines import jobs
@@ -221,9 +222,7 @@ def test_an_operators_commands_need_no_pytorch(elsewhere: Sweep) -> None:
         "    except SystemExit as end: print(command[0], end.code)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=running.EMBEDDED.parents[1], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=EMBEDDED.parents[1], env=environment, capture_output=True, text=True)
     assert re.findall(r"^(\w+ \d)$", done.stdout, re.MULTILINE) == [
         "status 0", "stop 2", "fork 2", "report 2", "sample 2",
     ], done  # fmt: skip

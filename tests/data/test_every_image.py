@@ -15,7 +15,7 @@ import subprocess
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -95,7 +95,7 @@ def folders(root: Folder) -> Odd:
 def tars(root: Folder) -> Odd:
     labels = {number: number % 5 for number in range(100)}
     for first in range(0, 100, 50):
-        members = {}
+        members: dict[str, bytes] = {}
         for number in range(first, first + 50):
             members |= {f"{number}.png": picture(number), f"{number}.cls": str(labels[number]).encode()}
         members |= {f"{first + 49}.txt": b"a caption", "._x.png": b"of a Mac", f"x{first}.png": b"broken", f"x{first}.cls": b"0"}
@@ -342,7 +342,7 @@ def test_links_that_lead_nowhere_are_images_that_cannot_be_decoded(tmp_path: Pat
     root = tmp_path / "set"
     for name in ("a/1.png", "b/2.png"):
         open_folder(root).write(name, picture(1))
-    links = {"gone.png": "nowhere", "loop.png": root, "self.png": root / "a/self.png", "loop": root, "disk": "/nowhere"}
+    links = {"gone.png": "nowhere", "loop.png": f"{root}", "self.png": f"{root}/a/self.png", "loop": f"{root}", "disk": "/nowhere"}
     for name, to in links.items():
         (root / "a" / name).symlink_to(to)
     source = {"kind": "folder", "url": str(root)}
@@ -410,7 +410,7 @@ def test_an_image_that_a_linked_folder_shows_twice_is_one_image(tmp_path: Path) 
     open_folder(tmp_path).write("elsewhere/cats/5.png", picture(5))
     for name in ("a/1.png", "a/deep/2.png", "b/3.png", ".store/4.png"):
         open_folder(root).write(name, picture(int(name[-5])))
-    for name, to in {"a/again": "deep", "c": ".store", "b/x": tmp_path / "elsewhere", "b/y": tmp_path / "elsewhere/cats"}.items():
+    for name, to in {"a/again": "deep", "c": ".store", "b/x": f"{tmp_path}/elsewhere", "b/y": f"{tmp_path}/elsewhere/cats"}.items():
         (root / name).symlink_to(to)
     source, twice = {"kind": "folder", "url": str(root)}, "images that a link shows a second time"
     sweep = sweep_of(tmp_path, source, "precompute.shard_images=16", classes=3)
@@ -431,7 +431,7 @@ def test_a_hidden_link_shows_no_image_for_the_first_time(tmp_path: Path) -> None
     for name in ("a/1.png", "b/2.png"):
         open_folder(tmp_path / "disk").write(name, picture(1))
     root.mkdir()
-    for name, to in {".store": tmp_path / "disk", "a": ".store/a", "b": ".store/b"}.items():
+    for name, to in {".store": str(tmp_path / "disk"), "a": ".store/a", "b": ".store/b"}.items():
         (root / name).symlink_to(to)
     for classes in (2, "none"):
         assert len(open_source(data({"kind": "folder", "url": str(root)}, classes))) == 2
@@ -522,7 +522,7 @@ def test_a_file_that_is_written_again_after_it_was_listed_is_refused(store_url: 
     """Rows in another order: each label would be of another image."""
     root, store = open_folder(store_url) / "images", open_folder(store_url) / "store"
     rows = [(picture(number), number % 2) for number in range(40)]
-    files = {
+    files: dict[str, Callable[[Iterable[int]], bytes]] = {
         "tar": lambda order: tar({k: v for i in order for k, v in ((f"{i}.png", rows[i][0]), (f"{i}.cls", b"01"[i % 2 :][:1]))}),
         "parquet": lambda order: parquet([rows[i] for i in order]),
     }  # fmt: skip

@@ -101,9 +101,9 @@ def test_metadata_that_cannot_be_read_do_not_spoil_the_image(data: bytes, uprigh
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
     """From guided-diffusion's image_datasets.py (MIT), which DiT also uses."""
     while min(*pil_image.size) >= 2 * image_size:
-        pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.Resampling.BOX)
+        pil_image = pil_image.resize([x // 2 for x in pil_image.size], resample=Image.Resampling.BOX)
     scale = image_size / min(*pil_image.size)
-    pil_image = pil_image.resize(tuple(round(x * scale) for x in pil_image.size), resample=Image.Resampling.BICUBIC)
+    pil_image = pil_image.resize([round(x * scale) for x in pil_image.size], resample=Image.Resampling.BICUBIC)
     arr = np.array(pil_image)
     crop_y = (arr.shape[0] - image_size) // 2
     crop_x = (arr.shape[1] - image_size) // 2

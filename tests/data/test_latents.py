@@ -6,7 +6,9 @@ import io
 import itertools
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +212,7 @@ def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:
 def test_posterior_samples_are_normalised_by_channel(tmp_path: Path) -> None:
     at = make(open_folder(tmp_path), [4, 7, 2])
     latents = Latents(at, 0, normalise="channels")
-    options = {"batch": 13 * 2000, "lanes": 1, "seed": 0, "flip": False, "label_dropout": 0.0}
+    options: dict[str, Any] = {"batch": 13 * 2000, "lanes": 1, "seed": 0, "flip": False, "label_dropout": 0.0}
     x_BCHW = micro_batch(latents, 0, 0, **options).x_BCHW
     # One standard error of the deviation of 234,000 values is 0.0015; normalised by that of the means it is 1.6.
     assert x_BCHW.mean((0, 2, 3)).tolist() == pytest.approx([0, 0], abs=0.01)
@@ -219,12 +221,14 @@ def test_posterior_samples_are_normalised_by_channel(tmp_path: Path) -> None:
 
 def test_a_lane_does_not_depend_on_the_reader(tmp_path: Path) -> None:
     make(open_folder(tmp_path), [6, 6, 5])
-    options = {"batch": 8, "lanes": 4, "seed": 3, "flip": True, "label_dropout": 0.3}
+    options: dict[str, Any] = {"batch": 8, "lanes": 4, "seed": 3, "flip": True, "label_dropout": 0.3}
     later = Latents(open_folder(tmp_path), seed=3)
     for step in range(5):
         micro_batch(later, step, 0, **options)
     first, second = (micro_batch(r, 5, 2, **options) for r in (later, Latents(open_folder(tmp_path), seed=3)))
     for one, other in zip(first, second, strict=True):
+        assert one is not None
+        assert other is not None
         np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
@@ -240,7 +244,8 @@ def test_latents_are_posterior_samples_shifted_and_scaled(tmp_path: Path) -> Non
     # Five standard errors of a mean of 4,000 samples.
     assert (np.abs(batch.x_BCHW.mean(0).numpy() - (mean - 0.25) * 0.5) < 5 * deviation / 4000**0.5).all()
     np.testing.assert_allclose(batch.x_BCHW.std(0).numpy(), deviation, rtol=0.08)
-    assert abs(float((batch.y_B == CLASSES).float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
+    assert batch.y_B is not None
+    assert abs(float(batch.y_B.eq(CLASSES).float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
 
 
 def test_training_does_not_read_a_damaged_shard(tmp_path: Path) -> None:
@@ -263,13 +268,13 @@ def test_latents_of_another_vae_are_refused(tmp_path: Path, tiny: Recipe) -> Non
 
 
 def test_prefetch_keeps_order_and_raises_errors() -> None:
-    def items() -> object:
+    def items() -> Iterator[int]:
         yield from range(5)
         raise ValueError("broken source")
 
     got = []
     with pytest.raises(ValueError, match="broken source"):
-        for item in prefetch(items()):  # type: ignore[arg-type]
+        for item in prefetch(items()):
             got.append(item)
     assert got == list(range(5))
 

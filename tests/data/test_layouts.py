@@ -31,7 +31,7 @@ from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import open_source
 from dis_scale.data.tars import UNMATCHED
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
-from dis_scale.recipe import Data, LatentsSource, reading
+from dis_scale.recipe import Data, LatentShape, LatentsSource, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import REAL, Sweep
 from dis_scale.sweep.documents import EncodedBy, LatentsManifest
@@ -48,7 +48,7 @@ IMAGES = 1797
 WITHOUT_IMAGES = [
     "evaluate.extractor={kind: inception}", "evaluate.samples=5000", "evaluate.reference=adm.npz", "evaluate.floor=false",
 ]  # fmt: skip
-SCALE = {"scale": 0.3, "shift": -0.2}
+SCALE: dict[str, Any] = {"scale": 0.3, "shift": -0.2}
 
 
 def source(layout: str, url: Path | str = "/latents") -> LatentsSource:
@@ -69,7 +69,7 @@ def given(root: Path, vae: str, layout: str, url: Path, *more: str) -> Sweep:
 
 def stored(latents: Folder) -> dict[int, tuple[bytes, int]]:
     """Moments of the unflipped images and their classes by place in the source, whose digits are listed in the mixed order."""
-    everything, places = {}, permutation(IMAGES)
+    everything, places = dict[int, tuple[bytes, int]](), permutation(IMAGES)
     for entry in LatentsManifest.require(latents).shards:
         data = latents.read(entry.name)
         shard = shards.unpack(data, entry.name)
@@ -467,7 +467,7 @@ def test_a_set_with_a_shard_of_refused_images_is_exported(tmp_path: Path) -> Non
     last = permutation(9)[8]
     for number in range(9):
         broken = number == last
-        open_folder(tmp_path / "set").write(f"a/{number}.png", b"broken" if broken else png(np.full((8, 8, 3), number, np.uint8)))
+        open_folder(tmp_path / "set").write(f"a/{number}.png", b"broken" if broken else png(number))
     source = f"data.source={{kind: folder, url: {tmp_path}/set}}"
     skipping = ("data.num_classes=1", "data.undecodable=skip", "data.held_out_images=0", "precompute.shard_images=4")
     latents = make_latents(sweep_of(tmp_path / "root", "{kind: none}", source, *skipping))
@@ -490,7 +490,12 @@ def test_the_grid_asks_a_program_once_for_the_shape_of_its_latents(
     vae, latents = encoded
     sweep = given(tmp_path / "root", vae, "edm2", export(latents, "edm2", tmp_path / "out"))
     decoder, asked, latent = load(sweep), list[int](), ProgramVae.latent
-    monkeypatch.setattr(ProgramVae, "latent", lambda self, resolution: asked.append(resolution) or latent(self, resolution))
+
+    def noted(vae: ProgramVae, resolution: int) -> LatentShape:
+        asked.append(resolution)
+        return latent(vae, resolution)
+
+    monkeypatch.setattr(ProgramVae, "latent", noted)
     images = exporting.as_images(open_source(sweep.recipe.data), decoder)
     assert all(images.pixels(i, 32).shape == (32, 32, 3) for i in range(3))
     assert asked == [32]

@@ -58,7 +58,7 @@ def tars_of(root: Folder) -> dict[str, Any]:
 
 
 def parquet_of(root: Folder) -> dict[str, Any]:
-    rows = [(png(i % 8), label) for i, label in enumerate(LABELS)]
+    rows: list[tuple[bytes | None, Any]] = [(png(i % 8), label) for i, label in enumerate(LABELS)]
     root.write("train.parquet", parquet(rows, group=100, metadata=None))
     return {"kind": "parquet", "url": root.url}
 

@@ -15,7 +15,7 @@ import pytest
 from dis_scale.data.cache import Cache
 from dis_scale.data.latents import Latents, fits_in_memory, open_latents
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
-from dis_scale.data.order import BLOCK_SHARDS
+from dis_scale.data.mixing import BLOCK_SHARDS
 from dis_scale.data.shards import Shard
 from dis_scale.process.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Reader, Recipe
@@ -273,8 +273,13 @@ def test_a_restarted_server_is_waited_for(
     got = [read(latents, 0, 6)]
     restartable.kill()
     began = time.monotonic()
+
+    def resume() -> None:
+        time.sleep(1.0)
+        restartable.resume()
+
     with ThreadPoolExecutor(1) as pool:
-        back = pool.submit(lambda: (time.sleep(1.0), restartable.resume()))
+        back = pool.submit(resume)
         for first in range(6, sum(COUNTS), 3):
             got.append(read(latents, first, first + 3))
             before_the_end = time.monotonic()

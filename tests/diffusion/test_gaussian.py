@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
+from torch import Tensor
 
 from dis_scale.diffusion.gaussian import discretised_log_likelihood, spaced_times
 from dis_scale.diffusion.samplers import sample
@@ -16,12 +17,12 @@ from tests.support.gaussian_data import build, eps_model
 PROCESS = build(Gaussian(kind="gaussian"))
 
 
-def images(batch=6, seed=0):
+def images(batch: int = 6, seed: int = 0) -> list[Tensor]:
     rng = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, 2, 3, 3, generator=rng, dtype=torch.float64) for _ in range(2)]
 
 
-def test_linear_and_cosine_schedules():
+def test_linear_and_cosine_schedules() -> None:
     betas = PROCESS.chain.betas_K
     assert (betas[0], betas[-1], len(betas)) == (pytest.approx(1e-4), pytest.approx(0.02), 1000)
     cosine = build(Gaussian(kind="gaussian", betas="cosine")).chain
@@ -29,7 +30,7 @@ def test_linear_and_cosine_schedules():
     assert cosine.alpha_bars_K[499] == pytest.approx(np.cos((0.5 + 0.008) / 1.008 * np.pi / 2) ** 2, rel=1e-3)
 
 
-def test_respacing_keeps_both_ends_and_the_signal_left():
+def test_respacing_keeps_both_ends_and_the_signal_left() -> None:
     assert spaced_times(1000, 10) == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
     chain = PROCESS.respaced(250)
     assert len(chain) == 250
@@ -40,7 +41,7 @@ def test_respacing_keeps_both_ends_and_the_signal_left():
 
 
 @given(st.integers(1, 1000), st.data())
-def test_respaced_times_rise_from_end_to_end(steps, data):
+def test_respaced_times_rise_from_end_to_end(steps: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, steps))
     times = spaced_times(steps, count)
     assert times == sorted(set(times))
@@ -48,20 +49,22 @@ def test_respaced_times_rise_from_end_to_end(steps, data):
     assert (times[0], times[-1]) == (0, steps - 1 if count > 1 else 0)
 
 
-def test_a_chain_of_one_step_works():
+def test_a_chain_of_one_step_works() -> None:
     x_T = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     for name in ("ddpm", "ddim", "dpm_solver"):
-        x0 = sample(eps_model(PROCESS.chain), PROCESS, name, 1, x_T, noise=lambda *_: None)
+        x0 = sample(eps_model(PROCESS.chain), PROCESS, name, 1, x_T, noise=lambda *_: pytest.fail("the last step has no noise"))
         assert bool(torch.isfinite(x0).all())
 
 
-def test_times_come_from_the_callers_generator():
-    draw = lambda: PROCESS.sample_times(np.random.default_rng(5), 4000)  # noqa: E731
+def test_times_come_from_the_callers_generator() -> None:
+    def draw() -> Tensor:
+        return PROCESS.sample_times(np.random.default_rng(5), 4000)
+
     assert torch.equal(draw(), draw())
     assert (int(draw().min()), int(draw().max())) == (0, 999)
 
 
-def test_loss_against_float64_formulas():
+def test_loss_against_float64_formulas() -> None:
     x0, noise = images()
     t = torch.tensor([0, 1, 10, 300, 700, 999])
     eps, v = images(seed=1)
@@ -87,15 +90,16 @@ def test_loss_against_float64_formulas():
     assert torch.equal(losses.total, losses.mse + losses.vb)
 
 
-def test_the_bound_trains_only_the_variance():
+def test_the_bound_trains_only_the_variance() -> None:
     x0, noise = images()
     out = torch.zeros(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     PROCESS.losses(lambda *_: out, x0, torch.tensor([0, 1, 10, 300, 700, 999]), noise).vb.sum().backward()
+    assert out.grad is not None
     assert float(out.grad[:, :2].abs().max()) == 0
     assert float(out.grad[:, 2:].abs().min()) > 0
 
 
-def test_the_first_steps_bound_is_the_likelihood_of_8_bit_bins():
+def test_the_first_steps_bound_is_the_likelihood_of_8_bit_bins() -> None:
     grid = torch.linspace(-1, 1, 256, dtype=torch.float64)
     mean, scale = 0.3, torch.full((256,), np.log(0.05), dtype=torch.float64)
     log_probability = discretised_log_likelihood(grid, grid - mean, scale)
@@ -104,7 +108,7 @@ def test_the_first_steps_bound_is_the_likelihood_of_8_bit_bins():
     assert np.allclose(log_probability.exp()[1:-1], exact, atol=1e-4)
 
 
-def test_loss_of_the_perfect_denoiser_is_the_remaining_variance():
+def test_loss_of_the_perfect_denoiser_is_the_remaining_variance() -> None:
     s, t = 0.5, torch.tensor([1, 250, 999])
     one = torch.ones(3, 1, 1, 1, dtype=torch.float64)
     # The error is linear in x_0 and in the noise: its expected square is the sum of the squares for unit impulses.
@@ -113,7 +117,7 @@ def test_loss_of_the_perfect_denoiser_is_the_remaining_variance():
     assert np.allclose(sum(parts), abar * s**2 / (abar * s**2 + 1 - abar), rtol=1e-10)
 
 
-def test_posterior_against_bayes_rule():
+def test_posterior_against_bayes_rule() -> None:
     """q(x_{t-1} | x_t, x_0) by multiplying the two densities, for a respaced chain."""
     chain = PROCESS.respaced(50)
     k = 20

@@ -185,7 +185,8 @@ def _await_probe(nodes: RayNodes) -> None:
     """Wait until the last node answers KubeRay's probe, which has no token."""
     last = nodes.nodes[-1]
     option = "--dashboard-agent-listen-port="
-    (port,) = [word.removeprefix(option) for word in map(str, last.args) if word.startswith(option)]  # type: ignore[union-attr]
+    assert isinstance(last.args, list)
+    (port,) = [word.removeprefix(option) for word in map(str, last.args) if word.startswith(option)]
     deadline = time.monotonic() + 240
     while not _answers(f"http://{nodes.address.partition(':')[0]}:{port}/api/healthz"):
         assert last.poll() is None

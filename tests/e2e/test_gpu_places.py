@@ -62,7 +62,7 @@ def nodes() -> Iterator[Cluster]:
 @pytest.fixture
 def node(nodes: Cluster) -> str:
     """The id of the node with GPUs."""
-    return next(iter(nodes.worker_nodes)).node_id
+    return str(next(iter(nodes.worker_nodes)).node_id)
 
 
 def recipe_of(*settings: str) -> Recipe:

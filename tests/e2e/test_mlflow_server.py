@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
@@ -66,7 +66,7 @@ def test_it_asks_for_a_login_and_keeps_artifacts_in_the_bucket(
     servers.ask_database("pg_restore", database, "--clean", "--if-exists", "--dbname=restored", str(tmp_path / "again.dump"))
     assert servers.PROGRAMS
     asked = [
-        servers.PROGRAMS / "psql",
+        str(servers.PROGRAMS / "psql"),
         f"--port={database}",
         *shlex.split("--host=127.0.0.1 --username=mlflow --tuples-only restored"),
     ]
@@ -95,11 +95,12 @@ def test_a_sweep_has_rights_on_its_own_experiment_only(
     client = mlflow.MlflowClient(server)
     assert client.get_run(ids.models["dit"]).data.metrics == {"loss": 0.5}
     assert [found.name for found in client.search_experiments()] == ["dis-scale tiny"]
-    for refused in (
+    refusals: list[Callable[[], object]] = [
         lambda: client.get_experiment(others),
         lambda: client.create_run(others),
         lambda: AuthServiceClient(server).create_user("another", "a long enough password"),
-    ):
+    ]
+    for refused in refusals:
         with pytest.raises(MlflowException, match=r"(?i)permission denied"):
             refused()
     changed = servers.LOGIN | {"MLFLOW_TRACKING_PASSWORD": "a rotated password"}

@@ -74,7 +74,7 @@ def test_on_one_cluster_it_joins_and_jobs_that_outlive_their_sweep_keep_others_o
     logs = [tmp_path / "second", tmp_path / "third"]
     both = [start(root, log, *LONG, address=nodes.address, monkeypatch=monkeypatch) for log in logs]
     for sweep_process, log in zip(both, logs, strict=True):
-        sweeps.wait_until(lambda log=log: "evaluate: Ray job" in log.read_text(), sweep_process, log)
+        sweeps.wait_until(lambda log=log: "evaluate: Ray job" in log.read_text(), sweep_process, log)  # type: ignore[misc]
     for each in drivers:
         each.resume()
     assert [each.wait(sweeps.TIMEOUT_S) for each in both] == [0, 0], [log.read_text() for log in logs]

@@ -41,7 +41,9 @@ def test_exact_copies_have_no_distance_even_far_from_zero() -> None:
 def test_new_images_are_no_copies_and_the_error_is_that_of_one() -> None:
     rng = np.random.default_rng(0)
     new, real = (rng.standard_normal((500, 16)).astype(np.float32) for _ in range(2))
-    assert sets.copy_rate(*sets.nearest_ratios(new, real), known=500, images=5000) == (0, pytest.approx(10 / 500))
+    rate, error = sets.copy_rate(*sets.nearest_ratios(new, real), known=500, images=5000)
+    assert rate == 0
+    assert error == pytest.approx(10 / 500)
 
 
 def test_copies_of_few_images_have_the_error_of_few() -> None:

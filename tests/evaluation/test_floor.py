@@ -211,7 +211,7 @@ def test_undecodable_images_are_left_out_also_all_of_a_block(sampler: BlockSampl
     chosen = np.sort(every)
     broken = {source.names[i] for i in [*chosen[:40], chosen[41]]}
 
-    def read(entries: Sequence[Entry]) -> list[bytes]:
+    def read(entries: Sequence[Entry]) -> list[bytes | None]:
         return [b"" if each.name in broken else data for each, data in zip(entries, source.read(entries), strict=True)]
 
     damaged = replace(source, read=read)

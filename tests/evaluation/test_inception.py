@@ -10,6 +10,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ CPU = torch.device("cpu")
 
 
 class Images(TensorDataset):
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return super().__getitem__(i)[0]
+    def __getitem__(self, i: int) -> torch.Tensor:  # type: ignore[override]  # torch-fidelity takes images, not tuples
+        return self.tensors[0][i]
 
 
 @pytest.fixture
@@ -59,11 +60,12 @@ def theirs(sets: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPat
     path, _ = seeded_inception.write(tmp_path_factory.mktemp("weights"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
-        return calculate_metrics(
+        found: dict[str, float] = calculate_metrics(
             input1=Images(as_tensor(sets[0])), input2=Images(as_tensor(sets[1])), cuda=False, verbose=False, isc=True,
             fid=True, kid=True, prc=True, feature_extractor="inception-v3-compat", feature_layer_fid="192",
             kid_subset_size=100, feature_extractor_weights_path=str(path), save_cpu_ram=True,
         )  # fmt: skip
+    return found
 
 
 def test_all_other_metrics_equal_calculate_metrics(
@@ -72,6 +74,7 @@ def test_all_other_metrics_equal_calculate_metrics(
     ours = extractor()
     generated, real = ours(sets[0]), ours(sets[1])
     splits = score.Score(score.shuffled_splits(IMAGES), inception.CLASSES)
+    assert generated.logits is not None
     splits.add(generated.logits)
     assert splits.result()[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert theirs["inception_score_mean"] > 1.5
@@ -171,7 +174,7 @@ def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
     path, mark = tmp_path / "evil.pth", tmp_path / "mark"
 
     class Evil:
-        def __reduce__(self) -> tuple:
+        def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (mark,)
 
     torch.save({"weight": Evil()}, path)
@@ -181,7 +184,7 @@ def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_other_weights_are_refused_unopened(weights: tuple[Path, inception.WeightsFile], monkeypatch) -> None:
+def test_other_weights_are_refused_unopened(weights: tuple[Path, inception.WeightsFile], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened before it was hashed"))
     with pytest.raises(UserError, match=r"not the Inception weights that FID is defined by: .*expected 95,628,359 bytes"):
         inception.load(str(weights[0]))

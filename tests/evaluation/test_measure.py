@@ -219,9 +219,14 @@ def test_too_few_images_for_a_metric_say_how_many() -> None:
 def test_precision_and_recall_never_have_all_distances_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = seen(90, 0, d=3).pooled, seen(70, 1, d=3, shift=0.7).pooled
     expected = sets.precision_recall(a, b)
-    cdist, rows = torch.cdist, []
+    cdist, rows = torch.cdist, list[int]()
+
+    def noted(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return cdist(x, y)
+
     monkeypatch.setattr(sets, "ROWS", 16)
-    monkeypatch.setattr(torch, "cdist", lambda x, y: (rows.append(len(x)), cdist(x, y))[1])
+    monkeypatch.setattr(torch, "cdist", noted)
     assert sets.precision_recall(a, b) == expected
     assert max(rows) == 16
     assert 0 < expected[0] < 1

@@ -111,10 +111,11 @@ def test_an_error_does_not_depend_on_how_the_samples_are_sorted(pictures: Path, 
 
 
 def test_a_reference_of_too_few_pictures_is_refused(pictures: Path, extractor: Extractor, tmp_path: Path) -> None:
-    np.savez(tmp_path / "few.npz", arr_0=blobs(8, 3))
-    for pair in [("samples.npz", "few.npz"), ("few.npz", "real.npz")]:
+    few = tmp_path / "few.npz"
+    np.savez(few, arr_0=blobs(8, 3))
+    for samples, reference in [(pictures / "samples.npz", few), (few, pictures / "real.npz")]:
         with pytest.raises(UserError, match=r"few.npz: 8 pictures are too few .* of 8 features: expected at least 9"):
-            measured(*(tmp_path / each if each == "few.npz" else pictures / each for each in pair), extractor)
+            measured(samples, reference, extractor)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def counted(source: Source) -> tuple[Source, list[int]]:
     """Return the source, and the list to which it appends the position of each image that is read."""
     opened, position = list[int](), {name: i for i, name in enumerate(source.names)}
 
-    def read(entries: Sequence[Entry]) -> list[bytes]:
+    def read(entries: Sequence[Entry]) -> list[bytes | None]:
         opened.extend(position[entry.name] for entry in entries)
         return source.read(entries)
 
@@ -268,7 +268,7 @@ def test_files_are_read_by_32_threads(tmp_path: Path) -> None:
     source, extractor = open_source(sweep.recipe.data), loaded(sweep)[0]
     busy, most, lock = 0, 0, threading.Lock()
 
-    def slow(entries: Sequence[Entry]) -> list[bytes]:
+    def slow(entries: Sequence[Entry]) -> list[bytes | None]:
         nonlocal busy, most
         with lock:
             busy, most = busy + 1, max(most, busy + 1)

@@ -121,7 +121,7 @@ def test_the_program_for_dinov2_resizes_without_rounding(tmp_path: Path, sweep: 
     images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
     found = load_extractor(dino(export(tmp_path / "dino.pt2", program, size)), sweep, CPU)(images).pooled
     bands = np.moveaxis(images, -1, 1).reshape(-1, size, size).astype(np.float32)
-    resized = np.stack([Image.fromarray(band).resize((224, 224), Image.Resampling.BICUBIC) for band in bands])
+    resized = np.stack([np.asarray(Image.fromarray(band).resize((224, 224), Image.Resampling.BICUBIC)) for band in bands])
     scaled = resized.reshape(3, 3, 224, 224) / 255
     normal = (scaled - np.reshape([0.485, 0.456, 0.406], (3, 1, 1))) / np.reshape([0.229, 0.224, 0.225], (3, 1, 1))
     assert found == pytest.approx(normal.reshape(3, 3, 32, 7, 32, 7).mean((3, 5)).reshape(3, -1), abs=1e-4)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dis_scale import models, vae
 from dis_scale.data.sources import open_source
+from dis_scale.diffusion.generate import generate
 from dis_scale.evaluation import sampling
 from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.evaluation.features import store_classifier
@@ -108,7 +109,7 @@ def test_only_the_model_may_round_its_products_to_tf32(sweep: Sweep, precision: 
         assert torch.backends.cudnn.allow_tf32 == seen[name]
         return do(*arguments, **settings)
 
-    monkeypatch.setattr(sampling, "generate", partial(noted, "draw", sampling.generate))
+    monkeypatch.setattr(sampling, "generate", partial(noted, "draw", generate))
     monkeypatch.setattr(type(one.vae), "decode", lambda *arguments: noted("decode", decode, *arguments))
     one.sample(one.model("dis", 160, settings), settings, 0)
     assert seen == {"draw": precision == "tf32", "decode": False}
@@ -117,7 +118,7 @@ def test_only_the_model_may_round_its_products_to_tf32(sweep: Sweep, precision: 
 def test_the_kernels_of_each_size_of_batch_are_compared(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """90 samples in blocks of 40 and batches of 16, guided at some times: the last batch of a block has 8, the last block 10."""
     compared = list[tuple[set[int], bool]]()
-    monkeypatch.setattr(sampling.models, "verify_kernels", lambda _m, _d, images, training: compared.append((images, training)))
+    monkeypatch.setattr(models, "verify_kernels", lambda _m, _d, images, training: compared.append((images, training)))
     changes = {"samples": 90, "batch_images": 16, "guidance_interval": (0.0, 500.0), "precision": "bf16"}
     settings = tiny.evaluate.model_copy(update=changes)
     model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dis_scale.process import faults
 from dis_scale.process.errors import UserError
@@ -87,7 +87,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, recipe
 def test_too_many_in_a_row_stop_the_run_and_are_dumped(tmp_path: Path) -> None:
     recipe = reading.load(TINY, ["train.skips_in_a_row=3"])
     (tmp_path / "faults").write_text("nan at loss rank=1 images=112 times=6")
-    with pytest.raises(mp.ProcessRaisedException, match="not finite in 3 steps in a row, up to 160 images: the last step's"):
+    with pytest.raises(ProcessRaisedException, match="not finite in 3 steps in a row, up to 160 images: the last step's"):
         ranks.run(recipe, fault_plans.MODEL, tmp_path, 1, faults=tmp_path / "faults")
     dump = fault_plans.run_of(tmp_path, recipe).bad_step(PointName(160, 1))
     contents = BadStepManifest.require(dump)

@@ -2,10 +2,13 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +22,10 @@ from dis_scale.models.dis import ssd as duality
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.settings import FamilySettings
+from dis_scale.models.tokens import Backbone
 from dis_scale.recipe import LatentShape
+from dis_scale.scan import Direction
+from dis_scale.scan.duality import Way
 from dis_scale.scan.norms import by_definition
 
 PARAMETERS = {
@@ -52,40 +58,40 @@ def settings_of(name: str) -> FamilySettings:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_of_dis_equal_the_public_code(name):
+def test_parameters_of_dis_equal_the_public_code(name: str) -> None:
     assert cost_of(name).parameters == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", PARAMETERS_512)
-def test_parameters_of_dis_at_512_pixels(name):
+def test_parameters_of_dis_at_512_pixels(name: str) -> None:
     assert cost_of(name, size=64).parameters == PARAMETERS_512[name]
 
 
 @pytest.mark.parametrize(("name", "millions"), [("S", 32.865), ("B", 130.316), ("L", 457.841), ("XL", 674.835)])
-def test_parameters_of_dit_without_its_fixed_table(name, millions):
+def test_parameters_of_dit_without_its_fixed_table(name: str, millions: float) -> None:
     assert cost_of(f"DiT-{name}/2").parameters / 1e6 == pytest.approx(millions, abs=5e-4)
 
 
 @pytest.mark.parametrize("name", GMACS)
-def test_forward_gmacs(name):
+def test_forward_gmacs(name: str) -> None:
     assert cost_of(name).gmacs_forward == pytest.approx(GMACS[name], rel=0.005)
 
 
-def test_forward_gmacs_of_the_smallest_agree_to_two_digits():
+def test_forward_gmacs_of_the_smallest_agree_to_two_digits() -> None:
     assert cost_of("DiS-S368/8").gmacs_forward == pytest.approx(0.53, abs=0.005)
 
 
 @pytest.mark.parametrize("name", GMACS_512)
-def test_forward_gmacs_at_512_pixels(name):
+def test_forward_gmacs_at_512_pixels(name: str) -> None:
     assert cost_of(name, size=64).gmacs_forward == pytest.approx(GMACS_512[name], rel=0.005)
 
 
 @pytest.mark.parametrize(("name", "gflops"), [("S368", 0.4316), ("B", 1.8642), ("M", 3.7044), ("L", 6.5792), ("H", 14.7888)])
-def test_thop_gflops_equal_the_papers_column(name, gflops):
+def test_thop_gflops_equal_the_papers_column(name: str, gflops: float) -> None:
     assert cost_of(f"DiS-{name}/4", channels=3, num_classes=None).thop_gflops == pytest.approx(gflops, abs=5.1e-5)
 
 
-def test_shares_of_the_multiply_adds_of_h():
+def test_shares_of_the_multiply_adds_of_h() -> None:
     parts = defaultdict[str, float](float)
     for part in cost_of("DiS-H/2").parts:
         parts[part.name.rpartition(".")[2]] += part.macs
@@ -94,7 +100,7 @@ def test_shares_of_the_multiply_adds_of_h():
         assert shares[name] == pytest.approx(share, abs=0.1)
 
 
-SETTINGS = {
+SETTINGS: dict[str, FamilySettings] = {
     "dis": Dis(kind="dis", width=64, depth=4, patch=2),
     "dit": Dit(kind="dit", width=64, depth=4, heads=4, patch=2),
     "modern dit": Dit(**families.preset("DiT+-S/2") | {"width": 64, "depth": 4, "heads": 4}),
@@ -111,10 +117,12 @@ SETTINGS = {
     "diffussm in one direction": DiffuSsm(kind="diffussm", width=64, depth=4, bidirectional=False),
 }
 NOT_PRODUCTS = ("conv", "scan", "ssd", "D u and gate", "FFT", "spectra's product")
+CountMacs = Callable[[FamilySettings, bool], dict[str, float]]
+"""Counts the multiply-adds of a forward pass by kind, `product` or `convolution`; if True, also those of the backward pass."""
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def counted(monkeypatch: pytest.MonkeyPatch) -> CountMacs:
     """torch's own count of one additional sample on the meta device, without the scan, which torch cannot count.
 
     The difference of two batches removes what a micro-batch computes once: DiffuSSM's kernels, whose complex products torch
@@ -127,7 +135,7 @@ def counted(monkeypatch):
         "causal_conv_silu": lambda x, w, b, **_: _convolution(x, w, b),
     }
 
-    def count(settings, backward):
+    def count(settings: FamilySettings, backward: bool) -> dict[str, float]:
         with monkeypatch.context() as patched:
             for name, function in replaced.items():
                 patched.setattr(s6, name, function)
@@ -139,7 +147,7 @@ def counted(monkeypatch):
     return count
 
 
-def _macs(settings, batch, backward):
+def _macs(settings: FamilySettings, batch: int, backward: bool) -> dict[str, float]:
     with torch.device("meta"):
         model = construct(settings, LatentShape(4, 16), 10)
         inputs = torch.empty(batch, 4, 16, 16), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
@@ -152,45 +160,46 @@ def _macs(settings, batch, backward):
     return {"convolution": convolution / 2, "product": (sum(counts.values()) - convolution) / 2}
 
 
-def _use_inputs(f, b):
+def _use_inputs(f: Direction, b: Direction) -> Tensor:
     """Use B and C without a product, so that their gradients are computed."""
     return (f.B_BLN * f.C_BLN + b.B_BLN * b.C_BLN).sum(-1, keepdim=True)
 
 
-def _without_products(x, own, *ways, **_):
+def _without_products(x: Tensor, own: Tensor, *ways: Way | None, **_: Any) -> Tensor:
     uses = [way.step_BLH[..., None] * (way.B_BLN * way.C_BLN).sum(-1)[..., None, None] for way in ways if way]
     return sum(uses, own[..., None]) * x
 
 
-def _convolutions(x_BLE, w_f, b_f, w_b, b_b, **_):
+def _convolutions(x_BLE: Tensor, w_f: Tensor, b_f: Tensor, w_b: Tensor, b_b: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return _convolution(x_BLE, w_f, b_f), _convolution(x_BLE, w_b, b_b)
 
 
-def _convolution(x_BLE, w, b):
+def _convolution(x_BLE: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.conv1d(F.pad(x_BLE.transpose(1, 2), (w.shape[1] - 1, 0)), w[:, None], b, groups=len(b)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_forward_agrees_with_torchs_counter(name, counted):
+def test_forward_agrees_with_torchs_counter(name: str, counted: CountMacs) -> None:
     """Products, forward convolutions, and attention (products on the meta device). torch counts FFTs as 0."""
     parts = price_model(SETTINGS[name], LatentShape(4, 16), 10).parts
-    theirs = counted(SETTINGS[name], backward=False)
+    theirs = counted(SETTINGS[name], False)
     assert theirs["product"] == sum(part.macs for part in parts if part.name not in NOT_PRODUCTS)
     assert theirs["convolution"] == sum(part.macs for part in parts if part.name == "conv")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_training_agrees_with_torchs_counter(name, counted):
+def test_training_agrees_with_torchs_counter(name: str, counted: CountMacs) -> None:
     """Products and attention. Of a depthwise convolution's backward pass torch counts every pair of channels."""
     parts = price_model(SETTINGS[name], LatentShape(4, 16), 10).parts
     expected = sum(part.macs * part.passes for part in parts if part.name not in NOT_PRODUCTS)
-    assert counted(SETTINGS[name], backward=True)["product"] == expected
+    assert counted(SETTINGS[name], True)["product"] == expected
 
 
 def by_formula(settings: FamilySettings, size: int) -> dict[str, float]:
     """Multiply-adds that torch counts as 0: a scan has 4.5 for each channel, state and token, an FFT of n points 1.25 n log2 n."""
     L, D = (size // settings.patch) ** 2, settings.width
     if isinstance(settings, Dis):
+        assert settings.directions != "alternate"
         L += settings.extra_tokens(10)
         mixers = settings.depth + 1 - (settings.depth + 1) // (settings.attention_every or settings.depth + 2)
         channels = mixers * settings.directions * s6.inner_width(D)
@@ -209,7 +218,7 @@ def fft_macs(points: int) -> float:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_scans_gates_and_ffts_have_the_cost_of_their_formulas(name):
+def test_scans_gates_and_ffts_have_the_cost_of_their_formulas(name: str) -> None:
     parts = {part.name: part.macs for part in price_model(SETTINGS[name], LatentShape(4, 16), 10).parts}
     expected = by_formula(SETTINGS[name], 16)
     assert {part: parts.get(part) for part in expected} == {part: pytest.approx(macs) for part, macs in expected.items()}
@@ -217,28 +226,29 @@ def test_scans_gates_and_ffts_have_the_cost_of_their_formulas(name):
 
 
 @pytest.mark.parametrize("name", ["diffussm", "diffussm in one direction"])
-def test_kernels_are_computed_once_per_forward_pass(name):
+def test_kernels_are_computed_once_per_forward_pass(name: str) -> None:
     """For each mode and tap a complex power (4) and the real part of a complex product (2), then one FFT of the kernel."""
     settings, L = SETTINGS[name], 16**2
+    assert isinstance(settings, DiffuSsm)
     kernels = settings.depth * settings.width * (2 if settings.bidirectional else 1)
     macs = kernels * (settings.state_size // 2 * L * 6 + fft_macs(2 * L))
     assert price_model(settings, LatentShape(4, 16), 10).kernel_gmacs == pytest.approx(macs / 1e9, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_activation_bytes_equal_what_autograd_keeps(name):
+def test_activation_bytes_equal_what_autograd_keeps(name: str) -> None:
     settings, shape = SETTINGS[name], LatentShape(4, 16)
     kept = [_kept_elements(settings, shape, batch) for batch in (2, 4)]
     per_sample = (kept[1] - kept[0]) / 2  # removes what a micro-batch keeps once
     assert price_model(settings, shape, 10).activation_bytes("none") / 4 == per_sample
 
 
-def _kept_elements(settings, shape, batch):
+def _kept_elements(settings: FamilySettings, shape: LatentShape, batch: int) -> int:
     model = build(settings, shape, 10)
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept = {}
+    kept = dict[int, Tensor]()
 
-    def pack(tensor):
+    def pack(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that its address is not reused
         return tensor
 
@@ -249,7 +259,7 @@ def _kept_elements(settings, shape, batch):
 
 
 @pytest.mark.parametrize("name", ["diffussm", "diffussm in one direction", "diffussm in chunks"])
-def test_kernels_are_kept_once_per_forward_pass(name, monkeypatch):
+def test_kernels_are_kept_once_per_forward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "diffussm in chunks":
         name = "diffussm"
         monkeypatch.setattr(s4d, "CHUNK", 2**18)
@@ -260,14 +270,14 @@ def test_kernels_are_kept_once_per_forward_pass(name, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["block", "every_2", "selective"])
 @pytest.mark.parametrize("name", ["dis", "dit", "diffussm"])
-def test_activation_bytes_equal_what_a_forward_pass_leaves_allocated(name, mode):
+def test_activation_bytes_equal_what_a_forward_pass_leaves_allocated(name: str, mode: str) -> None:
     large = {"width": 2 * WORTH_KEEPING_MACS, "depth": 8}
     settings, shape = SETTINGS[name].model_copy(update=large), LatentShape(4, 16)
     left = [_left_bytes(build(settings, shape, 10, checkpointing=mode), batch) for batch in (2, 4)]
     assert (left[1] - left[0]) / 2 == pytest.approx(price_model(settings, shape, 10).kept.left_bytes(mode), rel=0.1)
 
 
-def _left_bytes(model, batch):
+def _left_bytes(model: Backbone, batch: int) -> int:
     inputs = torch.randn(batch, 4, 16, 16), torch.rand(batch), torch.arange(batch)
     with profile(profile_memory=True) as recorded:
         out = model(*inputs)
@@ -275,24 +285,25 @@ def _left_bytes(model, batch):
     return sum(event.self_cpu_memory_usage for event in recorded.key_averages())
 
 
-def test_the_norm_behind_a_gate_keeps_its_inputs_alone_in_half_precision(monkeypatch):
+def test_the_norm_behind_a_gate_keeps_its_inputs_alone_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """As its kernel does; PyTorch's operations would keep float32 copies of both, and the gate's."""
     cost = cost_of("DiS2-S/2")
     half, single = cost.activation_bytes("none", "bf16"), cost.activation_bytes()
     monkeypatch.setattr(duality, "gated_rms_norm", lambda y_BLE, z_BLE, weight_E, _: by_definition(y_BLE, z_BLE, weight_E))
     by_operations = cost_of("DiS2-S/2")
+    assert isinstance(cost.settings, Dis)
     more = by_operations.activation_bytes("none", "bf16") - half
     assert more / (cost.settings.depth + 1) > 3 * 4 * 258 * 768  # bytes of three float32 tensors in each block
     assert by_operations.activation_bytes() == single
 
 
-def test_checkpointing_keeps_one_block_and_the_boundaries():
+def test_checkpointing_keeps_one_block_and_the_boundaries() -> None:
     h = cost_of("DiS-H/2")
     assert h.activation_bytes("block") < h.activation_bytes("none") / 6
     assert h.gmacs_training == pytest.approx(3 * h.gmacs_forward, rel=1e-3)
 
 
-def test_parameters_by_part_of_h():
+def test_parameters_by_part_of_h() -> None:
     parts = cost_of("DiS-H/2").parameters_by_part
     assert parts["mixer.in_proj"] == 49 * 1536 * 6144
     assert parts["skip"] == 24 * (2 * 1536 * 1536 + 1536)

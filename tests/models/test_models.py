@@ -1,7 +1,10 @@
 """Contract of every backbone: shapes, weights from a seed, random numbers from the caller, errors for bad input."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
 from dis_scale import models
 from dis_scale.diffusion import build as build_process
@@ -9,10 +12,14 @@ from dis_scale.diffusion.generate import generate
 from dis_scale.models import build, check_finite
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis import network
+from dis_scale.models.dis.network import DiS
+from dis_scale.models.dis.s6 import Mixer
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
+from dis_scale.models.settings import FamilySettings
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling
+from dis_scale.recipe.evaluate import Sampler
 from dis_scale.scan.selftest import Case
 
 SHAPE = LatentShape(4, 8)
@@ -24,7 +31,7 @@ HYDRA = SSD.model_copy(update={"combine": "hydra"})
 MODELS = pytest.mark.parametrize("settings", [DIS, SSD, HYDRA, DIT, DIFFUSSM], ids=["dis", "ssd", "hydra", "dit", "diffussm"])
 
 
-def inputs(batch=3, shape=SHAPE, seed=1):
+def inputs(batch: int = 3, shape: LatentShape = SHAPE, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
     x_BCHW = torch.randn(batch, shape.channels, shape.size, shape.size, generator=rng)
     return x_BCHW, torch.rand(batch, generator=rng) * 999, torch.randint(0, 11, (batch,), generator=rng)
@@ -34,7 +41,7 @@ def inputs(batch=3, shape=SHAPE, seed=1):
 @pytest.mark.parametrize("patch", [2, 4, 8])
 @pytest.mark.parametrize("shape", [LatentShape(4, 8), LatentShape(3, 24)], ids=str)
 @pytest.mark.parametrize("num_classes", [None, 10])
-def test_output_has_twice_the_channels(settings, patch, shape, num_classes):
+def test_output_has_twice_the_channels(settings: FamilySettings, patch: int, shape: LatentShape, num_classes: int | None) -> None:
     size = {"hourglass": patch} if settings.kind == "diffussm" else {"patch": patch}
     model = build(settings.model_copy(update=size), shape, num_classes)
     x, t, y = inputs(2, shape)
@@ -42,7 +49,7 @@ def test_output_has_twice_the_channels(settings, patch, shape, num_classes):
 
 
 @MODELS
-def test_initial_weights_are_a_function_of_the_seed_alone(settings):
+def test_initial_weights_are_a_function_of_the_seed_alone(settings: FamilySettings) -> None:
     torch.manual_seed(1)
     first = build(settings, SHAPE, 10, seed=3).state_dict()
     torch.manual_seed(2)
@@ -55,7 +62,7 @@ def test_initial_weights_are_a_function_of_the_seed_alone(settings):
 
 
 @MODELS
-def test_forward_is_the_same_in_training_and_uses_no_random_numbers(settings):
+def test_forward_is_the_same_in_training_and_uses_no_random_numbers(settings: FamilySettings) -> None:
     model = build(settings, SHAPE, 10)
     state = torch.random.get_rng_state()
     assert torch.equal(model.train()(*inputs()), model.eval()(*inputs()))
@@ -63,7 +70,7 @@ def test_forward_is_the_same_in_training_and_uses_no_random_numbers(settings):
 
 
 @MODELS
-def test_recomputed_blocks_give_the_same_gradients(settings):
+def test_recomputed_blocks_give_the_same_gradients(settings: FamilySettings) -> None:
     """Also in a second backward pass through the same graph, which PyTorch allows but for `selective`."""
     gradients = []
     for mode in ("none", "block", "every_2", "selective"):
@@ -79,7 +86,7 @@ def test_recomputed_blocks_give_the_same_gradients(settings):
     assert all(torch.equal(p, kept) for kept, *again in zip(*gradients, strict=True) for p in again)
 
 
-def test_drop_path_takes_its_masks_from_the_caller():
+def test_drop_path_takes_its_masks_from_the_caller() -> None:
     model = build(DIS, SHAPE, 10)
     assert model.drop_rates == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1, 0.1])
     x, t, y = inputs()
@@ -92,14 +99,14 @@ def test_drop_path_takes_its_masks_from_the_caller():
     assert not torch.allclose(dropped[1], kept[1])
 
 
-def test_the_null_class_has_its_own_embedding():
+def test_the_null_class_has_its_own_embedding() -> None:
     model = build(DIS, SHAPE, 10)
     x, t, _ = inputs(2)
     out = model(x[:1].expand(2, -1, -1, -1), t[:1].expand(2), torch.tensor([10, 3]))
     assert not torch.allclose(out[0], out[1])
 
 
-def test_bad_input_is_one_clear_line():
+def test_bad_input_is_one_clear_line() -> None:
     x, t, y = inputs()
     model = build(DIS, SHAPE, 10)
     with pytest.raises(UserError, match="size 9 is not divisible by patch 2"):
@@ -113,23 +120,23 @@ def test_bad_input_is_one_clear_line():
     with pytest.raises(UserError, match="the model is conditional, pass labels"):
         model(x, t)
     with torch.no_grad():
-        model.norm[3] = float("nan")
+        model.get_parameter("norm")[3] = float("nan")
     with pytest.raises(UserError, match="weight norm is not finite"):
         check_finite(model)
 
 
 @MODELS
-def test_products_in_bfloat16_give_similar_outputs_and_gradients_of_float32_weights(settings):
+def test_products_in_bfloat16_give_similar_outputs_and_gradients_of_float32_weights(settings: FamilySettings) -> None:
     exact, near = (build(settings, SHAPE, 10, precision=precision) for precision in ("fp32", "bf16"))
     outputs = exact(*inputs()), near(*inputs())
     assert outputs[1].dtype == torch.bfloat16
     assert torch.allclose(outputs[1].float(), outputs[0], atol=0.1)
     outputs[1].float().square().mean().backward()
-    assert {p.grad.dtype for p in near.parameters()} == {torch.float32}
+    assert {p.grad is not None and p.grad.dtype for p in near.parameters()} == {torch.float32}
 
 
 @MODELS
-def test_weights_in_bfloat16_give_similar_outputs(settings):
+def test_weights_in_bfloat16_give_similar_outputs(settings: FamilySettings) -> None:
     model = build(settings, SHAPE, 10)
     exact = model(*inputs())
     near = model.to(torch.bfloat16)(*inputs())
@@ -137,24 +144,29 @@ def test_weights_in_bfloat16_give_similar_outputs(settings):
     assert torch.allclose(near.float(), exact, atol=0.1)
 
 
-def test_time_and_decay_are_not_rounded_with_the_weights():
+def test_time_and_decay_are_not_rounded_with_the_weights() -> None:
     """bfloat16 cannot represent 999 nor the decays: both are kept in float32."""
     model = build(DIS, SHAPE, 10).to(torch.bfloat16)
     x, _, y = inputs(1)
     assert not torch.equal(model(x, torch.tensor([998.0]), y), model(x, torch.tensor([999.0]), y))
     u_BLE = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
-    assert {
-        direction.A_EN.dtype for direction in model.blocks[0].mixer.directions(model.blocks[0].mixer.dynamics, u_BLE, u_BLE)
-    } == {torch.float32}
+    mixer = model.get_submodule("blocks.0.mixer")
+    assert isinstance(mixer, Mixer)
+    assert {direction.A_EN.dtype for direction in mixer.directions(mixer.dynamics, u_BLE, u_BLE)} == {torch.float32}
 
 
 @torch.no_grad()
-def test_initial_weights_of_dis_are_the_public_codes_without_its_defect():
+def test_initial_weights_of_dis_are_the_public_codes_without_its_defect() -> None:
     model = build(DIS.model_copy(update={"width": 128}), SHAPE, 10)
+    assert isinstance(model, DiS)
+    assert model.modulation is not None
+    assert model.label is not None
+    assert model.position is not None
     assert {layer.bias.abs().max().item() for layer in (model.time.up, model.final, model.modulation)} == {0}
     assert float(model.label.weight.std()) == pytest.approx(0.02, rel=0.1)
     assert float(model.position.abs().max()) == 0
-    mixer = model.blocks[0].mixer
+    mixer = model.get_submodule("blocks.0.mixer")
+    assert isinstance(mixer, Mixer)
     assert float(mixer.out_proj.abs().max()) == pytest.approx((256 * 4) ** -0.5, rel=1e-3)
     assert float(mixer.in_proj.abs().max()) == pytest.approx(128**-0.5, rel=1e-3)
     assert mixer.dynamics[1, :-2, 3].exp().tolist() == pytest.approx(range(1, 17))
@@ -163,38 +175,40 @@ def test_initial_weights_of_dis_are_the_public_codes_without_its_defect():
         assert 1e-3 * 0.99 < float(steps.min()) < 3e-3
         assert 0.03 < float(steps.max()) < 0.1 * 1.01
         assert float(D_E.min()) == float(D_E.max()) == 1
-    forward, backward = build(DIS.model_copy(update={"init": "official"}), SHAPE, 10).blocks[2].mixer.dynamics
+    forward, backward = build(DIS.model_copy(update={"init": "official"}), SHAPE, 10).get_parameter("blocks.2.mixer.dynamics")
     assert float(backward[-1].abs().max()) == 0
     assert float(forward[-1].abs().min()) > 0
 
 
 def test_a_block_of_dis_has_seven_parameters() -> None:
     """Each costs 23 to 33 us of Python with DeepSpeed's hooks, a pass."""
-    blocks = build(DIS, SHAPE, 10).blocks
+    blocks = list(build(DIS, SHAPE, 10).get_submodule("blocks").children())
     assert len(list(blocks[0].parameters())) == 7
     assert len(list(blocks[-1].parameters())) == 9  # the skip's product and its bias
 
 
-def test_adaln_zero_blocks_add_nothing_at_first_and_learn():
+def test_adaln_zero_blocks_add_nothing_at_first_and_learn() -> None:
     model = build(DIS.model_copy(update={"conditioning": "adaln_zero"}), SHAPE, 10)
     h_BLD, c_BD = torch.randn(2, 18, 32), torch.randn(2, 32)
-    branch, stream = model.blocks[0](h_BLD, None, c_BD, None, None)
+    branch, stream = model.get_submodule("blocks.0")(h_BLD, None, c_BD, None, None)
     assert not branch.detach().any()
     assert torch.equal(stream, h_BLD)
     model(*inputs()).square().mean().backward()
-    assert float(model.blocks[0].modulation.weight.grad.abs().max()) > 0
+    grad = model.get_parameter("blocks.0.modulation.weight").grad
+    assert grad is not None
+    assert float(grad.abs().max()) > 0
 
 
 @MODELS
 @pytest.mark.parametrize(("process", "sampler"), [(Gaussian(kind="gaussian"), "ddpm"), (Flow(kind="flow"), "heun")])
-def test_samples_are_the_same_pixels_at_any_split(settings, process, sampler):
+def test_samples_are_the_same_pixels_at_any_split(settings: FamilySettings, process: Gaussian | Flow, sampler: Sampler) -> None:
     """Noise is bit-equal. Sums inside a model may differ in the last digits, far below 1/255."""
     model = build(settings, SHAPE, 10).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+            weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
 
-    def sample(numbers):
+    def sample(numbers: Sequence[int]) -> Tensor:
         labels = [number % 10 for number in numbers]
         settings = Sampling(sampler=sampler, steps=10, guidance=1.5)
         return generate(model, build_process(process, model.shape), labels, numbers, settings, seed=1).clamp(-1, 1)
@@ -205,7 +219,7 @@ def test_samples_are_the_same_pixels_at_any_split(settings, process, sampler):
 
 @pytest.mark.slow
 @MODELS
-def test_compiled_blocks_agree_within_rounding(settings):
+def test_compiled_blocks_agree_within_rounding(settings: FamilySettings) -> None:
     models = [build(settings, SHAPE, 10) for _ in range(2)]
     models[1].compile_blocks()
     assert models[0].state_dict().keys() == models[1].state_dict().keys()

@@ -27,6 +27,7 @@ def dis(**changed: Any) -> DiS:
     settings = Dis(kind="dis", width=16, depth=2, patch=1, drop_path=0.0).model_copy(update=changed)
     model = build(settings, SHAPE, 10, seed=0)
     assert isinstance(model, DiS)
+    assert model.position is not None
     with torch.no_grad():
         model.position.normal_(generator=torch.Generator().manual_seed(1))
     return model
@@ -66,6 +67,8 @@ def test_columns_of_an_image_are_rows_of_its_transpose() -> None:
     """So another order changes nothing else, and each block restores the tokens' places for skips, positions and output."""
     rows, columns = dis(), dis(order=("column",))
     columns.load_state_dict(rows.state_dict())
+    assert rows.position is not None
+    assert columns.position is not None
     with torch.no_grad():
         grid = rows.position[:, 2:].unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)
         columns.position.copy_(torch.cat([rows.position[:, :2], grid], dim=1))
@@ -81,9 +84,10 @@ def test_blocks_take_the_orders_in_turn_and_then_reversed() -> None:
     plain = torch.arange(16).view(4, 4)
     expected = [plain, plain.T, plain.flip(0, 1), plain.T.flip(0, 1), plain]
     for block, order in zip(model.blocks, expected, strict=True):
+        assert isinstance(block, DiSBlock)
         got = torch.arange(18) if block.order is None else block.order
         assert got.tolist() == [0, 1, *(2 + order.flatten()).tolist()]
-    assert len(model.blocks[0].mixer.conv) == 1
+    assert len(model.get_parameter("blocks.0.mixer.conv")) == 1
 
 
 def restoring(model: DiS) -> DiS:
@@ -103,9 +107,8 @@ class Restoring(torch.nn.Module):
         self.mixer, self.order = mixer, order
 
     def forward(self, n: torch.Tensor) -> torch.Tensor:
-        if self.order is None:
-            return self.mixer(n)
-        return self.mixer(n[:, self.order])[:, self.order.argsort()]
+        mixed: torch.Tensor = self.mixer(n if self.order is None else n[:, self.order])
+        return mixed if self.order is None else mixed[:, self.order.argsort()]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,12 @@ def test_a_model_without_memory_has_an_order_too(order: tuple[str, ...], directi
 def test_the_self_test_has_each_kind_of_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks in an order of their own, and those behind attention that have the stream's; a model in raster order has one kind."""
     kinds = list[bool]()
-    monkeypatch.setattr(network, "_verify_once", lambda *given: kinds[-1:] == [given[-1]] or kinds.append(given[-1]))
+
+    def noted(*given: Any) -> None:
+        if kinds[-1:] != [given[-1]]:
+            kinds.append(given[-1])
+
+    monkeypatch.setattr(network, "_verify_once", noted)
     mixed = {"order": ("raster", "column"), "attention_every": 3}
     for changes, expected in (({}, [False]), ({"order": ("hilbert",)}, [True]), (mixed, [False, True])):
         kinds.clear()

@@ -1,6 +1,7 @@
 """S4D compared with published values, its own recurrence, and the definition of its initialisations, in float64."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ TAPS = [
 ]
 
 
-def settings(**options):
-    return DiffuSsm(**{"kind": "diffussm", "width": 2, "depth": 1, "state_size": 4} | options)
+def settings(**options: Any) -> DiffuSsm:
+    return DiffuSsm(kind="diffussm", **{"width": 2, "depth": 1, "state_size": 4} | options)
 
 
 @pytest.fixture
-def published():
+def published() -> S4D:
     """H = 2, dt = [0.01, 0.05], A_n = -1/2 + i pi n, B = 1."""
     layer = S4D(2, settings()).double()
     with torch.no_grad():
@@ -33,13 +34,13 @@ def published():
     return layer
 
 
-def test_published_kernel_values(published):
+def test_published_kernel_values(published: S4D) -> None:
     assert np.abs(published.kernel(5).detach().numpy() - np.array(TAPS)).max() < 1e-9
 
 
 @pytest.mark.parametrize("init", ["lin", "inv", "legs"])
 @pytest.mark.parametrize("length", [1, 2, 63, 128])
-def test_convolution_equals_recurrence_in_both_directions(init, length):
+def test_convolution_equals_recurrence_in_both_directions(init: str, length: int) -> None:
     torch.manual_seed(0)
     layer = S4D(5, settings(init=init, state_size=16)).double()
     u_BLH = torch.randn(3, length, 5, dtype=torch.float64)
@@ -51,7 +52,7 @@ def test_convolution_equals_recurrence_in_both_directions(init, length):
     assert float((convolve(u_BLH, spectrum.conj(), skip) - backward).abs().max()) < 1e-9
 
 
-def test_backward_is_inclusive(published):
+def test_backward_is_inclusive(published: S4D) -> None:
     """The last output of the backward direction depends on its own input, through tap 0."""
     u_BLH = torch.zeros(1, 6, 2, dtype=torch.float64)
     u_BLH[:, -1] = 1
@@ -61,7 +62,7 @@ def test_backward_is_inclusive(published):
     assert torch.allclose(y_BLH[0].flip(0) - (u_BLH * published.D)[0].flip(0), published.kernel(6).T)
 
 
-def test_chunked_kernel_and_its_gradients_are_the_same(published, monkeypatch):
+def test_chunked_kernel_and_its_gradients_are_the_same(published: S4D, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
     for chunk in (2**24, 1):
         monkeypatch.setattr(s4d, "CHUNK", chunk)
@@ -72,7 +73,7 @@ def test_chunked_kernel_and_its_gradients_are_the_same(published, monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(*gradients, strict=True))
 
 
-def test_float32_kernel_agrees_with_float64():
+def test_float32_kernel_agrees_with_float64() -> None:
     torch.manual_seed(0)
     layer = S4D(8, settings(state_size=64))
     single = layer.kernel(1024).detach()
@@ -80,7 +81,7 @@ def test_float32_kernel_agrees_with_float64():
     assert float((single - double).abs().max() / double.abs().max()) < 1e-4
 
 
-def test_initial_modes():
+def test_initial_modes() -> None:
     A, B = initial_modes("lin", 8)
     assert torch.allclose(A.imag, math.pi * torch.arange(4, dtype=torch.float64))
     A_inv, _ = initial_modes("inv", 8)
@@ -90,7 +91,7 @@ def test_initial_modes():
     assert torch.equal(B, torch.ones(4) + 0j)
 
 
-def test_legs_are_the_eigenvalues_of_hippos_normal_part():
+def test_legs_are_the_eigenvalues_of_hippos_normal_part() -> None:
     N = 16
     hippo = np.array(
         [[-((2 * n + 1) ** 0.5) * (2 * k + 1) ** 0.5 if n > k else -(n + 1) * (n == k) for k in range(N)] for n in range(N)]

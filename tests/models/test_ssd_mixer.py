@@ -1,5 +1,7 @@
 """The mixers of state-space duality by their definitions: each token's own state, turned images, shifted outputs."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor
 from dis_scale.models import build
 from dis_scale.models.cost import price_model
 from dis_scale.models.dis import ssd as module
-from dis_scale.models.dis.network import DiSBlock
+from dis_scale.models.dis.network import DiS, DiSBlock
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dis.ssd import SsdMixer
 from dis_scale.models.dis.verification import verify_block
@@ -22,9 +24,9 @@ from tests.conftest import TINY
 E, N, H = 32, 8, 1
 
 
-def mixer(**options: object) -> SsdMixer:
+def mixer(**options: Any) -> SsdMixer:
     torch.manual_seed(0)
-    settings = Dis(**{"kind": "dis", "width": 16, "depth": 2, "patch": 2, "mixer": "ssd", "state_size": N} | options)
+    settings = Dis(kind="dis", mixer="ssd", width=16, depth=2, patch=2, state_size=N, **options)
     made = SsdMixer(settings, "chunked").double()
     with torch.no_grad():
         made.norm.uniform_(0.5, 2)
@@ -125,7 +127,9 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         with pytest.raises(UserError, match=message):
             reading.load(TINY, [f"models.a={{kind: dis, depth: 2, patch: 2, mixer: ssd, {option}}}"])
     assert "not known" in str(Dis(kind="dis", width=64, depth=2, patch=2, mixer="ssd").base_width_refusal(32, {}))
-    assert build(Dis(kind="dis", width=16, depth=2, patch=2, mixer="ssd"), LatentShape(4, 8), 10).settings.unpublished == "mixer"
+    model = build(Dis(kind="dis", width=16, depth=2, patch=2, mixer="ssd"), LatentShape(4, 8), 10)
+    assert isinstance(model, DiS)
+    assert model.settings.unpublished == "mixer"
 
 
 def verify(settings: Dis, L: int, dtype: torch.dtype, gradients: bool = True) -> None:

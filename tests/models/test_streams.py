@@ -33,7 +33,7 @@ def opened(settings: FamilySettings, precision: Precision) -> Backbone:
         for name, weight in model.named_parameters():
             if "modulation" in name or name.startswith("final."):
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * 64**-0.5)
-                weight += 0.5 * ("modulation.bias" in name)
+                weight.add_(0.5 * ("modulation.bias" in name))
     return model.eval()
 
 

@@ -64,7 +64,7 @@ def sizes_at(settings: Dit | Dis, base_width: int | None) -> tuple[Sizes, Sizes]
     optimizer = torch.optim.AdamW(g | {"lr": RATE * g["rate"]} for g in parameter_groups(model, training))
     blocks = {f"block {i}": block for i, block in enumerate(model.get_submodule("blocks").children())}
     outputs = dict[str, torch.Tensor]()
-    for name, layer in {"embedding": model.patches, "time": model.time, **blocks, "output": model}.items():
+    for name, layer in {"embedding": model.get_submodule("patches"), "time": model.time, **blocks, "output": model}.items():
         layer.register_forward_hook(partial(keep, outputs, name))
     for name, mixer in model.named_modules():
         if isinstance(mixer, Mixer):

@@ -11,12 +11,12 @@ from dis_scale.models.dis.network import DiSBlock
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dis.verification import verify_block
 from dis_scale.process.errors import WrongKernel
-from dis_scale.scan import Direction, two_way_scan
+from dis_scale.scan import Direction, duality, two_way_scan
 from dis_scale.scan.duality import Way
 from dis_scale.scan.selftest import Case
 
 Fault = Callable[[Direction], Direction]
-RIGHT_SSD = ssd.ssd
+RIGHT_SSD = duality.ssd
 
 
 def without_gradient(name: str) -> Fault:

@@ -53,7 +53,7 @@ class FakeJob:
         """Ask for the status, which then is the next one."""
         if len(self.statuses) > 1:
             self.statuses.pop(0)
-        return self.status != JobStatus.RUNNING
+        return bool(self.status != JobStatus.RUNNING)
 
     def lines(self) -> list[str]:
         return []
@@ -82,7 +82,7 @@ def failed(why: str) -> FakeJob:
 
 def run(driver: Driver, fakes: dict[tuple[str, ...], FakeJob]) -> Failures:
     """Run these jobs, by stage and arguments, in place of those on Ray."""
-    driver.poll_every_s, driver.submit = 0.0, lambda _, __, *words: fakes[words]  # type: ignore[assignment,return-value]
+    driver.poll_every_s, driver.submit = 0.0, lambda _, __, *words: fakes[words]  # type: ignore[assignment]
     return train_and_evaluate(driver, cluster("here"))
 
 
@@ -101,7 +101,7 @@ def test_the_progress_of_a_stage_is_stored(driver: Driver) -> None:
     for stage in ("prepare", "ablate"):
         Log(Context(sweep="tiny", stage=stage), written.append).progress(3, 40, "steps")
         job = Printing([JobStatus.SUCCEEDED], printed=written[-1:])
-        driver.poll_every_s, driver.submit = 0.0, lambda *_, job=job: job  # type: ignore[assignment,misc]
+        driver.poll_every_s, driver.submit = 0.0, lambda *_, job=job: job
         run_stage(driver, cluster("here"), stage)
     known = StageProgress.read(driver.sweep.folder)
     assert (known.stage, known.done, known.total, known.unit) == ("prepare", 3, 40, "steps")
@@ -114,7 +114,7 @@ def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver:
     """Ray's head may run out of memory: nothing of the stage is to blame."""
     every = [FakeJob([JobStatus.FAILED], DisScaleError("exit code -9"), killed=True) for _ in range(MOST_FOLLOWED)]
     jobs = iter([*every, SUCCEEDED])
-    driver.poll_every_s, driver.submit = 0.0, lambda *_: next(jobs)  # type: ignore[assignment,return-value]
+    driver.poll_every_s, driver.submit = 0.0, lambda *_: next(jobs)  # type: ignore[assignment]
     run_stage(driver, cluster("here"), "precompute")
     assert (
         logged(driver).count("precompute: its process was killed, or not started (exit code -9), and another job continues") == 10
@@ -211,7 +211,7 @@ def test_another_job_follows_one_that_gave_up_storage_once_that_answers(
             raise StorageAway("503")
 
     monkeypatch.setattr(Folder, "require_usable", away)
-    driver.poll_every_s, driver.submit = 0.0, lambda _, __, *words: jobs[words[0]].pop(0)  # type: ignore[assignment,return-value]
+    driver.poll_every_s, driver.submit = 0.0, lambda _, __, *words: jobs[words[0]].pop(0)  # type: ignore[assignment]
     if stage == "prepare":
         run_stage(driver, cluster("here"), "prepare")
     else:

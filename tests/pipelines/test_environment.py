@@ -1,5 +1,6 @@
 """The variables of a process group: the interface of the node's address, one order of sums, the record of collectives."""
 
+import os
 import socket
 
 import psutil
@@ -38,18 +39,18 @@ def test_a_group_uses_the_nodes_interface_and_nccls_own_algorithm() -> None:
         "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",
     }
-    assert {variable: environment.os.environ[variable] for variable in expected} == expected
-    assert environment.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert "NCCL_ALGO" not in environment.os.environ
+    assert {variable: os.environ[variable] for variable in expected} == expected
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert "NCCL_ALGO" not in os.environ
 
 
 def test_what_the_node_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     assert environment.prepare_group("127.0.0.1", "cuda").endswith("NCCL on ib0")
-    assert environment.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_an_address_that_no_interface_owns_leaves_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.prepare_group("192.0.2.255", "cpu") == "gloo on its own choice"
-    assert not set(INTERFACES) & environment.os.environ.keys()
+    assert not set(INTERFACES) & os.environ.keys()

@@ -218,7 +218,7 @@ def test_a_sweep_in_a_folder_of_another_name_is_refused(tmp_path: Path) -> None:
 
 
 def joined_cluster() -> Cluster:
-    return Cluster(None, {}, "a cluster", ours=False, at_once=lambda: 1, gpus=lambda: 16, gpu_fault="", id="c")  # type: ignore[arg-type]
+    return Cluster(None, {}, "a cluster", ours=False, at_once=lambda: 1, gpus=lambda: 16, gpu_fault="", id="c")
 
 
 def quiet() -> Console:

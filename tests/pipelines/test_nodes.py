@@ -1,5 +1,6 @@
 """Nodes whose devices failed: counted over all models, kept in storage, excluded after two failures if the others are enough."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,13 @@ def test_without_capacity_elsewhere_the_node_is_used_again(job: RecordedJob) -> 
     for _ in range(2):
         nodes.record_failure(job, "a", "No CUDA GPUs are available")
         nodes.record_failure(job, "c", "No CUDA GPUs are available")
-    given = []
-    assert nodes.excluded(job, LIVING, lambda ids: bool(given.append(set(ids)))) == []
+    given: list[set[str]] = []
+
+    def none_has_capacity(ids: Collection[str]) -> bool:
+        given.append(set(ids))
+        return False
+
+    assert nodes.excluded(job, LIVING, none_has_capacity) == []
     assert given == [{"id-a"}], "a node that is gone excludes nothing"
     assert job.events_named("exclusion_ignored") == [{"event": "exclusion_ignored", "nodes": ["a"]}]
     assert job.reuses_excluded

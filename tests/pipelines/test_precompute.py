@@ -132,7 +132,7 @@ def test_shards_are_kept_when_the_recipe_skips_from_now_on(sweep: Sweep, tmp_pat
     (tmp_path / "photos/a/00.png").write_bytes(b"broken")
     lacking = open_source(sweep.recipe.data, sweep.store).names.index("a/00.png") // 10
     with pytest.raises(UndecodableImage):
-        made(sweep, lambda *all_but: encode_here(*all_but[:2], sorted(all_but[2], key=lambda n: n == lacking)))
+        made(sweep, lambda of, latents, left: encode_here(of, latents, sorted(left, key=lambda n: n == lacking)))
     encoded: list[list[int]] = []
 
     def counted(*arguments: Any) -> None:
@@ -259,7 +259,7 @@ def made(sweep: Sweep, encode: EncodeOf = encode_here) -> LatentsManifest:
     """Make the sweep's latents; return their manifest."""
 
     class Replaced(OneEncoder):
-        def encode(self, latents: Folder, _: Encoding, __: Source, left: list[int]) -> None:
+        def encode(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
             encode(self.job.sweep, latents, left)
 
     return LatentsManifest.require(make_latents(sweep, Replaced))
@@ -347,7 +347,7 @@ def test_a_shard_that_shrank_is_encoded_again_and_never_sealed(sweep: Sweep) -> 
     assert (facts.count, lefts) == (26, [[0, 1, 2], [1]])
     latents.write("000001.tar", b"short")
     with pytest.raises(StorageError, match=r"000001.tar: 5 bytes, its sidecar says \d+: rerun the same command"):
-        shards.write_manifest(latents, range(3), {})
+        shards.write_manifest(latents, range(3), facts.made_from)
 
 
 def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(sweep: Sweep, tmp_path: Path) -> None:

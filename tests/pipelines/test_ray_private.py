@@ -16,10 +16,12 @@ from tests.support.exporters import scrape_all
 from tests.support.waiting import wait_until
 
 
-@ray.remote(num_cpus=1)
-class Actor:
+class Identified:
     def id(self) -> str:
         return str(ray.get_runtime_context().get_actor_id())
+
+
+Actor = ray.remote(num_cpus=1)(Identified)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,5 +1,7 @@
 """Restarts: which failures lead to another attempt, how many there are, how long they wait, and the error after the last."""
 
+from collections.abc import Sequence
+
 import pytest
 import ray
 
@@ -15,7 +17,7 @@ def job(tiny: Recipe) -> RecordedJob:
     return job_of(tiny)
 
 
-def run(job: RecordedJob, failures: list[Exception], stored: list[int]) -> list[WorkerFailure | None]:
+def run(job: RecordedJob, failures: Sequence[Exception], stored: list[int]) -> list[WorkerFailure | None]:
     """Run attempts that end in these failures, then one that succeeds; return the failure that each was given."""
     left, given = list(failures), list[WorkerFailure | None]()
     counts = iter(stored)
@@ -127,7 +129,7 @@ def test_a_death_and_the_connections_that_it_breaks_are_one_cause(tiny: Recipe) 
         nonlocal made
         made += 1
         job.placed, failure = frozenset("ab"[made % 2]), WorkerFailure("lost", 112)
-        failure.cause = ("lost", "connection")[made % 2]  # type: ignore[assignment]
+        failure.cause = ("lost", "connection")[made % 2]
         raise failure
 
     with pytest.raises(DisScaleError, match="deterministic"):

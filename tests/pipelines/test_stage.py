@@ -51,7 +51,7 @@ def test_a_stage_that_begins_while_storage_is_away_waits_for_it(
             raise answer
         return sweep
 
-    monkeypatch.setattr(stage.Sweep, "open", opened)
+    monkeypatch.setattr(Sweep, "open", opened)
     monkeypatch.setattr(stage, "ASK_STORAGE_EVERY_S", 0.01)
     log = Log(Context(), said.append)
     assert stage._opened(sweep.folder.url, log, stop) is sweep

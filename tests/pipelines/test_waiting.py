@@ -1,15 +1,18 @@
 """Workers that wait: what they say, and what is exported. tests/e2e/test_gpu_places.py has it on a real Ray."""
 
 import contextlib
+import time
 
 import pytest
+import ray
 
 from dis_scale.process.errors import Preempted
 from pipelines import waiting
+from pipelines.ray_private import Resources
 from pipelines.waiting import Wait, words
 
 HEAD, NODE = {"CPU": 8.0, "prepare": 1.0}, {"CPU": 8.0, "GPU": 8.0, "memory": 5e9, "node:10.0.0.1": 1.0}
-REQUEST = {"CPU": 1, "GPU": 1, "prepare": 1}
+REQUEST: Resources = {"CPU": 1, "GPU": 1, "prepare": 1}
 
 
 def test_what_waits_says_for_what_what_the_cluster_has_and_what_to_do() -> None:
@@ -43,16 +46,16 @@ def test_workers_that_wait_are_exported_once_and_so_is_the_end() -> None:
     assert exported == [("waiting_workers", 3), ("waiting_workers", 2), ("waiting_workers", 0)]
 
 
-def test_the_end_of_a_long_wait_is_exported_as_a_time() -> None:
+@pytest.mark.parametrize(
+    ("long_s", "expected"),
+    [(0.0, ["waiting_workers", "waiting_workers", "waited_timestamp_seconds"]), (60.0, 2 * ["waiting_workers"])],
+)
+def test_the_end_of_a_long_wait_is_exported_as_a_time(long_s: float, expected: list[str]) -> None:
     """Nothing was saved meanwhile, and that is no reason for an alert."""
-    for long_s, expected in (
-        (0.0, ["waiting_workers", "waiting_workers", "waited_timestamp_seconds"]),
-        (60.0, 2 * ["waiting_workers"]),
-    ):
-        exported: list[str] = []
-        with Wait(lambda name, _, into=exported: into.append(name), long_s=long_s) as wait:
-            wait.poll(2, {"CPU": 1.0})
-        assert exported == expected
+    exported: list[str] = []
+    with Wait(lambda name, _: exported.append(name), long_s=long_s) as wait:
+        wait.poll(2, {"CPU": 1.0})
+    assert exported == expected
 
 
 def test_workers_that_ask_for_nothing_wait_for_their_processes_only() -> None:
@@ -66,8 +69,8 @@ def test_a_worker_that_the_nodes_hold_may_only_have_to_start(
 ) -> None:
     clock = iter(range(1, 100))
     monkeypatch.setattr(waiting, "alive_nodes", lambda: [{"CPU": cpus}])
-    monkeypatch.setattr(waiting.ray, "available_resources", dict)
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(ray, "available_resources", dict)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     wait, polls = Wait(lambda *_: None), 1
     while wait.poll(1, {"CPU": 1.0}) is None:
         polls += 1

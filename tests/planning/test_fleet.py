@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from benchmarks import throughput
 from dis_scale.models import build
@@ -109,7 +109,7 @@ def test_two_ranks_send_what_the_formula_says(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_rank, (2, port, tmp_path), 2, start_method="forkserver")
+    start_processes(_rank, (2, port, tmp_path), 2, start_method="forkserver")
     counted = json.loads((tmp_path / "counted.json").read_text())
     cost = price_model(SENDER, LatentShape(4, 4), 10)
     for stage in (1, 2, 3):

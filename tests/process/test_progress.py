@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -90,7 +91,7 @@ def test_each_stage_has_one_line_in_any_width(clock: list[float], width: int) ->
 
 
 @pytest.mark.parametrize("settings", [{"TERM": "dumb"}, {"TTY_INTERACTIVE": "0"}], ids=["dumb terminal", "asked for lines"])
-def test_a_terminal_without_a_cursor_gets_lines(settings: dict[str, str]) -> None:
+def test_a_terminal_without_a_cursor_gets_lines(settings: dict[str, Any]) -> None:
     console, out = terminal(**settings)
     with Board(console) as board:
         board.update("train dis", 400, 400, "images")

@@ -338,7 +338,8 @@ def test_cooldowns_are_branches_of_each_model() -> None:
         *(f"{name}-at-{n}" for name in ("dis", "dit", "dit-seed-1") for n in (160, 320)),
     ]
     branch, settings = recipe.models["dit-seed-1-at-160"], recipe.train_of("dit-seed-1-at-160")
-    assert (branch.branch and branch.branch.of, branch.seed) == ("dit-seed-1", 1)
+    assert branch.branch
+    assert (branch.branch.of, branch.seed) == ("dit-seed-1", 1)
     assert (settings.decay, settings.publish_images) == ("linear", (160,))
     assert settings.decay_from * 160 == branch.branch.at == 112
     assert recipe.branches_at("dit") == {112, 240}

@@ -9,8 +9,8 @@ import pytest
 from dis_scale.evaluation.metrics import FOLDS
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe
-from dis_scale.report import families
-from dis_scale.report.families import Gap, Size
+from dis_scale.report import Report, families
+from dis_scale.report.families import Comparison, Gap, Size
 from dis_scale.report.figures import gflops_distance
 from dis_scale.sweep import Sampled
 from dis_scale.sweep.documents import Metrics, RunCost
@@ -69,7 +69,7 @@ def test_a_known_ratio_is_found_within_its_error(noise: Noise) -> None:
     """Errors that took the models' noise for independent would be 3 times as large, and would find none of these differences."""
     equal, better = found(noise, 1.0), found(noise, 0.85)
     assert np.mean([gap.change for gap in better]) == pytest.approx(np.log(0.85), abs=0.01)
-    errors = [gap.error for gap in equal]
+    errors = np.array([gap.error for gap in equal], float)
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std([gap.change for gap in equal]), rel=0.6)
     assert np.mean([gap.significant for gap in equal]) < 0.08
     assert np.mean([gap.significant for gap in better]) > 0.8
@@ -127,9 +127,18 @@ def sweep(tmp_path: Path, recipe: Recipe) -> Any:
     return made
 
 
+def comparisons(report: Report, ours: str, theirs: str) -> list[Comparison]:
+    """Return those of a sweep that is no study."""
+    found = []
+    for each in families.comparisons(report, ours, theirs):
+        assert isinstance(each, Comparison)
+        found.append(each)
+    return found
+
+
 def test_a_sweep_says_what_its_families_show(sweep: Any) -> None:
     report = collect(sweep)
-    by_cost = {(each.metric, each.cost): each for each in families.comparisons(report, "dit", "dis")}
+    by_cost = {(each.metric, each.cost): each for each in comparisons(report, "dit", "dis")}
     gap = by_cost[report.metric, "Gflops"].found
     assert gap
     assert [s.point.model for s in gap.sizes] == ["dit"]
@@ -148,7 +157,7 @@ def test_hours_of_other_machines_are_not_compared(sweep: Any) -> None:
         folder = sweep.evaluation(Sampled(model, 160))
         cost = RunCost(worker_hours=1.0, trained_on=(machine,))
         Metrics.read(folder).changed(cost=cost).write(folder)
-    found = {each.cost: each.sentence for each in families.comparisons(collect(sweep), "dit", "dis")}
+    found = {each.cost: each.sentence for each in comparisons(collect(sweep), "dit", "dis")}
     assert found["worker hours"].endswith("dit and dis cannot be compared: their worker hours are of A and B")
     assert "dit is " in found["Gflops"]
 
@@ -175,7 +184,7 @@ def test_another_mixer_or_other_parts_are_another_curve(tmp_path: Path, recipe: 
     report = collect(made)
     assert report.families == ["dis", "dit + swiglu", "dis + ssd hydra"]
     assert [p.model for p in report.family("dis + ssd hydra", 160)] == ["ssd"]
-    assert any(each.found for each in families.comparisons(report, "dis + ssd hydra", "dis"))
+    assert any(each.found for each in comparisons(report, "dis + ssd hydra", "dis"))
     assert gflops_distance(report).axes
 
 

@@ -7,7 +7,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from dis_scale import report as reports
@@ -21,17 +24,23 @@ from tests.conftest import TINY
 from tests.support.evaluations import collect, put, shown, sweep_at
 
 
+def ys(line: Line2D) -> tuple[float, ...]:
+    return tuple(np.asarray(line.get_ydata()))
+
+
 def test_the_figures_show_each_family_each_model_and_both_floors(sweep: Sweep) -> None:
     report = collect(sweep)
     curve = figures.gflops_distance(report).axes[0]
-    assert {(9.0, 6.0, 5.0, 4.5), (0.25, 0.25), (0.75, 0.75)} <= {tuple(line.get_ydata()) for line in curve.lines}
-    assert [text.get_text() for text in curve.get_legend().get_texts()] == ["fit: dis"]
+    assert {(9.0, 6.0, 5.0, 4.5), (0.25, 0.25), (0.75, 0.75)} <= {ys(line) for line in curve.lines}
+    legend = curve.get_legend()
+    assert legend
+    assert [text.get_text() for text in legend.get_texts()] == ["fit: dis"]
     assert {"dis", "dis32", "dis64", "dis128", "160 images"} <= {text.get_text() for text in curve.texts}
     compute = figures.compute_distance(report).axes[0]
     hull = next(line for line in compute.lines if line.get_label() == "lower hull")
-    assert {9.0, 4.5} <= set(hull.get_ydata()) <= {9.0, 6.0, 5.0, 4.5}
+    assert {9.0, 4.5} <= set(ys(hull)) <= {9.0, 6.0, 5.0, 4.5}
     over_images = figures.distance_images(report).axes[0]
-    assert {(9.0,), (6.0,), (5.0,)} <= {tuple(line.get_ydata()) for line in over_images.lines}
+    assert {(9.0,), (6.0,), (5.0,)} <= {ys(line) for line in over_images.lines}
 
 
 def test_no_name_is_written_over_another(sweep: Sweep) -> None:
@@ -110,7 +119,8 @@ def spend(sweep: Sweep, sampled: Sampled, hours: float, images_per_s: float = 10
 
 def _plotted(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
     """Return x and y of each model's line."""
-    return {each.get_label(): tuple(map(list, each.lines[0].get_data())) for each in axes.containers}
+    lines = {each.get_label(): each.lines[0] for each in axes.containers}
+    return {label: (list(line.get_xdata()), list(line.get_ydata())) for label, line in lines.items()}
 
 
 def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
@@ -124,11 +134,13 @@ def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
         ],
     )
     ours, with_published = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
-    names = {text.get_text() for text in with_published.get_legend().get_texts()}
+    legend = with_published.get_legend()
+    assert legend
+    names = {text.get_text() for text in legend.get_texts()}
     assert {"DiT, published", "DiG, published"} <= names
-    added = {tuple(line.get_ydata()) for line in with_published.lines} - {tuple(line.get_ydata()) for line in ours.lines}
+    added = {ys(line) for line in with_published.lines} - {ys(line) for line in ours.lines}
     assert added == {tuple(p.fid for p in PUBLISHED if p.family == family) for family in ("DiT", "DiG")}
-    fitted = {tuple(line.get_ydata()) for axes in (ours, with_published) for line in axes.lines if line.get_label() == "fit: dis"}
+    fitted = {ys(line) for axes in (ours, with_published) for line in axes.lines if line.get_label() == "fit: dis"}
     assert len(fitted) == 1, "the same fit with the published points and without"
     assert figures.correlations(report)[:1] == ["dis at 160 images: r = -0.91 on log Gflops, n = 4 (few points)"]
     assert "fitted power law fd_digits_80 = 0.75 (floor) + " in figures.correlations(report)[1]
@@ -145,9 +157,9 @@ def test_points_before_the_end_of_a_schedule_are_marked_and_not_in_the_hull(tmp_
     assert "2 ± 0.5 *" not in text
     assert "*, hollow in figures: measured before the learning rate had fallen to its end; not in the lower hull" in text
     axes = figures.compute_distance(report).axes[0]
-    assert tuple(next(line for line in axes.lines if line.get_label() == "lower hull").get_ydata()) == (2.0,)
+    assert ys(next(line for line in axes.lines if line.get_label() == "lower hull")) == (2.0,)
     (hollow,) = (line for line in axes.lines if line.get_markerfacecolor() == "white")
-    assert tuple(hollow.get_ydata()) == (3.0,)
+    assert ys(hollow) == (3.0,)
     assert hollow.get_zorder() > max(line.get_zorder() for line in axes.lines if line is not hollow), "or it is hidden"
 
 
@@ -174,8 +186,11 @@ def test_the_held_out_loss_is_drawn_where_it_is_measured(tmp_path: Path) -> None
         put_loss(made, Sampled("dit", images), loss)
     put(made, Sampled("dis", 320), 9.0)
     report = collect(made)
-    assert (figure := figures.compute_loss(report))
-    assert tuple(figure.axes[0].containers[0].lines[0].get_ydata()) == (0.5, 0.4)
+    figure = figures.compute_loss(report)
+    assert figure
+    drawn = figure.axes[0].containers[0]
+    assert isinstance(drawn, ErrorbarContainer)
+    assert ys(drawn.lines[0]) == (0.5, 0.4)
     assert "compute_loss.png" in reports.write(made, report)
 
 
@@ -183,11 +198,14 @@ def test_losses_that_hardly_differ_are_told_apart_with_the_errors_of_their_seeds
     made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["models.dit.seeds=3"]))
     for model, loss in {"dit": 0.231, "dit-seed-1": 0.232, "dit-seed-2": 0.233, "dis": 0.25}.items():
         put_loss(made, Sampled(model, 320), loss)
-    axes = figures.compute_loss(collect(made)).axes[0]
+    figure = figures.compute_loss(collect(made))
+    assert figure
+    axes = figure.axes[0]
     low, high = axes.get_ylim()
     assert high < 1.2 * low
-    (ends,) = (each.lines[1] for each in axes.containers if each.get_label() == "dit")
-    assert [end.get_ydata()[0] for end in ends] == pytest.approx([0.232 - 0.001 / 3**0.5, 0.232 + 0.001 / 3**0.5])
+    (drawn,) = (each for each in axes.containers if each.get_label() == "dit")
+    assert isinstance(drawn, ErrorbarContainer)
+    assert [ys(end)[0] for end in drawn.lines[1]] == pytest.approx([0.232 - 0.001 / 3**0.5, 0.232 + 0.001 / 3**0.5])
 
 
 def put_loss(sweep: Sweep, sampled: Sampled, loss: float) -> None:

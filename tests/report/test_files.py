@@ -71,7 +71,7 @@ def imagenet(report: reports.Report, changes: dict[str, Any], **sampling: Any) -
     recipe = report.recipe
     data = recipe.data.model_copy(update={"resolution": 256, "num_classes": 1000})
     settings = recipe.evaluate.model_copy(update={"reference": "https://host/VIRTUAL_imagenet256_labeled.npz"} | changes)
-    made = Sampling(**({"sampler": "ddpm", "steps": 250, "guidance": 1.0} | sampling))
+    made = Sampling(**(dict[str, Any](sampler="ddpm", steps=250, guidance=1.0) | sampling))
     points = [
         replace(
             p, values={"fid": 20.0}, images_seen=102_400_000, evaluation=p.evaluation.changed(sampling=made, labels="uniform")

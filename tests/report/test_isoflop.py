@@ -11,9 +11,10 @@ import pytest
 from dis_scale import report as reports
 from dis_scale.planning import isoflop as studies
 from dis_scale.planning.plan import price_sweep
+from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import families, figures, isoflop, tables
 from dis_scale.report.isoflop import Profile, laws
-from dis_scale.report.points import HELD_OUT, Report
+from dis_scale.report.points import Report
 from dis_scale.sweep import Sampled, Sweep
 from tests.support.documents import put_metrics
 from tests.support.evaluations import SHAPE, sweep_at
@@ -136,6 +137,8 @@ def test_more_noise_widens_the_interval() -> None:
     quiet, loud = (laws(family(noise)) for noise in (0.002, 0.02))
     assert quiet
     assert loud
+    assert quiet.parameters.interval
+    assert loud.parameters.interval
     assert np.ptp(loud.parameters.interval) > 4 * np.ptp(quiet.parameters.interval)
 
 
@@ -240,16 +243,16 @@ def test_the_figure_marks_the_minima(measured: Report) -> None:
     figure = figures.isoflop_profiles(measured, HELD_OUT)
     assert figure
     parabolas, minima, lowest = figure.axes
-    crosses = [line.get_xdata()[0] for line in parabolas.lines if line.get_marker() == "x"]
-    words = [line.get_url() for line in parabolas.lines if line.get_marker() not in ("x", "None")]
+    crosses = [np.ravel(line.get_xdata())[0] for line in parabolas.lines if line.get_marker() == "x"]
+    words = [line.get_url() or "" for line in parabolas.lines if line.get_marker() not in ("x", "None")]
     assert len(words) == sum(p.kind == "dis" for p in measured.main)
     assert all(re.match(r"#[\d,]+ parameters, [124]e\+10 FLOPs: held_out_loss [\d.]+$", each) for each in words)
     assert crosses == pytest.approx([3e4, 3e4 * 2**0.5, 6e4], rel=1e-3)
-    sizes = next(line for line in minima.lines if "dis: compute^" in line.get_label())
-    assert list(sizes.get_xdata()) == [1e10, 2e10, 4e10]
-    assert list(sizes.get_ydata()) == pytest.approx(crosses)
-    assert list(lowest.lines[0].get_xdata()) == [1e10, 2e10, 4e10]
-    assert list(lowest.lines[0].get_ydata()) == pytest.approx([1, 1, 1])
+    sizes = next(line for line in minima.lines if "dis: compute^" in str(line.get_label()))
+    assert np.array_equal(sizes.get_xdata(), [1e10, 2e10, 4e10])
+    assert sizes.get_ydata() == pytest.approx(crosses)
+    assert np.array_equal(lowest.lines[0].get_xdata(), [1e10, 2e10, 4e10])
+    assert lowest.lines[0].get_ydata() == pytest.approx([1, 1, 1])
 
 
 def test_the_page_begins_with_the_study(measured: Report, tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def study_of_trunks(number: int, seeds: int) -> Runs:
     shared = np.tile(rng.standard_normal((seeds, 1, sizes)), (1, budgets, 1))
     noise = NOISE * (np.sqrt(0.9) * shared + np.sqrt(0.1) * rng.standard_normal((seeds, budgets, sizes)))
     trunks = np.tile(np.arange(seeds * sizes).reshape(seeds, 1, sizes), (1, budgets, 1))
-    again = [np.tile(each, seeds) for each in (runs.parameters, runs.images, runs.budgets)]
-    return Runs(*again, np.tile(runs.values, seeds) * np.exp(noise.ravel()), None, trunks.ravel())
+    parameters, images, flops = (np.tile(each, seeds) for each in (runs.parameters, runs.images, runs.budgets))
+    return Runs(parameters, images, flops, np.tile(runs.values, seeds) * np.exp(noise.ravel()), None, trunks.ravel())
 
 
 def test_runs_without_noise_give_the_law_itself() -> None:

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -71,7 +72,7 @@ def test_large_pictures_are_made_smaller(tmp_path: Path, tiny: Recipe) -> None:
 
 
 def test_many_counts_are_thinned_out_evenly() -> None:
-    shown = _evenly(range(50))  # type: ignore[arg-type]
+    shown: list[Any] = _evenly(range(50))  # type: ignore[arg-type]
     assert (len(shown), shown[0], shown[-1]) == (MOST_COUNTS, 0, 49)
     assert set(np.diff(shown)) == {7}
 

@@ -48,7 +48,7 @@ def test_recurrence_and_chunks_are_the_quadratic_form(
         expected = results(dense, given[:2], ways, exclusive)
         for form in (recurrence, chunked):
             for got, exact in zip(results(form, given[:2], ways, exclusive), expected, strict=True):
-                assert (got - exact).abs().max() <= 1e-9 * max(1.0, exact.detach().abs().max())
+                assert (got - exact).abs().max() <= 1e-9 * max(1.0, exact.detach().abs().max().item())
 
 
 MINIMAL = [
@@ -100,7 +100,9 @@ def test_gradients_are_those_of_differences(L: int, exclusive: bool, monkeypatch
 def test_the_later_tokens_are_the_earlier_ones_of_the_image_turned_around(exclusive: bool) -> None:
     x, own, earlier, later = inputs(19, 2, 4, 16)
     turned = [Way(*[t.flip(1) if t.ndim == 3 else t for t in way]) for way in (later, earlier)]
-    assert torch.allclose(ssd(x, own, earlier, later, exclusive), ssd(x.flip(1), own.flip(1), *turned, exclusive).flip(1))
+    assert torch.allclose(
+        ssd(x, own, earlier, later, exclusive), ssd(x.flip(1), own.flip(1), turned[0], turned[1], exclusive).flip(1)
+    )
 
 
 def test_a_step_of_zero_and_a_decay_to_nothing_have_finite_gradients() -> None:

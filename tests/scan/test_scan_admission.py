@@ -51,7 +51,7 @@ def rows() -> Iterator[Any]:
         yield pytest.param(call, sizes, backend, marks=[pytest.mark.faults] if late else [], id=f"{call}-{sizes}-{backend}")
 
 
-@pytest.mark.parametrize(("call", "sizes", "backend"), rows())
+@pytest.mark.parametrize(("call", "sizes", "backend"), [*rows()])
 def test_outputs_and_gradients_equal_the_reference(call: str, sizes: tuple[int, int, int, int], backend: str) -> None:
     if "conv" in call and sizes[3] < 4:
         pytest.skip("the four taps are columns of A, which has fewer states")

@@ -1,5 +1,6 @@
 """Selection of the backend, and the errors if it cannot run, tested by their text."""
 
+import ctypes
 import fcntl
 import functools
 import os
@@ -215,7 +216,7 @@ def test_processes_wait_for_the_one_that_builds(fresh_process: pytest.MonkeyPatc
             raise OSError("no such file")
         loaded.append(Path(path))
 
-    fresh_process.setattr(native_build.ctypes, "CDLL", load)
+    fresh_process.setattr(ctypes, "CDLL", load)
     fresh_process.setattr(native_build, "_build", lambda _: pytest.fail("built twice"))
     with library.with_suffix(".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -293,10 +294,10 @@ def test_the_native_limits_are_named() -> None:
     with pytest.raises(UserError, match="takes at most 256 states, got 257: set the backend to chunked"):
         selective_scan(*direction, backend="native")
     with pytest.raises(UserError, match="computes in float32, got float64"):
-        selective_scan(*(x.double() for x in random_direction(1, 3, 2, 4)), backend="native")
+        selective_scan(*Direction(*(x.double() for x in random_direction(1, 3, 2, 4))), backend="native")
     tensors = [x.requires_grad_() for x in random_direction(1, 3, 2, 4)]
     with pytest.raises(NotImplementedError, match="differentiable once"):
-        torch.autograd.grad(selective_scan(*tensors, backend="native").sum(), tensors, create_graph=True)
+        torch.autograd.grad(selective_scan(*Direction(*tensors), backend="native").sum(), tensors, create_graph=True)
 
 
 def test_torch_compile_traces_none_of_the_functions() -> None:

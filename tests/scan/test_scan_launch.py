@@ -79,11 +79,10 @@ def test_the_scans_small_kernels_compile(recorder: Recorder) -> None:
     b, c = torch.ones(B, L, 2 * N).bfloat16().chunk(2, -1)
     directions = [Direction(u, u, A, b, c, ones, ones)]
     kind = scan_triton._kind(False, None, directions, FULL)
-    operands = scan_triton.Operands(
-        u, u, A, *scan_triton._by_state(triton_numbers.scan_forward(kind, False).by_state, kind, directions), ones, ones
-    )
+    (BC,) = scan_triton._by_state(triton_numbers.scan_forward(kind, False).by_state, kind, directions)
+    operands = scan_triton.Operands(u, u, A, BC, ones, ones)
     launches, parts = triton_numbers.scan_backward(kind, False, E, E, N), new_parts(operands.BC, N, E, 1)
-    _, *gradients = scan_triton._new_gradients(operands, kind.types[3:5])
+    _, *gradients = scan_triton._new_gradients(operands, [dtype for dtype in kind.types[3:5] if dtype])
     launches.sums[0](parts.dBC, parts.parameters, *gradients)
     assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in (A, b, c, ones, ones)]
     assert [launch[:3] for launch in recorder.launched] == [(1, B, 2), (1, 2, 1)]

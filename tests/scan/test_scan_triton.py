@@ -46,7 +46,7 @@ from dis_scale.scan import (
 )
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.triton_fill import FULL
-from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together
+from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together, without_memory
 from tests.support.alone import in_its_own_process
 from tests.support.scans import BACKWARD_CYCLES, FORWARD_CYCLES
 
@@ -213,7 +213,7 @@ class Allocated(TorchDispatchMode):
     """Bytes of all live storages that operations returned: now, and at the peak."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's TorchDispatchMode has no annotations
         self.alive: dict[int, int] = {}
         self.peak = 0
 
@@ -333,7 +333,7 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
     dys, kind = [torch.ones(1, 5, 8)] * 2, scan_triton._conv_kind(x, weights, ahead=0)
     dx, gradients = torch.empty(1, 5, 8), [torch.empty_like(w) for w in weights]
     meta, launches = kind._replace(device=scan_triton.META), triton_numbers.conv_backward(kind, 8, 8, 8)
-    empty = scan_triton.without_memory((x, weights, dys, dx, gradients))
+    empty = without_memory((x, weights, dys, dx, gradients))
     compile_together(lambda: scan_triton._conv_backward(launches, meta, *empty))
     assert (sorted(compiles), failed) == (["conv_backward", "sum_conv"], [])
     monkeypatch.setattr(Launch, "__call__", only_compile)

@@ -351,7 +351,7 @@ def test_a_large_object_is_read_by_ranges_and_a_failed_range_is_retried(bucket: 
     assert ranges == {f"bytes={first}-{end - 1}" for first, end in itertools.pairwise(ends)}
 
 
-class FreshFileSystem(MemoryFileSystem):
+class FreshFileSystem(MemoryFileSystem):  # type: ignore[misc]
     """An object store whose clients remember nothing."""
 
     protocol = "fresh"
@@ -409,7 +409,7 @@ def test_a_stores_time_is_its_own(bucket: str, tmp_path: Path, monkeypatch: pyte
     assert open_folder("ahead://bucket").list("sweep") == []
 
 
-class StoreAhead(MemoryFileSystem):
+class StoreAhead(MemoryFileSystem):  # type: ignore[misc]
     """A store with a clock of its own."""
 
     protocol = "ahead"
@@ -422,7 +422,7 @@ class StoreAhead(MemoryFileSystem):
         return datetime.fromtimestamp(self.at_s, UTC)
 
 
-class OneFact(MemoryFileSystem):
+class OneFact(MemoryFileSystem):  # type: ignore[misc]
     """A store that tells of an object its size and one more fact."""
 
     protocol = "onefact"

@@ -5,7 +5,7 @@ import hashlib
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -151,7 +151,11 @@ def silent(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> Iterator[list[so
 def test_a_store_that_never_answers_is_away_in_time(verb: str, silent: list[socket.socket]) -> None:
     """One connection a try: a lease's heartbeat must not end by one that froze."""
     at = open_folder("s3://bucket/folder")
-    calls = {"read": lambda: at.read("x"), "write": lambda: at.write("x", b"1"), "create": lambda: at.create("x", b"1")}
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: at.read("x"),
+        "write": lambda: at.write("x", b"1"),
+        "create": lambda: at.create("x", b"1"),
+    }
     with pytest.raises(StorageAway, match=rf"cannot {verb}"):
         calls[verb]()
     assert len(silent) == at.tries

@@ -24,4 +24,4 @@ def logged(driver: Driver) -> str:
 
 
 def cluster(name: str) -> Cluster:
-    return Cluster(None, {}, name, ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id=name)  # type: ignore[arg-type]
+    return Cluster(None, {}, name, ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id=name)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from dis_scale.process import faults
 from dis_scale.recipe import Recipe
@@ -36,7 +36,7 @@ def train_through(recipe: Recipe, root: Path, plan: str, attempts: int = 8) -> l
     for attempt in range(1, attempts + 1):
         try:
             ranks.run(recipe, MODEL, root, attempt, faults=root / "faults")
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        except (ProcessRaisedException, ProcessExitedException) as error:
             ended.append(str(error).strip().splitlines()[-1])
         if done(root, recipe):
             return ended

@@ -65,7 +65,7 @@ def ask_database(program: str, port: int, *arguments: str) -> None:
     """Run a client of PostgreSQL as the user of the file."""
     assert PROGRAMS
     environment = os.environ | {"PGPASSWORD": PASSWORD}
-    command = [PROGRAMS / program, "--host=127.0.0.1", f"--port={port}", "--username=mlflow", *arguments]
+    command = [str(PROGRAMS / program), "--host=127.0.0.1", f"--port={port}", "--username=mlflow", *arguments]
     subprocess.run(command, check=True, env=environment, capture_output=True)
 
 

@@ -42,7 +42,8 @@ class Node:
 
     @property
     def custom(self) -> dict[str, float]:
-        return json.loads(self.options.get("resources", "{}"))
+        resources: dict[str, float] = json.loads(self.options.get("resources", "{}"))
+        return resources
 
 
 def documents(name: str) -> list[Any]:
@@ -51,7 +52,7 @@ def documents(name: str) -> list[Any]:
 
 def rayjob(name: str) -> dict[str, Any]:
     """Return the RayJob's specification; of a RayCluster and a Job that submits to it, the same fields."""
-    specs = {document["kind"]: document["spec"] for document in documents(name)}
+    specs: dict[str, dict[str, Any]] = {document["kind"]: document["spec"] for document in documents(name)}
     if "RayJob" in specs:
         return specs["RayJob"]
     (container,) = specs["Job"]["template"]["spec"]["containers"]

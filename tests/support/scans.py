@@ -62,7 +62,7 @@ def scan_sum(tensors: list[Tensor], backend: str) -> list[Tensor]:
 
 
 def scan_one(tensors: list[Tensor], backend: str, reverse: bool) -> list[Tensor]:
-    return [selective_scan(*tensors[:7], reverse=reverse, backend=backend)]
+    return [selective_scan(*Direction(*tensors[:7]), reverse=reverse, backend=backend)]
 
 
 def conv_one(tensors: list[Tensor], backend: str, reverse: bool) -> list[Tensor]:
@@ -127,7 +127,7 @@ def compare(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None
 def poison() -> Iterator[None]:
     """Memory that a backend does not write is NaN."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -163,8 +163,8 @@ def check_extreme_gates(backend: str, device: str = "cpu") -> None:
         for y, loops in zip(CALLS[call](got, backend), CALLS[call](expected, "reference"), strict=True):
             torch.testing.assert_close(y, loops, rtol=1e-4, atol=1e-25)
     usual = [x.detach().to(device).requires_grad_() for x in random_tensors(sizes)[:14]]
-    gated, loops = (
+    gated, by_loops = (
         outputs_and_gradients("two-way scan", [*usual, x[14]], name) for x, name in ((got, backend), (expected, "reference"))
     )
     assert all(x.isfinite().all() for x in gated)
-    torch.testing.assert_close(gated[-1], loops[-1], rtol=1e-4, atol=1e-25)  # z's gradient
+    torch.testing.assert_close(gated[-1], by_loops[-1], rtol=1e-4, atol=1e-25)  # z's gradient

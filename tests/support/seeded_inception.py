@@ -29,7 +29,8 @@ def blobs(count: int, seed: int, size: int = 32) -> np.ndarray:
     shapes = np.exp(-((grid - centres) ** 2).sum(-1) / widths**2)
     colours, ground = rng.uniform(0, 1, (2, count, 1, 1, 3))
     noise = rng.normal(0, 0.03, (count, size, size, 3))
-    return (255 * np.clip(ground + shapes[..., None] * (colours - ground) + noise, 0, 1)).astype(np.uint8)
+    pixels: np.ndarray = (255 * np.clip(ground + shapes[..., None] * (colours - ground) + noise, 0, 1)).astype(np.uint8)
+    return pixels
 
 
 def as_tensor(pixels_BHWC: np.ndarray) -> Tensor:

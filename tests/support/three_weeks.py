@@ -380,7 +380,7 @@ class Weeks:
         """The driver's own loops; return the exit code of the command."""
         code, driver = 0, driver_of(self.recipe, self.root)
         driver.sweep, driver.poll_every_s, driver.submit = self.sweep, POLL_S, self._submit
-        cluster = clusters.Cluster(self.ray, {}, "", ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="ray")  # type: ignore[arg-type]
+        cluster = clusters.Cluster(self.ray, {}, "", ours=False, at_once=lambda: 1, gpus=lambda: 0, gpu_fault="", id="ray")
         try:
             with drivers.stopping_jobs(driver, joined=True):
                 if not self.sweep.folder.exists("encoded"):
@@ -400,7 +400,10 @@ class Weeks:
     def stage(self, words: list[str]) -> Callable[[Job], int]:
         """Return the program of a stage's job."""
         stage, arguments = words[3], words[5:]
-        program = {"precompute": self._encode, "train": self._train, "evaluate": self._evaluate}[stage]
+        programs: dict[str, Callable[..., None]] = {
+            "precompute": self._encode, "train": self._train, "evaluate": self._evaluate
+        }  # fmt: skip
+        program = programs[stage]
 
         def run(job: Job) -> int:
             log = Log(Context(stage=stage), job.lines.append)
@@ -474,7 +477,7 @@ class Weeks:
         """The stage's own loop; a checkpoint takes an hour, and once the disk is full."""
         evaluators = SimpleNamespace(move=lambda: False, end=lambda: None)
         evaluation = SimpleNamespace(evaluate=self._measure)
-        evaluate.PublishedEvaluation(job, "cpu", lambda *_: (evaluation, evaluators)).run()  # type: ignore[arg-type,return-value]
+        evaluate.PublishedEvaluation(job, "cpu", lambda *_: (evaluation, evaluators)).run()  # type: ignore[arg-type]
 
     def _measure(self, sampled: Sampled) -> dict[str, float]:
         self.world.sleep(HOUR)

@@ -1,5 +1,6 @@
 """Devices: the check of a worker's finds a wrong product in no time; GPUs that PyTorch cannot use are counted and explained."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def test_a_process_sees_one_of_the_gpus_that_it_saw(monkeypatch: pytest.MonkeyPa
     for before, after in [("", "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b")]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
         devices.hide_others(1)
-        assert devices.os.environ["CUDA_VISIBLE_DEVICES"] == after
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
 
 def test_a_right_one_takes_milliseconds() -> None:

@@ -31,15 +31,16 @@ DIFFUSSM = DiffuSsm(kind="diffussm", width=16, depth=1)
 
 
 def train(**settings: Any) -> Train:
-    return Train(**{"publish_images": (8,), "batch_images": 8, "lanes": 1} | settings)
+    return Train(**(dict[str, Any](publish_images=(8,), batch_images=8, lanes=1) | settings))
 
 
 def require_time_limits(state: Engine) -> None:
     """Each group has the connection's, also the one that DeepSpeed makes to reduce: NCCL's own is ten minutes, gloo's thirty."""
-    groups = dist.group.WORLD, state.deepspeed.optimizer.dp_process_group, state.hosts, dist.new_group(backend="gloo")
+    own: Any = dist.group.WORLD, dist.new_group(backend="gloo")
+    groups = [*own, state.deepspeed.optimizer.dp_process_group, state.hosts]
     limits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
     assert limits == [ranks.WAITS_S] * 4
-    assert dist.distributed_c10d._get_default_timeout(dist.Backend.NCCL).total_seconds() == ranks.WAITS_S
+    assert dist.distributed_c10d._get_default_timeout(dist.Backend("nccl")).total_seconds() == ranks.WAITS_S
 
 
 @pytest.mark.parametrize("failing", [{1}, {0, 1, 2}, set()], ids=["one", "all", "none"])
@@ -137,7 +138,7 @@ def moves_by_growth(stage: int) -> None:
         model = build(tiny, SHAPE, 10)
         with torch.no_grad():  # a last product of zeros would hide the others' gradients
             for p in model.parameters():
-                p += 0.02 * torch.randn_like(p)
+                p.add_(0.02 * torch.randn_like(p))
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         growth = transfer.fan_in_growth(model, tiny.width // 2)
         assert set(growth.values()) == {1.0, 2.0}

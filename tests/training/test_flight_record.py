@@ -10,6 +10,7 @@ import torch
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from dis_scale.training import devices
 from pipelines.cluster import free_ports
@@ -35,7 +36,7 @@ def hang(rank: int, port: int, answer: Connection) -> None:
 def test_the_collective_that_a_rank_waits_in_is_named() -> None:
     (port,) = free_ports(1)
     receiver, sender = mp.get_context("spawn").Pipe(duplex=False)
-    group = mp.spawn(hang, (port, sender), nprocs=2, join=False)
+    group = spawn(hang, (port, sender), nprocs=2, join=False)
     try:
         assert receiver.poll(120), "no answer"
         record = receiver.recv()

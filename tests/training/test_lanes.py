@@ -1,6 +1,6 @@
 """Every lane counts once, and all ranks run equally many forward passes."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import given
@@ -15,7 +15,7 @@ def test_the_mean_over_passes_and_ranks_is_the_mean_over_lanes(lanes_and_world: 
     passes = min(passes, largest_share(lanes, world))
     ranks = [forward_passes(lanes, rank, world, passes) for rank in range(world)]
     assert {len(rank) for rank in ranks} == {passes}
-    shares: Counter[int] = Counter()
+    shares: defaultdict[int, float] = defaultdict(float)
     for part, weight in (each for rank in ranks for each in rank):
         assert 1 <= len(part) <= -(-largest_share(lanes, world) // passes)
         for lane in part:

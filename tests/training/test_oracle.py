@@ -43,7 +43,7 @@ def initial_model(name: str, checkpointing: str = "none") -> Backbone:
     model, random = build(MODELS[name], SHAPE, 10, checkpointing=checkpointing), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=random)
+            p.add_(0.05 * torch.randn(p.shape, generator=random))
     return model
 
 

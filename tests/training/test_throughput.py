@@ -1,5 +1,7 @@
 """MFU is model FLOPs over peak FLOPs; rates are those since the last call."""
 
+import time
+
 import pytest
 import torch
 
@@ -8,7 +10,6 @@ from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.families import preset
 from dis_scale.recipe import LatentShape
-from dis_scale.training import throughput
 from dis_scale.training.throughput import ThroughputMeter, peak_flops
 
 CPU = torch.device("cpu")
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 def test_rates_are_of_the_time_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
     price, logged, clock = price_model(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000), list[str](), [100.0]
-    monkeypatch.setattr(throughput.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     meter = ThroughputMeter(price, 8, 2, CPU, 1e14, "datasheet, bf16", logged.append)
     assert meter.rates(64) == {}, "no step yet"
     meter.begin(64)

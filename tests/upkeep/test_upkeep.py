@@ -254,7 +254,7 @@ def test_dead_leases_of_other_machines_are_polled_together(sweep: Sweep, monkeyp
         pause(seconds)
 
     monkeypatch.setattr(lease, "STILL_S", 0.5)
-    monkeypatch.setattr(lease.time, "sleep", counted)
+    monkeypatch.setattr(time, "sleep", counted)
     assert retention.find_unused(sweep.store) == []
     assert pauses == [1]
 

@@ -45,6 +45,8 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
     moments = encoder.encode(image)
     assert moments.shape == (2, 2 * shape.channels, shape.size, shape.size)
     mean = moments[:, : shape.channels]
+    assert isinstance(encoder.shift, float)
+    assert isinstance(encoder.scale, float)
     decoded = encoder.decode((mean - encoder.shift) * encoder.scale)
     plain = to_pixels(encoder.net.decode(mean).sample)
     assert np.abs(decoded.astype(int) - plain.astype(int)).max() <= 1  # one more rounding

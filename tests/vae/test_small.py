@@ -42,7 +42,7 @@ def drawings(count: int, size: int) -> np.ndarray:
         box, points = (x - r, y - r, x + r, y + r), [(x, y - r), (x - r, y + r), (x + r, y + r)]
         draw = (shape.ellipse, shape.rectangle, shape.polygon)[number % 3]
         colour = tuple(rng.integers(0, 256, 3).tolist())
-        draw(points if number % 3 == 2 else box, fill=colour, outline=(0, 0, 0))  # type: ignore[operator]
+        draw(points if number % 3 == 2 else box, fill=colour, outline=(0, 0, 0))
         line = rng.uniform(0, 4 * size, 4).tolist()
         shape.line(line, fill=tuple(rng.integers(0, 256, 3).tolist()), width=size // 5)
         images.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))

@@ -1,5 +1,9 @@
 """Export: a file that describes its model, and a folder that diffusers samples from."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import safetensors.torch
 import torch
@@ -11,10 +15,13 @@ from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.public import to_official
+from dis_scale.models.settings import FamilySettings
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import ExportedVae, Flow, Gaussian, LatentShape, Sampling
+from dis_scale.recipe.evaluate import Sampler
 from dis_scale.vae import DiffusersVae, PixelVae
 from dis_scale.vae.exported import ProgramVae
+from dis_scale.vae.interface import Vae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights.export import load, open_checkpoint, save, save_pipeline
 
@@ -23,7 +30,7 @@ SETTINGS = [DIS, Dit(kind="dit", width=32, depth=1, heads=2, patch=2), DiffuSsm(
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.kind)
-def test_save_and_load_return_the_same_model(settings, tmp_path):
+def test_save_and_load_return_the_same_model(settings: FamilySettings, tmp_path: Path) -> None:
     model = build(settings, LatentShape(4, 8), 10, seed=3)
     save(model, tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors")
@@ -32,7 +39,7 @@ def test_save_and_load_return_the_same_model(settings, tmp_path):
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=lambda s: s.kind)
-def test_a_checkpoint_is_recognised_by_its_keys(settings, tmp_path):
+def test_a_checkpoint_is_recognised_by_its_keys(settings: FamilySettings, tmp_path: Path) -> None:
     model = build(settings, LatentShape(4, 8), 10, seed=3)
     save(model, tmp_path / "model.safetensors")
     torch.save(to_official(model), tmp_path / "model.pt")
@@ -41,7 +48,7 @@ def test_a_checkpoint_is_recognised_by_its_keys(settings, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="does not describe its model"):
         load(tmp_path / "other.safetensors")
@@ -50,12 +57,12 @@ def test_other_files_are_refused(tmp_path):
         load(tmp_path / "broken.safetensors")
     model = build(DIS, LatentShape(4, 8), 10)
     with torch.no_grad():
-        model.final.bias[0] = float("nan")
+        model.get_parameter("final.bias")[0] = float("nan")
     with pytest.raises(UserError, match=r"weight final.bias is not finite"):
         save(model, tmp_path / "nan.safetensors")
 
 
-def small_vae():
+def small_vae() -> DiffusersVae:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -66,7 +73,7 @@ def small_vae():
     return DiffusersVae(net)
 
 
-def tiny_vae_by_channel():
+def tiny_vae_by_channel() -> DiffusersVae:
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
@@ -77,7 +84,7 @@ def tiny_vae_by_channel():
     return DiffusersVae(net, normalised=Scaling([0.1, 0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0]))
 
 
-def pixels_by_channel():
+def pixels_by_channel() -> PixelVae:
     return PixelVae(normalised=Scaling([0.1] * 3, [0.5] * 3))
 
 
@@ -92,25 +99,31 @@ def pixels_by_channel():
     ],
     ids=["dis", "dit-flow", "tiny-by-channel", "diffussm-pixels", "dit-pixels-by-channel"],
 )
-def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_path, monkeypatch):
+def test_diffusers_samples_from_the_folder(
+    settings: FamilySettings,
+    diffusion: Gaussian | Flow,
+    make_vae: Callable[[], Vae] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import diffusers.utils.dynamic_modules_utils as dynamic
     from diffusers import DiffusionPipeline
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    vae = make_vae and make_vae()
+    vae: Any = make_vae and make_vae()
     pixels = make_vae in (None, pixels_by_channel)
     shape = LatentShape(3 if pixels else 4, 8)
     model = build(settings, shape, 10, seed=3)
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.05 * torch.randn_like(weight)
+            weight.add_(0.05 * torch.randn_like(weight))
     save_pipeline(tmp_path / "export", model, diffusion, vae)
     folder = str(tmp_path / "export")
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     images = pipeline([1, 7], guidance_scale=1.5, num_inference_steps=3, output_type="pt", seed=5).images
     side = 8 if pixels else 16
     assert images.shape == (2, 3, side, side)
-    sampler = "ddpm" if diffusion.kind == "gaussian" else "heun"
+    sampler: Sampler = "ddpm" if diffusion.kind == "gaussian" else "heun"
     with torch.no_grad():
         expected = generate(
             model, build_process(diffusion, model.shape), [1, 7], [0, 1], Sampling(sampler=sampler, steps=3, guidance=1.5), seed=5
@@ -125,7 +138,7 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_pa
     assert torch.allclose(images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5)
 
 
-def test_a_exported_autoencoder_is_refused_before_anything_is_written(tmp_path):
+def test_a_exported_autoencoder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     settings = ExportedVae(kind="exported", path="unused", posterior=False)
     model = build(DIS, LatentShape(4, 8), 10)
     with pytest.raises(UserError, match=r"diffusers' pipelines take one of its autoencoders"):

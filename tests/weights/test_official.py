@@ -1,9 +1,12 @@
 """Equality with the public code of DiS (as restated in tests/support/public_dis.py) and with diffusers' DiT."""
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import SampleNoise, generate
@@ -28,23 +31,26 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def inputs(C, size, classes, batch=3):
+def inputs(C: int, size: int, classes: int | None, batch: int = 3) -> tuple[Tensor, Tensor, Tensor | None]:
     torch.manual_seed(1)
     y = None if classes is None else torch.tensor([0, classes // 2, classes])
     return torch.randn(batch, C, size, size), torch.tensor([0.0, 250.5, 999.0]), y
 
 
-def near(got, expected):
+def near(got: Tensor, expected: Tensor) -> bool:
     """Within 1e-5 of the largest output, which is about 1."""
     return float((got - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 @CASES
 @pytest.mark.parametrize("scan", ["auto", "reference"])
-def test_outputs_and_gradients_equal_the_public_code(D, depth, p, C, size, classes, scan):
+def test_outputs_and_gradients_equal_the_public_code(
+    D: int, depth: int, p: int, C: int, size: int, classes: int | None, scan: str
+) -> None:
     public = public_model(D, depth, p, C, size, classes)
     ours = read_public(public.state_dict())
-    for block in ours.blocks:
+    blocks: Any = ours.blocks
+    for block in blocks:
         block.mixer.scan = scan
     x, t, y = inputs(C, size, classes)
     expected, got = public(x, t, y), ours(x, t, y)
@@ -54,11 +60,13 @@ def test_outputs_and_gradients_equal_the_public_code(D, depth, p, C, size, class
     (got * weight).sum().backward()
     for name, parts in layout(ours).items():
         for public_name, view in parts:
-            gradient, theirs = view(ours.get_parameter(name).grad), public.get_parameter(public_name).grad
-            assert float((gradient - theirs).norm() / theirs.norm()) < 1e-4, public_name
+            gradient, theirs = ours.get_parameter(name).grad, public.get_parameter(public_name).grad
+            assert gradient is not None
+            assert theirs is not None
+            assert float((view(gradient) - theirs).norm() / theirs.norm()) < 1e-4, public_name
 
 
-def test_drop_path_equals_the_public_code():
+def test_drop_path_equals_the_public_code() -> None:
     public = public_model(48, 4, 2, 4, 8, 10)
     ours, (x, t, y) = read_public(public.state_dict()), inputs(4, 8, 10)
     drop = torch.bernoulli(torch.full((len(ours.drop_rates), 3), 0.5), generator=torch.Generator().manual_seed(0)) * 2
@@ -68,14 +76,14 @@ def test_drop_path_equals_the_public_code():
 
 
 @CASES
-def test_round_trip_is_bit_for_bit(D, depth, p, C, size, classes):
+def test_round_trip_is_bit_for_bit(D: int, depth: int, p: int, C: int, size: int, classes: int | None) -> None:
     state = public_model(D, depth, p, C, size, classes).state_dict()
     back = to_official(read_public(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) and back[name].shape == state[name].shape for name in state)
 
 
-def test_errors_name_the_weight():
+def test_errors_name_the_weight() -> None:
     state = public_model(48, 4, 2, 4, 8, 10).state_dict()
     name = "out_blocks.1.mixer.dt_proj_b.bias"
     faults = [
@@ -90,13 +98,13 @@ def test_errors_name_the_weight():
             read_public(broken)
 
 
-def test_options_that_the_public_code_lacks_are_errors():
+def test_options_that_the_public_code_lacks_are_errors() -> None:
     model = build(Dis(kind="dis", width=32, depth=2, patch=2, conditioning="adaln_zero"), LatentShape(4, 8), 10)
     with pytest.raises(UserError, match="no conditioning: adaln_zero"):
         to_official(model)
 
 
-def test_published_files_are_read_without_unpickling_code(tmp_path):
+def test_published_files_are_read_without_unpickling_code(tmp_path: Path) -> None:
     state = public_model(48, 2, 2, 4, 8, 10).state_dict()
     torch.save({"model": {}, "ema": state, "opt": {}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "train.pt")
     assert read_public(read_weights(tmp_path / "train.pt")).settings.width == 48
@@ -108,7 +116,7 @@ def test_published_files_are_read_without_unpickling_code(tmp_path):
         read_weights(tmp_path / "list.pt")
 
 
-def test_dit_round_trip_and_its_published_names():
+def test_dit_round_trip_and_its_published_names() -> None:
     model = dit_model()
     state = to_official(model)
     assert state["x_embedder.proj.weight"].shape == (64, 4, 2, 2)
@@ -123,7 +131,7 @@ def test_dit_round_trip_and_its_published_names():
         read_public(state | {"pos_embed": state["pos_embed"] + 1}, heads=4)
 
 
-def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction():
+def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction() -> None:
     """Euler's steps as SiT takes them, from noise at t = 0 to data at t = 1 along its velocity, give the same samples."""
     state = sit_state()
     sit, network = read_public(state, heads=4), build(DIT, LatentShape(4, 8), 10)
@@ -141,7 +149,7 @@ def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction():
     assert all(torch.equal(back[name], state[name]) for name in state if name != "pos_embed")
 
 
-def test_a_sit_becomes_a_dit_of_our_flow():
+def test_a_sit_becomes_a_dit_of_our_flow() -> None:
     """At all times, between the grid's points too: features of SiT's times are sums of ours."""
     sit, (x, _, y) = read_public(sit_state(), heads=4), inputs(4, 8, 10)
     flow = sit.as_ours()
@@ -151,7 +159,7 @@ def test_a_sit_becomes_a_dit_of_our_flow():
             assert near(flow(x, torch.tensor(t), y), sit(x, torch.tensor(t), y))
 
 
-def test_a_public_sit_is_assumed_to_be_a_flow_and_not_exported(tmp_path):
+def test_a_public_sit_is_assumed_to_be_a_flow_and_not_exported(tmp_path: Path) -> None:
     torch.save({"ema": sit_state()}, tmp_path / "sit.pt")
     new(TrainedVae(kind="trained", widths=(8,)), 8).save_pretrained(tmp_path / "vae")
     opened = open_for_sampling(tmp_path / "sit.pt", str(tmp_path / "vae"), heads=4)
@@ -161,17 +169,19 @@ def test_a_public_sit_is_assumed_to_be_a_flow_and_not_exported(tmp_path):
         save(opened.model, tmp_path / "sit.safetensors")
 
 
-def test_published_width_determines_the_heads_of_dit():
+def test_published_width_determines_the_heads_of_dit() -> None:
     published = build(Dit(kind="dit", width=384, depth=1, heads=6, patch=8), LatentShape(4, 32), 1000)
-    assert read_public(to_official(published)).settings.heads == 6
+    settings = read_public(to_official(published)).settings
+    assert isinstance(settings, Dit)
+    assert settings.heads == 6
 
 
-def test_published_count_of_dit_includes_the_fixed_table():
+def test_published_count_of_dit_includes_the_fixed_table() -> None:
     state = to_official(build(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000))
     assert sum(weight.numel() for weight in state.values()) / 1e6 == pytest.approx(32.963, abs=5e-4)
 
 
-def test_dit_equals_diffusers():
+def test_dit_equals_diffusers() -> None:
     from diffusers import DiTTransformer2DModel
 
     model = dit_model()
@@ -190,7 +200,7 @@ def test_dit_equals_diffusers():
         assert near(model(x, t, y), expected)
 
 
-def _for_diffusers(state, depth):
+def _for_diffusers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     """Published names to diffusers': one embedder per block; query, key and value separate."""
     out = {f"pos_embed.proj.{kind}": state[f"x_embedder.proj.{kind}"] for kind in ("weight", "bias")}
     for kind in ("weight", "bias"):

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from dis_scale.models import build
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.public import to_official
+from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage.folder import open_folder
@@ -33,12 +35,12 @@ DIFFUSSM = DiffuSsm(kind="diffussm", width=16, depth=1)
 SHORT = ("train.publish_images=[0, 32]", "train.resume_every_images=16", "train.workers=1")
 
 
-def varied(settings: Dit | Dis | DiffuSsm, shape: LatentShape = SMALL, classes: int | None = 10) -> torch.nn.Module:
+def varied(settings: Dit | Dis | DiffuSsm, shape: LatentShape = SMALL, classes: int | None = 10) -> Backbone:
     """A model none of whose weights is its initial value."""
     model = build(settings, shape, classes, seed=5)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     return model.eval()
 
 
@@ -57,7 +59,7 @@ def test_a_public_file_is_count_0_and_is_not_read_after_a_kill(tmp_path: Path) -
     file = public_file(tmp_path)
     recipe, source = from_file(file, "train.workers=2"), varied(DIT).state_dict()
     (tmp_path / "faults").write_text("kill at step rank=0 images=16")
-    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+    with pytest.raises(ProcessExitedException):
         ranks.run(recipe, "dit", tmp_path, attempt=1, faults=tmp_path / "faults")
     file.unlink()
     ranks.run(recipe, "dit", tmp_path, attempt=2)
@@ -132,7 +134,8 @@ def keys_kernel(x: float) -> float:
 def doubling(before: int) -> np.ndarray:
     """The matrix that doubles a row: kernel values around each new pixel's centre, those outside left out, scaled to sum to 1."""
     rows = [[keys_kernel(j + 0.5 - (i + 0.5) / 2) for j in range(before)] for i in range(2 * before)]
-    return np.array(rows) / np.sum(rows, axis=1, keepdims=True)
+    scaled: np.ndarray = np.array(rows) / np.sum(rows, axis=1, keepdims=True)
+    return scaled
 
 
 @pytest.mark.parametrize("classes", [10, None])

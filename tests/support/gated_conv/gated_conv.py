@@ -41,7 +41,8 @@ class GatedConvBlock(nn.Module):
         value_BLD, open_BLD = self.up(h_BLD).chunk(2, dim=-1)
         taps, value_BDL = self.taps.to(h_BLD.dtype), value_BLD.transpose(1, 2)
         mixed_BLD = F.conv1d(value_BDL, taps, padding=self.reach, groups=len(taps)).transpose(1, 2)
-        return x_BLD + gate_BD.unsqueeze(1) * self.down(F.silu(open_BLD) * mixed_BLD)
+        out_BLD: Tensor = x_BLD + gate_BD.unsqueeze(1) * self.down(F.silu(open_BLD) * mixed_BLD)
+        return out_BLD
 
 
 class GatedConv(Backbone):

@@ -40,7 +40,12 @@ def verified(settings: Dis, L: int, dtype: torch.dtype, orders: Orders = Orders(
 def test_a_block_whose_mixer_is_one_function(changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks of steps; both directions' products in one, gradients in halves of one tensor, the norm with the sum."""
     taken = list[bool]()
-    monkeypatch.setattr(triton_mixer, "takes", lambda *given: taken.append(takes(*given)) or taken[-1])
+
+    def noted(*given: Any) -> bool:
+        taken.append(takes(*given))
+        return taken[-1]
+
+    monkeypatch.setattr(triton_mixer, "takes", noted)
     verified(Dis(kind="dis", width=12, depth=2, patch=2, state_size=3), 18, dtype, **changes)
     assert taken == [True]
 

@@ -29,7 +29,12 @@ def test_the_self_test_of_state_space_duality_passes(
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", multiply_wide)
     taken = list[bool]()
-    monkeypatch.setattr(triton_ssd_mixer, "takes", lambda *given: taken.append(takes(*given)) or taken[-1])
+
+    def noted(*given: Any) -> bool:
+        taken.append(takes(*given))
+        return taken[-1]
+
+    monkeypatch.setattr(triton_ssd_mixer, "takes", noted)
     settings = {"kind": "dis", "width": width, "depth": 2, "patch": 2, "mixer": "ssd", "combine": combine, "state_size": 16}
     verified(Dis.model_validate(settings), 66, dtype)
     assert taken == ([width == 128] if combine == "hydra" else [])
