@@ -134,13 +134,13 @@ def recorded() -> Iterator[list[tuple[Launch, tuple[Any, ...], Any]]]:
         yield found
 
 
-def operations(settings: Dis, skip: bool, images: int, T: int, orders: Orders = Orders()) -> Work:
+def operations(settings: Dis, *, skip: bool, images: int, T: int, orders: Orders = Orders()) -> Work:
     """Count a block's training pass. Launches of the selective scan and its convolution are not compiled: `row` has their time."""
     conv = patch.object(ssd, "causal_conv_silu", lambda *inputs, **_: _Nothing.apply(1, *inputs)[0])
     triton = [patch.object(x, "choose", lambda *_: Choice("triton", "by count")) for x in (duality, norms)]
     D, half = settings.width, torch.bfloat16
     with torch.device("meta"):
-        block = network.DiSBlock(settings, "triton", skip, orders)
+        block = network.DiSBlock(settings, "triton", skip=skip, orders=orders)
         h_BLD, skip_BLD = (torch.empty(images, T, D, dtype=half, requires_grad=True) for _ in range(2))
         r_BLD, c_BD = torch.empty(images, T, D, requires_grad=True), torch.empty(images, D, dtype=half)
         inputs = [h_BLD, r_BLD, *([skip_BLD] if skip else []), *block.parameters()]
@@ -179,7 +179,7 @@ def conv_ns(settings: Dis) -> float:
 def row(name: str, settings: Dis, images: int, size: int) -> None:
     """Print a size's time per token."""
     length, E, shape = tokens(settings, size), s6.inner_width(settings.width), LatentShape(4, size)
-    both = [operations(settings, skip, images, length) for skip in (False, True)]
+    both = [operations(settings, skip=skip, images=images, T=length) for skip in (False, True)]
     kernels, products_s, moved = (sum(x) / 2 for x in zip(*[work[:3] for work in both], strict=True))
     count, programs = images * length, images * -(-E // (LANES * WARPS))
     if settings.mixer == "ssd":
@@ -238,7 +238,10 @@ def print_orders(settings: Dis) -> None:
         ("one order", Orders(ours, ours, ours)),
         ("two orders", Orders(ours, theirs, ours)),
     ):
-        each = [operations(settings, skip, IMAGES, T, orders).bytes / (IMAGES * T * settings.width) for skip in (False, True)]
+        each = [
+            operations(settings, skip=skip, images=IMAGES, T=T, orders=orders).bytes / (IMAGES * T * settings.width)
+            for skip in (False, True)
+        ]
         print(f"DiS-L/2, {name:13} bytes a channel and token: {each[0]:.3f}, with a skip {each[1]:.3f}")
 
 

@@ -45,7 +45,7 @@ def say_missing(name: str, reason: str) -> None:
     print(json.dumps({"name": name, "not measured": reason}), flush=True)
 
 
-def recipe_of(root: Path, steps: int, quick: bool) -> Recipe:
+def recipe_of(root: Path, steps: int, *, quick: bool) -> Recipe:
     """The digits' recipe with one small model of each kind, `steps` long. What is missing here is replaced, and named."""
     images = steps * BATCH_IMAGES
     overrides = [

@@ -84,7 +84,7 @@ class PublicBlock(nn.Module):
         return normed * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
 
 
-def both_passes(block: nn.Module, stream: torch.dtype, recomputed: bool) -> Counts:
+def both_passes(block: nn.Module, stream: torch.dtype, *, recomputed: bool) -> Counts:
     """Count the forward and the backward pass of a block whose input is of type `stream`."""
     width = next(module.in_features for module in block.modules() if isinstance(module, nn.Linear))
     x_BTD = torch.empty(B, T, width, dtype=stream, requires_grad=True)
@@ -114,7 +114,7 @@ def main() -> None:
         for recomputed in (False, True):
             for name, block, stream in (("ours", DiTBlock(settings), HALF), ("fast-DiT", PublicBlock(settings), torch.float32)):
                 how = "recomputed" if recomputed else "kept"
-                _print(f"block, {how}", name, both_passes(block, stream, recomputed))
+                _print(f"block, {how}", name, both_passes(block, stream, recomputed=recomputed))
         blocks = [DiTBlock(settings) for _ in range(settings.depth)]
         parameters = [parameter.detach() for block in blocks for parameter in block.parameters()]
         for name, counts in averages(parameters):

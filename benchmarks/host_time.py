@@ -96,7 +96,7 @@ def conv() -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
     return lambda: backend.two_way_conv_silu(x, *weights), [x, *weights]
 
 
-def block(settings: Dis, as_graphs: bool = False) -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
+def block(settings: Dis, *, as_graphs: bool = False) -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
     """A block of DiS without a skip. Products are float32's, which start faster on a CPU; ten casts of bfloat16 are left out.
 
     `as_graphs`: its passes as CUDA graphs that launch nothing.
@@ -110,7 +110,7 @@ def block(settings: Dis, as_graphs: bool = False) -> tuple[Callable[[], Sequence
     return lambda: made(h_BLD, r_BLD, None, None, None), [h_BLD, r_BLD, *made.parameters()]
 
 
-def training_steps(as_graphs: bool, steps: int = 40) -> dict[str, float]:
+def training_steps(*, as_graphs: bool, steps: int = 40) -> dict[str, float]:
     """Median ms of the parts of a step."""
     device = torch.device("cpu")
     model = models.build(Dis(kind="dis", width=E, depth=48, patch=2), LatentShape(4, 8), 10, seed=0, scan="chunked")
@@ -173,7 +173,7 @@ def main(rounds: str = "3000") -> None:
     with process_group(torch.device("cpu")):
         for as_graphs in (False, True):
             name = "step of 49 blocks with DeepSpeed" + as_graphs * ", as graphs"
-            ms = training_steps(as_graphs)
+            ms = training_steps(as_graphs=as_graphs)
             if as_graphs:  # graphs that launch nothing leave any gradients behind, of which `step()` may take none
                 del ms["step()"]
             print(json.dumps({"name": name, "ms": ms}), flush=True)

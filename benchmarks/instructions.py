@@ -57,7 +57,7 @@ def forward(*, second: bool = False, for_backward: bool = False, keep: bool = Fa
     return SCAN | order | {"out_row": out_row, "FOR_BACKWARD": for_backward, "KEEP": keep}
 
 
-def backward(gate: bool) -> dict[str, Any]:
+def backward(*, gate: bool) -> dict[str, Any]:
     ways = {"u_rows": (E,), "delta_rows": (E,)}
     constants = SCAN | ways | {"REVERSE": True, "STATES": N, "GATE_GRADIENT": gate, "dz_row": 2 * E}
     return {name: value for name, value in constants.items() if name not in ("u_row", "delta_row")}
@@ -121,7 +121,7 @@ def paths(kind: Any, path: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [inner for i, part in enumerate(kind) for inner in paths(part, (*path, i))]
 
 
-def compiled(name: str, capability: int, dtype: str, lanes: int = 1, both: bool = False) -> Any:
+def compiled(name: str, capability: int, dtype: str, lanes: int = 1, *, both: bool = False) -> Any:
     """Compile a kernel as a launch with DiS-L/2 does: all pointers are multiples of 16 bytes. `both` is of scan_backward."""
     kernel, constants = FUNCTIONS[name.split(",")[0]], dict(KERNELS[name])
     if name.startswith("scan"):

@@ -53,7 +53,7 @@ def comparisons(backend: str, chosen: Options) -> Iterator[tuple[Case, torch.dty
         yield from ((case, torch.bfloat16) for case in LONG)
 
 
-def compare(name: str, find: Callable[[], Mapping[str, tuple[float, float]]], again: bool, **facts: object) -> bool:
+def compare(name: str, find: Callable[[], Mapping[str, tuple[float, float]]], *, again: bool, **facts: object) -> bool:
     """Print a row of worst errors, each with the largest allowed; return whether all are right. `again`: a later start, too."""
     for time_ in ("first_s", "again_s")[: 1 + again]:
         began = time.perf_counter()
@@ -66,12 +66,12 @@ def compare(name: str, find: Callable[[], Mapping[str, tuple[float, float]]], ag
     return right
 
 
-def compare_scan(backend: str, device: torch.device, case: Case, dtype: torch.dtype, again: bool) -> bool:
+def compare_scan(backend: str, device: torch.device, case: Case, dtype: torch.dtype, *, again: bool) -> bool:
     def find() -> dict[str, tuple[float, float]]:
         return {what: (error, TOLERANCE[dtype]) for what, error in errors(backend, device, dtype, case).items()}
 
     fill = {"filling": filling_of(device, case)._asdict()} if backend == "triton" else {}
-    return compare(f"{backend}, {dtype}, {case}", find, again, **fill)
+    return compare(f"{backend}, {dtype}, {case}", find, again=again, **fill)
 
 
 def main(chosen: Options) -> bool:

@@ -75,7 +75,7 @@ def main(chosen: Options) -> bool:
     checks = Checks()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        recipe = digits.recipe_of(root, 30 if chosen.quick else 300, chosen.quick)
+        recipe = digits.recipe_of(root, 30 if chosen.quick else 300, quick=chosen.quick)
         sweep = digits.prepare(recipe, root, chosen.device)
         with checks.part("training"):
             train(checks, sweep, chosen)

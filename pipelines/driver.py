@@ -86,7 +86,7 @@ class Failures:
 
 
 @contextmanager
-def stopping_jobs(driver: Driver, joined: bool = False) -> Iterator[None]:
+def stopping_jobs(driver: Driver, *, joined: bool = False) -> Iterator[None]:
     """Stop this command's jobs if the block ends by an error; with `joined` also those of an earlier command that it joined."""
     try:
         yield
@@ -125,7 +125,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
     evaluated, asked_s = False, float("-inf")
     while waiting or training or not evaluated:
         due = time.monotonic() > asked_s + ASK_EVERY_S
-        _begin_waiting(driver, cluster, waiting, training, failures, due)
+        _begin_waiting(driver, cluster, waiting, training, failures, ask=due)
         asked_s = time.monotonic() if due else asked_s
         time.sleep(driver.poll_every_s)
         evaluated = evaluation.over(trained=not (waiting or training))
@@ -173,7 +173,7 @@ class _Evaluation:
         self._again_s, self._trained, self._over = 0.0, False, False
         self._failed, self._results = 0, 0
 
-    def over(self, trained: bool) -> bool:
+    def over(self, *, trained: bool) -> bool:
         """Show its log; return whether it has ended for good. Attempts begun once all models are `trained` are limited."""
         if self._over:
             return True
@@ -213,7 +213,7 @@ class _Evaluation:
 
 
 def _begin_waiting(
-    driver: Driver, cluster: Cluster, waiting: list[str], training: dict[str, Job], failures: Failures, ask: bool
+    driver: Driver, cluster: Cluster, waiting: list[str], training: dict[str, Job], failures: Failures, *, ask: bool
 ) -> None:
     """Start to train waiting models while the cluster has room; branches only if storage may be asked about their trunks."""
     at_once = cluster.at_once() if waiting else 0

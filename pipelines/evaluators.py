@@ -49,11 +49,11 @@ class Evaluator(Worker):
         self._shared = 0.0 if shared_gpu is None else 1.0  # beside training, which may hold all that it leaves
         try:
             with devices.blaming_others(devices.torch_device(device), self._shared):
-                self._open(sweep, device, shared_gpu is not None)
+                self._open(sweep, device, shares=shared_gpu is not None)
         except (RuntimeError, BrokenDevice) as error:  # of the device; a process that died of it would tell nobody
             self._broken = error
 
-    def _open(self, sweep: Sweep, device: str, shares: bool) -> None:
+    def _open(self, sweep: Sweep, device: str, *, shares: bool) -> None:
         import torch
 
         from dis_scale import vae

@@ -80,7 +80,7 @@ class _Record:
     reused_since_s: float = math.inf
     """When an excluded node was first used in place of a gone one, if the last attempt's device failed on it."""
 
-    def add(self, failure: WorkerFailure, stored: int, worked: bool) -> None:
+    def add(self, failure: WorkerFailure, stored: int, *, worked: bool) -> None:
         """Take in a failure of an attempt that left so much stored; DisScaleError or StorageAway if it was the last.
 
         `worked`: it ran for so long that an outage of storage which ended it is another one than before.

@@ -62,7 +62,7 @@ ENDED = "sweep_ended_timestamp_seconds"
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
 
-def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: Sequence[str] = ()) -> None:
+def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides: Sequence[str] = ()) -> None:
     """Run what is left of a sweep and write its report; DisScaleError if a stage or a model failed.
 
     `here` allows a Ray of this machine for a sweep that last ran on a cluster; otherwise the error names the `overrides`, which the
@@ -143,7 +143,7 @@ def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:
     ):
         board.say(f"cluster  {cluster.description}")
         list_images(driver, plan, store)
-        driver.sweep = sweep = store_recipe(driver, first)
+        driver.sweep = sweep = store_recipe(driver, first=first)
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         with contextlib.ExitStack() as ends:
             if first:
@@ -335,7 +335,7 @@ def resumed_recipe(sweep: Sweep, overrides: list[str]) -> Recipe:
     return recipe
 
 
-def store_recipe(driver: Driver, first: bool) -> Sweep:
+def store_recipe(driver: Driver, *, first: bool) -> Sweep:
     """Store the recipe, which may have grown; a sweep that joined another takes that one's. UserError if it adds models."""
     if first:
         driver.sweep.save_recipe()

@@ -90,6 +90,7 @@ class Trainer(Worker):
         device: str,
         start: tuple[float, float | None],
         shared: float,
+        *,
         short: bool,
     ) -> int:
         """Train as one rank after `check`; return the images seen. `start`, `shared` and `short` are as in `attempt.Attempt`."""
@@ -230,8 +231,8 @@ class TrainingRun:
             shared = 0.0
             if self.device == "cuda":
                 shared = Places.now(self.job.recipe).avoiding_failed(sweep, self.device).shared
-            arguments = (sweep, self.model, held, self.device, start, shared, len(ranks.workers) <= self.short_with)
-            results = [worker.train.remote(*arguments) for worker in ranks.workers]
+            arguments, short = (sweep, self.model, held, self.device, start, shared), len(ranks.workers) <= self.short_with
+            results = [worker.train.remote(*arguments, short=short) for worker in ranks.workers]
             drained, grows = set[str](), False
 
             def left_s() -> float | None:

@@ -64,7 +64,7 @@ class Wait:
         self._logged = count
         return words(count, request, nodes, ray.available_resources(), together)
 
-    def log(self, job: StageJob, count: int, request: Resources, together: int = 1, alone: bool = True) -> None:
+    def log(self, job: StageJob, count: int, request: Resources, together: int = 1, *, alone: bool = True) -> None:
         """Poll and log it; a stop request ends the wait. `alone`: no other worker has work meanwhile."""
         if count:
             job.raise_if_stopped()

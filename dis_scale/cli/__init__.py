@@ -62,7 +62,7 @@ app.add_typer(data, name="data")
 app.add_typer(_group("mlflow ", "MLflow, a copy of what is in storage.", sync=results.sync), name="mlflow")
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:  # noqa: FBT001  # Typer calls it so
     if wanted:
         print(f"{NAME} {__version__}")
         raise typer.Exit
@@ -70,6 +70,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    *,
     _: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     __: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)] = False,
 ) -> None:

@@ -28,6 +28,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")],
     vae: VaeOption = None,
     heads: Heads = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint as a folder for diffusers, with a model card."""
@@ -37,7 +38,7 @@ def export(
     with working("export: reading and writing weights"):
         opened = card.export_checkpoint(checkpoint, folder, vae, heads)
     document = {"folder": str(folder), "checkpoint": str(opened.located), "notes": opened.notes}
-    show(as_json, document, *opened.notes, f"exported {folder}\nnext     fill in {folder / card.CARD}: data, licence")
+    show(document, *opened.notes, f"exported {folder}\nnext     fill in {folder / card.CARD}: data, licence", as_json=as_json)
 
 
 def import_weights(
@@ -46,6 +47,7 @@ def import_weights(
     images: Annotated[int, typer.Option(help="Images that the file has seen: steps x batch.", min=1)],
     recipe: RecipePath = None,
     overrides: Overrides = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Publish public weights as a model of a sweep, which evaluates and samples them."""
@@ -67,10 +69,10 @@ def import_weights(
     stored = model in Sweep.open(sweep.folder.url).recipe.models
     again = f"dis-scale resume {sweep}" if stored else f"dis-scale sweep {recipe or EMBEDDED} --set '{seen}'"
     show(
-        as_json,
         found._asdict() | {"folder": found.folder.url},
         *found.notes,
         f"imported {found.folder}: {found.parameters:,} weights, at {found.images_seen:,} images\n"
         f"next     {again}: evaluates it; dis-scale sample {found.folder}\n"
         f"         models.NAME.start: {{kind: sweep, url: {sweep}, model: {model}, images: {found.images_seen}}}",
+        as_json=as_json,
     )

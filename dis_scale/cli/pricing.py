@@ -34,6 +34,7 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU for an hour.")] = None,
     preemptions_per_day: Annotated[float | None, typer.Option(min=0, help="Of these GPUs together.")] = None,
     mfu: Annotated[float | None, typer.Option(help="Share of the GPU's peak that is reached; assumed by default.")] = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Show what a sweep will cost, and start nothing."""
@@ -59,11 +60,11 @@ def plan(
         "study": [cell._asdict() for cell in study],
     }
     show(
-        as_json,
         document,
         f"data     {price_reading(settings, priced.shape, source)}" if source else f"data     unknown: {unknown}",
         *([isoflop.table(priced, study, source)] if study else []),
         *(_forecast(forecast, priced.recipe.train) if forecast else []),
+        as_json=as_json,
     )
 
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 RecipeOrSweep = Annotated[str, typer.Argument(help="A recipe, the name of a shipped one, or a sweep's folder.")]
 
 
-def show_recipe(recipe: RecipeOrSweep, overrides: Overrides = None, images: SourceImages = None, as_json: AsJson = False) -> None:
+def show_recipe(
+    recipe: RecipeOrSweep, overrides: Overrides = None, images: SourceImages = None, *, as_json: AsJson = False
+) -> None:
     """Show every setting with its value, and all numbers that follow."""
     from dis_scale.recipe import flat
 
@@ -30,10 +32,10 @@ def show_recipe(recipe: RecipeOrSweep, overrides: Overrides = None, images: Sour
     words = (f"{each.key}: {each.words}{'' if each.given else '  # default'}" for each in flat.flatten(settings))
     follows = [*_lines(settings, numbers), _table(numbers.models)] if numbers else [f"\nunknown  {unknown}"]
     document = {"settings": settings.model_dump(mode="json"), "derived": numbers and asdict(numbers), "unknown": unknown}
-    show(as_json, document, *words, *follows)
+    show(document, *words, *follows, as_json=as_json)
 
 
-def diff(a: RecipeOrSweep, b: RecipeOrSweep, as_json: AsJson = False) -> None:
+def diff(a: RecipeOrSweep, b: RecipeOrSweep, *, as_json: AsJson = False) -> None:
     """Show the settings in which two recipes differ."""
     from dis_scale.recipe import flat
 
@@ -41,17 +43,17 @@ def diff(a: RecipeOrSweep, b: RecipeOrSweep, as_json: AsJson = False) -> None:
     table = Table("setting", a, b)
     for each in found:
         table.add_row(each.key, *("-" if value is None else value for value in (each.a, each.b)))
-    show(as_json, [each._asdict() for each in found], table if found else "equal    no setting differs")
+    show([each._asdict() for each in found], table if found else "equal    no setting differs", as_json=as_json)
 
 
-def shipped(as_json: AsJson = False) -> None:
+def shipped(*, as_json: AsJson = False) -> None:
     """List the recipes that come with the package; their names are recipes for all commands."""
     from dis_scale.recipe import shipped as recipes
 
     purposes = {name: recipes.purpose(name) for name in recipes.names()}
     document = [{"name": name, "path": str(recipes.resolve(name)), "purpose": words} for name, words in purposes.items()]
     width = max(map(len, purposes)) + 2
-    show(as_json, document, *(f"{name:<{width}}{words}" for name, words in purposes.items()))
+    show(document, *(f"{name:<{width}}{words}" for name, words in purposes.items()), as_json=as_json)
 
 
 def schema() -> None:

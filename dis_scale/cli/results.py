@@ -19,6 +19,7 @@ MLFLOWS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databrick
 
 def report(
     sweep: SweepUrl,
+    *,
     published: Annotated[
         bool, typer.Option("--published", help="Show published points of DiT, SiT and DiG, those of the sweep's sampler.")
     ] = False,
@@ -39,13 +40,13 @@ def report(
 
         if not opened.report.exists(PAGE):  # as while a sweep runs: the sweep itself leaves the CSV at its end
             with working("report: reading and drawing"):
-                write(opened, collect(opened, plan_of(opened)), published, running=True)
+                write(opened, collect(opened, plan_of(opened)), published=published, running=True)
         return serve_folder(opened.report, say)
     with working("report: reading and drawing"):
         points = collect(opened, plan_of(opened))
-        write(opened, points, published)
+        write(opened, points, published=published)
     page = f"{opened.report}/{PAGE}"
-    show(as_json, to_json(points) | {"page": page}, table(points), f"page     {page}")
+    show(to_json(points) | {"page": page}, table(points), f"page     {page}", as_json=as_json)
 
 
 def compare(
@@ -56,6 +57,7 @@ def compare(
         typer.Option(help="Compare one family of backbones with the curve of another, in one sweep: dis dit.", metavar="A B"),
     ] = None,
     pair: Annotated[list[str] | None, typer.Option(help="Compare a model of the first with one of the second: NAME=NAME.")] = None,
+    *,
     by_cost: Annotated[bool, typer.Option("--by-cost", help="Compare models of about one cost instead of one name.")] = False,
     page: Annotated[Path | None, typer.Option(help="Write a page of two sweeps to this file, such as comparison.html.")] = None,
     as_json: AsJson = False,
@@ -74,7 +76,7 @@ def compare(
             measured = collect(opened := Sweep.open(a), plan_of(opened))
         compared = within.comparisons(measured, *families)
         lines = within.left_out(measured, *families)
-        show(as_json, [each.to_json() for each in compared], within.table(measured.sweep, compared), *lines)
+        show([each.to_json() for each in compared], within.table(measured.sweep, compared), *lines, as_json=as_json)
         return
     if b is None:
         raise UserError("compare: expected two sweeps, or one with --families A B")
@@ -95,13 +97,14 @@ def compare(
     if page:
         with working("compare: drawing"):
             page.write_bytes(compare_page(opened_both, (first, second), table))
-    show(as_json, [each.to_json() for each in found], table, *([f"page     {page}"] if page else []))
+    show([each.to_json() for each in found], table, *([f"page     {page}"] if page else []), as_json=as_json)
 
 
 def measure(
     samples: Annotated[str, typer.Argument(help="An .npz with `arr_0`, a folder of images or a .tar.")],
     reference: Annotated[str, typer.Argument(help="One of these, or an .npz with ADM's statistics; a path or URL.")],
     weights: Annotated[str | None, typer.Option(help="Inception's weights; default: torch-fidelity's download.")] = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Measure any samples: FID, sFID, Inception Scores, precision and recall, with errors, as ADM's evaluator does."""
@@ -127,7 +130,7 @@ def measure(
         ).values
     names = [name for name in found if not name.endswith("_error")]
     lines = (f"{name:16} {tables.with_error(found[name], found.get(f'{name}_error'), '.5g')}" for name in names)
-    show(as_json, found, *lines)
+    show(found, *lines, as_json=as_json)
 
 
 def guidance(
@@ -139,6 +142,7 @@ def guidance(
         str | None,
         typer.Option(help="Guide by another published model, MODEL@IMAGES, such as dis-s@24000; default: without labels."),
     ] = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Measure the curve of guidance against distance."""
@@ -148,7 +152,9 @@ def guidance(
     name, _, images = (by or "").rpartition("@")
     if by and not (name and images.isdecimal()):
         raise UserError(f"--by: got {by!r}, expected MODEL@IMAGES, such as dis-s@24000")
-    _ablate(sweep, model, at, GUIDANCE, _numbers("--scales", scales), as_json, Sampled(name, int(images)) if by else None)
+    _ablate(
+        sweep, model, at, GUIDANCE, _numbers("--scales", scales), as_json=as_json, by=Sampled(name, int(images)) if by else None
+    )
 
 
 def ema(
@@ -156,27 +162,29 @@ def ema(
     model: Model,
     widths: Annotated[str, typer.Option(help="Relative widths, separated by commas.")] = "0.03,0.05,0.07,0.1,0.15",
     at: At = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Measure the curve of averaging width against distance; the averages are rebuilt after training."""
     from pipelines.ablate import WIDTH
 
-    _ablate(sweep, model, at, WIDTH, _numbers("--widths", widths), as_json)
+    _ablate(sweep, model, at, WIDTH, _numbers("--widths", widths), as_json=as_json)
 
 
 def _ablate(
-    url: str, model: str, at: int | None, setting: str, values: list[float], as_json: bool, by: "Sampled | None" = None
+    url: str, model: str, at: int | None, setting: str, values: list[float], *, as_json: bool, by: "Sampled | None" = None
 ) -> None:
     from dis_scale.sweep import Sweep
     from pipelines.ablate import run_ablation
 
     found = run_ablation(Sweep.open(url), model, at, setting, values, console(stderr=as_json), by)
-    show(as_json, [{setting: value, "values": metrics} for value, metrics in found.items()])
+    show([{setting: value, "values": metrics} for value, metrics in found.items()], as_json=as_json)
 
 
 def sync(
     sweep: SweepUrl,
     uri: Annotated[str | None, typer.Option(help="The MLflow to fill; default: the one that tracks the sweep.")] = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Fill MLflow from storage: an empty one with everything, one that was away with what it missed."""
@@ -202,7 +210,7 @@ def sync(
             raise Held(f"{where}: leave --uri out, or wait: {error}") from None
     with working(f"mlflow sync: copying to {into}"):
         rows = copy_everything(opened, plan_of(opened).parameters(), into)
-    show(as_json, {"uri": into, "rows": rows}, f"{rows:,} rows of training and all evaluations are in {into}")
+    show({"uri": into, "rows": rows}, f"{rows:,} rows of training and all evaluations are in {into}", as_json=as_json)
 
 
 def _numbers(option: str, text: str) -> list[float]:

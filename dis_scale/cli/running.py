@@ -30,7 +30,7 @@ Stage = Literal["prepare", "precompute", "evaluate"]
 Here = Annotated[bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")]
 
 
-def sweep(command: typer.Context, recipe: RecipePath = None, overrides: Overrides = None, here: Here = False) -> None:
+def sweep(command: typer.Context, recipe: RecipePath = None, overrides: Overrides = None, *, here: Here = False) -> None:
     """Train, evaluate and report a sweep; a rerun does what is left."""
     console = driver_console(command.obj)
     if recipe is None:
@@ -40,10 +40,10 @@ def sweep(command: typer.Context, recipe: RecipePath = None, overrides: Override
 
     from pipelines.sweep import run_sweep
 
-    run_sweep(settings, console, here, overrides or [])
+    run_sweep(settings, console, here=here, overrides=overrides or [])
 
 
-def resume(command: typer.Context, sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> None:
+def resume(command: typer.Context, sweep: SweepUrl, overrides: Overrides = None, *, here: Here = False) -> None:
     """Continue a stored sweep with its own recipe, on the kind of cluster where it last ran."""
     from dis_scale.storage.folder import open_folder
     from dis_scale.sweep import Sweep
@@ -53,7 +53,7 @@ def resume(command: typer.Context, sweep: SweepUrl, overrides: Overrides = None,
     await_storage(open_folder(sweep), console)
     stored = Sweep.open(sweep)
     command.obj.sweep = stored.recipe.name
-    run_sweep(resumed_recipe(stored, overrides or []), console, here, overrides or [])
+    run_sweep(resumed_recipe(stored, overrides or []), console, here=here, overrides=overrides or [])
 
 
 def stop(
@@ -62,6 +62,7 @@ def stop(
         str | None,
         typer.Option(help="Dashboard of the Ray whose jobs a killed command left, http://HOST:8265; default: the sweep's own."),
     ] = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Ask a running sweep to save and stop, from any machine; `dis-scale resume SWEEP` continues it."""
@@ -69,14 +70,15 @@ def stop(
 
     stopped = stop_sweep(sweep, address)
     show(
-        as_json,
         {"stop_requested": stopped},
         f"stop requested: {', '.join(stopped)}" if stopped else "nothing to stop: no command and no job of this sweep is running",
+        as_json=as_json,
     )
 
 
 def status(
     sweep: Annotated[str, typer.Argument(help="A sweep's folder or URL, or a storage root: all sweeps below it.")] = ROOT,
+    *,
     as_json: AsJson = False,
     every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit code 1 if something is wrong; for a timer.")] = False,
@@ -99,7 +101,7 @@ def status(
     if every:
         return statuses.watch(Sweep.open(sweep), every, console())
     if sweep == ROOT and not (below or check or root.exists(RECIPE)):
-        return show(as_json, [], f"no sweeps below {ROOT} yet: dis-scale sweep begins one")
+        return show([], f"no sweeps below {ROOT} yet: dis-scale sweep begins one", as_json=as_json)
     found, unread = list[statuses.Status](), list[str]()
     for url in [folder.url for folder in below] or [sweep]:
         try:
@@ -112,9 +114,9 @@ def status(
             unread.append(str(error))
             say_aside(f"not read: {error}")
     if below:
-        show(as_json, [asdict(each) for each in found], statuses.overview(found))
+        show([asdict(each) for each in found], statuses.overview(found), as_json=as_json)
     else:
-        show(as_json, asdict(found[0]), statuses.table(found[0]))
+        show(asdict(found[0]), statuses.table(found[0]), as_json=as_json)
     wrong = unread + [f"{each.sweep}: {line}" for each in found for line in each.wrong]
     if check and wrong:
         raise DisScaleError(f"{wrong[0]}{f'; and {len(wrong) - 1} more' if len(wrong) > 1 else ''}")
@@ -125,6 +127,7 @@ def logs(
     model: Annotated[str | None, typer.Argument(help="A model, or a log's name as listed.", show_default=False)] = None,
     stage: Annotated[Stage | None, typer.Option(help="A stage instead.")] = None,
     attempt: Annotated[str | None, typer.Option(help="When it began, as listed; default: the newest.")] = None,
+    *,
     raw: Annotated[bool, typer.Option("--raw", help="Print the lines as they are stored: JSON.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +143,7 @@ def logs(
         if attempt is not None or raw:
             raise UserError("logs: --attempt and --raw are of one job's logs: name a model, or --stage")
         lines = attempt_logs.overview(opened)
-        return show(as_json, {"attempts": lines}, *lines)
+        return show({"attempts": lines}, *lines, as_json=as_json)
     if model in get_args(Stage) and model not in opened.recipe.models:
         model, stage = None, model
     if model is not None:  # also as listed: train-dis-m
@@ -150,7 +153,7 @@ def logs(
     texts = attempt_logs.read_attempt(folder, attempt)
     files = {f"{folder}/{name}": text for name, text in texts.items()}
     words = {file: text if raw else readable(attempt_logs.in_words(text)) for file, text in files.items()}
-    show(as_json, files, *(f"==> {file} <==\n{text}" for file, text in words.items()))
+    show(files, *(f"==> {file} <==\n{text}" for file, text in words.items()), as_json=as_json)
 
 
 def fork(
@@ -161,6 +164,7 @@ def fork(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the new run's training, such as learning_rate=5e-5.")
     ] = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Start a new run from another run's resume point. To roll back, fork from an earlier point, with another learning rate."""
@@ -170,10 +174,10 @@ def fork(
     opened = Sweep.open(sweep)
     run = fork_run(opened, model, at, new, settings or [])
     show(
-        as_json,
         {"run": run.folder.url, "model": new, "images": at},
         f"forked   {run.folder}: continues from {at} images\n"
         f"next     dis-scale resume {opened}; or give {new} the settings of {model} under models: in your recipe and run that",
+        as_json=as_json,
     )
 
 
@@ -184,6 +188,7 @@ def profile(
     trace: Annotated[
         Path | None, typer.Option(help="Write one more step into this Chrome trace (chrome://tracing, Perfetto).")
     ] = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Time a few training steps on this machine: rates, memory, where the time goes. Nothing is saved."""
@@ -194,4 +199,4 @@ def profile(
         require_file(trace, "--trace")
     rates = profile_training(Sweep.open(sweep), model, steps, trace, say_aside if as_json else say)
     document = rates | {"model": model, "steps": steps, "trace": trace and str(trace)}
-    show(as_json, document, *([f"trace    {trace}"] if trace else []))
+    show(document, *([f"trace    {trace}"] if trace else []), as_json=as_json)

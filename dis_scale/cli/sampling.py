@@ -52,6 +52,7 @@ def sample(
     batch: Annotated[int, typer.Option(help="Images sampled at a time; does not change them.", min=1)] = 64,
     vae: VaeOption = None,
     heads: Heads = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Sample a grid of images from one checkpoint, or a file of many for ADM's evaluator; on a GPU if there is one."""
@@ -108,7 +109,7 @@ def sample(
     found = {
         "file": str(npz or out), "images": images, **how, **guided, "device": machine_name(device), "notes": opened.notes
     }  # fmt: skip
-    show(as_json, found, f"{images:,} {'images' if images > 1 else 'image'} in {npz or out}")
+    show(found, f"{images:,} {'images' if images > 1 else 'image'} in {npz or out}", as_json=as_json)
 
 
 def grid_columns(classes: int, images: int) -> int:

@@ -58,7 +58,7 @@ def driver_console(context: Context) -> Console:
     return Console(file=JsonLines(sys.stdout, context), width=120, force_terminal=False)
 
 
-def console(stderr: bool = False) -> Console:
+def console(*, stderr: bool = False) -> Console:
     """The terminal, or 120 characters if the output is not one; on stderr beside an output for programs.
 
     FORCE_COLOR colours other outputs, too; what moves the cursor is for terminals only.
@@ -79,7 +79,7 @@ def say_aside(line: str) -> None:
     print(shown(line), file=sys.stderr, flush=True)
 
 
-def show(as_json: bool, document: Any, *words: RenderableType) -> None:
+def show(document: Any, *words: RenderableType, as_json: bool) -> None:
     """Print a result: its document as JSON for programs, or its lines and tables for people."""
     if as_json:
         print(json.dumps(document, indent=1))

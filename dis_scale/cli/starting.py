@@ -30,6 +30,7 @@ def init(
         Path | None,
         typer.Option(help=f"Write the names of broken images to this file; default: RECIPE.broken.txt if over {SHOWN}."),
     ] = None,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Look at a folder of images and write a recipe that fits them and this machine."""
@@ -56,18 +57,19 @@ def init(
     recipe = reading.parse(text, str(out))
     measured = [] if recipe.evaluate.extractors else [f"measures {why_no_distance(found)}"]
     show(
-        as_json,
         {"recipe": str(out), "settings": recipe.model_dump(mode="json"), **found.to_json()},
         f"machine  {machine.words}",
         f"recipe   {out}: {', '.join(recipe.models)} at {recipe.data.resolution} pixels",
         *measured,
         f"next     dis-scale plan {out}\n         dis-scale sweep {out}",
+        as_json=as_json,
     )
 
 
 def doctor(
     storage: Annotated[str | None, typer.Argument(help="Storage root to try; default: the recipe's.", show_default=False)] = None,
     recipe: Annotated[Path, typer.Option(help="Try what this recipe needs: its device, extractors and autoencoder.")] = EMBEDDED,
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Try all that a sweep needs here; exit code 1 if a part is bad."""
@@ -83,7 +85,7 @@ def doctor(
             findings.append(each := tried(part, check, needs))
         if not as_json:
             say(f"{each.state:<10} {each.part:<14} {each.words}")
-    show(as_json, [asdict(each) for each in findings])
+    show([asdict(each) for each in findings], as_json=as_json)
     if bad := [each.part for each in findings if each.state == "bad"]:
         raise DisScaleError(f"{len(bad)} of {len(findings)} parts are bad: {', '.join(bad)}")
 

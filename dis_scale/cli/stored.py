@@ -18,7 +18,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Delete what is listed.")]
 Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of latents; local or any fsspec URL.")]
 
 
-def verify_results(sweep: SweepUrl, as_json: AsJson = False) -> None:
+def verify_results(sweep: SweepUrl, *, as_json: AsJson = False) -> None:
     """Read all files that a sweep's results need; name those that are damaged or missing, with exit code 1."""
     from dis_scale.process.progress import Board
     from dis_scale.sweep import Sweep
@@ -29,12 +29,12 @@ def verify_results(sweep: SweepUrl, as_json: AsJson = False) -> None:
         for line in damaged:
             board.say(f"damaged  {line}")
     complete = "complete all files that the results need were read and match their hashes"
-    show(as_json, {"damaged": damaged}, *([] if damaged else [complete]))
+    show({"damaged": damaged}, *([] if damaged else [complete]), as_json=as_json)
     if damaged:
         raise DisScaleError(f"{sweep}: {len(damaged)} files are damaged or missing")
 
 
-def gc(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
+def gc(sweep: SweepUrl, *, yes: Yes = False, as_json: AsJson = False) -> None:
     """List what no result needs, with its size: samples of finished evaluations, old leases, ...
 
     Also latents of the storage root that no sweep uses. A metric that is added to the recipe later generates deleted samples again.
@@ -50,11 +50,12 @@ def gc(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
         except UserError as error:  # a sweep there runs or has no latents yet, so it may come to use any
             notes.append(retention.Note("kept", str(error)))
     delete = partial(retention.delete, unneeded)
-    _list_or_delete(unneeded, notes, delete if yes else None, as_json, f"dis-scale gc {sweep} --yes")
+    _list_or_delete(unneeded, notes, delete if yes else None, as_json=as_json, remedy=f"dis-scale gc {sweep} --yes")
 
 
 def data_gc(
     root: Annotated[str, typer.Argument(help="A storage root: latents and listings are below it, and its sweeps.")],
+    *,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -69,11 +70,11 @@ def data_gc(
             store = retention.open_store(root)
         unneeded = retention.find_unused(store)
     delete = partial(retention.delete, unneeded)
-    _list_or_delete(unneeded, [], delete if yes else None, as_json, f"dis-scale data gc {root} --yes")
+    _list_or_delete(unneeded, [], delete if yes else None, as_json=as_json, remedy=f"dis-scale data gc {root} --yes")
 
 
 def _list_or_delete(
-    parts: "list[Unneeded]", notes: "list[Note]", delete: Callable[[], object] | None, as_json: bool, remedy: str
+    parts: "list[Unneeded]", notes: "list[Note]", delete: Callable[[], object] | None, *, as_json: bool, remedy: str
 ) -> None:
     """Print the parts, and what is kept; delete the former by `delete`, without which the remedy is printed."""
     files, size_bytes = sum(len(each.sizes) for each in parts), sum(each.size_bytes for each in parts)
@@ -91,10 +92,10 @@ def _list_or_delete(
         "files": files, "bytes": size_bytes, "deleted": delete is not None,
     }  # fmt: skip
     words = f"deleted      {total}" if delete else f"total        {total}; to delete them: {remedy}"
-    show(as_json, document, words)
+    show(document, words, as_json=as_json)
 
 
-def delete(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
+def delete(sweep: SweepUrl, *, yes: Yes = False, as_json: AsJson = False) -> None:
     """List all that would be deleted with a sweep, and what stays for others: dis-scale delete outputs/sweeps/digits --yes
 
     Also latents and listing, unless another sweep of the storage root uses or may use them. Refused while the sweep runs.
@@ -106,23 +107,25 @@ def delete(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
         removed = removal.find(Sweep.open(sweep))
     delete = partial(removal.delete, removed)
     remedy = f"dis-scale delete {sweep} --yes"
-    _list_or_delete(removed.parts, removed.notes, delete if yes else None, as_json, remedy)
+    _list_or_delete(removed.parts, removed.notes, delete if yes else None, as_json=as_json, remedy=remedy)
 
 
 def forgive(
     sweep: SweepUrl,
     node: Annotated[str, typer.Argument(help="The node's name, as `dis-scale status` prints it.")],
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Forget the failures of a node's devices after its repair: training uses it again from its next attempt on."""
     from dis_scale.sweep import Sweep, state
 
     failures = state.forgive_node(Sweep.open(sweep), node)
-    show(as_json, {"node": node, "forgiven": failures}, f"forgiven {node}: {failures} failures of its devices")
+    show({"node": node, "forgiven": failures}, f"forgiven {node}: {failures} failures of its devices", as_json=as_json)
 
 
 def data_verify(
     url: Latents,
+    *,
     fast: Annotated[bool, typer.Option("--fast", help="Compare sizes only; read nothing back.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -133,8 +136,8 @@ def data_verify(
     with Board(console(stderr=as_json)) as board:
         with naming_misspelt(url):
             sweep, latents = maintenance.locate_latents(url)
-        damaged = maintenance.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
-        show(as_json, {"latents": latents.url, "damaged": damaged})
+        damaged = maintenance.verify(latents, fast=fast, report=lambda done, total: board.update("verify", done, total, "shards"))
+        show({"latents": latents.url, "damaged": damaged}, as_json=as_json)
         for words in damaged.values():
             board.say(f"damaged  {words}")
         maintenance.require_undamaged(latents, damaged, sweep)
@@ -143,6 +146,7 @@ def data_verify(
 
 def data_repair(
     sweep: Annotated[str, typer.Argument(help="The sweep's folder; its recipe names the images and the VAE.")],
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Rebuild the damaged shards, byte for byte as they were."""
@@ -154,13 +158,14 @@ def data_repair(
             sweep, lambda done, total: board.update("verify", done, total, "shards"), listing_words(board.say)
         )
         board.say(f"repaired {', '.join(repaired)}" if repaired else "nothing to repair: every shard is complete")
-    show(as_json, {"repaired": repaired})
+    show({"repaired": repaired}, as_json=as_json)
 
 
 def data_export(
     url: Latents,
     out: Annotated[str, typer.Option(help="The new folder; local or any fsspec URL.")],
     layout: Annotated[Literal["edm2", "repa", "webdataset"], typer.Option(help="Whose layout.")],
+    *,
     as_json: AsJson = False,
 ) -> None:
     """Write latents for the code of EDM2, REPA (which needs its images beside them) or MaskDiT (`webdataset`).
@@ -176,13 +181,14 @@ def data_export(
             _, latents = maintenance.locate_latents(url)
         folder = open_folder(out)
         count = given.export(latents, layout, folder, lambda done, total: board.update("export", done, total, "shards"))
-    show(as_json, {"latents": count, "folder": folder.url}, f"exported {count:,} latents to {folder} as {layout}")
+    show({"latents": count, "folder": folder.url}, f"exported {count:,} latents to {folder} as {layout}", as_json=as_json)
 
 
 def data_show(
     url: Latents,
     out: Annotated[Path, typer.Option(help="The PNG of decoded images to write.")] = Path("latents.png"),
     vae: VaeOption = None,
+    *,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON; write no images.")] = False,
 ) -> None:
     """Show totals, labels, statistics and identity of latents; write a grid of images above what the VAE makes of them."""

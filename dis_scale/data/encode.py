@@ -61,13 +61,13 @@ class _DecodedRange(NamedTuple):
     images: list[np.ndarray | UndecodableImage]
 
 
-def compute_exactly(tf32: bool = False) -> None:
+def compute_exactly(*, tf32: bool = False) -> None:
     """Set PyTorch to one thread, and to no TF32 unless a recipe asks for it, so that every worker computes the same sums."""
     torch.set_num_threads(1)
-    allow_tf32(tf32)
+    allow_tf32(allowed=tf32)
 
 
-def allow_tf32(allowed: bool) -> None:
+def allow_tf32(*, allowed: bool) -> None:
     """Set whether a GPU rounds the inputs of products to TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 

@@ -135,7 +135,7 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
             shard = shards.unpack(data, f"{latents}/{entry.name}")
             entries = places[shards.positions(data)].tolist()
             unflipped = zip(entries, shard.moments[:, 0], shard.labels.tolist(), strict=True)
-            labels |= write(folder, entry.name, unflipped, manifest.encoding.posterior)
+            labels |= write(folder, entry.name, unflipped, posterior=manifest.encoding.posterior)
         report(done, len(manifest.shards))
     if layout != "webdataset":
         classes = None if manifest.made_from.num_classes is None else sorted(labels.items())
@@ -185,24 +185,24 @@ _Unflipped = Iterator[tuple[int, np.ndarray, int]]
 """Place in the source, moments (2C or C, h, w) and class of each latent."""
 
 
-def _write_files(folder: Folder, _: str, samples: _Unflipped, posterior: bool) -> dict[str, int]:
+def _write_files(folder: Folder, _: str, samples: _Unflipped, *, posterior: bool) -> dict[str, int]:
     """Write a file for each latent; return their classes."""
 
     def write(sample: tuple[int, np.ndarray, int]) -> tuple[str, int]:
         position, moments, label = sample
         name = layouts.edm2_file(position)
-        folder.write(name, layouts.mean_and_deviation(moments, posterior))
+        folder.write(name, layouts.mean_and_deviation(moments, posterior=posterior))
         return name, label
 
     return dict(in_order(samples, write, WRITES_AT_ONCE))
 
 
-def _write_tar(folder: Folder, shard: str, samples: _Unflipped, posterior: bool) -> dict[str, int]:
+def _write_tar(folder: Folder, shard: str, samples: _Unflipped, *, posterior: bool) -> dict[str, int]:
     """Write a tar with the latents of a shard; their classes are in it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for position, moments, label in samples:
-            moments_file = layouts.mean_and_log_variance(moments, posterior)
+            moments_file = layouts.mean_and_log_variance(moments, posterior=posterior)
             for kind, data in (("latent", moments_file), ("cls", str(label).encode())):
                 member = tarfile.TarInfo(f"{position:07d}.{kind}")
                 member.size = len(data)

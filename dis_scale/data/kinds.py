@@ -72,7 +72,7 @@ class _Digits(_OneFileEach):
 
     where, missing = "scikit-learn's digits", ""
 
-    def __init__(self, labelled: bool) -> None:
+    def __init__(self, *, labelled: bool) -> None:
         self._labelled = labelled
 
     def find(self) -> Contents:
@@ -89,7 +89,7 @@ class _Digits(_OneFileEach):
 class _ClassFolders(_OneFileEach):
     """A folder of images for each class; unlabelled images may also be beside these folders."""
 
-    def __init__(self, settings: FolderSource, labelled: bool) -> None:
+    def __init__(self, settings: FolderSource, *, labelled: bool) -> None:
         self._root, self._labelled = open_folder(settings.url), labelled
         self.where = self._root.url
         self.missing = (
@@ -117,7 +117,7 @@ class _ClassFolders(_OneFileEach):
         return Contents(self._entries(self._root.walk_with_links(), {name: label for label, name in enumerate(classes)}), classes)
 
     def _entries(self, files: Iterable[tuple[str, bool]], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
-        linked = self._root.local and _Linked(self._root.local, self._labelled)
+        linked = self._root.local and _Linked(self._root.local, labelled=self._labelled)
         around, folder_elsewhere = "", ""
         for file, is_link in files:
             folder, slash, _ = file.partition("/")
@@ -179,7 +179,7 @@ class _ClassFolders(_OneFileEach):
 class _Linked:
     """The folders and images below `root` that are there by links, to see which are there by another path too."""
 
-    def __init__(self, root: Path, labelled: bool) -> None:
+    def __init__(self, root: Path, *, labelled: bool) -> None:
         self._root, self._labelled, self._first = root.resolve(), labelled, dict[Path, str]()
         self._known = lru_cache(64)(self._real)
 
@@ -217,7 +217,7 @@ class _Linked:
 class _Csv(_OneFileEach):
     """A CSV file of paths, and of labels unless the images are unlabelled."""
 
-    def __init__(self, settings: CsvSource, data: Data, labelled: bool) -> None:
+    def __init__(self, settings: CsvSource, data: Data, *, labelled: bool) -> None:
         self._file, self._outside = open_folder(settings.url), data.csv_outside == "allow"
         self._path, self._label = settings.path, settings.label if labelled else None
         self._all_there = data.undecodable == "refuse"
@@ -297,8 +297,8 @@ class _ManyInAFile:
 
     mixed = False
 
-    def __init__(self, url: str, files: Files, layout: layouts.InFiles, missing: str, are_classes: bool = False) -> None:
-        self.root, self._names = tars.files_of(folder := open_folder(url), files, layout.suffix, are_classes)
+    def __init__(self, url: str, files: Files, layout: layouts.InFiles, missing: str, *, are_classes: bool = False) -> None:
+        self.root, self._names = tars.files_of(folder := open_folder(url), files, layout.suffix, are_classes=are_classes)
         self._is_folder, self.where, self.missing = self.root == folder, self.root.url, f"{missing} {self.root}"
         self._layout, self.near = layout, layout.near
 
@@ -325,7 +325,7 @@ class _ManyInAFile:
 class _Parquet(_ManyInAFile):
     """Parquet files of images, whose reader compares versions when it loads a row group."""
 
-    def __init__(self, settings: ParquetSource, labelled: bool) -> None:
+    def __init__(self, settings: ParquetSource, *, labelled: bool) -> None:
         reader = parquet.ParquetReader(settings, self.require_unchanged)
         find = partial(parquet.find, settings=settings, labelled=labelled)
         layout = layouts.InFiles(".parquet", find, reader.read, parquet.near)
@@ -346,7 +346,7 @@ class _PackedLatents(_ManyInAFile):
 class _LatentFiles(_OneFileEach):
     """Latents of another program, a file each."""
 
-    def __init__(self, settings: LatentsSource, labelled: bool) -> None:
+    def __init__(self, settings: LatentsSource, *, labelled: bool) -> None:
         self._root, self._labelled = layouts.root_of(settings, open_folder(settings.url)), labelled
         self.where = self._root.url
         self.missing = f"no latents in {self._root}; expected {self._root}/{layouts.edm2_file(0)}"
@@ -359,7 +359,7 @@ class _LatentFiles(_OneFileEach):
 
     def find(self) -> Contents:
         layouts.require_finished(self._root)
-        return Contents(layouts.find_files(self._root, self._labelled))
+        return Contents(layouts.find_files(self._root, labelled=self._labelled))
 
     def read_one(self, entry: Entry) -> bytes:
         try:
@@ -373,24 +373,24 @@ def open_kind(data: Data) -> SourceKind:
     labelled = data.num_classes is not None
     match data.source:
         case LatentsSource():
-            layout = layouts.many_in_a_file(data.source, data.mirror, labelled)
+            layout = layouts.many_in_a_file(data.source, mirror=data.mirror, labelled=labelled)
             if layout is None:
-                return _LatentFiles(data.source, labelled)
+                return _LatentFiles(data.source, labelled=labelled)
             files = data.source.files or f"*{layout.suffix}"
             return _PackedLatents(data.source.url, files, layout, f"no latents in the files {files} of")
         case DigitsSource():
-            return _Digits(labelled)
+            return _Digits(labelled=labelled)
         case FolderSource():
-            return _ClassFolders(data.source, labelled)
+            return _ClassFolders(data.source, labelled=labelled)
         case CsvSource():
-            return _Csv(data.source, data, labelled)
+            return _Csv(data.source, data, labelled=labelled)
         case TarSource():
             find = partial(tars.find, settings=data.source, labelled=labelled)
             layout = layouts.InFiles(".tar", find, tars.read, tars.near)
             missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of"
-            return _ManyInAFile(data.source.url, data.source.files, layout, missing, data.source.label == "tar")
+            return _ManyInAFile(data.source.url, data.source.files, layout, missing, are_classes=data.source.label == "tar")
         case ParquetSource():
-            return _Parquet(data.source, labelled)
+            return _Parquet(data.source, labelled=labelled)
 
 
 def require_version(what: str, listed: str, now: str) -> None:

@@ -53,7 +53,7 @@ class Latents:
         self.scaling = Scaling.of(self.manifest, normalise)
         counts = [shard.count for shard in self.manifest.shards]
         self.order = Order(counts, seed, held_out=held_out, order_seed=order_seed)
-        self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all)
+        self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all=keep_all)
         # The disk of a file that is evicted is not free while it is mapped.
         self._copy = keep_all and cache is not None and cache.bound_bytes < self.manifest.size_bytes
         self._checked: set[str] = set()

@@ -69,14 +69,14 @@ def root_of(source: LatentsSource, url: Folder) -> Folder:
     return url / REPA_FOLDER if source.layout == "repa" else url
 
 
-def many_in_a_file(source: LatentsSource, mirror: bool, labelled: bool) -> InFiles | None:
+def many_in_a_file(source: LatentsSource, *, mirror: bool, labelled: bool) -> InFiles | None:
     """Return how to read a layout with many latents in a file; None if each has a file of its own."""
     match source.layout:
         case "webdataset":
             settings = TarSource(kind="tar", url=source.url, image=tars.LATENT, label="cls")
             return InFiles(".tar", partial(tars.find, settings=settings, labelled=labelled), tars.read, tars.near)
         case "safetensors":
-            files = _Safetensors(mirror, labelled)
+            files = _Safetensors(mirror=mirror, labelled=labelled)
             return InFiles(".safetensors", files.find, files.read, lambda first, entry: first.file == entry.file)
         case _ if source.url.endswith(".zip"):
             return InFiles(".zip", partial(_find_in_zips, labelled=labelled), tars.read, tars.near)
@@ -100,13 +100,13 @@ def _bounded(root: Folder) -> bytes:
     return data
 
 
-def find_files(root: Folder, labelled: bool) -> Iterator[Entry | LeftOut]:
+def find_files(root: Folder, *, labelled: bool) -> Iterator[Entry | LeftOut]:
     """List EDM2's files of a folder. UserError if a file has no class, or a class has no file."""
     labels = _labels(lambda: _bounded(root), f"{root}/{LABELS}") if labelled else None
     return _labelled(((name, "", (0, 0)) for name in root.walk() if name != LABELS), labels, str(root))
 
 
-def moments(source: LatentsSource, mirror: bool, data: bytes, name: str) -> np.ndarray:
+def moments(source: LatentsSource, data: bytes, name: str, *, mirror: bool) -> np.ndarray:
     """Return a latent's moments as shards have them, float16 (1, 2C, h, w), or (2, C, h, w) with a mirror image and no variance.
 
     UndecodableImage if the bytes are no latent.
@@ -133,20 +133,20 @@ def edm2_file(position: int) -> str:
     return f"{position // 1000:05d}/img-mean-std-{position:08d}.npy"
 
 
-def mean_and_deviation(moments_XHW: np.ndarray, posterior: bool) -> bytes:
+def mean_and_deviation(moments_XHW: np.ndarray, *, posterior: bool) -> bytes:
     """Return EDM2's file of one latent's moments, float16 (2C, h, w); the deviation is 0 if they have no variance."""
-    mean, log_variance = _split(moments_XHW, posterior)
+    mean, log_variance = _split(moments_XHW, posterior=posterior)
     return npy.to_bytes(np.concatenate([mean, np.exp(log_variance / 2)]).astype(np.float32))
 
 
-def mean_and_log_variance(moments_XHW: np.ndarray, posterior: bool) -> bytes:
+def mean_and_log_variance(moments_XHW: np.ndarray, *, posterior: bool) -> bytes:
     """Return MaskDiT's `.latent` of one latent's moments, float16 (2C, h, w)."""
-    pickled = pickle.dumps(np.concatenate(_split(moments_XHW, posterior)).astype(np.float32), 3)
+    pickled = pickle.dumps(np.concatenate(_split(moments_XHW, posterior=posterior)).astype(np.float32), 3)
     # NumPy 1, which MaskDiT uses, knows only the old name; NumPy 2 knows both.
     return pickled.replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
-def _split(moments_XHW: np.ndarray, posterior: bool) -> tuple[np.ndarray, np.ndarray]:
+def _split(moments_XHW: np.ndarray, *, posterior: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and log-variance, float64."""
     if not posterior:
         return moments_XHW.astype(np.float64), np.full(moments_XHW.shape, NO_VARIANCE)
@@ -279,11 +279,11 @@ def _labelled(
         )
 
 
-def _find_in_zips(root: Folder, names: list[str], labelled: bool) -> Contents:
-    return Contents(of_files(root, names, lambda name: _in_zip(root, name, labelled), 0))
+def _find_in_zips(root: Folder, names: list[str], *, labelled: bool) -> Contents:
+    return Contents(of_files(root, names, lambda name: _in_zip(root, name, labelled=labelled), 0))
 
 
-def _in_zip(root: Folder, name: str, labelled: bool) -> Iterator[Entry | LeftOut]:
+def _in_zip(root: Folder, name: str, *, labelled: bool) -> Iterator[Entry | LeftOut]:
     """Yield the latents of a zip; each is stored as it is, between its own header and the next member's."""
     where = f"{root}/{name}"
     try:
@@ -341,7 +341,7 @@ class _Tensor(NamedTuple):
         return values
 
 
-def _tensors(root: Folder, file: str, mirror: bool) -> dict[str, _Tensor]:
+def _tensors(root: Folder, file: str, *, mirror: bool) -> dict[str, _Tensor]:
     """Return a safetensors file's latents, labels if any, and latents of mirror images if wanted, by their header: its length, then
     JSON. UserError for other tensors; StorageError if the header is damaged, or the file shorter than it says.
     """
@@ -374,8 +374,8 @@ def _tensors(root: Folder, file: str, mirror: bool) -> dict[str, _Tensor]:
     return found
 
 
-def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Entry]:
-    tensors = _tensors(root, name, mirror)
+def _rows(root: Folder, name: str, *, labelled: bool, mirror: bool) -> Iterator[Entry]:
+    tensors = _tensors(root, name, mirror=mirror)
     count = tensors["latents"].shape[0]
     labels: Iterable[int] = repeat(0, count)
     if labelled:
@@ -391,12 +391,12 @@ def _rows(root: Folder, name: str, labelled: bool, mirror: bool) -> Iterator[Ent
 class _Safetensors:
     """Lists and reads rows of safetensors files; to read, a file's header once."""
 
-    def __init__(self, mirror: bool, labelled: bool) -> None:
+    def __init__(self, *, mirror: bool, labelled: bool) -> None:
         self._mirror, self._labelled = mirror, labelled
-        self._tensors = cache(lambda root, file, _: _tensors(root, file, mirror))
+        self._tensors = cache(lambda root, file, _: _tensors(root, file, mirror=mirror))
 
     def find(self, root: Folder, names: list[str]) -> Contents:
-        return Contents(of_files(root, names, lambda name: _rows(root, name, self._labelled, self._mirror), 0))
+        return Contents(of_files(root, names, lambda name: _rows(root, name, labelled=self._labelled, mirror=self._mirror), 0))
 
     def read(self, root: Folder, entries: Sequence[Entry]) -> list[bytes]:
         """Return each row as a `.npy`: (2, C, h, w) with its mirror image, else (1, C, h, w)."""

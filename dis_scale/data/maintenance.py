@@ -41,7 +41,7 @@ def locate_latents(url: str) -> tuple[Folder | None, Folder]:
     return None, given
 
 
-def verify(latents: Folder, fast: bool, report: ReportShare) -> dict[str, str]:
+def verify(latents: Folder, *, fast: bool, report: ReportShare) -> dict[str, str]:
     """Return the damage by shard, in order: against the manifest's hashes, or only its sizes if `fast`, which reports nothing.
 
     StorageError if storage refuses to read a shard: that is no damage.

@@ -20,7 +20,7 @@ _LIMITS = (
 class MemoryBuffer:
     """Shards by index. Each is loaded by a thread of its own as soon as it is requested. For one reading thread."""
 
-    def __init__(self, load: Callable[[int], Shard], keep_all: bool) -> None:
+    def __init__(self, load: Callable[[int], Shard], *, keep_all: bool) -> None:
         self._load, self._keep_all = load, keep_all
         self._slots = threading.Semaphore(LOADS_AT_ONCE)
         self._loads: dict[int, Future[Shard]] = {}

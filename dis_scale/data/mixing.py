@@ -66,7 +66,7 @@ class LabelCounts:
         }
         return {str(batch): round(float(np.mean(each)), 4) for batch, each in ratios.items()}
 
-    def _end_block(self, last: bool) -> None:
+    def _end_block(self, *, last: bool) -> None:
         for batch, waiting in self._waiting.items():
             waiting.update(self._block)
             if (images := waiting.total()) >= (1 if last else batch):

@@ -25,14 +25,14 @@ GROUP_BYTES = 8 * 2**30
 """Most bytes of a row group's column; larger ones are not read. Hugging Face's groups of images have 100 MB to 1 GB."""
 
 
-def find(root: Folder, names: list[str], settings: ParquetSource, labelled: bool = True) -> Contents:
+def find(root: Folder, names: list[str], settings: ParquetSource, *, labelled: bool = True) -> Contents:
     """List every row of the files, sorted by file name. Only the label column is read, and none of unlabelled images.
 
     Several files are listed at once, since each row group's labels are a request; the rows of a large one are streamed.
     """
     with _opened(root, names[0]) as first:
         classes = _class_names(first, settings) if labelled else None
-    entries = of_files(root, names, lambda name: _entries(root, name, settings, labelled, classes), LARGE_BYTES)
+    entries = of_files(root, names, lambda name: _entries(root, name, settings, classes, labelled=labelled), LARGE_BYTES)
     return Contents(entries, classes)
 
 
@@ -63,11 +63,11 @@ def near(first: Entry, entry: Entry) -> bool:
     return (first.file, first.location[0]) == (entry.file, entry.location[0])
 
 
-def _entries(root: Folder, name: str, settings: ParquetSource, labelled: bool, classes: list[str] | None) -> Iterator[Entry]:
+def _entries(root: Folder, name: str, settings: ParquetSource, classes: list[str] | None, *, labelled: bool) -> Iterator[Entry]:
     """Yield a file's rows. UserError if its integers mean other classes than those of the first file."""
     with _opened(root, name) as file:
         where = printable(f"{root}/{name}")
-        _require_columns(file, where, settings, labelled)
+        _require_columns(file, where, settings, labelled=labelled)
         if labelled and (own := _class_names(file, settings)) != classes:
             raise UserError(
                 f"{where}: its classes are {some(own or ['without names'])}, those of the first file "
@@ -96,7 +96,7 @@ def _class_names(file: pq.ParquetFile, settings: ParquetSource) -> list[str] | N
         return None
 
 
-def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, labelled: bool) -> None:
+def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, *, labelled: bool) -> None:
     schema = file.schema_arrow
     columns = {"image": settings.image} | ({"label": settings.label} if labelled else {})
     for key, column in columns.items():

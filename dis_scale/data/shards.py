@@ -98,7 +98,7 @@ def require_allowed(latents: Folder, data: Data) -> None:
         )
 
 
-def sample_bytes(shape: LatentShape, posterior: bool = True, sides: int = 2) -> int:
+def sample_bytes(shape: LatentShape, *, posterior: bool = True, sides: int = 2) -> int:
     """Return the bytes of a latent in a shard: two headers, the label, and the moments with numpy's header."""
     npy = 128 + 2 * sides * (1 + posterior) * shape.channels * shape.size**2
     return 3 * _BLOCK + -(-npy // _BLOCK) * _BLOCK
@@ -202,7 +202,7 @@ def _parsed(data: bytes | mmap, where: str) -> Shard:
     return Shard(np.stack(moments), np.array(labels, dtype=np.int64))
 
 
-def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str], sealed: bool = False) -> None:
+def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str], *, sealed: bool = False) -> None:
     """Write a shard, then its sidecar: digest, count, images by label, and sums of the moments for the statistics.
 
     If another encoder has finished it with other bytes, its shard stays: the set may be sealed with it, unless it is known to be

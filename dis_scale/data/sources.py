@@ -144,7 +144,7 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
 
     def decode(file: bytes, name: str, resolution: int) -> np.ndarray:
         if data.given:
-            return layouts.moments(data.given, data.mirror, file, name)
+            return layouts.moments(data.given, file, name, mirror=data.mirror)
         return images.decode(file, name, resolution, data.crop, in_flight)
 
     return Source(opened, names, kind.read, kind.near, kind.mixed, decode, in_flight)

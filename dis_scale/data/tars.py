@@ -46,7 +46,7 @@ LATENT = "latent"
 """Ending of a latent; a recipe of latents says neither which file of a sample is the image nor where the labels are."""
 
 
-def files_of(url: Folder, files: Files, suffix: str, are_classes: bool = False) -> tuple[Folder, list[str]]:
+def files_of(url: Folder, files: Files, suffix: str, *, are_classes: bool = False) -> tuple[Folder, list[str]]:
     """Return the folder and its files that match a pattern and are not hidden, sorted; a URL ending in `suffix` is one file
     if it is no folder.
 
@@ -117,12 +117,12 @@ def beside(root: Folder, names: Sequence[str]) -> Iterator[LeftOut]:
         yield LeftOut(name, HIDDEN if hidden(name) else kind)
 
 
-def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = True) -> Contents:
+def find(root: Folder, names: list[str], settings: TarSource, *, labelled: bool = True) -> Contents:
     """List every image of the tars, in the order of the tars' names and their members.
 
     Several tars are indexed at once. The members of a large tar are streamed instead, since it may hold ten million.
     """
-    entries = of_files(root, names, lambda name: _entries(root, name, settings, labelled), LARGE_BYTES)
+    entries = of_files(root, names, lambda name: _entries(root, name, settings, labelled=labelled), LARGE_BYTES)
     return Contents(_with_classes(entries, root) if labelled and settings.label == "folder" else entries)
 
 
@@ -176,7 +176,7 @@ def near(first: Entry, entry: Entry) -> bool:
     return first.file == entry.file and start <= entry.location[0] and sum(entry.location) - start <= SPAN_BYTES
 
 
-def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> Iterator[Entry | LeftOut]:
+def _entries(root: Folder, name: str, settings: TarSource, *, labelled: bool) -> Iterator[Entry | LeftOut]:
     where = printable(f"{root}/{name}")
     try:
         with root.open(name) as file:
@@ -187,7 +187,7 @@ def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> It
                 final = _last(members)
                 if settings.label not in BESIDE and settings.image is None:
                     final = _without_masks(final, where)
-            yield from _images(final, name, where, settings, labelled)
+            yield from _images(final, name, where, settings, labelled=labelled)
     except (tarfile.TarError, EOFError, RecursionError) as error:  # the last for a chain of extended headers
         first = root.read(name, 0, max(map(len, COMPRESSED)))
         if unpack := next((program for magic, program in COMPRESSED.items() if first.startswith(magic)), None):
@@ -334,7 +334,7 @@ def _zeros_at_the_end(tar: tarfile.TarFile, file: BinaryIO) -> int:
     return len(rest)
 
 
-def _images(members: Iterator[_InTar], tar: str, where: str, settings: TarSource, labelled: bool) -> Iterator[Entry | LeftOut]:
+def _images(members: Iterator[_InTar], tar: str, where: str, settings: TarSource, *, labelled: bool) -> Iterator[Entry | LeftOut]:
     """Yield the images, with their labels if `labelled`; the files of one sample are adjacent and share a key, as in WebDataset."""
     key, images, labels = "", list[_InTar](), list[_InTar]()
     wanted = settings.image and settings.image.lower().removeprefix(".")
@@ -345,7 +345,7 @@ def _images(members: Iterator[_InTar], tar: str, where: str, settings: TarSource
             continue
         stem, kind = base.partition(".")[0], _kind(base)
         if f"{folder}/{stem}" != key:
-            yield from _sample_entries(images, labels, tar, where, settings, labelled)
+            yield from _sample_entries(images, labels, tar, where, settings, labelled=labelled)
             key, images, labels = f"{folder}/{stem}", [], []
         if f".{kind}".endswith(SUFFIXES) if wanted is None else kind == wanted:
             images.append(member)
@@ -353,11 +353,11 @@ def _images(members: Iterator[_InTar], tar: str, where: str, settings: TarSource
             labels.append(member)
         else:
             yield LeftOut(f"{tar}/{member.name}", ending(base))
-    yield from _sample_entries(images, labels, tar, where, settings, labelled)
+    yield from _sample_entries(images, labels, tar, where, settings, labelled=labelled)
 
 
 def _sample_entries(
-    images: list[_InTar], labels: list[_InTar], tar: str, where: str, settings: TarSource, labelled: bool
+    images: list[_InTar], labels: list[_InTar], tar: str, where: str, settings: TarSource, *, labelled: bool
 ) -> Iterator[Entry | LeftOut]:
     if not images:
         yield from (LeftOut(f"{tar}/{member.name}", "labels without an image") for member in labels)

@@ -66,7 +66,7 @@ def _filled(t_B: Tensor, x_BCHW: Tensor) -> Tensor:
     return t_B.new_full(t_B.shape, float(t_B[0]), device=x_BCHW.device)
 
 
-def forward_images(batches: Collection[int], sampling: Sampling, by_model: bool = False) -> set[int]:
+def forward_images(batches: Collection[int], sampling: Sampling, *, by_model: bool = False) -> set[int]:
     """Return the image counts of the model's calls for batches of these sizes: guidance without labels doubles them inside of its
     interval."""
     if sampling.scale == 1 or by_model:

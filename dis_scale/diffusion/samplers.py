@@ -91,7 +91,7 @@ def _gaussian(
     return x_BCHW
 
 
-def _ddpm(c: Coefficients, x: Tensor, x0: Tensor, v: Tensor, noise: NoiseSource, step: int, last: bool) -> Tensor:
+def _ddpm(c: Coefficients, x: Tensor, x0: Tensor, v: Tensor, noise: NoiseSource, step: int, *, last: bool) -> Tensor:
     """Ancestral step with the learned variance; no noise in the last step (Ho et al., algorithm 2)."""
     mean = c.x0 * x0 + c.xt * x
     if last:

@@ -142,7 +142,7 @@ class BlockSampler:
         """Return the images of a micro-batch, uint8 (B, H, W, 3)."""
         labels = None if model.num_classes is None else self.labels[numbers.start : numbers.stop].tolist()
         with self._timed("sampling"), torch.no_grad():
-            allow_tf32(settings.precision == "tf32")
+            allow_tf32(allowed=settings.precision == "tf32")
             latents = generate(
                 model, diffusion.build(self.recipe.diffusion, model.shape), labels, numbers, settings,
                 seed=self.recipe.seed, device=self.device, guide=guide,
@@ -186,7 +186,7 @@ def verify_sampling(model: Backbone, settings: Evaluate, device: torch.device) -
     model.precision = "bf16" if settings.precision == "bf16" else "fp32"
     blocks = batch_sizes(settings.samples, settings.block_images)
     batches = {images for block in blocks for images in batch_sizes(block, settings.batch_images)}
-    images = forward_images(batches, settings, settings.guide is not None)
+    images = forward_images(batches, settings, by_model=settings.guide is not None)
     models.verify_kernels(model, device, images, training=False)
 
 

@@ -52,14 +52,14 @@ def construct(
     return families.find(settings.kind, settings.needed_code).network(settings, shape, num_classes, scan, checkpointing)
 
 
-def verify_kernels(model: "Backbone", device: "torch.device", images: Collection[int], training: bool) -> None:
+def verify_kernels(model: "Backbone", device: "torch.device", images: Collection[int], *, training: bool) -> None:
     """Compare the GPU kernels that a model runs with the reference, at its sizes; DisScaleError names another backend to set.
 
     `images` are the image counts of its forward passes, which select kernels. Sampling needs no backward pass. Nothing to do on a
     CPU, whose kernels the tests have run.
     """
     if device.type == "cuda":
-        model.verify_kernels(device, images, training)
+        model.verify_kernels(device, images, training=training)
 
 
 def check_finite(model: "torch.nn.Module") -> None:

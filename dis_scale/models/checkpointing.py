@@ -62,11 +62,11 @@ def run_block(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor
     # Triton's scan keeps more when it is recomputed than at first: PyTorch would take other shapes for a mistake.
     return checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none",
-        context_fn=partial(_contexts, mode == "selective"),
+        context_fn=partial(_contexts, selective=mode == "selective"),
     )  # fmt: skip
 
 
-def _contexts(selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _contexts(*, selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of a block's first and second forward pass."""
     first, second = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
     return first, KeepingStates(second)

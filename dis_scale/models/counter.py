@@ -211,7 +211,7 @@ def _padded(x: Tensor, padding: list[int], *_: Any) -> Tensor:
     return x.new_empty(shape)
 
 
-def _reduced(x: Tensor, dims: list[int] | None, keepdim: bool = False, **_: Any) -> Tensor:
+def _reduced(x: Tensor, dims: list[int] | None, keepdim: bool = False, **_: Any) -> Tensor:  # noqa: FBT001, FBT002  # as PyTorch's
     gone = {d % x.ndim for d in dims or range(x.ndim)}
     return x.new_empty([1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone])
 

@@ -94,7 +94,7 @@ class Backbone(nn.Module):
         """Return the model that computes the same by our settings; another one if it has the time or sign of a public model."""
         return self
 
-    def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:
+    def verify_kernels(self, device: torch.device, images: Collection[int], *, training: bool) -> None:
         """Compare the GPU kernels that the model runs with the reference, as `models.verify_kernels` says."""
 
     def compile_blocks(self) -> None:

@@ -92,7 +92,7 @@ def price_reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
 def _latent_bytes(recipe: Recipe, shape: LatentShape) -> int:
     """Return the bytes of an image's latents in a shard."""
     given = recipe.data.given
-    return sample_bytes(shape, given.posterior if given else has_posterior(recipe.vae), recipe.data.sides)
+    return sample_bytes(shape, posterior=given.posterior if given else has_posterior(recipe.vae), sides=recipe.data.sides)
 
 
 def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:

@@ -46,7 +46,7 @@ def differences(a: Recipe, b: Recipe) -> list[Differing]:
     ]
 
 
-def _flat(part: Any, dumped: Any, key: str, given: bool) -> Iterator[Setting]:
+def _flat(part: Any, dumped: Any, key: str, *, given: bool) -> Iterator[Setting]:
     """Yield the settings of a part; `dumped` is the part as JSON has it, which leaves out what a part's serializer does."""
     if isinstance(part, Settings):
         inner = {name: getattr(part, name) for name in type(part).model_fields if name in dumped}
@@ -57,4 +57,4 @@ def _flat(part: Any, dumped: Any, key: str, given: bool) -> Iterator[Setting]:
         yield Setting(key, dumped, given)
         return
     for name, value in inner.items():
-        yield from _flat(value, dumped[name], f"{key}.{name}" if key else name, name in known)
+        yield from _flat(value, dumped[name], f"{key}.{name}" if key else name, given=name in known)

@@ -131,7 +131,7 @@ def _validated(value: Any, _: Any, info: ValidationInfo) -> Any:
     if isinstance(value, Model):
         return value
     if isinstance(value, dict) and isinstance(kind := value.get("kind"), str):
-        value = value | _code(kind, value.get("code"), bool(info.context))
+        value = value | _code(kind, value.get("code"), stored=bool(info.context))
     adapter = _any_of(*model_classes())
     return adapter.validate_json(json.dumps(value)) if info.mode == "json" else adapter.validate_python(value)
 
@@ -143,7 +143,7 @@ class _InSchema:
         return handler(_any_of(*model_classes()).core_schema)
 
 
-def _code(kind: str, code: Any, stored: bool) -> dict[str, str]:
+def _code(kind: str, code: Any, *, stored: bool) -> dict[str, str]:
     """Return the code that a model's family is from, unless it is built-in. NoFamily if it is not here.
 
     A recipe may name another version of a package, which is compared with this one; of a file it selects that content alone.

@@ -109,7 +109,7 @@ def _apart(change: float) -> str:
     return f"{abs(math.expm1(change)):.1%} {'above' if change > 0 else 'below'}"
 
 
-def _verdict(significant: bool) -> str:
+def _verdict(*, significant: bool) -> str:
     return "a difference at 5 %" if significant else "no difference at 5 %"
 
 
@@ -139,7 +139,8 @@ class Comparison:
         if error is None:
             return f"{start}: {words}; its error is not known"
         spread = "over seeds" if self.found.over_seeds else "of sampling"
-        return f"{start}: {words}, ± {error:.1%} ({spread}, and of sizes about their lines): {_verdict(self.found.significant)}"
+        verdict = _verdict(significant=self.found.significant)
+        return f"{start}: {words}, ± {error:.1%} ({spread}, and of sizes about their lines): {verdict}"
 
     def rows(self) -> Iterator[list[str]]:
         """Yield a row of the table for each size, with every seed beside the other family's curve."""
@@ -178,7 +179,7 @@ class AtBudget(Change):
     def sentence(self) -> str:
         words = f"the best {self.ours} is {_apart(self.change)} the best {self.theirs}"
         spread = f"± {self.error:.1%} (runs about their parabolas)"
-        return f"{self.metric} at {self.budget:g} FLOPs: {words}, {spread}: {_verdict(self.significant)}"
+        return f"{self.metric} at {self.budget:g} FLOPs: {words}, {spread}: {_verdict(significant=self.significant)}"
 
     def rows(self) -> Iterator[list[str]]:
         """Yield the table's rows: the best sizes, then every seed of each size."""

@@ -27,13 +27,13 @@ MAIN = "gflops_fid"
 """Name of the curve that a sweep is about."""
 
 
-def every(report: Report, losses: Mapping[str, Sequence[Row]], published: bool = False) -> dict[str, tuple[Figure, str]]:
+def every(report: Report, losses: Mapping[str, Sequence[Row]], *, published: bool = False) -> dict[str, tuple[Figure, str]]:
     """Return the figures of a sweep with their captions, by name: those for which something is measured."""
     loss = "Training compute against the loss on images that training never saw; errors are over seeds"
     by_sampling = "Time of a sample against distance, under each sampling setting"
     at_counts = "Gflops against distance at each image count" + (published_differences(report) if published else "")
     of_points = {
-        MAIN: (gflops_distance(report, published), at_counts),
+        MAIN: (gflops_distance(report, published=published), at_counts),
         "compute_fid": (compute_distance(report), "Training compute against distance, with its lower hull"),
         "fid_images": (distance_images(report), "Distance over images seen"),
         "compute_loss": (compute_loss(report), loss),
@@ -46,7 +46,7 @@ def every(report: Report, losses: Mapping[str, Sequence[Row]], published: bool =
     return {name: (figure, caption) for name, (figure, caption) in wanted.items() if figure}
 
 
-def gflops_distance(report: Report, published: bool = False, size: tuple[float, float] = drawing.WIDE) -> Figure:
+def gflops_distance(report: Report, *, published: bool = False, size: tuple[float, float] = drawing.WIDE) -> Figure:
     """Plot Gflops against distance: a line for each family and image count, and a thin line for the fit at the last count."""
     figure, axes = drawing.new_axes(report, GFLOPS, size)
     ends = list[drawing.Name]()

@@ -20,7 +20,7 @@ CSV, PAGE = "gflops_fid.csv", "index.html"
 SAMPLES = "samples.html"
 
 
-def write(sweep: Sweep, report: Report, published: bool = False, running: bool = False) -> dict[str, bytes]:
+def write(sweep: Sweep, report: Report, *, published: bool = False, running: bool = False) -> dict[str, bytes]:
     """Write the figures, the pages and, last, the CSV below `report/`, of a `running` sweep the pages only; return them by name.
 
     `published` adds published results to the plot; UserError if the sweep measures another quantity. Beside the real images are
@@ -31,10 +31,10 @@ def write(sweep: Sweep, report: Report, published: bool = False, running: bool =
     from dis_scale.report import drawing, figures, page, samples  # here: matplotlib and scipy take two seconds
 
     losses = _losses(sweep)
-    every = figures.every(report, losses, published)
+    every = figures.every(report, losses, published=published)
     kinds = ("svg",) if running else drawing.FORMATS
     rendered = {name: drawing.render(figure, name, kinds) for name, (figure, _) in every.items()}
-    narrow = figures.gflops_distance(report, published, drawing.SIZE) if figures.MAIN in every else None
+    narrow = figures.gflops_distance(report, published=published, size=drawing.SIZE) if figures.MAIN in every else None
     narrows = {figures.MAIN: drawing.render(narrow, "narrow", ("svg",))["svg"]} if narrow else {}
     plots = [
         page.Plot(words, rendered[name]["svg"], figure.get_figwidth() > drawing.SIZE[0], narrows.get(name, b""))

@@ -172,11 +172,11 @@ class Folder:
             return sorted({_base(key) for key, is_folder in self._below(path) if is_folder} - {""})
         return sorted(_base(e["name"]) for e in self._entries(path, detail=True) if e["type"] == "directory")
 
-    def list(self, path: str = "", incomplete: bool = False) -> list[str]:
+    def list(self, path: str = "", *, incomplete: bool = False) -> list[str]:
         """Return the sorted names directly below `path`, none if it does not exist; of `incomplete` files only if wanted."""
         s3 = self.url.startswith("s3://")  # names only: s3fs would keep some kB for each
         names = [key for key, _ in self._below(path)] if s3 else self._entries(path, detail=False)
-        return sorted({_base(name) for name in names if _shown(name, path, incomplete)} - {""})
+        return sorted({_base(name) for name in names if _shown(name, path, incomplete=incomplete)} - {""})
 
     def _below(self, path: str) -> Iterator[tuple[str, bool]]:
         """Yield the keys directly below a folder in S3, and whether each is a folder's."""
@@ -256,7 +256,7 @@ class Folder:
 
         return self._do("list", "", find)
 
-    def _entries(self, path: str, detail: bool) -> Any:
+    def _entries(self, path: str, *, detail: bool) -> Any:
         try:
             return self._do("list", path, lambda fs, full: fs.ls(full, detail=detail))
         except FileNotFoundError:
@@ -371,7 +371,7 @@ def _base(entry: str) -> str:
     return entry.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _shown(entry: str, path: str, incomplete: bool = False) -> bool:
+def _shown(entry: str, path: str, *, incomplete: bool = False) -> bool:
     """Whether to list an entry: not the folder's own marker, and an incomplete file only if wanted."""
     return not entry.endswith(f"/{path}/") and (incomplete or not _INCOMPLETE.search(entry))
 

@@ -144,7 +144,7 @@ class Sweep:
     all_failed_nodes = _Below("failed_nodes")
 
     @classmethod
-    def open(cls, url: str, patient: bool = False) -> "Sweep":
+    def open(cls, url: str, *, patient: bool = False) -> "Sweep":
         """Return the sweep at a URL or path with the recipe that it stored; UserError if there is none, or a damaged one.
 
         `patient` retries storage for about a minute, from the first read on.

@@ -114,7 +114,7 @@ def open_training(attempt: Attempt, log_rates: Callable[[str], None] | None) -> 
     count, keeps = plan.smaller(largest_share(settings.lanes, world)) if attempt.short else plan
     passes = forward_passes(settings.lanes, rank, world, count)
     images = image_counts(passes, settings.lane_images)
-    state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), keeps)
+    state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), keeps=keeps)
     if rank == 0:
         for line in how:
             attempt.log(f"{attempt.model}: {line}")
@@ -133,7 +133,7 @@ def _workers_on_this_node(world: int) -> int:
     return hosts.count(socket.gethostname())
 
 
-def start(attempt: Attempt, latents: Latents, passes: int, keeps: bool) -> tuple[Engine, Backbone, int, bool, RunState | None]:
+def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tuple[Engine, Backbone, int, bool, RunState | None]:
     """Return the engine, its model, and the last fields of `Opened`: from the newest resume point or from initial weights.
 
     A step has `passes` forward passes on each rank; scans keep their states if `keeps`.
@@ -195,7 +195,7 @@ def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -
     if len(images) > 1:
         return "no CUDA graphs: forward passes differ in images"
     lines, adds_up = list[str](), passes > 1 and attempt.recipe.train.zero_stage == 1
-    check_on_all_ranks(lambda: lines.append(graph_blocks(model, min(images), adds_up)))
+    check_on_all_ranks(lambda: lines.append(graph_blocks(model, min(images), adds_up=adds_up)))
     return lines[0]
 
 
@@ -204,7 +204,7 @@ def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
     point, branch = None, attempt.recipe.models[attempt.model].branch
     if dist.get_rank() == 0:
         begin, start_over = branch.at if branch else 0, attempt.recipe.train.start_over
-        point = resume.newest_point(attempt.run, attempt.log, start_over, begin)
+        point = resume.newest_point(attempt.run, attempt.log, start_over=start_over, begin=begin)
         if point is None and branch:
             point = resume.branch_point(attempt.sweep, branch)
     others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read

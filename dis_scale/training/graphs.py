@@ -25,7 +25,7 @@ Inputs = tuple[Tensor | None, ...]
 Results = tuple[Tensor, list[Tensor]]
 
 
-def graph_blocks(model: Backbone, images: int, adds_up: bool) -> str:
+def graph_blocks(model: Backbone, images: int, *, adds_up: bool) -> str:
     """Let the blocks of a model on a GPU run as graphs in passes of this many images; return a line that says so.
 
     `adds_up`: the gradients of several passes are added up in `.grad`. UserError if PyTorch cannot capture the blocks, or if their
@@ -39,7 +39,7 @@ def graph_blocks(model: Backbone, images: int, adds_up: bool) -> str:
             weight.add_(0.02 * torch.randn_like(weight))
     calls, expected = _record(blocks, model, inputs)
     try:
-        capture(blocks, calls, model.keeps_states, images)
+        capture(blocks, calls, keeps_states=model.keeps_states, images=images)
     except RuntimeError as error:
         if lack := next((each for each in (error, error.__context__) if each and lacks_memory(each)), None):
             raise torch.OutOfMemoryError(str(lack)) from error
@@ -86,14 +86,14 @@ def _record(blocks: list[nn.Module], model: Backbone, inputs: Inputs) -> tuple[l
     return [calls[block] for block in blocks], results
 
 
-def capture(blocks: list[nn.Module], calls: list[Inputs], keeps_states: bool, images: int) -> None:
+def capture(blocks: list[nn.Module], calls: list[Inputs], *, keeps_states: bool, images: int) -> None:
     """Replace the blocks' `forward`, for training with this many images, by graphs that share memory in the order of a pass.
 
     They are captured with aliases of the weights as inputs: the weights' own nodes of autograd, which DeepSpeed holds, belong to
     the stream that made them, and a capture must not wait for another stream.
     """
     present = [[x is not None for x in inputs] for inputs in calls]
-    functions = tuple(_of_tensors(block, there, keeps_states) for block, there in zip(blocks, present, strict=True))
+    functions = tuple(_of_tensors(block, there, keeps_states=keeps_states) for block, there in zip(blocks, present, strict=True))
     samples = []
     for block, inputs in zip(blocks, calls, strict=True):
         aliases = [weight.detach().requires_grad_() for weight in block.parameters()]
@@ -103,7 +103,7 @@ def capture(blocks: list[nn.Module], calls: list[Inputs], keeps_states: bool, im
         block.forward = _either(graph, block.forward, list(block.parameters()), images, there)
 
 
-def _of_tensors(block: nn.Module, present: list[bool], keeps_states: bool) -> Callable[..., Any]:
+def _of_tensors(block: nn.Module, present: list[bool], *, keeps_states: bool) -> Callable[..., Any]:
     """A block as a function of the tensors among its inputs, those that `present` names, and of its weights."""
     names, count = [name for name, _ in block.named_parameters()], sum(present)
     plain = copy(block)  # whose `forward` stays

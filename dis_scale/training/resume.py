@@ -80,7 +80,7 @@ def find_point(run: Run, name: PointName) -> ResumePoint | None:
     return None if manifest is None else ResumePoint(folder, manifest)
 
 
-def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False, begin: int = 0) -> ResumePoint | None:
+def newest_point(run: Run, log: Callable[[str], None], *, start_over: bool = False, begin: int = 0) -> ResumePoint | None:
     """Return the newest complete resume point, None for a run that has saved nothing yet.
 
     A damaged one is logged and the one before is used. StorageError if one cannot be read for another reason, such as missing

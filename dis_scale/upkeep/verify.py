@@ -65,7 +65,7 @@ def _checks(sweep: Sweep) -> Iterator[Check]:
     encoded = LatentsPointer.exists(sweep.folder) or bool(published)
     if encoded:
         yield from _latents(sweep)
-    yield from _missing(sweep, parts, encoded)
+    yield from _missing(sweep, parts, encoded=encoded)
     for part in parts:
         if part.kind.name in ("evaluation", "floor") and part.exists and part.kind.document:
             yield Check(partial(part.kind.document.read, part.folder), _CURES[part.kind.name])
@@ -85,7 +85,7 @@ def _cure(sweep: Sweep, part: Stored) -> str:
     return _CURES[part.kind.name]
 
 
-def _missing(sweep: Sweep, parts: list[Stored], encoded: bool) -> Iterator[Check]:
+def _missing(sweep: Sweep, parts: list[Stored], *, encoded: bool) -> Iterator[Check]:
     """Yield a check that fails for each thing that does not exist, and that something else shows to have existed."""
     if encoded and isinstance(sweep.recipe.vae, TrainedVae) and not Manifest.exists(sweep.vae):
         yield Check(partial(Manifest.require, sweep.vae), _CURES["autoencoder"])

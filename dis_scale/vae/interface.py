@@ -134,7 +134,7 @@ class PixelVae(Vae):
         return latents_BCHW
 
 
-def to_unit(pixels_BHWC: np.ndarray, device: torch.device | None = None, pinned: bool = False) -> torch.Tensor:
+def to_unit(pixels_BHWC: np.ndarray, device: torch.device | None = None, *, pinned: bool = False) -> torch.Tensor:
     """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1], on the device; a copy from pinned memory waits for nothing."""
     pixels = torch.from_numpy(np.ascontiguousarray(pixels_BHWC))
     if pinned:

@@ -257,7 +257,7 @@ def sample_pictures(
     sampling, count = sampling or opened.sampling, labels if isinstance(labels, int) else len(labels)
     process, model = diffusion.build(opened.process, opened.model.shape), opened.model.to(device)
     guide = opened.guide.to(device) if sampling.scale != 1 and opened.guide else None
-    images = forward_images(batch_sizes(count, batch), sampling, guide is not None)
+    images = forward_images(batch_sizes(count, batch), sampling, by_model=guide is not None)
     for each in (model, guide) if guide else (model,):
         verify_kernels(each, torch.device(device), images, training=False)
     opened.decoder.net.to(device)

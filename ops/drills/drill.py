@@ -228,7 +228,7 @@ def published_hashes(run: Run) -> dict[str, str]:
     return hashes
 
 
-def require(true: bool, words: str) -> None:
+def require(true: bool, words: str) -> None:  # noqa: FBT001  # read as an assertion
     """End the drill as failed unless this holds."""
     if not true:
         sys.exit(f"drill failed: {words}")

@@ -72,7 +72,7 @@ def missing() -> list[str]:
 class ObjectStore:
     """A running gateway; `environment` is for its clients. On disk it starts in 7 s instead of 2, and survives `kill`."""
 
-    def __init__(self, on_disk: bool = False) -> None:
+    def __init__(self, *, on_disk: bool = False) -> None:
         self.kind = "bluestore" if on_disk else "memstore"
         self.folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}

@@ -238,7 +238,7 @@ def test_each_float16_comes_back_through_a_deviation_but_for_those_next_to_one()
     every = every[np.isfinite(every) & (every >= -30) & (every <= 20)]
     moments = np.concatenate([np.zeros_like(every), every]).reshape(2, 1, -1)
     for layout, write in (("edm2", layouts.mean_and_deviation), ("webdataset", layouts.mean_and_log_variance)):
-        (back,) = layouts.moments(source(layout), False, write(moments, True), "x")
+        (back,) = layouts.moments(source(layout), write(moments, posterior=True), "x", mirror=False)
         different = np.abs(back.view(np.uint16) != moments.view(np.uint16)) & (moments != 0)
         if layout == "edm2":
             assert different.any()
@@ -247,12 +247,14 @@ def test_each_float16_comes_back_through_a_deviation_but_for_those_next_to_one()
         else:
             assert not different.any()
     beyond = np.array([[[0.0]], [[-40.0]]], np.float16)  # as its readers do
-    assert layouts.moments(source("webdataset"), False, layouts.mean_and_log_variance(beyond, True), "x").min() == -30
+    assert (
+        layouts.moments(source("webdataset"), layouts.mean_and_log_variance(beyond, posterior=True), "x", mirror=False).min() == -30
+    )
 
 
 def test_a_pickled_latent_names_no_module_that_numpy_1_lacks() -> None:
     """MaskDiT's environment has NumPy 1, whose functions are in `numpy.core`."""
-    written = layouts.mean_and_log_variance(np.ones((8, 2, 2), np.float16), True)
+    written = layouts.mean_and_log_variance(np.ones((8, 2, 2), np.float16), posterior=True)
     assert (b"numpy.core.multiarray" in written, b"_core" in written) == (True, False)
     assert np.ones((8, 2, 2), np.float32).tobytes() in written, "as bytes, not as text of protocol 2, which is longer"
     np.testing.assert_array_equal(pickle.loads(written), np.ones((8, 2, 2), np.float32))
@@ -263,7 +265,7 @@ def test_latents_without_variance_come_back(layout: str) -> None:
     assert layouts.NO_VARIANCE == NO_VARIANCE
     write = {"edm2": layouts.mean_and_deviation, "webdataset": layouts.mean_and_log_variance}[layout]
     latent = np.random.default_rng(0).standard_normal((4, 8, 8)).astype(np.float16)
-    (back,) = layouts.moments(source(layout), False, write(latent, False), "x")
+    (back,) = layouts.moments(source(layout), write(latent, posterior=False), "x", mirror=False)
     np.testing.assert_array_equal(back, np.concatenate([latent, np.full_like(latent, NO_VARIANCE)]))
 
 
@@ -280,7 +282,7 @@ class Uninitialised:
 
 
 def from_pickle(data: bytes) -> np.ndarray:
-    return layouts.moments(source("webdataset"), False, data, "x")
+    return layouts.moments(source("webdataset"), data, "x", mirror=False)
 
 
 def test_a_pickle_makes_an_array_or_nothing() -> None:
@@ -333,7 +335,7 @@ def npy(array: np.ndarray) -> bytes:
 )
 def test_a_damaged_latent_is_named(data: bytes, words: str) -> None:
     with pytest.raises(UndecodableImage, match=f"latent a/b.npy cannot be read: .*(?:{words})"):
-        layouts.moments(source("edm2"), False, data, "a/b.npy")
+        layouts.moments(source("edm2"), data, "a/b.npy", mirror=False)
 
 
 def rewrite(folder: Path, change: Callable[[list[Any]], Any]) -> None:

@@ -276,7 +276,7 @@ class Negative(torch.nn.Module):
 
 def test_latents_without_variance_are_mixed_and_repaired(small: Sweep, tmp_path: Path) -> None:
     """Each shard has the bytes of the repair, and half the values of the same images with a log-variance."""
-    settings = exported(tmp_path / "vae", False, Negative(), side=8, latent=(3, 8, 8))
+    settings = exported(tmp_path / "vae", posterior=False, net=Negative(), side=8, latent=(3, 8, 8))
     other = replace(small, recipe=small.recipe.model_copy(update={"vae": settings}))
     pixels, latents = make_latents(small), make_latents(other)
     setup = Setup(open_source(other.recipe.data, other.store), vae.load(other), other.recipe)

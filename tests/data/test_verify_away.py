@@ -18,9 +18,9 @@ def test_storage_that_is_away_is_not_reported_as_damage(bucket: str, gateway: Ga
     gateway.concerns = lambda request: request.path.endswith(".tar")
     gateway.faults = [503] * 100
     with pytest.raises(StorageAway, match=r"00000\d.tar"):
-        maintenance.verify(latents, False, lambda *_: None)
+        maintenance.verify(latents, fast=False, report=lambda *_: None)
     gateway.faults = []
-    assert maintenance.verify(latents, False, lambda *_: None) == {}
+    assert maintenance.verify(latents, fast=False, report=lambda *_: None) == {}
 
 
 def test_the_shards_of_a_set_that_is_gone_are_not_reported_as_damaged(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_the_shards_of_a_set_that_is_gone_are_not_reported_as_damaged(tmp_path: 
     latents = make(open_folder(tmp_path), [3, 3])
     latents.delete("000000.tar")
     with pytest.raises(StorageError, match=r"no manifest.json: the folder is incomplete or was deleted"):
-        maintenance.verify(latents, False, lambda *_: latents.delete("manifest.json"))
+        maintenance.verify(latents, fast=False, report=lambda *_: latents.delete("manifest.json"))
 
 
 def test_storage_that_refuses_access_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,5 +43,5 @@ def test_storage_that_refuses_access_is_not_reported_as_damage(tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(LocalFileSystem, "cat_file", refuse)
         with pytest.raises(StorageError, match=r"cannot read .*00000\d.tar: permission denied: check the key"):
-            maintenance.verify(latents, False, lambda *_: None)
-    assert maintenance.verify(latents, False, lambda *_: None) == {}
+            maintenance.verify(latents, fast=False, report=lambda *_: None)
+    assert maintenance.verify(latents, fast=False, report=lambda *_: None) == {}

@@ -240,7 +240,7 @@ def compared(
     monkeypatch.setattr(network, "verify_block", lambda _make, _width, *given: seen.append((given[0], *given[2:])))
     network._verify_once.cache_clear()
     model = build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
-    models.verify_kernels(model, torch.device("cuda"), images, training)
+    models.verify_kernels(model, torch.device("cuda"), images, training=training)
     return seen
 
 

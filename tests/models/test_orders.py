@@ -49,7 +49,7 @@ def test_the_lists_are_the_public_ones() -> None:
 @pytest.mark.parametrize("side", [1, 2, 8, 16])
 @pytest.mark.parametrize("alternate", [False, True])
 def test_each_order_visits_each_patch_once_and_curves_go_to_neighbours(side: int, alternate: bool) -> None:
-    rounds = orders_of(("raster", "column", "zigzag", "zigzag8", "hilbert"), side, alternate)
+    rounds = orders_of(("raster", "column", "zigzag", "zigzag8", "hilbert"), side, alternate=alternate)
     assert len(rounds) == (24 if alternate else 12)
     for number, order in enumerate(rounds):
         assert sorted(order.tolist()) == list(range(side * side))
@@ -154,9 +154,9 @@ def test_the_self_test_has_each_kind_of_norm(monkeypatch: pytest.MonkeyPatch) ->
     """Blocks in an order of their own, and those behind attention that have the stream's; a model in raster order has one kind."""
     kinds = list[bool]()
 
-    def noted(*given: Any) -> None:
-        if kinds[-1:] != [given[-1]]:
-            kinds.append(given[-1])
+    def noted(*_: Any, ordered: bool) -> None:
+        if kinds[-1:] != [ordered]:
+            kinds.append(ordered)
 
     monkeypatch.setattr(network, "_verify_once", noted)
     mixed = {"order": ("raster", "column"), "attention_every": 3}

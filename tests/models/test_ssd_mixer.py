@@ -134,7 +134,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 def verify(settings: Dis, L: int, dtype: torch.dtype, gradients: bool = True) -> None:
     case = Case(L, gradients=gradients)
-    verify_block(lambda scan: DiSBlock(settings, scan, False), settings.width, "reference", torch.device("cpu"), dtype, case)
+    verify_block(lambda scan: DiSBlock(settings, scan, skip=False), settings.width, "reference", torch.device("cpu"), dtype, case)
 
 
 def test_a_mixer_that_computes_wrongly_on_its_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

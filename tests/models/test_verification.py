@@ -36,7 +36,7 @@ FAULTS: dict[str, Fault] = {
 def verify(settings: Dis, gradients: bool) -> None:
     case = Case(66, gradients=gradients)
     cpu = torch.device("cpu")
-    verify_block(lambda scan: DiSBlock(settings, scan, False), settings.width, "reference", cpu, torch.bfloat16, case)
+    verify_block(lambda scan: DiSBlock(settings, scan, skip=False), settings.width, "reference", cpu, torch.bfloat16, case)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -37,6 +37,7 @@ from dis_scale.planning.fleet import (
 from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.training import engine, resume
 from dis_scale.training.memory import most_images, plan_passes, worker_bytes
+from tests.support import ranks
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 SHAPE = LatentShape(4, 32)
@@ -109,6 +110,7 @@ def test_two_ranks_send_what_the_formula_says(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    ranks.start_server()
     start_processes(_rank, (2, port, tmp_path), 2, start_method="forkserver")
     counted = json.loads((tmp_path / "counted.json").read_text())
     cost = price_model(SENDER, LatentShape(4, 4), 10)

@@ -133,7 +133,7 @@ def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
             for p in report.points
         ],
     )
-    ours, with_published = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
+    ours, with_published = (figures.gflops_distance(report, published=published).axes[0] for published in (False, True))
     legend = with_published.get_legend()
     assert legend
     names = {text.get_text() for text in legend.get_texts()}

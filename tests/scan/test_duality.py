@@ -77,7 +77,10 @@ def test_one_direction_is_mamba_2s(form: module.Form) -> None:
 def test_chunks_in_float32_have_the_definitions_outputs_and_gradients(sizes: tuple[int, int, int, int], exclusive: bool) -> None:
     """Also where the exponents' sums over a chunk are so large that their differences would lose their digits."""
     exact, rounded = (inputs(*sizes, dtype) for dtype in (torch.float64, torch.float32))
-    forms = outputs_and_gradients(exact, exclusive, "reference"), outputs_and_gradients(rounded, exclusive, "chunked")
+    forms = (
+        outputs_and_gradients(exact, exclusive=exclusive, backend="reference"),
+        outputs_and_gradients(rounded, exclusive=exclusive, backend="chunked"),
+    )
     for a, b in zip(*forms, strict=True):
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 

@@ -37,14 +37,14 @@ def test_float32_is_the_recurrence(sizes: tuple[int, int, int, int], exclusive: 
         results = []
         for (x, own, *ways), backend in ((exact, "reference"), (single, "triton")):
             earlier, later = (way if there else None for way, there in zip(ways, present, strict=True))
-            results.append(ssd.outputs_and_gradients((x, own, earlier, later), exclusive, backend))
+            results.append(ssd.outputs_and_gradients((x, own, earlier, later), exclusive=exclusive, backend=backend))
         for a, b in zip(*results, strict=True):
             assert (a - b).abs().max() <= (2e-4 if a.ndim == 1 else 2e-5) * a.abs().max()
 
 
 def test_bfloat16_is_bit_equal_when_repeated() -> None:
     given = on(GPU, ssd.inputs(258, 8, 64, 64, torch.bfloat16))
-    first, *others = (ssd.outputs_and_gradients(given, True, "triton") for _ in range(3))
+    first, *others = (ssd.outputs_and_gradients(given, exclusive=True, backend="triton") for _ in range(3))
     for again in others:
         assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
 
@@ -56,4 +56,4 @@ def test_a_workers_self_test_passes(size: str, dtype: torch.dtype, combine: str)
     """At the published widths and 256 pixels, and of the forward pass alone, which compiles other kernels."""
     settings = Dis.model_validate(preset(size) | {"combine": combine})
     for case in (Case(258, images=8), Case(258, images=8, gradients=False)):
-        verify_block(lambda scan: DiSBlock(settings, scan, False), settings.width, "triton", GPU, dtype, case)
+        verify_block(lambda scan: DiSBlock(settings, scan, skip=False), settings.width, "triton", GPU, dtype, case)

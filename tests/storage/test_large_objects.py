@@ -114,7 +114,7 @@ def test_shards_and_resume_points_of_real_length_are_read_and_verified_through_f
     assert (len(moments), sorted(set(labels.tolist()) - set(range(small_latents.CLASSES)))) == (16, [])
     assert not gateway.faults
     through_faults(".tar")
-    assert maintenance.verify(latents, False, lambda *_: None) == {}
+    assert maintenance.verify(latents, fast=False, report=lambda *_: None) == {}
     assert not gateway.faults
     through_faults(".safetensors")
     said = list[str]()

@@ -96,7 +96,7 @@ def saved(where: Path, levels: int, **config: object) -> PretrainedVae:
 class Folded(torch.nn.Module):
     """An autoencoder without loss: a pixel's 2 x 2 neighbours become 12 channels, three times as large and moved by 1."""
 
-    def __init__(self, posterior: bool) -> None:
+    def __init__(self, *, posterior: bool) -> None:
         super().__init__()
         self.posterior = posterior
         self.factor = torch.nn.Parameter(torch.tensor(3.0))
@@ -122,6 +122,7 @@ class Method(torch.nn.Module):
 
 def exported(
     where: Path,
+    *,
     posterior: bool,
     net: torch.nn.Module | None = None,
     side: int = 32,
@@ -129,7 +130,7 @@ def exported(
     **settings: object,
 ) -> ExportedVae:
     """Save an autoencoder of images of this side as two programs, in a folder."""
-    net = net or Folded(posterior)
+    net = net or Folded(posterior=posterior)
     where.mkdir(exist_ok=True)
     for name, shape in (("encode", (3, side, side)), ("decode", latent)):
         save_program(where / f"{name}.pt2", Method(net, name), torch.zeros(2, *shape))
@@ -153,7 +154,7 @@ def require_stored(reader: Latents, decoder: Vae, settings: VaeSettings, *, post
     stored = shards.unpack(latents.read(entry.name), "").moments
     assert stored.shape[1:] == (2, channels * (1 + posterior), size, size)
     assert made.encoding.posterior == decoder.posterior == vae.has_posterior(settings) == posterior
-    assert abs(entry.size_bytes / entry.count - shards.sample_bytes(LatentShape(channels, size), posterior)) < 20
+    assert abs(entry.size_bytes / entry.count - shards.sample_bytes(LatentShape(channels, size), posterior=posterior)) < 20
     assert ("without variance" in describe(latents)[2]) == (not posterior)
     assert len(made.mean) == channels
     assert decode_examples(latents, decoder).decoded.shape[1:] == (32, 32, 3)

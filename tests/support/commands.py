@@ -36,7 +36,7 @@ def replace_sweep(monkeypatch: pytest.MonkeyPatch, error: Exception | None = Non
     """Let the sweep end at once, or by this error; return the list of recipes that it will have got."""
     recipes = list[Recipe]()
 
-    def run_sweep(recipe: Recipe, *_: object) -> None:
+    def run_sweep(recipe: Recipe, *_: object, **__: object) -> None:
         recipes.append(recipe)
         if error:
             raise error

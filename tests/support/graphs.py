@@ -49,7 +49,7 @@ def added_gradients(model: Backbone, images: int, passes: int) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-def trained(settings: dict[str, Any], device: torch.device, precision: Any, stage: int, graphs: bool) -> list[Tensor]:
+def trained(settings: dict[str, Any], device: torch.device, precision: Any, stage: int, *, graphs: bool) -> list[Tensor]:
     """The weights after three steps of two passes under DeepSpeed, on this process alone."""
     recipe: Any = {
         "publish_images": (60,),

@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, D: int, skip: bool) -> None:
+    def __init__(self, D: int, *, skip: bool) -> None:
         super().__init__()
         self.mixer, self.norm = Mamba(D), RMSNorm(D)
         self.skip_linear = nn.Linear(2 * D, D) if skip else None
@@ -90,7 +90,7 @@ class Label(nn.Module):
 
 
 class Final(nn.Module):
-    def __init__(self, D: int, out: int, conditional: bool) -> None:
+    def __init__(self, D: int, out: int, *, conditional: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(D, out)
         if conditional:
@@ -106,11 +106,11 @@ class PublicDiS(nn.Module):
         if classes is not None:
             self.label_emb = Label(classes, D)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + (size // p) ** 2, D))
-        self.in_blocks = nn.ModuleList([Block(D, False) for _ in range(depth // 2)])
-        self.mid_block = Block(D, False)
-        self.out_blocks = nn.ModuleList([Block(D, True) for _ in range(depth // 2)])
+        self.in_blocks = nn.ModuleList([Block(D, skip=False) for _ in range(depth // 2)])
+        self.mid_block = Block(D, skip=False)
+        self.out_blocks = nn.ModuleList([Block(D, skip=True) for _ in range(depth // 2)])
         self.norm_f = RMSNorm(D)
-        self.final_layer = Final(D, p * p * 2 * C, classes is not None)
+        self.final_layer = Final(D, p * p * 2 * C, conditional=classes is not None)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, drops: Sequence[Tensor | float] | None = None) -> Tensor:
         """`drops`: drop path's multiplier (B, 1, 1) of each block, in order, and of the last branch."""

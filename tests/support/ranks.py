@@ -1,5 +1,6 @@
 """Training without Ray: ranks as processes over gloo on synthetic latents, with injected faults."""
 
+import contextlib
 import hashlib
 import math
 import multiprocessing
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,15 @@ PRELOAD = ["deepspeed", "torch._dynamo", "dis_scale.training.loop"]
 multiprocessing.set_forkserver_preload(PRELOAD)
 
 
+def start_server() -> None:
+    """Start the processes' server, where `tests` is this package: one of the environment's packages installs that name, too."""
+    with contextlib.chdir(Path(__file__).parents[2]):
+        forkserver.ensure_running()
+
+
 def on_ranks(world: int, check: Callable[..., None], *arguments: object) -> None:
     """Run a check on each rank of a process group of new processes: DeepSpeed starts once per process."""
+    start_server()
     arguments = (world, _free_port(), check, *arguments)
     start_processes(_checked, arguments, world, start_method="forkserver")
 
@@ -91,6 +100,7 @@ def run(recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | Non
     if not latents.exists("manifest.json"):
         make_latents(latents, recipe)
     arguments = (world, _free_port(), recipe, model, str(root), attempt, stop_at, faults)
+    start_server()
     ranks: Any = start_processes(_rank, arguments, world, join=False, start_method="forkserver")
     # If one rank dies, the others get SIGTERM. To them it is a stop request, so they are killed after a second.
     deadline = time.monotonic() + TIMEOUT_S

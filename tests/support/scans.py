@@ -61,11 +61,11 @@ def scan_sum(tensors: list[Tensor], backend: str) -> list[Tensor]:
     return [two_way_scan(Direction(*tensors[:7]), Direction(*tensors[7:14]), None, backend=backend)]
 
 
-def scan_one(tensors: list[Tensor], backend: str, reverse: bool) -> list[Tensor]:
+def scan_one(tensors: list[Tensor], backend: str, *, reverse: bool) -> list[Tensor]:
     return [selective_scan(*Direction(*tensors[:7]), reverse=reverse, backend=backend)]
 
 
-def conv_one(tensors: list[Tensor], backend: str, reverse: bool) -> list[Tensor]:
+def conv_one(tensors: list[Tensor], backend: str, *, reverse: bool) -> list[Tensor]:
     return [causal_conv_silu(tensors[0], tensors[2][:, :4], tensors[5], reverse=reverse, backend=backend)]
 
 

@@ -23,7 +23,7 @@ def inputs(L: int, H: int, P: int, N: int, dtype: torch.dtype = torch.float64) -
     return normal(2, L, H, P).to(dtype), normal(2, L, H).to(dtype), earlier, later
 
 
-def outputs_and_gradients(given: tuple[Tensor, Tensor, Way | None, Way | None], exclusive: bool, backend: str) -> list[Tensor]:
+def outputs_and_gradients(given: tuple[Tensor, Tensor, Way | None, Way | None], *, exclusive: bool, backend: str) -> list[Tensor]:
     """y, and the gradients of x, own and of each direction's tensors; of the sum of y with cosines."""
     x, own, *ways = given
     leaves = [t.detach().requires_grad_() for t in (x, own, *[t for way in ways if way for t in way])]

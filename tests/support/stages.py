@@ -42,6 +42,7 @@ def run(name: str, sweep: Sweep, plan: Path) -> tuple[int, str]:
     """Run the stage in a process of its own that meets the plan's faults; return its exit code and its output."""
     output = plan.with_name("output")
     arguments = (name, sweep.folder.url, plan, output)
+    ranks.start_server()
     process = multiprocessing.get_context("forkserver").Process(target=_enter, args=arguments)
     process.start()
     process.join()

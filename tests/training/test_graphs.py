@@ -72,7 +72,7 @@ def test_graphs_of_blocks_have_the_gradients_of_blocks(
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
     plain, model = made(settings), made(settings)
     assert isinstance(model.blocks, torch.nn.ModuleList)
-    assert graph_blocks(model, 3, passes > 1) == f"{len(model.blocks)} blocks run as CUDA graphs in passes of 3 images"
+    assert graph_blocks(model, 3, adds_up=passes > 1) == f"{len(model.blocks)} blocks run as CUDA graphs in passes of 3 images"
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), plain.parameters(), strict=True)), "weights are as before"
     for images in (3, 3, 2):
         for ours, expected in zip(added_gradients(model, images, passes), added_gradients(plain, images, passes), strict=True):
@@ -104,7 +104,7 @@ def trains_by_graphs_as_without() -> None:
 
     pytest.MonkeyPatch().setattr(torch.cuda, "make_graphed_callables", checked)
     for stage, settings in ((1, FAMILIES[0]), (2, FAMILIES[0]), (1, FAMILIES[1]), (1, FAMILIES[2])):
-        plain, graphed = (trained(settings, torch.device("cpu"), "fp32", stage, graphs) for graphs in (False, True))
+        plain, graphed = (trained(settings, torch.device("cpu"), "fp32", stage, graphs=graphs) for graphs in (False, True))
         assert all(torch.equal(a, b) for a, b in zip(plain, graphed, strict=True))
 
 
@@ -181,7 +181,7 @@ def test_no_device_is_blamed_where_a_ranks_passes_differ(lanes: int, line: str) 
 
 
 def graphs_of_a_rank(lanes: int, line: str) -> None:
-    def refuses(*_: object) -> str:
+    def refuses(*_: object, **__: object) -> str:
         raise UserError("train.graphs: no")
 
     pytest.MonkeyPatch().setattr(attempts, "graph_blocks", refuses)

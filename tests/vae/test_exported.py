@@ -55,7 +55,7 @@ class Pair(torch.nn.Module):
 @pytest.mark.parametrize("posterior", [True, False])
 def test_exported_programs_give_their_images_back(posterior: bool, tmp_path: Path) -> None:
     """Encode, write shards, read, scale and decode: the pictures are the images."""
-    settings = exported(tmp_path / "vae", posterior, scale=0.5, shift=1.0)
+    settings = exported(tmp_path / "vae", posterior=posterior, scale=0.5, shift=1.0)
     decoder, reader = encode_digits(tmp_path, settings)
     assert reader.shape == (12, 16)
     encoding = reader.manifest.encoding
@@ -74,7 +74,7 @@ def test_exported_programs_give_their_images_back(posterior: bool, tmp_path: Pat
 
 
 def test_the_identity_of_exported_programs_covers_their_settings(tmp_path: Path) -> None:
-    settings = exported(tmp_path / "vae", False)
+    settings = exported(tmp_path / "vae", posterior=False)
     others = [settings, *(settings.model_copy(update=change) for change in ({"scale": 2.0}, {"shift": 1.0}))]
     first, *changed = (vae.load_exported(each).identity for each in others)
     assert len({first, *changed}) == 3
@@ -84,14 +84,14 @@ def test_the_identity_of_exported_programs_covers_their_settings(tmp_path: Path)
 
 
 def test_other_programs_are_refused(tmp_path: Path) -> None:
-    good, path = exported(tmp_path / "vae", False), str(tmp_path / "other")
-    half = exported(tmp_path / "half", False)
+    good, path = exported(tmp_path / "vae", posterior=False), str(tmp_path / "other")
+    half = exported(tmp_path / "half", posterior=False)
     (tmp_path / "half" / "decode.pt2").unlink()
     refused = {
         f"no file {path}/encode.pt2": good.model_copy(update={"path": path}),
         "no file .*half/decode.pt2": half,
         "has sha256 [0-9a-f]{64}, the recipe expects 0000": good.model_copy(update={"sha256": "0" * 64}),
-        r"decode refuses an input of shape \(2, 24, 16, 16\)": exported(tmp_path / "more", True).model_copy(
+        r"decode refuses an input of shape \(2, 24, 16, 16\)": exported(tmp_path / "more", posterior=True).model_copy(
             update={"posterior": False}
         ),
         r"encode.pt2 and .*decode.pt2: a program.* if you trust it, add beside its path:\n  sha256: "
@@ -125,25 +125,25 @@ def test_other_programs_are_refused(tmp_path: Path) -> None:
 )
 def test_programs_that_break_the_contract_are_refused(net: torch.nn.Module, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
-        vae.latent_shape(exported(tmp_path / "vae", False, net, latent=(3, 32, 32)), 32)
+        vae.latent_shape(exported(tmp_path / "vae", posterior=False, net=net, latent=(3, 32, 32)), 32)
 
 
 def test_programs_in_half_precision_give_float32(tmp_path: Path) -> None:
-    half = vae.load_exported(exported(tmp_path / "vae", False, Returning("half"), latent=(3, 32, 32)))
+    half = vae.load_exported(exported(tmp_path / "vae", posterior=False, net=Returning("half"), latent=(3, 32, 32)))
     assert half.latent(32) == (3, 32)
     assert half.encode(np.zeros((1, 32, 32, 3), np.uint8)).dtype == torch.float32
 
 
 def test_a_program_computes_where_it_is_moved_to(tmp_path: Path) -> None:
     """Also what it creates itself, such as a log-variance, which an export puts on its own device."""
-    moved = vae.load_exported(exported(tmp_path / "vae", True))
+    moved = vae.load_exported(exported(tmp_path / "vae", posterior=True))
     assert moved.device.type == "cpu"
     moved.net.to("meta")  # a device that every machine has
     assert moved.encode(np.zeros((1, 32, 32, 3), np.uint8)).device.type == "meta"
 
 
 def test_storage_that_is_away_is_not_a_missing_file(tmp_path: Path, no_pauses: None, inject: Callable[[str], None]) -> None:
-    settings = exported(tmp_path / "vae", False)
+    settings = exported(tmp_path / "vae", posterior=False)
     inject("fail at read path=decode.pt2 times=9")
     with pytest.raises(StorageAway, match=r"decode.pt2"):
         vae.load_exported(settings)

@@ -115,7 +115,7 @@ def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.Mo
 
     latents.delete()
     assert open_for_sampling(published, None).decoder.scaling == alone.decoder.scaling
-    exported(tmp_path / "vae", posterior=False, net=Folded(False).half())
+    exported(tmp_path / "vae", posterior=False, net=Folded(posterior=False).half())
     with pytest.raises(UserError, match=r"decode.pt2 has sha256 .*, the recipe expects"):
         open_for_sampling(published, None)
     (note,) = open_for_sampling(copied, settings.path).notes

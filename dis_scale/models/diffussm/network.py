@@ -63,7 +63,7 @@ class SlotLinear(nn.Module):
 class DiffuSSMBlock(nn.Module):
     """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours. The stream is float32."""
 
-    def __init__(self, settings: DiffuSsm, skip: bool):
+    def __init__(self, settings: DiffuSsm, *, skip: bool):
         super().__init__()
         D, self.M = settings.width, settings.hourglass
         self.skip = Linear(2 * D, D) if skip else None

@@ -44,7 +44,7 @@ class DiSBlock(nn.Module):
     skip_order: Tensor | None
 
     def __init__(
-        self, settings: Dis, scan: str, skip: bool, orders: Orders = Orders(), attention: Attention | None = None
+        self, settings: Dis, scan: str, *, skip: bool, orders: Orders = Orders(), attention: Attention | None = None
     ):  # fmt: skip
         super().__init__()
         place, order = orders.places or (None, None)
@@ -120,7 +120,7 @@ class DiS(Backbone):
         for i, attention in enumerate(attends):
             orders = Orders(own[i], own[i - 1] if i else None, own[2 * half - i] if i > half else None)
             mixer = Attention(D, settings.depth, self.extras, side) if attention else None
-            self.blocks.append(DiSBlock(settings, scan, i > half, orders, mixer))
+            self.blocks.append(DiSBlock(settings, scan, skip=i > half, orders=orders, attention=mixer))
         self.register_buffer("place", None if own[-1] is None else _buffer(own[-1].argsort()), persistent=False)
         self.norm = nn.Parameter(torch.ones(D))
         self.modulation = None if num_classes is None else Linear(D, 2 * D)
@@ -160,17 +160,18 @@ class DiS(Backbone):
     def tokens(self) -> int:
         return self.length
 
-    def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:
+    def verify_kernels(self, device: torch.device, images: Collection[int], *, training: bool) -> None:
         """A block, once for each set of compiled kernels."""
         name = choose(self.scan, device).name
-        for case, ordered in itertools.product(distinct(name, device, self._cases(images, training)), self._kinds_of_norms()):
-            _verify_once(self.settings, name, device, self.compute_dtype, case, ordered)
+        cases = distinct(name, device, self._cases(images, training=training))
+        for case, ordered in itertools.product(cases, self._kinds_of_norms()):
+            _verify_once(self.settings, name, device, self.compute_dtype, case, ordered=ordered)
 
     def _kinds_of_norms(self) -> list[bool]:
         """Whether norms read and write at places: all, none, or some. The first block's adds nothing."""
         return sorted({isinstance(block, DiSBlock) and block.place is not None for block in [*self.blocks][1:]})
 
-    def _cases(self, images: Collection[int], training: bool) -> list[Case]:
+    def _cases(self, images: Collection[int], *, training: bool) -> list[Case]:
         """All passes of these image counts. A recomputed block's second forward pass keeps states; the first has no backward.
 
         Kernels of state-space duality depend on all sizes but these.
@@ -220,7 +221,7 @@ class DiS(Backbone):
 
 
 @functools.cache
-def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dtype, case: Case, ordered: bool) -> None:
+def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dtype, case: Case, *, ordered: bool) -> None:
     plain, tokens = settings.model_copy(update={"conditioning": "tokens"}), np.arange(case.L)
     orders = Orders(tokens[::-1].copy(), np.roll(tokens, 1)) if ordered else Orders()
 
@@ -234,7 +235,7 @@ def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dt
 def _token_orders(settings: Dis, extras: int, side: int) -> list[np.ndarray | None]:
     """Return the orders of all tokens that blocks take in turn: label and time first, then the patches; None for theirs."""
     raster = np.arange(side**2)
-    patches = orders_of(settings.order, side, settings.directions == "alternate")
+    patches = orders_of(settings.order, side, alternate=settings.directions == "alternate")
     every = [np.concatenate([np.arange(extras), extras + order]) for order in patches]
     return [None if np.array_equal(p, raster) else o for p, o in zip(patches, every, strict=True)]
 

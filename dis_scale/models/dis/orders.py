@@ -41,7 +41,7 @@ def _given(order_L: np.ndarray | None, other_L: np.ndarray | None) -> np.ndarray
     return np.arange(len(other_L))
 
 
-def orders_of(names: tuple[str, ...], side: int, alternate: bool) -> list[np.ndarray]:
+def orders_of(names: tuple[str, ...], side: int, *, alternate: bool) -> list[np.ndarray]:
     """Return the permutations (side^2) that blocks take in turn; with `alternate` all of them, and then all of them reversed.
 
     UserError for a Hilbert curve whose side is no power of two.

@@ -53,7 +53,7 @@ class DiTBlock(nn.Module):
         self.shifts = "no_shift" not in settings.modern
         self.modulation = Linear(D, 6 * D if self.shifts else 4 * D)
         self.norm_a, self.norm_m = (nn.Parameter(torch.ones(D)) if rms else None for _ in range(2))
-        self.q_norm, self.k_norm = (_head_norm(settings, rms) if "qk_norm" in settings.modern else None for _ in range(2))
+        self.q_norm, self.k_norm = (_head_norm(settings, rms=rms) if "qk_norm" in settings.modern else None for _ in range(2))
         self.register_buffer("cosines", None if angles is None else angles.cos(), persistent=False)
         self.register_buffer("sines", None if angles is None else angles.sin(), persistent=False)
 
@@ -86,7 +86,7 @@ class DiTBlock(nn.Module):
         return placed_BTHd.to(x_BTHd.dtype)
 
 
-def _head_norm(settings: Dit, rms: bool) -> nn.Module:
+def _head_norm(settings: Dit, *, rms: bool) -> nn.Module:
     """LightningDiT's norm of a head's channels, with weights."""
     return nn.RMSNorm(settings.head_size, eps=1e-6) if rms else nn.LayerNorm(settings.head_size)
 

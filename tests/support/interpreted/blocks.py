@@ -32,7 +32,14 @@ def test_the_self_test_passes_for_other_kernels(changes: dict[str, Any]) -> None
 def verified(settings: Dis, L: int, dtype: torch.dtype, orders: Orders = Orders(), **changes: Any) -> None:
     """Compare a block by Triton with itself by PyTorch's operations."""
     device = torch.device("cpu")
-    verify_block(lambda scan: DiSBlock(settings, scan, False, orders), settings.width, "triton", device, dtype, Case(L, **changes))
+    verify_block(
+        lambda scan: DiSBlock(settings, scan, skip=False, orders=orders),
+        settings.width,
+        "triton",
+        device,
+        dtype,
+        Case(L, **changes),
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"keeping": True}, {"gradients": False}, {"images": 3}], ids=str)

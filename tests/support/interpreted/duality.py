@@ -68,7 +68,7 @@ DUAL = [(7, 1, 3, 5), (63, 3, 16, 64), (66, 17, 20, 16)]
 
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("sizes", DUAL, ids=str)
-def test_state_space_duality(sizes: tuple[int, int, int, int], exclusive: bool) -> None:
+def test_state_space_duality(sizes: tuple[int, int, int, int], *, exclusive: bool) -> None:
     """Also of one direction; against the recurrence in float64."""
     exact, single = (ssd.inputs(*sizes, dtype) for dtype in (torch.float64, torch.float32))
     for present in ((True, True), (True, False), (False, True)):
@@ -77,6 +77,6 @@ def test_state_space_duality(sizes: tuple[int, int, int, int], exclusive: bool) 
         results = []
         for (x, own, *ways), backend in ((exact, "reference"), (single, "triton")):
             earlier, later = (way if is_present else None for way, is_present in zip(ways, present, strict=True))
-            results.append(ssd.outputs_and_gradients((x, own, earlier, later), exclusive, backend))
+            results.append(ssd.outputs_and_gradients((x, own, earlier, later), exclusive=exclusive, backend=backend))
         for a, b in zip(*results, strict=True):  # A's gradient is a sum over all tokens, in which most cancels
             assert (a - b).abs().max() <= (5e-5 if a.ndim == 1 else 1e-5) * a.abs().max()
