@@ -16,6 +16,7 @@ import pytest
 from dis_scale.cli.help import EXIT_CODES
 from dis_scale.models.cost import price_model
 from dis_scale.recipe import LatentShape, NoVae, SourceSettings, VaeSettings, reading
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 from docs.reference import settings
 from tests.support.pages import (
     DATA,
@@ -66,6 +67,14 @@ def test_every_source_shown_is_valid() -> None:
 def test_the_data_page_names_every_kind_of_source_and_vae() -> None:
     kinds = {get_args(kind.model_fields["kind"].annotation)[0] for kind in (*get_args(SourceSettings), *get_args(VaeSettings))}
     assert {kind for kind in kinds if f"| `{kind}` |" not in DATA} == set()
+
+
+def test_the_table_of_samplers_has_each() -> None:
+    page = (ROOT / "docs/sizing.md").read_text()
+    for kind, names in {"gaussian": GAUSSIAN_SAMPLERS, "flow": FLOW_SAMPLERS}.items():
+        row = re.search(rf"^\| `diffusion: {{kind: {kind}}}` \|(.*?)\|", page, re.MULTILINE)
+        assert row
+        assert {*re.findall(r"`(\w+)`", row[1])} == {*names}
 
 
 def test_every_command_shown_exists() -> None:

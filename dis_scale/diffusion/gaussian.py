@@ -21,7 +21,10 @@ LOG_2 = math.log(2.0)
 
 
 class Coefficients(NamedTuple):
-    """A step's factors, each (B, 1, 1, 1): x_t = signal x_0 + sigma eps; posterior mean = x0 x_0 + xt x_t."""
+    """A step's factors, each (B, 1, 1, 1): x_t = signal x_0 + sigma eps; posterior mean = x0 x_0 + xt x_t.
+
+    `min_log` and `max_log` are the logarithms of the least and the largest variance of the step that a network can learn.
+    """
 
     signal: Tensor
     sigma: Tensor
@@ -43,7 +46,7 @@ class Chain:
         """alpha_bar after each step of sampling."""
         self.betas_K = 1 - alpha_bars_K / self.before_K
         self.posterior_variance_K = self.betas_K * (1 - self.before_K) / (1 - alpha_bars_K)
-        # The first posterior variance is 0: ADM uses the second one's logarithm instead.
+        # The first posterior variance is 0 if the chain ends without noise: ADM uses the second one's logarithm instead.
         first = self.posterior_variance_K[1:2] if len(alpha_bars_K) > 1 else self.betas_K[:1]
         clipped_K = np.append(first, self.posterior_variance_K[1:])
         columns = (
@@ -134,10 +137,12 @@ def cosine_betas(steps: int) -> Table:
 
 
 def spaced_times(steps: int, count: int) -> list[int]:
-    """`count` equally spaced times of `steps`, including both ends, rounded as by ADM's `space_timesteps`."""
+    """`count` equally spaced times of `steps`, both ends among them, rounded as by ADM's `space_timesteps`; one is the noisiest."""
     if not 1 <= count <= steps:
         raise UserError(f"steps {count}: expected 1 to {steps}, the length of the chain")
-    stride = (steps - 1) / (count - 1) if count > 1 else 1.0
+    if count == 1:
+        return [steps - 1]
+    stride = (steps - 1) / (count - 1)
     position, times = 0.0, []
     for _ in range(count):
         times.append(round(position))

@@ -1,4 +1,4 @@
-"""From noise to latents: one interface for three samplers of the Gaussian process and three of the linear path.
+"""From noise to latents: one interface for the samplers of the Gaussian process and those of the linear path.
 
 A sampler is deterministic, given `x_T` and the noise source. The noise is a function of the step, not of a generator's state.
 Axes: B samples, C channels, H W height and width, K steps. Read next: guidance.py, generate.py.
@@ -16,7 +16,7 @@ from dis_scale.diffusion.flow import FlowMatching
 from dis_scale.diffusion.gaussian import Chain, Coefficients, GaussianDiffusion, learned_log_variance, predict_x0
 from dis_scale.diffusion.process import ModelFn
 from dis_scale.process.errors import UserError, nearest
-from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS, STOCHASTIC_SAMPLERS
 
 NoiseSource = Callable[[int, Sequence[int]], Tensor]
 """(step, shape) to standard normal noise; step 0 is the noisiest."""
@@ -54,7 +54,7 @@ def sample(
     if isinstance(steps, int) and steps < 1:
         raise UserError(f"steps {steps}: expected 1 or more")
     if noise is None:
-        if name in ("ddpm", "euler_maruyama") or (name == "ddim" and eta):
+        if name in STOCHASTIC_SAMPLERS or (name == "ddim" and eta):
             raise UserError(f"sampler {name} is stochastic: give it a noise source")
         noise = _no_noise
     with torch.no_grad():
@@ -83,8 +83,10 @@ def _gaussian(
             x_BCHW = _ddpm(c, x_BCHW, x0_BCHW, v_BCHW, noise, step, last=k == 0)
         elif name == "ddim":
             x_BCHW = _ddim(chain, k, x0_BCHW, eps_BCHW, noise, step, eta)
-        else:
+        elif name == "dpm_solver":
             x_BCHW = _dpm_solver(chain, k, x_BCHW, x0_BCHW, x0_before)
+        else:
+            raise AssertionError(f"the sampler {name} has no step")
         x0_before = x0_BCHW
         if progress is not None:
             progress(step + 1, len(chain))
@@ -136,8 +138,10 @@ def _flow(
         elif name == "heun" and (after > 0 or process.settings.predicts != "image"):  # at 0 an image has no velocity
             guess_BCHW = x_BCHW + (after - now) * v_BCHW
             x_BCHW = x_BCHW + (after - now) / 2 * (v_BCHW + velocity(guess_BCHW, after_B))
-        else:
+        elif name in ("euler", "heun"):
             x_BCHW = x_BCHW + (after - now) * v_BCHW
+        else:
+            raise AssertionError(f"the sampler {name} has no step")
         if progress is not None:
             progress(step + 1, steps)
     return x_BCHW

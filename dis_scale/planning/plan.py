@@ -16,6 +16,7 @@ from dis_scale.planning.fleet import MOST_GPUS, Fleet, Forecast, forecast
 from dis_scale.process.errors import UserError
 from dis_scale.process.tables import narrow_table
 from dis_scale.recipe import Evaluate, LatentShape, Model, ModelTrain, Recipe
+from dis_scale.recipe.evaluate import TWO_PASS_SAMPLERS
 from dis_scale.training.engine import kinds
 from dis_scale.training.lanes import largest_share
 from dis_scale.training.memory import USABLE, worker_bytes
@@ -42,12 +43,12 @@ class Plan:
 
     def sampling_flops(self, model: str, settings: Evaluate | None = None) -> float:
         """FLOPs of the samples of one evaluation, by default under the main settings: guidance adds a pass, its own or that
-        of the model that guides, and Heun's method doubles them."""
+        of the model that guides, and some samplers evaluate the model twice a step."""
         settings = settings or self.recipe.evaluate
         gmacs = self.costs[model].gmacs_forward * (1 if settings.scale == 1 or settings.guide else 2)
         if settings.guide:
             gmacs += self.costs[settings.guide.by].gmacs_forward
-        passes = 2 if settings.sampler == "heun" else 1
+        passes = 2 if settings.sampler in TWO_PASS_SAMPLERS else 1
         return 2e9 * gmacs * passes * settings.steps * settings.samples
 
     def evaluation_s(self, model: str, fleet: Fleet) -> float:

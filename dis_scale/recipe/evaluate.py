@@ -22,6 +22,10 @@ GaussianSampler = Literal["ddpm", "ddim", "dpm_solver"]
 FlowSampler = Literal["euler", "heun", "euler_maruyama"]
 Sampler = Literal[GaussianSampler, FlowSampler]
 GAUSSIAN_SAMPLERS, FLOW_SAMPLERS = get_args(GaussianSampler), get_args(FlowSampler)
+STOCHASTIC_SAMPLERS = ("ddpm", "euler_maruyama")
+"""Samplers that draw noise in each step."""
+TWO_PASS_SAMPLERS = ("heun",)
+"""Samplers that evaluate the model twice a step."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,39}$")]
 Interval = tuple[float, float]
 """From and to, in the model's times: 0 is without noise, 1000 is noise alone."""

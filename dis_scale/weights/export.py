@@ -254,5 +254,5 @@ def process_of(settings: dict[str, Any], shape: LatentShape) -> Any:
 
 
 def sampler_for(process: Any) -> str:
-    """The published sampler of the process."""
+    """The sampler of an exported folder unless another one is named."""
     return "heun" if process.settings.kind == "flow" else "ddpm"

@@ -15,6 +15,7 @@ from dis_scale.diffusion.generate import SampleNoise
 from dis_scale.diffusion.process import ModelFn
 from dis_scale.diffusion.samplers import sample
 from dis_scale.recipe import Flow, LatentShape
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS
 from dis_scale.recipe.train import Prediction
 from tests.support.gaussian_data import build, velocity_model
 
@@ -61,7 +62,7 @@ def outputs_of(predicts: Prediction) -> ModelFn:
     return model_fn
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "euler_maruyama"])
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
 @pytest.mark.parametrize("predicts", ["image", "noise"])
 def test_samples_of_an_exact_model_do_not_depend_on_its_prediction(predicts: Prediction, sampler: str) -> None:
     noise = SampleNoise(0, range(4))

@@ -11,6 +11,7 @@ from torch import Tensor
 from dis_scale.diffusion.gaussian import Chain
 from dis_scale.diffusion.samplers import sample
 from dis_scale.recipe import Flow, Gaussian
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS, STOCHASTIC_SAMPLERS
 from tests.support.gaussian_data import S, build, eps_model, exact_variance, final_variance, slopes, velocity_model
 
 GAUSSIAN, FLOW = build(Gaussian(kind="gaussian")), build(Flow(kind="flow"))
@@ -49,8 +50,17 @@ def test_dpm_solver_is_second_order_without_the_last_jump() -> None:
     assert slopes(errors) == pytest.approx([2, 2], abs=0.15)
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
-def test_flow_samplers_orders(name: str, order: int) -> None:
+ORDERS = {"ddim": 1, "dpm_solver": 2, "euler": 1, "heun": 2}
+"""Of each sampler that draws no noise; of a flow's they are measured here, and of the others above."""
+
+
+def test_each_sampler_has_an_order_or_draws_noise() -> None:
+    assert {*ORDERS, *STOCHASTIC_SAMPLERS} == {*GAUSSIAN_SAMPLERS, *FLOW_SAMPLERS}
+
+
+@pytest.mark.parametrize("name", [name for name in FLOW_SAMPLERS if name not in STOCHASTIC_SAMPLERS])
+def test_flow_samplers_orders(name: str) -> None:
+    order = ORDERS[name]
     errors = [abs(sample(velocity_model(), FLOW, name, K, ONE).item() - S) for K in KS]
     assert slopes(errors) == pytest.approx([order, order], abs=0.15)
 
