@@ -8,13 +8,14 @@ Read next: latents.py.
 import hashlib
 import io
 import json
+import math
 import re
 import tarfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache
 from mmap import mmap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -100,8 +101,8 @@ def require_allowed(latents: Folder, data: Data) -> None:
 
 def sample_bytes(shape: LatentShape, *, posterior: bool = True, sides: int = 2) -> int:
     """Return the bytes of a latent in a shard: two headers, the label, and the moments with numpy's header."""
-    npy = 128 + 2 * sides * (1 + posterior) * shape.channels * shape.size**2
-    return 3 * _BLOCK + -(-npy // _BLOCK) * _BLOCK
+    file = 128 + 2 * sides * (1 + posterior) * shape.channels * shape.size**2
+    return 3 * _BLOCK + -(-file // _BLOCK) * _BLOCK
 
 
 def shard_name(number: int) -> str:
@@ -115,11 +116,12 @@ def pack(samples: list[Sample]) -> bytes:
     for sample in samples:
         key = b"%012d" % sample.position
         label = json.dumps({"label": sample.label, "name": sample.name}).encode()
-        npy, moments = _npy_header(sample.moments.shape), np.ascontiguousarray(sample.moments).data
-        npy_bytes = len(npy) + moments.nbytes
+        assert sample.moments.dtype == np.float16, sample.moments.dtype
+        head, moments = _npy_header(sample.moments.shape), np.ascontiguousarray(sample.moments).data
+        file_bytes = len(head) + moments.nbytes
         pieces += [_header(key, ".json", len(label)), label, bytes(-len(label) % _BLOCK)]
-        pieces += [_header(key, ".moments.npy", npy_bytes), npy, moments, bytes(-npy_bytes % _BLOCK)]
-        size += 2 * _BLOCK + len(label) + -len(label) % _BLOCK + npy_bytes + -npy_bytes % _BLOCK
+        pieces += [_header(key, ".moments.npy", file_bytes), head, moments, bytes(-file_bytes % _BLOCK)]
+        size += 2 * _BLOCK + len(label) + -len(label) % _BLOCK + file_bytes + -file_bytes % _BLOCK
     return b"".join([*pieces, bytes(2 * _BLOCK + -size % tarfile.RECORDSIZE)])
 
 
@@ -158,7 +160,7 @@ def unpack(data: bytes | mmap, where: str) -> Shard:
     """Return the shard in a tar's bytes, as a read-only view of them if possible; StorageError if it is not a shard."""
     try:
         return _strided(data) or _parsed(data, where)
-    except (KeyError, ValueError, OSError, tarfile.TarError) as error:
+    except (KeyError, TypeError, ValueError, OSError, tarfile.TarError) as error:
         raise StorageError(f"{where}: not a latent shard: {error}") from error
 
 
@@ -169,18 +171,26 @@ def _strided(data: bytes | mmap) -> Shard | None:
     """
     try:
         file = tarfile.TarInfo.frombuf(data[2 * _BLOCK : 3 * _BLOCK], "ascii", "strict")
-        dtype, shape, _, start = npy.header(data[3 * _BLOCK : 4 * _BLOCK])
+        _, shape, _, start = npy.header(data[3 * _BLOCK : 4 * _BLOCK])
     except (tarfile.HeaderError, ValueError):
+        return None
+    if file.size != start + 2 * math.prod(shape) or data[3 * _BLOCK : 3 * _BLOCK + start] != _npy_header(shape):
         return None
     first, stride = 3 * _BLOCK + start, 3 * _BLOCK + -(-file.size // _BLOCK) * _BLOCK
     everything = np.frombuffer(data, np.uint8)
     slots = everything[: len(data) // stride * stride].reshape(-1, stride)
     parts = slots[: int(np.append(slots[:, 0], 0).argmin())]
-    if dtype != np.float16 or everything[parts.size :].any() or not len(parts) or not _alike(parts[:, :first]):
+    if everything[parts.size :].any() or not len(parts) or not _alike(parts[:, :first]):
         return None
-    moments = parts[:, first : 3 * _BLOCK + file.size].view(dtype).reshape(-1, *shape)
+    moments = parts[:, first : 3 * _BLOCK + file.size].view(np.float16).reshape(-1, *shape)
     labels = [json.loads(label.tobytes().rstrip(b"\0"))["label"] for label in parts[:, _BLOCK : 2 * _BLOCK]]
-    return Shard(moments, np.array(labels, dtype=np.int64))
+    return Shard(moments, _numbers(labels))
+
+
+def _numbers(labels: list[Any]) -> np.ndarray:
+    if not all(type(label) is int for label in labels):
+        raise ValueError(f"a label is no number: {next(label for label in labels if type(label) is not int)!r}")
+    return np.array(labels, dtype=np.int64)
 
 
 def _alike(heads: np.ndarray) -> bool:
@@ -199,25 +209,26 @@ def _parsed(data: bytes | mmap, where: str) -> Shard:
     for sample in wds.tariterators.group_by_keys(file | {"__url__": where} for file in files):
         moments.append(npy.read(sample["moments.npy"]))
         labels.append(json.loads(sample["json"])["label"])
-    return Shard(np.stack(moments), np.array(labels, dtype=np.int64))
+    return Shard(np.stack(moments), _numbers(labels))
 
 
 def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str], *, sealed: bool = False) -> None:
     """Write a shard, then its sidecar: digest, count, images by label, and sums of the moments for the statistics.
 
     If another encoder has finished it with other bytes, its shard stays: the set may be sealed with it, unless it is known to be
-    `sealed` with this one. If that one finishes meanwhile, both files are written again, so that they belong together.
+    `sealed` with this one. If that one finishes meanwhile, both files are written again, so that they belong together; a set that
+    was sealed in between has the other's digest, which `dis-scale data verify` finds and `data repair` mends.
     """
     tar, name, data = f"{shard_name(number)}.tar", f"{shard_name(number)}.json", pack(samples)
     labels = {str(label): count for label, count in sorted(Counter(s.label for s in samples).items())}
     sidecar = ShardSidecar(
         **asdict(Digest.of(data)), count=len(samples), refused=tuple(refused), labels=labels, sums=_sums(samples)
     ).signed()
-    theirs = None if sealed else _intact(latents, number)
+    theirs = None if sealed else ShardSidecar.find_intact(latents, name)
     if theirs and theirs != sidecar and latents.exists(tar) and latents.size(tar) == theirs.size_bytes:
         return
     latents.write(tar, data)
-    if not sidecar.create(latents, name) and _intact(latents, number) != sidecar:
+    if not sidecar.create(latents, name) and ShardSidecar.find_intact(latents, name) != sidecar:
         latents.write(tar, data)
         sidecar.write(latents, name)
 
@@ -229,7 +240,7 @@ def finished(latents: Folder, numbers: range) -> set[int]:
     """
     sizes = latents.sizes()
     candidates = [n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= sizes.keys()]
-    sidecars = in_order(candidates, lambda n: _intact(latents, n), READS_AT_ONCE)
+    sidecars = in_order(candidates, lambda n: ShardSidecar.find_intact(latents, f"{shard_name(n)}.json"), READS_AT_ONCE)
     return {n for n, each in zip(candidates, sidecars, strict=True) if each and each.size_bytes == sizes[f"{shard_name(n)}.tar"]}
 
 
@@ -244,6 +255,8 @@ def clear_strays(latents: Folder, numbers: range) -> list[str]:
 
 def write_manifest(latents: Folder, numbers: range, made_from: MadeFrom) -> LatentsManifest:
     """Write the manifest over all sidecars, as the last file; StorageError if a shard's size is not its sidecar's.
+
+    FileNotFoundError if a sidecar is missing, UserError if no image could be decoded.
 
     Another sweep's precompute that seals the set at the same time writes the same bytes, so the set has no lease of its own.
     """
@@ -274,23 +287,10 @@ def _require_size(latents: Folder, number: int, sidecar: ShardSidecar, sizes: di
         )
 
 
-def _intact(latents: Folder, number: int) -> ShardSidecar | None:
-    """Return a shard's sidecar, None if it is missing or damaged; StorageError if it cannot be read: its shard may be good."""
-    name = f"{shard_name(number)}.json"
-    try:
-        data = latents.read(name)
-    except FileNotFoundError:
-        return None
-    try:
-        return ShardSidecar.parse(data, f"{latents}/{name}")
-    except StorageError:
-        return None
-
-
 def _sums(samples: list[Sample]) -> ChannelSums:
     """Return sums over the unflipped images by channel: count, mean and M2 of the posterior means, and the posteriors' variances.
 
-    Count, mean and M2 merge exactly.
+    Count, mean and M2 of several shards merge without their images.
     """
     if not samples:
         return ChannelSums(count=0, mean=(), m2=(), variance=())

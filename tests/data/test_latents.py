@@ -140,6 +140,20 @@ def test_a_shard_of_another_layout_is_readable(at: int) -> None:
     assert read_back.labels.tolist() == [s.label for s in made]
 
 
+def test_another_writers_order_of_axes_is_read() -> None:
+    made = samples(0, 3)
+    fortran = shards.pack(made).replace(b"'fortran_order': False,", b"'fortran_order': True, ")
+    np.testing.assert_array_equal(
+        shards.unpack(fortran, "here").moments, [s.moments.ravel().reshape(s.moments.shape, order="F") for s in made]
+    )
+
+
+@pytest.mark.parametrize("label", [None, [1], "two"])
+def test_a_label_that_is_no_number_is_damage(label: Any) -> None:
+    with pytest.raises(StorageError, match="there: not a latent shard"):
+        shards.unpack(shards.pack([dataclasses.replace(samples(0, 1)[0], label=label)]), "there")
+
+
 def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
     """With the library's own decoder."""
     import webdataset as wds
