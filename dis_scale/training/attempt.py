@@ -134,7 +134,7 @@ def _workers_on_this_node(world: int) -> int:
 
 
 def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tuple[Engine, Backbone, int, bool, RunState | None]:
-    """Return the engine, its model, and the last fields of `Opened`: from the newest resume point or from initial weights.
+    """Return the engine, its model, images seen, whether it resumes, and the state there: of the newest resume point, or new ones.
 
     A step has `passes` forward passes on each rank; scans keep their states if `keeps`.
     """

@@ -41,16 +41,18 @@ def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequen
         raise UserError(f"--as {new}: this sweep has a model of that name, with other settings: choose another name")
     target = grown.run(new)
     _require_free(sweep, target, origin, new)
-    if name is None:
-        raise _no_point(run, model, images_seen)
-    point = run.resume_point(name)
-    _require_possible(sweep, grown, model, images_seen, new)
-    ResumePointManifest.require(point).read_files(point)
-    origin.write(target.folder)
-    for count in [n for n in state.published_counts(run) if n <= images_seen]:
-        published = run.published_at(count)
-        _copy(PublishedManifest.require(published), published, target.published_at(count), new, held)
-    _copy(ResumePointManifest.require(point), point, target.resume_point(PointName(images_seen, ATTEMPT)), new, held)
+    copied = target.resume_point(PointName(images_seen, ATTEMPT))  # the last that is copied
+    if not ResumePointManifest.exists(copied):
+        if name is None:
+            raise _no_point(run, model, images_seen)
+        _require_possible(sweep, grown, model, images_seen, new)
+        manifest = ResumePointManifest.require(point := run.resume_point(name))
+        manifest.read_files(point)  # damage is named before anything is written; not kept, since it may be larger than memory
+        origin.write(target.folder)
+        for count in [n for n in state.published_counts(run) if n <= images_seen]:
+            published = run.published_at(count)
+            _copy(PublishedManifest.require(published), published, target.published_at(count), new, held)
+        _copy(manifest, point, copied, new, held)
     held.require_held()
     grown.save_recipe()
     return target
@@ -72,6 +74,10 @@ def _require_possible(sweep: Sweep, grown: Sweep, model: str, images_seen: int, 
     if passed:
         raise UserError(
             f"publish_images: {passed[0]} is not after {images_seen}, where the new run begins, and {model} has not published it"
+        )
+    if images_seen >= settings.images:
+        raise UserError(
+            f"--at {images_seen}: the new run would end at {settings.images} images, before it has trained: publish later ones"
         )
 
 
@@ -95,9 +101,11 @@ def _no_point(run: Run, model: str, images_seen: int) -> UserError:
 
 
 def _copy(manifest: ResumePointManifest | PublishedManifest, source: Folder, target: Folder, model: str, held: Lease) -> None:
-    """Copy files with their manifest, which is written last and names the new run's model."""
+    """Copy files with their manifest, which is written last and names the new run's model, unless it is there."""
+    if manifest.exists(target):
+        return
     for name in manifest.files:
         target.write(name, manifest.read_file(source, name))
     progress = manifest.progress and manifest.progress.model_copy(update={"model": model})
     held.require_held()
-    manifest.changed(progress=progress).write(target)
+    manifest.changed(progress=progress, below=None).write(target)

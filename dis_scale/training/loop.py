@@ -74,8 +74,8 @@ def train_model(attempt: Attempt) -> int:
                 row["paused"] = training.paused_share()
             records.add(images_seen, row)
 
-            # Save and publish. A resume point never exists without the rows before it, nor the last published count without the
-            # resume point there: a trunk that has published it is trained, and its branches need that point.
+            # Save and publish. A resume point never exists without the rows before it, nor a published count where branches begin
+            # without the resume point there: a trunk that has published its last one is trained, and they need that point.
             publish_due = images_seen in settings.publish_images
             save_due = images_seen % settings.resume_every_images < settings.batch_images or images_seen in branches
             training.saver.raise_failed()

@@ -1,5 +1,8 @@
 """A fork continues from its resume point, bit for bit; the original run stays as it is."""
 
+import shutil
+from pathlib import Path
+
 import psutil
 import pytest
 
@@ -44,6 +47,26 @@ def test_a_fork_trains_on_to_the_bit(sweep: Sweep) -> None:
     assert ends[1].manifest.progress.model == "again"
 
 
+def test_a_rerun_needs_nothing_that_is_copied(sweep: Sweep, tmp_path: Path) -> None:
+    """The origin has deleted its resume point meanwhile, as it does."""
+    assert sweep.folder.local
+    shutil.copytree(sweep.folder.local.parent, tmp_path / "root")
+    own = Sweep.open(str(tmp_path / "root" / sweep.folder.local.name))
+    run, before = own.run("dit"), own.folder.read(RECIPE)
+    made = fork_run(own, "dit", 240, "anew")
+    published = made.published_at(160).local
+    assert published
+    written = {file: file.stat().st_mtime_ns for file in published.rglob("*.*")}
+    own.folder.write(RECIPE, before)  # the last that is written
+    point = state.point_at(run, 240)
+    assert point
+    for name in run.resume_point(point).list():
+        run.resume_point(point).delete(name)
+    fork_run(Sweep.open(own.folder.url), "dit", 240, "anew")
+    assert "anew" in Sweep.open(own.folder.url).recipe.models
+    assert {file: file.stat().st_mtime_ns for file in published.rglob("*.*")} == written
+
+
 def test_a_fork_may_change_the_training_from_there_on(sweep: Sweep) -> None:
     """A run that diverged is rolled back and continues at a lower rate."""
     made = fork_run(Sweep.open(sweep.folder.url), "dit", 240, "lower", ["learning_rate=1e-5", "clip=0.5"])
@@ -82,6 +105,7 @@ def test_a_sweep_that_runs_is_not_changed_under_its_command(sweep: Sweep) -> Non
     [
         ("batch_images=32", r"--at 240: not a multiple of the new run's batch_images 32"),
         ("publish_images=[224]", r"publish_images: 224 is not after 240, where the new run begins, and dit has not published it"),
+        ("publish_images=[160]", r"--at 240: the new run would end at 160 images, before it has trained: publish later ones"),
     ],
 )
 def test_a_fork_that_would_never_end_is_refused(sweep: Sweep, setting: str, words: str) -> None:
