@@ -52,7 +52,7 @@ def shipped(*, as_json: AsJson = False) -> None:
 
     purposes = {name: recipes.purpose(name) for name in recipes.names()}
     document = [{"name": name, "path": str(recipes.resolve(name)), "purpose": words} for name, words in purposes.items()]
-    width = max(map(len, purposes)) + 2
+    width = max(map(len, purposes), default=0) + 2
     show(document, *(f"{name:<{width}}{words}" for name, words in purposes.items()), as_json=as_json)
 
 
@@ -64,15 +64,15 @@ def schema() -> None:
 
 
 def _open(url: str, overrides: list[str] | None = None) -> "Recipe":
-    """Return the recipe in a file, or that of a sweep's folder."""
-    if "://" not in url and not Path(url).is_dir():
-        return load_recipe(url, overrides)
-
+    """Return the recipe in a file, or that of a sweep's folder; any other folder does not hide a shipped recipe of its name."""
     from dis_scale.recipe import reading
+    from dis_scale.recipe import shipped as recipes
     from dis_scale.sweep import RECIPE, Sweep
 
+    if not ("://" in url or Path(url, RECIPE).is_file() or (Path(url).is_dir() and url not in recipes.names())):
+        return load_recipe(url, overrides)
     stored = Sweep.open(url)
-    return reading.parse(reading.dump(stored.recipe), f"{stored}/{RECIPE}", overrides)
+    return reading.parse(reading.dump(stored.recipe), f"{stored}/{RECIPE}", overrides, stored=True)
 
 
 def _derived(recipe: "Recipe", images: int | None) -> "Numbers":

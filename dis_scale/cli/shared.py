@@ -55,18 +55,18 @@ def driver_console(context: Context) -> Console:
     """The console of a command that runs a sweep: as `console`, or one JSON line for each of its lines."""
     if not jsonlog.wanted():
         return console()
-    return Console(file=JsonLines(sys.stdout, context), width=120, force_terminal=False)
+    return Console(file=JsonLines(sys.stdout, context), width=120, force_terminal=False, markup=False)
 
 
 def console(*, stderr: bool = False) -> Console:
     """The terminal, or 120 characters if the output is not one; on stderr beside an output for programs.
 
-    FORCE_COLOR colours other outputs, too; what moves the cursor is for terminals only.
+    FORCE_COLOR colours other outputs, too; what moves the cursor is for terminals only. Brackets are text: recipes have lists.
     """
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
-        return Console(file=stream)
-    return Console(file=stream, width=120, force_interactive=False)
+        return Console(file=stream, markup=False)
+    return Console(file=stream, width=120, force_interactive=False, markup=False)
 
 
 def say(line: str) -> None:

@@ -104,3 +104,11 @@ def test_diff_of_a_recipe_and_a_stored_sweep(tmp_path: Path, tiny: Recipe, capsy
     code, output = invoke("recipe", "diff", str(TINY), str(TINY))
     assert (code, output) == (0, "equal    no setting differs\n")
     assert invoke("recipe", "diff", str(TINY), "none.yaml")[0] == 2
+    code, output = invoke("recipe", "diff", str(TINY), "celeba64")
+    assert (code, "[distance, sfid" in output) == (0, True), "brackets are text, not styles"
+
+
+def test_a_folder_does_not_hide_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cifar10").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert invoke("recipe", "diff", "cifar10", "cifar10") == (0, "equal    no setting differs\n")
