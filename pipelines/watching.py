@@ -147,15 +147,16 @@ class _Loop:
                 finished = self._poll(wait)
                 self._note_failures(finished)
                 self._end_hanging()
-                self._forward_stop()
                 self._report(self._polls.done)
                 faults.at("poll", images=max(self._polls.done), path=" ".join(sys.argv[1:2]))
         return ray.get([result for result in self._results if result in self._ended])
 
     def _poll(self, wait: Wait) -> list[Any]:
         """Wait for results, ask all workers, and log those without capacity; return the results that came."""
-        finished, self._running = ray.wait(self._running, timeout=self._policy.poll_every_s)
+        ray.wait(self._running, timeout=self._policy.poll_every_s)
+        finished, self._running = ray.wait(self._running, num_returns=len(self._running), timeout=0)
         self._ended += finished
+        self._forward_stop()  # before workers that hang are waited for
         self._polls.ask({number for number, result in enumerate(self._results) if result not in self._running})
         unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running]
         request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
@@ -200,21 +201,22 @@ class _Loop:
         if self._hanging and not self._policy.independent:
             silent_s = self._pace.silent_s(time.monotonic())
             words, done = f"no step ended for {silent_s:.0f} s: hanging", self._polls.done
-            self._log_stacks()
+            self._log_stacks(range(len(self._workers)))
             behind = [number for number, each in enumerate(done) if each < max(done)] if self._policy.blame_behind else []
             if len(names := {nodes.under(self._workers[number]) for number in behind}) == 1:
                 words = f"{words}; all others wait for the workers of node {names.pop()}"
                 raise WorkerFailure(words, silent_s=silent_s, cause="device", worker=behind[0])
             raise WorkerFailure(words, max(done), silent_s)
+        if self._hanging:
+            self._log_stacks(self._hanging)
         for number in self._hanging:
             self._job.say(f"worker {number} made no progress for {self._pace.limit_s(number):.0f} s: hanging, it is killed")
-            self._log_stacks([number])
             ray.kill(self._workers[number])
             self._killed.add(number)
 
-    def _log_stacks(self, ranks: Collection[int] | None = None) -> None:
-        """Print the stacks of these workers, of all by default."""
-        calls = {rank: self._workers[rank].stacks.remote() for rank in ranks or range(len(self._workers))}
+    def _log_stacks(self, ranks: Collection[int]) -> None:
+        """Print the stacks of these workers."""
+        calls = {rank: self._workers[rank].stacks.remote() for rank in ranks}
         answered, _ = ray.wait([*calls.values()], num_returns=len(calls), timeout=self._policy.answer_s)
         for rank, call in calls.items():
             answers = call in answered and not failure_of(call)
@@ -255,7 +257,7 @@ class _Polls:
     def ask(self, ended: set[int]) -> None:
         """Log the workers' new lines and note their progress; those whose work has `ended` are asked to the last line."""
         self.unplaced = [n for n in self.unplaced if not has_process(self.workers[n])]
-        self._take(self._up | ended)
+        self._take(ended)
         for number, worker in enumerate(self.workers):
             if number not in self._calls and number not in self.unplaced:
                 self._calls[number] = worker.poll.remote()
