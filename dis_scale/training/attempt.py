@@ -159,9 +159,7 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tu
         warm_start.load_into(model, attempt.sweep, attempt.model, attempt.log)
     read = point.read if point else resume.fresh(model)
     if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
+        _load_weights(model, read)
     # Also passes that only other ranks have: a kernel that is wrong for these must be so on all ranks, or a device is blamed.
     every = image_counts_of_all(settings.lanes, dist.get_world_size(), passes, settings.lane_images)
     check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, every, training=True))
@@ -170,17 +168,27 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tu
     blocks = _graphed(attempt, model, every, passes) if settings.graphs else None
     if dist.get_rank() == 0:
         origin = f"{before.model}'s " if before and not resumed else ""
-        where = f"from {origin}{point.folder.name}" if point else "from the beginning"
-        scans = settings.scan in families.find(recipe.models[attempt.model].kind).scans
-        scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
-        attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
-        attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
+        _log_start(attempt, images_seen, f"from {origin}{point.folder.name}" if point else "from the beginning")
         if blocks:
             attempt.log(f"{attempt.model}: {blocks}")
         if settings.base_width:
             attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
     earlier = as_branch(before, attempt.start.requested_at) if before and not resumed else before
     return state, model, images_seen, resumed, earlier
+
+
+@torch.no_grad()
+def _load_weights(model: Backbone, read: engine.Read) -> None:
+    for name, p in model.named_parameters():
+        p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
+
+
+def _log_start(attempt: Attempt, images_seen: int, where: str) -> None:
+    settings, workers = attempt.recipe.train, dist.get_world_size()
+    scans = settings.scan in families.find(attempt.recipe.models[attempt.model].kind).scans
+    scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
+    attempt.emit("start", attempt=attempt.number, workers=workers, images=images_seen)
+    attempt.log(f"{attempt.model}: attempt {attempt.number}, {workers} workers, {where}{scan}")
 
 
 def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -> str:
