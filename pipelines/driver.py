@@ -19,7 +19,7 @@ from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
 from pipelines.jobs import Job, stop_jobs, submit
 from pipelines.metrics import SetGauge
-from pipelines.silence import Silence
+from pipelines.silence import RayEnded, Silence
 from pipelines.stage import insist
 
 T = TypeVar("T")
@@ -48,7 +48,8 @@ class Driver:
     board: Board
     jobs: list[Job] = field(default_factory=list)
     followed_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """When another job followed one that was killed or stopped, by its stage and model; and another Ray of our own."""
+    """When another job followed one that was killed, was stopped or had lost storage, by its stage and model; and another Ray of
+    our own."""
     stop_requested: Event = field(default_factory=Event)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
@@ -58,6 +59,8 @@ class Driver:
     """Interval at which storage is asked for a stop request of another process."""
     as_json: bool = False
     """Print the lines of the jobs as they are, JSON, instead of what they say."""
+    first: bool = True
+    """Whether this command holds the sweep's lease; another one joins its jobs, and follows what it does."""
     taken_over: bool = False
     """Whether another process of the same Ray runs the sweep now; the jobs are its own."""
     drained: bool = False
@@ -91,7 +94,8 @@ def stopping_jobs(driver: Driver, *, joined: bool = False) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        stopped = [job for job in driver.jobs if (job.ours or joined) and not driver.taken_over]
+        gone = driver.taken_over or isinstance(error, RayEnded)  # to another process, or with their Ray
+        stopped = [job for job in driver.jobs if (job.ours or joined) and not gone]
         # Wait until the jobs have saved: their Ray may end with this process, and the next command would join jobs that stop. A Ray
         # job that Ray stops has no time for it, a minute at most.
         no_time = in_ray_job() and isinstance(error, Preempted | KeyboardInterrupt)
@@ -116,14 +120,19 @@ def run_stage(driver: Driver, cluster: Cluster, name: str, *arguments: str) -> N
 def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
     """Train models in the recipe's order, as many at a time as the cluster can hold, with the evaluation next to them."""
     sweep, failures = driver.sweep, Failures()
-    waiting = [model for model in sweep.recipe.models if not state.trained(sweep, model)]
+    waiting = _insist(driver, lambda: [model for model in sweep.recipe.models if not state.trained(sweep, model)])
     driver.gauge("models_failed", 0)
-    for model in waiting:
-        sweep.run(model).folder.delete(Ended.NAME)
+    for model in list(waiting):
+        if driver.first:
+            _insist(driver, partial(sweep.run(model).folder.delete, Ended.NAME))
+        elif failed := _insist(driver, partial(Ended.find_intact, sweep.run(model).folder)):
+            waiting.remove(model)  # under the command that was joined
+            failures.models[model] = failed.why
     evaluation = _Evaluation(driver, cluster, failures)
     training: dict[str, Job] = {}
     evaluated, asked_s = False, float("-inf")
     while waiting or training or not evaluated:
+        go_on(driver)
         due = time.monotonic() > asked_s + ASK_EVERY_S
         _begin_waiting(driver, cluster, waiting, training, failures, ask=due)
         asked_s = time.monotonic() if due else asked_s
@@ -221,6 +230,7 @@ def _begin_waiting(
         branch = driver.sweep.recipe.models[model].branch
         if len(training) >= at_once or (branch and not ask):
             continue
+        go_on(driver)  # storage is asked for each
         try:
             begins = state.may_begin(driver.sweep, model)
             in_vain = branch and not begins and (branch.of not in (*waiting, *training) or _has_passed(driver.sweep, branch))
@@ -262,9 +272,9 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
     """Whether another job follows one that did not end well, a limited number of times.
 
     It does after an accident of its process, if it was stopped for an earlier command, and if storage was away, once that answers
-    again: StorageAway if it does not for as long as jobs wait.
+    again: StorageAway if it does not for as long as jobs wait. The job of a command that was joined was stopped by that command.
     """
-    stopped, away = job.status == "STOPPED" and not job.ours, isinstance(job.error(""), StorageAway)
+    stopped, away = job.status == "STOPPED" and not job.ours and driver.first, isinstance(job.error(""), StorageAway)
     if not (job.killed or stopped or away) or not may_follow(driver, name):
         return False
     why = job.reason()[:200]

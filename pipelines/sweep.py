@@ -138,23 +138,23 @@ def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:
     with (
         open_cluster(sweep.recipe, board.say, partial(go_on, driver)) as cluster,
         showing_a_stop(driver, plan),  # while Ray still shows the gauges of this process
-        one_at_a_time(driver, cluster) as first,
+        one_at_a_time(driver, cluster),
         seen_alive(driver, exporting(driver, cluster)),
     ):
         board.say(f"cluster  {cluster.description}")
         list_images(driver, plan, store)
-        driver.sweep = sweep = store_recipe(driver, first=first)
+        driver.sweep = sweep = store_recipe(driver)
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         with contextlib.ExitStack() as ends:
-            if first:
+            if driver.first:
                 ends.enter_context(writing_page(driver, plan))
                 last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
             last_ray.record(sweep, cluster)
             require_device(driver, cluster)
             require_fits(plan, cluster)
-            if first:
+            if driver.first:
                 ends.enter_context(dashboards.copying(sweep, store, board.say))
-            ends.enter_context(stopping_jobs(driver, joined=first))  # the first also stops jobs that a killed one left
+            ends.enter_context(stopping_jobs(driver, joined=driver.first))  # the first also stops jobs that a killed one left
             if not state.prepared(sweep):
                 name_needs(driver, cluster)
                 run_stage(driver, cluster, "prepare")
@@ -195,7 +195,8 @@ def showing_a_stop(driver: Driver, plan: Plan) -> Iterator[None]:
         yield
     except DisScaleError as error:
         with contextlib.suppress(DisScaleError):  # storage may be away, and the error's code decides what follows
-            if not (driver.stop_shown or isinstance(error, StorageAway | RayEnded)) and driver.sweep.folder.exists(RECIPE):
+            shown = driver.stop_shown or not driver.first  # by the command that was joined
+            if not (shown or isinstance(error, StorageAway | RayEnded)) and driver.sweep.folder.exists(RECIPE):
                 driver.stop_shown = True
                 _write_page(driver, plan)
         raise
@@ -229,7 +230,7 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
 
     try:
         source = open_source(recipe.data, store, report)
-    except (StorageError, UserError) as error:
+    except (StorageError, StorageAway, UserError) as error:
         if isinstance(error, StorageFull) or state.find_latents(driver.sweep.folder) is None:
             raise
         return driver.board.say(f"source   it cannot be listed; its latents are complete, and training continues: {error}")
@@ -242,7 +243,7 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     if not (recipe.data.given or driver.sweep.folder.exists(REAL)):  # precompute decodes latents
         try:
             driver.sweep.folder.write(REAL, real_grid(source, recipe.data.resolution))
-        except StorageError as error:
+        except (StorageError, StorageAway) as error:
             driver.board.say(f"source   its images are not shown in the report: {error}")
 
 
@@ -254,23 +255,20 @@ def _name_deleted_weights(sweep: Sweep, board: Board) -> None:
 
 
 @contextlib.contextmanager
-def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
-    """A second sweep of one name joins the first one's jobs on the same Ray; on another Ray it is refused before it writes.
-
-    Yields whether this is the first.
-    """
+def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[None]:
+    """A second sweep of one name joins the first one's jobs on the same Ray; on another Ray it is refused before it writes."""
     with contextlib.ExitStack() as stack:
-        first = True
+        driver.first = True
         try:
             held = stack.enter_context(lease.hold(command_lease(driver.sweep.folder), cluster.id))
             obey = partial(_obey_request, held, driver, cluster)
             stack.enter_context(repeating(obey, driver.requests_polled_every_s, "stop requests"))
         except Held as error:
-            first = False
+            driver.first = False
             if error.cluster != cluster.id:
                 raise
             driver.board.say(f"joined   process {error.process}, which runs this sweep on the same Ray")
-        yield first
+        yield
 
 
 def exporting(driver: Driver, cluster: Cluster) -> Callable[[], bool]:
@@ -335,9 +333,9 @@ def resumed_recipe(sweep: Sweep, overrides: list[str]) -> Recipe:
     return recipe
 
 
-def store_recipe(driver: Driver, *, first: bool) -> Sweep:
+def store_recipe(driver: Driver) -> Sweep:
     """Store the recipe, which may have grown; a sweep that joined another takes that one's. UserError if it adds models."""
-    if first:
+    if driver.first:
         driver.sweep.save_recipe()
         return driver.sweep
     running = Sweep.open(driver.sweep.folder.url, patient=True)

@@ -1,8 +1,9 @@
 """The jobs of a running sweep: which failures are whose, and what a stop, a lost storage or a late failure changes."""
 
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
-from dis_scale.sweep.documents import StageProgress
+from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines.cluster import Cluster
 from pipelines.driver import (
     FOLLOWED_IN_S,
@@ -29,6 +30,7 @@ from pipelines.driver import (
     train_and_evaluate,
 )
 from pipelines.lines import Log
+from pipelines.silence import RayEnded
 from pipelines.sweep import seen_alive
 from tests.conftest import TINY
 from tests.support.documents import put_published
@@ -108,6 +110,35 @@ def test_the_progress_of_a_stage_is_stored(driver: Driver) -> None:
 
 
 SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])
+
+
+def test_a_stop_is_obeyed_while_models_wait_for_nodes_and_evaluation_is_over(driver: Driver) -> None:
+    """All nodes for training are away, and the evaluation has ended by a mistake."""
+    no_room = replace(cluster("here"), at_once=lambda: 0)
+    mistake = FakeJob([JobStatus.FAILED], UserError("a mistake"))
+    driver.poll_every_s, driver.submit = 0.0, lambda *_: mistake  # type: ignore[assignment]
+    threading.Timer(0.5, driver.stop_requested.set).start()
+    with pytest.raises(Preempted, match="stopped as requested"):
+        train_and_evaluate(driver, no_room)
+
+
+def test_a_command_that_joined_ends_by_the_stop_of_the_one_that_runs(driver: Driver) -> None:
+    """And trains no model that has failed there."""
+    Ended(why="it diverged").write(driver.sweep.run("evaluate").folder)
+    driver.first = False
+    stopped = FakeJob([JobStatus.STOPPED], Preempted("stopped"), ours=False)
+    with pytest.raises(Preempted, match="dit was stopped from outside"):
+        run(driver, {("train", "dit"): stopped, ("evaluate",): FakeJob([JobStatus.RUNNING])})
+    assert "another job continues" not in logged(driver)
+    done = FakeJob([JobStatus.SUCCEEDED])
+    assert run(driver, {("train", "dit"): done, ("evaluate",): done}).models == {"evaluate": "it diverged"}
+    assert Ended.exists(driver.sweep.run("evaluate").folder)
+
+
+def test_no_job_is_stopped_on_a_ray_that_has_ended(driver: Driver) -> None:
+    driver.jobs = [FakeJob([JobStatus.RUNNING])]  # type: ignore[list-item]  # it cannot be asked
+    with pytest.raises(RayEnded), stopping_jobs(driver):
+        raise RayEnded("the Ray that this command started has ended")
 
 
 def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver: Driver) -> None:

@@ -44,9 +44,11 @@ def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Re
         assert f"joined   process {other.pid} on " in logged(driver)
     with (
         pytest.raises(Held, match=f"leases/sweep: held by process {other.pid} on .*: one writer at a time"),
+        pipeline.showing_a_stop(driver, price_sweep(tiny, LatentShape(4, 8))),
         pipeline.one_at_a_time(driver, cluster("elsewhere")),
     ):
         pass
+    assert not driver.sweep.report.list(), "the page is that of the command that runs"
     assert driver.sweep.folder.list("leases/sweep") == ["0001"]
 
 
@@ -126,14 +128,17 @@ def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
 
 def test_a_sweep_that_joins_changes_no_setting_of_the_running_one(tiny: Recipe, tmp_path: Path) -> None:
     running, joining = driver_of(tiny, tmp_path), driver_of(reading.load(TINY, ["train.restarts=100"]), tmp_path)
-    assert pipeline.store_recipe(running, first=True).recipe == tiny
-    assert pipeline.store_recipe(joining, first=False).recipe == tiny
+    joining.first = False
+    assert pipeline.store_recipe(running).recipe == tiny
+    assert pipeline.store_recipe(joining).recipe == tiny
     assert Sweep.open(str(joining.sweep)).recipe == tiny
     assert "that of the running sweep counts" in logged(joining)
     more = driver_of(reading.load(TINY, ["models.more={kind: dit, width: 16, depth: 1, heads: 2, patch: 4}"]), tmp_path)
     with pytest.raises(UserError, match="is running with other models"):
-        pipeline.store_recipe(more, first=False)
-    assert pipeline.store_recipe(joining, first=True).recipe.train.restarts == 100
+        more.first = False
+        pipeline.store_recipe(more)
+    joining.first = True
+    assert pipeline.store_recipe(joining).recipe.train.restarts == 100
     assert Sweep.open(str(joining.sweep)).recipe.train.restarts == 100
 
 
@@ -262,7 +267,7 @@ def test_a_stop_keeps_its_reason_though_storage_is_away(tiny: Recipe, error: Dis
     def away(_: str) -> bool:
         raise StorageAway("no answer")
 
-    driver: Any = SimpleNamespace(stop_shown=False, sweep=SimpleNamespace(folder=SimpleNamespace(exists=away)))
+    driver: Any = SimpleNamespace(first=True, stop_shown=False, sweep=SimpleNamespace(folder=SimpleNamespace(exists=away)))
     with pytest.raises(type(error)), pipeline.showing_a_stop(driver, price_sweep(tiny, LatentShape(4, 8))):
         raise error
 
