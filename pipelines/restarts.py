@@ -33,24 +33,24 @@ Twice and three times `ALWAYS` if all are connections that broke before a first 
 
 
 def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | None], T], stored: Callable[[], int]) -> T:
-    """Return the attempt's result. After a failure run it again with that failure, as often as the recipe allows.
+    """Return the attempt's result. After a failure run it again, with that failure, as often as the recipe allows.
 
     Only consecutive attempts without progress (`stored` has not grown) count towards the limit; of an hour neither those that ended
     because storage was away, nor those of a device on an excluded node that is used in place of one that is gone. The wait between
     them doubles. DisScaleError after the last, or when the crash is deterministic; StorageAway when storage has been away for too
     long.
     """
-    record = _Record(job, name, _stored_or(0, stored))
+    record, before = _Record(job, name, _stored_or(0, stored)), None
     while True:
         began_s, job.placed = job.now_s(), frozenset()
         try:
-            return attempt(record.counted[-1] if record.counted else None)
+            return attempt(before)
         except (WorkerFailure, StorageAway, ray.exceptions.RayError) as error:
             if isinstance(error, ray.exceptions.RayError) and not may_pass(error):
                 raise
             job.raise_if_stopped()
             failure = error if isinstance(error, WorkerFailure) else WorkerFailure(describe(error), cause=blame(error))
-        failure.nodes = job.placed
+        failure.nodes, before = job.placed, failure
         record.add(failure, _stored_or(record.stored, stored), worked=job.now_s() - began_s > WORKED_S)
         wait_s, left = record.wait_s(failure), job.recipe.train.restarts - len(record.counted)
         counts.add(counts.RESTARTS)
@@ -102,7 +102,8 @@ class _Record:
                 raise StorageAway(f"{self.name}: storage has been away for {minutes}: {failure}") from failure
         elif not self.awaits_node:
             self.counted.append(failure)
-            train = self.job.recipe.train
+            model = self.job.context.model
+            train = self.job.recipe.train_of(model) if model else self.job.recipe.train
             near = NEAR_STEPS * train.batch_images
             if len(self.counted) > train.restarts or _deterministic(self.counted, near):
                 raise DisScaleError(_last_words(self.name, self.counted, near)) from failure
@@ -168,7 +169,7 @@ def _last_words(name: str, failures: Sequence[WorkerFailure], near: int) -> str:
     alike = len(points) == 1 and len(crashes) > 1 and max(points) and failures[-1].cause != "device"
     if alike or _deterministic(failures, near):
         return (
-            f"{name}: crashed {len(failures)} times in a row with {failures[-1].done} done: this looks deterministic; see this "
-            f"job's log, last failure: {failures[-1]}"
+            f"{name}: crashed {len(crashes)} times in a row with {crashes[-1].done} done: this looks deterministic; see this "
+            f"job's log, last failure: {crashes[-1]}"
         )
     return f"{name}: {len(failures)} attempts in a row failed without progress: {failures[-1]}"

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import ModelTrain, Recipe
 from pipelines.failures import Cause, WorkerFailure
 from pipelines.restarts import with_restarts
 from tests.support.stage_jobs import RecordedJob, job_of
@@ -46,6 +46,38 @@ def test_a_crash_at_the_same_count_is_called_deterministic(job: RecordedJob) -> 
     ):
         run(job, [WorkerFailure("worker lost", 112)] * 4, [80] * 5)
     assert job.pauses == [0, 2, 4]
+
+
+def test_an_attempt_gets_the_failure_before_it_also_one_that_does_not_count(job: RecordedJob) -> None:
+    """From its time on training counts the restart's seconds."""
+    failures = [WorkerFailure("lost", 10), WorkerFailure("away", 12, cause="storage"), WorkerFailure("away", 99, cause="storage")]
+    assert run(job, failures, [0, 0, 0, 80]) == [None, *failures]
+
+
+def test_the_last_words_count_the_crashes(tiny: Recipe) -> None:
+    """A loss of a node is none."""
+    job = job_of(tiny)
+    job.gone_of = lambda nodes: nodes & {"b"}  # type: ignore[assignment]
+    places = iter("aabb")
+
+    def attempt(_: WorkerFailure | None) -> None:
+        job.placed = frozenset(place := next(places))
+        raise WorkerFailure("lost" if place == "b" else "it crashed", 0 if place == "b" else 500)
+
+    with pytest.raises(DisScaleError, match=r"dis: crashed 2 times in a row with 500 done: .* last failure: it crashed"):
+        with_restarts(job, "dis", attempt, lambda: 80)
+
+
+@pytest.mark.parametrize(("batch", "tries"), [(None, 101), (1024, 10)])
+def test_crashes_are_near_by_the_models_own_batch(tiny: Recipe, batch: int | None, tries: int) -> None:
+    """Each dies one step of 1,024 images before or after the last."""
+    train = tiny.train.model_copy(update={"restarts": 100})
+    own = tiny.models["dit"].model_copy(update={"train": ModelTrain(batch_images=batch)})
+    job = job_of(tiny.model_copy(update={"train": train, "models": {**tiny.models, "dit": own}}))
+    job.log.context.model = "dit"
+    crashes = [WorkerFailure("it crashed", 4096 + 1024 * (number % 2)) for number in range(101)]
+    with pytest.raises(DisScaleError, match=rf"dis: (crashed )?{tries} (times|attempts) in a row"):
+        run(job, crashes, [80] * 102)
 
 
 def test_a_device_that_is_the_only_one_is_waited_for_and_not_called_a_mistake(tiny: Recipe) -> None:
