@@ -207,6 +207,7 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
         order = permutation(count)
         manifest = manifest.changed(order=order_hash(order))
         for number, first in enumerate(range(0, count, PART)):
+            report(count)  # it takes minutes for ten million
             entries = [parts[i // PART][i % PART] for i in order[first : first + PART].tolist()]
             put(number, _Part.of(entries, [int(entry.label) for entry in entries]).to_bytes())
     return manifest
@@ -226,7 +227,7 @@ def folder_of(store: Folder, key: Any) -> Folder:
 def stored(store: Folder, key: Any, find: Callable[[], Contents], check: Callable[[Listing], None], report: ReportDone) -> Listing:
     """Return the store's listing of the source that `key` declares; if none, build it and store it once `check` accepts it.
 
-    A damaged listing is made again.
+    A damaged listing is made again; a damaged part only of a source that has not changed, by the same versions of packages.
 
     If two processes list at once, both use the first manifest. Parts are named by their content, so neither damages the other's.
     """
@@ -266,8 +267,14 @@ def _open(target: Folder, manifest: ListingManifest, make: Callable[[], None]) -
             return manifest.read_file(target, names[number])
         except Damaged as error:
             logging.getLogger(__name__).warning("%s; it is made again", error)
-            make()
+        make()
+        try:
             return manifest.read_file(target, names[number])
+        except Damaged as error:
+            raise StorageError(
+                f"{error}; listed again, the source gives other parts: if it has changed, give it another data.source.version "
+                "and the sweep another name; if packages have, those of before make the same parts"
+            ) from error
 
     return Listing(manifest, read, str(target))
 
