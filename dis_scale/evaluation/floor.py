@@ -26,6 +26,10 @@ from dis_scale.vae import PixelVae, Vae
 
 COUNTED = 2
 """Images without weights, for each feature, that weighted ones must be worth: with fewer, their covariance is too uncertain."""
+EVEN = 0.9
+"""From this share of its images on a weighted set is as good as without weights."""
+LOST = 0.01
+"""Most samples of classes that have no chosen image, as a share: their part of the distance is missing."""
 REAL, RECONSTRUCTED = "real", "reconstructed"
 READERS, PARQUET_READERS = 32, 2
 """Threads that read and decode images: at 30 ms a request, about 1,000 images/s. Parquet's reader keeps two row groups."""
@@ -70,9 +74,18 @@ def chosen_images(source: Source, samples: int) -> np.ndarray:
 
 
 def sample_weights(source: Source, chosen_N: np.ndarray, labels_S: np.ndarray) -> np.ndarray:
-    """Return the weight (N) of each chosen image, with which the classes have their shares of the samples' labels; 1 on average."""
+    """Return the weight (N) of each chosen image, with which the classes have their shares of the samples' labels; 1 on average.
+
+    DisScaleError if classes of the samples have none.
+    """
     classes_N = _classes(source)[chosen_N]
     wanted = np.bincount(labels_S, minlength=classes_N.max() + 1)
+    lacking = np.bincount(classes_N, minlength=len(wanted)) == 0
+    if classes_N.any() and wanted[lacking].sum() > LOST * len(labels_S):
+        raise DisScaleError(
+            f"{wanted[lacking].sum():,} of {len(labels_S):,} samples are of classes without an image among the {len(chosen_N):,} "
+            f"of a floor, such as {int((lacking & (wanted > 0)).nonzero()[0][0])}: add images of these classes"
+        )
     weights_N: np.ndarray = wanted[classes_N] / np.bincount(classes_N)[classes_N]
     weights_N /= weights_N.mean()
     return weights_N
@@ -150,7 +163,7 @@ def measure_floor(
     found: dict[str, dict[str, float]] = {}
     for name, by_kind in groups.items():
         metric = settings.metric_name("fid", name)
-        counted = float(unweighted[name].total().count / np.square(weights_N).mean())
+        counted = float(weights_N.sum() ** 2 / np.square(weights_N).sum())
         every = _distances(by_kind, unweighted[name], references[name].pooled, settings, name, counted)
         for kind, (value, error) in every.items():
             known = {metric: value} | ({} if error is None else {f"{metric}_error": error})
@@ -165,7 +178,9 @@ def _distances(
 
     The part of a distance that comes from finite sets is proportional to 1/n + 1/m for n and m images (Chong and Forsyth 2020),
     and it is all that the chosen images have without weights. With weights they have the noise of only `counted` images (Kish 1965,
-    section 11.7). From an ADM reference nothing can be taken out.
+    section 11.7). From an ADM reference nothing can be taken out; its number of images may be unknown and counts as infinite, and
+    the distance is that at the number of chosen images. If that is far below the reference's, the error is up to 1.4 times too
+    large.
     """
     real, d = chosen.total(), len(reference.mean)
     rest, samples = reference, real.count
@@ -173,12 +188,14 @@ def _distances(
         left = Sums.of(reference).without(real)
         require_samples(left.count, d)
         rest, samples = left.mean_covariance(), settings.samples
-    if counted < min(COUNTED * d, real.count):
+    if counted < min(COUNTED * d, EVEN * real.count):
+        cure = "" if settings.labels == "balanced" else "set evaluate.labels: balanced, or "
         raise DisScaleError(
             f"{real.count:,} real images, weighted to the classes of the samples, are worth {counted:,.0f}, and a floor of {d:,} "
-            f"features takes {COUNTED * d:,}: set evaluate.labels: balanced, or add images of the rare classes"
+            f"features takes {COUNTED * d:,}: {cure}add images of the rare classes"
         )
-    excess = (1 / counted + 1 / rest.count - 1 / samples - 1 / reference.count) / (1 / real.count + 1 / rest.count)
+    per_rest, per_reference = (1 / count if count else 0.0 for count in (rest.count, reference.count))
+    excess = (1 / counted + per_rest - 1 / samples - per_reference) / (1 / real.count + per_rest)
     frechet = Frechet(rest)
     measured = {kind: groups.distance(frechet) for kind, groups in by_kind.items()}
     least, _, least_without = chosen.distance(frechet)

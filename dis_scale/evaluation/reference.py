@@ -71,12 +71,12 @@ def prepare(
     """
     recipe, left = sweep.recipe, references_missing(sweep)
     missing = [e for e in extractors if e.name in left]
-    of_images = [e for e in missing if e.name in recipe.evaluate.of_images]
-    merged = parts.merged(sweep, source, of_images, report, say) if of_images else {}
-    references = {e.name: Reference.of(e.identity, merged[e.name]) for e in of_images}
-    for extractor in missing:
+    of_images, references = [e for e in missing if e.name in recipe.evaluate.of_images], dict[str, Reference]()
+    for extractor in missing:  # before the images are, since a wrong URL is soon known
         if url := recipe.evaluate.reference_of(extractor.name):
             references[extractor.name] = read_adm(url, recipe.data.resolution, extractor, report)
+    merged = parts.merged(sweep, source, of_images, report, say) if of_images else {}
+    references |= {e.name: Reference.of(e.identity, merged[e.name]) for e in of_images}
     for extractor in missing:
         require(extractor.name, references[extractor.name], recipe)
         require_held()

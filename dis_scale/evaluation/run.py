@@ -94,14 +94,21 @@ class Evaluation:
         recipe, folder = self.sweep.recipe, self.sweep.floor
         source = open_source(recipe.data, self.sweep.store)
         chosen = floor.chosen_images(source, recipe.evaluate.samples)
-        images, weights = len(chosen), floor.sample_weights(source, chosen, self.labels)
+        images = len(chosen)
         floor.require_enough(images, self.references)
+        weights = floor.sample_weights(source, chosen, self.labels)
         count = -(-images // recipe.evaluate.block_images)
         self.evaluators.floor(self._missing(folder, count, floor.FloorBlock.from_bytes))
         self.raise_if_stopped()
-        names = map(block_name, range(count))
-        blocks = (floor.FloorBlock.from_bytes(folder.read(name), f"{folder}/{name}") for name in names)
-        values = floor.measure_floor(blocks, self.references, recipe.evaluate, weights)
+
+        def blocks() -> Iterator[floor.FloorBlock]:
+            return (floor.FloorBlock.from_bytes(folder.read(name), f"{folder}/{name}") for name in map(block_name, range(count)))
+
+        if recipe.data.undecodable == "skip":  # then the blocks may lack some, of some classes more than of others
+            decoded = np.concatenate([block.numbers for block in blocks()])
+            weights = np.zeros(images)
+            weights[decoded] = floor.sample_weights(source, chosen[decoded], self.labels)
+        values = floor.measure_floor(blocks(), self.references, recipe.evaluate, weights)
         self.require_held()
         FloorMetrics(images=images, time=time.time(), values=values).write(folder)
         folder.delete(Skipped.NAME)

@@ -17,7 +17,7 @@ from dis_scale.data.sources import open_source
 from dis_scale.evaluation import floor
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.floor import REAL, RECONSTRUCTED, FloorBlock
-from dis_scale.evaluation.metrics import Frechet, fit
+from dis_scale.evaluation.metrics import Frechet, MeanCovariance, fit
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import BlockSampler, sample_labels
 from dis_scale.process.errors import DisScaleError, StorageError
@@ -112,6 +112,49 @@ def test_a_class_with_too_few_images_for_its_share_of_the_samples_has_no_floor(m
     assert measured(0, evaluate(samples=SAMPLES, labels="balanced"))
     with pytest.raises(DisScaleError, match=r"500 real images, weighted .*, are worth \d+, and a floor of 12 features takes 24"):
         measured(0, evaluate(samples=SAMPLES, labels="uniform"))
+
+
+def test_a_class_of_the_samples_without_a_chosen_image_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of all samples: without them the floor would be a hundredth of a perfect model's distance."""
+    rare = np.repeat([0, 1, 2, 3], [999, 999, 1000, 2])
+    monkeypatch.setattr(f"{__name__}.real_labels", lambda _: rare)
+    with pytest.raises(DisScaleError, match=r"125 of 500 samples are of classes without an image among the 500 .*, such as 3"):
+        measured(0, evaluate(samples=SAMPLES, labels="uniform"))
+
+
+@pytest.mark.parametrize("samples", [13, 17, 23])
+def test_few_images_of_nearly_equal_weights_have_a_floor(samples: int) -> None:
+    """Between one and two for each feature; the samples' classes are nearly those of the images."""
+    assert measured(0, evaluate(samples=samples, labels="balanced"))[0][evaluate(samples=samples).metric] > 0
+
+
+def test_statistics_of_an_unknown_number_of_images_give_a_floor() -> None:
+    """Those of ADM's files: as if they were of infinitely many."""
+    every = images(real_labels(0), 0)
+    chosen = {REAL: every[:SAMPLES]}
+    sampled = evaluate(samples=SAMPLES, reference="adm.npz", metrics=["distance"])
+    exact = fit(every)
+    distances = [
+        floor.measure_floor(
+            [FloorBlock(np.arange(SAMPLES), {REAL: {"inception": Features("seeded", chosen[REAL])}})],
+            {"inception": Reference("seeded", MeanCovariance(count, exact.mean, exact.covariance))}, sampled, np.ones(SAMPLES),
+        )[REAL]["fid_500"]
+        for count in (0, 10**9)
+    ]  # fmt: skip
+    assert distances[0] == pytest.approx(distances[1], rel=1e-6)
+    assert distances[0] == pytest.approx(Frechet(exact)(fit(every[:SAMPLES])), rel=1e-6)
+
+
+def test_images_that_are_not_decoded_have_no_weight() -> None:
+    every, weights = images(real_labels(0), 0), np.ones(SAMPLES)
+    weights[100:300] = 0
+    left = np.delete(np.arange(SAMPLES), np.arange(100, 300))
+    references, sampled = {"digits": Reference("seeded", fit(every))}, evaluate(samples=SAMPLES)
+    some = FloorBlock(left, {REAL: {"digits": Features("seeded", every[left])}})
+    plain = FloorBlock(np.arange(300), {REAL: {"digits": Features("seeded", every[left])}})
+    one = floor.measure_floor([some], references, sampled, weights)[REAL]
+    other = floor.measure_floor([plain], references, sampled, np.ones(300))[REAL]
+    assert one[sampled.metric] == pytest.approx(other[sampled.metric], rel=1e-9)
 
 
 def test_reconstructions_keep_their_own_distance() -> None:
