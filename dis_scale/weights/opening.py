@@ -47,6 +47,8 @@ class OpenCheckpoint:
     """Lines on what is assumed or differs."""
     recipe: Recipe | None
     """That of its sweep, None outside one."""
+    encoder: str
+    """Identity of the autoencoder of its latents; the decoder may be another one."""
     located: Located
     guide_at: str | Path | None = None
     """Path of the model that guides it, in place of the model without labels; opened where it is used."""
@@ -129,7 +131,8 @@ def open_for_sampling(
     scale = sampling.scale if guide_at is not None or not isinstance(sampling.guidance, Autoguidance) else 1.0
     sampling = sampling.model_copy(update={"guidance": scale})
     names = (class_names(sweep) if sweep else ()) or (facts.label_names if facts else ())
-    return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located, guide_at, names)
+    encoder, recipe = facts.vae.identity if facts else decoder.identity, sweep.recipe if sweep else None
+    return OpenCheckpoint(model, process, decoder, sampling, notes, recipe, encoder, located, guide_at, names)
 
 
 def has_sweeps_vae(located: Located) -> bool:
@@ -161,7 +164,12 @@ def _opened_guide(at: str | Path, guided: OpenCheckpoint) -> Backbone:
             f"{located} cannot guide: it predicts the {theirs.prediction} of a {theirs.kind} process, expected the "
             f"{ours.prediction} of a {ours.kind} process"
         )
-    if facts and facts.vae.identity != guided.decoder.identity:
+    if isinstance(theirs, Gaussian) and isinstance(ours, Gaussian) and (theirs.betas, theirs.steps) != (ours.betas, ours.steps):
+        raise UserError(
+            f"{located} cannot guide: its process has {theirs.betas} betas and {theirs.steps} steps, "
+            f"expected {ours.betas} betas and {ours.steps} steps"
+        )
+    if facts and facts.vae.identity != guided.encoder:
         raise UserError(f"{located} cannot guide: its latents are of another autoencoder")
     return guide
 

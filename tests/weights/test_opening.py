@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,26 @@ def test_a_guide_that_is_missing_or_does_not_fit_is_named_where_it_is_used(tmp_p
     other = of_images.run("dis").published_at(320).url
     with pytest.raises(UserError, match="cannot guide: it predicts the image of a flow process, expected the velocity"):
         _ = open_for_sampling(published, None, guide_at=other).guide
+    linear, cosine = (
+        published_sweep(str(tmp_path / betas), "evaluate.sampler=ddim", f"diffusion={{kind: gaussian, betas: {betas}}}")
+        for betas in ("linear", "cosine")
+    )
+    by_cosine = open_for_sampling(linear.run("dis").published_at(320).url, None, guide_at=cosine.run("dis").published_at(320).url)
+    with pytest.raises(UserError, match="cannot guide: its process has cosine betas and 1000 steps, expected linear betas"):
+        _ = by_cosine.guide
+
+
+def test_a_guide_is_of_the_encoder_whatever_decodes(tmp_path: Path) -> None:
+    """`--vae` may be a better decoder of the same latents."""
+    sweep = published_sweep(str(tmp_path))
+    put_latents(sweep.store / "latents/x", PixelVae().identity, (3, 32))
+    state.use_latents(sweep, sweep.store / "latents/x", PixelVae().identity)
+    published, guide = sweep.run("dis").published_at(320).url, publish(sweep, 160, seed=1)
+    opened = open_for_sampling(published, None, guide_at=guide)
+    other: Any = SimpleNamespace(identity="another decoder")
+    assert replace(opened, decoder=other).guide is not None
+    with pytest.raises(UserError, match="cannot guide: its latents are of another autoencoder"):
+        _ = replace(opened, encoder="another encoder").guide
 
 
 def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_path: Path) -> None:
