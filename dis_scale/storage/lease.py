@@ -32,6 +32,10 @@ CLOCK_BEATS = 720
 """Heartbeats, an hour, after which the difference between this machine's clock and the store's is asked for again."""
 STILL_S = 20.0
 """Time without a heartbeat after which a holder on another machine counts as dead."""
+MOST_STILL_S = 300.0
+"""The same while storage answers slowly."""
+JOINED_S = 10.0
+"""Longest wait for a heartbeat that is on its way when the holder ends."""
 BEATLESS_S = 60.0
 """Age of the last heartbeat, by the store's clock, from which a holder is reported dead."""
 WHY_CHARACTERS = 500
@@ -156,7 +160,8 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
     if taken_over:
         counts.add(counts.TAKEOVERS)
     ended = threading.Event()
-    threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease").start()
+    heartbeats = threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease")
+    heartbeats.start()
     why = ""
     try:
         yield lease
@@ -165,6 +170,7 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
         raise
     finally:
         ended.set()
+        heartbeats.join(JOINED_S)  # one on its way would come after the end, also into a folder that is deleted then
         with contextlib.suppress(*[DisScaleError] if why else []):  # the error that ended the block is the one to raise
             End(at=time.time(), why=why).write(folder, f"{_name(lease.number)}.end")
 
@@ -243,7 +249,7 @@ def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
         beats += 1
         # Storage may be away for a while. If another process takes over meanwhile, `held` sees its number.
-        with contextlib.suppress(DisScaleError):
+        with contextlib.suppress(Exception):  # whatever storage raises, the next heartbeat is sent
             if ahead_s is None or beats % CLOCK_BEATS == 0:
                 ahead_s = lease.folder.time_s() - time.time()
             lease.folder.write(f"{_name(lease.number)}.beat", f"{beats} {time.time() + ahead_s:.0f}".encode())
@@ -260,20 +266,29 @@ def _first(names: Iterable[str]) -> str | None:
 
 
 def _living(holdings: Sequence[Holding]) -> list[bool]:
-    """Return whether each is alive; up to STILL_S for the heartbeats of all. Clocks of two machines are never compared."""
-    alive, deadline = [holding.alive for holding in holdings], time.monotonic() + STILL_S
+    """Return whether each is alive; STILL_S for the heartbeats of all. Clocks of two machines are never compared.
+
+    If storage takes longer to answer than heartbeats are apart, the time begins again: holders may not have reached it either.
+    """
+    alive = [holding.alive for holding in holdings]
 
     def beats(numbers: list[int]) -> dict[int, bytes]:
         read = in_order(numbers, lambda n: _heartbeat(holdings[n]))
         return dict(zip(numbers, read, strict=True))
 
     first = beats([n for n, known in enumerate(alive) if known is None])
-    while first and time.monotonic() < deadline:
+    began_s = still_since_s = time.monotonic()
+    while first:
         time.sleep(1)
+        asked_s = time.monotonic()
         for n, beat in beats(list(first)).items():
             if beat != first[n]:
                 alive[n] = True
                 del first[n]
+        if time.monotonic() - asked_s > BEAT_S and asked_s - began_s < MOST_STILL_S:
+            still_since_s = time.monotonic()
+        elif asked_s - still_since_s >= STILL_S:
+            break
     return [bool(each) for each in alive]
 
 

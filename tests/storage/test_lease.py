@@ -92,6 +92,29 @@ def test_a_holder_whose_process_is_not_listed_here_is_alive_while_its_heartbeat_
             assert ours.number == 2
 
 
+def test_a_holder_is_alive_though_storage_answers_the_first_question_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that breaks is tried again after a minute: one reading would be left. And dead only after all of the time."""
+    now_s, beats = [0.0], iter(range(100))
+
+    def sleep(seconds: float) -> None:
+        now_s[0] += seconds
+
+    def slow(_: lease.Holding) -> bytes:
+        beat = next(beats)
+        now_s[0] += 90.0 if beat == 0 else 0.1
+        return str(beat // 8).encode()
+
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(lease, "_heartbeat", slow)
+    elsewhere = lease.Holding(Folder("unused"), 1, lease.Holder(), None, None)
+    assert lease._living([elsewhere]) == [True]
+    monkeypatch.setattr(lease, "_heartbeat", lambda _: b"7")
+    began_s = now_s[0]
+    assert lease._living([elsewhere]) == [False]
+    assert now_s[0] - began_s == pytest.approx(lease.STILL_S, abs=2)
+
+
 @contextlib.contextmanager
 def heartbeats(folder: Folder) -> Iterator[None]:
     """Send the first holder's heartbeats for the block."""
