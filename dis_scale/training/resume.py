@@ -138,7 +138,8 @@ class Keep:
         return cls(settings.keep_resume, settings.keep_spaced, settings.images, frozenset(recipe.branches_at(model)))
 
     def of(self, complete: Sequence[PointName]) -> set[PointName]:
-        """Return those of all complete resume points, oldest first, that stay."""
+        """Return those of all complete resume points, oldest first, that stay; of one count the newest attempt's."""
+        complete = list({name.images_seen: name for name in complete}.values())
         apart = max(1.0, self.images / (self.spaced + 1))
         spaced = {int(name.images_seen // apart): name for name in reversed(complete) if name.images_seen >= apart}
         branches = {name.images_seen: name for name in complete if name.images_seen in self.branches}
@@ -253,10 +254,12 @@ class Saver:
     def _prune(self, images_seen: int) -> None:
         """Delete the resume points up to `images_seen` that are incomplete or not to be kept.
 
-        A faster rank may already write a later one, which stays. The manifest is deleted first, so that a resume point that is only
-        partly deleted is never loaded.
+        A faster rank may already write a later one, which stays, as do those of a later attempt: this one may have lost the run
+        while it wrote. The manifest is deleted first, so that a resume point that is only partly deleted is never loaded.
         """
-        passed = [name for name in state.point_names(self.run) if name.images_seen <= images_seen]
+        self.require_held()
+        names = state.point_names(self.run)
+        passed = [name for name in names if name.images_seen <= images_seen and name.attempt <= self.attempt]
         complete = list(state.complete_points(self.run, passed))
         kept = self.keep.of(complete)
         for name in complete:

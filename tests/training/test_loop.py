@@ -172,6 +172,31 @@ def test_resume_points_stay_spaced_so_that_a_run_can_be_rolled_back() -> None:
     assert [name.images_seen for name in kept] == [250, 350, 500, 750, 950, 1000]
 
 
+def test_of_one_count_the_newest_attempts_resume_point_stays() -> None:
+    """The older one may be damaged: that is why there is another."""
+    every = [PointName(5000, 3), PointName(5000, 4), PointName(6000, 4), PointName(7000, 4)]
+    keep = Keep(last=2, spaced=1, images=10_000, branches=frozenset())
+    assert keep.of(every) == {PointName(5000, 4), PointName(6000, 4), PointName(7000, 4)}
+    assert keep.of(every[:2]) == {PointName(5000, 4)}
+
+
+def test_a_lost_attempt_deletes_nothing_of_its_successor(tmp_path: Path) -> None:
+    """Its manifest came late; the other has begun an earlier count meanwhile."""
+    run = Run(open_folder(tmp_path))
+    put_resume_point(run.resume_point(PointName(240, 3)), {"a": b""}, images=240)
+    run.resume_point(PointName(160, 4)).write("weights-00000.safetensors", b"begun")
+    saver = resume.Saver(run, attempt=3, rank=0, world=1, require_held=lambda: None, keep=LAST_ONE)
+    saver._prune(240)
+    assert run.resume.list() == ["000000000160-0004", "000000000240-0003"]
+
+    def lost() -> None:
+        raise Held("taken over")
+
+    saver.require_held = lost
+    with pytest.raises(Held):
+        saver._prune(240)
+
+
 def test_a_run_does_not_continue_on_other_latents(tmp_path: Path) -> None:
     """They were deleted and made again in another order; with the first ones back, the run continues."""
     recipe = reading.load(TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.workers=1"])
