@@ -177,8 +177,8 @@ def put_part(latents: Folder, mixer: MixedOrder, number: int, shards: list[Encod
 
 
 def delete_parts(latents: Folder) -> None:
-    """Delete the parts of a finished set. Another process may still write some, or delete them too: a rerun deletes the rest."""
-    with contextlib.suppress(StorageError, StorageAway):
+    """Delete the parts of a finished set, which another process may delete, too. StorageAway: no later stage would delete them."""
+    with contextlib.suppress(StorageError):
         (latents / STAGED).delete()
 
 

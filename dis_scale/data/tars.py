@@ -231,13 +231,19 @@ class _Member(tarfile.TarInfo):
         return member
 
     def _proc_pax(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        """Read an extended header; ReadError for one of digits, over which `tarfile` of Python 3.11 takes hours (CVE-2024-6232)."""
+        """Read an extended header; ReadError for one of digits, over which `tarfile` of Python 3.11 takes hours (CVE-2024-6232).
+
+        Also for one that gives the next member a size below 0.
+        """
         assert tar.fileobj is not None
         first = tar.fileobj.tell()
         if _DIGITS.search(tar.fileobj.read(self.size)):
             raise tarfile.ReadError("an extended header of digits")
         tar.fileobj.seek(first)
-        return super()._proc_pax(tar)  # type: ignore[misc,no-any-return]
+        member: tarfile.TarInfo = super()._proc_pax(tar)  # type: ignore[misc]
+        if member.size < 0:
+            raise tarfile.ReadError(f"a member of {member.size:,} bytes")
+        return member
 
     def _refuse_holes(self, of: object = None, *_: object) -> Self:
         """StorageError before `tarfile` reads the map of the holes, which may be of any length."""
@@ -412,7 +418,7 @@ def _mask_beside(images: Sequence[_InTar]) -> tuple[_InTar, _InTar] | None:
     Such as 1.png, 1.mask.jpg or 1.seg.png beside 1.jpg; not 1.2.jpg, which is another number.
     """
     first = dict[str, tuple[_InTar, str]]()
-    named = [(image, *image.name.lower().rpartition(".")[::2]) for image in images]
+    named = [(image, root, kind.lower()) for image in images for root, _, kind in [image.name.rpartition(".")]]
     for image, root, kind in named:
         other, of_other = first.setdefault(root, (image, kind))
         if of_other != kind:

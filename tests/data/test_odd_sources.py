@@ -156,6 +156,12 @@ def test_a_list_of_files_that_has_one_by_a_link_too_is_refused(tmp_path: Path) -
         open_source(data({"kind": "tar", "url": str(tmp_path), "label": "folder"}))
 
 
+def test_names_that_differ_in_case_are_two_images(tmp_path: Path) -> None:
+    """Ids of 62 letters do."""
+    (tmp_path / "a.tar").write_bytes(tar({"c/aB3.jpg": picture(1), "c/Ab3.png": picture(2), "d/1.PNG": picture(3)}))
+    assert len(open_source(data({"kind": "tar", "url": str(tmp_path), "label": "folder"})).names) == 3
+
+
 def test_a_mask_anywhere_in_a_tar_of_folders_is_refused(tmp_path: Path) -> None:
     """tar writes a folder's files as its file system lists them."""
     names = ("c/0.jpg", "c/1.jpg", "c/0.png", "c/1.png")

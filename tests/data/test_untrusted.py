@@ -185,6 +185,17 @@ def test_a_member_of_less_than_no_bytes_is_refused(tmp_path: Path, kind: bytes) 
         open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
 
 
+@pytest.mark.timeout(60)
+def test_an_extended_header_gives_no_size_below_zero(tmp_path: Path) -> None:
+    """The member before would be read for ever."""
+    backwards = tarfile.TarInfo("1.png")
+    backwards.pax_headers = {"size": "-1536"}
+    members = tarfile.TarInfo("0.png").tobuf(tarfile.USTAR_FORMAT) + backwards.tobuf(tarfile.PAX_FORMAT)
+    (tmp_path / "a.tar").write_bytes(members + bytes(10240))
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: a member of -1,536 bytes"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
 def test_global_headers_are_bounded_in_sum(tmp_path: Path) -> None:
     """They are for all members after them, so `tarfile` keeps them all."""
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as out:
