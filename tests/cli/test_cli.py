@@ -383,7 +383,7 @@ def test_no_color_keeps_a_terminal_plain(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("NO_COLOR", plain)
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
-            shared.console().print("[red]failed")
+            shared.console().print("failed", style="red")
         shown.append(bool(colours.search(output.getvalue())))
     assert shown == [True, False]
 
