@@ -188,7 +188,6 @@ class _Evaluation:
             return True
         if self._job is None:
             if time.monotonic() < self._again_s:
-                go_on(self._driver)
                 return False
             self._job, self._trained = self._submit(), trained
             self._driver.gauge("evaluation_failed", 0)

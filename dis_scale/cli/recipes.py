@@ -65,11 +65,14 @@ def schema() -> None:
 
 def _open(url: str, overrides: list[str] | None = None) -> "Recipe":
     """Return the recipe in a file, or that of a sweep's folder; any other folder does not hide a shipped recipe of its name."""
+    if "://" not in url and not Path(url).is_dir():
+        return load_recipe(url, overrides)
+
     from dis_scale.recipe import reading
     from dis_scale.recipe import shipped as recipes
     from dis_scale.sweep import RECIPE, Sweep
 
-    if not ("://" in url or Path(url, RECIPE).is_file() or (Path(url).is_dir() and url not in recipes.names())):
+    if url in recipes.names() and not Path(url, RECIPE).is_file():
         return load_recipe(url, overrides)
     stored = Sweep.open(url)
     return reading.parse(reading.dump(stored.recipe), f"{stored}/{RECIPE}", overrides, stored=True)

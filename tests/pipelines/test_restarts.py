@@ -55,7 +55,7 @@ def test_an_attempt_gets_the_failure_before_it_also_one_that_does_not_count(job:
 
 
 def test_the_last_words_count_the_crashes(tiny: Recipe) -> None:
-    """A loss of a node is none."""
+    """A loss of a node is no crash."""
     job = job_of(tiny)
     job.gone_of = lambda nodes: nodes & {"b"}  # type: ignore[assignment]
     places = iter("aabb")

@@ -53,7 +53,7 @@ def test_a_rerun_needs_nothing_that_is_copied(sweep: Sweep, tmp_path: Path) -> N
     shutil.copytree(sweep.folder.local.parent, tmp_path / "root")
     own = Sweep.open(str(tmp_path / "root" / sweep.folder.local.name))
     run, before = own.run("dit"), own.folder.read(RECIPE)
-    made = fork_run(own, "dit", 240, "anew")
+    made = fork_run(own, "dit", 240, "rerun")
     published = made.published_at(160).local
     assert published
     written = {file: file.stat().st_mtime_ns for file in published.rglob("*.*")}
@@ -62,8 +62,8 @@ def test_a_rerun_needs_nothing_that_is_copied(sweep: Sweep, tmp_path: Path) -> N
     assert point
     for name in run.resume_point(point).list():
         run.resume_point(point).delete(name)
-    fork_run(Sweep.open(own.folder.url), "dit", 240, "anew")
-    assert "anew" in Sweep.open(own.folder.url).recipe.models
+    fork_run(Sweep.open(own.folder.url), "dit", 240, "rerun")
+    assert "rerun" in Sweep.open(own.folder.url).recipe.models
     assert {file: file.stat().st_mtime_ns for file in published.rglob("*.*")} == written
 
 
