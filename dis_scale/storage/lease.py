@@ -100,9 +100,9 @@ class Holder(Document):
 
     @property
     def is_here(self) -> bool:
-        """Whether it is or was a process that this machine, or this container, would list."""
+        """Whether it is or was a process that this machine, or this container, would show to this user."""
         own = Holder.here()
-        return (self.host, self.boot, self.processes) == (own.host, own.boot, own.processes)
+        return (self.host, self.boot, self.processes) == (own.host, own.boot, own.processes) and not _hidden(self.pid)
 
 
 class End(Document):
@@ -295,6 +295,17 @@ def _living(holdings: Sequence[Holding]) -> list[bool]:
 def _heartbeat(holding: Holding) -> bytes:
     name = f"{_name(holding.number)}.beat"
     return holding.folder.read(name) if holding.folder.exists(name) else b""
+
+
+def _hidden(pid: int) -> bool:
+    """Whether a process lives that this user may not see: another user's, if /proc is mounted with hidepid."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not Path(f"/proc/{pid}").exists()
+    except ProcessLookupError:
+        pass
+    return False
 
 
 def began(pid: int) -> float | None:

@@ -41,6 +41,24 @@ def test_a_killed_holder_that_nobody_reaps_frees_the_lease_at_once(tmp_path: Pat
         assert time.monotonic() - began_s < lease.STILL_S
 
 
+def test_a_process_that_proc_hides_is_asked_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's, if /proc is mounted with hidepid: it is not listed, and may not be signalled."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    lease.Holder.here().changed(pid=ended.pid, started=1.0).write(open_folder(tmp_path), "0001")
+    gone = lease.last_holding(open_folder(tmp_path))
+    assert gone is not None
+    assert gone.gone
+
+    def refuse(pid: int, _: int) -> None:
+        raise PermissionError(pid)
+
+    monkeypatch.setattr("os.kill", refuse)
+    hidden = lease.last_holding(open_folder(tmp_path))
+    assert hidden is not None
+    assert (hidden.alive, hidden.gone) == (None, False)
+
+
 def test_attempts_are_numbered_and_only_the_last_holds_the_lease(store_url: str) -> None:
     folder = open_folder(store_url) / "lease"
     with lease.hold(folder) as first:
