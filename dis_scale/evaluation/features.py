@@ -53,7 +53,10 @@ class Extractor:
     def __call__(self, pixels_BHWC: np.ndarray) -> Features:
         images = torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2)))
         outputs = [self.net(part.to(self.device)) for part in images.split(BATCH_IMAGES)]
-        return Features(self.identity, *(torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True)))
+        features = [torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True)]
+        if bad := len(images) - int(np.isfinite(features[0]).all(axis=1).sum()):
+            raise UserError(f"{self.name}: its features of {bad} of {len(images)} images are not finite: is it in float16?")
+        return Features(self.identity, *features)
 
 
 def load_extractors(sweep: Sweep, device: torch.device) -> list[Extractor]:
