@@ -132,7 +132,7 @@ class Evaluator(Worker):
 
         with self._working():
             source = open_source(self.sweep.recipe.data, self.sweep.store)
-            chosen = floor.chosen_images(source, self.sweep.recipe.evaluate.samples)
+            chosen = floor.chosen_images(source.listing.labels(), self.sweep.recipe.evaluate.samples)
             for number in iter(deal, None):
                 if self.stop_requested():
                     break

@@ -152,6 +152,11 @@ class Listing(Sequence[Entry]):
         entry = self._part(part)[row]
         return entry if self._final is None else entry._replace(label=self._final[int(entry.label)])
 
+    def labels(self) -> np.ndarray:
+        """Return the labels of all entries, int (images)."""
+        ids = np.concatenate([self._part(number).labels for number in range(-(-len(self) // PART))]).astype(int)
+        return ids if self._final is None else np.array(self._final)[ids]
+
     def _unpacked(self, number: int) -> "_Part":
         try:
             return _Part.from_bytes(self._load(number))

@@ -60,39 +60,34 @@ class FloorBlock(NamedTuple):
         return cls(arrays["numbers"], features)
 
 
-def chosen_images(source: Source, samples: int) -> np.ndarray:
-    """Return the positions of random images, one for each sample, half of all images at most; each class has its share of them.
+def chosen_images(labels_M: np.ndarray, samples: int) -> np.ndarray:
+    """Return the positions of random images, one for each sample, half of all M at most; each class has its share of them.
 
     So the images that are left have the same shares, and the reference without the chosen ones is like the complete one.
     """
-    images = len(source)
+    images = len(labels_M)
     order = seeds.generator("floor", images).permutation(images)
-    classes = _classes(source)[order]
+    classes = labels_M[order]
     place = (_occurrence(classes) + 0.5) / np.bincount(classes)[classes]
     chosen: np.ndarray = order[np.argsort(place, kind="stable")[: min(samples, images // 2)]]
     return chosen
 
 
-def sample_weights(source: Source, chosen_N: np.ndarray, labels_S: np.ndarray) -> np.ndarray:
+def sample_weights(classes_N: np.ndarray, labels_S: np.ndarray) -> np.ndarray:
     """Return the weight (N) of each chosen image, with which the classes have their shares of the samples' labels; 1 on average.
 
     DisScaleError if classes of the samples have none.
     """
-    classes_N = _classes(source)[chosen_N]
     wanted = np.bincount(labels_S, minlength=classes_N.max() + 1)
     lacking = np.bincount(classes_N, minlength=len(wanted)) == 0
     if classes_N.any() and wanted[lacking].sum() > LOST * len(labels_S):
         raise DisScaleError(
-            f"{wanted[lacking].sum():,} of {len(labels_S):,} samples are of classes without an image among the {len(chosen_N):,} "
+            f"{wanted[lacking].sum():,} of {len(labels_S):,} samples are of classes without an image among the {len(classes_N):,} "
             f"of a floor, such as {int((lacking & (wanted > 0)).nonzero()[0][0])}: add images of these classes"
         )
     weights_N: np.ndarray = wanted[classes_N] / np.bincount(classes_N)[classes_N]
     weights_N /= weights_N.mean()
     return weights_N
-
-
-def _classes(source: Source) -> np.ndarray:
-    return np.fromiter(source.labels, int, len(source))
 
 
 def _occurrence(labels_S: np.ndarray) -> np.ndarray:

@@ -93,10 +93,11 @@ class Evaluation:
 
         recipe, folder = self.sweep.recipe, self.sweep.floor
         source = open_source(recipe.data, self.sweep.store)
-        chosen = floor.chosen_images(source, recipe.evaluate.samples)
-        images = len(chosen)
+        every = source.listing.labels()
+        classes = every[floor.chosen_images(every, recipe.evaluate.samples)]
+        images = len(classes)
         floor.require_enough(images, self.references)
-        weights = floor.sample_weights(source, chosen, self.labels)
+        weights = floor.sample_weights(classes, self.labels)
         count = -(-images // recipe.evaluate.block_images)
         self.evaluators.floor(self._missing(folder, count, floor.FloorBlock.from_bytes))
         self.raise_if_stopped()
@@ -107,7 +108,7 @@ class Evaluation:
         if recipe.data.undecodable == "skip":  # then the blocks may lack some, of some classes more than of others
             decoded = np.concatenate([block.numbers for block in blocks()])
             weights = np.zeros(images)
-            weights[decoded] = floor.sample_weights(source, chosen[decoded], self.labels)
+            weights[decoded] = floor.sample_weights(classes[decoded], self.labels)
         values = floor.measure_floor(blocks(), self.references, recipe.evaluate, weights)
         self.require_held()
         FloorMetrics(images=images, time=time.time(), values=values).write(folder)

@@ -36,6 +36,7 @@ def test_entries_are_read_by_position_across_parts() -> None:
     assert made[listing.PART - 2 : listing.PART + 2] == expected[listing.PART - 2 : listing.PART + 2]
     with pytest.raises(IndexError, match=f"here: entry {count} of {count}"):
         made[count]
+    assert made.labels().tolist() == [entry.label for entry in expected]
 
 
 def test_names_of_any_bytes_are_kept() -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +30,6 @@ from tests.support.programs import export, with_exported
 
 D, IMAGES, SAMPLES, DRAWS = 12, 3000, 500, 30
 CLASSES = 4
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A source that has no more than its labels."""
-
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 def images(labels: np.ndarray, seed: int, features: int = D, apart: float = 2) -> np.ndarray:
@@ -76,9 +66,8 @@ def measured(
     if choice is not None:
         order = np.random.default_rng(choice).permutation(IMAGES)
         labels, every = labels[order], every[order]
-    source = Labelled(labels)
-    chosen = floor.chosen_images(source, sampled.samples)  # type: ignore[arg-type]
-    weights = floor.sample_weights(source, chosen, wanted_labels(sampled, labels, seed))  # type: ignore[arg-type]
+    chosen = floor.chosen_images(labels, sampled.samples)
+    weights = floor.sample_weights(labels[chosen], wanted_labels(sampled, labels, seed))
     kinds = {REAL: every[chosen], RECONSTRUCTED: every[chosen] + np.float32(blur)}
     references = {"digits": Reference("seeded", fit(every))}
     values = floor.measure_floor(blocks(kinds), references, sampled, weights)
@@ -177,8 +166,7 @@ def test_the_error_is_the_spread_over_other_choices() -> None:
 @settings(max_examples=50, deadline=None)
 @given(labels=st.lists(st.integers(0, 3), min_size=2, max_size=40), samples=st.integers(1, 60))
 def test_each_class_has_its_share_of_the_chosen_images(labels: list[int], samples: int) -> None:
-    source = Labelled(np.array(labels))
-    chosen = floor.chosen_images(source, samples).tolist()  # type: ignore[arg-type]
+    chosen = floor.chosen_images(np.array(labels), samples).tolist()
     assert len(set(chosen)) == len(chosen) == min(samples, len(labels) // 2)
     counts, every = Counter(labels[i] for i in chosen), Counter(labels)
     for label, count in every.items():
@@ -186,15 +174,13 @@ def test_each_class_has_its_share_of_the_chosen_images(labels: list[int], sample
 
 
 def test_the_weights_have_the_shares_of_the_samples() -> None:
-    source, chosen = Labelled(np.array([0, 0, 0, 1, 1, 2])), np.array([0, 1, 3, 5])
-    weights = floor.sample_weights(source, chosen, np.array([0, 1, 1, 1, 2, 2]))  # type: ignore[arg-type]
+    weights = floor.sample_weights(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1, 2, 2]))
     assert weights == pytest.approx([1 / 3, 1 / 3, 2, 4 / 3])
-    assert floor.sample_weights(Labelled(np.zeros(6, int)), chosen, np.arange(9)).tolist() == [1] * 4  # type: ignore[arg-type]
+    assert floor.sample_weights(np.zeros(4, int), np.arange(9)).tolist() == [1] * 4
 
 
 def test_without_classes_the_chosen_images_are_random() -> None:
-    source = Labelled(np.zeros(1000, int))
-    few, more = (floor.chosen_images(source, samples) for samples in (100, 400))  # type: ignore[arg-type]
+    few, more = (floor.chosen_images(np.zeros(1000, int), samples) for samples in (100, 400))
     assert (len(few), len(more)) == (100, 400)
     assert np.array_equal(few, more[:100])
     assert 300 < few.mean() < 700
@@ -232,7 +218,7 @@ def sampler(tmp_path: Path, recipe: Recipe) -> BlockSampler:
 
 def test_a_block_has_the_features_of_its_images_and_of_their_reconstructions(sampler: BlockSampler, recipe: Recipe) -> None:
     source, (extractor,) = open_source(recipe.data), sampler.extractors
-    every = floor.chosen_images(source, len(sampler.labels))
+    every = floor.chosen_images(source.listing.labels(), len(sampler.labels))
     block = floor.make_block(sampler, source, every, 1)
     chosen = np.sort(every)[40:80].tolist()
     assert every[block.numbers].tolist() == chosen, "in the source's order"
@@ -250,7 +236,7 @@ def test_undecodable_images_are_left_out_also_all_of_a_block(sampler: BlockSampl
     data = recipe.data.model_copy(update={"undecodable": "skip"})
     sampler.sweep = replace(sampler.sweep, recipe=recipe.model_copy(update={"data": data}))
     source = open_source(data)
-    every = floor.chosen_images(source, len(sampler.labels))
+    every = floor.chosen_images(source.listing.labels(), len(sampler.labels))
     chosen = np.sort(every)
     broken = {source.names[i] for i in [*chosen[:40], chosen[41]]}
 
