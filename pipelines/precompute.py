@@ -110,18 +110,20 @@ class RayEncoders:
 
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
-        worker = self._spawn(elsewhere(self.job, request_for("precompute", "cpu", 1)))
-        (encoding,) = watch(self.job, [worker], [worker.encoding.remote()], policy=Watch(keep_logs=False))
-        if self.device == "cpu":
-            self.workers = [worker]
+        encoding: Encoding = self._ask("encoding")
         return encoding
 
     def check(self) -> str:
         """Compare latents of another program with the VAE: `Encoder.check`."""
-        worker = self._spawn(elsewhere(self.job, request_for("precompute", "cpu", 1)))
-        (line,) = watch(self.job, [worker], [worker.check.remote()], policy=Watch(keep_logs=False))
-        ray.kill(worker)
-        return str(line)
+        return str(self._ask("check"))
+
+    def _ask(self, question: str) -> Any:
+        """Return the answer of an encoder on the CPU; one on the CPU goes on to encode."""
+        worker = self.workers.pop() if self.workers else self._spawn(elsewhere(self.job, request_for("precompute", "cpu", 1)))
+        (answer,) = watch(self.job, [worker], [getattr(worker, question).remote()], policy=Watch(keep_logs=False))
+        if self.device == "cpu":
+            self.workers = [worker]
+        return answer
 
     def encode(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
         """Encode the shards of these numbers, or parts to be mixed."""
