@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dis_scale.process.errors import OutOfMemory, WrongKernel
+from dis_scale.process.errors import DisScaleError, OutOfMemory, WrongKernel
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Train
 from dis_scale.storage import lease
@@ -295,14 +295,21 @@ class RowCopies:
         for batch in rows.batches():
             metrics.show_rows(rows.newest.values(), settings, began_at, self.job.gauge)
             self.copy.send(batch)
-        # A sweep without a run in MLflow misses none.
-        self.job.gauge("mlflow_away", float(self.copy.away and TrackingIds.exists(self.job.sweep.folder)))
+        self.copy.send(())
+        self.job.gauge("mlflow_away", float(self._misses_rows))
+
+    @property
+    def _misses_rows(self) -> bool:
+        """Whether MLflow lacks rows; it does of no sweep without a run there."""
+        return self.copy.away and TrackingIds.exists(self.job.sweep.folder)
 
     def _send_last(self, thread: threading.Thread, send: Callable[[], None]) -> None:
         try:
             if thread.is_alive():
                 raise TimeoutError(f"no answer for {self.last_s:g} s")
             send()
+            if self._misses_rows:
+                raise DisScaleError("MLflow is away")
         except Exception as error:
             self.job.say(
                 f"{self.copy.model}: its last rows are in storage and not in MLflow: {describe(error)}; "

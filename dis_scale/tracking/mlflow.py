@@ -25,6 +25,8 @@ from dis_scale.tracking.rows import Row
 log = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 """Beginning of the URI of a local database."""
+SWEEP, PARENT = "dis_scale.sweep", "mlflow.parentRunId"
+"""Tags of a sweep's own run, with its URL, and of its models' runs, with the id of that."""
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 """Colours of the models' curves, in the recipe's order (matplotlib's tab10): MLflow's own, by a run's id, may be alike."""
 
@@ -65,27 +67,39 @@ def require_usable(uri: str) -> str:
 def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, object]]) -> TrackingIds:
     """Create what is missing: the experiment, the sweep's run, and one run per model with its parameters; return the ids.
 
-    Called by the sweep only. Raises whatever MLflow raises; the sweep then continues without it. UserError for a URI with
-    credentials, since it is stored.
+    Runs that MLflow has of the sweep are found by their tags; one that was deleted there is made again. Called by the sweep only.
+    Raises whatever MLflow raises; the sweep then continues without it. UserError for a URI with credentials, since it is stored.
     """
+    if uri.startswith(SQLITE):
+        uri = f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"  # other processes have other working folders
     if has_credentials(uri):
         raise UserError(
             "a URI with credentials is not stored: leave them out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
-    ids = TrackingIds.find_intact(sweep.folder)
-    if ids is None or ids.uri != uri or not _run_exists(uri, ids.sweep):
-        name = sweep.folder.name
-        experiment = _experiment(uri, name)
-        own = _create_run(uri, experiment, name, {"dis_scale.sweep": sweep.folder.url}, {})
-        ids = TrackingIds(uri=uri, experiment=experiment, sweep=own)
+    name, before = sweep.folder.name, TrackingIds.find_intact(sweep.folder)
+    experiment = _experiment(uri, name)
+    every = _runs(uri, experiment, SWEEP, sweep.folder.url)
+    own = next((run for run in every if before and run == before.sweep), None) or next(iter(every), None)
+    own = own or _create_run(uri, experiment, name, {SWEEP: sweep.folder.url}, {})
+    named = _runs(uri, experiment, PARENT, own)
+    known = {model: run for model, run in before.models.items() if run in named} if before else {}  # maybe renamed there
+    ids = TrackingIds(uri=uri, experiment=experiment, sweep=own, models={name: run for run, name in named.items()} | known)
+    if ids != before:
         ids.write(sweep.folder)
     for place, model in reversed(list(enumerate(parameters))):  # MLflow lists the newest run first
         if model not in ids.models:
-            tags = {"mlflow.parentRunId": ids.sweep, "mlflow.runColor": COLOURS[place % len(COLOURS)]}
+            tags = {PARENT: ids.sweep, "mlflow.runColor": COLOURS[place % len(COLOURS)]}
             run = _create_run(uri, ids.experiment, model, tags, parameters[model])
             ids = ids.changed(models=ids.models | {model: run})
             ids.write(sweep.folder)
     return ids
+
+
+def _runs(uri: str, experiment: str, tag: str, value: str) -> dict[str, str]:
+    """Return the ids and names of the runs with this tag that are not deleted, the oldest last."""
+    quote = '"' if "'" in value else "'"
+    found = open_client(uri).search_runs([experiment], f"tags.`{tag}` = {quote}{value}{quote}", order_by=["start_time DESC"])
+    return {str(run.info.run_id): str(run.info.run_name) for run in found}
 
 
 def _create_run(uri: str, experiment: str, name: str, tags: dict[str, str], parameters: dict[str, object]) -> str:
@@ -94,20 +108,6 @@ def _create_run(uri: str, experiment: str, name: str, tags: dict[str, str], para
     for key, value in parameters.items():
         client.log_param(run, key, value)
     return run
-
-
-def _run_exists(uri: str, run: str) -> bool:
-    """Whether MLflow still knows the run: its database may have been replaced since the sweep began."""
-    client = open_client(uri)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_run(run)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-    return True
 
 
 def _existing(uri: str) -> str:
@@ -130,6 +130,8 @@ def _experiment(uri: str, sweep_name: str) -> str:
 
     client, name = open_client(uri), f"dis-scale {sweep_name}"
     if existing := client.get_experiment_by_name(name):
+        if existing.lifecycle_stage == "deleted":
+            client.restore_experiment(existing.experiment_id)
         return str(existing.experiment_id)
     location = None
     if uri.startswith(SQLITE):
@@ -158,10 +160,12 @@ class RunCopy:
     """By metric: the image counts at which MLflow has it. Numbers alone, since the rows of weeks are a million."""
     _waiting: list[Row] = field(default_factory=list)
 
-    def send(self, rows: Iterable[Row]) -> None:
+    def send(self, rows: Iterable[Row]) -> bool:
+        """Send rows, and those that wait; return whether none waits any more."""
         self._waiting += rows
         if self._waiting and self._try(lambda client, run: self._send(client, run, self._waiting)):
             self._waiting = []
+        return not self._waiting
 
     def images_of(self, metric: str) -> set[int]:
         """Return the image counts at which MLflow has a metric, by one request; none if it is away."""
@@ -169,12 +173,13 @@ class RunCopy:
         self._try(lambda client, run: known.update(m.step for m in client.get_metric_history(run, metric)))
         return known
 
-    def send_file(self, path: Path, folder: str) -> None:
-        self._try(lambda client, run: client.log_artifact(run, str(path), folder))
+    def send_file(self, path: Path, folder: str) -> bool:
+        """Send a file; return whether MLflow took it."""
+        return self._try(lambda client, run: client.log_artifact(run, str(path), folder))
 
-    def finish(self, status: str) -> None:
-        """End the run as FINISHED or FAILED."""
-        self._try(lambda client, run: client.set_terminated(run, status))
+    def finish(self, status: str) -> bool:
+        """End the run as FINISHED or FAILED; return whether MLflow knows it."""
+        return self._try(lambda client, run: client.set_terminated(run, status))
 
     def _try(self, action: Any) -> bool:
         try:

@@ -17,7 +17,7 @@ from dis_scale.tracking.rows import Row, RowReader
 
 log = logging.getLogger(__name__)
 LAST = "metrics"
-"""The part of an evaluation whose seconds are its last row. Rows are sent together, after the grid: a run that has it has all."""
+"""The part of an evaluation whose seconds are its last row, which is sent after the grid: a run that has it has all."""
 
 
 def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None) -> bool:
@@ -26,20 +26,19 @@ def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None)
     `copy` is that of the model; one for many evaluations asks MLflow once what it has. What is missing or damaged in storage is
     logged and left out.
     """
-    folder, copy = sweep.evaluation(sampled), copy or RunCopy(sweep, sampled.model)
+    folder, copy, sent = sweep.evaluation(sampled), copy or RunCopy(sweep, sampled.model), True
     try:
         grid = f"samples-{images_name(sampled.images_seen)}.png"
-        _send_file(copy, grid, folder.read(GRID), f"samples{_suffix(sampled.variant)}")
+        sent = _send_file(copy, grid, folder.read(GRID), f"samples{_suffix(sampled.variant)}")
     except FileNotFoundError:
         log.warning("%s/%s is missing: MLflow gets the numbers only", folder, GRID)
     try:
         rows = rows_of_evaluation(sweep, sampled)
     except Damaged as error:
         log.warning("%s; MLflow does not get this evaluation", error)
-        return not copy.away
-    if not copy.away:
-        copy.send(rows)
-    return not copy.away
+        return sent
+    last = _seconds(LAST, sampled.variant)  # a store of files that refuses them keeps back no number
+    return copy.send(row for row in rows if sent or row.name != last) and sent
 
 
 def rows_of_evaluation(sweep: Sweep, sampled: Sampled) -> list[Row]:
@@ -82,11 +81,8 @@ def _seconds(part: str, variant: str) -> str:
 def copy_report(sweep: Sweep, status: str | None) -> bool:
     """Copy the report's files and, if the sweep has ended, its status; return whether MLflow has them."""
     copy = RunCopy(sweep, None)
-    for name in sweep.report.list():
-        _send_file(copy, name, sweep.report.read(name), "report")
-    if status:
-        copy.finish(status)
-    return not copy.away
+    sent = [_send_file(copy, name, sweep.report.read(name), "report") for name in sweep.report.list()]
+    return all(sent) and (not status or copy.finish(status))
 
 
 def copy_everything(sweep: Sweep, parameters: dict[str, dict[str, object]], uri: str) -> int:
@@ -120,16 +116,13 @@ def _status(sweep: Sweep) -> str | None:
 def _copy_model(sweep: Sweep, model: str, rows: list[Row]) -> bool:
     """One model's run: rows of training, evaluations, and how it ended."""
     copy = RunCopy(sweep, model)
-    copy.send(rows)
-    copied = all(copy_evaluation(sweep, sampled, copy) for sampled in state.measured(sweep, model))
+    copied = copy.send(rows) and all(copy_evaluation(sweep, sampled, copy) for sampled in state.measured(sweep, model))
     if state.ended(sweep, model):
-        copy.finish("FAILED")
-    elif state.trained(sweep, model):
-        copy.finish("FINISHED")
-    return copied and not copy.away
+        return copy.finish("FAILED") and copied
+    return (not state.trained(sweep, model) or copy.finish("FINISHED")) and copied
 
 
-def _send_file(copy: RunCopy, name: str, data: bytes, folder: str) -> None:
+def _send_file(copy: RunCopy, name: str, data: bytes, folder: str) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / name).write_bytes(data)
-        copy.send_file(Path(scratch) / name, folder)
+        return copy.send_file(Path(scratch) / name, folder)

@@ -213,6 +213,7 @@ def test_mlflow_is_away_only_for_a_sweep_that_has_runs_there(tmp_path: Path, tin
     with RowCopies(job, RunCopy(job.sweep, "dis")).running():
         pass
     assert dict(job.gauges)["mlflow_away"] == away
+    assert ["its last rows are in storage and not in MLflow: MLflow is away" in line for line in job.said] == [True] * tracked
 
 
 def test_a_finished_model_does_not_fail_by_the_copy_of_its_rows(

@@ -64,6 +64,31 @@ def test_runs_are_created_once_and_new_models_are_added(sweep: Sweep, uri: str) 
     assert run.data.tags["mlflow.parentRunId"] == before.sweep
 
 
+def test_what_was_deleted_in_mlflow_is_made_again_and_what_was_renamed_is_found(sweep: Sweep, uri: str) -> None:
+    models: dict[str, dict[str, object]] = {"dis": {}, "dit": {}}
+    first, client = create_runs(sweep, uri, models), mlflow.open_client(uri)
+    client.delete_run(first.models["dit"])
+    client.update_run(first.models["dis"], name="the good one")
+    second = create_runs(sweep, uri, models)
+    assert (second.sweep, second.models["dis"]) == (first.sweep, first.models["dis"])
+    assert second.models["dit"] != first.models["dit"]
+    client.delete_experiment(first.experiment)
+    third = create_runs(sweep, uri, models)
+    assert RunCopy(sweep, "dis").send([Row("loss", 0.5, 10, 1.0)])
+    assert history(sweep, uri, "loss") == [(10, 0.5)]
+    assert third.experiment == first.experiment
+
+
+def test_an_mlflow_that_was_left_has_its_runs_again(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `mlflow sync` to a laptop's file, which is named from its folder."""
+    monkeypatch.chdir(tmp_path)
+    sweep = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
+    first = create_runs(sweep, "sqlite:///one.db", {"dis": {}})
+    assert first.uri == f"sqlite:///{tmp_path}/one.db"
+    assert create_runs(sweep, "sqlite:///two.db", {"dis": {}}).models != first.models
+    assert create_runs(sweep, "sqlite:///one.db", {"dis": {}}) == first
+
+
 def test_an_experiment_whose_creation_was_not_answered_in_time_is_found(
     sweep: Sweep, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

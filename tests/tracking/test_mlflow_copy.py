@@ -141,6 +141,44 @@ def test_an_evaluation_without_a_grid_or_with_damaged_metrics_ends_no_copy(
     assert "MLflow does not get this evaluation" in caplog.text
 
 
+def test_a_sync_says_what_was_not_taken_though_later_requests_were(
+    sweep: Sweep, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, refused = f"sqlite:///{tmp_path}/mlflow.db", list[str]()
+
+    class Refusing:
+        def __init__(self, client: Any) -> None:
+            self.client = client
+
+        def __getattr__(self, name: str) -> Any:
+            if name in refused:
+                refused.remove(name)
+                raise ConnectionError("503")
+            return getattr(self.client, name)
+
+    open_whole = mlflow.open_client
+    monkeypatch.setattr(mlflow, "open_client", lambda uri: Refusing(open_whole(uri)))
+    for request in ("log_batch", "log_artifact", "set_terminated"):
+        refused.append(request)
+        with pytest.raises(DisScaleError, match="did not take everything: run the same command again"):
+            copy_everything(sweep, plan.parameters(), uri)
+        assert refused == []
+    copy_everything(sweep, plan.parameters(), uri)
+
+
+def test_files_that_are_refused_keep_back_no_number(
+    sweep: Sweep, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    create_runs(sweep, uri, plan.parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCopy, "send_file", lambda *_: False)
+        assert not copy_evaluation(sweep, Sampled("dis", 160))
+    assert content(sweep, uri)["dis"][0]["fd_digits_80"] == [(160, 9.0, 7250)]
+    copy_earlier(sweep)
+    assert "samples/samples-000000000160.png" in content(sweep, uri)["dis"][2]
+
+
 def test_a_model_that_failed_is_marked(sweep: Sweep, plan: Plan, tmp_path: Path) -> None:
     Ended(why="a worker was lost").write(sweep.run("dit").folder)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
