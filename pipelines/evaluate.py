@@ -15,7 +15,7 @@ from dis_scale.recipe import Evaluate
 from dis_scale.sweep import GRID, Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
-from pipelines.evaluators import RayEvaluators
+from pipelines.evaluators import NotOpened, RayEvaluators
 from pipelines.failures import WorkerFailure
 from pipelines.metrics import SetGauge
 from pipelines.nodes import choose_device, total_gpus
@@ -209,7 +209,7 @@ def evaluate_one(job: StageJob, evaluation: Evaluation, sampled: Sampled, skippe
     """Evaluate one checkpoint; if it cannot be measured, log that, note it in storage and add it to `skipped`."""
     try:
         values = evaluation.evaluate(sampled)
-    except (Held, OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure, WrongKernel):
+    except (Held, NotOpened, OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure, WrongKernel):
         raise  # the checkpoint is not the cause
     except DisScaleError as error:
         why = str(cause_of(error))
@@ -226,7 +226,7 @@ def measure_floor(job: StageJob, evaluation: Evaluation) -> None:
     """Measure the floor; log and note why if it cannot be measured: no model needs it. A run that evaluates more tries again."""
     try:
         evaluation.floor()
-    except (Held, Preempted, StorageFull, WorkerFailure):
+    except (Held, NotOpened, Preempted, StorageFull, WorkerFailure):
         raise
     except DisScaleError as error:  # also StorageAway: it may be the images' storage
         why = str(cause_of(error))

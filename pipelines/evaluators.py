@@ -5,7 +5,9 @@ They reserve no CPU and run at low priority: on a small machine a reserved CPU w
 
 import contextlib
 import os
+import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,23 +16,32 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from dis_scale.evaluation.run import Spent, block_name
-from dis_scale.process.errors import BrokenDevice, WrongKernel
+from dis_scale.process.errors import DisScaleError, UserError, WrongKernel
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.training import devices
 from pipelines import nodes, ray_private
-from pipelines.failures import WorkerFailure, describe
+from pipelines.failures import WorkerFailure, describe, may_pass
 from pipelines.places import Places, own_gpus
 from pipelines.ray_private import actor_id
 from pipelines.sharing import Deal, share
 from pipelines.stage import StageJob
+from pipelines.waiting import Wait
 from pipelines.watching import watch
-from pipelines.worker import Worker, spawn
+from pipelines.worker import Request, Worker, spawn
 
 if TYPE_CHECKING:
     from dis_scale.diffusion.generate import Generator
 
 NICE = 19
+WAITS_EVERY_S = 2.0
+"""Interval at which a GPU to share is looked for."""
+Seat = tuple[int | None, str | None, int]
+"""The GPU that an evaluator shares and its node, None for one of its own, and its number among those of the same."""
+
+
+class NotOpened(UserError):
+    """An evaluator cannot load the decoder or an extractor, which no checkpoint is to blame for."""
 
 
 class Evaluator(Worker):
@@ -42,7 +53,7 @@ class Evaluator(Worker):
     def __init__(self, sweep: Sweep, device: str, shared_gpu: int | None = None) -> None:
         super().__init__()
         self._checked = False
-        self._broken: RuntimeError | BrokenDevice | None = None
+        self._broken: Exception | None = None
         os.nice(NICE)
         if shared_gpu is not None:
             devices.hide_others(shared_gpu)
@@ -50,7 +61,7 @@ class Evaluator(Worker):
         try:
             with devices.blaming_others(devices.torch_device(device), self._shared):
                 self._open(sweep, device, shares=shared_gpu is not None)
-        except (RuntimeError, BrokenDevice) as error:  # of the device; a process that died of it would tell nobody
+        except Exception as error:  # of a process that died of it, Ray would say only that it was lost
             self._broken = error
 
     def _open(self, sweep: Sweep, device: str, *, shares: bool) -> None:
@@ -75,6 +86,8 @@ class Evaluator(Worker):
         """One call at a time, on a device that was checked; BrokenDevice if it fails."""
         from dis_scale.data.encode import compute_exactly
 
+        if isinstance(self._broken, DisScaleError) and not may_pass(self._broken):
+            raise NotOpened(f"{describe(self._broken)} (on node {socket.gethostname()})") from self._broken
         if self._broken:
             raise self._broken
         with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
@@ -167,22 +180,32 @@ class RayEvaluators:
     """Number of those with a GPU of their own."""
     report: Callable[[int], None]
     """Gets the number of images that were sampled here."""
-    _workers: dict[int, Any] = field(default_factory=dict)
-    """Living evaluators by their number among the requests."""
+    _workers: dict[Seat, Any] = field(default_factory=dict)
+    """Living evaluators."""
     _images: dict[str, int] = field(default_factory=dict)
     """Images that each has sampled, also the lost ones, by its actor's id."""
 
     def spawn(self) -> None:
         """Start the evaluators that are missing: all of them, or those that were lost or had no capacity.
 
-        Nodes whose devices failed are avoided while others can hold an evaluator.
+        Nodes whose devices failed are avoided while others can hold an evaluator. If all would share GPUs and none is there, wait.
         """
+        with Wait(self.job.gauge) as wait:
+            while not (seats := self._seats()):
+                wait.log(self.job, 1, {"GPU": 1.0})
+                self.job.pause(WAITS_EVERY_S)
+        missing = [seat for seat in seats if seat not in self._workers]
+        for seat in missing[: max(0, len(seats) - len(self._workers))]:
+            self._workers[seat] = spawn(self.job, Evaluator, seats[seat], self.job.sweep, self.device, seat[0])
+
+    def _seats(self) -> dict[Seat, Request]:
         places = Places.now(self.job.recipe)
         bad = nodes.excluded(self.job, places.nodes, lambda bad: places.without(bad).evaluates(self.device))
-        requests = places.without(bad).evaluators(self.device, self.gpus)
-        for number, (shared_gpu, request) in enumerate(requests):
-            if number not in self._workers:
-                self._workers[number] = spawn(self.job, Evaluator, request, self.job.sweep, self.device, shared_gpu)
+        seats, alike = dict[Seat, Request](), Counter[tuple[int | None, str | None]]()
+        for gpu, request in places.without(bad).evaluators(self.device, self.gpus):
+            seats[gpu, request.node, alike[gpu, request.node]] = request
+            alike[gpu, request.node] += 1
+        return seats
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[Spent]:
         """Let the evaluators share the blocks of a checkpoint; return what each spent."""
@@ -202,7 +225,8 @@ class RayEvaluators:
         self._workers = {}
 
         def count(done: list[int]) -> None:
-            self._images |= dict(zip(map(actor_id, workers), done, strict=True))
+            for worker, images in zip(map(actor_id, workers), done, strict=True):  # 0 of one that was not asked yet
+                self._images[worker] = max(images, self._images.get(worker, 0))
             self.report(sum(self._images.values()))
 
         try:
@@ -210,7 +234,7 @@ class RayEvaluators:
         except ray.exceptions.RayTaskError:
             self._workers = before  # the checkpoint, or an image, is to blame
             raise
-        self._workers = {number: worker for number, worker in before.items() if worker in living}
+        self._workers = {seat: worker for seat, worker in before.items() if worker in living}
         if failure:
             raise failure
         return spent
@@ -220,7 +244,7 @@ class RayEvaluators:
 
         Those that fail are ended, and count against their nodes.
         """
-        placed = {number: worker for number, worker in self._workers.items() if ray_private.has_process(worker)}
+        placed = {seat: worker for seat, worker in self._workers.items() if ray_private.has_process(worker)}
         calls = [worker.passes.remote(sampled, settings) for worker in placed.values()]
         try:
             passed = watch(self.job, [*placed.values()], calls)
@@ -230,19 +254,21 @@ class RayEvaluators:
         if not any(passed):
             return error
         words = f"this device fails where those of {sum(passed)} other evaluators do not: {describe(error)}"
-        for (number, worker), right in zip(placed.items(), passed, strict=True):
+        for (seat, worker), right in zip(placed.items(), passed, strict=True):
             if not right:
                 nodes.record_failure(self.job, nodes.under(worker), words)
-                ray.kill(self._workers.pop(number))
+                ray.kill(self._workers.pop(seat))
         return WorkerFailure(words)
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Let one evaluator measure the held-out loss."""
-        number, worker = next(iter(self._workers.items()))
+        if not self._workers:
+            self.spawn()
+        seat, worker = next(iter(self._workers.items()))
         try:
             (values,) = watch(self.job, [worker], [worker.held_out.remote(sampled)])
         except WorkerFailure:
-            del self._workers[number]
+            del self._workers[seat]
             raise
         except WrongKernel as error:
             raise self._blame(error, sampled, self.job.recipe.evaluate) from error

@@ -35,7 +35,7 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
 
 def name_needs(driver: Driver, cluster: Cluster) -> None:
     """Log which later stages the nodes cannot hold yet."""
-    for stage, (count, request) in _lacking(driver, cluster, _due(driver.sweep, cluster)).items():
+    for stage, (count, request) in _lacking(driver, _due(driver.sweep, cluster)).items():
         driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
 
 
@@ -46,7 +46,7 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
     """
     due = _due(driver.sweep, cluster)
     with Wait(driver.gauge) as wait:
-        while lacking := _lacking(driver, cluster, due):
+        while lacking := _lacking(driver, due):
             workers, request = next(iter(lacking.values()))
             if text := wait.poll(workers, request, together=workers):
                 driver.board.say(text)
@@ -63,10 +63,10 @@ def _due(sweep: Sweep, cluster: Cluster) -> list[str]:
     return ["precompute"] * encodes + ["train"] * trains + ["evaluate"]
 
 
-def _lacking(driver: Driver, cluster: Cluster, due: Collection[str]) -> dict[str, tuple[int, Resources]]:
+def _lacking(driver: Driver, due: Collection[str]) -> dict[str, tuple[int, Resources]]:
     if not due:
         return {}
-    device, _ = devices.device_of(driver.sweep.recipe, cluster.gpus())
+    device, _ = nodes.choose_device(driver.sweep.recipe)
     lacking = Places.now(driver.sweep.recipe).lacking(device)
     return {stage: need for stage, need in lacking.items() if stage in due}
 

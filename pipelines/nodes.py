@@ -100,8 +100,8 @@ def error_on(name: str, error: Exception, words: Callable[[str, str], str]) -> D
 
 
 def choose_device(recipe: Recipe) -> tuple[str, str]:
-    """Return (device, reason) by the GPUs that the cluster has now."""
-    return device_of(recipe, total_gpus())
+    """Return (device, reason) by the GPUs that the cluster has had: a job that begins while they are away waits for them."""
+    return device_of(recipe, int(sum(node.get("GPU", 0) for node in ray_private.known_nodes())))
 
 
 def total_gpus() -> int:

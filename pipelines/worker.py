@@ -104,6 +104,11 @@ class Request:
         """Return the resources that a stage's nodes declare."""
         return {name: amount for name, amount in self.amounts.items() if name not in ("CPU", "GPU", "memory")}
 
+    @property
+    def node(self) -> str | None:
+        """Id of the one node that it is for, if any."""
+        return getattr(self.options.get("scheduling_strategy"), "node_id", None)
+
     def on(self, **options: object) -> "Request":
         """Return the request with further options."""
         return replace(self, options={**self.options, **options})

@@ -26,8 +26,8 @@ from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended
 from pipelines import needs, ranks
 from pipelines.evaluate import PublishedEvaluation
-from pipelines.evaluators import RayEvaluators
-from pipelines.nodes import living, record_failure
+from pipelines.evaluators import RayEvaluators, Seat
+from pipelines.nodes import choose_device, living, record_failure
 from pipelines.places import Places
 from pipelines.precompute import Encoder, RayEncoders
 from pipelines.ray_private import actor_id
@@ -87,6 +87,23 @@ def test_without_a_share_there_are_only_evaluators_with_a_gpu_of_their_own(node:
     places = Places.now(recipe)
     assert places.spare_gpus() == 1
     assert [shared for shared, _ in places.evaluators("cuda", 1)] == [None]
+
+
+def test_evaluators_that_share_are_spread_again_after_a_loss_and_wait_while_no_gpu_is_there(node: str, tmp_path: Path) -> None:
+    recipe = recipe_of("evaluate.workers=4", "evaluate.gpu_share=0.2", "train.workers=2", f"models={ONE_MODEL}")
+    job = job_of(recipe, tmp_path, RayJob)
+    workers: dict[Seat, Any] = {seat: spawn(job, Probe, Request({})) for seat in ((1, node, 0), (0, node, 1))}
+    evaluators = RayEvaluators(job, "cuda", 0, lambda _: None, dict(workers))
+    evaluators.spawn()
+    assert sorted(evaluators._workers) == [(0, node, 0), (0, node, 1), (1, node, 0), (1, node, 1)]
+    assert all(evaluators._workers[seat] is worker for seat, worker in workers.items()), "these go on"
+    evaluators.end()
+    waits = job_of(recipe, tmp_path, RayJob)
+    threading.Timer(8, waits.stop.set).start()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr("pipelines.nodes.living", list)
+        RayEvaluators(waits, "cuda", 0, lambda _: None).spawn()
+    assert "waiting for capacity for 1 workers, each with 1 GPU; " in waits.said[0]
 
 
 def test_a_stage_asks_for_its_named_resource_only_if_a_node_with_a_gpu_has_it(node: str) -> None:
@@ -154,7 +171,7 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(node: str, tmp_pa
         assert gpus == GPUS
         requests = Places.now(recipe).evaluators(device, gpus)
         workers = [spawn(job, Probe, request) for _, request in requests]
-        evaluators = RayEvaluators(job, "cuda", GPUS, lambda _: None, dict(enumerate(workers)))
+        evaluators = RayEvaluators(job, "cuda", GPUS, lambda _: None, {(None, None, n): worker for n, worker in enumerate(workers)})
         evaluation: Any = Evaluated(job, workers, resume_training)
         return evaluation, evaluators
 
@@ -242,7 +259,7 @@ def test_a_worker_of_any_stage_avoids_a_node_whose_devices_failed_while_others_h
 
 def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before_it_encodes(node: str, tmp_path: Path) -> None:
     """Not only after the days of the stages before it; prepare runs meanwhile."""
-    on_gpus: Any = SimpleNamespace(gpus=lambda: 2, ours=False)
+    on_gpus: Any = SimpleNamespace(ours=False)
     for workers, lines in ((2, 0), (3, 1)):
         driver = driver_of(reading.load(TINY, ["device=cuda", f"train.workers={workers}"]), tmp_path)
         needs.name_needs(driver, on_gpus)
@@ -266,8 +283,10 @@ def test_what_nodes_declared_that_are_gone_is_waited_for(nodes: Cluster, tmp_pat
     assert request_for("precompute", "cuda", 1).named() == {"precompute": 1}
     assert Places.now(recipe).lacking("cuda").keys() == {"precompute"}
     assert Places.now(recipe).spare_gpus() == before
+    three = recipe.model_copy(update={"device": "auto", "train": recipe.train.model_copy(update={"workers": 3})})
+    assert choose_device(three)[0] == "cuda", "a model that begins meanwhile would be trained on the CPU, or fail"
     driver = driver_of(recipe, tmp_path)
-    on_gpus: Any = SimpleNamespace(gpus=lambda: 2, ours=False)
+    on_gpus: Any = SimpleNamespace(ours=False)
     needs.name_needs(driver, on_gpus)
     assert "later    precompute needs 1 workers" in logged(driver)
     state.use_latents(driver.sweep, make(driver.sweep.store / "latents/set", [2]), "v" * 64)

@@ -294,7 +294,7 @@ def judged(tiny: Recipe, tmp_path: Path) -> Callable[..., RayEvaluators]:
     def evaluators(*right: bool | None) -> RayEvaluators:
         job = job_of(tiny, tmp_path, RayJob)
         workers = [spawn(job, Judged, request_for("evaluate", "cpu", 0), each) for each in right]
-        return RayEvaluators(job, "cpu", 0, lambda _: None, dict(enumerate(workers)))
+        return RayEvaluators(job, "cpu", 0, lambda _: None, {(None, None, n): worker for n, worker in enumerate(workers)})
 
     return evaluators
 

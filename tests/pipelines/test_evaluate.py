@@ -19,6 +19,7 @@ from dis_scale.sweep import Sampled, state
 from dis_scale.sweep.documents import Ended
 from pipelines import evaluate
 from pipelines.evaluate import PublishedEvaluation
+from pipelines.evaluators import Evaluator, NotOpened
 from pipelines.failures import WorkerFailure
 from pipelines.lines import Log, parse
 from pipelines.nodes import Node
@@ -121,6 +122,7 @@ OTHERS = [
     StorageAway("503"),
     StorageFull("no space left"),
     WorkerFailure("a worker was lost"),
+    NotOpened("no decoder at /models/vae (on node 3)"),
 ]
 
 
@@ -152,6 +154,13 @@ def test_a_failure_that_is_not_the_checkpoints_skips_nothing(job: RecordedJob, e
         evaluate.evaluate_one(job, Failing(error), Sampled("dis", 0), skipped)  # type: ignore[arg-type]
     assert skipped == set()
     assert state.skipped(job.sweep) == {}
+
+
+def test_an_evaluator_that_cannot_open_its_networks_says_why(job: RecordedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says of what a constructor raises that the worker was lost, in a text whose end has the reason."""
+    monkeypatch.setattr("os.nice", lambda _: 0)
+    with pytest.raises(NotOpened, match=r"vae.*\(on node "):
+        Evaluator(job.sweep, "cpu").held_out(Sampled("dis", 0))
 
 
 def test_an_evaluation_that_another_process_has_taken_over_notes_nothing(job: RecordedJob) -> None:
