@@ -58,7 +58,8 @@ class RankPlaces:
         self.request = request_for("train", self.device, 1)
         while True:
             living = self.living()
-            avoided = {*nodes.excluded(self.job, living, self.fits_without), *self.wrong}
+            excluded = nodes.excluded(self.job, living, lambda bad: self.fits_without({*bad, *self.wrong}))
+            avoided = {*excluded, *self.wrong}
             world = self._world_size(avoided)
             labels = [nodes.avoiding(avoided)] * world if avoided else None
             group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
@@ -109,7 +110,7 @@ class RankPlaces:
         """Return the time until the first of the attempt's nodes goes that are being drained; log each once. None if none is."""
         left_s = {node: left_s for node, left_s in ray_private.draining_nodes().items() if node in used}
         if left_s.keys() - logged:
-            logged |= left_s.keys()
+            logged.update(left_s)
             self.job.emit("drain", model=self.model)
             self.job.say(
                 f"{self.model}: a node of its workers is being drained: they stop at a resume point and continue elsewhere"
