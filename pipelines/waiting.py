@@ -23,6 +23,9 @@ CURE = (
 )
 
 
+_NOTHING: tuple[int, Resources] = (0, {})
+
+
 def capacity(request: Resources, nodes: Sequence[Resources]) -> int:
     """Return how many workers of these resources the nodes hold; one worker's resources are all on one node."""
     return sum(min(int(node.get(name, 0) // amount) for name, amount in request.items()) for node in nodes)
@@ -33,7 +36,7 @@ class Wait:
 
     def __init__(self, gauge: SetGauge, logged_after_s: float = LOGGED_AFTER_S, long_s: float = LONG_S) -> None:
         self._gauge, self._logged_after_s, self._long_s = gauge, logged_after_s, long_s
-        self._since_s, self._logged = 0.0, 0
+        self._since_s, self._logged = 0.0, _NOTHING
         self._exported: int | None = None
 
     def __enter__(self) -> Self:
@@ -46,7 +49,7 @@ class Wait:
         self._export(0)
         if self._since_s and time.monotonic() - self._since_s > self._long_s:
             self._gauge("waited_timestamp_seconds", time.time())
-        self._since_s, self._logged = 0.0, 0
+        self._since_s, self._logged = 0.0, _NOTHING
 
     def poll(self, count: int, request: Resources, together: int = 1) -> str | None:
         """Return a line to log if `count` workers wait and it is news; `together` of them need capacity at the same time."""
@@ -56,12 +59,12 @@ class Wait:
         self._export(count)
         self._since_s = self._since_s or time.monotonic()
         waited_s = time.monotonic() - self._since_s
-        if waited_s < self._logged_after_s or count == self._logged:
+        if waited_s < self._logged_after_s or (count, request) == self._logged:
             return None
         nodes = alive_nodes()
         if waited_s < STARTS * self._logged_after_s and capacity(request, nodes) >= max(count, together):
             return None
-        self._logged = count
+        self._logged = count, request
         return words(count, request, nodes, ray.available_resources(), together)
 
     def log(self, job: StageJob, count: int, request: Resources, together: int = 1, *, alone: bool = True) -> None:

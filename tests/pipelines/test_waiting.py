@@ -46,6 +46,15 @@ def test_workers_that_wait_are_exported_once_and_so_is_the_end() -> None:
     assert exported == [("waiting_workers", 3), ("waiting_workers", 2), ("waiting_workers", 0)]
 
 
+def test_a_wait_for_something_else_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the last line asks for a node that is there already."""
+    monkeypatch.setattr(waiting, "alive_nodes", list)
+    monkeypatch.setattr(ray, "available_resources", dict[str, float])
+    wait = Wait(lambda *_: None, logged_after_s=0.0)
+    said = [wait.poll(1, {name: 1.0}) for name in ("precompute", "precompute", "evaluate")]
+    assert [line and line.partition(";")[0].rpartition(" ")[2] for line in said] == ["precompute", None, "evaluate"]
+
+
 @pytest.mark.parametrize(
     ("long_s", "expected"),
     [(0.0, ["waiting_workers", "waiting_workers", "waited_timestamp_seconds"]), (60.0, 2 * ["waiting_workers"])],
