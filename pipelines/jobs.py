@@ -68,7 +68,11 @@ class Job:
     _partial: str = ""
     _follower: threading.Thread | None = None
     _followed_s: float = 0.0
-    _rest_lost: bool = False
+    _rest_over: bool = False
+    """Whether the rest of an ended job's log was read, or is lost."""
+    _heard: int = 0
+    _in_vain: int = 0
+    """Followers one after the other that brought nothing new."""
     _tail: list[str] = field(default_factory=list)
 
     @property
@@ -93,19 +97,26 @@ class Job:
 
     def _rest(self) -> str:
         until_s = self.silence.now_s() + LAST_LINES_S
-        while not self._rest_lost:
+        while not self._rest_over:
             try:
-                return self.cluster.client.get_job_logs(self.id)[self._returned :]
+                rest = self.cluster.client.get_job_logs(self.id)[self._returned :]
             except (OSError, RuntimeError):  # an answer was lost, or its agent has gone
-                self._rest_lost = self.silence.now_s() > until_s
+                self._rest_over = self.silence.now_s() > until_s
                 time.sleep(self.silence.pause_s)
+            else:
+                self._rest_over = True
+                return rest
         return ""
 
     def _new(self) -> str:
-        """Return what followers have received; start one if none is alive, for example since the job's agent was not up yet."""
+        """Return what followers have received; start one if none is alive, for example since the job's agent was not up yet.
+
+        Each gets the log from its beginning: after some that brought nothing new, pauses are longer.
+        """
         now_s = time.monotonic()
         if not (self._follower and self._follower.is_alive()) and now_s >= self._followed_s:
-            self._followed_s = now_s + self.reconnect_every_s
+            self._heard, self._in_vain = self._received, self._in_vain + 1 if self._heard == self._received else 0
+            self._followed_s = now_s + self.reconnect_every_s * 2 ** min(max(0, self._in_vain - 5), 5)
             self._follower = threading.Thread(target=self._follow, daemon=True, name=f"log of {self.id}")
             self._follower.start()
         return "".join(self._chunks.get_nowait() for _ in range(self._chunks.qsize()))  # nothing else takes any

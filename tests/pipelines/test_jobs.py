@@ -77,6 +77,8 @@ def test_each_line_comes_once_through_broken_connections() -> None:
     log.status = JobStatus.SUCCEEDED
     assert job.ended()
     assert job.lines() == ["five and six", "seven"]
+    assert (job.lines(), job.reason(), job.reason()) == ([], "no message", "no message")
+    assert log.complete_reads == 1
     assert job.lines() == []
 
 
