@@ -152,7 +152,7 @@ class Places:
     @property
     def _training_bundle(self) -> Resources:
         """What a training worker takes of a GPU node."""
-        return {"GPU": 1.0} | self.request("train", "cuda", 1).named()
+        return self.request("train", "cuda", 1).amounts
 
     def _trains(self, node: Node) -> bool:
         """Whether a training worker with a GPU fits on a node."""
