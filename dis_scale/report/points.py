@@ -262,7 +262,7 @@ def plan_of(sweep: Sweep) -> "Plan":
 def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
     recipe, points, groups = sweep.recipe, list[Point](), sweep.recipe.seed_groups()
-    budgets, origins = recipe.budgets, state.origins(sweep)
+    budgets, origins, copied = recipe.budgets, state.origins(sweep), state.copied_to(sweep, recipe.models)
     for model, cost in plan.costs.items():
         train, branch, group = recipe.train_of(model), recipe.models[model].branch, groups[model]
         trunk = groups[branch.of] if branch else group
@@ -270,8 +270,8 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
                 values = {name: value for name, value in evaluation.values.items() if not name.endswith("_floor")}
-                if origin and origin.model in origins and images_seen <= origin.images:
-                    continue  # copied: it is the origin's point
+                if images_seen <= copied.get(model, -1):
+                    continue  # it is the origin's point
                 kind = recipe.models[model].curve
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,

@@ -32,6 +32,10 @@ def images_name(images_seen: int) -> str:
     return f"{images_seen:012d}"
 
 
+COPIED = 0
+"""Attempt in the name of a resume point that no attempt of its run wrote: a fork has it from its origin."""
+
+
 class PointName(NamedTuple):
     """Name of a resume point: images seen and the attempt that wrote it, for example `000000001600-0003`."""
 

@@ -202,6 +202,12 @@ def origins(sweep: Sweep) -> dict[str, Origin | None]:
     return dict(zip(models, found, strict=True))
 
 
+def copied_to(sweep: Sweep, models: Iterable[str]) -> dict[str, int]:
+    """Return up to which count the published weights of forks are those of another model of the sweep, which is evaluated."""
+    found = in_order(models, lambda model: (model, Origin.find_intact(sweep.run(model).folder)))
+    return {model: origin.images for model, origin in found if origin and origin.model in sweep.recipe.models}
+
+
 def trained(sweep: Sweep, model: str) -> bool:
     """Whether a model has published its last count."""
     return sweep.run(model).published_at(sweep.recipe.train_of(model).images).exists(manifest.NAME)
@@ -364,6 +370,7 @@ class Backlog:
     _published: set[Sampled] = field(default_factory=set)
     _evaluated: set[Sampled] = field(default_factory=set)
     _guides: set[Sampled] = field(default_factory=set)
+    _copied: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         self.models = self.models or tuple(self.sweep.recipe.models)
@@ -376,11 +383,15 @@ class Backlog:
     def left(self) -> list[Sampled]:
         """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
         sweep = self.sweep
+        self._copied = copied_to(sweep, self.models) if self._copied is None else self._copied
         for model in self.models:
             known = [each.images_seen for each in self._published if each.model == model]
             self._published |= {Sampled(model, n) for n in published_counts(sweep.run(model), known)}
         variants = sweep.recipe.evaluate.samplings
-        counts = {model: set(sweep.recipe.train_of(model).publish_images) for model in self.models}
+        counts = {
+            model: {n for n in sweep.recipe.train_of(model).publish_images if n > self._copied.get(model, -1)}
+            for model in self.models
+        }
         wanted = [each for each in self._published if each.images_seen in counts[each.model]]
         ready = [variant for variant, settings in variants.items() if self._guide_is_there(settings.guide)]
         due = {each._replace(variant=variant) for each in wanted for variant in ready}
@@ -434,8 +445,10 @@ def why_skipped(sweep: Sweep, every: Sequence[Sampled]) -> dict[Sampled, str]:
 
 def all_evaluated(sweep: Sweep) -> bool:
     """Whether every model is evaluated at every published count under all sampling settings."""
+    copied = copied_to(sweep, sweep.recipe.models)
     return all(
-        set(sweep.recipe.train_of(model).publish_images) <= set(evaluated_counts(sweep, model, variant))
+        {n for n in sweep.recipe.train_of(model).publish_images if n > copied.get(model, -1)}
+        <= set(evaluated_counts(sweep, model, variant))
         for model in sweep.recipe.models
         for variant in sweep.recipe.evaluate.samplings
     )

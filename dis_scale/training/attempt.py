@@ -21,7 +21,7 @@ from dis_scale.process import seeds
 from dis_scale.recipe import Recipe
 from dis_scale.scan import choose
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Run, Sweep
+from dis_scale.sweep import COPIED, PointName, Run, Sweep
 from dis_scale.sweep.documents import RunState
 from dis_scale.tracking.goodput import as_branch
 from dis_scale.training import engine, resume
@@ -173,7 +173,8 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tu
             attempt.log(f"{attempt.model}: {blocks}")
         if settings.base_width:
             attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
-    earlier = as_branch(before, attempt.start.requested_at) if before and not resumed else before
+    others = not resumed or (point and point.folder.name == str(PointName(images_seen, COPIED)))  # a trunk's, or a fork's origin's
+    earlier = as_branch(before, attempt.start.requested_at) if before and others else before
     return state, model, images_seen, resumed, earlier
 
 

@@ -3,27 +3,26 @@
 The sweep's stored recipe gains the model under the new name. The original run stays as it is.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import Damaged, UserError
 from dis_scale.recipe import Model
 from dis_scale.recipe.reading import with_model
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.lease import Lease
-from dis_scale.sweep import PointName, Run, Sweep, command_lease, state
+from dis_scale.sweep import COPIED, PointName, Run, Sweep, command_lease, state
 from dis_scale.sweep.documents import Origin, PublishedManifest, ResumePointManifest
-
-ATTEMPT = 0
-"""Attempt in the name of a copied resume point: no attempt of the new run wrote it."""
 
 
 def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequence[str] = ()) -> Run:
     """Start the run `new` of a sweep where `model` had seen `images_seen` images; return it.
 
-    `settings` (`a=value`) change its training from there on. Published weights up to there are copied, too. A rerun does only what
-    is left. UserError if it cannot be done; Held while a command runs the sweep, whose recipe would change under it.
+    `settings` (`a=value`) change its training from there on. Published weights up to there are copied, without damaged ones. A
+    rerun does only what is left. UserError if it cannot be done; Held while a command runs the sweep, whose recipe would change
+    under it.
     """
     with lease.hold(command_lease(sweep.folder)) as held:
         try:  # another may have forked meanwhile
@@ -41,7 +40,7 @@ def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequen
         raise UserError(f"--as {new}: this sweep has a model of that name, with other settings: choose another name")
     target = grown.run(new)
     _require_free(sweep, target, origin, new)
-    copied = target.resume_point(PointName(images_seen, ATTEMPT))  # the last that is copied
+    copied = target.resume_point(PointName(images_seen, COPIED))  # the last that is copied
     if not ResumePointManifest.exists(copied):
         if name is None:
             raise _no_point(run, model, images_seen)
@@ -51,7 +50,10 @@ def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequen
         origin.write(target.folder)
         for count in [n for n in state.published_counts(run) if n <= images_seen]:
             published = run.published_at(count)
-            _copy(PublishedManifest.require(published), published, target.published_at(count), new, held)
+            try:
+                _copy(PublishedManifest.require(published), published, target.published_at(count), new, held)
+            except Damaged as error:
+                logging.getLogger(__name__).warning("%s; %s continues without it", error, new)
         _copy(manifest, point, copied, new, held)
     held.require_held()
     grown.save_recipe()
@@ -82,10 +84,13 @@ def _require_possible(sweep: Sweep, grown: Sweep, model: str, images_seen: int, 
 
 
 def _require_free(sweep: Sweep, target: Run, origin: Origin, new: str) -> None:
-    """The name is not in use, unless the same fork was begun before."""
-    begun = Origin.find(target.folder)
-    if begun and (begun.model, begun.images) == (origin.model, origin.images) and not target.lease.list():
-        return
+    """The name is not in use, unless the same fork was begun before; another that was begun, and never trained, is deleted."""
+    begun = Origin.find_intact(target.folder)
+    if begun and not target.lease.list():
+        if (begun.model, begun.images) == (origin.model, origin.images):
+            return
+        if new not in sweep.recipe.models:
+            target.folder.delete()
     if new in sweep.recipe.models or target.folder.list():
         raise UserError(f"--as {new}: this sweep has a run of that name: choose another name")
 

@@ -11,7 +11,7 @@ from dis_scale.recipe import reading
 from dis_scale.storage import lease
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import RECIPE, Sweep, state
-from dis_scale.sweep.documents import Origin
+from dis_scale.sweep.documents import Origin, PublishedManifest
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import resume
 from dis_scale.training.fork import fork_run
@@ -45,6 +45,33 @@ def test_a_fork_trains_on_to_the_bit(sweep: Sweep) -> None:
     assert ends[1] is not None
     assert ends[0].manifest.files == ends[1].manifest.files
     assert ends[1].manifest.progress.model == "again"
+    spent = [end.manifest.progress.spent for end in ends if end]
+    assert spent[0] is not None
+    assert spent[1] is not None
+    assert spent[1].first_at > spent[0].first_at, "its goodput begins with it"
+    assert spent[1].worker_s > 0
+    due = {each.images_seen for each in state.Backlog(grown, ("again",)).left()}
+    assert due == {320}, "what is copied is evaluated as the origin's"
+
+
+def test_a_fork_leaves_damaged_weights_out_and_one_that_was_not_ended_can_be_another(
+    sweep: Sweep, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sweep.folder.local
+    shutil.copytree(sweep.folder.local.parent, tmp_path / "root")
+    own = Sweep.open(str(tmp_path / "root" / sweep.folder.local.name))
+    published = own.run("dit").published_at(160)
+    for file in PublishedManifest.require(published).files:
+        published.write(file, b"no weights")
+    recipe = own.folder.read(RECIPE)
+    made = fork_run(own, "dit", 240, "third")
+    assert state.published_counts(made) == [0]
+    assert "third continues without it" in caplog.text
+    own.folder.write(RECIPE, recipe)  # the last that is written
+    fork_run(Sweep.open(own.folder.url), "dit", 80, "third")
+    assert state.resumable_images(made) == 80
+    with pytest.raises(UserError, match="--as third: this sweep has a run of that name"):
+        fork_run(Sweep.open(own.folder.url), "dit", 240, "third")
 
 
 def test_a_rerun_needs_nothing_that_is_copied(sweep: Sweep, tmp_path: Path) -> None:
