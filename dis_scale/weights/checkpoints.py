@@ -79,7 +79,7 @@ def find_checkpoint(at: str) -> Located:
     a_file = folder.local and not folder.local.is_dir()
     if not a_file and (counts := state.published_counts(Run(folder))):
         folder = Run(folder).published_at(counts[-1])
-    if folder.local.is_dir() if folder.local else PublishedManifest.exists(folder):
+    if folder.local.is_dir() if folder.local else PublishedManifest.exists(folder) or _has_files(folder):
         manifest = PublishedManifest.find(folder)
         name = (manifest.stored_file(WEIGHTS_FILE) if manifest else None) or WEIGHTS_FILE
     else:
@@ -91,6 +91,11 @@ def find_checkpoint(at: str) -> Located:
             f"file or a public .pt{_published_in(around) if around else ''}"
         )
     return Located(folder, name, Sweep.open(around.url) if around else None)
+
+
+def _has_files(folder: Folder) -> bool:
+    """Whether a URL is that of a folder: a file has at most itself. A web server would send all of it to show that."""
+    return not folder.url.startswith("http") and bool({*folder.list()} - {folder.name})
 
 
 def _published_in(folder: Folder) -> str:

@@ -160,13 +160,14 @@ def load(path: str | Path) -> Backbone:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, safetensors.SafetensorError) as error:
+        description = json.loads(metadata.get("dis_scale", "null"))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read weights from {path}: {error}") from None
-    if "dis_scale" not in metadata:
+    if not isinstance(description, dict):
         raise UserError(f"{path} does not describe its model: expected a file that dis-scale wrote, or a public .pt")
-    model = from_description(json.loads(metadata["dis_scale"]))
-    if weights.keys() != model.state_dict().keys():
-        mismatched = sorted(weights.keys() ^ model.state_dict().keys())
+    model = from_description(description)
+    shapes, expected = ({name: w.shape for name, w in each.items()} for each in (weights, model.state_dict()))
+    if mismatched := sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name)):
         raise UserError(f"{path}: weights do not fit their description: {', '.join(mismatched[:3])}")
     model.load_state_dict(weights)
     check_finite(model)
@@ -178,7 +179,7 @@ def sampling_facts(path: str | Path) -> SamplingFacts | None:
     if Path(path).suffix != ".safetensors":
         return None
     with safetensors.safe_open(path, framework="pt") as file:
-        stored = json.loads(file.metadata()["dis_scale"]).get("sampling")
+        stored = json.loads((file.metadata() or {}).get("dis_scale", "{}")).get("sampling")
     try:
         return None if stored is None else TypeAdapter(SamplingFacts).validate_json(json.dumps(stored))
     except ValidationError as error:
@@ -236,11 +237,11 @@ def save_pipeline(
         (backbone / "config.json", json.dumps(config, indent=2)),
         (backbone / "backbone.py", BACKBONE_PY),
         (folder / "pipeline.py", PIPELINE_PY),
-        (folder / "model_index.json", json.dumps(index, indent=2)),
     ):
         path.write_text(text + "\n")
     if isinstance(vae, DiffusersVae):
         vae.net.save_pretrained(folder / "vae")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")  # last: with it the folder looks complete
 
 
 def scaling_of(settings: dict[str, Any]) -> Scaling:

@@ -21,7 +21,7 @@ from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import RECIPE, Sweep, command_lease, state
 from dis_scale.sweep.documents import WEIGHTS_FILE, ImportedFrom, PublishedManifest, file_of
 from dis_scale.weights.export import SamplingFacts, describe
-from dis_scale.weights.warm_start import fit, from_file, latents_difference
+from dis_scale.weights.warm_start import fit, from_file, in_words, latents_difference
 
 
 class Imported(NamedTuple):
@@ -44,10 +44,9 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
     settings, train = sweep.recipe.models[model], sweep.recipe.train_of(model)
     start = FileStart(kind="file", path=path, sha256=hash_of([path], "import"))
     source = from_file(start, settings, sweep.recipe.diffusion, "import")
-    if source.facts and source.facts.diffusion.kind != sweep.recipe.diffusion.kind:
-        raise UserError(
-            f"import of {path} as {model}: trained for a {source.facts.diffusion.kind} process: set diffusion.kind to it"
-        )
+    theirs, ours = source.process, sweep.recipe.diffusion
+    if theirs.kind != ours.kind or (theirs.kind == "gaussian" and theirs != ours):  # a flow's samplers take any times
+        raise UserError(f"import of {path} as {model}: trained with another process: expected diffusion: {in_words(theirs)}")
     with torch.device("meta"):
         empty = construct(settings, shape, sweep.recipe.data.num_classes)
     fitted = fit(source, empty, f"import of {path} as {model}")

@@ -1,7 +1,7 @@
 """Warm start: a training that begins at 0 images with weights from a file or from another sweep (`models.<name>.start`).
 
 What depends on the number of pixels or classes is fitted; all else must be equal. Moments are new, and averages begin at these
-weights. Only the first attempt reads them: later ones continue from resume points. Read next: export.py, training/loop.py.
+weights. Attempts read them until the first resume point is complete. Read next: export.py, training/loop.py.
 """
 
 import tempfile
@@ -33,6 +33,8 @@ class StartWeights(NamedTuple):
 
     settings: FamilySettings
     weights: dict[str, Tensor]
+    process: Gaussian | Flow
+    """That for which they were trained."""
     notes: list[str]
     facts: SamplingFacts | None = None
     """Those of a file that has them, or of a sweep that has its latents."""
@@ -95,14 +97,22 @@ def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Fl
         raise UserError(
             f"{where}: {start.path} holds a {type(model).__name__}, which predicts velocities: expected diffusion.kind flow"
         )
-    _require_prediction(trained_for(model, facts), process, f"{where}: {start.path}")
-    same = facts.diffusion == process if facts else process.kind == model.process
-    notes = [] if same else ["warning: trained with another diffusion than this recipe's"]
-    return StartWeights(model.settings, model.as_ours().state_dict(), notes, facts)
+    theirs = trained_for(model, facts)
+    _require_prediction(theirs, process, f"{where}: {start.path}")
+    return StartWeights(model.settings, model.as_ours().state_dict(), theirs, _other_process(theirs, process), facts)
+
+
+def _other_process(theirs: Gaussian | Flow, ours: Gaussian | Flow) -> list[str]:
+    return [] if theirs == ours else [f"warning: trained with another diffusion than this recipe's: {in_words(theirs)}"]
+
+
+def in_words(process: Gaussian | Flow) -> str:
+    """Return a process as a recipe has it."""
+    return f"{{{', '.join(f'{name}: {value}' for name, value in process)}}}"
 
 
 def _require_prediction(theirs: Gaussian | Flow, ours: Gaussian | Flow, where: str) -> None:
-    """UserError if both processes are flows, and the models predict different things."""
+    """UserError if both processes are of one kind, and the models predict different things."""
     if theirs.kind == ours.kind and theirs.prediction != ours.prediction:
         raise UserError(f"{where} predicts the {theirs.prediction}: set diffusion.predicts to it, got {ours.prediction}")
 
@@ -137,10 +147,11 @@ def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
         raise UserError(f"{where}.images: {start.model} of {sweep} has not published {start.images}, expected one of: {known}")
     its = sweep.recipe
     _require_prediction(its.diffusion, recipe.diffusion, f"{where}: {start.model} of {sweep}")
-    notes = [] if its.diffusion == recipe.diffusion else ["warning: trained with another diffusion than this recipe's"]
+    notes = _other_process(its.diffusion, recipe.diffusion)
     if its.data.source != recipe.data.source:
         notes.append("warning: trained on other images than this recipe's, whose classes may be others")
-    return StartWeights(its.models[start.model], load_published(run, start.images), notes, SamplingFacts.of_sweep(sweep))
+    weights = load_published(run, start.images)
+    return StartWeights(its.models[start.model], weights, its.diffusion, notes, SamplingFacts.of_sweep(sweep))
 
 
 def fit(source: StartWeights, model: Backbone, where: str) -> StartWeights:

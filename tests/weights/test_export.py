@@ -1,5 +1,6 @@
 """Export: a file that describes its model, and a folder that diffusers samples from."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
@@ -23,7 +25,7 @@ from dis_scale.vae import DiffusersVae, PixelVae
 from dis_scale.vae.exported import ProgramVae
 from dis_scale.vae.interface import Vae
 from dis_scale.vae.scaling import Scaling
-from dis_scale.weights.export import load, open_checkpoint, save, save_pipeline
+from dis_scale.weights.export import describe, load, open_checkpoint, save, save_pipeline
 
 DIS = Dis(kind="dis", width=32, depth=2, patch=2)
 SETTINGS = [DIS, Dit(kind="dit", width=32, depth=1, heads=2, patch=2), DiffuSsm(kind="diffussm", width=16, depth=1, state_size=4)]
@@ -46,6 +48,23 @@ def test_a_checkpoint_is_recognised_by_its_keys(settings: FamilySettings, tmp_pa
     for name in ("model.safetensors", "model.pt"):
         again = open_checkpoint(tmp_path / name, heads=2)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("weights", "description", "words"),
+    [
+        ({"label.weight": torch.zeros(3, 16)}, None, "weights do not fit their description: label.weight"),
+        ({}, "{", "cannot read weights from"),
+        ({}, "[]", "does not describe its model"),
+    ],
+    ids=["another shape", "damaged description", "no description"],
+)
+def test_a_damaged_file_of_ours_is_refused(tmp_path: Path, weights: dict[str, Tensor], description: str | None, words: str) -> None:
+    model = build(Dit(kind="dit", width=16, depth=1, heads=2, patch=4), LatentShape(4, 8), 10)
+    metadata = {"dis_scale": json.dumps(describe(model)) if description is None else description}
+    safetensors.torch.save_file(model.state_dict() | weights, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UserError, match=words):
+        load(tmp_path / "x.safetensors")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

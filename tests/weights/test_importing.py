@@ -107,6 +107,8 @@ def test_a_sit_is_published_as_our_flow(tmp_path: Path) -> None:
             "only one of the two models has classes",
         ),
         (["models.dis.start={kind: sweep, url: x, model: y, images: 16}"], "import: dis would also be trained: expected a"),
+        (["diffusion.betas=cosine"], "trained with another process: expected diffusion: {kind: gaussian, betas: linear, steps"),
+        (["diffusion={kind: flow}", "evaluate.sampler=heun"], "trained with another process: expected diffusion: {kind: gaussian,"),
         (["evaluate.ema_width=0.07"], "import: evaluate.ema_width needs averages"),
     ],
 )

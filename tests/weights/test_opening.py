@@ -223,6 +223,12 @@ def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_p
         open_for_sampling(folders[1], None)
     with pytest.raises(UserError, match=r"no checkpoint at memory://bucket/none: expected a published folder"):
         open_for_sampling("memory://bucket/none", None)
+    for sweep in (here, away):
+        with pytest.raises(UserError, match=r"no checkpoint at .*: of this sweep's, .*/runs/dis"):
+            open_for_sampling(sweep.folder.url, None)
+        exported = sweep.store / "exported"
+        exported.write("weights.safetensors", b"a file")
+        assert str(find_checkpoint(exported.url)) == f"{exported}/weights.safetensors"
 
 
 def test_a_gpu_samples_if_there_is_one(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from dis_scale.models.dit.settings import Dit
 from dis_scale.models.public import to_official
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import LatentShape, Recipe, reading
+from dis_scale.recipe import Gaussian, LatentShape, Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import LatentsManifest
@@ -29,6 +29,7 @@ from tests.conftest import TINY
 from tests.support import ranks, small_latents
 
 SMALL, LARGE = LatentShape(4, 8), LatentShape(4, 16)
+GAUSSIAN = Gaussian(kind="gaussian")
 DIT = Dit(kind="dit", width=16, depth=1, heads=2, patch=4)
 DIS = Dis(kind="dis", width=16, depth=2, patch=2)
 DIFFUSSM = DiffuSsm(kind="diffussm", width=16, depth=1)
@@ -86,7 +87,8 @@ def test_a_published_average_of_another_sweep_is_count_0(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"models.dis.start.images: dis of .* has not published 48, expected one of: 0, 32"):
         warm_start.read_source(reading.load(TINY, [f"models.dis.start={missing}"]), "dis")
     other = reading.load(TINY, [f"models.dis.start={start}", "diffusion.betas=cosine"])
-    assert warm_start.read_source(other, "dis").notes == ["warning: trained with another diffusion than this recipe's"]
+    warning = "warning: trained with another diffusion than this recipe's: {kind: gaussian, betas: linear, steps: 1000}"
+    assert warm_start.read_source(other, "dis").notes == [warning]
 
 
 @pytest.mark.parametrize("settings", [DIT, DIS, DIFFUSSM], ids=lambda s: s.kind)
@@ -141,7 +143,7 @@ def doubling(before: int) -> np.ndarray:
 @pytest.mark.parametrize("classes", [10, None])
 def test_learned_positions_are_interpolated_to_twice_the_pixels(classes: int | None) -> None:
     source, model = varied(DIS, SMALL, classes), build(DIS, LARGE, classes)
-    fitted = warm_start.fit(StartWeights(DIS, source.state_dict(), []), model, "here")
+    fitted = warm_start.fit(StartWeights(DIS, source.state_dict(), GAUSSIAN, []), model, "here")
     extras = 1 if classes is None else 2
     before, after = (w["position"][0].detach().numpy() for w in (source.state_dict(), fitted.weights))
     grid, A = before[extras:].reshape(4, 4, -1), doubling(4)
@@ -153,7 +155,7 @@ def test_learned_positions_are_interpolated_to_twice_the_pixels(classes: int | N
 
 def test_fixed_positions_are_those_of_the_new_size() -> None:
     source, model, expected = varied(DIT), build(DIT, LARGE, 10), build(DIT, LARGE, 10)
-    fitted = warm_start.fit(StartWeights(DIT, source.state_dict(), []), model, "here")
+    fitted = warm_start.fit(StartWeights(DIT, source.state_dict(), GAUSSIAN, []), model, "here")
     model.load_state_dict(fitted.weights)
     assert fitted.notes == []
     assert torch.equal(model.get_buffer("position"), expected.get_buffer("position"))
@@ -162,7 +164,7 @@ def test_fixed_positions_are_those_of_the_new_size() -> None:
 def test_another_number_of_classes_gets_a_new_table() -> None:
     source, model = varied(DIT, classes=1000), build(DIT, SMALL, 10)
     initial = model.state_dict()["label.weight"].clone()
-    fitted = warm_start.fit(StartWeights(DIT, source.state_dict(), []), model, "here")
+    fitted = warm_start.fit(StartWeights(DIT, source.state_dict(), GAUSSIAN, []), model, "here")
     assert fitted.notes == ["new table of 10 classes instead of 1000"]
     assert torch.equal(fitted.weights["label.weight"], initial)
     assert torch.equal(fitted.weights["final.weight"], source.state_dict()["final.weight"])
@@ -193,7 +195,9 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path, settings: list[str
 )
 def test_another_model_is_refused(source: Dit | Dis, shape: LatentShape, classes: int | None, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        warm_start.fit(StartWeights(source, varied(source, shape, classes).state_dict(), []), build(DIT, SMALL, 10), "here")
+        warm_start.fit(
+            StartWeights(source, varied(source, shape, classes).state_dict(), GAUSSIAN, []), build(DIT, SMALL, 10), "here"
+        )
 
 
 def test_a_file_that_fits_is_accepted_for_more_pixels(tmp_path: Path) -> None:
@@ -236,6 +240,7 @@ def test_a_start_on_other_latents_is_named(tmp_path: Path) -> None:
 def test_a_file_that_predicts_noise_is_named_under_a_flow(tmp_path: Path) -> None:
     torch.save(to_official(varied(DIT)), tmp_path / "dit.pt")
     flow = from_file(tmp_path / "dit.pt", "diffusion={kind: flow}", "evaluate.sampler=heun")
-    warning = "warning: trained with another diffusion than this recipe's"
+    warning = "warning: trained with another diffusion than this recipe's: {kind: gaussian, betas: linear, steps: 1000}"
+    assert warm_start.read_source(from_file(tmp_path / "dit.pt", "diffusion.betas=cosine"), "dit").notes == [warning]
     assert warm_start.read_source(flow, "dit").notes == [warning]
     assert warm_start.read_source(from_file(tmp_path / "dit.pt"), "dit").notes == []
