@@ -155,7 +155,10 @@ def data_repair(
 
     with naming_misspelt(sweep), Board(console(stderr=as_json)) as board:
         repaired = maintenance.repair(
-            sweep, lambda done, total: board.update("verify", done, total, "shards"), listing_words(board.say)
+            sweep,
+            lambda done, total: board.update("verify", done, total, "shards"),
+            lambda done, total: board.update("rebuild", done, total, "shards"),
+            listing_words(board.say),
         )
         board.say(f"repaired {', '.join(repaired)}" if repaired else "nothing to repair: every shard is complete")
     show({"repaired": repaired}, as_json=as_json)

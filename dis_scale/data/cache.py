@@ -14,7 +14,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dis_scale.process import counts
@@ -98,6 +98,8 @@ class Cache:
             return
         part = self.folder / f"{shard.sha256}.part"
         with self._locked("lock-capacity"):
+            if self._disabled:
+                return
             try:
                 self._evict(len(data))
                 part.write_bytes(data)
@@ -109,7 +111,11 @@ class Cache:
                 self._disable(error)
 
     def _evict(self, size_bytes: int) -> None:
-        files = [(e.stat(), e) for e in os.scandir(self.folder) if _OURS.fullmatch(e.name)]
+        files = list[tuple[os.stat_result, os.DirEntry[str]]]()
+        for entry in os.scandir(self.folder):
+            with suppress(FileNotFoundError):  # another process has deleted it: it was damaged
+                if _OURS.fullmatch(entry.name):
+                    files.append((entry.stat(), entry))
         used = sum(stat.st_size for stat, _ in files)
         for stat, entry in sorted(files, key=lambda f: (not f[1].name.endswith(".part"), f[0].st_atime_ns)):
             if used + size_bytes <= self.bound_bytes and not entry.name.endswith(".part"):

@@ -20,7 +20,8 @@ from dis_scale.data import shards, staging
 from dis_scale.data.shards import EncodedShard, Sample, shard_positions
 from dis_scale.data.sources import NOT_THERE, Source, select_decodable
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import BrokenDevice, DisScaleError, UndecodableImage, UserError, printable
+from dis_scale.process.errors import BrokenDevice, DisScaleError, StorageError, UndecodableImage, UserError, printable
+from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import batched, in_order, one_ahead
 from dis_scale.recipe import Data, Precompute, Recipe
 from dis_scale.storage.folder import Folder
@@ -125,15 +126,23 @@ def put_shards(setup: Setup, latents: Folder, numbers: Iterable[int], report: Ca
 def encode_shards(setup: Setup, numbers: Iterable[int], report: Callable[[int], None]) -> Iterator[EncodedShard]:
     """Yield the shards of these numbers, in their order; `report` as for `put_shards`."""
     for number, ranges in groupby(_decoded(setup, numbers), key=lambda part: part.number):
-        yield EncodedShard(number, *_encode_shard(setup, _with_their_mount(ranges), report))
+        yield EncodedShard(number, *_encode_shard(setup, _with_their_mount(setup, ranges), report))
 
 
-def _with_their_mount(ranges: Iterable[_DecodedRange]) -> Iterator[_DecodedRange]:
-    """Yield a shard's images; BrokenDevice at the end if more than half are not there: this node lacks what their links lead to."""
-    count, lost = 0, 0
+def _with_their_mount(setup: Setup, ranges: Iterable[_DecodedRange]) -> Iterator[_DecodedRange]:
+    """Yield a shard's images; BrokenDevice at the end if more than half are not there: this node lacks what their links lead to.
+
+    What is not at its URL is there for no node.
+    """
+    count, lost, folder = 0, 0, getattr(setup.recipe.data.source, "url", "")
+
+    def is_here(position: int) -> bool:
+        return not any("://" in path.removeprefix("file://") for path in (folder, setup.source.names[position]))
+
     for part in ranges:
         count += len(part.images)
-        lost += sum(isinstance(image, UndecodableImage) and image.why == NOT_THERE for image in part.images)
+        missing = (n for n, image in zip(part.positions, part.images, strict=True) if getattr(image, "why", "") == NOT_THERE)
+        lost += sum(map(is_here, missing))
         yield part
     if lost > max(count // 2, FEW):
         raise BrokenDevice(
@@ -142,25 +151,57 @@ def _with_their_mount(ranges: Iterable[_DecodedRange]) -> Iterator[_DecodedRange
         )
 
 
-def encode_mixed(setup: Setup, numbers: Iterable[int], refused: Collection[str]) -> Iterator[EncodedShard]:
+def encode_mixed(
+    setup: Setup, numbers: Sequence[int], refused: Collection[str], report: ReportShare
+) -> Iterator[EncodedShard | StorageError]:
     """Yield shards of a set that was mixed after encoding: each batch with one of their samples is encoded again.
 
-    `refused` are the names of the set's refused images, as `printable`, which were in no batch.
+    As many shards at a time as memory holds, since a shard has samples of many batches. Of one with an image that cannot be read
+    any more, the error. `refused` are the names of the set's refused images, as `printable`, which were in no batch. `report` gets
+    the number of ranges of the source, as long as a shard, that are done and of all.
     """
     mixer, settings, names = setup.mixer, setup.recipe.precompute, setup.source.names
-    for number in numbers:
-        entries = mixer.order[np.array(shard_positions(number, mixer.images, settings))].tolist()
-        wanted, samples = set(entries), dict[int, Sample]()
-        for part in sorted({entry // settings.shard_images for entry in entries}):
+    at_once = batched(numbers, max(1, staging.GROUP_BYTES // mixer.shard_bytes))
+    groups = [{n: mixer.order[np.array(shard_positions(n, mixer.images, settings))].tolist() for n in some} for some in at_once]
+    work = [sorted({entry // settings.shard_images for places in group.values() for entry in places}) for group in groups]
+    done = 0
+    for group, parts in zip(groups, work, strict=True):
+        wanted, samples = {entry for places in group.values() for entry in places}, dict[int, Sample]()
+        lost = dict[int, StorageError]()
+        for part in parts:
             encoded = [n for n in shard_positions(part, mixer.images, settings) if printable(names[n]) not in refused]
             for batch in batched(encoded, settings.encode_images):
-                if not wanted.isdisjoint(batch):
-                    pixels = list(in_order(batch, lambda n: setup.source.pixels(n, setup.recipe.data.resolution), DECODERS))
-                    moments = setup.begin(pixels)()
-                    samples |= {sample.position: sample for sample in _samples(setup, batch, moments)}
-        yield EncodedShard(
-            number, [samples[n] for n in entries if n in samples], [printable(names[n]) for n in entries if n not in samples]
+                due = wanted.intersection(batch)
+                again = sorted(due) if setup.recipe.data.given else batch  # copies do not depend on their batch
+                try:
+                    made = _samples(setup, again, setup.begin(_read_again(setup, again))()) if due else []
+                except StorageError as error:
+                    lost |= dict.fromkeys(due, error)
+                else:
+                    samples |= {sample.position: sample for sample in made if sample.position in due}
+            report(done := done + 1, sum(map(len, work)))
+        for number, places in group.items():
+            there, others = ([n for n in places if (n in samples) is known] for known in (True, False))
+            why = next((lost[n] for n in others if n in lost), None)
+            yield why or EncodedShard(number, [samples[n] for n in there], [printable(names[n]) for n in others])
+
+
+def _read_again(setup: Setup, positions: Sequence[int]) -> list[np.ndarray]:
+    """Return the images at rising positions of a batch; those between them are read with them."""
+    ranges = setup.source.read_ranges(range(positions[0], positions[-1] + 1), READ_IMAGES)
+    read = {
+        n: image
+        for each, images in in_order(
+            ranges, lambda each: (each, setup.source.decoded(each, setup.recipe.data.resolution)), DECODERS
         )
+        for n, image in zip(each, images, strict=True)
+    }
+    images = list[np.ndarray]()
+    for n in positions:
+        if isinstance(image := read[n], UndecodableImage):
+            raise image
+        images.append(image)
+    return images
 
 
 def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_DecodedRange]:

@@ -3,7 +3,7 @@
 A rebuilt shard is compared with the manifest before it is written: it has the same bytes or it is not written.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -70,27 +70,44 @@ def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | 
         )
 
 
-def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
+def repair(url: str, verified: ReportShare, rebuilt: ReportShare, listed: ReportDone) -> list[str]:
     """Rebuild the damaged shards of a sweep's latents; return their names.
 
-    UserError if another setup encoded them; StorageError if a rebuilt shard has another hash: it is not written.
+    UserError if another setup encoded them; StorageError, after all others, for shards that cannot be rebuilt: those with an image
+    that cannot be read, or with another hash, which are not written.
     """
     sweep, latents = locate_latents(url)
     if sweep is None:
         raise UserError(f"{url}: a folder of latents: give the sweep's folder, whose recipe names the images and the VAE")
-    damaged = verify(latents, fast=False, report=report)
+    damaged, failed = verify(latents, fast=False, report=verified), list[str]()
     if damaged:
         manifest = LatentsManifest.require(latents)
         setup = _prepare_rebuild(Sweep.open(sweep.url), latents, manifest, listed)
         entries = {int(entry.name.partition(".")[0]): entry for entry in manifest.shards}
         numbers = [n for n, entry in entries.items() if entry.name in damaged]
         if setup.source.mixed:  # its listing is in the mixed order already
-            rebuilt = encode_shards(setup, numbers, lambda _: None)
+            shards_again = _encode_each(setup, numbers, rebuilt)
         else:
-            rebuilt = encode_mixed(setup, numbers, set(manifest.refused))
-        for shard in rebuilt:
-            _put_same(latents, shard, entries[shard.number])
+            shards_again = encode_mixed(setup, numbers, set(manifest.refused), rebuilt)
+        for number, shard in zip(numbers, shards_again, strict=True):
+            try:
+                _put_same(latents, shard, entries[number])
+            except StorageError as error:
+                failed.append(str(error))
+    if failed:
+        left = f"{len(failed)} of {len(damaged)} damaged shards cannot be rebuilt" if len(damaged) > 1 else "not rebuilt"
+        raise StorageError(f"{latents}: {left}: {failed[0]}")
     return list(damaged)
+
+
+def _encode_each(setup: Setup, numbers: Sequence[int], report: ReportShare) -> Iterator[EncodedShard | StorageError]:
+    """Yield shards of a source that is listed in the mixed order; of one with an image that cannot be read any more, the error."""
+    for done, number in enumerate(numbers, 1):
+        try:
+            yield from encode_shards(setup, [number], lambda _: None)
+        except StorageError as error:
+            yield error
+        report(done, len(numbers))
 
 
 def describe(latents: Folder) -> list[str]:
@@ -222,8 +239,10 @@ def _prepare_rebuild(sweep: Sweep, latents: Folder, manifest: LatentsManifest, l
     return setup
 
 
-def _put_same(latents: Folder, shard: EncodedShard, entry: ShardEntry) -> None:
-    """Write the shard if it has the manifest's hash; StorageError otherwise."""
+def _put_same(latents: Folder, shard: EncodedShard | StorageError, entry: ShardEntry) -> None:
+    """Write the shard if it could be encoded and has the manifest's hash; StorageError otherwise."""
+    if isinstance(shard, StorageError):
+        raise shard
     digest = Digest.of(shards.pack(shard.samples))
     if digest.sha256 != entry.sha256:
         raise StorageError(

@@ -21,8 +21,14 @@ from dis_scale.storage.folder import Folder
 
 LARGE_BYTES = 2**30
 """A larger file is listed on its own: Hugging Face's have half of that, and this one may have a million rows."""
+BATCH_ROWS, BATCH_BYTES = 4096, 2**28
+"""Most rows that are decoded at a time, and their bytes if they are alike."""
 GROUP_BYTES = 8 * 2**30
 """Most bytes of a row group's column; larger ones are not read. Hugging Face's groups of images have 100 MB to 1 GB."""
+
+
+KEPT_GROUPS, LOADED_AT_ONCE = 2, 2
+"""Row groups that a reader keeps, and loads at the same time: each may have a gigabyte."""
 
 
 def find(root: Folder, names: list[str], settings: ParquetSource, *, labelled: bool = True) -> Contents:
@@ -36,18 +42,35 @@ def find(root: Folder, names: list[str], settings: ParquetSource, *, labelled: b
     return Contents(entries, classes)
 
 
+class _Group:
+    """A row group's images once they are read."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.column: pa.ChunkedArray | None = None
+
+
 class ParquetReader:
-    """Reads images by (row group, row). It keeps the last two row groups, so a sequential read loads each once."""
+    """Reads images by (row group, row), each row group once if many threads read one after the other in order.
+
+    It keeps the groups that were asked for last; threads that wait for others keep these themselves.
+    """
 
     def __init__(self, settings: ParquetSource, require_unchanged: Callable[[Entry], None]) -> None:
-        self._settings, self._one_at_a_time = settings, threading.Lock()
-        self._group, self._require_unchanged = lru_cache(2)(self._read_group), require_unchanged
+        self._settings, self._require_unchanged = settings, require_unchanged
+        self._group, self._asking = lru_cache(KEPT_GROUPS)(lambda _: _Group()), threading.Lock()
+        self._loading = threading.BoundedSemaphore(LOADED_AT_ONCE)
 
     def read(self, root: Folder, entries: Sequence[Entry]) -> list[bytes]:
         """Return the images' bytes, empty for a null; all entries are in one row group."""
-        with self._one_at_a_time:
-            column = self._group(root, entries[0]._replace(name="", label=0, location=(entries[0].location[0], 0)))
-        return [column[entry.location[1]].as_py() or b"" for entry in entries]
+        first = entries[0]._replace(name="", label=0, location=(entries[0].location[0], 0))
+        with self._asking:
+            group = self._group((root, first))
+        with group.lock:
+            if group.column is None:
+                with self._loading:
+                    group.column = self._read_group(root, first)
+        return [group.column[entry.location[1]].as_py() or b"" for entry in entries]
 
     def _read_group(self, root: Folder, first: Entry) -> pa.ChunkedArray:
         try:
@@ -106,8 +129,8 @@ def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, 
             near = nearest(column, schema.names)
             raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {some(schema.names)}")
     kind = schema.field(settings.image).type
-    in_structs = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not (_is_bytes(file, settings) or in_structs):
+    inside = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else None
+    if not (_has_bytes(kind) or (inside is not None and (_has_bytes(inside) or pa.types.is_null(inside)))):
         raise UserError(f"data.source.image: column {settings.image!r} of {where} is {kind}, expected bytes of images")
     if _is_null(file, _leaf(file, settings)):
         raise UserError(
@@ -116,14 +139,14 @@ def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, 
         )
 
 
-def _is_bytes(file: pq.ParquetFile, settings: ParquetSource) -> bool:
-    kind = file.schema_arrow.field(settings.image).type
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+def _has_bytes(kind: pa.DataType) -> bool:
+    return any(known(kind) for known in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
 def _leaf(file: pq.ParquetFile, settings: ParquetSource) -> str:
     """Return the path of the column of bytes."""
-    return settings.image if _is_bytes(file, settings) else f"{settings.image}.bytes"
+    in_structs = pa.types.is_struct(file.schema_arrow.field(settings.image).type)
+    return f"{settings.image}.bytes" if in_structs else settings.image
 
 
 def _is_null(file: pq.ParquetFile, column: str) -> bool:
@@ -148,10 +171,15 @@ def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table
             f"{where}: row group {group} has {size:,} bytes in column {column!r}, and {GROUP_BYTES:,} are read at most: "
             "write smaller row groups"
         )
+    # In batches: Arrow splits a column of over 2 GiB, and then reads no structs.
+    rows = min(BATCH_ROWS, max(1, BATCH_BYTES * group_facts.num_rows // max(size, 1)))
     try:
-        return file.read_row_group(group, columns=[column])
+        batches = list(file.iter_batches(rows, row_groups=[group], columns=[column]))
+        return pa.Table.from_batches(batches) if batches else file.read_row_group(group, columns=[column])
     except FileNotFoundError:
         raise
+    except pa.ArrowNotImplementedError as error:
+        raise UserError(f"{where}: row group {group} cannot be read: {error}: write smaller row groups") from error
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{where}: row group {group} is damaged: {' '.join(str(error).split())}") from error
 

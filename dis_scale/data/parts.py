@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from dis_scale.data.listing import Entry, LeftOut
 from dis_scale.process.errors import UserError, printable
@@ -21,6 +21,8 @@ MOST_PARTS = 20
 """Most words of such a column."""
 
 
+MOST_LACKING = 100_000
+"""Most names of files that are lacking: the total may be a date."""
 _NUMBERED = re.compile(r"(.*)-(\d{3,})-of-(\d{3,})(?:-[0-9a-f]{16})?(\..*)?")
 """Name of one of several files of a part, as the Hugging Face hub has them, older ones with a hash."""
 _COUNTED = re.compile(r"(.*?)(\d{1,18})(\D*)")
@@ -37,7 +39,7 @@ def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list
     for part, total, suffix in sorted(chosen):
         numbers = there[part, total, suffix]
         first = int(int(total) in numbers)
-        left = sorted({*range(first, first + int(total))} - numbers)
+        left = islice((n for n in range(first, first + int(total)) if n not in numbers), MOST_LACKING)
         lacking += [f"{part}-{number:0{len(total)}d}-of-{total}{suffix}" for number in left]
     return {part for part, *_ in chosen}, lacking
 

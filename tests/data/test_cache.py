@@ -117,6 +117,24 @@ def test_a_full_disk_is_logged_once_and_reads_continue(tmp_path: Path, monkeypat
     assert files(tmp_path) == {name(0)}
 
 
+def test_a_file_that_another_process_deletes_meanwhile_ends_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was damaged for all workers of the node at the same time."""
+    storage, cache, listed = Storage(), Cache(tmp_path, 10_000, pytest.fail), os.scandir
+    storage.get(cache, 0)
+
+    def scandir(path: Path) -> list[os.DirEntry[str]]:
+        entries = list(listed(path))
+        for entry in entries:
+            Path(entry.path).unlink()
+        return entries
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", scandir)
+        storage.get(cache, 1)
+    storage.get(cache, 1)
+    assert storage.fetched == [0, 1]
+
+
 def test_a_folder_that_cannot_be_created_is_logged_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     lines, storage = list[str](), Storage()

@@ -123,6 +123,13 @@ def test_a_shard_with_other_bytes_is_not_written(tmp_path: Path, monkeypatch: py
     assert "an image has changed" in output
     assert latents.read("000000.tar") == b"damaged"
 
+    good = latents.read("000001.tar")
+    latents.write("000001.tar", b"damaged, too")
+    (tmp_path / "images" / first).unlink()
+    code, output = run("repair", sweep.folder.url)
+    assert (code, "1 of 2 damaged shards cannot be rebuilt: " in output) == (1, True), output
+    assert latents.read("000001.tar") == good, "the others are rebuilt"
+
     monkeypatch.setattr(torch, "__version__", "9.9")
     code, output = run("repair", sweep.folder.url)
     assert code == 2

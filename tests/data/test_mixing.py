@@ -16,9 +16,10 @@ from dis_scale.data.encode import Setup, encode_mixed
 from dis_scale.data.latents import Latents
 from dis_scale.data.mixing import LabelCounts, permutation, words
 from dis_scale.data.order import Order
+from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import Source, open_source
 from dis_scale.data.staging import STAGED, MixedOrder, Mixing, parts_left
-from dis_scale.process.errors import StorageAway, UserError
+from dis_scale.process.errors import StorageAway, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import LatentShape, Precompute, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
@@ -259,9 +260,38 @@ def test_all_lost_parts_are_found_at_once(mixing_of: Mixing) -> None:
 def test_a_mixed_shard_is_repaired_to_the_same_bytes(small: Sweep) -> None:
     latents = make_latents(small)
     setup = Setup(open_source(small.recipe.data, small.store), vae.load(small), small.recipe)
-    for shard in encode_mixed(setup, range(10), set(LatentsManifest.require(latents).refused)):
+    for shard in encode_mixed(setup, range(10), set(LatentsManifest.require(latents).refused), lambda *_: None):
+        assert isinstance(shard, EncodedShard)
         assert shards.pack(shard.samples) == latents.read(f"{shard.number:06d}.tar")
         assert shard.refused == list(ShardSidecar.read(latents, f"{shard.number:06d}.json").refused)
+
+
+def test_shards_whose_images_are_there_are_repaired_at_once_though_another_is_not(
+    small: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, decoded, done = make_latents(small), Counter[str](), list[tuple[int, int]]()
+    monkeypatch.setattr(staging, "GROUP_BYTES", 2**30)
+    source, lost = open_source(small.recipe.data, small.store), ""
+
+    def decode(data: bytes, name: str, resolution: int) -> np.ndarray:
+        decoded[name] += 1
+        if name == lost:
+            raise UndecodableImage(f"image {name}: truncated", "truncated")
+        return source.decode(data, name, resolution)
+
+    setup = Setup(replace(source, decode=decode), vae.load(small), small.recipe)
+    refused = set(LatentsManifest.require(latents).refused)
+
+    def again() -> list[EncodedShard | StorageError]:
+        return list(encode_mixed(setup, range(10), refused, lambda *each: done.append(each)))
+
+    assert all(isinstance(shard, EncodedShard) for shard in again())
+    assert {*decoded.values()} == {1}, "each image once"
+    assert done == [(n, 10) for n in range(1, 11)]
+    lost = source.names[0]
+    failed = [shard for shard in again() if not isinstance(shard, EncodedShard)]
+    assert 0 < len(failed) < 10, "those with an image of its batch"
+    assert str(failed[0]) == f"image {lost}: truncated"
 
 
 class Negative(torch.nn.Module):
@@ -280,7 +310,8 @@ def test_latents_without_variance_are_mixed_and_repaired(small: Sweep, tmp_path:
     other = replace(small, recipe=small.recipe.model_copy(update={"vae": settings}))
     pixels, latents = make_latents(small), make_latents(other)
     setup = Setup(open_source(other.recipe.data, other.store), vae.load(other), other.recipe)
-    for shard in encode_mixed(setup, range(10), set(LatentsManifest.require(latents).refused)):
+    for shard in encode_mixed(setup, range(10), set(LatentsManifest.require(latents).refused), lambda *_: None):
+        assert isinstance(shard, EncodedShard)
         name = f"{shard.number:06d}.tar"
         assert shards.pack(shard.samples) == latents.read(name)
         stored, expected = shards.unpack(latents.read(name), ""), shards.unpack(pixels.read(name), "")

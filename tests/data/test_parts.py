@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dis_scale.data import survey
+from dis_scale.data.parts import MOST_LACKING, numbered
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import UserError
 from tests.support.labelled_images import data, parquet, png, tar
@@ -94,6 +95,12 @@ def test_numbered_files_are_complete_and_of_one_part_whatever_its_word(kind: str
     (tmp_path / f"tst-00000-of-00001.{kind}").write_bytes(content)
     with pytest.raises(UserError, match=r"files of trn and tst in .*: say which"):
         open_source(data(source | {"version": "2"}))
+
+
+def test_a_date_behind_of_fills_no_memory() -> None:
+    name = "x-00000-of-20231231.parquet"
+    _, lacking = numbered([name], [name])
+    assert (lacking[0], len(lacking)) == ("x-00000001-of-20231231.parquet", MOST_LACKING)
 
 
 def test_files_with_a_hash_in_their_names_are_counted(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from dis_scale.data.latents import open_latents
 from dis_scale.data.making import require_one_kind
 from dis_scale.data.sources import Source, open_source
 from dis_scale.process.errors import BrokenDevice, Preempted, StorageError, UndecodableImage, UserError
-from dis_scale.recipe import Precompute, Recipe, TrainedVae, reading
+from dis_scale.recipe import CsvSource, Precompute, Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
@@ -33,6 +33,7 @@ from pipelines.precompute import Encoder
 from tests.conftest import TINY
 from tests.support import store_requests
 from tests.support.documents import made_from
+from tests.support.labelled_images import png
 from tests.support.stage_jobs import deal_of
 from tests.support.stages import OneEncoder, make_latents
 
@@ -125,6 +126,19 @@ def test_images_whose_mount_is_lost_are_not_skipped(sweep: Sweep, tmp_path: Path
     (tmp_path / "mount").rename(tmp_path / "elsewhere")
     with pytest.raises(BrokenDevice, match=r"10 of 10 images of a shard are not there on .*: mount what the links"):
         encode_with(1, skipping(sweep), open_folder(tmp_path) / "one")
+
+
+def test_images_that_are_gone_at_their_urls_are_skipped_and_blame_no_node(sweep: Sweep, tmp_path: Path) -> None:
+    """Links rot: two nodes that meet a shard of them would be excluded, and then the next two."""
+    images = f"memory://rotten/{tmp_path.name}"
+    for n in range(12):
+        open_folder(images).write(f"{n}.png", png(n))
+    lines = [f"{images}/{n}.png,a" for n in range(30)]
+    open_folder(tmp_path).write("x.csv", "\n".join(["path,label", *lines]).encode())
+    source = CsvSource(kind="csv", url=str(tmp_path / "x.csv"))
+    data = sweep.recipe.data.model_copy(update={"source": source, "csv_outside": "allow", "num_classes": 1})
+    latents = made(skipping(replace(sweep, recipe=sweep.recipe.model_copy(update={"data": data}))))
+    assert (latents.count, len(latents.refused)) == (12, 18)
 
 
 def test_shards_are_kept_when_the_recipe_skips_from_now_on(sweep: Sweep, tmp_path: Path) -> None:
