@@ -90,20 +90,21 @@ def status(
     """
 
     from dis_scale.storage.folder import open_folder
-    from dis_scale.sweep import RECIPE, Sweep, sweeps_below
+    from dis_scale.sweep import LEASES, RECIPE, Sweep, sweeps_below
     from dis_scale.upkeep import status as statuses
 
     root = open_folder(sweep)
     folders = [] if root.exists(RECIPE) else sweeps_below(root) or [root / name for name in root.folders()]  # also outputs/sweeps
     below = [folder for folder in folders if folder.exists(RECIPE)]
+    lost = [] if root.exists(RECIPE) else [each for each in sweeps_below(root) if each not in below and {*each.list()} - {LEASES}]
     if every and (as_json or check or below):
         raise UserError("status: expected --watch alone, with one sweep")
     if every:
         return statuses.watch(Sweep.open(sweep), every, console())
     if sweep == ROOT and not (below or check or root.exists(RECIPE)):
         return show([], f"no sweeps below {ROOT} yet: dis-scale sweep begins one", as_json=as_json)
-    found, unread = list[statuses.Status](), list[str]()
-    for url in [folder.url for folder in below] or [sweep]:
+    found, unread = list[statuses.Status](), [f"{folder}: its {RECIPE} is gone: restore it from a backup" for folder in lost]
+    for url in [folder.url for folder in below] or [sweep] * (not lost):
         try:
             with working(f"status: reading {url}"):
                 opened = Sweep.open(url)
@@ -113,7 +114,7 @@ def status(
                 raise
             unread.append(str(error))
             say_aside(f"not read: {error}")
-    if below:
+    if below or lost:
         show([asdict(each) for each in found], statuses.overview(found), as_json=as_json)
     else:
         show(asdict(found[0]), statuses.table(found[0]), as_json=as_json)

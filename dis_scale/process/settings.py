@@ -30,10 +30,15 @@ class LatentShape(NamedTuple):
 
 
 def absolute(url: str) -> str:
-    """Return a URL or path without a slash at its end; a local path is made absolute, and begins at the home folder for `~`."""
+    """Return a URL or path without a slash at its end; a local path is made absolute, without `..`, and begins at the home folder
+    for `~`."""
     text = url.rstrip("/") or "/"
     if text.startswith("file://") or "://" not in text:
-        return str(Path(text.removeprefix("file://")).expanduser().absolute())
+        path = Path(text.removeprefix("file://")).expanduser().absolute()
+        while ".." in path.parts:  # of a link, the folder above what it leads to
+            end = path.parts.index("..") + 1
+            path = Path(Path(*path.parts[:end]).resolve(), *path.parts[end:])
+        return str(path)
     return text
 
 

@@ -14,6 +14,7 @@ Pitfalls:
 * An S3 client reads a key from a file or the environment once. After a rotation of keys only a new client has the new one.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -248,7 +249,12 @@ class Folder:
         return {_base(entry["name"]): entry.get("size") or 0 for entry in entries if _shown(entry["name"], path)}
 
     def tree(self) -> dict[str, int]:
-        """Return the paths of all files below the folder, incomplete ones included, each with its size in bytes."""
+        """Return the paths of all files below the folder, each with its size in bytes: also incomplete ones and those behind links.
+
+        What is deleted meanwhile is left out.
+        """
+        if self.local:
+            return dict(_files_below(self.local))
 
         def find(fs: Any, full: str) -> dict[str, int]:
             found = fs.find(full, detail=True).values()
@@ -365,6 +371,16 @@ def locate(url: str) -> tuple[Folder, str]:
     """Return the folder and the name of one file at a URL or local path."""
     parent, _, name = url.rpartition("/")
     return open_folder(parent or "."), name
+
+
+def _files_below(root: Path) -> Iterator[tuple[str, int]]:
+    for at, folders, files in os.walk(root, followlinks=True):
+        here = Path(at)
+        around = {here.resolve(), *here.resolve().parents}
+        folders[:] = [name for name in folders if not ((here / name).is_symlink() and (here / name).resolve() in around)]
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere, or deleted meanwhile
+                yield (here / name).relative_to(root).as_posix(), (here / name).stat().st_size
 
 
 def _base(entry: str) -> str:

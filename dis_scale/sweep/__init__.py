@@ -20,7 +20,7 @@ GRID = "samples.png"
 """Grid of samples of one evaluation."""
 REAL = "real.png"
 """Grid of real images of the sweep's source, in the same layout."""
-_LEASES = "leases"
+LEASES = "leases"
 STAGES = ("prepare", "precompute", "evaluate")
 """Stages of a sweep, which have a lease and store their progress. A run has its own lease, and its progress in its rows."""
 ABLATION = "vary"
@@ -88,7 +88,7 @@ def _job_name(stage: str, model: str | None) -> str:
 
 def command_lease(sweep: Folder) -> Folder:
     """Return the lease of the command that runs the sweep in a folder; it is held before the recipe is stored."""
-    return sweep / _LEASES / "sweep"
+    return sweep / LEASES / "sweep"
 
 
 class _Below:
@@ -141,7 +141,7 @@ class Sweep:
     vae = _Below("vae")
     """Autoencoder that the sweep trained, if its recipe trains one."""
     report = _Below("report")
-    leases = _Below(_LEASES)
+    leases = _Below(LEASES)
     """Leases of the sweep itself and of its stages."""
     all_logs = _Below("logs")
     """Logs of all attempts, in one folder for each stage and model."""

@@ -377,8 +377,14 @@ class Backlog:
 
     @property
     def published(self) -> list[int]:
-        """Image counts that were published when `left` was asked last, of all models, rising."""
-        return sorted(each.images_seen for each in self._published)
+        """Image counts that were published when `left` was asked last, of all models, rising; without copies."""
+        copied = self._copied or {}
+        return sorted(each.images_seen for each in self._published if each.images_seen > copied.get(each.model, -1))
+
+    @property
+    def evaluated(self) -> list[int]:
+        """Those that were evaluated under the main settings."""
+        return sorted(each.images_seen for each in self._evaluated if each.variant == MAIN)
 
     def left(self) -> list[Sampled]:
         """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""

@@ -5,6 +5,7 @@ Read next: retention.py, for what a sweep that stays can spare.
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from dis_scale.data import listing
 from dis_scale.process.errors import Held, StorageError, UserError
@@ -43,11 +44,18 @@ def find(sweep: Sweep) -> Removal:
     """
     if Sweep.below(sweep.store, sweep.recipe).folder != sweep.folder:
         raise UserError(f"{sweep} holds the sweep {sweep.recipe.name}, whose folder has another name: delete it by hand")
+    if (local := sweep.folder.local) and local.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{sweep}: this shell is in its folder: leave it (cd) first")
     require_stopped(sweep)
     unshared, kept = _unshared(sweep)
     tracking = TrackingIds.find_intact(sweep.folder)
     copies = [Note("mlflow", f"its runs stay in {tracking.uri}")] if tracking else []
-    return Removal(sweep, _own(sweep.folder), unshared, [*kept, *_begun_from(sweep), *copies])
+    links = [Note("kept", f"what {path} leads to: it is a link, which is deleted") for path in _links(sweep.folder)]
+    return Removal(sweep, _own(sweep.folder), unshared, [*kept, *_begun_from(sweep), *copies, *links])
+
+
+def _links(folder: Folder) -> list[Path]:
+    return sorted(path for path in folder.local.rglob("*") if path.is_symlink()) if folder.local else []
 
 
 def delete(removal: Removal) -> None:

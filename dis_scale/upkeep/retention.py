@@ -14,7 +14,7 @@ from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import NAME as MANIFEST
-from dis_scale.sweep import RECIPE, SWEEPS, Sweep, state, store_of, sweeps_below
+from dis_scale.sweep import RECIPE, SWEEPS, Sweep, command_lease, state, store_of, sweeps_below
 from dis_scale.sweep.contents import Stored, walk
 
 KEPT = "latents and listings are kept"
@@ -58,13 +58,14 @@ def open_store(root: str) -> Folder:
 def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     """Return the files of the sweep itself that can be deleted."""
     outdated = {sweep.evaluation(sampled).url for sampled in state.outdated(sweep)}
-    trained = [model for model in sweep.recipe.models if state.trained(sweep, model)]
-    found = []
-    for part in walk(sweep.folder):
+    models = list(sweep.recipe.models)
+    trained = [m for m, done in zip(models, in_order(models, partial(state.trained, sweep)), strict=True) if done]
+    found, parts = list[Unneeded](), walk(sweep.folder)
+    for part, samples in zip(parts, in_order(parts, _spare_samples), strict=True):
         sizes = part.sizes
         match part.kind.name:
-            case "evaluation" | "floor" if part.folder.url not in outdated and _intact(part):
-                found.append(Unneeded("samples", part.folder, _chosen(sizes, lambda name: name.startswith("block-"))))
+            case "evaluation" | "floor" if part.folder.url not in outdated:
+                found.append(Unneeded("samples", part.folder, samples))
             case "lease":
                 found.append(Unneeded("leases", part.folder, _chosen(sizes, set(lease.earlier(sizes)).__contains__)))
             case "failed step" if part.model in trained:
@@ -72,9 +73,11 @@ def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     return [unneeded for unneeded in found if unneeded.sizes]
 
 
-def _intact(part: Stored) -> bool:
-    """Whether an evaluation has metrics that can be read: damaged ones are made again from its samples."""
-    return part.exists and part.kind.document is not None and part.kind.document.find_intact(part.folder) is not None
+def _spare_samples(part: Stored) -> dict[str, int]:
+    """Return the samples of an evaluation that has metrics: damaged ones are made again from them."""
+    samples = _chosen(part.sizes, lambda name: name.startswith("block-"))
+    intact = samples and part.exists and part.kind.document and part.kind.document.find_intact(part.folder)
+    return samples if intact else {}
 
 
 def _chosen(sizes: dict[str, int], wanted: Callable[[str], bool]) -> dict[str, int]:
@@ -86,7 +89,10 @@ def find_unused(store: Folder, except_for: Folder | None = None) -> list[Unneede
 
     UserError if a sweep there runs, cannot be read, or has no latents yet: it may be about to use any of them.
     """
-    used = _used(store, except_for)
+    commands = {command_lease(folder): folder for folder in sweeps_below(store) if folder != except_for}
+    for command, process in lease.live_holders(commands).items():
+        raise UserError(f"{KEPT}: {commands[command]} is running (process {process})")
+    used = _used(store, except_for)  # that took seconds: what has begun meanwhile has no latents yet, or names them
     folders = [(kind, store / kind / name) for kind in used for name in store.folders(kind) if name not in used[kind]]
     sizes = in_order(folders, lambda each: each[1].sizes())
     found = zip(folders, sizes, strict=True)
@@ -99,7 +105,10 @@ def _require_unused(store: Folder, except_for: Folder | None, kind: str, folder:
 
 
 def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
-    """Return the names of the latents and of the listings that the other sweeps use; UserError as in `find_unused`."""
+    """Return the names of the latents and of the listings that the other sweeps use.
+
+    UserError if what one uses is not known: it cannot be read, or has no latents yet.
+    """
     all_of_it = sweeps_below(store)
     if store.local and (store.local / SWEEPS).is_symlink() and not all_of_it:
         raise UserError(f"{KEPT}: {store}/{SWEEPS} is a link that leads to no sweep: mount its disk, or remove it")
@@ -110,10 +119,6 @@ def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
             f"{KEPT}: {store}/{SWEEPS}/{strange[0]} is no folder, so what it uses is unknown: mount its disk, or remove it"
         )
     used = list(in_order(others, _require_settled))
-    running = lease.live_holders([sweep.lease("sweep") for sweep, _ in used])
-    for sweep, _ in used:
-        if sweep.lease("sweep") in running:
-            raise UserError(f"{KEPT}: {sweep} is running (process {running[sweep.lease('sweep')]})")
     listings = {listing.folder_of(store, sweep.recipe.data.declared).name for sweep, _ in used}
     return {"latents": {latents.name for _, latents in used}, listing.LISTINGS: listings}
 

@@ -112,7 +112,9 @@ class _Reader:
         try:
             return read()
         except (StorageError, FileNotFoundError) as error:
-            self.damaged.append(f"{what} cannot be read: {error}; see ops/runbooks/damaged-resume-point.md")
+            page = "see ops/runbooks/damaged-resume-point.md"
+            cure = page if "resume point" in what else f"dis-scale verify {self.sweep} names its cure"
+            self.damaged.append(f"{what} cannot be read: {error}; {cure}")
             return None
 
     def holdings(self, what: str, folder: Folder, count: int = 1) -> list[Holding]:
@@ -150,7 +152,7 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
             f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them, or ends those of a killed command"
         )
     skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
-    progress = StageProgress.find_intact(sweep.folder)
+    progress = reader.read("the progress of a stage", lambda: StageProgress.find_intact(sweep.folder))
     idle = {"precompute": progress and progress.stage == "prepare", "evaluate": not left}  # the former waits for its nodes
     for stage, holding, alive in zip(STAGES, held[1:], working[1:], strict=True):
         if alive and holding and not idle.get(stage):
@@ -200,12 +202,12 @@ def _run(reader: _Reader, model: str, since: float | None) -> tuple[RunStatus, l
     run, settings = sweep.run(model), sweep.recipe.train_of(model)
     images = settings.images
     backlog = state.Backlog(sweep, (model,))
-    left, published = backlog.left(), backlog.published
-    due = {sampled.images_seen for sampled in left if not sampled.variant}
-    evaluated = [n for n in published if n not in due and n in settings.publish_images]
+    left = reader.read(f"{model}: what is published", backlog.left) or []
+    published, evaluated = backlog.published, backlog.evaluated
     newest = reader.read(f"{model}: the newest metric rows", lambda: rows.newest(run.log)) or {}
     ended = reader.read(f"{model}: why it failed", lambda: state.ended(sweep, model))
-    holdings, point = reader.holdings(model, run.lease, ENDS), state.newest_complete(run)
+    holdings = reader.holdings(model, run.lease, ENDS)
+    point = reader.read(f"{model}: its resume points", lambda: state.newest_complete(run))
     holding = holdings[0] if holdings else None
     last = max(newest.values(), key=lambda row: row.time, default=None)
     quiet_s = now - max(last.time if last else 0.0, holding.holder.at or 0.0) if holding else 0.0
@@ -336,7 +338,8 @@ def watch(sweep: Sweep, every_s: float, console: Console) -> None:
     with Live(console=console, auto_refresh=False) if console.is_interactive else nullcontext() as live:
         while True:
             try:
-                page: Group | Text = table(collect(sweep, sweep.folder.time_s()))
+                head, rows, *below = table(collect(sweep, sweep.folder.time_s())).renderables
+                page: Group | Text = Group(head, *below, rows)  # a terminal that is too low cuts the end
             except StorageAway as error:
                 page = Text(f"{sweep}: {error}; asked again in {_span(every_s)}")
             if live:

@@ -29,7 +29,8 @@ def verify_sweep(sweep: Sweep, report: ReportShare) -> list[str]:
     These are latents, autoencoder, classifiers, reference statistics, resume points, published weights, kept samples and metrics.
     StorageError if storage refuses to read a file: that is no damage, and its cure would delete what is good.
     """
-    checks, damaged = list(_checks(sweep)), list[str]()
+    of_parts = in_order(_checks(sweep), lambda some: list(some()), READING_THREADS)
+    checks, damaged = [check for some in of_parts for check in some], list[str]()
     for number, words in enumerate(in_order(checks, _damage, READING_THREADS), 1):
         damaged += words
         report(number, len(checks))
@@ -58,24 +59,30 @@ _CURES = {
 _SAMPLES = "delete it: it is sampled again if a metric needs it"
 
 
-def _checks(sweep: Sweep) -> Iterator[Check]:
-    """Yield a check of each file. Manifests are read here, and a damaged or missing one is itself a check that fails."""
+def _checks(sweep: Sweep) -> Iterator[Callable[[], Iterator[Check]]]:
+    """Yield, for each part of a sweep, what gives the checks of its files: it reads its manifest.
+
+    A damaged or missing manifest is itself a check that fails.
+    """
     parts = walk(sweep.folder)
     published = {part.model for part in parts if part.kind.name == "published" and part.exists}
     encoded = LatentsPointer.exists(sweep.folder) or bool(published)
     if encoded:
-        yield from _latents(sweep)
-    yield from _missing(sweep, parts, encoded=encoded)
-    for part in parts:
-        if part.kind.name in ("evaluation", "floor") and part.exists and part.kind.document:
-            yield Check(partial(part.kind.document.read, part.folder), _CURES[part.kind.name])
-            yield from _npz_files(part, _SAMPLES)
-        elif part.kind.name == "reference" and part.folder == sweep.references:
-            yield from _npz_files(part, _CURES["reference"])
-        elif part.kind.name in _CURES and part.exists:
-            yield from _manifest_files(part, _cure(sweep, part))
+        yield partial(_latents, sweep)
+    yield partial(_missing, sweep, parts, encoded=encoded)
+    yield from (partial(_of_part, sweep, part) for part in parts)
     if TrackingIds.exists(sweep.folder):
-        yield Check(partial(TrackingIds.read, sweep.folder), f"delete it: {_NEXT_RUN}")
+        yield lambda: iter([Check(partial(TrackingIds.read, sweep.folder), f"delete it: {_NEXT_RUN}")])
+
+
+def _of_part(sweep: Sweep, part: Stored) -> Iterator[Check]:
+    if part.kind.name in ("evaluation", "floor") and part.exists and part.kind.document:
+        yield Check(partial(part.kind.document.read, part.folder), _CURES[part.kind.name])
+        yield from _npz_files(part, _SAMPLES)
+    elif part.kind.name == "reference" and part.folder == sweep.references:
+        yield from _npz_files(part, _CURES["reference"])
+    elif part.kind.name in _CURES and part.exists:
+        yield from _manifest_files(part, _cure(sweep, part))
 
 
 def _cure(sweep: Sweep, part: Stored) -> str:
@@ -130,9 +137,19 @@ def _manifest_files(part: Stored, cure: str) -> Iterator[Check]:
     except Damaged as error:
         yield Check(partial(_fail, error), cure)
         return
+    except FileNotFoundError:  # pruned since it was listed, with its manifest first
+        return
     assert isinstance(manifest, Manifest)
     for name in manifest.files:
-        yield Check(partial(manifest.read_file, part.folder, name), cure)
+        yield Check(partial(_read_unless_pruned, part, manifest, name), cure)
+
+
+def _read_unless_pruned(part: Stored, manifest: Manifest, name: str) -> None:
+    try:
+        manifest.read_file(part.folder, name)
+    except Damaged:
+        if part.kind.name != "resume point" or manifest.exists(part.folder):
+            raise
 
 
 def _npz_files(part: Stored, cure: str) -> Iterator[Check]:

@@ -152,6 +152,19 @@ def test_an_interrupted_deletion_is_continued(sweep: Sweep) -> None:
     assert everything(sweep.store) == []
 
 
+def test_a_sweep_is_not_deleted_under_a_shell(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the folder itself, which cannot be deleted then, a part would be left that keeps everything that is shared."""
+    sweep = make(open_folder(tmp_path), tiny, "mine")
+    assert sweep.folder.local
+    before = everything(sweep.store)
+    for inside in (sweep.folder.local, sweep.folder.local / "runs"):
+        monkeypatch.chdir(inside)
+        with pytest.raises(UserError, match="this shell is in its folder: leave it"):
+            removal.find(Sweep.open(sweep.folder.url))
+    assert everything(sweep.store) == before
+    assert Sweep.open("../../tiny").folder == sweep.folder
+
+
 def test_only_the_folder_of_a_sweep_is_deleted(tmp_path: Path, tiny: Recipe) -> None:
     """Not any folder that has a recipe, such as one with a user's own files."""
     folder = open_folder(tmp_path / "mine")

@@ -15,11 +15,12 @@ from rich.console import Console
 from dis_scale.cli import main
 from dis_scale.process.errors import StorageAway
 from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe.evaluate import Autoguidance
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import RECIPE, PointName, Sampled, Sweep, state
-from dis_scale.sweep.documents import Ended, Metrics, StageProgress
+from dis_scale.sweep.documents import Ended, Metrics, Origin, StageProgress
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.upkeep import status
 from dis_scale.upkeep.status import RunStatus, Status
@@ -142,6 +143,10 @@ def test_all_sweeps_below_a_root_are_listed_and_checked(sweep: Sweep, tmp_path: 
     assert (code, f"not read: {other}/recipe.yaml" in output, "and 1 more" in output) == (1, True, True)
     (readable,) = answer("status", str(tmp_path), "--json")
     assert readable["sweep"] == str(sweep), "one that cannot be read hides no other"
+    other.folder.delete(RECIPE)
+    other.folder.write("latents.json", b"{}")
+    code, output = invoke("status", str(tmp_path), "--check")
+    assert (code, f"{other}: its recipe.yaml is gone: restore it from a backup" in output) == (1, True)
     code, output = invoke("status", f"{sweep}y")
     assert (code, "no sweep at" in output, "(did you mean 'tiny'?)" in output) == (2, True, True)
 
@@ -330,6 +335,21 @@ def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) 
     assert found.known == ["node-7: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md"]
     assert "node-7" not in "".join(found.wrong), "a sweep that continues without it needs nobody at night"
     assert json.loads(json.dumps(asdict(found)))["runs"][0]["metric"] == 12.5
+
+
+def test_copies_and_what_waits_for_its_guide_are_not_evaluated(sweep: Sweep) -> None:
+    """They were taken for evaluated, and their metrics, which nothing makes, for damaged."""
+    put_published(sweep.run("dis").published_at(160))
+    Origin(model="dit", images=160, resume_point="000000000160-0001").write(sweep.run("dis").folder)
+    (run,) = (run for run in status.collect(sweep, NOW).runs if run.model == "dis")
+    assert (run.published, run.evaluated, run.backlog) == (0, 0, 0)
+    guided = sweep.recipe.evaluate.model_copy(update={"guidance": Autoguidance(by="dit", images=320, scale=2.0), "variants": {}})
+    guides = replace(sweep, recipe=sweep.recipe.model_copy(update={"evaluate": guided}))
+    sweep.run("dis").folder.delete(Origin.NAME)
+    found = status.collect(guides, NOW)
+    (run,) = (run for run in found.runs if run.model == "dis")
+    assert (run.published, run.evaluated, run.metric) == (1, 0, None)
+    assert not any("cannot be read" in line for line in found.wrong)
 
 
 def test_a_thousand_checkpoints_are_told_in_seconds_at_30_ms_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import RECIPE, PointName, Sampled, Sweep, state
-from dis_scale.sweep.documents import BadStepManifest, LatentsManifest, LatentsPointer, Metrics
+from dis_scale.sweep.documents import BadStepManifest, LatentsManifest, LatentsPointer, Metrics, PublishedManifest
 from dis_scale.sweep.extractors import reference_file, weights_identity
-from dis_scale.upkeep import retention
+from dis_scale.upkeep import removal, retention, verify
 from dis_scale.upkeep.verify import verify_sweep
 from tests.support import small_latents
 from tests.support.commands import answer, invoke
@@ -292,6 +292,59 @@ def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
         holder.changed(pid=other.pid, started=lease.began(other.pid)).write(sweep.lease("sweep"), "0001")
         with pytest.raises(UserError, match=f"latents and listings are kept: {sweep} is running .process {other.pid}"):
             retention.find_unused(sweep.store)
+
+
+def test_latents_that_a_sweep_adopts_while_dead_leases_are_polled_stay(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preempted neighbour is polled for 20 s: long enough to begin another sweep."""
+    monkeypatch.setattr(lease, "STILL_S", 0.5)
+    small_latents.make(sweep.store / "latents/finished", [4])
+    Holder(host="elsewhere", pid=7).write(sweep.lease("sweep"), "0001")
+    other = Sweep.below(sweep.store, sweep.recipe.model_copy(update={"name": "other"}))
+
+    def begin(_: float) -> None:
+        other.save_recipe()
+        LatentsPointer(folder="latents/finished", vae="v" * 64).write(other.folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", begin)
+        assert retention.find_unused(sweep.store) == []
+    other.folder.delete()
+    unused = retention.find_unused(sweep.store)
+    other.save_recipe()
+    with pytest.raises(UserError, match="has no complete latents yet"):
+        retention.delete(unused)
+    assert (sweep.store / "latents/finished").list()
+
+
+def test_a_resume_point_that_is_pruned_meanwhile_is_not_damaged(sweep: Sweep) -> None:
+    """Training keeps two: of those that a verification of hours has listed, few are left."""
+    first, second = (sweep.run("dis").resume_point(PointName(160 * attempt, attempt)) for attempt in (1, 2))
+    reports = list[tuple[int, int]]()
+
+    def prune(done: int, total: int) -> None:
+        reports.append((done, total))
+        first.delete(manifest.NAME)
+        first.delete()
+
+    checks = verify._checks(sweep)
+    assert verify_sweep(sweep, prune) == []
+    second.delete()
+    assert [check for some in checks for check in some() if str(second) in str(check)] == []
+    assert len(reports) == reports[0][1]
+
+
+def test_what_is_behind_a_link_is_verified(sweep: Sweep, tmp_path: Path) -> None:
+    """As when a disk was full, and the runs were moved to another."""
+    assert sweep.folder.local
+    (sweep.folder.local / "runs").rename(tmp_path / "moved")
+    (sweep.folder.local / "runs").symlink_to(tmp_path / "moved")
+    assert verified(sweep) == []
+    published = sweep.run("dis").published_at(320)
+    published.write(next(iter(PublishedManifest.require(published).files)), b"damaged")
+    (line,) = verified(sweep)
+    assert "runs/dis/published/000000000320" in line
+    (note,) = (note for note in removal.find(sweep).notes if "link" in note.words)
+    assert note.words == f"what {sweep.folder}/runs leads to: it is a link, which is deleted"
 
 
 def test_data_gc_lists_and_deletes_latents_that_no_sweep_uses(sweep: Sweep) -> None:
