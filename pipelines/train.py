@@ -26,6 +26,7 @@ from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import devices
+from dis_scale.training.lanes import largest_share
 from pipelines import environment, metrics, nodes, packages
 from pipelines.failures import WorkerFailure, describe
 from pipelines.nodes import choose_device
@@ -91,7 +92,7 @@ class Trainer(Worker):
         start: tuple[float, float | None],
         shared: float,
         *,
-        short: bool,
+        short: int,
     ) -> int:
         """Train as one rank after `check`; return the images seen. `start`, `shared` and `short` are as in `attempt.Attempt`."""
         import torch
@@ -149,8 +150,8 @@ class TrainingRun:
     job: StageJob
     model: str
     places: RankPlaces
-    short_with: int = 0
-    """The most workers with which a GPU's memory was too small for the planned forward passes."""
+    short: tuple[int, int] = (0, 0)
+    """The most workers with which a GPU's memory was too small for the planned forward passes, and how often it was with these."""
 
     @property
     def settings(self) -> Train:
@@ -185,13 +186,19 @@ class TrainingRun:
             nodes.record_failure(self.job, nodes.name_of(ranks.places[0].node), describe(error))
             raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
         except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
-            if world <= self.short_with:
+            times = self._short(world)
+            if times > (largest_share(self.settings.lanes, world) - 1).bit_length():  # passes have one lane
                 raise
-            self.short_with = world
+            self.short = max(world, self.short[0]), times + 1
             words = f"{error}; forward passes are smaller from now on, if they have several lanes"
             raise WorkerFailure(words, error.done, error.silent_s) from error
         finally:
             self.places.free(group)
+
+    def _short(self, world: int) -> int:
+        """Return how often memory was too small with this many workers or more, which have fewer lanes each."""
+        most, times = self.short
+        return times if world <= most else 0
 
     def _start(self, group: Any, world: int) -> Ranks:
         """Start a worker in each bundle, and log where the ranks are."""
@@ -231,7 +238,7 @@ class TrainingRun:
             shared = 0.0
             if self.device == "cuda":
                 shared = Places.now(self.job.recipe).avoiding_failed(sweep, self.device).shared
-            arguments, short = (sweep, self.model, held, self.device, start, shared), len(ranks.workers) <= self.short_with
+            arguments, short = (sweep, self.model, held, self.device, start, shared), self._short(len(ranks.workers))
             results = [worker.train.remote(*arguments, short=short) for worker in ranks.workers]
             drained, grows = set[str](), False
 

@@ -209,12 +209,18 @@ def preemption(per_day: float, pause_s: float, write_s: float, restart_s: float)
 
 
 def memory_grid(cost: Cost, settings: Train, world: int) -> dict[str, int]:
-    """Return a worker's bytes with one lane, or `micro_images`, in a forward pass, by ZeRO stage and checkpointing."""
-    images = settings.micro_images or settings.lane_images
+    """Return a worker's bytes with one lane, or `micro_images`, in a forward pass, by ZeRO stage and checkpointing; no graphs."""
+    images = pass_images(settings, world)
     return {
         f"ZeRO {stage}, {mode}": worker_bytes(
-            cost, settings.model_copy(update={"zero_stage": stage, "checkpointing": mode}), world, images
+            cost, settings.model_copy(update={"zero_stage": stage, "checkpointing": mode, "graphs": False}), world, images
         )
         for stage in (1, 2, 3)
         for mode in ("none", "selective", "block")
     }
+
+
+def pass_images(settings: Train, world: int) -> int:
+    """Return the images in a forward pass: one lane, or `micro_images` of a worker's share at most."""
+    share = largest_share(settings.lanes, world) * settings.lane_images
+    return min(settings.micro_images or settings.lane_images, share)

@@ -1,7 +1,7 @@
 """Price of a sweep before it starts: counts and arithmetic, nothing measured."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -12,7 +12,7 @@ from dis_scale.data.latents import GIB
 from dis_scale.data.shards import sample_bytes
 from dis_scale.models import transfer
 from dis_scale.models.cost import Cost, price_model
-from dis_scale.planning.fleet import MOST_GPUS, Fleet, Forecast, forecast
+from dis_scale.planning.fleet import MOST_GPUS, Fleet, Forecast, forecast, pass_images
 from dis_scale.process.errors import UserError
 from dis_scale.process.tables import narrow_table
 from dis_scale.recipe import Evaluate, LatentShape, Model, ModelTrain, Recipe
@@ -59,7 +59,8 @@ class Plan:
     def stored_bytes(self, model: str) -> int:
         """Bytes that stay of a trained model: its resume points and its published averages."""
         train, one = self.recipe.train_of(model), 4 * self.costs[model].parameters
-        resume = (train.keep_resume + train.keep_spaced) * len(kinds(train))
+        points = train.keep_resume + train.keep_spaced + len(self.recipe.branches_at(model))
+        resume = points * len(kinds(train))
         return one * (resume + len(train.publish_images) * len(ema.names(train)))
 
     def parameters(self) -> dict[str, dict[str, object]]:
@@ -218,13 +219,22 @@ def _on_fleet(plan: Plan, fleet: Fleet) -> dict[str, Forecast]:
 
 
 def _total(plan: Plan, fleet: Fleet) -> Total:
-    models = _on_fleet(plan, fleet).values()
-    hours = sum(each.gpu_hours for each in models)
+    by_name = _on_fleet(plan, fleet)
+    models, hours = by_name.values(), sum(each.gpu_hours for each in by_name.values())
+    longest = max((_days_until(plan, by_name, name, plan.recipe.train_of(name).images) for name in by_name), default=0.0)
     return Total(
-        gpus=fleet.count, days=max(hours / 24 / fleet.count, *(each.expected_days for each in models), 0.0), gpu_hours=hours,
+        gpus=fleet.count, days=max(hours / 24 / fleet.count, longest), gpu_hours=hours,
         price=_price_of(hours, fleet), stored_bytes=sum(each.stored_bytes for each in models),
         fits=all(each.fits for each in models), largest_loss=max(each.loss for each in models),
     )  # fmt: skip
+
+
+def _days_until(plan: Plan, models: Mapping[str, Forecast], name: str, images: int) -> float:
+    """Return the days until a model has seen so many images: a branch begins when its trunk has seen those of the branch."""
+    branch = plan.recipe.models[name].branch
+    begin = branch.at if branch else 0
+    share = (images - begin) / max(1, plan.recipe.train_of(name).images - begin)
+    return models[name].expected_days * share + (_days_until(plan, models, branch.of, branch.at) if branch else 0.0)
 
 
 def _price_of(hours: float, fleet: Fleet) -> float | None:
@@ -252,7 +262,7 @@ def table(plan: Plan) -> Table:
     out.columns[0].no_wrap = False
     for name, c in plan.costs.items():
         train, kind = plan.recipe.train_of(name), plan.recipe.models[name].kind
-        gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)
+        gpu = worker_bytes(c, train, train.most_workers, pass_images(train, train.most_workers))
         state, serialised = c.parameters * 4 * len(kinds(train)), 2 * c.parameters * 4
         out.add_row(
             name if kind in name else f"{name} ({kind})", f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",

@@ -167,6 +167,12 @@ class Train(Settings):
         return self.world_sizes[0]
 
     @model_validator(mode="after")
+    def _widths_differ(self) -> Self:
+        if self.power_ema and len({f"{width:.3f}" for width in self.power_ema}) < 2:  # as files and states are named
+            raise ValueError(f"power_ema: {list(self.power_ema)} are one average: expected two that differ by 0.001 or more")
+        return self
+
+    @model_validator(mode="after")
     def _counts_fit(self) -> Self:
         if self.batch_images % self.lanes:
             raise ValueError(f"batch_images {self.batch_images} is not a multiple of lanes {self.lanes}")

@@ -156,6 +156,8 @@ class RunState(Fields):
     adam_step: int
     at: float
     """Unix time."""
+    skipped: int = 0
+    """Steps of the run that were skipped, since their gradients were not finite."""
     cost: RunCost = RunCost()
     spent: TimeSpent | None = None
 

@@ -57,4 +57,4 @@ def as_branch(trunk: RunState, now: float) -> RunState:
     """Return a trunk's progress as that of a branch: it keeps the trunk's worker time, and its goodput begins now."""
     worker_s = trunk.spent.worker_s if trunk.spent else 0.0
     spent = TimeSpent(first_at=now, worker_s=worker_s)
-    return trunk.model_copy(update={"spent": spent, "cost": RunCost(trained_on=trunk.cost.trained_on)})
+    return trunk.model_copy(update={"spent": spent, "cost": RunCost(trained_on=trunk.cost.trained_on), "skipped": 0})

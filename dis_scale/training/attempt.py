@@ -67,8 +67,8 @@ class Attempt:
     """Called with the name and the facts of an event."""
     shared: float = 0.0
     """Fraction of each GPU's memory that evaluators may take."""
-    short: bool = False
-    """Whether a GPU's memory was too small for the planned forward passes."""
+    short: int = 0
+    """How often a GPU's memory was too small, for the planned forward passes and then for smaller ones."""
 
     @property
     def recipe(self) -> Recipe:
@@ -111,7 +111,7 @@ def open_training(attempt: Attempt, log_rates: Callable[[str], None] | None) -> 
     dist.all_gather_object(memory, gpu_bytes(attempt.device))
     smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
     plan = plan_passes(attempt.model, price, settings, world, smallest, attempt.shared)
-    count, keeps = plan.smaller(largest_share(settings.lanes, world)) if attempt.short else plan
+    count, keeps = plan.smaller(largest_share(settings.lanes, world), attempt.short) if attempt.short else plan
     passes = forward_passes(settings.lanes, rank, world, count)
     images = image_counts(passes, settings.lane_images)
     state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), keeps=keeps)

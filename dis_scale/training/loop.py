@@ -60,6 +60,7 @@ def train_model(attempt: Attempt) -> int:
             attempt.report(images_seen)
 
             # Stop if gradients stay not finite.
+            training.skipped += bool(state.skipped)
             bad_steps = bad_steps + 1 if state.skipped else 0
             if bad_steps:
                 _handle_bad_step(attempt, state, inputs, losses, images_seen, bad_steps)
@@ -70,8 +71,8 @@ def train_model(attempt: Attempt) -> int:
                 opened.meter.begin(images_seen)
                 row |= _first_step(attempt)
             if images_seen // settings.batch_images % ROWS_EVERY_STEPS == 0:
-                row |= _step_row(state, inputs, losses, settings, images_seen) | opened.meter.rates(images_seen)
-                row["paused"] = training.paused_share()
+                row |= _step_row(state, inputs, losses) | opened.meter.rates(images_seen)
+                row |= {"skipped": float(training.skipped), "paused": training.paused_share()}
             records.add(images_seen, row)
 
             # Save and publish. A resume point never exists without the rows before it, nor a published count where branches begin
@@ -102,6 +103,8 @@ class Training:
     began_s: float
     saved_images: int
     """Images seen at the last resume point, or at the start."""
+    skipped: int = 0
+    """Steps of the run that were skipped, by all attempts."""
 
     def inputs(self) -> Iterator[StepInput]:
         """Yield the inputs of each forward pass from here on."""
@@ -135,7 +138,7 @@ class Training:
         )
         return RunState(
             model=attempt.model, latents=opened.latents.identity, adam_step=_adam_step(opened.state), at=now, cost=cost,
-            spent=self.goodput.spent(now),
+            spent=self.goodput.spent(now), skipped=self.skipped,
         )  # fmt: skip
 
 
@@ -256,18 +259,12 @@ def _adam_step(state: Engine) -> int:
     return int(state.optimizer.state[state.flats[0]]["step"])
 
 
-def _step_row(
-    state: Engine, inputs: Sequence[StepInput], losses: list[torch.Tensor], settings: Train, images_seen: int
-) -> dict[str, float]:
-    """Metrics of the last step, its loss averaged over all lanes of all ranks; collective.
-
-    `learning_rate` is the next step's; `skipped` counts the skipped steps since the start.
-    """
+def _step_row(state: Engine, inputs: Sequence[StepInput], losses: list[torch.Tensor]) -> dict[str, float]:
+    """Metrics of the last step, its loss averaged over all lanes of all ranks; `learning_rate` is the next step's. Collective."""
     total = torch.stack([loss * of.weight for loss, of in zip(losses, inputs, strict=True)]).sum()
     dist.all_reduce(total)
     return {
         "loss": total.item() / (len(losses) * dist.get_world_size()),
         "gradient_norm": state.gradient_norm,
         "learning_rate": state.learning_rate,
-        "skipped": float(images_seen // settings.batch_images - _adam_step(state)),
     }

@@ -3,8 +3,11 @@
 Read next: models/cost.py for the activations, lanes.py for what is done with the answer.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from pydantic import ValidationError
 
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.cost import Cost
@@ -15,8 +18,9 @@ from dis_scale.training.lanes import largest_share
 from dis_scale.weights import ema
 
 CURES: tuple[Mapping[str, object], ...] = (
-    {"zero_stage": 2}, {"checkpointing": "block"}, {"zero_stage": 2, "checkpointing": "block"},
-    {"zero_stage": 3, "checkpointing": "block"},
+    {"zero_stage": 2}, {"graphs": False}, {"checkpointing": "block"}, {"zero_stage": 2, "checkpointing": "block"},
+    {"checkpointing": "block", "graphs": False}, {"zero_stage": 2, "checkpointing": "block", "graphs": False},
+    {"zero_stage": 3, "checkpointing": "block"}, {"zero_stage": 3, "checkpointing": "block", "graphs": False},
 )  # fmt: skip
 """Runtime settings that need less memory, the cheapest first."""
 USABLE = 0.85
@@ -34,12 +38,14 @@ class PassPlan(NamedTuple):
     keeps_states: bool
     """Whether scans keep their states for the backward pass, which then computes nothing again."""
 
-    def smaller(self, share: int) -> "PassPlan":
-        """Return the plan of a worker with `share` lanes whose memory was too small for this one.
+    def smaller(self, share: int, times: int = 1) -> "PassPlan":
+        """Return the plan of a worker with `share` lanes whose memory was too small for this one, and then for smaller ones.
 
-        Without states, or with a lane less in the largest pass.
+        Without states, or with a lane less in the largest pass; then with half of its lanes each time.
         """
         lanes = max(1, -(-share // self.passes) - (not self.keeps_states))
+        for _ in range(times - 1):
+            lanes = -(-lanes // 2)
         return PassPlan(-(-share // lanes), keeps_states=False)
 
 
@@ -133,11 +139,19 @@ def lanes_at_once(model: str, cost: Cost, settings: Train, world: int, gpu_bytes
     if wanted in fitting or (fitting and not wanted):
         return wanted or fitting[-1]
     cures: list[Mapping[str, object]] = [{"micro_images": fitting[-1] * settings.lane_images}] if fitting else []
-    for changes in CURES:
-        if need(1, settings.model_copy(update=changes)) <= usable and not (settings.compile and changes.get("zero_stage") == 3):
-            cures.append(changes)
-    remedy = " and ".join(f"train.{name}={value}" for name, value in cures[0].items()) if cures else "more workers"
+    cures += [each for each in CURES if (changed := changed_by(settings, each)) and need(1, changed) <= usable]
+    remedy = "use more workers" if world < settings.lanes else "use GPUs with more memory"
+    if cures:
+        remedy = f"set {' and '.join(f'train.{name}={value}' for name, value in cures[0].items())}"
     raise UserError(
         f"{model}: a worker needs {need(wanted or 1) / 2**30:.1f} GiB for {(wanted or 1) * settings.lane_images} images in a "
-        f"forward pass, and {usable / 2**30:.1f} GiB of its GPU are usable: set {remedy}"
+        f"forward pass, and {usable / 2**30:.1f} GiB of its GPU are usable: {remedy}"
     )
+
+
+def changed_by(settings: Train, changes: Mapping[str, object]) -> Train | None:
+    """Return the settings with these changes; None if they are not allowed together, or change nothing."""
+    with contextlib.suppress(ValidationError):
+        changed = Train.model_validate(settings.model_dump() | dict(changes))
+        return None if changed == settings else changed
+    return None

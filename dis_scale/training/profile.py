@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dis_scale.data.latents import prefetch
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import ModelTrain, Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
@@ -53,6 +54,11 @@ def profile_training(sweep: Sweep, model: str, steps: int, trace: Path | None, l
     recipe, latents = one_share(sweep.recipe, model), require_latents(sweep.folder)
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     settings = recipe.train
+    longest = settings.images // settings.batch_images - WARM_STEPS - (trace is not None)
+    if steps > longest:
+        raise UserError(
+            f"profile: {steps} steps, and the training of {model} has {longest} beside the first {WARM_STEPS}: time fewer"
+        )
     log(f"{model}: one worker's share of a step, {settings.lanes} lanes of {settings.lane_images} images, on {device}")
     with tempfile.TemporaryDirectory() as scratch, process_group(device):
         attempt = Attempt(

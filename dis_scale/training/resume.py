@@ -5,9 +5,10 @@ writes them as 1-D safetensors segments, then the rank's sidecar; rank 0's threa
 manifest. There is no gather and no collective off the training thread. Loading reassembles by range. Nothing is ever unpickled.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -160,7 +161,7 @@ class Saver:
     require_held: Callable[[], None]
     keep: Keep
     paused_s: float = 0.0
-    """Time for which training waited for resume points, including one that was still being written."""
+    """Time for which training waited for resume points and published weights, including one that was still being written."""
     longest_s: float = 0.0
     """Longest of these pauses."""
     took_s: float = 0.0
@@ -170,11 +171,9 @@ class Saver:
 
     def save(self, engine: Engine, images_seen: int, progress: RunState) -> None:
         """Start a resume point of this step boundary; training waits for the clone and for a save in progress."""
-        begin = time.monotonic()
-        self.finish()
-        clones = {kind: engine.segments(kind) for kind in engine.kinds}
-        pause_s = time.monotonic() - begin
-        self.paused_s, self.longest_s = self.paused_s + pause_s, max(self.longest_s, pause_s)
+        with self._pausing():
+            self.finish()
+            clones = {kind: engine.segments(kind) for kind in engine.kinds}
         self._start(lambda: self._write(clones, images_seen, progress))
 
     def publish(self, engine: Engine, images_seen: int, progress: RunState, description: str) -> None:
@@ -183,15 +182,25 @@ class Saver:
         `description` is stored in the weights' files, so that each file names the model that it holds.
         """
         folder = self.run.published_at(images_seen)
-        self.finish()
-        missing = [self.rank == 0 and not PublishedManifest.exists(folder)]
-        dist.broadcast_object_list(missing)
-        if not missing[0]:
-            return
-        averages = {average_file(name): engine.full_average(name) for name in engine.averages}
+        with self._pausing():
+            self.finish()
+            missing = [self.rank == 0 and not PublishedManifest.exists(folder)]
+            dist.broadcast_object_list(missing)
+            if not missing[0]:
+                return
+            averages = {average_file(name): engine.full_average(name) for name in engine.averages}
         if self.rank == 0:
             files = {name: safetensors.torch.save(w, {"dis_scale": description}) for name, w in averages.items() if w}
             self._start(lambda: self._seal(folder, files, images_seen, progress))
+
+    @contextlib.contextmanager
+    def _pausing(self) -> Iterator[None]:
+        begin_s = time.monotonic()
+        try:
+            yield
+        finally:
+            pause_s = time.monotonic() - begin_s
+            self.paused_s, self.longest_s = self.paused_s + pause_s, max(self.longest_s, pause_s)
 
     def finish(self) -> None:
         """Wait for the save in progress; raise its error, if any."""

@@ -3,10 +3,11 @@
 Training tracks a few power-function averages. From their snapshots at the published counts, the average of any other relative
 width can be rebuilt after training (Karras et al. 2023, arXiv 2312.02696, section 3). A relative width is the standard deviation
 of the averaging profile, divided by the length of training so far. Time is counted in optimizer steps. Read next: engine.py,
-checkpoint.py.
+published.py.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ def _exponential(settings: Train, steps: np.ndarray) -> np.ndarray:
     return np.minimum(settings.ema, 0.5 ** (1 / (settings.ema_ramp * steps)))
 
 
+@cache
 def exponent(width: float) -> float:
     """Return the power g whose profile t^g has this relative width: w^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Algorithm 2)."""
     if not NARROWEST_EMA <= width <= WIDEST_EMA:

@@ -16,6 +16,7 @@ from dis_scale.sweep import state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowWriter
+from dis_scale.training.memory import PassPlan
 from pipelines import nodes
 from pipelines.failures import WorkerFailure
 from pipelines.nodes import Node
@@ -135,8 +136,9 @@ class ShortOfMemory(TrainingRun):
     """Attempts without Ray; `fits` are the numbers of workers whose planned passes fit in memory."""
 
     fits: Collection[int] = ()
-    even_smaller_fit: bool = True
-    tried: list[tuple[int, bool]] = field(default_factory=list)
+    fit_after: int = 1
+    """How often passes have to be smaller."""
+    tried: list[tuple[int, int]] = field(default_factory=list)
 
     def _start(self, group: Any, world: int) -> Ranks:
         return Ranks([None] * world, [Place("ip", "a", [], 1, "")] * world)
@@ -145,8 +147,8 @@ class ShortOfMemory(TrainingRun):
 
     def _train(self, ranks: Ranks, *_: object) -> int:
         world = len(ranks.workers)
-        self.tried.append((world, world <= self.short_with))
-        if world not in self.fits and not (self.tried[-1][1] and self.even_smaller_fit):
+        self.tried.append((world, self._short(world)))
+        if world not in self.fits and self.tried[-1][1] < self.fit_after:
             raise OutOfMemory("CUDA out of memory", done=48, silent_s=2.5)
         return 0 if len(self.tried) < 5 else self.settings.images
 
@@ -156,16 +158,19 @@ def test_passes_are_smaller_after_memory_was_short_until_more_workers_train(tiny
     job = job_of(tiny, tmp_path)
     run = ShortOfMemory(job, "dit", GivenWorlds(job, "dit", "cuda", worlds=iter([8, 8, 32, 4, 8])), fits={32})
     assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
-    assert run.tried == [(8, False), (8, True), (32, False), (4, True), (8, True)]
+    assert run.tried == [(8, 0), (8, 1), (32, 0), (4, 1), (8, 1)]
     assert [event["done"] for event in job.events_named("restart")] == [48], "what was trained counts"
 
 
-def test_memory_that_is_short_twice_ends_the_model(tiny: Recipe, tmp_path: Path) -> None:
-    job = job_of(tiny, tmp_path)
-    run = ShortOfMemory(job, "dit", GivenWorlds(job, "dit", "cuda", worlds=iter([8, 8])), even_smaller_fit=False)
+def test_memory_that_is_short_ends_the_model_once_passes_have_one_lane(tmp_path: Path) -> None:
+    """Of 16 lanes on two workers, a pass has 8 without kept states, then 4, 2, and 1."""
+    job = job_of(reading.load(TINY, ["train.lanes=16", "train.batch_images=16", "train.workers=2", "train.restarts=9"]), tmp_path)
+    tried = [PassPlan(1, keeps_states=True).smaller(8, times) for times in (1, 2, 3, 4)]
+    assert tried == [PassPlan(passes, keeps_states=False) for passes in (1, 2, 4, 8)]
+    run = ShortOfMemory(job, "dit", GivenWorlds(job, "dit", "cuda", worlds=iter([2] * 9)), fit_after=99)
     with pytest.raises(OutOfMemory):
         with_restarts(job, "dit", run.attempts, lambda: 0)
-    assert run.tried == [(8, False), (8, True)]
+    assert run.tried == [(2, 0), (2, 1), (2, 2), (2, 3), (2, 4)]
 
 
 class FreePlaces(RankPlaces):

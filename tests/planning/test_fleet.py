@@ -31,9 +31,12 @@ from dis_scale.planning.fleet import (
     STEP_S,
     Fleet,
     forecast,
+    memory_grid,
+    pass_images,
     preemption,
     wire_bytes,
 )
+from dis_scale.planning.plan import on_fleet, price_sweep
 from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.training import engine, resume
 from dis_scale.training.memory import most_images, plan_passes, worker_bytes
@@ -215,6 +218,31 @@ def test_the_most_images_are_those_that_fit() -> None:
         assert worker_bytes(H, settings, 8, most) <= usable < worker_bytes(H, settings, 8, most + 1)
     assert most_images(H, train(), 8, GIB) == 0
     assert not forecast(H, train(micro_images=128), 1024, Fleet("a100-40", 8)).fits
+
+
+def test_a_branch_begins_when_its_trunk_is_there_and_its_resume_point_is_stored() -> None:
+    """On many GPUs a sweep takes as long as its longest chain; the end of a trunk is far from the end of its branches."""
+    counts = [25_600_000, 51_200_000, 102_400_000]
+    recipe = reading.load(Path("configs/imagenet256.yaml"), [f"train.cooldowns={{images: {counts}, share: 0.3}}"])
+    plan = price_sweep(recipe, SHAPE)
+    found = on_fleet(plan, Fleet(gpu="h100", count=1024))
+    branches = {name: model.branch for name, model in recipe.models.items() if model.branch}
+    assert branches
+    trunk = next(iter(branches.values())).of
+    ends = [
+        found.models[trunk].expected_days * b.at / recipe.train_of(trunk).images + found.models[name].expected_days
+        for name, b in branches.items()
+        if b.of == trunk
+    ]
+    assert found.total.days >= max(ends) * 0.999
+    points = recipe.train.keep_resume + recipe.train.keep_spaced + len(recipe.branches_at(trunk))
+    assert found.models[trunk].stored_bytes >= points * 4 * plan.costs[trunk].parameters * 4
+
+
+def test_the_memory_of_a_pass_is_that_of_a_workers_share() -> None:
+    assert pass_images(train(micro_images=256), 64) == 16
+    assert memory_grid(H, train(micro_images=256), 64) == memory_grid(H, train(), 64)
+    assert memory_grid(H, train(micro_images=32), 8)["ZeRO 1, none"] > memory_grid(H, train(), 8)["ZeRO 1, none"]
 
 
 def test_a_gpu_has_the_peak_of_the_meters_table() -> None:

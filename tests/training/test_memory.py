@@ -109,7 +109,10 @@ def test_later_stages_hold_less() -> None:
         ({}, 24, r"for 16 images in a forward pass.*: set train.zero_stage=2$"),
         ({}, 18, r": set train.checkpointing=block$"),
         ({}, 8, r": set train.zero_stage=3 and train.checkpointing=block$"),
-        ({}, 4, r": set more workers$"),
+        ({}, 4, r": use more workers$"),
+        ({"graphs": True}, 28, r": set train.graphs=False$"),
+        ({"graphs": True, "zero_stage": 2}, 14, r": set train.checkpointing=block and train.graphs=False$"),
+        ({"lanes": 8}, 4, r": use GPUs with more memory$"),
     ],
 )
 def test_a_gpu_that_is_too_small_is_one_line_with_what_fits(settings: dict[str, object], gib: int, line: str) -> None:

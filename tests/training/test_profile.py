@@ -43,6 +43,8 @@ def test_what_cannot_be_profiled_is_refused(tmp_path: Path) -> None:
         2,
         f"error: {sweep} has no model 'dos' (did you mean 'dis'?): it has dis, dit\n",
     )
+    code, output = invoke("profile", str(sweep), "dis", "--steps", "39")
+    assert (code, "39 steps, and the training of dis has 38 beside the first 2: time fewer" in output) == (2, True), output
     code, output = invoke("profile", str(sweep), "dis", "--trace", str(tmp_path / "none/trace.json"))
     assert (code, "--trace" in output, "there is no folder" in output) == (2, True, True)
 
