@@ -303,7 +303,7 @@ def _hidden(pid: int) -> bool:
         os.kill(pid, 0)
     except PermissionError:
         return not Path(f"/proc/{pid}").exists()
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter for the number in a damaged file
         pass
     return False
 

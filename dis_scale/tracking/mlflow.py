@@ -77,7 +77,7 @@ def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, object]]
             "a URI with credentials is not stored: leave them out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     name, before = sweep.folder.name, TrackingIds.find_intact(sweep.folder)
-    experiment = _experiment(uri, name)
+    experiment = _experiment(uri, name, _experiment_of(uri, before.sweep) if before else None)
     every = _runs(uri, experiment, SWEEP, sweep.folder.url)
     own = next((run for run in every if before and run == before.sweep), None) or next(iter(every), None)
     own = own or _create_run(uri, experiment, name, {SWEEP: sweep.folder.url}, {})
@@ -124,12 +124,28 @@ def _existing(uri: str) -> str:
     return f"sqlite+pysqlite:///file:{quote(str(file.absolute()))}?mode=rw&uri=true"
 
 
-def _experiment(uri: str, sweep_name: str) -> str:
-    """The id of this sweep's experiment. With SQLite its files are stored next to the database."""
+def _experiment_of(uri: str, run: str) -> str | None:
+    """Return the id of a run's experiment, which may have another name by now; None if MLflow does not know the run."""
+    client = open_client(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_run(run).info.experiment_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _experiment(uri: str, sweep_name: str, known: str | None = None) -> str:
+    """The id of this sweep's experiment, of that which is `known` or of its name; it is restored if it was deleted.
+
+    With SQLite its files are stored next to the database.
+    """
     from mlflow.exceptions import MlflowException
 
     client, name = open_client(uri), f"dis-scale {sweep_name}"
-    if existing := client.get_experiment_by_name(name):
+    if existing := client.get_experiment(known) if known else client.get_experiment_by_name(name):
         if existing.lifecycle_stage == "deleted":
             client.restore_experiment(existing.experiment_id)
         return str(existing.experiment_id)

@@ -44,7 +44,7 @@ def find(sweep: Sweep) -> Removal:
     """
     if Sweep.below(sweep.store, sweep.recipe).folder != sweep.folder:
         raise UserError(f"{sweep} holds the sweep {sweep.recipe.name}, whose folder has another name: delete it by hand")
-    if (local := sweep.folder.local) and local.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if _is_around_us(sweep.folder):
         raise UserError(f"{sweep}: this shell is in its folder: leave it (cd) first")
     require_stopped(sweep)
     unshared, kept = _unshared(sweep)
@@ -52,6 +52,13 @@ def find(sweep: Sweep) -> Removal:
     copies = [Note("mlflow", f"its runs stay in {tracking.uri}")] if tracking else []
     links = [Note("kept", f"what {path} leads to: it is a link, which is deleted") for path in _links(sweep.folder)]
     return Removal(sweep, _own(sweep.folder), unshared, [*kept, *_begun_from(sweep), *copies, *links])
+
+
+def _is_around_us(folder: Folder) -> bool:
+    """Whether this process is in the folder, which could not be deleted then."""
+    with contextlib.suppress(FileNotFoundError):  # of a shell whose folder is gone
+        return bool(folder.local) and Path(folder.url).resolve() in (Path.cwd(), *Path.cwd().parents)
+    return False
 
 
 def _links(folder: Folder) -> list[Path]:

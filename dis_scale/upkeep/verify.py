@@ -134,10 +134,9 @@ def _manifest_files(part: Stored, cure: str) -> Iterator[Check]:
     assert part.kind.document is not None
     try:
         manifest = part.kind.document.read(part.folder)
-    except Damaged as error:
-        yield Check(partial(_fail, error), cure)
-        return
-    except FileNotFoundError:  # pruned since it was listed, with its manifest first
+    except (Damaged, FileNotFoundError) as error:
+        if isinstance(error, Damaged) or part.kind.name != "resume point":  # pruned since it was listed, its manifest first
+            yield Check(partial(_fail, error), cure)
         return
     assert isinstance(manifest, Manifest)
     for name in manifest.files:

@@ -71,7 +71,8 @@ def test_a_ray_of_its_own_that_ends_is_followed_by_another(tmp_path: Path) -> No
     root, log = tmp_path / "store", tmp_path / "log"
     process = sweeps.start(str(root), *sweeps.SLOW, *ONE_WORKER, log=log)
     sweeps.wait_until(lambda: in_training(root), process, log)
-    (raylet,) = (child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "raylet")
+    below = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+    (raylet,) = (each for each in psutil.process_iter(["name"]) if each.info["name"] == "raylet" and each.pid in below)
     raylet.kill()
     assert process.wait(1200) == 0, log.read_text()
     assert log.read_text().count("another one is started, and the sweep continues") == 1

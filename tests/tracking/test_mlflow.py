@@ -72,6 +72,9 @@ def test_what_was_deleted_in_mlflow_is_made_again_and_what_was_renamed_is_found(
     second = create_runs(sweep, uri, models)
     assert (second.sweep, second.models["dis"]) == (first.sweep, first.models["dis"])
     assert second.models["dit"] != first.models["dit"]
+    client.rename_experiment(first.experiment, "diffusion")
+    assert create_runs(sweep, uri, models) == second
+    client.rename_experiment(first.experiment, f"dis-scale {sweep.folder.name}")
     client.delete_experiment(first.experiment)
     third = create_runs(sweep, uri, models)
     assert RunCopy(sweep, "dis").send([Row("loss", 0.5, 10, 1.0)])
