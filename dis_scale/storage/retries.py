@@ -4,6 +4,7 @@ A client's errors tell little by their classes: s3fs, gcsfs, adlfs and aiohttp e
 """
 
 import errno
+import logging
 import os
 import random
 import socket
@@ -21,6 +22,8 @@ T = TypeVar("T")
 TRIES = 5
 PATIENT_TRIES = 9
 """As `TRIES`, for about a minute: long enough for a server to restart."""
+SLOW_S = 30.0
+"""A try that fails after a longer time is named: a store that accepts and does not answer has minutes of them."""
 _FIRST_PAUSE_S = 0.2
 _MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 """Errors of botocore that no retry changes."""
@@ -66,6 +69,8 @@ def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[st
                 raise kind(words) from error
             if attempt == tries - 1:
                 raise StorageAway(words) from error
+            if (took_s := time.monotonic() - began_s) > SLOW_S:
+                logging.getLogger(__name__).warning("%s; after %.0f s, try %d of %d", words, took_s, attempt + 1, tries)
         counts.add(counts.STORAGE_RETRIES)
         time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # jitter: many workers share one store
         counts.add_seconds(counts.STORAGE_AWAY_S, began_s)

@@ -70,6 +70,9 @@ class ResumePoint:
 
     def _file(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._files:
+            kind = name.rpartition("-")[0]
+            for other in [each for each in self._files if each.rpartition("-")[0] != kind]:  # kinds are read one after the other
+                del self._files[other]
             self._files[name] = safetensors.torch.load(self.manifest.read_file(self.folder, name))
         return self._files[name]
 

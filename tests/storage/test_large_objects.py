@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import random
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 from dis_scale.data import maintenance
 from dis_scale.data.latents import Latents
 from dis_scale.process.errors import StorageAway
-from dis_scale.storage import folder
+from dis_scale.storage import folder, retries
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import PointName, Run
 from dis_scale.training.resume import newest_point
@@ -148,8 +149,11 @@ def silent(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> Iterator[list[so
 
 
 @pytest.mark.parametrize("verb", ["read", "write", "create"])
-def test_a_store_that_never_answers_is_away_in_time(verb: str, silent: list[socket.socket]) -> None:
-    """One connection a try: a lease's heartbeat must not end by one that froze."""
+def test_a_store_that_never_answers_is_away_in_time(
+    verb: str, silent: list[socket.socket], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One connection a try: a lease's heartbeat must not end by one that froze. Whoever waits is told."""
+    monkeypatch.setattr(retries, "SLOW_S", 0.5)
     at = open_folder("s3://bucket/folder")
     calls: dict[str, Callable[[], object]] = {
         "read": lambda: at.read("x"),
@@ -159,3 +163,5 @@ def test_a_store_that_never_answers_is_away_in_time(verb: str, silent: list[sock
     with pytest.raises(StorageAway, match=rf"cannot {verb}"):
         calls[verb]()
     assert len(silent) == at.tries
+    assert len(caplog.messages) == at.tries - 1
+    assert re.match(rf"cannot {verb} .*; after \d+ s, try 1 of {at.tries}$", caplog.messages[0])

@@ -218,6 +218,11 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Pa
     newest = resume.newest_point(run, logged.append)
     assert newest is not None
     assert (newest.manifest.images, logged) == (LAST, [])
+    for kind in ("weights", "exp_avg", "ema", "ema"):
+        for parameter, (start, end) in newest.manifest.tables[f"{kind}-00000.safetensors"].items():
+            newest.read(kind, parameter, start, end)
+        held = {file.rpartition("-")[0] for file in newest._files}
+        assert held == {kind}, "at another ZeRO stage a rank reads all files, and has those of one kind at a time"
     name = f"{newest.folder.name}/weights-00001.safetensors"
     data = bytearray(run.resume.read(name))
     data[-1] ^= 1
