@@ -219,11 +219,10 @@ def free_ports(count: int) -> list[int]:
 def models_at_once(recipe: Recipe, resources: Resources, known: Sequence[Resources] = ()) -> int:
     """Return how many models train at the same time on a cluster of these resources.
 
-    One while the nodes that declare training, of all `known` ones, are away: what is left declares other stages, and a model that
-    waits says so, and has an autoscaler add nodes.
+    None while the nodes that declare training, of all `known` ones, are away: what is left declares other stages.
     """
     if "train" not in resources and any("train" in node for node in known):
-        return 1
+        return 0
     slots = resources.get("train") or resources.get("GPU") or resources.get("CPU", 1)
     return max(1, int(slots) // recipe.train.most_workers)
 

@@ -224,7 +224,7 @@ def _begin_waiting(
     driver: Driver, cluster: Cluster, waiting: list[str], training: dict[str, Job], failures: Failures, *, ask: bool
 ) -> None:
     """Start to train waiting models while the cluster has room; branches only if storage may be asked about their trunks."""
-    at_once = cluster.at_once() if waiting else 0
+    at_once = max(1, cluster.at_once()) if waiting else 0  # one waits, says for what, and has an autoscaler add nodes
     for model in list(waiting):
         branch = driver.sweep.recipe.models[model].branch
         if len(training) >= at_once or (branch and not ask):

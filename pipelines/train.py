@@ -187,7 +187,7 @@ class TrainingRun:
             raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
         except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
             times = self._short(world)
-            if times > (largest_share(self.settings.lanes, world) - 1).bit_length():  # passes have one lane
+            if times > (largest_share(self.settings.lanes, world) > 1):  # passes have one lane
                 raise
             self.short = max(world, self.short[0]), times + 1
             words = f"{error}; forward passes are smaller from now on, if they have several lanes"

@@ -137,7 +137,8 @@ def _with_their_mount(setup: Setup, ranges: Iterable[_DecodedRange]) -> Iterator
     count, lost, folder = 0, 0, getattr(setup.recipe.data.source, "url", "")
 
     def is_here(position: int) -> bool:
-        return not any("://" in path.removeprefix("file://") for path in (folder, setup.source.names[position]))
+        path = setup.source.names[position]
+        return "://" not in (path if "://" in path or path.startswith("/") else folder).removeprefix("file://")
 
     for part in ranges:
         count += len(part.images)

@@ -15,7 +15,7 @@ from dis_scale.data import mixing, shards
 from dis_scale.data.encode import Setup, compute_exactly, encode_mixed, encode_shards, encoding_of, hardware
 from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
-from dis_scale.process.errors import Damaged, StorageError, UserError
+from dis_scale.process.errors import BrokenDevice, Damaged, DisScaleError, StorageError, UserError
 from dis_scale.process.progress import ReportDone, ReportShare, some
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import Digest, read_verified
@@ -79,7 +79,7 @@ def repair(url: str, verified: ReportShare, rebuilt: ReportShare, listed: Report
     sweep, latents = locate_latents(url)
     if sweep is None:
         raise UserError(f"{url}: a folder of latents: give the sweep's folder, whose recipe names the images and the VAE")
-    damaged, failed = verify(latents, fast=False, report=verified), list[str]()
+    damaged, failed = verify(latents, fast=False, report=verified), dict[str, str]()
     if damaged:
         manifest = LatentsManifest.require(latents)
         setup = _prepare_rebuild(Sweep.open(sweep.url), latents, manifest, listed)
@@ -92,20 +92,22 @@ def repair(url: str, verified: ReportShare, rebuilt: ReportShare, listed: Report
         for number, shard in zip(numbers, shards_again, strict=True):
             try:
                 _put_same(latents, shard, entries[number])
-            except StorageError as error:
-                failed.append(str(error))
+            except DisScaleError as error:
+                failed[entries[number].name] = str(error)
     if failed:
-        left = f"{len(failed)} of {len(damaged)} damaged shards cannot be rebuilt" if len(damaged) > 1 else "not rebuilt"
-        raise StorageError(f"{latents}: {left}: {failed[0]}")
+        raise StorageError(
+            f"{latents}: {len(failed)} of {len(damaged)} damaged shards cannot be rebuilt: {', '.join(failed)}; the first: "
+            f"{next(iter(failed.values()))}"
+        )
     return list(damaged)
 
 
-def _encode_each(setup: Setup, numbers: Sequence[int], report: ReportShare) -> Iterator[EncodedShard | StorageError]:
-    """Yield shards of a source that is listed in the mixed order; of one with an image that cannot be read any more, the error."""
+def _encode_each(setup: Setup, numbers: Sequence[int], report: ReportShare) -> Iterator[EncodedShard | DisScaleError]:
+    """Yield shards of a source that is listed in the mixed order; of one with images that cannot be read any more, the error."""
     for done, number in enumerate(numbers, 1):
         try:
             yield from encode_shards(setup, [number], lambda _: None)
-        except StorageError as error:
+        except (StorageError, BrokenDevice) as error:
             yield error
         report(done, len(numbers))
 
@@ -239,9 +241,9 @@ def _prepare_rebuild(sweep: Sweep, latents: Folder, manifest: LatentsManifest, l
     return setup
 
 
-def _put_same(latents: Folder, shard: EncodedShard | StorageError, entry: ShardEntry) -> None:
-    """Write the shard if it could be encoded and has the manifest's hash; StorageError otherwise."""
-    if isinstance(shard, StorageError):
+def _put_same(latents: Folder, shard: EncodedShard | DisScaleError, entry: ShardEntry) -> None:
+    """Write the shard if it could be encoded and has the manifest's hash; DisScaleError otherwise."""
+    if isinstance(shard, DisScaleError):
         raise shard
     digest = Digest.of(shards.pack(shard.samples))
     if digest.sha256 != entry.sha256:

@@ -248,12 +248,12 @@ class Folder:
         entries = self._entries(path, detail=True)
         return {_base(entry["name"]): entry.get("size") or 0 for entry in entries if _shown(entry["name"], path)}
 
-    def tree(self) -> dict[str, int]:
-        """Return the paths of all files below the folder, each with its size in bytes: also incomplete ones and those behind links.
+    def tree(self, *, behind_links: bool = False) -> dict[str, int]:
+        """Return the paths of all files below the folder, incomplete ones included, each with its size in bytes.
 
-        What is deleted meanwhile is left out.
+        A link is one file, unless those `behind_links` are wanted. What is deleted meanwhile is left out.
         """
-        if self.local:
+        if behind_links and self.local:
             return dict(_files_below(self.local))
 
         def find(fs: Any, full: str) -> dict[str, int]:
@@ -374,13 +374,17 @@ def locate(url: str) -> tuple[Folder, str]:
 
 
 def _files_below(root: Path) -> Iterator[tuple[str, int]]:
+    seen = set[tuple[int, int]]()
     for at, folders, files in os.walk(root, followlinks=True):
         here = Path(at)
-        around = {here.resolve(), *here.resolve().parents}
-        folders[:] = [name for name in folders if not ((here / name).is_symlink() and (here / name).resolve() in around)]
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere, or deleted meanwhile
-                yield (here / name).relative_to(root).as_posix(), (here / name).stat().st_size
+        if not here.exists() or (identity := _identity(here.stat())) in seen:  # links may lead to each other
+            folders.clear()
+            continue
+        seen.add(identity)
+        for path in (here / name for name in files):
+            if path.exists():  # not a link that leads nowhere
+                with contextlib.suppress(FileNotFoundError):
+                    yield path.relative_to(root).as_posix(), path.stat().st_size
 
 
 def _base(entry: str) -> str:

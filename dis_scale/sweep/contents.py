@@ -56,10 +56,10 @@ class Stored:
         return self.kind.document is not None and self.kind.document.NAME in self.sizes
 
 
-def walk(sweep: Folder) -> list[Stored]:
-    """Return the folders of a sweep that have files, by path."""
+def walk(sweep: Folder, *, behind_links: bool = False) -> list[Stored]:
+    """Return the folders of a sweep that have files, by path; those behind links only if wanted."""
     sizes: dict[str, dict[str, int]] = defaultdict(dict)
-    for path, size in sweep.tree().items():
+    for path, size in sweep.tree(behind_links=behind_links).items():
         sizes[str(PurePosixPath(path).parent)][PurePosixPath(path).name] = size
     return [_part(sweep, path, sizes[path]) for path in sorted(sizes)]
 

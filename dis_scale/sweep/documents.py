@@ -37,6 +37,8 @@ class TrackingIds(Document):
     experiment: str
     sweep: str
     """Id of the sweep's own run."""
+    life: str = ""
+    """Tag of the sweep's runs in any MLflow; a later sweep in the same folder has another."""
     models: dict[str, str] = Field(default_factory=dict)
 
 

@@ -141,13 +141,13 @@ def published_counts(run: Run, known: Collection[int] = ()) -> list[int]:
 
 
 def missing_published(sweep: Sweep) -> dict[str, list[int]]:
-    """Return the image counts by model that training has passed, and whose published weights are not there any more."""
-    missing = {}
+    """Return the image counts by model that training has passed, and whose published weights are not there any more; no copies."""
+    missing, copied = {}, copied_to(sweep, sweep.recipe.models)
     for model in sweep.recipe.models:
         run = sweep.run(model)
         published = published_counts(run)
         reached = max([resumable_images(run), *published])
-        counts = [n for n in sweep.recipe.train_of(model).publish_images if n < reached and n not in published]
+        counts = [n for n in due_counts(sweep, model, copied.get(model, -1)) if n < reached and n not in published]
         if counts:
             missing[model] = counts
     return missing
@@ -206,6 +206,11 @@ def copied_to(sweep: Sweep, models: Iterable[str]) -> dict[str, int]:
     """Return up to which count the published weights of forks are those of another model of the sweep, which is evaluated."""
     found = in_order(models, lambda model: (model, Origin.find_intact(sweep.run(model).folder)))
     return {model: origin.images for model, origin in found if origin and origin.model in sweep.recipe.models}
+
+
+def due_counts(sweep: Sweep, model: str, copied: int) -> list[int]:
+    """Return the counts that a model publishes beyond those that are `copied_to` it: of these its origin is evaluated."""
+    return [n for n in sweep.recipe.train_of(model).publish_images if n > copied]
 
 
 def trained(sweep: Sweep, model: str) -> bool:
@@ -394,10 +399,7 @@ class Backlog:
             known = [each.images_seen for each in self._published if each.model == model]
             self._published |= {Sampled(model, n) for n in published_counts(sweep.run(model), known)}
         variants = sweep.recipe.evaluate.samplings
-        counts = {
-            model: {n for n in sweep.recipe.train_of(model).publish_images if n > self._copied.get(model, -1)}
-            for model in self.models
-        }
+        counts = {model: due_counts(sweep, model, self._copied.get(model, -1)) for model in self.models}
         wanted = [each for each in self._published if each.images_seen in counts[each.model]]
         ready = [variant for variant, settings in variants.items() if self._guide_is_there(settings.guide)]
         due = {each._replace(variant=variant) for each in wanted for variant in ready}
@@ -453,8 +455,7 @@ def all_evaluated(sweep: Sweep) -> bool:
     """Whether every model is evaluated at every published count under all sampling settings."""
     copied = copied_to(sweep, sweep.recipe.models)
     return all(
-        {n for n in sweep.recipe.train_of(model).publish_images if n > copied.get(model, -1)}
-        <= set(evaluated_counts(sweep, model, variant))
+        set(due_counts(sweep, model, copied.get(model, -1))) <= set(evaluated_counts(sweep, model, variant))
         for model in sweep.recipe.models
         for variant in sweep.recipe.evaluate.samplings
     )

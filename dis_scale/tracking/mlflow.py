@@ -8,6 +8,7 @@ keeps their ids; a row logged again with a new time is doubled; a changed parame
 
 import logging
 import os
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,8 @@ from dis_scale.tracking.rows import Row
 log = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 """Beginning of the URI of a local database."""
-SWEEP, PARENT = "dis_scale.sweep", "mlflow.parentRunId"
-"""Tags of a sweep's own run, with its URL, and of its models' runs, with the id of that."""
+LIFE, PARENT = "dis_scale.life", "mlflow.parentRunId"
+"""Tags of a sweep's own run, and of its models' runs, with the id of that."""
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 """Colours of the models' curves, in the recipe's order (matplotlib's tab10): MLflow's own, by a run's id, may be alike."""
 
@@ -78,12 +79,13 @@ def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, object]]
         )
     name, before = sweep.folder.name, TrackingIds.find_intact(sweep.folder)
     experiment = _experiment(uri, name, _experiment_of(uri, before.sweep) if before else None)
-    every = _runs(uri, experiment, SWEEP, sweep.folder.url)
-    own = next((run for run in every if before and run == before.sweep), None) or next(iter(every), None)
-    own = own or _create_run(uri, experiment, name, {SWEEP: sweep.folder.url}, {})
+    life = (before and before.life) or uuid.uuid4().hex
+    own = next(iter(_runs(uri, experiment, LIFE, life)), None)
+    own = own or _create_run(uri, experiment, name, {"dis_scale.sweep": sweep.folder.url, LIFE: life}, {})
     named = _runs(uri, experiment, PARENT, own)
-    known = {model: run for model, run in before.models.items() if run in named} if before else {}  # maybe renamed there
-    ids = TrackingIds(uri=uri, experiment=experiment, sweep=own, models={name: run for run, name in named.items()} | known)
+    models = {name: run for run, name in named.items()}
+    models |= {model: run for model, run in before.models.items() if run in named} if before else {}  # maybe renamed there
+    ids = TrackingIds(uri=uri, experiment=experiment, sweep=own, models=models, life=life)
     if ids != before:
         ids.write(sweep.folder)
     for place, model in reversed(list(enumerate(parameters))):  # MLflow lists the newest run first

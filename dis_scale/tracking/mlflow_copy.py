@@ -82,7 +82,8 @@ def copy_report(sweep: Sweep, status: str | None) -> bool:
     """Copy the report's files and, if the sweep has ended, its status; return whether MLflow has them."""
     copy = RunCopy(sweep, None)
     sent = [_send_file(copy, name, sweep.report.read(name), "report") for name in sweep.report.list()]
-    return all(sent) and (not status or copy.finish(status))
+    ended = not status or copy.finish(status)
+    return ended and all(sent)
 
 
 def copy_everything(sweep: Sweep, parameters: dict[str, dict[str, object]], uri: str) -> int:
@@ -116,10 +117,12 @@ def _status(sweep: Sweep) -> str | None:
 def _copy_model(sweep: Sweep, model: str, rows: list[Row]) -> bool:
     """One model's run: rows of training, evaluations, and how it ended."""
     copy = RunCopy(sweep, model)
-    copied = copy.send(rows) and all(copy_evaluation(sweep, sampled, copy) for sampled in state.measured(sweep, model))
+    done = [copy.send(rows), *(copy_evaluation(sweep, sampled, copy) for sampled in state.measured(sweep, model))]
     if state.ended(sweep, model):
-        return copy.finish("FAILED") and copied
-    return (not state.trained(sweep, model) or copy.finish("FINISHED")) and copied
+        done.append(copy.finish("FAILED"))
+    elif state.trained(sweep, model):
+        done.append(copy.finish("FINISHED"))
+    return all(done)
 
 
 def _send_file(copy: RunCopy, name: str, data: bytes, folder: str) -> bool:

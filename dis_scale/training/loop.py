@@ -148,10 +148,10 @@ def begin(attempt: Attempt) -> Training:
     log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
     opened = open_training(attempt, log_rates)
     saver = Saver(attempt.run, attempt.number, rank, world, attempt.require_held, Keep.of_model(attempt.recipe, attempt.model))
-    spent = opened.earlier.spent if opened.earlier else None
+    spent, skipped = (opened.earlier.spent, opened.earlier.skipped) if opened.earlier else (None, 0)
     goodput = Goodput.begin(spent, attempt.start.requested_at, time.time(), world)
     records = RowWriter(attempt.run.log, attempt.number, writes=rank == 0)
-    training = Training(attempt, opened, saver, records, goodput, time.monotonic(), opened.images_seen)
+    training = Training(attempt, opened, saver, records, goodput, time.monotonic(), opened.images_seen, skipped)
     records.add(opened.images_seen, {ATTEMPT: attempt.number})
     records.flush()
     if opened.images_seen in attempt.recipe.train.publish_images:  # at 0 images, or because the weights were deleted

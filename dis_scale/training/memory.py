@@ -41,11 +41,9 @@ class PassPlan(NamedTuple):
     def smaller(self, share: int, times: int = 1) -> "PassPlan":
         """Return the plan of a worker with `share` lanes whose memory was too small for this one, and then for smaller ones.
 
-        Without states, or with a lane less in the largest pass; then with half of its lanes each time.
+        Without states, or with a lane less in the largest pass; the second time with one lane in each.
         """
-        lanes = max(1, -(-share // self.passes) - (not self.keeps_states))
-        for _ in range(times - 1):
-            lanes = -(-lanes // 2)
+        lanes = max(1, -(-share // self.passes) - (not self.keeps_states)) if times == 1 else 1
         return PassPlan(-(-share // lanes), keeps_states=False)
 
 

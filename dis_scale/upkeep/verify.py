@@ -64,7 +64,7 @@ def _checks(sweep: Sweep) -> Iterator[Callable[[], Iterator[Check]]]:
 
     A damaged or missing manifest is itself a check that fails.
     """
-    parts = walk(sweep.folder)
+    parts = walk(sweep.folder, behind_links=True)
     published = {part.model for part in parts if part.kind.name == "published" and part.exists}
     encoded = LatentsPointer.exists(sweep.folder) or bool(published)
     if encoded:

@@ -127,7 +127,7 @@ def test_a_shard_with_other_bytes_is_not_written(tmp_path: Path, monkeypatch: py
     latents.write("000001.tar", b"damaged, too")
     (tmp_path / "images" / first).unlink()
     code, output = run("repair", sweep.folder.url)
-    assert (code, "1 of 2 damaged shards cannot be rebuilt: " in output) == (1, True), output
+    assert (code, "1 of 2 damaged shards cannot be rebuilt: 000000.tar; the first: " in output) == (1, True), output
     assert latents.read("000001.tar") == good, "the others are rebuilt"
 
     monkeypatch.setattr(torch, "__version__", "9.9")

@@ -90,6 +90,9 @@ def test_an_mlflow_that_was_left_has_its_runs_again(tmp_path: Path, tiny: Recipe
     assert first.uri == f"sqlite:///{tmp_path}/one.db"
     assert create_runs(sweep, "sqlite:///two.db", {"dis": {}}).models != first.models
     assert create_runs(sweep, "sqlite:///one.db", {"dis": {}}) == first
+    sweep.folder.delete()
+    later = create_runs(sweep, "sqlite:///one.db", {"dis": {"learning_rate": 1}})
+    assert later.models["dis"] != first.models["dis"], "another sweep in the same folder, whose rows are others"
 
 
 def test_an_experiment_whose_creation_was_not_answered_in_time_is_found(

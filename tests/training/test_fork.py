@@ -67,6 +67,7 @@ def test_a_fork_leaves_damaged_weights_out_and_one_that_was_not_ended_can_be_ano
     made = fork_run(own, "dit", 240, "third")
     assert state.published_counts(made) == [0]
     assert "third continues without it" in caplog.text
+    assert "third" not in state.missing_published(Sweep.open(own.folder.url)), "its origin's is the one that is evaluated"
     own.folder.write(RECIPE, recipe)  # the last that is written
     fork_run(Sweep.open(own.folder.url), "dit", 80, "third")
     assert state.resumable_images(made) == 80

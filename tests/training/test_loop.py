@@ -234,6 +234,21 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Pa
     assert f"{name}: damaged: its sha256 differs" in logged[0]
 
 
+def test_skipped_steps_are_counted_over_attempts(tmp_path: Path) -> None:
+    model = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
+    ranks.run(reading.load(TINY, [model, "train.publish_images=[0, 160]"]), "dit", tmp_path, attempt=1)
+    point = resume.newest_point(run_at(tmp_path, "dit"), print)
+    assert point is not None
+    three = point.manifest.progress.model_copy(update={"skipped": 3})
+    point.manifest.changed(progress=three).write(point.folder)
+    ranks.run(reading.load(TINY, [model]), "dit", tmp_path, attempt=2)
+    rows = RowReader(run_at(tmp_path, "dit").log).new()
+    assert [row.value for row in rows if row.name == "skipped"] == [0, 3]
+    newest = resume.newest_point(run_at(tmp_path, "dit"), print)
+    assert newest is not None
+    assert (newest.manifest.images, newest.manifest.progress.skipped) == (LAST, 3)
+
+
 def test_storage_that_is_away_is_not_taken_for_damage(tmp_path: Path, no_pauses: None, inject: Callable[[str], None]) -> None:
     run, logged = run_with_points(tmp_path, {160: b"1", 320: b"2"}), list[str]()
     inject("fail at read path=000000000320 times=1000")

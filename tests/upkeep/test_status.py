@@ -147,6 +147,7 @@ def test_all_sweeps_below_a_root_are_listed_and_checked(sweep: Sweep, tmp_path: 
     other.folder.write("latents.json", b"{}")
     code, output = invoke("status", str(tmp_path), "--check")
     assert (code, f"{other}: its recipe.yaml is gone: restore it from a backup" in output) == (1, True)
+    assert f"not read: {other}: its recipe.yaml is gone" in invoke("status", str(tmp_path))[1]
     code, output = invoke("status", f"{sweep}y")
     assert (code, "no sweep at" in output, "(did you mean 'tiny'?)" in output) == (2, True, True)
 

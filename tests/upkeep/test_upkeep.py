@@ -345,6 +345,16 @@ def test_what_is_behind_a_link_is_verified(sweep: Sweep, tmp_path: Path) -> None
     assert "runs/dis/published/000000000320" in line
     (note,) = (note for note in removal.find(sweep).notes if "link" in note.words)
     assert note.words == f"what {sweep.folder}/runs leads to: it is a link, which is deleted"
+    before = sorted(tmp_path.glob("moved/**/*"))
+    retention.delete(retention.find_unneeded(sweep))
+    removal.delete(removal.find(sweep))
+    assert not sweep.folder.list()
+    assert sorted(tmp_path.glob("moved/**/*")) == before
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b").symlink_to(tmp_path)
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    files = {str(path.relative_to(tmp_path)) for path in before if path.is_file()}
+    assert open_folder(tmp_path).tree(behind_links=True).keys() >= files
 
 
 def test_data_gc_lists_and_deletes_latents_that_no_sweep_uses(sweep: Sweep) -> None:
