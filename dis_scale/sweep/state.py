@@ -394,10 +394,10 @@ class Backlog:
     def left(self) -> list[Sampled]:
         """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
         sweep = self.sweep
-        self._copied = copied_to(sweep, self.models) if self._copied is None else self._copied
         for model in self.models:
             known = [each.images_seen for each in self._published if each.model == model]
             self._published |= {Sampled(model, n) for n in published_counts(sweep.run(model), known)}
+        self._copied = copied_to(sweep, self.models) if self._copied is None else self._copied
         variants = sweep.recipe.evaluate.samplings
         counts = {model: due_counts(sweep, model, self._copied.get(model, -1)) for model in self.models}
         wanted = [each for each in self._published if each.images_seen in counts[each.model]]
