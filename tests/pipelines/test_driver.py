@@ -113,13 +113,19 @@ SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])
 
 
 def test_a_stop_is_obeyed_while_models_wait_for_nodes_and_evaluation_is_over(driver: Driver) -> None:
-    """All nodes for training are away, and the evaluation has ended by a mistake."""
-    no_room = replace(cluster("here"), at_once=lambda: 0)
-    mistake = FakeJob([JobStatus.FAILED], UserError("a mistake"))
-    driver.poll_every_s, driver.submit = 0.0, lambda *_: mistake  # type: ignore[assignment]
+    """All nodes for training are away, and the evaluation has ended by a mistake. One model's job waits: autoscalers see it."""
+    no_room, submitted = replace(cluster("here"), at_once=lambda: 0), list[str]()
+    jobs = {"evaluate": FakeJob([JobStatus.FAILED], UserError("a mistake")), "train": FakeJob([JobStatus.RUNNING])}
+
+    def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
+        submitted.append(words[0])
+        return jobs[words[0]]
+
+    driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
     threading.Timer(0.5, driver.stop_requested.set).start()
     with pytest.raises(Preempted, match="stopped as requested"):
         train_and_evaluate(driver, no_room)
+    assert sorted(submitted) == ["evaluate", "train"]
 
 
 def test_a_command_that_joined_ends_by_the_stop_of_the_one_that_runs(driver: Driver) -> None:
