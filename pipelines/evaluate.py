@@ -185,8 +185,8 @@ def _open_published(job: StageJob, device: str, gpus: int) -> tuple[Evaluation, 
 def _images(sweep: Sweep) -> int:
     """Return the number of samples of all checkpoints that the recipe publishes, and of the floor if it is due."""
     recipe = sweep.recipe
-    copied = state.copied_to(sweep, recipe.models)
-    checkpoints = sum(len(state.due_counts(sweep, model, copied.get(model, -1))) for model in recipe.models)
+    copied = state.copied_to(sweep, state.origins(sweep))
+    checkpoints = sum(len(state.due_counts(sweep, model, copied[model])) for model in recipe.models)
     floor = 0 if state.floor_settled(sweep) else recipe.evaluate.samples
     return checkpoints * sum(settings.samples for settings in recipe.evaluate.samplings.values()) + floor
 

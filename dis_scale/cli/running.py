@@ -94,19 +94,21 @@ def status(
     from dis_scale.upkeep import status as statuses
 
     root = open_folder(sweep)
-    folders = [] if root.exists(RECIPE) else sweeps_below(root) or [root / name for name in root.folders()]  # also outputs/sweeps
+    one = root.exists(RECIPE)
+    sweeps = [] if one else sweeps_below(root)
+    folders = [] if one else sweeps or [root / name for name in root.folders()]  # also outputs/sweeps
     below = [folder for folder in folders if folder.exists(RECIPE)]
-    lost = [] if root.exists(RECIPE) else [each for each in sweeps_below(root) if each not in below and {*each.list()} - {LEASES}]
+    lost = [folder for folder in sweeps if folder not in below and {*folder.list()} - {LEASES}]
     if every and (as_json or check or below or lost):
         raise UserError("status: expected --watch alone, with one sweep")
     if every:
         return statuses.watch(Sweep.open(sweep), every, console())
-    if sweep == ROOT and not (below or lost or check or root.exists(RECIPE)):
+    if sweep == ROOT and not (below or lost or check or one):
         return show([], f"no sweeps below {ROOT} yet: dis-scale sweep begins one", as_json=as_json)
     found, unread = list[statuses.Status](), [f"{folder}: its {RECIPE} is gone: restore it from a backup" for folder in lost]
     for line in unread:
         say_aside(f"not read: {line}")
-    for url in [folder.url for folder in below] or [sweep] * (not lost):
+    for url in [folder.url for folder in below] if below or lost else [sweep]:
         try:
             with working(f"status: reading {url}"):
                 opened = Sweep.open(url)

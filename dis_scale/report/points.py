@@ -262,7 +262,8 @@ def plan_of(sweep: Sweep) -> "Plan":
 def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
     recipe, points, groups = sweep.recipe, list[Point](), sweep.recipe.seed_groups()
-    budgets, origins, copied = recipe.budgets, state.origins(sweep), state.copied_to(sweep, recipe.models)
+    budgets, origins = recipe.budgets, state.origins(sweep)
+    copied = state.copied_to(sweep, origins)
     for model, cost in plan.costs.items():
         train, branch, group = recipe.train_of(model), recipe.models[model].branch, groups[model]
         trunk = groups[branch.of] if branch else group
@@ -270,7 +271,7 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
                 values = {name: value for name, value in evaluation.values.items() if not name.endswith("_floor")}
-                if images_seen <= copied.get(model, -1):
+                if images_seen <= copied[model]:
                     continue  # it is the origin's point
                 kind = recipe.models[model].curve
                 point = Point(

@@ -1,7 +1,7 @@
 """State of a sweep, read from its storage: what exists and what is left to do. Other modules do not decide this."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -142,12 +142,12 @@ def published_counts(run: Run, known: Collection[int] = ()) -> list[int]:
 
 def missing_published(sweep: Sweep) -> dict[str, list[int]]:
     """Return the image counts by model that training has passed, and whose published weights are not there any more; no copies."""
-    missing, copied = {}, copied_to(sweep, sweep.recipe.models)
+    missing, copied = {}, copied_to(sweep, origins(sweep))
     for model in sweep.recipe.models:
         run = sweep.run(model)
         published = published_counts(run)
         reached = max([resumable_images(run), *published])
-        counts = [n for n in due_counts(sweep, model, copied.get(model, -1)) if n < reached and n not in published]
+        counts = [n for n in due_counts(sweep, model, copied[model]) if n < reached and n not in published]
         if counts:
             missing[model] = counts
     return missing
@@ -195,17 +195,19 @@ def resumable_images(run: Run) -> int:
     return point.images_seen if point else 0
 
 
-def origins(sweep: Sweep) -> dict[str, Origin | None]:
-    """Return, for each model, the resume point from which it was forked; None for one that is no fork."""
-    models = list(sweep.recipe.models)
+def origins(sweep: Sweep, models: Sequence[str] = ()) -> dict[str, Origin | None]:
+    """Return, for each of these models, by default all, the resume point from which it was forked; None for one that is no fork."""
+    models = models or list(sweep.recipe.models)
     found = in_order(models, lambda model: Origin.find_intact(sweep.run(model).folder))
     return dict(zip(models, found, strict=True))
 
 
-def copied_to(sweep: Sweep, models: Iterable[str]) -> dict[str, int]:
-    """Return up to which count the published weights of forks are those of another model of the sweep, which is evaluated."""
-    found = in_order(models, lambda model: (model, Origin.find_intact(sweep.run(model).folder)))
-    return {model: origin.images for model, origin in found if origin and origin.model in sweep.recipe.models}
+def copied_to(sweep: Sweep, found: Mapping[str, Origin | None]) -> dict[str, int]:
+    """Return up to which count the published weights of models are those of another one of the sweep, which is evaluated.
+
+    -1 for those that were not forked, by their `origins`.
+    """
+    return {model: each.images if each and each.model in sweep.recipe.models else -1 for model, each in found.items()}
 
 
 def due_counts(sweep: Sweep, model: str, copied: int) -> list[int]:
@@ -375,7 +377,7 @@ class Backlog:
     _published: set[Sampled] = field(default_factory=set)
     _evaluated: set[Sampled] = field(default_factory=set)
     _guides: set[Sampled] = field(default_factory=set)
-    _copied: dict[str, int] | None = None
+    _copied: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.models = self.models or tuple(self.sweep.recipe.models)
@@ -383,8 +385,7 @@ class Backlog:
     @property
     def published(self) -> list[int]:
         """Image counts that were published when `left` was asked last, of all models, rising; without copies."""
-        copied = self._copied or {}
-        return sorted(each.images_seen for each in self._published if each.images_seen > copied.get(each.model, -1))
+        return sorted(each.images_seen for each in self._published if each.images_seen > self._copied.get(each.model, -1))
 
     @property
     def evaluated(self) -> list[int]:
@@ -397,9 +398,9 @@ class Backlog:
         for model in self.models:
             known = [each.images_seen for each in self._published if each.model == model]
             self._published |= {Sampled(model, n) for n in published_counts(sweep.run(model), known)}
-        self._copied = copied_to(sweep, self.models) if self._copied is None else self._copied
+        self._copied = self._copied or copied_to(sweep, origins(sweep, self.models))
         variants = sweep.recipe.evaluate.samplings
-        counts = {model: due_counts(sweep, model, self._copied.get(model, -1)) for model in self.models}
+        counts = {model: due_counts(sweep, model, self._copied[model]) for model in self.models}
         wanted = [each for each in self._published if each.images_seen in counts[each.model]]
         ready = [variant for variant, settings in variants.items() if self._guide_is_there(settings.guide)]
         due = {each._replace(variant=variant) for each in wanted for variant in ready}
@@ -453,9 +454,9 @@ def why_skipped(sweep: Sweep, every: Sequence[Sampled]) -> dict[Sampled, str]:
 
 def all_evaluated(sweep: Sweep) -> bool:
     """Whether every model is evaluated at every published count under all sampling settings."""
-    copied = copied_to(sweep, sweep.recipe.models)
+    copied = copied_to(sweep, origins(sweep))
     return all(
-        set(due_counts(sweep, model, copied.get(model, -1))) <= set(evaluated_counts(sweep, model, variant))
+        set(due_counts(sweep, model, copied[model])) <= set(evaluated_counts(sweep, model, variant))
         for model in sweep.recipe.models
         for variant in sweep.recipe.evaluate.samplings
     )
