@@ -118,7 +118,7 @@ class RayEncoders:
         return str(self._ask("check"))
 
     def _ask(self, question: str) -> Any:
-        """Return the answer of an encoder on the CPU; one on the CPU goes on to encode."""
+        """Return the answer of an encoder on the CPU, which also encodes if this is done on CPUs."""
         worker = self.workers.pop() if self.workers else self._spawn(elsewhere(self.job, request_for("precompute", "cpu", 1)))
         (answer,) = watch(self.job, [worker], [getattr(worker, question).remote()], policy=Watch(keep_logs=False))
         if self.device == "cpu":

@@ -186,8 +186,8 @@ class TrainingRun:
             nodes.record_failure(self.job, nodes.name_of(ranks.places[0].node), describe(error))
             raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
         except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
-            times = self._short(world)
-            if times > (largest_share(self.settings.lanes, world) > 1):  # passes have one lane
+            times, share = self._short(world), largest_share(self.settings.lanes, world)
+            if times >= (2 if share > 1 else 1):  # passes have one lane
                 raise
             self.short = max(world, self.short[0]), times + 1
             words = f"{error}; forward passes are smaller from now on, if they have several lanes"

@@ -23,9 +23,6 @@ CURE = (
 )
 
 
-_NOTHING: tuple[int, Resources] = (0, {})
-
-
 def capacity(request: Resources, nodes: Sequence[Resources]) -> int:
     """Return how many workers of these resources the nodes hold; one worker's resources are all on one node."""
     return sum(min(int(node.get(name, 0) // amount) for name, amount in request.items()) for node in nodes)
@@ -36,7 +33,8 @@ class Wait:
 
     def __init__(self, gauge: SetGauge, logged_after_s: float = LOGGED_AFTER_S, long_s: float = LONG_S) -> None:
         self._gauge, self._logged_after_s, self._long_s = gauge, logged_after_s, long_s
-        self._since_s, self._logged = 0.0, _NOTHING
+        self._since_s = 0.0
+        self._logged: tuple[int, Resources] | None = None
         self._exported: int | None = None
 
     def __enter__(self) -> Self:
@@ -49,7 +47,7 @@ class Wait:
         self._export(0)
         if self._since_s and time.monotonic() - self._since_s > self._long_s:
             self._gauge("waited_timestamp_seconds", time.time())
-        self._since_s, self._logged = 0.0, _NOTHING
+        self._since_s, self._logged = 0.0, None
 
     def poll(self, count: int, request: Resources, together: int = 1) -> str | None:
         """Return a line to log if `count` workers wait and it is news; `together` of them need capacity at the same time."""

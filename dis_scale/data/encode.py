@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -189,20 +189,12 @@ def encode_mixed(
 
 def _read_again(setup: Setup, positions: Sequence[int]) -> list[np.ndarray]:
     """Return the images at rising positions of a batch; those between them are read with them."""
-    ranges = setup.source.read_ranges(range(positions[0], positions[-1] + 1), READ_IMAGES)
-    read = {
-        n: image
-        for each, images in in_order(
-            ranges, lambda each: (each, setup.source.decoded(each, setup.recipe.data.resolution)), DECODERS
-        )
-        for n, image in zip(each, images, strict=True)
-    }
-    images = list[np.ndarray]()
-    for n in positions:
-        if isinstance(image := read[n], UndecodableImage):
-            raise image
-        images.append(image)
-    return images
+    every, resolution = range(positions[0], positions[-1] + 1), setup.recipe.data.resolution
+    ranges = setup.source.read_ranges(every, READ_IMAGES)
+    decoded = in_order(ranges, lambda each: setup.source.decoded(each, resolution), DECODERS)
+    read = dict(zip(every, chain.from_iterable(decoded), strict=True))
+    images, _ = select_decodable(positions, (read[n] for n in positions), "refuse")
+    return [image for _, image in images]
 
 
 def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_DecodedRange]:

@@ -137,7 +137,7 @@ def lanes_at_once(model: str, cost: Cost, settings: Train, world: int, gpu_bytes
     if wanted in fitting or (fitting and not wanted):
         return wanted or fitting[-1]
     cures: list[Mapping[str, object]] = [{"micro_images": fitting[-1] * settings.lane_images}] if fitting else []
-    cures += [each for each in CURES if (changed := changed_by(settings, each)) and need(1, changed) <= usable]
+    cures += [each for each in CURES if (changed := _changed_by(settings, each)) and need(1, changed) <= usable]
     remedy = "use more workers" if world < settings.lanes else "use GPUs with more memory"
     if cures:
         remedy = f"set {' and '.join(f'train.{name}={value}' for name, value in cures[0].items())}"
@@ -147,7 +147,7 @@ def lanes_at_once(model: str, cost: Cost, settings: Train, world: int, gpu_bytes
     )
 
 
-def changed_by(settings: Train, changes: Mapping[str, object]) -> Train | None:
+def _changed_by(settings: Train, changes: Mapping[str, object]) -> Train | None:
     """Return the settings with these changes; None if they are not allowed together, or change nothing."""
     with contextlib.suppress(ValidationError):
         changed = Train.model_validate(settings.model_dump() | dict(changes))

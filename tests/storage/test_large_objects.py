@@ -152,7 +152,7 @@ def silent(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> Iterator[list[so
 def test_a_store_that_never_answers_is_away_in_time(
     verb: str, silent: list[socket.socket], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One connection a try: a lease's heartbeat must not end by one that froze. Whoever waits is told."""
+    """One connection a try: a lease's heartbeat must not end by one that froze. The wait is named."""
     monkeypatch.setattr(retries, "SLOW_S", 0.5)
     at = open_folder("s3://bucket/folder")
     calls: dict[str, Callable[[], object]] = {
