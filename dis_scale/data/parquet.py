@@ -7,7 +7,6 @@ the schema's `huggingface` metadata, if any.
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,10 +24,8 @@ BATCH_ROWS, BATCH_BYTES = 4096, 2**28
 """Most rows that are decoded at a time, and their bytes if they are alike."""
 GROUP_BYTES = 8 * 2**30
 """Most bytes of a row group's column; larger ones are not read. Hugging Face's groups of images have 100 MB to 1 GB."""
-
-
-KEPT_GROUPS, LOADED_AT_ONCE = 2, 2
-"""Row groups that a reader keeps, and loads at the same time: each may have a gigabyte."""
+KEPT_GROUPS, KEPT_BYTES, LOADED_AT_ONCE = 64, 2**30, 2
+"""Row groups that a reader keeps, and their bytes if they are more than two; those that it loads at the same time."""
 
 
 def find(root: Folder, names: list[str], settings: ParquetSource, *, labelled: bool = True) -> Contents:
@@ -49,23 +46,32 @@ class _Group:
         self.lock = threading.Lock()
         self.column: pa.ChunkedArray | None = None
 
+    def nbytes(self) -> int:
+        """Return what it takes: nothing before it is read."""
+        return 0 if self.column is None else self.column.nbytes
+
 
 class ParquetReader:
     """Reads images by (row group, row), each row group once if many threads read one after the other in order.
 
-    It keeps the groups that were asked for last; threads that wait for others keep these themselves.
+    It keeps the groups that were asked for last; threads that wait for others keep these themselves. Two are not enough for
+    small groups: a thread that begins late asks for one that others have passed long ago.
     """
 
     def __init__(self, settings: ParquetSource, require_unchanged: Callable[[Entry], None]) -> None:
         self._settings, self._require_unchanged = settings, require_unchanged
-        self._group, self._asking = lru_cache(KEPT_GROUPS)(lambda _: _Group()), threading.Lock()
+        self._groups, self._asking = dict[tuple[Folder, Entry], _Group](), threading.Lock()
         self._loading = threading.BoundedSemaphore(LOADED_AT_ONCE)
 
     def read(self, root: Folder, entries: Sequence[Entry]) -> list[bytes]:
         """Return the images' bytes, empty for a null; all entries are in one row group."""
         first = entries[0]._replace(name="", label=0, location=(entries[0].location[0], 0))
         with self._asking:
-            group = self._group((root, first))
+            group = self._groups[root, first] = self._groups.pop((root, first), _Group())
+            while len(self._groups) > 2 and (
+                len(self._groups) > KEPT_GROUPS or sum(map(_Group.nbytes, self._groups.values())) > KEPT_BYTES
+            ):
+                del self._groups[next(iter(self._groups))]
         with group.lock:
             if group.column is None:
                 with self._loading:
