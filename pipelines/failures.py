@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import ray
 
 from dis_scale.process.errors import BrokenDevice, DisScaleError, OutOfMemory, StorageAway
+from dis_scale.storage.retries import PASSING
 from dis_scale.training.devices import lacks_memory
 
 DEVICE = re.compile(
@@ -21,26 +22,28 @@ REJECTED = re.compile(
     r" is invalid)|_STATUS_INVALID_VALUE"
 )
 """Parts of the errors of a GPU that refuses what a program asks: every device would."""
-CONNECTION = re.compile(r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has timed out|Connection (closed|reset)")
-"""Parts of the errors of a process group that lost a member."""
+CONNECTION = re.compile(
+    r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has (timed out|failed to listen)|Connection (closed|reset)"
+)
+"""Parts of the errors of a process group that lost a member, or whose port another process has taken."""
 AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instruction")
 """Parts of the errors of a program or of a device: worth another attempt, but no reason to exclude a node."""
-NODE = re.compile("std::bad_alloc|can't start new thread|unable to mmap|Cannot allocate memory")
-"""Parts of the errors of a node that is short of memory or of processes."""
+NODE = re.compile("std::bad_alloc|can't start new thread|unable to mmap|Cannot allocate memory|Too many open files")
+"""Parts of the errors of a node that is short of memory, processes or files."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 """Errors of a node's own disk, in the cache of kernels or a temporary file. Storage raises its own class."""
-SHORT = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
-"""Errors of a node that is short of memory, processes or files."""
+SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EADDRINUSE, *PASSING)
+"""Errors of a node that is short of memory, processes, files or ports, and of a network whose file system has its programs."""
 Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
 CAUSES = get_args(Cause)
 """In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
 LOST = (
     ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.ActorUnschedulableError,
     ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.LocalRayletDiedError,
-    ray.exceptions.ObjectLostError,
+    ray.exceptions.ObjectLostError, ray.exceptions.RuntimeEnvSetupError, ray.exceptions.OutOfDiskError, ray.exceptions.RpcError,
 )  # fmt: skip
 """Errors of a worker whose process is gone: Ray killed it because its node ran low on memory, the node for which it was meant is
-gone, or that which held its answer."""
+gone, or that which held its answer; and of one that a node could not start, such as a new one that did not get the program."""
 ACCIDENTS = {"device", "lost", "storage", "connection"}
 """Causes after which a new attempt may succeed."""
 
@@ -96,7 +99,7 @@ def blame(error: Exception) -> Cause:
         return "storage"
     if isinstance(cause, BrokenDevice) or (isinstance(cause, OSError) and cause.errno in DISK):
         return "device"
-    if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in SHORT:
+    if isinstance(cause, MemoryError | ConnectionError | TimeoutError) or getattr(cause, "errno", None) in SHORT:
         return "lost"
     if not isinstance(cause, RuntimeError):
         return "mistake"

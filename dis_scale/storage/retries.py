@@ -27,7 +27,7 @@ SLOW_S = 30.0
 _FIRST_PAUSE_S = 0.2
 _MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 """Errors of botocore that no retry changes."""
-_PASSING = (
+PASSING = (
     errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH,
     errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETRESET, errno.ENOLINK, socket.EAI_AGAIN,
 )  # fmt: skip
@@ -89,7 +89,7 @@ def _may_pass(error: Exception) -> bool:
     if status is not None:
         return status >= 500 or status in (408, 409, 429)
     known = ("botocore", "aiohttp", "requests", "httpx", "urllib3", "azure.core", "http.client", "ssl")
-    return type(error).__module__.startswith(known) or getattr(error, "errno", None) in _PASSING
+    return type(error).__module__.startswith(known) or getattr(error, "errno", None) in PASSING
 
 
 def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
