@@ -9,12 +9,12 @@ from pathlib import Path
 from dis_scale.data.shards import Shard
 
 LOADS_AT_ONCE = 4
-CGROUPS = Path("/sys/fs/cgroup")
-_LIMITS = (
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-)
-"""Limit and use of a container's memory, and what the use consists of, versions 2 and 1."""
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_LIMITS = {
+    "": ("memory.max", "memory.current", "memory.stat"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
+}
+"""Limit and use of a control group's memory, and what the use consists of, versions 2 and 1: by its folder below `CGROUPS`."""
 
 
 class MemoryBuffer:
@@ -35,11 +35,12 @@ class MemoryBuffer:
                 self._loads[shard] = self._start(shard)
 
     def __getitem__(self, shard: int) -> Shard:
-        """Return a requested shard. If its load failed, load it again now that it is needed."""
-        future = self._loads[shard]
-        if future.done() and future.exception():
-            future = self._loads[shard] = self._start(shard)
-        return future.result()
+        """Return a requested shard. If its load fails, load it again now that it is needed."""
+        try:
+            return self._loads[shard].result()
+        except Exception:
+            self._loads[shard] = self._start(shard)
+        return self._loads[shard].result()
 
     def _start(self, shard: int) -> Future[Shard]:
         future: Future[Shard] = Future()
@@ -57,19 +58,30 @@ class MemoryBuffer:
         return future
 
 
-def free_memory_bytes(cgroups: Path = CGROUPS) -> int:
-    """Return the free memory of this machine or container; 0 if unknown (not Linux). What the kernel keeps of files is free."""
+def free_memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+    """Return the free memory of this machine, container or job; 0 if unknown (not Linux). What the kernel keeps of files is free.
+
+    A job of Slurm or systemd has a control group within others, and the least of their limits holds.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return 0
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    for names in _LIMITS:
-        try:
-            limit, used, stat = ((cgroups / name).read_text() for name in names)
-        except OSError:
-            continue
-        if limit.strip().isdigit():
-            files = sum(map(int, re.findall(r"^(?:active|inactive)_file (\d+)$", stat, re.MULTILINE)))
-            free.append(max(0, int(limit) - int(used) + files))
+    for kind, path in _own_groups(own):
+        for group in (path, *path.parents):
+            try:
+                limit, used, stat = ((cgroups / kind / group / name).read_text() for name in _LIMITS[kind])
+            except OSError:
+                continue
+            if limit.strip().isdigit():
+                files = sum(map(int, re.findall(r"^(?:active|inactive)_file (\d+)$", stat, re.MULTILINE)))
+                free.append(max(0, int(limit) - int(used) + files))
     return min(free, default=0)
+
+
+def _own_groups(own: Path) -> list[tuple[str, Path]]:
+    """Return this process's control groups: which of `_LIMITS`, and the path. A container that hides its path has the root's."""
+    lines = (line.split(":", 2) for line in own.read_text().splitlines())
+    found = [(kind, Path(path.lstrip("/"))) for _, kinds, path in lines for kind in _LIMITS if kind in kinds.split(",")]
+    return found + [(kind, Path()) for kind in _LIMITS]

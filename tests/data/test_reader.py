@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -232,6 +233,38 @@ def test_what_a_container_keeps_of_files_is_free(tmp_path: Path, below: str, lim
     (folder / f"memory.{used}").write_text("90000\n")
     (folder / "memory.stat").write_text("anon 20000\nfile 70000\ninactive_file 40000\nactive_file 20000\ntotal_active_file 9\n")
     assert free_memory_bytes(tmp_path) == 70_000
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is known on Linux only")
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_least_limit_of_the_groups_around_a_job_holds(tmp_path: Path, version: int) -> None:
+    """Slurm's and systemd's jobs have groups of their own, within others: half of a node's memory was taken in a job of 64 GiB."""
+    names = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    for path, limit in (("job_7/step_0", "max"), ("job_7", "9000"), ("", "80000")):
+        (folder := tmp_path / ("memory" if version == 1 else "") / path).mkdir(parents=True, exist_ok=True)
+        for name, text in zip((*(f"memory.{each}" for each in names), "memory.stat"), (limit, "2000", "file 1\n"), strict=True):
+            (folder / name).write_text(text)
+    lines = {1: "5:cpu,cpuacct:/other\n4:memory:/job_7/step_0\n", 2: "0::/job_7/step_0\n"}
+    (own := tmp_path / "cgroup").write_text(lines[version])
+    assert free_memory_bytes(tmp_path, own) == 7000
+
+
+def test_a_load_that_fails_while_it_is_waited_for_is_repeated() -> None:
+    """Only one that had failed before was: whether storage's hiccup ended an attempt was luck of timing."""
+    asked, loads = threading.Event(), list[int]()
+
+    def load(shard: int) -> Shard:
+        loads.append(shard)
+        if len(loads) == 1:
+            asked.wait(10)
+            raise StorageAway("503")
+        return cast(Shard, "loaded")
+
+    buffer = MemoryBuffer(load, keep_all=False)
+    buffer.request([3])
+    threading.Timer(0.2, asked.set).start()
+    assert cast(str, buffer[3]) == "loaded"
+    assert loads == [3, 3]
 
 
 def test_a_wrong_key_stops_with_object_and_cause(bucket: str, no_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:
