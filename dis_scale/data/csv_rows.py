@@ -5,7 +5,7 @@ import io
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dis_scale.data.images import SUFFIXES
 from dis_scale.data.listing import Entry, LeftOut, number_or_name
@@ -14,6 +14,7 @@ from dis_scale.process.errors import UserError, nearest, printable
 from dis_scale.process.progress import some
 from dis_scale.storage.folder import Folder
 
+EMPTY = "lines without a value"
 TAKEN_IN = "lines in a quoted value of the line before: if they are images, a quote is missing"
 LINE_CHARACTERS = 2**20
 """Most characters of a CSV's line: paths have up to 4,096, and a field of Python's csv up to 131,072."""
@@ -27,21 +28,18 @@ def entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[E
     try:
         with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(_lines(file, where), strict=True, skipinitialspace=True)
-            columns = rows.fieldnames or []
-            if twice := [name for name, count in Counter(columns).items() if count > 1]:
-                raise UserError(f"{where}: its header names {', '.join(map(repr, twice))} twice")
-            for key, column in (("path", path), ("label", label)):
-                if column is not None and column not in columns:
-                    has = some([*columns] or ["nothing"])
-                    near = nearest(column, columns) or ", and no comma" * (len(columns) == 1)
-                    raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
+            _require_columns(columns := rows.fieldnames or [], path, label, where)
             parts = PartColumns(set(columns) - {path, label})
             for row in rows:
                 at = f"{where}: line {rows.line_num}"
                 kind = 0 if label is None else number_or_name(row[label] or "")
+                if not any(row.values()):
+                    yield LeftOut(f"line {rows.line_num}", EMPTY)
+                    continue
                 if not row[path] or None in row or kind == "":
+                    absent = ", and this label is a word for none" if kind == "" and (row[label or path] or "").strip() else ""
                     raise UserError(
-                        f"{at}: expected a path and a label, in quotes if it has a comma, got {list(row.values())!s:.200}"
+                        f"{at}: expected a path and a label, in quotes if it has a comma{absent}, got {list(row.values())!s:.200}"
                     )
                 parts.add(row, rows.line_num)
                 taken_in = [line for value in filter(None, row.values()) for line in _LINE_END.split(value)[1:]]
@@ -52,12 +50,24 @@ def entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[E
             parts.require_one(where)
     except FileNotFoundError as error:
         raise UserError(f"data.source.url: no file {where}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        wide = isinstance(error, UnicodeDecodeError) and error.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
+    except csv.Error as error:
+        raise UserError(f"{where}: line {rows.reader.line_num} is no line of a CSV: {error}") from error
+    except UnicodeDecodeError as error:
+        wide = error.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
         raise UserError(
             f"{where}: not a CSV in UTF-8, as iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8 or a text editor writes it: "
             f"{error}"
         ) from error
+
+
+def _require_columns(columns: Sequence[str], path: str, label: str | None, where: str) -> None:
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise UserError(f"{where}: its header names {', '.join(map(repr, twice))} twice")
+    for key, column in (("path", path), ("label", label)):
+        if column is not None and column not in columns:
+            has = some([*columns] or ["nothing"])
+            near = nearest(column, columns) or ", and no comma" * (len(columns) == 1)
+            raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
 
 
 def _require_quotes(of_image: str, taken_in: list[str], at: str) -> None:

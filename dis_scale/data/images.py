@@ -16,7 +16,7 @@ from dis_scale.process.errors import UndecodableImage, printable
 from dis_scale.recipe.data import Crop
 
 T = TypeVar("T")
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Endings of the files that are taken for images."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
@@ -159,11 +159,13 @@ def _grey_of_tiff(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8 bits; 65535 is white. Pillow's `convert` would clip at 255, so nearly all would be white."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.max(initial=0) > 65535 or values.min(initial=0) < 0:
+    """Convert 16-bit grey to 8 bits; 65535 is white. Pillow's `convert` would clip at 255, so nearly all would be white.
+
+    Of PPM, Pillow gives 16 bits as 32, scaled to 65535. Other numbers of 32 bits have no range.
+    """
+    if not image.mode.startswith("I;16") and image.format != "PPM":
         raise ValueError(f"its pixels (mode {image.mode}) have no range that defines white: save it in 8 or 16 bits")
-    return Image.fromarray(_eight_bits(values, 65535))
+    return Image.fromarray(_eight_bits(np.asarray(image), 65535))
 
 
 def _eight_bits(values: np.ndarray, most: int) -> np.ndarray:

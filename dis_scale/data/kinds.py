@@ -7,6 +7,7 @@ import errno
 import io
 import itertools
 import posixpath
+import unicodedata
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
@@ -23,9 +24,12 @@ from dis_scale.data import csv_rows, images, layouts, parquet, tars
 from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
+from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import CsvSource, Data, DigitsSource, Files, FolderSource, LatentsSource, ParquetSource, TarSource
 from dis_scale.storage.folder import Folder, open_folder
 
+FOLDERS_AT_ONCE = 4096
+"""Images whose folders are listed at the same time."""
 UNLISTED = ("http://", "https://")
 """Beginnings of URLs whose folders cannot be listed: what is not there is found when it is read."""
 NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -264,20 +268,24 @@ class _Csv(_OneFileEach):
             )
 
     def _present(self, entries: Iterable[Entry | LeftOut]) -> Iterator[Entry | LeftOut]:
-        """Yield the entries; UserError at the end that counts all whose file is not there. Each folder is listed once."""
-        # Eight bytes a name, of which there may be millions.
-        hashes = cache(lambda folder: array("q", sorted(map(hash, folder.list()))))
-        missing = list[str]()
-        for entry in entries:
-            yield entry
-            if isinstance(entry, LeftOut):
-                continue
-            folder, name = _place(self._root, entry.name)
-            if not folder.url.startswith(UNLISTED) and not _is_in(hashes(folder), hash(name)):
-                missing.append(f"{printable(entry.name)} (line {entry.location[0]})")
+        """Yield the entries; UserError at the end that counts all whose file is not there.
+
+        Each folder is listed once, many at the same time: some sets have one for each image.
+        """
+        hashes, missing, like = dict[Folder, Sequence[int]](), list[str](), ""
+        for some_entries in batched(entries, FOLDERS_AT_ONCE):
+            named = [(entry, *_place(self._root, entry.name)) for entry in some_entries if isinstance(entry, Entry)]
+            named = [each for each in named if not each[1].url.startswith(UNLISTED)]
+            new = list(dict.fromkeys(folder for _, folder, _ in named if folder not in hashes))
+            hashes |= zip(new, in_order(new, _hashes), strict=True)
+            for entry, folder, name in named:
+                if not _is_in(hashes[folder], hash(name)):
+                    like = like or _like(folder, name)
+                    missing.append(f"{printable(entry.name)} (line {entry.location[0]})")
+            yield from some_entries
         if missing:
             raise UserError(
-                f"{self.where}: {len(missing):,} of its images are not there: {some(missing)}; correct the CSV, or "
+                f"{self.where}: {len(missing):,} of its images are not there: {some(missing)}{like}; correct the CSV, or "
                 "--set data.undecodable=skip to leave them out"
             )
 
@@ -408,6 +416,21 @@ def gone(what: str) -> StorageError:
         f"{printable(what)} is gone: it was there when the source was listed; "
         "restore it, or change data.source.version and the sweep's name, and the source is listed again"
     )
+
+
+def _hashes(folder: Folder) -> Sequence[int]:
+    """Return the hashes of the names of a folder's files, in order: eight bytes a name, of which there may be millions."""
+    return array("q", sorted(map(hash, folder.files())))
+
+
+def _like(folder: Folder, name: str) -> str:
+    """Return words on a file that is called as `name` but for case, blanks around it or the form of its Unicode; '' if none is."""
+
+    def folded(name: str) -> str:
+        return unicodedata.normalize("NFC", name).casefold().strip()
+
+    found = next((each for each in folder.files() if folded(each) == folded(name)), None)
+    return f"; {name!a} is not there, but {found!a} is" if found else ""
 
 
 def _is_in(ordered: Sequence[int], number: int) -> bool:

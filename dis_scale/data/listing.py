@@ -302,8 +302,8 @@ class _Labels:
                 raise UserError(
                     f"{self._where}: image {printable(entry.name)} has no label: it is empty, or a word for that such as NA or None"
                 )
-            # 10.0 would be sorted before 2.0; pandas writes so where a label is missing
-            if re.fullmatch(r"[+-]?\d+\.\d*", label):
+            # 10.0 would be sorted before 2.0; pandas writes so where a label is missing. Many sets have -1 for none
+            if re.fullmatch(r"[+-]?\d+\.\d*|[+-]\d+", label):
                 raise UserError(
                     f"{self._where}: image {printable(entry.name)}: label {label!r}: write whole numbers from 0, or names"
                 )

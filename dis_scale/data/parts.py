@@ -15,6 +15,9 @@ SPLITS = (
     | dict.fromkeys(("unlabeled", "unlabelled"), "unlabelled")
 )
 """Words in the names of files and folders that hold one part of a set, and the part."""
+IMAGES = ("image", "images", "img", "imgs", "jpegimages")
+MASKS = ("mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentationclass", "groundtruth", "gt")
+"""Names of folders beside each other of which one has images and the other pictures of their classes by pixel."""
 PART_COLUMNS = ("split", "partition")
 """Names of a CSV's column whose words are parts of a set, whatever they are: CelebA's are 0, 1 and 2."""
 MOST_PARTS = 20
@@ -102,18 +105,19 @@ def parts_of(names: Iterable[str]) -> set[str]:
 
 
 def of_one_set(entries: Iterable[Entry | LeftOut], where: str) -> Iterator[Entry | LeftOut]:
-    """Yield the entries; UserError if two folders around images, at any depth, are parts of a set.
+    """Yield the entries; UserError if two folders around images, at any depth, are parts of a set, or if one has the other's masks.
 
     They are in one folder, and their names differ in the word for the part and in numbers only: `seg_train` and `seg_test`,
     `train2017` and `val2017`. A tar has its own folders.
     """
-    seen, first_of = {""}, dict[tuple[str, ...], str]()
+    seen, first_of, pictures = {""}, dict[tuple[str, ...], str](), dict[tuple[str, bool], str]()
     for entry in entries:
         folder = entry.name.removeprefix(f"{entry.file}/").rpartition("/")[0] if isinstance(entry, Entry) else ""
         if folder not in seen:  # a CSV may name them in any order
             seen.add(folder)
             for path in accumulate(folder.split("/"), "{}/{}".format):
                 _require_same_part(first_of, path, where)
+                _require_no_masks(pictures, path, where)
         yield entry
 
 
@@ -155,6 +159,19 @@ def _require_same_part(first_of: dict[tuple[str, ...], str], path: str, where: s
             f"data.source.url: {printable(first)} and {printable(path)} in {where} are parts of a set: give the folder of one of "
             "them, or write the tars or the CSV with one; to use all, rename the folders"
         )
+
+
+def _require_no_masks(pictures: dict[tuple[str, bool], str], path: str, where: str) -> None:
+    """UserError if the folder is called as if it had the images of which one beside it has the masks, or these."""
+    around, _, name = path.rpartition("/")
+    if (word := name.lower()) in (*IMAGES, *MASKS):
+        pictures[around, word in IMAGES] = path
+        if other := pictures.get((around, word in MASKS)):
+            first, second = sorted([path, other])
+            raise UserError(
+                f"data.source.url: {printable(first)} and {printable(second)} in {where} are called as images and their masks: "
+                "give the folder of the images, or rename the folders to use both"
+            )
 
 
 def _words(name: str) -> list[str]:

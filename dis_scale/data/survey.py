@@ -115,6 +115,8 @@ def describe(found: Survey) -> list[str]:
     ]
     if empty:
         lines.append(f"empty    class folders without an image that can be decoded, labels all the same: delete {some(empty)}")
+    if all(name.isdecimal() for name in found.classes) and sorted(found.classes, key=int) != [*found.classes]:
+        lines.append("order    class folders with numbers get labels in the order of their texts, 10 before 2, as in ImageFolder")
     lines += [f"unused   {found.beside:,} images beside the class folders"] if found.beside else []
     classes_below = f"{found.nested} has folders of images: for these as classes, give {found.url}/{found.nested}"
     lines += [f"nested   {classes_below}"] if found.nested else []

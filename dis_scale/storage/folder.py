@@ -21,7 +21,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -164,14 +164,21 @@ class Folder:
 
     def folders(self, path: str = "") -> list[str]:
         """Return the sorted names of the folders directly below `path`, links to folders included; none if it does not exist."""
+        return sorted({name for name, is_folder in self._children(path) if is_folder} - {""})
+
+    def files(self) -> Iterator[str]:
+        """Yield the names of the files directly in the folder, also of links to files and to nowhere; none if it is not there."""
+        return (name for name, is_folder in self._children("") if not is_folder)
+
+    def _children(self, path: str) -> Iterable[tuple[str, bool]]:
         if self.local:
             try:
-                return sorted(name for name, identity, _ in self._scan(path) if identity)
+                return [(name, identity is not None) for name, identity, _ in self._scan(path)]
             except FileNotFoundError:
                 return []
         if self.url.startswith("s3://"):
-            return sorted({_base(key) for key, is_folder in self._below(path) if is_folder} - {""})
-        return sorted(_base(e["name"]) for e in self._entries(path, detail=True) if e["type"] == "directory")
+            return ((_base(key), is_folder) for key, is_folder in self._below(path))
+        return ((_base(e["name"]), e["type"] == "directory") for e in self._entries(path, detail=True))
 
     def list(self, path: str = "", *, incomplete: bool = False) -> list[str]:
         """Return the sorted names directly below `path`, none if it does not exist; of `incomplete` files only if wanted."""

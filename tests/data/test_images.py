@@ -29,7 +29,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert square(Image.new(mode, (40, 24)), 16).shape == (16, 16, 3)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(kind: str) -> None:
     values = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
     grey = decode(saved(Image.fromarray(values), kind), "x", 16)
@@ -148,8 +148,9 @@ def bomb() -> bytes:
         (saved(noise(64, 64), "JPEG")[:1500], "truncated"),
         (bomb(), "exceeds limit of .* pixels, could be decompression bomb"),
         (saved(Image.fromarray(np.eye(8, dtype=np.float32)), "TIFF"), r"mode F\) have no range that defines white"),
+        (saved(Image.fromarray(np.full((8, 8), 255, np.int32)), "TIFF"), r"mode I\) have no range that defines white"),
     ],
-    ids=["empty", "words", "broken", "cut PNG", "cut JPEG", "bomb", "floats"],
+    ids=["empty", "words", "broken", "cut PNG", "cut JPEG", "bomb", "floats", "32 bits"],
 )
 def test_an_undecodable_image_is_named_with_the_reason(data: bytes, why: str) -> None:
     words = rf"image a/b.png cannot be decoded: .*({why}).*; repair or remove it, or --set data.undecodable=skip"

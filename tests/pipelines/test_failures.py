@@ -49,7 +49,7 @@ PEER_LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] C
         (RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"), False),
         (OSError(errno.ENOSPC, "No space left on device", "/cache/triton/x"), True),
         (OSError(errno.EMFILE, "Too many open files"), True),
-        (OSError(errno.ESTALE, "Stale file handle", "/home/x/module.py"), True),
+        (OSError(errno.ESTALE, "Stale file handle", "/nfs/module.py"), True),
         (OSError(errno.EADDRINUSE, "Address already in use"), True),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), True),
         (TimeoutError("timed out"), True),
