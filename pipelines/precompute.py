@@ -65,7 +65,7 @@ class Encoder(Worker):
         """Write the shards that `deal` names. UserError if this worker would encode differently from `encoding`."""
         from dis_scale.data.encode import Setup, compute_exactly, put_shards, require_same_hardware
 
-        compute_exactly(tf32=self.sweep.recipe.precompute.precision == "tf32")
+        compute_exactly(rounded=self.sweep.recipe.precompute.precision == "tf32")
         if (ours := self.encoding()) != encoding:
             raise UserError(f"{latents}: this worker encodes with {ours}, the first one with {encoding}: use equal nodes")
         recipe, vae = self.sweep.recipe, self._loaded()

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_file, require_there, say, show, working
+from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_file, require_there, say, say_aside, show, working
 from dis_scale.process.errors import Held, UserError, nearest
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def measure(
 
     with Board(console(stderr=True)) as board:
         found = outside.measured(
-            samples, reference, load, lambda done, total: board.update("measure", done, total, "images")
+            samples, reference, load, lambda done, total: board.update("measure", done, total, "images"), say_aside
         ).values
     names = [name for name in found if not name.endswith("_error")]
     lines = (f"{name:16} {tables.with_error(found[name], found.get(f'{name}_error'), '.5g')}" for name in names)

@@ -69,7 +69,6 @@ def sample(
     import numpy as np
     import torch
 
-    from dis_scale.data.encode import allow_tf32
     from dis_scale.evaluation import adm
     from dis_scale.evaluation.sampling import grid
     from dis_scale.process.progress import Board
@@ -93,7 +92,6 @@ def sample(
     if guide and sampling.scale == 1:
         raise UserError("--guide: at guidance 1 nothing guides: set --guidance, such as 2")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    allow_tf32(allowed=False)  # as in an evaluation: convolutions would round on a GPU
     by = opened.guide_at if sampling.scale != 1 else None
     aside(f"sampling {opened.located}: {sampling}{f' by {by}' if by else ''}, fp32 on {machine_name(device)}")
     with Board(console(stderr=as_json)) as board:

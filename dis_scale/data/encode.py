@@ -5,6 +5,7 @@ Threads, because Pillow and PyTorch release Python's lock and images need no cop
 processes, Ray tasks and Ray Data. Read next: shards.py, making.py, pipelines/precompute.py.
 """
 
+import contextlib
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,15 +63,22 @@ class _DecodedRange(NamedTuple):
     images: list[np.ndarray | UndecodableImage]
 
 
-def compute_exactly(*, tf32: bool = False) -> None:
+def compute_exactly(*, rounded: bool = False) -> None:
     """Set PyTorch to one thread, and to no TF32 unless a recipe asks for it, so that every worker computes the same sums."""
     torch.set_num_threads(1)
-    allow_tf32(allowed=tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounded
 
 
-def allow_tf32(*, allowed: bool) -> None:
-    """Set whether a GPU rounds the inputs of products to TF32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+@contextlib.contextmanager
+def tf32(*, allowed: bool) -> Iterator[None]:
+    """Let a GPU round the inputs of products to TF32 in the block, or not: PyTorch's default rounds those of convolutions."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def encoding_of(vae: Vae, data: Data, device: str) -> Encoding:

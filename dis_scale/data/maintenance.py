@@ -236,7 +236,7 @@ def _prepare_rebuild(sweep: Sweep, latents: Folder, manifest: LatentsManifest, l
     theirs, here = Hardware.find(latents), hardware(encoding.device)
     if theirs and theirs.hardware != here:
         raise UserError(f"{latents}: encoded on {theirs.hardware!r}, this is {here!r}: a rebuilt shard would have other bytes")
-    compute_exactly(tf32=sweep.recipe.precompute.precision == "tf32")
+    compute_exactly(rounded=sweep.recipe.precompute.precision == "tf32")
     setup.vae.net.to(encoding.device)
     return setup
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dis_scale.data.encode import tf32
 from dis_scale.evaluation import inception
 from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.process.errors import UserError
@@ -50,11 +51,12 @@ class Extractor:
     device: torch.device
 
     @torch.no_grad()
+    @tf32(allowed=False)
     def __call__(self, pixels_BHWC: np.ndarray) -> Features:
         images = torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2)))
         outputs = [self.net(part.to(self.device)) for part in images.split(BATCH_IMAGES)]
         features = [torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True)]
-        if bad := len(images) - int(np.isfinite(features[0]).all(axis=1).sum()):
+        if bad := len(images) - int(np.all([np.isfinite(each).all(axis=1) for each in features], axis=0).sum()):
             raise UserError(f"{self.name}: its features of {bad} of {len(images)} images are not finite: is it in float16?")
         return Features(self.identity, *features)
 
@@ -81,12 +83,13 @@ def _load_net(settings: ExtractorSettings, sweep: Sweep, device: torch.device) -
     if isinstance(settings, InceptionExtractor):
         return inception.load(settings.weights).to(device)
     if isinstance(settings, ExportedExtractor):
-        return _load_exported(settings, device)
+        return _load_exported(settings, device, sweep.recipe.data.resolution)
     classifier = load_classifier(sweep, settings.name).to(device)
     return lambda x_BCHW: (classifier.features(x_BCHW.float().div(127.5).sub(1)),)
 
 
-def _load_exported(settings: ExportedExtractor, device: torch.device) -> Net:
+def _load_exported(settings: ExportedExtractor, device: torch.device, resolution: int) -> Net:
+    """Load a program; UserError if it does not take one image as well as two: the last batch of a block may be of any number."""
     programs = Programs({"features": read_extractor(settings)}, settings.path).to(device)
 
     def run(x_BCHW: Tensor) -> tuple[Tensor]:
@@ -100,6 +103,8 @@ def _load_exported(settings: ExportedExtractor, device: torch.device) -> Net:
             )
         return (features,)
 
+    for images in (2, 1):
+        run(torch.zeros((images, 3, resolution, resolution), dtype=torch.uint8, device=device))
     return run
 
 

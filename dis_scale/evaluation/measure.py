@@ -35,14 +35,14 @@ def measure_blocks(blocks: Iterable[SampleBlock], references: Mapping[str, Refer
     finite.
     """
     passes = {e.name: _Pass(e.name, references[e.name], settings) for e in settings.extractors}
-    right: list[np.ndarray] = []
+    right, held = list[np.ndarray](), 0
     for number, block in enumerate(blocks):
         right.append(block.right)
-        if sum(map(len, right)) > settings.samples:
+        if (held := held + len(block.right)) > settings.samples:
             break
         for name, one_pass in passes.items():
             one_pass.add(_features(block, number, name, references[name]))
-    if (held := sum(map(len, right))) != settings.samples:  # a metric's name states the number
+    if held != settings.samples:  # a metric's name states the number
         raise StorageError(f"the blocks hold {held:,} samples, the recipe's evaluate.samples expects {settings.samples:,}")
     measured = Measured({}, {})
     for name, one_pass in passes.items():
@@ -102,10 +102,10 @@ class _Pass:
 
     def estimates(self) -> Iterator[tuple[str, Estimate]]:
         """Yield each metric's stem (`fid`, `kid`) and estimate."""
-        frechet, requested = Frechet(self._reference.pooled), self._requested
+        frechet, spatial = self._reference.frechet, self._reference.spatial_frechet
         yield "fid", self._sums.distance(frechet)
-        if "sfid" in requested and self._reference.spatial is not None:
-            yield "sfid", self._spatial.distance(Frechet(self._reference.spatial))
+        if "sfid" in self._requested and spatial:
+            yield "sfid", self._spatial.distance(spatial)
         for metric, one_score in self._scores.items():
             yield "is" if metric == "inception_score" else "is_adm", Estimate(*one_score.result())
         if self._kept:

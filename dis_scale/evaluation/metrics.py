@@ -52,7 +52,7 @@ class Sums:
 
     def plus(self, features_ND: np.ndarray, weights_N: np.ndarray | None = None) -> "Sums":
         """Return the sums with more features, weighted if given; DisScaleError names the first sample that is not finite."""
-        require_finite(features_ND, int(self.count))
+        require_finite(features_ND, int(self.count) + np.arange(len(features_ND)))
         features_ND = features_ND.astype(np.float64)
         weighted_ND = features_ND if weights_N is None else features_ND * weights_N[:, None]
         count = len(features_ND) if weights_N is None else float(weights_N.sum())
@@ -120,8 +120,8 @@ class Groups:
 
     def add(self, features_ND: np.ndarray, numbers_N: np.ndarray | None = None, weights_N: np.ndarray | None = None) -> None:
         """Add samples of these numbers, by default the next ones; DisScaleError names the first that is not finite."""
-        require_finite(features_ND, self._seen)
         numbers_N = self._seen + np.arange(len(features_ND)) if numbers_N is None else numbers_N
+        require_finite(features_ND, numbers_N)
         group = numbers_N * FOLDS // self.samples
         for g in np.unique(group):
             weights = None if weights_N is None else weights_N[group == g]
@@ -156,11 +156,11 @@ def jackknife_error(left_out: np.ndarray) -> float:
     return float(np.sqrt((FOLDS - 1) / FOLDS * ((left_out - left_out.mean()) ** 2).sum()))
 
 
-def require_finite(features_ND: np.ndarray, first: int) -> None:
-    """DisScaleError names the first sample that is not finite, counted from `first`."""
+def require_finite(features_ND: np.ndarray, numbers_N: np.ndarray) -> None:
+    """DisScaleError names the first sample, of these numbers, that is not finite."""
     bad = np.flatnonzero(~np.isfinite(features_ND).all(1))
     if len(bad):
-        raise DisScaleError(f"features of sample {first + bad[0]} are not finite: the images or the extractor are damaged")
+        raise DisScaleError(f"features of sample {numbers_N[bad[0]]} are not finite: the images or the extractor are damaged")
 
 
 def require_samples(

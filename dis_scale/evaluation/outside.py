@@ -17,6 +17,7 @@ from dis_scale.data.sources import open_source
 from dis_scale.evaluation import measure, parts
 from dis_scale.evaluation.adm import IMAGES, open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
+from dis_scale.evaluation.inception import CLASSES
 from dis_scale.evaluation.metrics import require_samples
 from dis_scale.evaluation.reference import Reference, read_adm
 from dis_scale.evaluation.sampling import SampleBlock
@@ -93,11 +94,13 @@ def opened(where: str) -> Iterator[Pictures]:
     yield Pictures(where, len(source), first.shape[0], batches)
 
 
-def measured(samples: str, reference: str, load: Callable[[], Extractor], report: ReportShare) -> measure.Measured:
+def measured(
+    samples: str, reference: str, load: Callable[[], Extractor], report: ReportShare, say: Callable[[str], None]
+) -> measure.Measured:
     """Return all of `METRICS` and both Inception Scores by name, with errors; `report` gets the samples that are measured.
 
-    The extractor is loaded once both are opened. Keeps all features, 20 KB a sample: the jackknife's groups are of a mixed order,
-    since samples are often sorted by class.
+    The extractor is loaded once both are opened. Keeps the features of distances, 16 KB a sample: the jackknife's groups are of a
+    mixed order, since samples are often sorted by class. `say` gets what differs from ADM's evaluator.
     """
     with opened(samples) as pictures, _opened_reference(reference, pictures.side) as real_pictures:
         count, extractor = pictures.count, load()
@@ -107,29 +110,38 @@ def measured(samples: str, reference: str, load: Callable[[], Extractor], report
         require_samples(count, len(real.pooled.mean), "pictures", f"{NAME}: {samples}: ", "", UserError)
         known = {"sfid": real.spatial is not None, "precision_recall": real.kept is not None}
         metrics = tuple(metric for metric in METRICS if known.get(metric, True))
-        parts_of_all, done = list[Features](), 0
-        for batch in pictures.batches():
-            parts_of_all.append(extractor(batch))
-            done += len(batch)
-            report(done, count)
-    every = [np.concatenate(arrays) for arrays in zip(*map(_arrays, parts_of_all), strict=True)]
+        if real.kept is not None and real_pictures and real_pictures.count > len(real.kept):
+            say(f"precision and recall: against {len(real.kept):,} of {real_pictures.count:,} pictures, where ADM's takes all")
+        mixed, scores = _features(pictures, extractor, report)
     settings = SETTINGS.model_copy(update={"samples": count, "metrics": metrics})
-    mixed = Features(extractor.identity, *(array[permutation(count)] for array in every))
     block = SampleBlock({extractor.name: mixed}, np.full(count, -1), np.zeros((0, 1, 1, 3), np.uint8))
     found = measure.measure_blocks([block], {extractor.name: real}, settings)
-    for name, splits in SCORES.items():
-        score, full_name = Score(splits(count), every[-1].shape[1]), settings.metric_name(name, extractor.name)
-        score.add(every[-1])
+    for name, score in scores.items():
+        full_name = settings.metric_name(name, extractor.name)
         found.values[full_name], error = score.result()
         if error is not None:
             found.values[f"{full_name}_error"] = error
     return found
 
 
-def _arrays(features: Features) -> tuple[np.ndarray, ...]:
-    assert features.spatial is not None
-    assert features.logits is not None
-    return features.pooled, features.spatial, features.logits
+def _features(pictures: Pictures, extractor: Extractor, report: ReportShare) -> tuple[Features, dict[str, Score]]:
+    """Return the features for distances, in a mixed order, and the scores, in the pictures' own."""
+    count, done = pictures.count, 0
+    place = np.argsort(permutation(count))
+    scores = {name: Score(splits(count), CLASSES) for name, splits in SCORES.items()}
+    pooled = spatial = np.empty((0, 0), np.float32)
+    for batch in pictures.batches():
+        features, rows = extractor(batch), place[done : done + len(batch)]
+        assert features.spatial is not None
+        assert features.logits is not None
+        if not done:
+            pooled, spatial = (np.empty((count, each.shape[1]), np.float32) for each in (features.pooled, features.spatial))
+        pooled[rows], spatial[rows] = features.pooled, features.spatial
+        for score in scores.values():
+            score.add(features.logits)
+        done += len(batch)
+        report(done, count)
+    return Features(extractor.identity, pooled, spatial), scores
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ KID, precision and recall. Read next: parts.py for how they are computed, adm.py
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from dis_scale.evaluation import npz, parts
 from dis_scale.evaluation.adm import IMAGES, open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor
 from dis_scale.evaluation.inception import FEATURES, SPATIAL
-from dis_scale.evaluation.metrics import MeanCovariance, require_infinity, require_samples
+from dis_scale.evaluation.metrics import Frechet, MeanCovariance, require_infinity, require_samples
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.progress import ReportDone
 from dis_scale.recipe import Recipe
@@ -43,6 +44,16 @@ class Reference:
             for end, each in ends.items()
             for name, value in (("mu", each.mean), ("sigma", each.covariance), ("count", each.count))
         }
+
+    @cached_property
+    def frechet(self) -> Frechet:
+        """The distance to the images, made once for all checkpoints: its root takes seconds."""
+        return Frechet(self.pooled)
+
+    @cached_property
+    def spatial_frechet(self) -> Frechet | None:
+        """The same of spatial features; None without these."""
+        return Frechet(self.spatial) if self.spatial else None
 
     @classmethod
     def of(cls, identity: str, statistics: parts.Statistics) -> "Reference":
@@ -92,7 +103,7 @@ def read_adm(url: str, resolution: int, extractor: Extractor, report: ReportDone
         count, side = adm.square_images() or (0, resolution)
         if side != resolution:
             raise UserError(
-                f"{url}: {IMAGES} holds images of {side} x {side} pixels, the recipe's data.resolution expects {resolution}"
+                f"{url}: {IMAGES} holds images of {side} x {side} pixels, and those that it is for have {resolution} x {resolution}"
             )
         if pooled is None:
             raise StorageError(f"{url}: no mu and sigma, which every distance needs: is it an ADM reference?")

@@ -14,6 +14,7 @@ import numpy as np
 from dis_scale.process.errors import StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Evaluate
+from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, Sampled, Sweep, state
 from dis_scale.sweep.documents import FloorMetrics, Metrics, PublishedManifest, RunCost, Skipped
@@ -132,10 +133,15 @@ class Evaluation:
         return True
 
     def _held_out(self, sampled: Sampled) -> dict[str, float]:
-        """The held-out loss; empty for a variant, since it is measured once per checkpoint, under the main settings."""
+        """The held-out loss; empty for a variant, since it is measured once per checkpoint, under the main settings.
+
+        A checkpoint that is measured again, for another metric, has it: its weights are not loaded for it.
+        """
         if sampled.variant or not self.sweep.recipe.data.held_out_images:
             return {}
-        return self.evaluators.held_out(sampled)
+        before = Metrics.find_intact(self.sweep.evaluation(sampled))
+        kept = {name: value for name, value in before.values.items() if name.startswith(HELD_OUT)} if before else {}
+        return kept or self.evaluators.held_out(sampled)
 
     def _cost_of_training(self, sampled: Sampled) -> RunCost:
         """Cost of the run up to this checkpoint; empty at its beginning."""

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dis_scale import diffusion, models
-from dis_scale.data.encode import allow_tf32
+from dis_scale.data.encode import tf32
 from dis_scale.data.sources import Source
 from dis_scale.diffusion.generate import Generator, batch_sizes, generate
 from dis_scale.diffusion.guidance import forward_images
@@ -141,13 +141,11 @@ class BlockSampler:
     def _pixels(self, model: Generator, settings: Evaluate, numbers: range, guide: Generator | None) -> np.ndarray:
         """Return the images of a micro-batch, uint8 (B, H, W, 3)."""
         labels = None if model.num_classes is None else self.labels[numbers.start : numbers.stop].tolist()
-        with self._timed("sampling"), torch.no_grad():
-            allow_tf32(allowed=settings.precision == "tf32")
+        with self._timed("sampling"), torch.no_grad(), tf32(allowed=settings.precision == "tf32"):
             latents = generate(
                 model, diffusion.build(self.recipe.diffusion, model.shape), labels, numbers, settings,
                 seed=self.recipe.seed, device=self.device, guide=guide,
             )  # fmt: skip
-            allow_tf32(allowed=False)
             require_finite(latents, numbers)
         with self._timed("decoding"):
             return self.vae.decode(latents)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dis_scale import diffusion, vae
+from dis_scale.data.encode import tf32
 from dis_scale.diffusion.generate import batch_sizes, generate
 from dis_scale.diffusion.guidance import forward_images
 from dis_scale.diffusion.samplers import Progress
@@ -274,6 +275,7 @@ def sample_pictures(
         stepped = partial(_stepped, progress, done, -(-count // batch)) if progress else None
         numbers = range(first, min(first + batch, count))
         part = None if isinstance(labels, int) else labels[numbers.start : numbers.stop]
-        with torch.no_grad():
+        with torch.no_grad(), tf32(allowed=False):  # as in an evaluation
             latents = generate(drawn, process, part, numbers, sampling, seed=seed, device=device, guide=guides, progress=stepped)
-        yield opened.decoder.decode(latents)
+            pictures = opened.decoder.decode(latents)
+        yield pictures

@@ -12,7 +12,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from dis_scale.evaluation import outside
+from dis_scale.evaluation import outside, parts
 from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.inception import CLASSES
 from dis_scale.process.errors import UserError
@@ -66,8 +66,42 @@ def test_features_that_are_not_finite_are_refused() -> None:
         some(np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 255, 60)]))
 
 
+def test_logits_that_are_not_finite_are_refused() -> None:
+    """They gave an Inception Score of nan."""
+    some = Extractor(
+        "inception", "fixed", lambda x: (torch.ones(len(x), 8), torch.full((len(x), 8), torch.inf)), torch.device("cpu")
+    )
+    with pytest.raises(UserError, match="inception: its features of 2 of 2 images are not finite"):
+        some(np.zeros((2, 8, 8, 3), np.uint8))
+
+
+def test_features_are_not_rounded_to_tf32_whoever_asks() -> None:
+    """PyTorch's default rounds convolutions on a GPU: `measure` had other distances there than a sweep."""
+    seen = list[bool]()
+
+    def net(x: torch.Tensor) -> tuple[torch.Tensor]:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return (x.float().flatten(1),)
+
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        Extractor("some", "fixed", net, torch.device("cpu"))(np.zeros((2, 8, 8, 3), np.uint8))
+        assert (seen, torch.backends.cudnn.allow_tf32) == ([False], True)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_part_of_a_large_reference_is_named(
+    pictures: Path, extractor: Extractor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parts, "KEPT", 60)
+    measured(pictures / "samples.npz", pictures / "real.npz", extractor)
+    assert "precision and recall: against 60 of 80 pictures, where ADM's takes all" in capsys.readouterr().out
+
+
 def measured(samples: Path, reference: Path, extractor: Extractor) -> dict[str, float]:
-    return outside.measured(str(samples), str(reference), lambda: extractor, lambda *_: None).values
+    return outside.measured(str(samples), str(reference), lambda: extractor, lambda *_: None, print).values
 
 
 def test_an_npz_has_the_metrics_of_torch_fidelity(pictures: Path, extractor: Extractor) -> None:

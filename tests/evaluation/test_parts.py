@@ -215,14 +215,13 @@ class InADict(torch.nn.Module):
     ("net", "got"), [(InADict(), "in a dict"), (Pixels(first=31, step=1), None), (torch.nn.Identity(), "of shape")]
 )
 def test_an_extractor_that_returns_no_features_is_named(net: torch.nn.Module, got: str | None, tmp_path: Path) -> None:
-    recipe = with_exported(a=export(tmp_path / "a.pt2", net))
-    extractor = load_extractors(Sweep.below(open_folder(tmp_path), recipe), torch.device("cpu"))[0]
-    blank = np.zeros((3, 32, 32, 3), np.uint8)
+    """Before it is needed: with two images, and with one, as the last batch of a block may be."""
+    sweep = Sweep.below(open_folder(tmp_path), with_exported(a=export(tmp_path / "a.pt2", net)))
     if got is None:
-        assert extractor(blank).pooled.shape == (3, 2)
+        assert load_extractors(sweep, torch.device("cpu"))[0](np.zeros((3, 32, 32, 3), np.uint8)).pooled.shape == (3, 2)
         return
-    with pytest.raises(UserError, match=rf"a.pt2: features {got} .*for 3 images, expected \(3, d\) as its first output"):
-        extractor(blank)
+    with pytest.raises(UserError, match=rf"a.pt2: features {got} .*for 2 images, expected \(2, d\) as its first output"):
+        load_extractors(sweep, torch.device("cpu"))
 
 
 def test_an_undecodable_image_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,8 @@ def test_the_program_for_dinov2_resizes_without_rounding(tmp_path: Path, sweep: 
     exec(written, namespace)
     program = namespace["Dino"](nn.Sequential(nn.AvgPool2d(7), nn.Flatten()))  # type: ignore[operator]
     images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    data = sweep.recipe.data.model_copy(update={"resolution": size})
+    sweep = replace(sweep, recipe=sweep.recipe.model_copy(update={"data": data}))
     found = load_extractor(dino(export(tmp_path / "dino.pt2", program, size)), sweep, CPU)(images).pooled
     bands = np.moveaxis(images, -1, 1).reshape(-1, size, size).astype(np.float32)
     resized = np.stack([np.asarray(Image.fromarray(band).resize((224, 224), Image.Resampling.BICUBIC)) for band in bands])
@@ -138,9 +140,11 @@ def test_programs_that_do_not_fit_are_refused(tmp_path: Path, sweep: Sweep, sour
     (tmp_path / "text.pt2").write_text("no archive")
     with pytest.raises(UserError, match=r"text.pt2: features is not a program of torch.export"):
         load_extractor(dino(tmp_path / "text.pt2"), sweep, CPU)
-    maps = load_extractor(dino(export(tmp_path / "maps.pt2", nn.ReLU())), sweep, CPU)
     with pytest.raises(UserError, match=r"features of shape \(2, 3, 32, 32\) for 2 images, expected \(2, d\)"):
-        maps(pixels(source)[:2])
+        load_extractor(dino(export(tmp_path / "maps.pt2", nn.ReLU())), sweep, CPU)
+    torch.export.save(torch.export.export(Pixels(), (torch.zeros(2, 3, 32, 32, dtype=torch.uint8),)), tmp_path / "two.pt2")
+    with pytest.raises(UserError, match=r"features refuses an input of shape \(1, 3, 32, 32\)"):
+        load_extractor(dino(tmp_path / "two.pt2"), sweep, CPU)
 
 
 def test_statistics_of_other_inputs_are_refused_by_name(recipe: Recipe, sweep: Sweep, source: Source) -> None:
@@ -252,7 +256,7 @@ def test_a_metric_without_its_statistics_is_refused(
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("arr_0", np.zeros((5, 64, 64, 3), np.uint8), "images of 64 x 64 pixels, the recipe's data.resolution expects 32"),
+        ("arr_0", np.zeros((5, 64, 64, 3), np.uint8), "images of 64 x 64 pixels, and those that it is for have 32"),
         ("arr_0", np.zeros((5, 32, 32, 3), np.float32), r"arr_0 holds float32 of shape \(5, 32, 32, 3\), expected uint8"),
         ("mu", np.zeros(64), r"mu \(64,\) and sigma \(2048, 2048\) are of other features: expected \(2048,\)"),
         ("mu_s", np.zeros(2048), r"mu_s \(2048,\) and sigma_s \(2023, 2023\) are of other features: expected \(2023,\)"),

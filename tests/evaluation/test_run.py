@@ -1,6 +1,7 @@
 """What an evaluation cost: seconds of all evaluators by part, machines that sampled. Which blocks are made again."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from dis_scale.evaluation.run import Evaluation, Spent, block_name, cost_of_samples
 from dis_scale.process.errors import StorageError
 from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sampled
 from tests.support.documents import put_metrics
 
 
@@ -28,6 +30,24 @@ def test_kept_blocks_keep_the_cost_of_the_evaluation_that_sampled_them(tmp_path:
     assert cost_of_samples(nothing, folder) == ((), {})
     put_metrics(folder, seconds={"sampling": 6.0}, sampled_on=("an H200",))
     assert cost_of_samples(nothing, folder) == (("an H200",), {"sampling": 6.0})
+
+
+def test_what_is_measured_again_keeps_its_held_out_loss(tmp_path: Path) -> None:
+    """Else its weights would be loaded for it, and a GPU waited for, to add a metric of features that are all there."""
+    folder, asked = open_folder(tmp_path), list[Sampled]()
+    data = SimpleNamespace(held_out_images=5)
+    sweep = SimpleNamespace(recipe=SimpleNamespace(data=data), evaluation=lambda _: folder)
+
+    def held_out(sampled: Sampled) -> dict[str, float]:
+        asked.append(sampled)
+        return {"held_out_loss": 2.0}
+
+    nothing = cast(Any, None)
+    evaluation = Evaluation(cast(Any, sweep), cast(Any, SimpleNamespace(held_out=held_out)), {}, {}, nothing, nothing, nothing)
+    assert evaluation._held_out(Sampled("dis", 64)) == {"held_out_loss": 2.0}
+    put_metrics(folder, values={"fid_5k": 3.0, "held_out_loss": 1.0, "held_out_loss/t0062": 1.5})
+    assert evaluation._held_out(Sampled("dis", 64)) == {"held_out_loss": 1.0, "held_out_loss/t0062": 1.5}
+    assert len(asked) == 1
 
 
 def test_a_damaged_block_is_made_again_and_one_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
