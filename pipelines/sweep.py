@@ -56,7 +56,7 @@ from pipelines.needs import await_nodes, name_needs, require_device, require_fit
 from pipelines.signals import obeying_signals
 from pipelines.silence import RayEnded, Unanswered
 
-PAGE_EVERY_S, PAGE_SHARE = 30.0, 0.03
+PAGE_EVERY_S, PAGE_SHARE, PAGE_AT_LEAST_EVERY_S = 30.0, 0.03, 3600.0
 """Least interval at which the page of a running sweep is written, and most of the time that this takes."""
 ENDED = "sweep_ended_timestamp_seconds"
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
@@ -172,14 +172,17 @@ def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:
 
 @contextlib.contextmanager
 def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
-    """Write the page of the running sweep during the block, at once and then at intervals, in `PAGE_SHARE` of the time at most."""
+    """Write the page of the running sweep during the block, at once and then at intervals, in `PAGE_SHARE` of the time at most.
+
+    But each hour in any case: an older page says that the sweep may have stopped.
+    """
     due_s = 0.0
 
     def write() -> None:
         nonlocal due_s
         if (began_s := time.monotonic()) >= due_s:
             _write_page(driver, plan)
-            due_s = time.monotonic() + (time.monotonic() - began_s) / PAGE_SHARE
+            due_s = time.monotonic() + min((time.monotonic() - began_s) / PAGE_SHARE, PAGE_AT_LEAST_EVERY_S)
 
     driver.sweep.report.delete(report.CSV)  # which only a report of all results leaves
     driver.board.say(f"page     {driver.sweep.report}/{report.PAGE}")

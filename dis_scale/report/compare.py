@@ -1,5 +1,6 @@
 """Two sweeps side by side: the differences of their models, with errors, and everything else in which the sweeps differ."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,13 @@ def _difference(a: Report, p: Point, b: Report, q: Point) -> Difference:
     error_a, error_b = a.error(p), b.error(q)
     if error_a is None or error_b is None:
         return Difference(change, (), p, q)
-    return Difference(change, (Error(error_a, p.seeds), Error(error_b, q.seeds)), p, q)
+    return Difference(change, (*_parts(p, error_a), *_parts(q, error_b)), p, q)
+
+
+def _parts(p: Point, error: float) -> tuple[Error, Error]:
+    """Return the parts of a point's error: the spread over its seeds, and of sampling, which more values tell."""
+    spread = p.spread or 0.0
+    return Error(spread, p.seeds), Error(math.sqrt(max(error**2 - spread**2, 0)), FOLDS)
 
 
 def _noise(report: Report, p: Point) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ whose target is its words, which a page shows when it is touched. Read next: fig
 """
 
 import io
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -20,12 +21,12 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from dis_scale.models import families
 from dis_scale.recipe import Recipe
-from dis_scale.report.points import Point, Report
+from dis_scale.report.points import Point, Report, evenly
 from dis_scale.report.tables import with_error
 
 HOLLOW = 3
@@ -46,10 +47,18 @@ NEAR = 5
 """Pixels around a point that no name covers."""
 SEGMENT = 50
 """Points of each segment of a line. A name that would cover more points is in the legend instead, if it names a line."""
+LEAST_TICKS = 3
+"""Fewest numbers of a logarithmic axis; one with fewer gets a linear one's."""
+MOST_IN_LEGEND, IN_A_COLUMN = 24, 8
+"""Most names in a legend, and in one of its columns."""
+MOST_OF_A_LINE = 40
+"""Most points of a model's line: with hundreds nobody tells them apart, and a page has megabytes of them."""
 LETTER = 7
 """Pixels of a letter of a name."""
 BESIDE = [(x, y) for y in (-3, 8, -14, 19, -25, 30, -36) for x in (7, -7)]
 """Positions of a name beside its point in points, the best first; at a negative x it ends there."""
+NEAREST = 6
+"""How many of these are so near that a name without a colour cannot be taken for another point's."""
 FORMATS = ("png", "svg")
 
 
@@ -68,9 +77,21 @@ def log_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     axes.margins(x=0.12, y=0.12)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.set_minor_formatter(NullFormatter())
+
+
+def number_axes(axes: Axes) -> None:
+    """Number both axes at `LEAST_TICKS` places or more; those of the first one, which may be long, so rarely that none touch."""
+    for axis, steps in ((axes.xaxis, [(1, 2, 5)]), (axes.yaxis, [(1, 2, 5), range(1, 10)])):
+        low, high = axis.get_view_interval()
+        powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+        locators: list[Locator] = [LogLocator()] if high > 200 * low else []  # or the numbers touch
+        # Not a logarithmic one with too few: matplotlib then numbers the axis as a linear one, however long the numbers are.
+        locators += [
+            LogLocator(subs=each) for each in steps if sum(low <= x <= high for x in np.outer(powers, each).flat) >= LEAST_TICKS
+        ]
+        axis.set_major_locator([*locators, MaxNLocator(3)][0])
 
 
 class Name(NamedTuple):
@@ -85,9 +106,10 @@ class Name(NamedTuple):
 
 def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) -> Figure:
     """Add the floors, the families' markers, other lines' words, and the names of points, each where it covers nothing."""
-    _widen(axes, [each.distance for each in report.floors])
-    highest = max((floor.distance for floor in report.floors), default=0)
-    for (text, distance, error), line in zip(report.floors, FLOOR_LINES, strict=False):
+    floors = report.visible_floors
+    _widen(axes, [each.distance for each in floors])
+    highest = max((floor.distance for floor in floors), default=0)
+    for (text, distance, error), line in zip(floors, FLOOR_LINES, strict=False):
         above = distance == highest  # the words of the lower one of two are below its band
         axes.axhline(distance, linestyle=line, color="black", linewidth=1)
         low, high = max(distance - (error or 0), distance / 2), distance + (error or 0)
@@ -102,7 +124,9 @@ def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) ->
     if handles and not axes.get_legend():
         axes.legend(handles=handles, fontsize=8, frameon=False)
     if unwritten := [key(name.kind, name.words, name.colour) for name in _write_names(figure, axes, names) if name.kind]:
-        axes.legend(handles=handles + unwritten, ncols=1 + len(unwritten) // 8, fontsize=8, frameon=False)
+        if (left := len(unwritten) - MOST_IN_LEGEND + 1) > 1:
+            unwritten[-left:] = [Line2D([], [], ls="", label=f"and {left} more")]
+        axes.legend(handles=handles + unwritten, ncols=1 + len(unwritten) // IN_A_COLUMN, fontsize=8, frameon=False)
     return figure
 
 
@@ -117,12 +141,7 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name
     low, high = axes.get_xlim()
     longest = max((len(name.words) for name in names), default=0) * LETTER
     axes.set_xlim(low, high * (high / low) ** (longest / axes.bbox.width))  # for the names of the last points
-    left, right = axes.get_xlim()
-    if high > 200 * low:
-        axes.xaxis.set_major_locator(LogLocator())  # or the numbers touch
-    elif right < 10 * left and sum(left <= tick <= right for tick in axes.get_xticks()) > 4:
-        # of a power's 1, 2 and 5 at most one is there, so matplotlib numbers the axis as a linear one, however long the numbers are
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+    number_axes(axes)
     if layout := figure.get_layout_engine():
         layout.execute(figure)  # gives everything its place, once: it takes as long as drawing
         figure.set_layout_engine("none")
@@ -146,12 +165,14 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name
             text.set_horizontalalignment("left" if offset[0] > 0 else "right")
             return text.get_window_extent()
 
-        boxes = {offset: place(offset) for offset in BESIDE}
+        boxes = {offset: place(offset) for offset in (BESIDE[:NEAREST] if name.colour == "black" else BESIDE)}
         free = [
             offset
             for offset, box in boxes.items()
             if axes.bbox.x0 < box.x0
             and box.x1 < figure.bbox.x1
+            and axes.bbox.y0 < box.y0
+            and box.y1 < figure.bbox.y1
             and not box.count_overlaps(taken)
             and not (name.kind and box.count_contains(along) > SEGMENT)
         ]
@@ -178,22 +199,21 @@ def draw_lines(axes: Axes, report: Report, points: list[Point], along: str) -> l
     """Plot a line for each model, and one for the cooled-down points of each trunk; return their names."""
     colours = colours_of(report.recipe)
     for model, line in _by_model(points).items():
-        draw_line(axes, report, line, along, colours[line[0].trunk], model)
+        kept = {id(p) for p in (min(line, key=report.distance), *evenly(line, MOST_OF_A_LINE))}
+        draw_line(axes, report, [p for p in line if id(p) in kept], along, colours[line[0].trunk], model)
     return last_names(report, points, along)
 
 
 def draw_line(axes: Axes, report: Report, points: list[Point], along: str, colour: str = "", label: str = "") -> None:
     """Plot points with their errors, if known, as one line, which is grey without a colour of its own.
 
-    Markers of unfinished schedules are hollow.
+    Markers of unfinished schedules are hollow. An error is drawn down to half of the value: one as large would be the whole axis.
     """
     family, colours, x = (families.of_curve(points[0].kind), colours_of(report.recipe), [getattr(p, along) for p in points])
     y = [report.distance(p) for p in points]
     errors = [float("nan") if (error := report.error(p)) is None else error for p in points]
-    axes.errorbar(
-        x, y, None if np.isnan(errors).all() else errors, linestyle=family.line, linewidth=1.5, capsize=2, color=colour or QUIET,
-        label=label,
-    )  # fmt: skip
+    bars = None if np.isnan(errors).all() else np.array([np.minimum(errors, np.array(y) / 2), errors])
+    axes.errorbar(x, y, bars, linestyle=family.line, linewidth=1.5, capsize=2, color=colour or QUIET, label=label)
     for p, left, up in zip(points, x, y, strict=True):
         own = colour or colours[p.trunk]
         face, order = ("white", HOLLOW) if p.unfinished else (own, HOLLOW - 0.5)

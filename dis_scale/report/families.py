@@ -3,7 +3,8 @@
 The points of one family are compared with the curve of the other: a line through its sizes in logarithms of cost and value. Their
 mean distance from it is a sum of logarithms with known factors. Its error follows from the jackknife of that sum, in which noise
 that all samples share cancels; from the spread over the seeds, if there are several; and from how the sizes of each family leave
-its line, which is taken to be alike in both. Each size is a training of its own, so this holds the spread between trainings, too.
+its line, which is taken to be alike in both. The last holds the other two as far as these differ between the sizes of a family:
+only what it does not hold is added. Each size is a training of its own, so it holds the spread between trainings with one seed.
 """
 
 import math
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from dis_scale.evaluation.metrics import FOLDS, jackknife_error
+from dis_scale.evaluation.metrics import FOLDS
 from dis_scale.process.errors import UserError
 from dis_scale.process.progress import some
 from dis_scale.recipe import MAIN
@@ -62,19 +63,17 @@ def gap(ours: list[Size], theirs: list[Size]) -> Gap | None:
     costs = np.array([size.cost for size in theirs])
     if len(theirs) < LEAST_SIZES or np.ptp(costs) == 0:
         return None
-    inside = [size for size in ours if costs.min() / (1 + ALIKE) <= size.cost <= costs.max() * (1 + ALIKE)]
-    if not inside:
+    inside = [costs.min() / (1 + ALIKE) <= size.cost <= costs.max() * (1 + ALIKE) for size in ours]
+    if not any(inside):
         return None
-    on_curve = _line(inside) @ np.linalg.pinv(_line(theirs))  # (ours, theirs): the curve's factors
-    every, factors = [*inside, *theirs], np.append(np.full(len(inside), 1 / len(inside)), -on_curve.mean(0))
-    logs = np.array([size.log for size in every])
-    residuals = [_residuals(family) for family in (ours, theirs) if len(family) >= LEAST_SIZES]
-    freedom = sum(len(each) - 2 for each in residuals)
-    misfit = math.sqrt(sum(float((each**2).sum()) for each in residuals) / freedom) * float(np.linalg.norm(factors))
-    known = _errors(every, factors)
-    errors = (*known, Error(misfit, freedom + 1)) if known else ()
-    over_seeds = any(len(size.values) > 1 for size in every)
-    return Gap(float(factors @ logs), errors, inside, np.exp(on_curve @ logs[len(inside) :]), over_seeds)
+    sizes, share = [*ours, *theirs], np.array(inside) / sum(inside)
+    on_curve = _line(ours) @ np.linalg.pinv(_line(theirs))  # (ours, theirs): the curve's factors
+    factors, logs = np.append(share, -share @ on_curve), np.array([size.log for size in sizes])
+    return Gap(
+        float(factors @ logs), _errors(sizes, factors, _off_lines(ours, theirs)),
+        [size for size, chosen in zip(ours, inside, strict=True) if chosen], np.exp(on_curve[inside] @ logs[len(ours) :]),
+        any(len(size.values) > 1 for size in sizes),
+    )  # fmt: skip
 
 
 def _line(sizes: list[Size]) -> np.ndarray:
@@ -83,25 +82,32 @@ def _line(sizes: list[Size]) -> np.ndarray:
     return np.stack([np.ones_like(x), x], 1)
 
 
-def _residuals(sizes: list[Size]) -> np.ndarray:
-    """Return how a family's sizes leave its line, in logarithms."""
-    logs, design = np.array([size.log for size in sizes]), _line(sizes)
-    residuals: np.ndarray = logs - design @ (np.linalg.pinv(design) @ logs)
-    return residuals
+def _off_lines(ours: list[Size], theirs: list[Size]) -> np.ndarray:
+    """Return the projection of all logarithms on what leaves the line of each family; zeros for fewer sizes than tell that."""
+    projection = np.zeros((len(ours) + len(theirs),) * 2)
+    for family, first in ((ours, 0), (theirs, len(ours))):
+        part, design = slice(first, first + len(family)), _line(family)
+        if len(family) >= LEAST_SIZES:
+            projection[part, part] = np.eye(len(family)) - design @ np.linalg.pinv(design)
+    return projection
 
 
-def _errors(sizes: list[Size], factors: np.ndarray) -> tuple[Error, ...]:
-    """Return the errors of a sum of logarithms: of sampling if it is known, and over the seeds if a size has several.
+def _errors(sizes: list[Size], factors: np.ndarray, off_line: np.ndarray) -> tuple[Error, ...]:
+    """Return the errors of a sum of logarithms: how they leave their lines, and of the known ones what that does not hold.
 
-    The spread of a logarithm over the seeds is taken to be that of all sizes with several.
+    Known are that of sampling, if all sizes have it, and that over the seeds, if one has several: the spread of a logarithm over
+    the seeds is taken to be that of all sizes with several. Without these nothing is known.
     """
-    errors, trainings = list[Error](), np.array([len(size.values) for size in sizes])
+    logs, trainings, freedom = np.array([s.log for s in sizes]), np.array([len(s.values) for s in sizes]), np.trace(off_line)
+    each, known = float(factors @ factors / freedom), list[tuple[np.ndarray, int]]()
     if all(size.left_out for size in sizes):
-        errors.append(Error(jackknife_error(factors @ np.log([size.left_out for size in sizes])), FOLDS))
-    if freedom := int((trainings - 1).sum()):
+        known.append(((FOLDS - 1) ** 2 / FOLDS * np.cov(np.log([size.left_out for size in sizes])), FOLDS))
+    if over := int((trainings - 1).sum()):
         squares = sum(float(((np.log(size.values) - size.log) ** 2).sum()) for size in sizes)
-        errors.append(Error(math.sqrt(squares / freedom * float((factors**2 / trainings).sum())), freedom + 1))
-    return tuple(errors)
+        known.append((np.diag(squares / over / trainings), over + 1))
+    beside = [(factors @ covariance @ factors - each * np.trace(off_line @ covariance), of) for covariance, of in known]
+    errors = [Error(math.sqrt(max(float(square), 0)), of) for square, of in beside]
+    return (*errors, Error(math.sqrt(each * float(logs @ off_line @ logs)), round(freedom) + 1)) if known else ()
 
 
 def _apart(change: float) -> str:

@@ -7,13 +7,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
 
 from dis_scale.models import families
 from dis_scale.recipe import Recipe
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import drawing, fits, isoflop
-from dis_scale.report.points import Point, Report
+from dis_scale.report.points import Point, Report, evenly
 from dis_scale.report.published import MARKERS as PUBLISHED_MARKERS
 from dis_scale.report.published import PUBLISHED, families_alike, published_differences
 from dis_scale.tracking.rows import Row
@@ -23,23 +22,27 @@ GFLOPS = "Gflops (multiply-adds, DiT's convention)"
 COMPUTE_FLOPS = "training FLOPs"
 CURVE_POINTS = 200
 """Most points of a curve of training."""
+MOST_COUNTS = 6
+"""Most image counts of the main figure, each a line for each family."""
 MAIN = "gflops_fid"
 """Name of the curve that a sweep is about."""
 
 
 def every(report: Report, losses: Mapping[str, Sequence[Row]], *, published: bool = False) -> dict[str, tuple[Figure, str]]:
     """Return the figures of a sweep with their captions, by name: those for which something is measured."""
-    loss = "Training compute against the loss on images that training never saw; errors are over seeds"
-    by_sampling = "Time of a sample against distance, under each sampling setting"
-    at_counts = "Gflops against distance at each image count" + (published_differences(report) if published else "")
+    loss, what = "Training compute against the loss on images that training never saw; errors are over seeds", report.quantity
+    by_sampling = f"Time of a sample against {what}, under each sampling setting"
+    shown, every_count = len(drawn_counts(report)), len(report.counts)
+    counts = "each image count" if shown == every_count else f"{shown} of {every_count} image counts"
+    at_counts = f"Gflops against {what} at {counts}" + (published_differences(report) if published else "")
     of_points = {
         MAIN: (gflops_distance(report, published=published), at_counts),
-        "compute_fid": (compute_distance(report), "Training compute against distance, with its lower hull"),
-        "fid_images": (distance_images(report), "Distance over images seen"),
+        "compute_fid": (compute_distance(report), f"Training compute against {what}, with its lower hull"),
+        "fid_images": (distance_images(report), f"{what.capitalize()} over images seen"),
         "compute_loss": (compute_loss(report), loss),
-        "hours_fid": (hours_distance(report), "Training time against distance"),
+        "hours_fid": (hours_distance(report), f"Training time against {what}"),
         "sample_ms_fid": (sample_distance(report), by_sampling),
-        "memory_fid": (memory_distance(report), "Peak memory of training against distance"),
+        "memory_fid": (memory_distance(report), f"Peak memory of training against {what}"),
     }
     wanted = of_study(report) | of_points if any(p.images_seen for p in report.main) else {}
     wanted["training_loss"] = training_loss(report, losses), "Training loss over images seen"
@@ -49,20 +52,26 @@ def every(report: Report, losses: Mapping[str, Sequence[Row]], *, published: boo
 def gflops_distance(report: Report, *, published: bool = False, size: tuple[float, float] = drawing.WIDE) -> Figure:
     """Plot Gflops against distance: a line for each family and image count, and a thin line for the fit at the last count."""
     figure, axes = drawing.new_axes(report, GFLOPS, size)
-    ends = list[drawing.Name]()
-    for images in report.counts:
+    ends, counts = list[drawing.Name](), drawn_counts(report)
+    for images in counts:
         for kind in report.families:
             if family := report.family(kind, images):
                 drawing.draw_line(axes, report, family, "gmacs")
                 of_study = report.recipe.isoflop and len(family) == 1  # there almost each point has a count of its own
                 if not of_study and (len(family) > 1 or kind == report.families[0]):
                     last = family[-1].gmacs, report.distance(family[-1])
-                    ends.append(drawing.Name(f"{images:,} images", *last, kind=kind))
+                    ends.append(drawing.Name(f"{images:,} images", *last))
     _fit(axes, report)
     if published:
         _published(axes, families_alike(report))
-    drawn = [p for images in report.counts for kind in report.families for p in report.family(kind, images)]
+    drawn = [p for images in counts for kind in report.families for p in report.family(kind, images)]
     return drawing.finish(figure, axes, report, drawing.last_names(report, drawn, "gmacs") + ends)
+
+
+def drawn_counts(report: Report) -> list[int]:
+    """Return the image counts at which the main figure has a line: few, but for a study, in which each model has its own."""
+    lasts = {max(p.images_seen for p in report.main if p.kind == kind) for kind in report.families}
+    return report.counts if report.recipe.isoflop else sorted({*evenly(report.counts, MOST_COUNTS), *lasts} - {0})
 
 
 def both(a: Report, b: Report, size: tuple[float, float] = drawing.WIDE) -> Figure:
@@ -147,14 +156,14 @@ def isoflop_profiles(report: Report, metric: str) -> Figure | None:
     drawing.log_axes(profiles, "parameters", metric)
     drawing.log_axes(sizes, COMPUTE_FLOPS, "best size, parameters")
     drawing.log_axes(lowest, COMPUTE_FLOPS, f"lowest {metric}")
-    for axes in (profiles, lowest) if metric == HELD_OUT else ():
-        axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))  # losses span less than a decade
     budgets = sorted({profile.budget for family in measured.values() for profile in family})
     shades = dict(zip(budgets, drawing.shades(len(budgets)), strict=True))
     for kind, family in measured.items():
         for profile in family:
             _profile(profiles, profile, kind, shades[profile.budget])
         _minima(sizes, lowest, family, kind)
+    for axes in (profiles, sizes, lowest):
+        drawing.number_axes(axes)
     named = [Line2D([], [], color=shade, label=f"{budget:g} FLOPs") for budget, shade in shades.items()]
     above = {"fontsize": 8, "frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
     profiles.legend(handles=named, ncols=len(named), **above)
@@ -275,7 +284,7 @@ def correlations(report: Report) -> list[str]:
     for kind, law in _laws(report):
         floor = f"{law.limit:.3g} (floor) + " if law.limit else ""
         lines.append(
-            f"{kind} at {report.counts[-1]:,} images: fitted power law {report.metric} = {floor}{law.factor:.3g} x "
+            f"{kind} at {report.counts[-1]:,} images, over these sizes and not beyond: {report.metric} = {floor}{law.factor:.3g} x "
             f"Gflops^{law.exponent_words}" + ("" if floor else ", no floor subtracted")
         )
     return lines
@@ -283,7 +292,7 @@ def correlations(report: Report) -> list[str]:
 
 def _laws(report: Report) -> list[tuple[str, fits.PowerLaw]]:
     """Fit each family with enough points at the last count, above what a model without any error has, if that is measured."""
-    floor, laws = report.floors[-1].distance if report.floors else 0.0, []
+    floor, laws = report.visible_floors[-1].distance if report.visible_floors else 0.0, []
     for kind in report.families if report.counts else []:
         points = report.family(kind, report.counts[-1])
         costs, distances = [p.gmacs for p in points], [report.distance(p) for p in points]

@@ -59,8 +59,8 @@ def _words(interval: tuple[float, float] | None) -> str:
 def power_law(costs: Sequence[float], distances: Sequence[float], floor: float = 0.0) -> PowerLaw | None:
     """Fit the logarithms of what is above the floor by least squares, with Student's interval: none if they bend.
 
-    They do if the models have a limit above the floor: no exponent holds then. None for fewer than 4 points, one cost, or a
-    distance that is not above the floor.
+    The interval is that of the mean slope over these costs: if the models have a limit above the floor, the exponent falls with
+    the cost, which few points do not tell. None for fewer than 4 points, one cost, or a distance that is not above the floor.
     """
     if len(costs) < 4 or np.ptp(costs) == 0 or min(distances) <= floor:
         return None
@@ -141,13 +141,13 @@ def bootstrap_tail(freedom: int, drawn: int | None = None) -> float:
     return float(ndtr(math.sqrt(drawn / freedom if drawn else 1) * stdtrit(freedom, (1 - CONFIDENCE) / 2)))
 
 
-def differ(change: float, errors: Sequence[Error]) -> bool:
-    """Whether Welch's test refuses, at 5 %, that a change with errors is 0; False without an error."""
+def welch_margin(errors: Sequence[Error]) -> float:
+    """Return half of Welch's interval, at 95 %, of a change with errors; infinite without an error, or for one of one value."""
     squares = [error.size**2 for error in errors]
-    if not sum(squares):
-        return False
-    freedom = sum(squares) ** 2 / sum(square**2 / (error.of - 1) for square, error in zip(squares, errors, strict=True))
-    return bool(abs(change) > stdtrit(freedom, (1 + CONFIDENCE) / 2) * math.sqrt(sum(squares)))
+    if not sum(squares) or any(error.size and error.of < 2 for error in errors):
+        return math.inf
+    freedom = sum(squares) ** 2 / sum(square**2 / (error.of - 1) for square, error in zip(squares, errors, strict=True) if square)
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(sum(squares))
 
 
 def lower_hull(costs: Sequence[float], distances: Sequence[float]) -> list[int]:

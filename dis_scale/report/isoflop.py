@@ -259,10 +259,8 @@ def found(report: Report) -> Findings:
             family = profiles_of(runs)
             words = [_minimum_words(profile) for profile in family] + _unfitted_words(report, family)
             out += [f"{metric}, {kind} {line}" for line in words]
-            words = _law_words(laws(family), metric)
-            if metric == HELD_OUT:
-                law_missed, words = _laws_words(report, runs, family)
-                missed += [f"{metric}, {kind}: {line}" for line in law_missed]
+            law_missed, words = _laws_words(report, runs, family) if metric == HELD_OUT else ([], _law_words(laws(family), metric))
+            missed += [f"{metric}, {kind}: {line}" for line in law_missed]
             out += [f"{metric}, {kind}: {line}" for line in words]
     out.append(
         "the intervals hold the spread of runs about the parabolas and of the minima about their law; not what runs share: "

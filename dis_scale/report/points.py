@@ -3,10 +3,12 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
 
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import MAIN, Recipe, Sampling
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from dis_scale.models.cost import Cost
     from dis_scale.planning.plan import Plan
 
+T = TypeVar("T")
 ALIKE = 0.1
 """Largest relative difference of costs at which two models of other names count as equally costly."""
 SAMPLING_RATE = "sampling_images_per_s"
@@ -48,7 +51,7 @@ class Change:
         """Whether Welch's test refuses, at 5 %, that the change is 0."""
         from dis_scale.report import fits  # here: scipy takes a second
 
-        return fits.differ(self.change, self.errors)
+        return abs(self.change) > fits.welch_margin(self.errors)
 
 
 class Findings(NamedTuple):
@@ -145,6 +148,16 @@ class Report:
     """Images of the latents, without flips; None if these were deleted."""
 
     @property
+    def quantity(self) -> str:
+        """What the metric is, in a word."""
+        return "held-out loss" if self.metric == HELD_OUT else "distance"
+
+    @property
+    def visible_floors(self) -> list[Floor]:
+        """Those that logarithmic axes can show: of few images one may be below 0."""
+        return [floor for floor in self.floors if floor.distance > 0]
+
+    @property
     def main(self) -> list[Point]:
         """Points of the curves: the main sampling, with a distance that logarithmic axes can show."""
         return [p for p in self.means if p.variant == MAIN and self.distance(p) > 0]
@@ -198,6 +211,12 @@ class Report:
         ending = [name for name in recipe.models if recipe.train_of(name).images == images_seen]
         annealed = {self.groups[branch.of] for name in ending if (branch := recipe.models[name].branch)}
         return sorted((p for p in points if p.group not in annealed), key=lambda p: p.gmacs)
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """Return at most so many of the items, evenly, with the first and the last."""
+    chosen = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[i] for i in chosen]
 
 
 def _mean(points: list[Point], metric: str) -> Point:

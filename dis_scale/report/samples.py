@@ -6,17 +6,15 @@ In all grids of a sweep's main sampling, the pictures at one position have the s
 import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from dis_scale.evaluation.sampling import COLUMN_NAMES, cell_pixels
 from dis_scale.process.errors import StorageError
 from dis_scale.process.threads import in_order
-from dis_scale.report.points import Point, Report
+from dis_scale.report.points import Point, Report, evenly
 from dis_scale.report.tables import with_error
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, REAL, Sampled, Sweep
@@ -65,7 +63,7 @@ def strips(sweep: Sweep, report: Report) -> list[Strip]:
     points = defaultdict[str, list[Point]](list)
     for p in report.main:
         points[p.model].append(p)
-    chosen = [p for of_model in points.values() for p in _evenly(of_model)]
+    chosen = [p for of_model in points.values() for p in evenly(of_model, MOST_COUNTS)]
     trained = defaultdict[str, list[Picture]](list)
     for p, parts in zip(chosen, in_order(chosen, partial(of_point, sweep), AT_ONCE), strict=True):
         words = f"{p.model}, {p.images_seen:,} images, {report.metric} {with_error(report.distance(p), report.error(p))}"
@@ -100,9 +98,3 @@ def _part(words: str, image: Image.Image, cell: int) -> Picture:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return Picture(words, json.loads(image.info.get(COLUMN_NAMES, "[]")), buffer.getvalue())
-
-
-def _evenly(points: Sequence[Point]) -> list[Point]:
-    """Return at most `MOST_COUNTS` points, with the first and the last."""
-    chosen = np.linspace(0, len(points) - 1, min(MOST_COUNTS, len(points))).round().astype(int)
-    return [points[i] for i in chosen]

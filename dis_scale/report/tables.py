@@ -105,10 +105,11 @@ def with_error(value: float, error: float | None, digits: str = ".4g") -> str:
 def notes(report: Report) -> list[str]:
     """Return the table's footnotes, a line each."""
     error = (
-        "over the seeds where a model has several, with that of sampling, whose noise and labels they share; elsewhere of "
-        "sampling alone, without the spread between trainings"
+        ", ± is one standard error, over the seeds where a model has several, with that of sampling, whose noise and labels they "
+        "share; elsewhere of sampling alone, without the spread between trainings"
     )
-    lines = [f"Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error, {error}"]
+    known = any(report.error(p) is not None for p in report.means)
+    lines = ["Gflops are multiply-adds of one forward pass (DiT's convention)" + error * known]
     if any(p.unfinished for p in report.points):
         lines.append(
             f"{UNFINISHED.strip()}, hollow in figures: measured before the learning rate had fallen to its end; not in the lower "

@@ -14,8 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from dis_scale import report as reports
-from dis_scale.recipe import Sampling, reading
-from dis_scale.report import drawing, figures
+from dis_scale.recipe import Recipe, Sampling, reading
+from dis_scale.recipe.evaluate import HELD_OUT
+from dis_scale.report import Report, drawing, figures, tables
+from dis_scale.report.points import Floor
 from dis_scale.report.published import PUBLISHED
 from dis_scale.sweep import Sampled, Sweep
 from dis_scale.sweep.documents import Metrics, RunCost
@@ -41,6 +43,78 @@ def test_the_figures_show_each_family_each_model_and_both_floors(sweep: Sweep) -
     assert {9.0, 4.5} <= set(ys(hull)) <= {9.0, 6.0, 5.0, 4.5}
     over_images = figures.distance_images(report).axes[0]
     assert {(9.0,), (6.0,), (5.0,)} <= {ys(line) for line in over_images.lines}
+
+
+def many(sweep: Sweep, models: int, counts: int) -> Report:
+    """A report of many models at many counts, whose distances are within a factor of two."""
+    text = sweep.recipe.model_dump(mode="json")
+    text["models"] = {f"dis-{i}": text["models"]["dis"] | {"width": 32 * (i + 1)} for i in range(models)}
+    report = collect(sweep)
+    first, metric = report.points[0], report.metric
+    points = [
+        replace(
+            first, model=name, group=name, trunk=name, images_seen=160 * (n + 1), eflops=(i + 1.0) * (n + 1),
+            values={metric: 90 / (1 + i / models + n / counts), f"{metric}_error": 1.0},
+            cost=replace(first.cost, parts=(replace(first.cost.parts[0], macs=10**8 + 10**7 * i),)),
+        )
+        for i, name in enumerate(text["models"]) for n in range(counts)
+    ]  # fmt: skip
+    recipe = Recipe.model_validate(text, strict=False)
+    return replace(report, recipe=recipe, points=points, groups={name: name for name in text["models"]}, floors=[])
+
+
+def test_many_counts_are_a_few_lines_with_their_names_in_the_axes(sweep: Sweep) -> None:
+    """A hundred filled the figure with their names, and a legend of them was wider than the figure."""
+    report = many(sweep, 12, 100)
+    assert len(figures.drawn_counts(report)) == figures.MOST_COUNTS
+    assert figures.every(report, {})[figures.MAIN][1] == "Gflops against distance at 6 of 100 image counts"
+    for figure in (
+        figures.gflops_distance(report),
+        figures.gflops_distance(report, size=drawing.SIZE),
+        figures.distance_images(report),
+    ):
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        for text in axes.texts:
+            box = text.get_window_extent()
+            assert box.y0 > axes.bbox.y0
+            assert box.y1 < figure.bbox.y1
+        legend = axes.get_legend()
+        assert not legend or not [text for text in legend.get_texts() if "images" in text.get_text()]
+        assert not legend or figure.bbox.x0 <= legend.get_window_extent().x0
+    assert all(len(ys(line)) <= drawing.MOST_OF_A_LINE + 1 for line in axes.lines)
+
+
+def test_a_short_axis_has_several_numbers(sweep: Sweep) -> None:
+    """An axis of distances from 70 to 98 had one number, 100, and another of costs from 0.1 to 0.12 had none but 0.1."""
+    figure = figures.gflops_distance(many(sweep, 3, 2))
+    figure.canvas.draw()
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        low, high = axis.get_view_interval()
+        assert sum(low <= tick <= high for tick in axis.get_majorticklocs()) >= 3
+
+
+def test_an_error_as_large_as_its_value_is_not_the_whole_axis(sweep: Sweep) -> None:
+    report = many(sweep, 1, 2)
+    wide = [replace(p, values=p.values | {f"{report.metric}_error": report.distance(p)}) for p in report.points]
+    axes = figures.distance_images(replace(report, points=wide)).axes[0]
+    assert axes.get_ylim()[0] > min(map(report.distance, wide)) / 3
+
+
+def test_a_floor_below_0_is_not_drawn_and_not_subtracted(sweep: Sweep) -> None:
+    report = collect(sweep)
+    below = replace(report, floors=[Floor("real", -0.1, 0.2)])
+    assert not [line for line in figures.gflops_distance(below).axes[0].lines if ys(line) == (-0.1, -0.1)]
+    assert figures.correlations(below)[1].endswith("no floor subtracted")
+
+
+def test_captions_of_a_sweep_without_distances_speak_of_its_loss(sweep: Sweep) -> None:
+    report = replace(collect(sweep), metric=HELD_OUT, floors=[])
+    points = [replace(p, values={HELD_OUT: report.points[0].images_seen + 0.2}) for p in report.points]
+    captions = [words for _, words in figures.every(replace(report, points=points), {}).values()]
+    assert captions[0].startswith("Gflops against held-out loss")
+    assert not [words for words in captions if "distance" in words.lower()]
+    assert "±" not in tables.notes(replace(report, points=points))[0]
 
 
 def test_no_name_is_written_over_another(sweep: Sweep) -> None:
@@ -143,7 +217,7 @@ def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
     fitted = {ys(line) for axes in (ours, with_published) for line in axes.lines if line.get_label() == "fit: dis"}
     assert len(fitted) == 1, "the same fit with the published points and without"
     assert figures.correlations(report)[:1] == ["dis at 160 images: r = -0.91 on log Gflops, n = 4 (few points)"]
-    assert "fitted power law fd_digits_80 = 0.75 (floor) + " in figures.correlations(report)[1]
+    assert "over these sizes and not beyond: fd_digits_80 = 0.75 (floor) + " in figures.correlations(report)[1]
     assert figures.correlations(replace(report, floors=[]))[1].endswith("no floor subtracted")
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dis_scale.report.fits import lower_hull, pearson, power_law
+from dis_scale.report.fits import lower_hull, pearson, power_law, welch_margin
+from dis_scale.report.points import Error
 
 
 def test_correlation_is_on_log_gflops() -> None:
@@ -42,6 +43,26 @@ def test_the_interval_covers_the_exponent_in_95_percent() -> None:
             held.append(law.interval[0] <= -0.4 <= law.interval[1])
     assert 0.92 < np.mean(held) < 0.98  # 95 % within three binomial errors of 400 tries
     assert len(held) > 0.9 * 400, "5 % of straight lines are taken for bent ones"
+
+
+@pytest.mark.parametrize("limit", [0.0, 2.0, 10.0])
+def test_the_interval_holds_the_mean_slope_over_the_sizes(limit: float) -> None:
+    """Whatever the models' limit is: with four sizes nobody sees it, and no exponent of a law is claimed."""
+    rng, costs, held = np.random.default_rng(0), np.geomspace(1, 64, 4), list[bool]()
+    true = limit + 60 * costs**-0.5
+    slope = np.polyfit(np.log(costs), np.log(true), 1)[0]
+    for _ in range(400):
+        law = power_law(list(costs), list(true * np.exp(0.02 * rng.standard_normal(4))))
+        assert law is not None
+        if law.interval:
+            held.append(law.interval[0] <= slope <= law.interval[1])
+    assert np.mean(held) > 0.92
+
+
+def test_an_error_of_one_value_tells_nothing() -> None:
+    assert welch_margin([Error(0.1, 1), Error(0.1, 3)]) == np.inf
+    assert welch_margin([]) == welch_margin([Error(0.0, 20)]) == np.inf
+    assert welch_margin([Error(0.0, 1), Error(0.1, 20)]) == pytest.approx(0.1 * 2.093, rel=1e-3)
 
 
 @pytest.mark.parametrize("sizes", [[7.57, 30.6, 60.1, 104.9, 231.7], np.geomspace(6, 231, 4), np.geomspace(6, 231, 8)])

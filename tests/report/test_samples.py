@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,7 +9,8 @@ from PIL import Image
 from dis_scale import report as reports
 from dis_scale.evaluation.sampling import grid
 from dis_scale.recipe import Recipe
-from dis_scale.report.samples import CELL, GAP, MOST_COUNTS, _evenly, strips
+from dis_scale.report.points import evenly
+from dis_scale.report.samples import CELL, GAP, MOST_COUNTS, strips
 from dis_scale.sweep import GRID, REAL, Sampled, Sweep
 from tests.support.evaluations import collect, put, sweep_at
 
@@ -72,7 +72,7 @@ def test_large_pictures_are_made_smaller(tmp_path: Path, tiny: Recipe) -> None:
 
 
 def test_many_counts_are_thinned_out_evenly() -> None:
-    shown: list[Any] = _evenly(range(50))  # type: ignore[arg-type]
+    shown = evenly(range(50), MOST_COUNTS)
     assert (len(shown), shown[0], shown[-1]) == (MOST_COUNTS, 0, 49)
     assert set(np.diff(shown)) == {7}
 
