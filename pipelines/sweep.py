@@ -28,7 +28,6 @@ from dis_scale.process.progress import Board, listing_words, some
 from dis_scale.process.redaction import redact
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Recipe, reading
-from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import REAL, RECIPE, Sampled, Sweep, command_lease, state
@@ -392,13 +391,11 @@ def mlflow_lines(tracking: TrackingIds) -> list[str]:
 def _require_same_identity(sweep: Sweep) -> None:
     """UserError with the differences if the sweep of this name was begun with another recipe."""
     try:
-        if not sweep.folder.exists(RECIPE):
-            return
-        stored = Sweep.open(sweep.folder.url, patient=True).recipe
+        differences = sweep.differences()
     except (StorageAway, UserError):
         raise
     except DisScaleError as error:
         raise UserError(f"storage cannot be used: {error}") from error
-    if differences := identity_differences(stored, sweep.recipe):
+    if differences:
         shown = "\n".join(f"  {line}" for line in differences[:10])
         raise UserError(f"{sweep} was begun with another recipe; give this one another name, or the stored values:\n{shown}")

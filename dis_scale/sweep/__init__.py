@@ -3,15 +3,18 @@
 Reads and writes nothing but the recipe. Read next: state.py for what exists and what is left to do.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dis_scale.process.errors import NoFamily, UserError, nearest
 from dis_scale.recipe import MAIN, Recipe, Storage, reading
+from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage.folder import Folder, missing, open_folder
 
-RECIPE = "recipe.yaml"
+RECIPE, EARLIER = "recipe.yaml", "earlier"
+"""The stored recipe, and the folder of those before it that had models or variants which a later one lacked."""
 SWEEPS = "sweeps"
 """Folder of all sweeps below a storage root."""
 USUAL = f"{Storage.model_fields['root'].default}/{SWEEPS}"
@@ -184,7 +187,26 @@ class Sweep:
         return str(self.folder)
 
     def save_recipe(self) -> None:
+        """Store the recipe. One before it with models or variants that this one lacks is kept: their files are, too."""
+        if self.folder.exists(RECIPE):
+            before = Sweep.open(self.folder.url).recipe
+            gone = before.models.keys() - self.recipe.models.keys()
+            if gone or before.evaluate.variants.keys() - self.recipe.evaluate.variants.keys():
+                text = reading.dump(before).encode()
+                self.folder.write(f"{EARLIER}/{hashlib.sha256(text).hexdigest()[:16]}.yaml", text)
         self.folder.write(RECIPE, reading.dump(self.recipe).encode())
+
+    def differences(self) -> list[str]:
+        """Return a line for each setting in which the sweep of this name was begun with another recipe; none before it is stored.
+
+        A model or a variant that was removed may come back only as it was: what is stored of it is taken for its own.
+        """
+        if not self.folder.exists(RECIPE):
+            return []
+        before = [f"{EARLIER}/{name}" for name in self.folder.list(EARLIER)]
+        earlier = [reading.parse(self.folder.read(each).decode(), f"{self}/{each}", stored=True) for each in before]
+        stored = [*earlier, Sweep.open(self.folder.url, patient=True).recipe]
+        return list(dict.fromkeys(line for each in stored for line in identity_differences(each, self.recipe)))
 
     @property
     def store(self) -> Folder:

@@ -13,7 +13,6 @@ import torch
 from dis_scale.models import construct
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import FileStart, LatentShape
-from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
@@ -69,7 +68,7 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
 
 def _require_possible(sweep: Sweep, model: str) -> None:
     run, recipe = sweep.run(model), sweep.recipe  # refuses an unknown model
-    if sweep.folder.exists(RECIPE) and (different := identity_differences(Sweep.open(sweep.folder.url).recipe, recipe)):
+    if different := sweep.differences():
         raise UserError(f"import: {sweep} was begun with another recipe: {different[0]}; give this one another name")
     counts = recipe.train_of(model).publish_images
     if len(counts) != 1 or not counts[0] or recipe.models[model].branch or recipe.models[model].start:

@@ -184,6 +184,27 @@ def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny
         pipeline.run_sweep(other, Console(file=io.StringIO()))
 
 
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        ("models.second={kind: dit, width: 64, depth: 2, heads: 2, patch: 2}", r"models.second.width: stored 32, given 64"),
+        ("evaluate.variants={few: {steps: 4}}", r"evaluate.variants.few.steps: stored 2, given 4"),
+    ],
+)
+def test_a_model_or_a_variant_that_comes_back_is_as_it_was(added: str, words: str, tmp_path: Path) -> None:
+    """Its files were taken for those of the new one: a curve of other sizes with the old distances, and nobody said so."""
+    root, few = f"storage.root={tmp_path}", "evaluate.variants={few: {steps: 2}}"
+    second = "models.second={kind: dit, width: 32, depth: 2, heads: 2, patch: 2}"
+    begun = reading.load(TINY, [root, second, few])
+    for recipe in (begun, reading.load(TINY, [root]), reading.load(TINY, [root, "data.undecodable=skip"])):
+        sweep = Sweep.below(open_folder(tmp_path), recipe)
+        assert not sweep.differences()
+        sweep.save_recipe()
+    with pytest.raises(UserError, match=rf"was begun with another recipe; .*\n  {words}"):
+        pipeline.run_sweep(reading.load(TINY, [root, added]), Console(file=io.StringIO()))
+    assert not Sweep.below(open_folder(tmp_path), begun).differences()
+
+
 def test_a_study_is_written_out_before_it_is_compared_with_the_stored_one(tmp_path: Path) -> None:
     begun, root = isoflop.written_out(study(), LatentShape(4, 8)), f"storage.root={tmp_path}"
     Sweep.below(open_folder(tmp_path), begun).save_recipe()
