@@ -80,7 +80,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; an error of ours becomes one line and its exit code, unless `--debug` is given anywhere."""
     words = sys.argv[1:] if arguments is None else arguments
-    drives = words[:1] in (["sweep"], ["resume"])
+    drives = [word for word in words if word != "--debug"][:1] in (["sweep"], ["resume"])
     context = Context()
     try:
         app([word for word in words if word != "--debug"], prog_name=NAME, obj=context)
@@ -98,8 +98,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(words_of_error, file=sys.stderr, flush=True)
         code = error.exit_code
     except Exception:
-        if not drives:
-            raise
         print(shown(redact(traceback.format_exc())), end="", file=sys.stderr)
         code = DisScaleError.exit_code
     if drives:

@@ -1,5 +1,6 @@
 """Price of a sweep before it starts: counts and arithmetic, nothing measured."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,10 +45,12 @@ class Plan:
     def sampling_flops(self, model: str, settings: Evaluate | None = None) -> float:
         """FLOPs of the samples of one evaluation, by default under the main settings: guidance adds a pass, its own or that
         of the model that guides, and some samplers evaluate the model twice a step."""
-        settings = settings or self.recipe.evaluate
-        gmacs = self.costs[model].gmacs_forward * (1 if settings.scale == 1 or settings.guide else 2)
-        if settings.guide:
-            gmacs += self.costs[settings.guide.by].gmacs_forward
+        settings, process = settings or self.recipe.evaluate, self.recipe.diffusion
+        low, high = settings.guidance_interval or (0, math.inf)
+        end = process.steps if process.kind == "gaussian" else 1  # the interval is of the model's times
+        guided = max(min(high, end) - low, 0) / end * (settings.scale != 1)
+        guide = self.costs[settings.guide.by if settings.guide else model].gmacs_forward
+        gmacs = self.costs[model].gmacs_forward + guided * guide
         passes = 2 if settings.sampler in TWO_PASS_SAMPLERS else 1
         return 2e9 * gmacs * passes * settings.steps * settings.samples
 
@@ -146,9 +149,14 @@ class Numbers:
 
 
 def derive(plan: Plan, source_images: int | None, source_unknown: str) -> Numbers:
-    """Return all numbers that follow from a recipe; without those that need the number of the source's images, if unknown."""
+    """Return all numbers that follow from a recipe; without those that need the number of the source's images, if unknown.
+
+    UserError if all of them are held out.
+    """
     recipe, shape, models = plan.recipe, plan.shape, dict[str, ModelNumbers]()
     epoch = source_images and source_images - recipe.data.held_out_images
+    if epoch is not None and epoch <= 0:
+        raise UserError(f"data.held_out_images: {recipe.data.held_out_images:,} of {source_images:,} images leave none to train on")
     for name, cost in plan.costs.items():
         train = recipe.train_of(name)
         models[name] = ModelNumbers(

@@ -73,7 +73,7 @@ class Board:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self._clock = console, clock
-        self._tasks, self._logged_s = dict[tuple[str, str], TaskID](), dict[TaskID, float]()
+        self._tasks, self._logged = dict[tuple[str, str], TaskID](), dict[TaskID, tuple[float, str]]()
         self._shown_s = clock()
         self._bars = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -114,12 +114,12 @@ class Board:
             self._log(name, task)
 
     def _log(self, name: str, task: Task) -> None:
-        now_s, over = self._clock(), task.finished
-        if now_s < self._logged_s.get(task.id, 0.0) + (0.0 if over else PLAIN_EVERY_S):
+        count, now_s = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}", self._clock()
+        logged_s, logged = self._logged.get(task.id, (0.0, ""))
+        if count == logged if task.finished else now_s < logged_s + PLAIN_EVERY_S:
             return
-        count = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}"
         self.say(f"{name}: {', '.join(filter(None, (count, *_words(task))))}")
-        self._logged_s[task.id] = float("inf") if over else now_s
+        self._logged[task.id] = now_s, count
 
 
 def listing_words(say: Callable[[str], None]) -> ReportDone:

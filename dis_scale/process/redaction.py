@@ -10,7 +10,7 @@ from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
 _NAMES = re.compile(
-    r"KEY|SECRET|TOKEN|PASS(W|PHRASE|CODE|\d*(_|$))|AUTH(ORIZATION|_HEADER)?$|_PWD$|_PAT$|CREDENTIAL|CONNECTION_STRING|COOKIE|WEBHOOK",
+    r"(?<!MON)KEY(?!STONE|BOARD)|SECRET|TOKEN|PASS(W|PHRASE|CODE|\d*(_|$))|AUTH(ORIZATION|_HEADER)?$|_PWD$|_PAT$|CREDENTIAL|CONNECTION_STRING|COOKIE|WEBHOOK",
     re.IGNORECASE,
 )
 """Parts of the names of environment variables whose values are secret."""
@@ -30,9 +30,14 @@ _PARAMETERS = re.compile(
 )
 """Secret parameters of a URL, of its signature and of a connection string."""
 _HEADERS = re.compile(
-    r"(\b(?:Authorization\b\W{1,4}(?:Basic|Bearer|Token)\s+|X-[\w-]*(?:Key|Token|Secret)\b\W{1,4}))[^\s'\",]+", re.IGNORECASE
+    r"(\b(?:Authorization\b\W{1,4}(?:Basic|Bearer|Token)\s+|(?:Authorization|Cookie)['\"]?:\s*['\"]?|"
+    r"X-[\w-]*(?:Key|Token|Secret)\b\W{1,4}|(?:\w+_)?(?:password|secret|secret_access_key|token)(?:=|['\"]\s*:\s*)['\"]?))"
+    r"[^\s'\",}&;]+",
+    re.IGNORECASE,
 )
-"""Secrets in HTTP's headers, in the spelling of any library."""
+"""Secrets in HTTP's headers, in the spelling of any library, and in the settings of a database's or a store's client."""
+_WEBHOOKS = re.compile(r"(https://hooks\.slack\.com/services/)[^\s'\"]+")
+"""Addresses whose path is the secret."""
 _PASSWORDS = re.compile(rf"https?://[^/?#]*@|://{_PASSWORD}@", re.IGNORECASE)
 """Password of a URL, and any user of HTTP, which may be a token; `postgresql://user@host` and `abfs://container@host` have none."""
 
@@ -43,7 +48,12 @@ def redact(text: str) -> str:
     spellings = {each for value in values if len(value) >= _SHORTEST for each in _spellings(value)}
     for secret in sorted(spellings, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    for pattern, shown in ((_IN_URLS, HIDDEN), (_PARAMETERS, rf"\1{HIDDEN}"), (_HEADERS, rf"\1{HIDDEN}")):
+    for pattern, shown in (
+        (_IN_URLS, HIDDEN),
+        (_PARAMETERS, rf"\1{HIDDEN}"),
+        (_HEADERS, rf"\1{HIDDEN}"),
+        (_WEBHOOKS, rf"\1{HIDDEN}"),
+    ):
         text = pattern.sub(shown, text)
     return text
 

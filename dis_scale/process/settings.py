@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_serializer
 
 from dis_scale.process.redaction import has_credentials
 
@@ -31,10 +31,13 @@ class LatentShape(NamedTuple):
 
 def absolute(url: str) -> str:
     """Return a URL or path without a slash at its end; a local path is made absolute, without `..`, and begins at the home folder
-    for `~`."""
+    for `~`. ValueError if there is none."""
     text = url.rstrip("/") or "/"
     if text.startswith("file://") or "://" not in text:
-        path = Path(text.removeprefix("file://")).expanduser().absolute()
+        try:
+            path = Path(text.removeprefix("file://")).expanduser().absolute()
+        except RuntimeError as error:  # no home folder, or no such user
+            raise ValueError(f"{text}: {error}") from error
         while ".." in path.parts:  # of a link, the folder above what it leads to
             end = path.parts.index("..") + 1
             path = Path(Path(*path.parts[:end]).resolve(), *path.parts[end:])
@@ -73,3 +76,23 @@ class Settings(BaseModel):
                 "or what the store's client reads"
             )
         return value
+
+
+class Changes(Settings):
+    """Settings that are as elsewhere unless they are given: each is None by default."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is given."""
+        return {name: value for name, value in self if value is not None}
+
+    @field_validator("*")
+    @classmethod
+    def _is_given(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not info.context:  # which stored recipes have
+            raise ValueError("null is no value here, and would be as if it was left out: leave it out, or name another value")
+        return value
+
+    @model_serializer
+    def _without_what_is_left_out(self) -> dict[str, Any]:
+        return self.changes

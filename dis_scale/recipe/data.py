@@ -161,7 +161,7 @@ class TrainedVae(Settings):
     """A small diffusers AutoencoderKL, trained on the sweep's own images by the prepare stage."""
 
     kind: Literal["trained"]
-    widths: tuple[Count, ...] = (16, 32, 32)
+    widths: tuple[Count, ...] = Field((16, 32, 32), min_length=1)
     """Channels of each level; each level but the last halves the side."""
     norm_groups: Count = 8
     """Groups of channels that are normalised together; divides each of `widths`. One group keeps the colours of an image: with as
@@ -172,7 +172,7 @@ class TrainedVae(Settings):
     """Training steps."""
     batch_images: Count = 64
     """Images in a step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = Field(2e-3, gt=0)
     """Learning rate of its training."""
     kl_weight: float = Field(1e-2, ge=0)
     """Weight of the KL divergence (nats per pixel value), added to the mean squared error."""

@@ -1,10 +1,10 @@
 """Settings of evaluation: how a checkpoint is sampled, and what its samples are compared with."""
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from dis_scale.process.settings import Count, InferencePrecision, Settings, Width, pin, runtime
+from dis_scale.process.settings import Changes, Count, InferencePrecision, Settings, Width, pin, runtime
 
 MAIN = ""
 """Name of the main sampling settings, next to the variants' names."""
@@ -106,7 +106,7 @@ Guidance = Annotated[
 ]
 
 
-class Variant(Settings):
+class Variant(Changes):
     """Other sampling settings for the same checkpoints; what is left out is as in the main ones."""
 
     sampler: Sampler | None = None
@@ -244,8 +244,16 @@ class Evaluate(Sampling):
     @property
     def samplings(self) -> dict[str, Self]:
         """Sampling settings by name: the main ones, whose name is empty, then the variants."""
-        changes = {name: {key: value for key, value in variant if value is not None} for name, variant in self.variants.items()}
-        return {MAIN: self} | {name: self.model_copy(update=change) for name, change in changes.items()}
+        return {MAIN: self} | {name: self.model_copy(update=variant.changes) for name, variant in self.variants.items()}
+
+    @model_validator(mode="after")
+    def _variants_differ(self) -> Self:
+        first = dict[tuple[Any, ...], str]()
+        for name, settings in self.samplings.items():
+            how = tuple(getattr(settings, field) for field in Variant.model_fields)
+            if (other := first.setdefault(how, name)) != name:
+                raise ValueError(f"variants.{name}: it samples as {other or 'the main settings'}, and would cost the same again")
+        return self
 
     @model_validator(mode="after")
     def _extractors_have_names_of_their_own(self) -> Self:

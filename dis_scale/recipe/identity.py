@@ -82,5 +82,12 @@ def differing(stored: Settings, given: Settings, prefix: str = "") -> Iterator[t
         role = extra.get("role") if isinstance(extra := field.json_schema_extra, Mapping) else None
         if isinstance(old, Settings) and isinstance(new, Settings):
             yield from differing(old, new, f"{prefix}{name}.")
+        elif _are_settings(old) and _are_settings(new) and len(old) == len(new):
+            for i, (before, now) in enumerate(zip(old, new, strict=True)):
+                yield from differing(before, now, f"{prefix}{name}.{i}.")
         elif old != new and (role is None or (role == "pin" and old is not None)):
             yield f"{prefix}{name}", old, new
+
+
+def _are_settings(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, Settings) for each in value)

@@ -5,17 +5,17 @@ from functools import cache
 from types import new_class
 from typing import Annotated, Any, Literal, Union, cast
 
-from pydantic import Field, GetJsonSchemaHandler, SerializeAsAny, TypeAdapter, ValidationInfo, WrapValidator, model_serializer
+from pydantic import Field, GetJsonSchemaHandler, SerializeAsAny, TypeAdapter, ValidationInfo, WrapValidator
 
 from dis_scale.models import families
 from dis_scale.models.family import Family
 from dis_scale.models.settings import FamilySettings
 from dis_scale.process.errors import NoFamily
-from dis_scale.process.settings import Count, Fraction, Precision, Settings, runtime
+from dis_scale.process.settings import Changes, Count, Fraction, Precision, Settings, runtime
 from dis_scale.recipe.train import ImageCounts
 
 
-class ModelTrain(Settings):
+class ModelTrain(Changes):
     """Training settings of one model; what is left out is as in the recipe's `train`."""
 
     publish_images: Annotated[ImageCounts, Field(min_length=1)] | None = Field(None, json_schema_extra={"role": "extent"})
@@ -30,15 +30,6 @@ class ModelTrain(Settings):
     clip: float | None = Field(None, ge=0)
     ema: Fraction | None = None
     precision: Precision | None = None
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """What differs from the recipe's `train`."""
-        return {name: value for name, value in self if value is not None}
-
-    @model_serializer
-    def _without_what_is_left_out(self) -> dict[str, Any]:
-        return self.changes
 
 
 class Branch(Settings):

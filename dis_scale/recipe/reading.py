@@ -13,13 +13,52 @@ from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError, nearest
 from dis_scale.recipe import FORMAT, Model, Recipe, shipped
 from dis_scale.recipe.models import model_classes
+from dis_scale.recipe.train import Cooldowns
+
+INTEGER, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads `1e-4` as a string (YAML 1.1); this one reads it as a number (YAML 1.2)."""
+    """YAML 1.2's numbers, where PyYAML has 1.1's: `1e-4` was a string, `010` eight and `1:30` ninety. Names are there once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's
+        """YAMLError for a name that is there twice, of which one would be lost, or that is no text."""
+        names = set[str]()
+        for key, _ in node.value:
+            at = f"line {key.start_mark.line + 1}: {key.value!r}"
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise yaml.YAMLError(f"{at} is no name: put it in quotes")
+            if key.value in names:
+                raise yaml.YAMLError(f"{at} is there twice")
+            names.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    """Return a number with a point or an exponent; an integer for one such as 1e6, as counts are written."""
+    number = loader.construct_yaml_float(node)
+    return int(number) if "e" in node.value.lower() and number.is_integer() and abs(number) < 2**53 else number
+
+
+_DIGITS = list("-+.0123456789")
+_WHOLE = re.compile(r"[-+]?\d[\d_]*$")
+_REAL = re.compile(r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF|nan|NaN|NAN))$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in each if tag not in (INTEGER, FLOAT)]
+    for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(INTEGER, _WHOLE, _DIGITS)
+_Loader.add_implicit_resolver(FLOAT, _REAL, _DIGITS)
+_Loader.add_constructor(INTEGER, lambda _, node: int(node.value))
+_Loader.add_constructor(FLOAT, _number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts such as `1e5` and `09` in quotes, too, which `_Loader` would read as numbers."""
+
+
+_Dumper.add_implicit_resolver(INTEGER, _WHOLE, _DIGITS)
+_Dumper.add_implicit_resolver(FLOAT, _REAL, _DIGITS)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -55,14 +94,28 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
     if data.get("isoflop") is not None and isinstance(train := data.get("train"), dict):
         train.setdefault("publish_images", [])
     if isinstance(models := data.get("models"), dict):
-        models = dict(_written_out(models, data.get("seed", 0), where))
+        models = _all_of(_written_out(models, data.get("seed", 0), where), where)
         data["models"] = models | dict(_cooldowns(models, data.get("train"), where))
     try:
-        return Recipe.model_validate_json(json.dumps(data, default=str), context={"stored": True} if stored else None)
+        text = json.dumps(data, default=str)
+    except ValueError as error:
+        raise UserError(f"{where}: a value contains itself, by an alias (*)") from error
+    try:
+        return Recipe.model_validate_json(text, context={"stored": True} if stored else None)
     except ValidationError as error:
         given = {override.partition("=")[0] for override in overrides or []}
         lines = [f"--set {line}" if line.partition(":")[0] in given else f"{where}: {line}" for line in _lines(error, data)]
         raise UserError("\n".join(lines)) from None
+
+
+def _all_of(models: Iterator[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """Return the models by name; UserError for one that `seeds` of another would replace."""
+    every = dict[str, Any]()
+    for name, model in models:
+        if name in every:
+            raise UserError(f"{where}: models.{name}: it is also a seed of another model: give one of them another name")
+        every[name] = model
+    return every
 
 
 def _written_out(models: dict[str, Any], seed: Any, where: str) -> Iterator[tuple[str, Any]]:
@@ -72,12 +125,15 @@ def _written_out(models: dict[str, Any], seed: Any, where: str) -> Iterator[tupl
             yield name, model
             continue
         own = {key: value for key, value in model.items() if key not in ("preset", "seeds")}
-        written = (preset(str(model["preset"])) if "preset" in model else {}) | own
+        try:
+            written = (preset(str(model["preset"])) if "preset" in model else {}) | own
+        except UserError as error:
+            raise UserError(f"{where}: models.{name}.preset: {error}") from error
         yield name, written
         seeds = model.get("seeds", 1)
-        if not isinstance(seeds, int) or seeds < 1 or ("seeds" in model and model.get("seed") is not None):
+        if not _is_count(seeds) or ("seeds" in model and model.get("seed") is not None):
             raise UserError(f"{where}: models.{name}.seeds: got {seeds!r}, expected: a number of trainings, without seed")
-        for further in range(1, seeds):
+        for further in range(1, seeds if isinstance(seed, int) else 1):
             yield f"{name}-seed-{further}", written | {"seed": seed + further}
 
 
@@ -86,30 +142,35 @@ def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple
     if not isinstance(train, dict) or (wanted := train.pop("cooldowns", None)) is None:
         return
     try:
-        counts, share, batch = (list(map(int, wanted["images"])), float(wanted.get("share", 0.2)), int(train["batch_images"]))
-    except (TypeError, ValueError, KeyError, AttributeError):
+        cooldowns = Cooldowns.model_validate_json(json.dumps(wanted, default=str))
+    except ValueError:
         raise UserError(
             f"{where}: train.cooldowns: got {wanted!r}, expected image counts and a share, such as {{images: [51200], share: 0.2}}"
         ) from None
     for name, model in models.items():
-        for images in counts:
-            if isinstance(model, dict) and not model.get("branch") and f"{name}-at-{images}" not in models:
-                own_batch = (model.get("train") or {}).get("batch_images") or batch
-                yield cooldown(name, model, images, share, own_batch)
+        own = model.get("train", {}) if isinstance(model, dict) else None
+        batch: Any = own.get("batch_images", train.get("batch_images")) if isinstance(own, dict) else None
+        for images in cooldowns.images if _is_count(batch) and not model.get("branch") else ():  # else reading it names the mistake
+            if f"{name}-at-{images}" not in models:
+                yield cooldown(name, model, images, cooldowns.share, batch)
 
 
 def cooldown(name: str, model: dict[str, Any], images: int, share: float, batch_images: int) -> tuple[str, dict[str, Any]]:
     """Return name and settings of a branch that ends at `images`: their last `share`, in complete steps, at a falling rate."""
     trunk = {key: value for key, value in model.items() if key != "start"}
-    begin = int((1 - share) * images) // batch_images * batch_images
+    begin = int(round((1 - share) * images / batch_images, 6)) * batch_images
     schedule = {"publish_images": [images], "decay": "linear", "decay_from": begin / images}
     own = (model.get("train") or {}) | schedule
     return f"{name}-at-{images}", trunk | {"branch": {"of": name, "at": begin}, "train": own}
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def dump(recipe: Recipe) -> str:
     """Return the recipe as YAML that `parse` reads back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def with_model(recipe: Recipe, name: str, model: Model, settings: Sequence[str] = ()) -> Recipe:
@@ -117,7 +178,7 @@ def with_model(recipe: Recipe, name: str, model: Model, settings: Sequence[str] 
     data = recipe.model_dump(mode="json")
     data["models"][name] = model.model_dump(mode="json")
     own = [f"models.{name}.train.{setting}" for setting in settings]
-    return parse(yaml.safe_dump(data, sort_keys=False), f"a model named {name}", own)
+    return parse(yaml.dump(data, Dumper=_Dumper, sort_keys=False), f"a model named {name}", own)
 
 
 def _set(data: dict[str, Any], override: str) -> None:
@@ -153,7 +214,8 @@ def _lines(error: ValidationError, data: Any) -> Iterator[str]:
         elif mistake["type"] == "value_error":
             yield f"{key}: {mistake['ctx']['error']}" if key else str(mistake["ctx"]["error"])
         else:
-            yield f"{key}: got {got}, expected: {mistake['msg'].removeprefix('Input should be ')}"
+            quotes = ", in quotes" * (mistake["type"] == "string_type" and isinstance(mistake["input"], int | float))
+            yield f"{key}: got {got}, expected: {mistake['msg'].removeprefix('Input should be ')}{quotes}"
 
 
 def _as_written(path: list[str], data: Any) -> Iterator[str]:

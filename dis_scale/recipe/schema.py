@@ -8,6 +8,7 @@ from typing import Any
 from dis_scale.models import families
 from dis_scale.recipe import Recipe
 from dis_scale.recipe.models import model_classes
+from dis_scale.recipe.train import Cooldowns
 
 ROLES = {
     "runtime": "May change between two starts of a sweep.",
@@ -18,16 +19,6 @@ ROLES = {
 SEEDS = {
     "type": "integer", "minimum": 1,
     "description": "Number of trainings: this model, and copies with the next seeds, `<name>-seed-1` and so on.",
-}  # fmt: skip
-COOLDOWNS = {
-    "type": "object",
-    "description": "A branch of each model for each of these image counts, whose last share is trained at a falling rate.",
-    "properties": {
-        "images": {"type": "array", "items": {"type": "integer", "minimum": 1}},
-        "share": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "default": 0.2},
-    },
-    "required": ["images"],
-    "additionalProperties": False,
 }  # fmt: skip
 
 
@@ -60,7 +51,7 @@ def _add_short_forms(schema: dict[str, Any]) -> None:
     kinds.pop("discriminator")
     kinds["oneOf"].append({"$ref": "#/$defs/Preset"})
     models |= {"patternProperties": {pattern: kinds}, "additionalProperties": False}
-    parts["Train"]["properties"]["cooldowns"] = COOLDOWNS
+    parts["Train"]["properties"]["cooldowns"] = Cooldowns.model_json_schema()
     parts["Train"]["required"].remove("publish_images")
 
 

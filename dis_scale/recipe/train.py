@@ -72,6 +72,13 @@ Workers = Annotated[
 ImageCounts = tuple[Annotated[int, Field(ge=0)], ...]
 
 
+class Cooldowns(Settings):
+    """A branch of each model for each of these image counts, whose last share is trained at a falling rate."""
+
+    images: Annotated[tuple[Count, ...], Field(min_length=1)]
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
 class Train(Settings):
     """One training run per model; images seen are the clock. A model may have settings of its own (`ModelTrain`)."""
 
@@ -170,6 +177,12 @@ class Train(Settings):
     def _widths_differ(self) -> Self:
         if self.power_ema and len({f"{width:.3f}" for width in self.power_ema}) < 2:  # as files and states are named
             raise ValueError(f"power_ema: {list(self.power_ema)} are one average: expected two that differ by 0.001 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        if self.publish_images and self.warmup_images > max(self.images, self.batch_images):
+            raise ValueError(f"warmup_images: {self.warmup_images:,} are more than the {self.images:,} of the training")
         return self
 
     @model_validator(mode="after")

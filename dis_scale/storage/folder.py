@@ -359,7 +359,10 @@ def open_folder(url: str | os.PathLike[str]) -> Folder:
     """Return the folder at a URL or local path (made absolute); UserError for an empty one, which would be the current folder."""
     if not (text := os.fspath(url)).strip():
         raise UserError("the path or URL of a folder is empty: is a variable not set?")
-    return Folder(absolute(text))
+    try:
+        return Folder(absolute(text))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def missing(folder: Folder) -> str:

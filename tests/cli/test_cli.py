@@ -164,9 +164,9 @@ def test_a_plan_on_gpus_states_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_fleet_that_is_always_preempted_never_ends() -> None:
     fleet = ["--gpu", "h100", "--preemptions-per-day", "1e6", "--price", "2"]
-    code, output = invoke("plan", str(TINY), "--images", "1", *fleet, "--json")
+    code, output = invoke("plan", str(TINY), "--images", "100", *fleet, "--json")
     assert (code, json.loads(output)["fleet"]["total"]["days"]) == (0, None)
-    assert "never" in invoke("plan", str(TINY), "--images", "1", *fleet)[1]
+    assert "never" in invoke("plan", str(TINY), "--images", "100", *fleet)[1]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_fleet_that_is_always_preempted_never_ends() -> None:
     ],
 )
 def test_an_impossible_fleet_is_refused(options: list[str], words: str) -> None:
-    code, output = invoke("plan", str(TINY), "--images", "1", *options)
+    code, output = invoke("plan", str(TINY), "--images", "100", *options)
     assert (code, words in output) == (2, True), output
 
 

@@ -289,3 +289,24 @@ def test_more_parameters_of_urls_are_secret(key: str) -> None:
     assert redact(f"https://host/x?{key}=abcdef&n=1") == f"https://host/x?{key}=***&n=1"
     with pytest.raises(ValueError, match="credentials"):
         data({"kind": "folder", "url": f"https://host/x?{key}=abcdef"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Authorization: abc.def.hidden-1",
+        "Cookie: session=hidden-1",
+        "https://hooks.slack.com/services/T0/B0/hidden-1",
+        "password=hidden-1 host=db",
+        "aws_secret_access_key=hidden-1",
+        "{'secret': 'hidden-1'}",
+    ],
+)
+def test_secrets_without_a_url_are_hidden(text: str) -> None:
+    assert "hidden-1" not in redact(text)
+
+
+def test_words_about_secrets_and_paths_of_other_variables_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONKEY_AT", "/data/of/monkeys")
+    for text in ("/data/of/monkeys", "no password: use another", "the Authorization header is missing", "token: expected a word"):
+        assert redact(text) == text

@@ -238,3 +238,14 @@ def test_a_finished_stage_is_logged_once(clock: list[float], console: Console) -
         clock[0] = seconds
         board.update("evaluate", done, 64, "blocks")
     assert console.export_text().splitlines() == ["evaluate: 64/64 blocks"]
+
+
+def test_a_total_that_grows_after_its_end_is_shown_again() -> None:
+    """A finished stage was silent for good."""
+    console, now = Console(file=io.StringIO(), width=100), [0.0]
+    board = Board(console, lambda: now[0])
+    for done, total in [(10, 10), (10, 10), (11, 40), (39, 40), (40, 40), (40, 40)]:
+        now[0] += 60
+        board.update("look", done, total, "images")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split()[1].rstrip(",") for line in lines] == ["10/10", "11/40", "39/40", "40/40"]

@@ -9,7 +9,7 @@ import yaml
 from dis_scale.models.families import preset
 from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import LatentShape, Recipe, reading
+from dis_scale.recipe import LatentShape, Recipe, TarSource, reading
 from dis_scale.recipe.identity import identity_differences
 from tests.conftest import TINY
 
@@ -38,6 +38,46 @@ def test_every_ablation_has_a_price(path: Path) -> None:
 
 def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
     assert reading.parse(reading.dump(tiny), "stored") == tiny
+    for version in ("1e5", "09", "1_0", "no", ".5"):
+        source = {"kind": "tar", "url": "/x", "files": version}
+        odd = tiny.model_copy(update={"data": tiny.data.model_copy(update={"source": TarSource.model_validate(source)})})
+        stored = yaml.load(reading.dump(odd), reading._Loader)
+        assert stored["data"]["source"]["files"] == version
+
+
+def test_numbers_are_those_of_yaml_1_2() -> None:
+    given = ["seed=010", "train.publish_images=[0, 1.6e2, 1e3_0]", "train.learning_rate=1e-3"]
+    with pytest.raises(UserError, match=r"publish_images.2: got '1e3_0'"):
+        reading.load(TINY, given)
+    recipe = reading.load(TINY, [given[0], "train.publish_images=[0, 1.6e2]", given[2]])
+    assert (recipe.seed, recipe.train.publish_images, recipe.train.learning_rate) == (10, (0, 160), 0.001)
+
+
+def test_a_seed_of_another_model_replaces_none(tmp_path: Path) -> None:
+    """Of two models of one name the first was lost."""
+    own = "models.dis-seed-1={kind: dit, width: 16, depth: 1, heads: 2, patch: 2}"
+    with pytest.raises(UserError, match=r"models.dis-seed-1: it is also a seed of another model: give one of them another name"):
+        reading.load(TINY, ["models.dis.seeds=2", own])
+    (tmp_path / "twice.yaml").write_text(TINY.read_text() + "train: {learning_rate: 1}\n")
+    with pytest.raises(UserError, match=r"twice.yaml: not YAML: line \d+: 'train' is there twice"):
+        reading.load(tmp_path / "twice.yaml")
+
+
+def test_runtime_settings_and_pins_of_further_extractors_may_change() -> None:
+    also = "evaluate.also=[{{kind: inception{}}}, {{kind: exported, name: x, path: {}, sha256: {}}}]"
+    one, two = "a" * 64, "b" * 64
+    many = "evaluate.samples=4000"
+    stored = reading.load(TINY, [many, also.format("", "x.pt2", "null")])
+    pinned = reading.load(TINY, [many, also.format(", weights: /models/w.pth", "y.pt2", one)])
+    assert identity_differences(stored, pinned) == []
+    other = reading.load(TINY, [many, also.format("", "x.pt2", two)])
+    assert identity_differences(pinned, other) == [f"evaluate.also.1.sha256: stored {one}, given {two}"]
+
+
+def test_a_cooldown_begins_at_a_complete_step_also_if_its_share_is_rounded() -> None:
+    """0.1 of 64,000 images is 6,399.99..., which was step 0 of 6,400."""
+    _, branch = reading.cooldown("s", {"kind": "dis"}, 64_000, 0.9, 6400)
+    assert branch["branch"]["at"] == 6400
 
 
 @pytest.mark.parametrize(
@@ -76,6 +116,26 @@ def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
         ("format=7", "this version reads recipes of format 1, got format 7"),
         ("data.num_classes=null", "got null, expected: a number of classes, or none for unconditional models"),
         ("data.num_classes=no", "data.num_classes: got False, expected: a valid integer"),
+        ("name=123", "name: got 123, expected: a valid string, in quotes"),
+        ("seed=null", "seed: got None, expected: a valid integer"),
+        ("models.dit.seeds=true", "models.dit.seeds: got True, expected: a number of trainings"),
+        ("train.cooldowns={images: [320], shar: 0.5}", "train.cooldowns: got {'images': [320], 'shar': 0.5}, expected"),
+        ("train.cooldowns={images: '64000'}", "train.cooldowns: got {'images': '64000'}, expected image counts"),
+        ("train.cooldowns={images: [320], share: .nan}", "train.cooldowns: got {'images': [320], 'share': nan}, expected image"),
+        ("train={batch_images: 0, cooldowns: {images: [320]}}", "train.batch_images: got 0, expected: greater than or equal to 1"),
+        ("models.dit.train=5", "models.dit.train: got 5, expected"),
+        ("models.dit.train={batch_images: foo}", "models.dit.train.batch_images: got 'foo', expected: a valid integer"),
+        ("models.dit.train={base_width: null}", "models.dit.train.base_width: null is no value here"),
+        ("evaluate.variants={few: {guidance_interval: null}}", "evaluate.variants.few.guidance_interval: null is no value here"),
+        ("evaluate.variants={few: {}}", "variants.few: it samples as the main settings"),
+        ("evaluate.variants={a: {steps: 7}, b: {steps: 7}}", "variants.b: it samples as a, and would cost the same again"),
+        ("data.source={kind: folder, url: ~no-such-user/x}", "data.source.url: ~no-such-user/x: "),
+        ("vae={kind: trained, learning_rate: 0}", "vae.learning_rate: got 0, expected: greater than 0"),
+        ("vae={kind: trained, widths: []}", "vae.widths: got [], expected"),
+        ("train.warmup_images=64000", "warmup_images: 64,000 are more than the 320 of the training"),
+        ("train={lanes: 4, lanes: 2}", "not YAML: line 1: 'lanes' is there twice"),
+        ("models={no: {kind: dit}}", "not YAML: line 1: 'no' is no name: put it in quotes"),
+        ("models=&a {x: *a}", "a value contains itself, by an alias"),
         ("data.num_classes=none", "extractor digits is a classifier that the sweep trains, and data.num_classes is none"),
         ("train.x.y", "expected a.b=value"),
         ("train.lanes=[1", "--set 'train.lanes=[1': not YAML"),
