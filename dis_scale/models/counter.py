@@ -112,16 +112,20 @@ class CountedPass(TorchDispatchMode):
     @contextmanager
     def alone(self, name: str, macs: float) -> Iterator[None]:
         self.add(name, macs)
-        self._silent = True
-        yield
-        self._silent = False
+        before, self._silent = self._silent, True
+        try:
+            yield
+        finally:
+            self._silent = before
 
     @contextmanager
     def block(self, inputs: tuple[Tensor | None, ...]) -> Iterator[None]:
         self._current = Saved({self._number(x) for x in inputs if x is not None})
         self.blocks.append(self._current)
-        yield
-        self._current = self.outside
+        try:
+            yield
+        finally:
+            self._current = self.outside
 
     def _product(self, left: Tensor, right: Tensor, macs: int) -> None:
         """The backward pass has a product for each factor that needs a gradient."""

@@ -15,6 +15,7 @@ Axes: B batch, L time, E channels, N states, W taps of the convolution.
 
 import functools
 import importlib
+import logging
 import os
 from typing import Any, NamedTuple
 
@@ -39,6 +40,10 @@ GPU_BACKENDS = {
     "pip install --no-build-isolation -e '.[gpu]' -c constraints.txt",
 }
 """Requirements of the GPU backends, and how to install them."""
+
+
+FALLBACK = "chunked"
+"""What runs anywhere, by PyTorch's operations."""
 
 
 class Choice(NamedTuple):
@@ -124,9 +129,10 @@ def _choose(name: str, device: str) -> Choice:
 def _automatic(device: str) -> Choice:
     best = {"cpu": "native", "cuda": "triton"}.get(device)
     if best is None:
-        return Choice("chunked", f"auto: {device}")
+        return Choice(FALLBACK, f"auto: {device}")
     if error := problem(best, device):
-        return Choice("chunked", f"auto: {error}")
+        logging.getLogger(__name__).warning("the scan is %s, which is slow: %s", FALLBACK, error)
+        return Choice(FALLBACK, f"auto: {error}")
     return Choice(best, f"auto: {device}, {native_build.instruction_set() if best == 'native' else 'an NVIDIA GPU'}")
 
 

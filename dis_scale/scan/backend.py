@@ -20,7 +20,8 @@ Images of 8, 16, 32 or 64 patches a side make 66, 258, 1026 or 4098 tokens with 
 remainder of these lengths; a small remainder would cost nearly as much as a full chunk.
 """
 
-_keeping = ContextVar("keeping", default=False)
+_keeping = ContextVar("keeping", default=0)
+"""How many are entered in this thread."""
 
 
 class KeepingStates:
@@ -34,16 +35,16 @@ class KeepingStates:
 
     def __enter__(self) -> None:
         self._within.__enter__()
-        _keeping.set(True)
+        _keeping.set(_keeping.get() + 1)
 
     def __exit__(self, *error: Any) -> None:
-        _keeping.set(False)
+        _keeping.set(_keeping.get() - 1)
         self._within.__exit__(*error)
 
 
 def keeps_states() -> bool:
     """Whether a `KeepingStates` is active in this thread."""
-    return _keeping.get()
+    return _keeping.get() > 0
 
 
 class Direction(NamedTuple):

@@ -8,6 +8,8 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MOST_COMPILED = 256
+"""Kinds of input that a function is compiled for."""
 _excluded: list[Callable[..., object]] = []
 
 
@@ -26,7 +28,12 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def prepare_to_compile() -> None:
-    """Exclude the marked functions from torch.compile; called before the first block is compiled."""
+    """Exclude the marked functions from torch.compile; called before the first block is compiled.
+
+    Its limit of 8 kinds of input, for each piece between these functions, would leave some blocks of a model with several kinds of
+    block uncompiled, and which these are would follow from the order of its passes.
+    """
+    torch._dynamo.config.recompile_limit = MOST_COMPILED
     for function in _excluded:
         if hasattr(function, "outside"):
             continue  # another wrapper would make compiled blocks compile again

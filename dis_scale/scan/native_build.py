@@ -72,7 +72,10 @@ def cached_library() -> Path:
     """Path of the library built from these sources, with these flags, for this processor."""
     inputs = [path.read_text() for path in SOURCES] + [*FLAGS, platform.machine()]
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a container's user without a name
+        home = Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
     return Path(home) / "dis_scale" / f"native-{key}.so"
 
 
@@ -127,8 +130,9 @@ def _build(path: Path) -> ctypes.CDLL:
 def _remove_stale_builds(cache: Path) -> None:
     """Remove build folders of killed processes: those older than an hour, longer than any build."""
     for folder in cache.glob("build-*"):
-        if time.time() - folder.stat().st_mtime > 3600:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another builder has ended
+            if time.time() - folder.stat().st_mtime > 3600:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _build_error(error: str) -> str:

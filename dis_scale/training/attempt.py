@@ -18,8 +18,9 @@ from dis_scale.models import families, transfer
 from dis_scale.models.cost import price_model
 from dis_scale.models.tokens import Backbone
 from dis_scale.process import seeds
+from dis_scale.process.errors import BrokenDevice
 from dis_scale.recipe import Recipe
-from dis_scale.scan import choose
+from dis_scale.scan import FALLBACK, Choice, choose
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import COPIED, PointName, Run, Sweep
 from dis_scale.sweep.documents import RunState
@@ -162,13 +163,18 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tu
         _load_weights(model, read)
     # Also passes that only other ranks have: a kernel that is wrong for these must be so on all ranks, or a device is blamed.
     every = image_counts_of_all(settings.lanes, dist.get_world_size(), passes, settings.lane_images)
+    if scans := settings.scan in families.find(recipe.models[attempt.model].kind).scans:
+        require_one_scan(choose(settings.scan, attempt.device))
     check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, every, training=True))
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
     blocks = _graphed(attempt, model, every, passes) if settings.graphs else None
     if dist.get_rank() == 0:
         origin = f"{before.model}'s " if before and not resumed else ""
-        _log_start(attempt, images_seen, f"from {origin}{point.folder.name}" if point else "from the beginning")
+        scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
+        attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
+        place = f"from {origin}{point.folder.name}" if point else "from the beginning"
+        attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {place}{scan}")
         if blocks:
             attempt.log(f"{attempt.model}: {blocks}")
         if settings.base_width:
@@ -178,18 +184,21 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tu
     return state, model, images_seen, resumed, earlier
 
 
+def require_one_scan(chosen: Choice) -> None:
+    """BrokenDevice on a rank whose scan falls back to PyTorch's operations though that of others does not; collective.
+
+    All would wait for it, for weeks, and its sums are others.
+    """
+    every: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(every, chosen.name, group=dist.new_group(backend="gloo"))
+    if chosen.name == FALLBACK and (others := {*every} - {FALLBACK}):
+        raise BrokenDevice(f"this worker's scan would be {chosen}, that of others is {', '.join(sorted(others))}")
+
+
 @torch.no_grad()
 def _load_weights(model: Backbone, read: engine.Read) -> None:
     for name, p in model.named_parameters():
         p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
-
-
-def _log_start(attempt: Attempt, images_seen: int, where: str) -> None:
-    settings, workers = attempt.recipe.train, dist.get_world_size()
-    scans = settings.scan in families.find(attempt.recipe.models[attempt.model].kind).scans
-    scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
-    attempt.emit("start", attempt=attempt.number, workers=workers, images=images_seen)
-    attempt.log(f"{attempt.model}: attempt {attempt.number}, {workers} workers, {where}{scan}")
 
 
 def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -> str:

@@ -40,18 +40,18 @@ def check_on_all_ranks(check: Callable[[], None]) -> None:
     """Run the same check of the device on all ranks; collective.
 
     BrokenDevice on a rank whose check fails though it passes on others, which have the same program and the same case; where it
-    fails on all ranks, its own error.
+    fails on all ranks, or lacks memory, its own error.
     """
     import torch.distributed as dist
 
-    failure: DisScaleError | None = None
+    failure: DisScaleError | RuntimeError | None = None
     try:
         check()
-    except DisScaleError as error:
+    except (DisScaleError, RuntimeError) as error:  # the second of Triton's compiler, of CUDA, of a kernel that does not fit
         failure = error
     passed = [False] * dist.get_world_size()
     dist.all_gather_object(passed, failure is None, group=dist.new_group(backend="gloo"))
-    if failure and any(passed):
+    if failure and any(passed) and not lacks_memory(failure):
         raise BrokenDevice(f"this device fails where those of {sum(passed)} other ranks do not: {failure}") from failure
     if failure:
         raise failure
@@ -124,9 +124,12 @@ def torch_device(device: str) -> "torch.device":
 
 
 def hide_others(number: int) -> None:
-    """Leave one of the visible GPUs to this process, before CUDA starts: it is `cuda` then, in each thread."""
+    """Leave one of the visible GPUs to this process, before CUDA starts: it is `cuda` then, in each thread. UserError if hidden."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+    names = [str(number)] if visible is None else visible.split(",")[number : number + 1]
+    if not names or not names[0]:
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible} hides GPU {number}, which this worker is for")
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[0]
 
 
 def check_device(device: "torch.device") -> None:

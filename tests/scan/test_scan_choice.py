@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import tomllib
@@ -19,6 +20,7 @@ import torch
 
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.scan import (
+    FALLBACK,
     Direction,
     _backend,
     _choose,
@@ -182,10 +184,13 @@ def test_a_failed_build_shows_the_compilers_output_and_auto_uses_chunked(fresh_p
     assert build(tmp_path / "mended.so").answer() == 42, "a process can build after a build that failed"
 
 
-def test_no_compiler_is_the_same_failure(fresh_process: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_the_same_failure(fresh_process: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """With `auto` the fall-back is said on each machine: one rank of one job logs what it runs."""
     fresh_process.setenv("CXX", "/nonexistent/c++")
     with pytest.raises(DisScaleError, match=r"cannot be built(.|\n)*nonexistent(.|\n)*set the backend to chunked"):
         choose("native", "cpu")
+    assert choose("auto", "cpu").name == FALLBACK
+    assert "the scan is chunked, which is slow: the native scan cannot be built" in caplog.text
 
 
 def test_build_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
@@ -194,6 +199,15 @@ def test_build_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
     native_build._remove_stale_builds(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["build-now"]
+    (tmp_path / "build-gone").symlink_to(tmp_path / "nowhere")  # as one that another builder removes after it is listed
+    native_build._remove_stale_builds(tmp_path)
+
+
+def test_a_user_without_a_home_has_a_library_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Path.home raises for a container's user without a name: that was a traceback, not a slower scan."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(lambda _: Path("~nobody-knows").expanduser()))
+    assert native_build.cached_library().parent == Path(tempfile.gettempdir(), f"cache-{os.getuid()}", "dis_scale")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"half a library"], ids=["missing", "empty", "incomplete"])

@@ -47,10 +47,17 @@ def test_a_wrong_sum_is_a_broken_connection_of_no_node() -> None:
 
 
 def test_a_process_sees_one_of_the_gpus_that_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
-    for before, after in [("", "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b")]:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    for before, after in [(None, "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b")]:
+        if before:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+        else:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         devices.hide_others(1)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+    for before in ("", "0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+        with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={before} hides GPU 1, which this worker is for"):
+            devices.hide_others(1)
 
 
 def test_a_right_one_takes_milliseconds() -> None:

@@ -17,9 +17,11 @@ from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.process.errors import BrokenDevice, DisScaleError
 from dis_scale.recipe import LatentShape, Train, reading
+from dis_scale.scan import FALLBACK, Choice
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Run
 from dis_scale.training import devices, engine, resume
+from dis_scale.training.attempt import require_one_scan
 from dis_scale.training.engine import MOMENTS, Engine, Segment
 from tests.conftest import TINY
 from tests.support import ranks
@@ -44,17 +46,34 @@ def require_time_limits(state: Engine) -> None:
 
 
 @pytest.mark.parametrize("failing", [{1}, {0, 1, 2}, set()], ids=["one", "all", "none"])
-def test_a_check_that_fails_on_one_rank_is_the_fault_of_its_device(failing: set[int]) -> None:
+@pytest.mark.parametrize("kind", [DisScaleError, RuntimeError])
+def test_a_check_that_fails_on_one_rank_is_the_fault_of_its_device(failing: set[int], kind: type[Exception]) -> None:
     """And a mistake where it fails on all: a model would end on every node that it is placed on."""
-    on_ranks(3, checks_on_all, failing)
+    on_ranks(3, checks_on_all, failing, kind)
 
 
-def checks_on_all(failing: set[int]) -> None:
+def test_a_scan_that_falls_back_on_one_rank_is_the_fault_of_its_node() -> None:
+    """All others waited for it, and nobody said so: one rank logs what it runs."""
+    on_ranks(3, falls_back, {1})
+    on_ranks(2, falls_back, {0, 1})
+
+
+def falls_back(without_compiler: set[int]) -> None:
+    chosen = Choice(FALLBACK, "auto: no compiler") if dist.get_rank() in without_compiler else Choice("native", "auto: cpu")
+    if dist.get_rank() not in without_compiler or len(without_compiler) == dist.get_world_size():
+        require_one_scan(chosen)
+    else:
+        with pytest.raises(BrokenDevice, match=r"scan would be chunked \(auto: no compiler\), that of others is native"):
+            require_one_scan(chosen)
+    dist.barrier()
+
+
+def checks_on_all(failing: set[int], kind: type[Exception]) -> None:
     def check() -> None:
         if dist.get_rank() in failing:
-            raise DisScaleError("the scan is wrong")
+            raise kind("the scan is wrong")
 
-    expected = BrokenDevice if len(failing) == 1 else DisScaleError
+    expected = BrokenDevice if len(failing) == 1 else kind
     if dist.get_rank() not in failing:
         devices.check_on_all_ranks(check)
     else:
