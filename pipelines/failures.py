@@ -32,8 +32,10 @@ NODE = re.compile("std::bad_alloc|can't start new thread|unable to mmap|Cannot a
 """Parts of the errors of a node that is short of memory, processes or files."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 """Errors of a node's own disk, in the cache of kernels or a temporary file. Storage raises its own class."""
-SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EADDRINUSE, *PASSING)
-"""Errors of a node that is short of memory, processes, files or ports, and of a network whose file system has its programs."""
+SHORT = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+"""Errors of a node that is short of memory, processes or files."""
+NETWORK = (errno.EADDRINUSE, *PASSING)
+"""Errors of connections, and of a network's file system that has the programs."""
 Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
 CAUSES = get_args(Cause)
 """In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
@@ -97,10 +99,8 @@ def blame(error: Exception) -> Cause:
     cause = getattr(error, "cause", error)
     if isinstance(cause, StorageAway):
         return "storage"
-    if isinstance(cause, BrokenDevice) or (isinstance(cause, OSError) and cause.errno in DISK):
-        return "device"
-    if isinstance(cause, MemoryError | ConnectionError | TimeoutError) or getattr(cause, "errno", None) in SHORT:
-        return "lost"
+    if isinstance(cause, OSError | MemoryError | BrokenDevice):
+        return _blame_system(cause)
     if not isinstance(cause, RuntimeError):
         return "mistake"
     if lacks_memory(cause):
@@ -113,6 +113,16 @@ def blame(error: Exception) -> Cause:
     if DEVICE.search(text):
         return "device"
     return "connection" if CONNECTION.search(text) else "mistake"
+
+
+def _blame_system(error: Exception) -> Cause:
+    """Return the cause of an error of a node: its device or disk, its memory, its network."""
+    code = getattr(error, "errno", None)
+    if isinstance(error, BrokenDevice) or code in DISK:
+        return "device"
+    if isinstance(error, MemoryError) or code in SHORT:
+        return "lost"
+    return "connection" if isinstance(error, ConnectionError | TimeoutError) or code in NETWORK else "mistake"
 
 
 def describe(error: Exception) -> str:

@@ -51,7 +51,8 @@ def init(
             images, listing_words(board.say), lambda done, total: board.update("look", done, total, "images")
         )
         broken = [f"{name}: {why}" for name, why in found.broken]
-        apart = bool(names) or len(broken) > SHOWN
+        if apart := bool(names) or len(broken) > SHOWN:
+            listed.write_text("".join(f"{line}\n" for line in broken))
         shown = [f"         {line}" for line in broken[:SHOWN]]
         for line in [*survey.describe(found), *shown, *[f"         all {len(broken):,} names: {listed}"] * apart]:
             board.say(line)
@@ -59,8 +60,6 @@ def init(
     text = propose(found, machine, out.name, resolution or resolution_of(found, machine))
     with out.open("x") as file:
         file.write(text)
-    if apart:
-        listed.write_text("".join(f"{line}\n" for line in broken))
     recipe = reading.parse(text, str(out))
     measured = [] if recipe.evaluate.extractors else [f"measures {why_no_distance(found)}"]
     show(

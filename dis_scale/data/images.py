@@ -163,7 +163,7 @@ def _scaled(image: Image.Image) -> Image.Image:
 
     Of PPM, Pillow gives 16 bits as 32, scaled to 65535. Other numbers of 32 bits have no range.
     """
-    if not image.mode.startswith("I;16") and image.format != "PPM":
+    if not image.mode.startswith("I;16") and (image.mode, image.format) != ("I", "PPM"):
         raise ValueError(f"its pixels (mode {image.mode}) have no range that defines white: save it in 8 or 16 bits")
     return Image.fromarray(_eight_bits(np.asarray(image), 65535))
 

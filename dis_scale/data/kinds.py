@@ -272,7 +272,7 @@ class _Csv(_OneFileEach):
 
         Each folder is listed once, many at the same time: some sets have one for each image.
         """
-        hashes, missing, like = dict[Folder, Sequence[int]](), list[str](), ""
+        hashes, missing, first = dict[Folder, Sequence[int]](), list[str](), list[tuple[Folder, str]]()
         for some_entries in batched(entries, FOLDERS_AT_ONCE):
             named = [(entry, *_place(self._root, entry.name)) for entry in some_entries if isinstance(entry, Entry)]
             named = [each for each in named if not each[1].url.startswith(UNLISTED)]
@@ -280,13 +280,13 @@ class _Csv(_OneFileEach):
             hashes |= zip(new, in_order(new, _hashes), strict=True)
             for entry, folder, name in named:
                 if not _is_in(hashes[folder], hash(name)):
-                    like = like or _like(folder, name)
+                    first = first or [(folder, name)]
                     missing.append(f"{printable(entry.name)} (line {entry.location[0]})")
             yield from some_entries
         if missing:
             raise UserError(
-                f"{self.where}: {len(missing):,} of its images are not there: {some(missing)}{like}; correct the CSV, or "
-                "--set data.undecodable=skip to leave them out"
+                f"{self.where}: {len(missing):,} of its images are not there: {some(missing)}{_like(*first[0])}; correct the CSV, "
+                "or --set data.undecodable=skip to leave them out"
             )
 
     def _allowed(self, entry: Entry) -> Entry:

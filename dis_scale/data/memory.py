@@ -16,6 +16,9 @@ _LIMITS = {
 }
 """Limit and use of a control group's memory, and what the use consists of, versions 2 and 1: by its folder below `CGROUPS`."""
 
+_FILES = {"": r"^(?:active|inactive)_file (\d+)$", "memory": r"^total_(?:active|inactive)_file (\d+)$"}
+"""Bytes of files in a group and those within it, as its use counts."""
+
 
 class MemoryBuffer:
     """Shards by index. Each is loaded by a thread of its own as soon as it is requested. For one reading thread."""
@@ -75,13 +78,16 @@ def free_memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
             except OSError:
                 continue
             if limit.strip().isdigit():
-                files = sum(map(int, re.findall(r"^(?:active|inactive)_file (\d+)$", stat, re.MULTILINE)))
+                files = sum(map(int, re.findall(_FILES[kind], stat, re.MULTILINE)))
                 free.append(max(0, int(limit) - int(used) + files))
     return min(free, default=0)
 
 
 def _own_groups(own: Path) -> list[tuple[str, Path]]:
     """Return this process's control groups: which of `_LIMITS`, and the path. A container that hides its path has the root's."""
-    lines = (line.split(":", 2) for line in own.read_text().splitlines())
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:  # a kernel or a sandbox without control groups
+        lines = []
     found = [(kind, Path(path.lstrip("/"))) for _, kinds, path in lines for kind in _LIMITS if kind in kinds.split(",")]
     return found + [(kind, Path()) for kind in _LIMITS]

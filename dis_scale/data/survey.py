@@ -86,7 +86,7 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
     chosen = [i for i, name in enumerate(source.names) if not labelled or _class_of(name)]
     sides, broken = Counter[int](), list[Broken]()
     folders = [name for name in folder.folders() if not images.hidden(name)]  # a sweep's classes, also without images
-    if labelled:  # raises what a sweep would, such as for an image that a link shows in two classes
+    if labelled and folder.local:  # raises what a sweep would, such as for an image that a link shows in two classes
         open_source(Data.model_validate(settings | {"num_classes": len(folders)}), None, listed)
     classes = dict.fromkeys(map(printable, folders) if labelled else (), 0)
     for done, (i, result) in enumerate(zip(chosen, _measured(source, chosen), strict=True), 1):

@@ -6,7 +6,6 @@ The stored recipe has its trunks and branches written out. Read next: recipe/iso
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import yaml
 from rich.table import Table
 
 from dis_scale import vae
@@ -79,7 +78,7 @@ def written_out(recipe: Recipe, shape: LatentShape) -> Recipe:
         longest = max(branch["branch"]["at"] for branch in branches.values())
         data["models"][size] = model | {"train": model["train"] | {"publish_images": [longest]}}
         data["models"] |= branches
-    complete = reading.parse(yaml.safe_dump(data, sort_keys=False), "isoflop")
+    complete = reading.parse(reading.written(data), "isoflop")
     _require_every_budget(complete)
     return complete
 

@@ -285,8 +285,11 @@ def _size(count: float) -> str:
 
 
 def _transfers(recipe: Recipe) -> Iterator[str]:
-    """Yield the change of the learning rate of each model that has a base width."""
+    """Yield the change of the learning rate of each model that has a base width, and of each whose rate never gets there."""
     for name, model in recipe.models.items():
+        if (train := recipe.train_of(name)).warmup_images > train.images:
+            share = train.images / train.warmup_images
+            yield f"{name}: its learning rate rises until the end, to {share:.0%} of learning_rate: train.warmup_images is longer"
         if base_width := recipe.train_of(name).base_width:
             yield f"{name}: {transfer.words(model, base_width)}"
 

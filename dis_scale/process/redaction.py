@@ -30,14 +30,13 @@ _PARAMETERS = re.compile(
 )
 """Secret parameters of a URL, of its signature and of a connection string."""
 _HEADERS = re.compile(
-    r"(\b(?:Authorization\b\W{1,4}(?:Basic|Bearer|Token)\s+|(?:Authorization|Cookie)['\"]?:\s*['\"]?|"
-    r"X-[\w-]*(?:Key|Token|Secret)\b\W{1,4}|(?:\w+_)?(?:password|secret|secret_access_key|token)(?:=|['\"]\s*:\s*)['\"]?))"
-    r"[^\s'\",}&;]+",
+    r"(\b(?:Authorization\b\W{1,4}(?:Basic|Bearer|Token)\s+|Authorization['\"]?:\s*['\"]?|X-[\w-]*(?:Key|Token|Secret)\b\W{1,4}|"
+    r"(?:aws_|db_)?(?:password|secret|secret_access_key|(?:session_|access_|auth_)?token)(?:=|['\"]\s*:\s*)['\"]?))[^\s'\",}&;]+",
     re.IGNORECASE,
 )
 """Secrets in HTTP's headers, in the spelling of any library, and in the settings of a database's or a store's client."""
-_WEBHOOKS = re.compile(r"(https://hooks\.slack\.com/services/)[^\s'\"]+")
-"""Addresses whose path is the secret."""
+_WHOLE = re.compile(r"(https://hooks\.slack\.com/services/|\bCookie['\"]?:\s*['\"]?)[^'\"\r\n]+", re.IGNORECASE)
+"""Addresses whose path is the secret, and cookies."""
 _PASSWORDS = re.compile(rf"https?://[^/?#]*@|://{_PASSWORD}@", re.IGNORECASE)
 """Password of a URL, and any user of HTTP, which may be a token; `postgresql://user@host` and `abfs://container@host` have none."""
 
@@ -48,13 +47,9 @@ def redact(text: str) -> str:
     spellings = {each for value in values if len(value) >= _SHORTEST for each in _spellings(value)}
     for secret in sorted(spellings, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    for pattern, shown in (
-        (_IN_URLS, HIDDEN),
-        (_PARAMETERS, rf"\1{HIDDEN}"),
-        (_HEADERS, rf"\1{HIDDEN}"),
-        (_WEBHOOKS, rf"\1{HIDDEN}"),
-    ):
-        text = pattern.sub(shown, text)
+    text = _IN_URLS.sub(HIDDEN, text)
+    for pattern in (_PARAMETERS, _HEADERS, _WHOLE):
+        text = pattern.sub(rf"\1{HIDDEN}", text)
     return text
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, model_validator
 
 from dis_scale.process.settings import Changes, Count, InferencePrecision, Settings, Width, pin, runtime
 
@@ -247,7 +247,9 @@ class Evaluate(Sampling):
         return {MAIN: self} | {name: self.model_copy(update=variant.changes) for name, variant in self.variants.items()}
 
     @model_validator(mode="after")
-    def _variants_differ(self) -> Self:
+    def _variants_differ(self, info: ValidationInfo) -> Self:
+        if info.context:  # a stored recipe
+            return self
         first = dict[tuple[Any, ...], str]()
         for name, settings in self.samplings.items():
             how = tuple(getattr(settings, field) for field in Variant.model_fields)

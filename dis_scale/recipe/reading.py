@@ -15,18 +15,21 @@ from dis_scale.recipe import FORMAT, Model, Recipe, shipped
 from dis_scale.recipe.models import model_classes
 from dis_scale.recipe.train import Cooldowns
 
-INTEGER, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+TEXT, INTEGER, FLOAT = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers, where PyYAML has 1.1's: `1e-4` was a string, `010` eight and `1:30` ninety. Names are there once."""
+    """Numbers as people write them, where PyYAML has YAML 1.1's: `1e-4` was a text, `010` eight and `1:30` ninety, which are texts
+    here. Names are there once, and are texts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's
-        """YAMLError for a name that is there twice, of which one would be lost, or that is no text."""
+        """YAMLError for a name that is there twice, of which one would be lost, or that means yes, no or nothing."""
         names = set[str]()
         for key, _ in node.value:
             at = f"line {key.start_mark.line + 1}: {key.value!r}"
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            if key.tag in (INTEGER, FLOAT):
+                key.tag = TEXT
+            if key.tag not in (TEXT, "tag:yaml.org,2002:merge"):
                 raise yaml.YAMLError(f"{at} is no name: put it in quotes")
             if key.value in names:
                 raise yaml.YAMLError(f"{at} is there twice")
@@ -41,7 +44,7 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 
 
 _DIGITS = list("-+.0123456789")
-_WHOLE = re.compile(r"[-+]?\d[\d_]*$")
+_WHOLE = re.compile(r"[-+]?(0|[1-9]\d*(_\d+)*)$")
 _REAL = re.compile(r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF|nan|NaN|NAN))$")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in each if tag not in (INTEGER, FLOAT)]
@@ -54,10 +57,9 @@ _Loader.add_constructor(FLOAT, _number)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts texts such as `1e5` and `09` in quotes, too, which `_Loader` would read as numbers."""
+    """Puts texts such as `1e5` in quotes, too, which `_Loader` would read as numbers."""
 
 
-_Dumper.add_implicit_resolver(INTEGER, _WHOLE, _DIGITS)
 _Dumper.add_implicit_resolver(FLOAT, _REAL, _DIGITS)
 
 
@@ -112,7 +114,7 @@ def _all_of(models: Iterator[tuple[str, Any]], where: str) -> dict[str, Any]:
     """Return the models by name; UserError for one that `seeds` of another would replace."""
     every = dict[str, Any]()
     for name, model in models:
-        if name in every:
+        if every.get(name, model) != model:  # a stored recipe has its seeds written out
             raise UserError(f"{where}: models.{name}: it is also a seed of another model: give one of them another name")
         every[name] = model
     return every
@@ -170,7 +172,17 @@ def _is_count(value: Any) -> bool:
 
 def dump(recipe: Recipe) -> str:
     """Return the recipe as YAML that `parse` reads back to an equal one."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
+    return written(recipe.model_dump(mode="json"))
+
+
+def plain(text: str) -> Any:
+    """Return YAML text that `written` made as it was."""
+    return yaml.load(text, _Loader)
+
+
+def written(data: dict[str, Any]) -> str:
+    """Return plain settings as YAML that `parse` reads back as they are."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def with_model(recipe: Recipe, name: str, model: Model, settings: Sequence[str] = ()) -> Recipe:
@@ -178,7 +190,7 @@ def with_model(recipe: Recipe, name: str, model: Model, settings: Sequence[str] 
     data = recipe.model_dump(mode="json")
     data["models"][name] = model.model_dump(mode="json")
     own = [f"models.{name}.train.{setting}" for setting in settings]
-    return parse(yaml.dump(data, Dumper=_Dumper, sort_keys=False), f"a model named {name}", own)
+    return parse(written(data), f"a model named {name}", own)
 
 
 def _set(data: dict[str, Any], override: str) -> None:

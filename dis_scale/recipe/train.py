@@ -180,12 +180,6 @@ class Train(Settings):
         return self
 
     @model_validator(mode="after")
-    def _warm_up_ends(self) -> Self:
-        if self.publish_images and self.warmup_images > max(self.images, self.batch_images):
-            raise ValueError(f"warmup_images: {self.warmup_images:,} are more than the {self.images:,} of the training")
-        return self
-
-    @model_validator(mode="after")
     def _counts_fit(self) -> Self:
         if self.batch_images % self.lanes:
             raise ValueError(f"batch_images {self.batch_images} is not a multiple of lanes {self.lanes}")

@@ -271,9 +271,9 @@ def curve(
 
 
 def correlations(report: Report) -> list[str]:
-    """Return lines with Pearson's r on log Gflops for each image count and family of three or more models, then the power laws."""
+    """Return lines with Pearson's r on log Gflops for each drawn count and family of three or more models, then the power laws."""
     lines = []
-    for images in report.counts:
+    for images in drawn_counts(report):
         for kind in report.families:
             points = report.family(kind, images)
             r = fits.pearson([p.gmacs for p in points], [report.distance(p) for p in points])

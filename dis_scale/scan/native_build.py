@@ -74,8 +74,8 @@ def cached_library() -> Path:
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # a container's user without a name
-        home = Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
+    except RuntimeError as error:  # a container's user without a name; a folder of everyone's is no place for programs
+        raise UserError("the native scan is built in a cache, and this user has no home folder: set XDG_CACHE_HOME") from error
     return Path(home) / "dis_scale" / f"native-{key}.so"
 
 

@@ -3,18 +3,19 @@
 Reads and writes nothing but the recipe. Read next: state.py for what exists and what is left to do.
 """
 
-import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dis_scale.process.errors import NoFamily, UserError, nearest
+from dis_scale.process.errors import DisScaleError, NoFamily, UserError, nearest
+from dis_scale.process.settings import Settings
 from dis_scale.recipe import MAIN, Recipe, Storage, reading
 from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage.folder import Folder, missing, open_folder
 
 RECIPE, EARLIER = "recipe.yaml", "earlier"
-"""The stored recipe, and the folder of those before it that had models or variants which a later one lacked."""
+"""The stored recipe, and the folder of the models and variants that were removed from it."""
 SWEEPS = "sweeps"
 """Folder of all sweeps below a storage root."""
 USUAL = f"{Storage.model_fields['root'].default}/{SWEEPS}"
@@ -74,6 +75,12 @@ def sweeps_below(store: Folder) -> list[Folder]:
 def store_of(sweep: Folder) -> Folder:
     """Return the storage root of a sweep's folder."""
     return replace(sweep, url=sweep.url.rsplit(f"/{SWEEPS}/", 1)[0])
+
+
+def _named_parts(recipe: Recipe) -> dict[str, Settings]:
+    """Return the parts of a recipe that have names of their own, as they are called in `EARLIER`."""
+    named: dict[str, Mapping[str, Settings]] = {"models": recipe.models, "variants": recipe.evaluate.variants}
+    return {f"{part}-{name}": each for part, of_part in named.items() for name, each in of_part.items()}
 
 
 def folder_around(folder: Folder) -> Folder | None:
@@ -187,13 +194,11 @@ class Sweep:
         return str(self.folder)
 
     def save_recipe(self) -> None:
-        """Store the recipe. One before it with models or variants that this one lacks is kept: their files are, too."""
+        """Store the recipe. Models and variants of the one before that this one lacks are kept: their files are, too."""
         if self.folder.exists(RECIPE):
-            before = Sweep.open(self.folder.url).recipe
-            gone = before.models.keys() - self.recipe.models.keys()
-            if gone or before.evaluate.variants.keys() - self.recipe.evaluate.variants.keys():
-                text = reading.dump(before).encode()
-                self.folder.write(f"{EARLIER}/{hashlib.sha256(text).hexdigest()[:16]}.yaml", text)
+            before, now = _named_parts(Sweep.open(self.folder.url).recipe), _named_parts(self.recipe)
+            for name in before.keys() - now.keys():
+                self.folder.write(f"{EARLIER}/{name}.yaml", reading.written(before[name].model_dump(mode="json")).encode())
         self.folder.write(RECIPE, reading.dump(self.recipe).encode())
 
     def differences(self) -> list[str]:
@@ -203,10 +208,21 @@ class Sweep:
         """
         if not self.folder.exists(RECIPE):
             return []
-        before = [f"{EARLIER}/{name}" for name in self.folder.list(EARLIER)]
-        earlier = [reading.parse(self.folder.read(each).decode(), f"{self}/{each}", stored=True) for each in before]
-        stored = [*earlier, Sweep.open(self.folder.url, patient=True).recipe]
-        return list(dict.fromkeys(line for each in stored for line in identity_differences(each, self.recipe)))
+        stored = Sweep.open(self.folder.url, patient=True).recipe
+        removed = {name.removesuffix(".yaml") for name in self.folder.list(EARLIER)}
+        back = removed & (_named_parts(self.recipe).keys() - _named_parts(stored).keys())
+        return identity_differences(stored, self.recipe) + [line for name in sorted(back) for line in self._differences_of(name)]
+
+    def _differences_of(self, name: str) -> list[str]:
+        """Return how a model or a variant differs from the one of its name that was removed."""
+        part, _, own = name.partition("-")
+        text, data = self.folder.read(f"{EARLIER}/{name}.yaml").decode(), self.recipe.model_dump(mode="json")
+        (data if part == "models" else data["evaluate"])[part][own] = reading.plain(text)
+        try:
+            before = reading.parse(reading.written(data), f"{self}/{EARLIER}/{name}.yaml", stored=True)
+        except DisScaleError as error:  # such as a family that is not here
+            return [f"{part}.{own}: it was removed, and is another now: {error}"]
+        return [f"{line} (it was removed before)" for line in identity_differences(before, self.recipe)]
 
     @property
     def store(self) -> Folder:

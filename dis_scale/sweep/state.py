@@ -102,10 +102,11 @@ def latent_shape(sweep: Sweep) -> LatentShape | None:
 
 def require_latents(sweep: Folder) -> Folder:
     """Return the complete latents of a sweep's folder; UserError if there are none."""
-    latents = find_latents(sweep)
-    if latents is None:
-        raise UserError(f"{sweep}: no complete latents: the precompute stage has not finished")
-    return latents
+    if latents := find_latents(sweep):
+        return latents
+    if (pointer := LatentsPointer.find_intact(sweep)) and not (of_sweep := store_of(sweep) / pointer.folder).list():
+        raise UserError(f"{sweep}: its latents, {of_sweep}, are gone: restore them, or resume it, which encodes its images again")
+    raise UserError(f"{sweep}: no complete latents: the precompute stage has not finished")
 
 
 def use_latents(sweep: Sweep, latents: Folder, vae_identity: str) -> None:

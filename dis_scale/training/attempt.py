@@ -164,6 +164,7 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tu
     # Also passes that only other ranks have: a kernel that is wrong for these must be so on all ranks, or a device is blamed.
     every = image_counts_of_all(settings.lanes, dist.get_world_size(), passes, settings.lane_images)
     if scans := settings.scan in families.find(recipe.models[attempt.model].kind).scans:
+        check_on_all_ranks(lambda: choose(settings.scan, attempt.device))
         require_one_scan(choose(settings.scan, attempt.device))
     check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, every, training=True))
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)

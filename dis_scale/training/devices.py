@@ -36,7 +36,7 @@ FOREIGN = 0.25
 REMEDY = "this PyTorch needs the NVIDIA driver R580 or newer, and a GPU newer than Volta"
 
 
-def check_on_all_ranks(check: Callable[[], None]) -> None:
+def check_on_all_ranks(check: Callable[[], object]) -> None:
     """Run the same check of the device on all ranks; collective.
 
     BrokenDevice on a rank whose check fails though it passes on others, which have the same program and the same case; where it

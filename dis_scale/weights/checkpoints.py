@@ -1,5 +1,6 @@
 """Location of one checkpoint: a published folder, or a file with weights, on this machine or in an object store; its classes."""
 
+import csv
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -101,8 +102,9 @@ def _has_files(folder: Folder) -> bool:
 def _published_in(folder: Folder) -> str:
     """Return words on what a sweep has published."""
     sweep = Sweep.open(folder.url)
-    runs = [run for model in sweep.recipe.models if state.published_counts(run := sweep.run(model))]
-    return f": of this sweep's, {' or '.join(str(run.folder) for run in runs)}" if runs else f"; {sweep} has published nothing yet"
+    if not (models := [model for model in sweep.recipe.models if state.published_counts(sweep.run(model))]):
+        return f"; {sweep} has published nothing yet"
+    return f", such as {sweep.run(models[0]).folder}" + (f"; this sweep's models are {some(models)}" if len(models) > 1 else "")
 
 
 def _names_in(folder: Folder, name: str) -> tuple[str, ...]:
@@ -125,11 +127,11 @@ def class_names(sweep: Sweep) -> tuple[str, ...]:
 def labels_in_words(names: Sequence[str], words: str | Sequence[str]) -> list[int]:
     """Return the labels of words, or of a text with commas between them, each a label or one of the classes' names, which win.
 
-    UserError for others.
+    A name with a comma is in double quotes. UserError for others.
     """
     labels = list[int]()
     if isinstance(words, str):
-        words = [words] if words in names else [word.strip() for word in words.split(",")]
+        words = [words] if words in names else [word.strip() for word in next(csv.reader([words], skipinitialspace=True), [""])]
     for word in words:
         if word not in names and not (word.isdecimal() and len(word) < 10):
             known = f", or names: {some(list(names))}" if names else ", for example 1,7"

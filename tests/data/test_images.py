@@ -148,9 +148,10 @@ def bomb() -> bytes:
         (saved(noise(64, 64), "JPEG")[:1500], "truncated"),
         (bomb(), "exceeds limit of .* pixels, could be decompression bomb"),
         (saved(Image.fromarray(np.eye(8, dtype=np.float32)), "TIFF"), r"mode F\) have no range that defines white"),
+        (saved(Image.fromarray(np.eye(8, dtype=np.float32)), "PPM"), r"mode F\) have no range that defines white"),
         (saved(Image.fromarray(np.full((8, 8), 255, np.int32)), "TIFF"), r"mode I\) have no range that defines white"),
     ],
-    ids=["empty", "words", "broken", "cut PNG", "cut JPEG", "bomb", "floats", "32 bits"],
+    ids=["empty", "words", "broken", "cut PNG", "cut JPEG", "bomb", "floats", "PFM", "32 bits"],
 )
 def test_an_undecodable_image_is_named_with_the_reason(data: bytes, why: str) -> None:
     words = rf"image a/b.png cannot be decoded: .*({why}).*; repair or remove it, or --set data.undecodable=skip"

@@ -279,6 +279,11 @@ def test_latents_of_another_vae_are_refused(tmp_path: Path, tiny: Recipe) -> Non
     state.use_latents(sweep, at, "w" * 64)
     with pytest.raises(UserError, match="latents of another VAE: theirs is vvvvvvvvvvvv, this one is wwwwwwwwwwww"):
         state.find_latents(sweep.folder)
+    at.delete()
+    with pytest.raises(
+        UserError, match=rf"its latents, {at}, are gone: restore them, or resume it, which encodes its images again"
+    ):
+        state.require_latents(sweep.folder)
 
 
 def test_prefetch_keeps_order_and_raises_errors() -> None:

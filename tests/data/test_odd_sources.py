@@ -14,6 +14,7 @@ from dis_scale.data.tars import LONG_END, UNMATCHED
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.storage.folder import Folder, open_folder
 from tests.data.test_every_image import picture
+from tests.support import store_requests
 from tests.support.labelled_images import data, parquet, tar
 
 
@@ -88,8 +89,12 @@ def test_a_folder_is_no_image_of_a_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize("written", ["caf\u00e9.png", "CAFE\u0301.PNG"])
 def test_a_name_that_looks_like_that_of_a_file_is_explained(written: str, tmp_path: Path) -> None:
     (tmp_path / "cafe\u0301.png").write_bytes(picture(1))
-    with pytest.raises(UserError, match=r"is not there, but 'cafe\\u0301.png' is; correct the CSV"):
-        open_source(data(csv_of(tmp_path, "path,label", "0.png,0", f"{written},1")))
+    with (
+        store_requests.noted() as requests,
+        pytest.raises(UserError, match=r"is not there, but 'cafe\\u0301.png' is; correct the CSV"),
+    ):
+        open_source(data(csv_of(tmp_path, "path,label", "0.png,0", f"{written},1", "none.png,1", "other.png,1")))
+    assert [verb for verb, _ in requests].count("list") == 2, "one more for all that are missing"
 
 
 def test_the_folders_of_a_csv_are_listed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

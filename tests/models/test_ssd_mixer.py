@@ -125,7 +125,8 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         "width: 16, mixer: s6, combine: hydra": "combine: hydra is of the mixer ssd, got mixer: s6",
     }.items():
         with pytest.raises(UserError, match=message):
-            reading.load(TINY, [f"models.a={{kind: dis, depth: 2, patch: 2, mixer: ssd, {option}}}"])
+            mixer = "" if "mixer" in option else "mixer: ssd, "
+            reading.load(TINY, [f"models.a={{kind: dis, depth: 2, patch: 2, {mixer}{option}}}"])
     assert "not known" in str(Dis(kind="dis", width=64, depth=2, patch=2, mixer="ssd").base_width_refusal(32, {}))
     model = build(Dis(kind="dis", width=16, depth=2, patch=2, mixer="ssd"), LatentShape(4, 8), 10)
     assert isinstance(model, DiS)

@@ -107,6 +107,7 @@ def task_error(cause: Exception) -> ray.exceptions.RayTaskError:
         ([PEER_LOST, OUT_OF_MEMORY], OutOfMemory, None, "Tried to allocate"),
         ([PEER_LOST, RuntimeError("CUDA driver error: out of memory")], OutOfMemory, None, "CUDA driver error"),
         ([PEER_LOST, ValueError("mistake")], ray.exceptions.RayTaskError, None, "trace"),
+        ([ConnectionResetError(errno.ECONNRESET, "reset"), ValueError("mistake")], ray.exceptions.RayTaskError, None, "trace"),
         ([PEER_LOST, PEER_LOST], WorkerFailure, "connection", "Connection closed"),
     ],
 )

@@ -72,7 +72,7 @@ def test_the_last_words_count_the_crashes(tiny: Recipe) -> None:
 def test_crashes_are_near_by_the_models_own_batch(tiny: Recipe, batch: int | None, tries: int) -> None:
     """Each dies one step of 1,024 images before or after the last."""
     train = tiny.train.model_copy(update={"restarts": 100})
-    own = tiny.models["dit"].model_copy(update={"train": ModelTrain(batch_images=batch)})
+    own = tiny.models["dit"].model_copy(update={"train": ModelTrain(batch_images=batch) if batch else ModelTrain()})
     job = job_of(tiny.model_copy(update={"train": train, "models": {**tiny.models, "dit": own}}))
     job.log.context.model = "dit"
     crashes = [WorkerFailure("it crashed", 4096 + 1024 * (number % 2)) for number in range(101)]

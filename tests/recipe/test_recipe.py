@@ -38,19 +38,36 @@ def test_every_ablation_has_a_price(path: Path) -> None:
 
 def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
     assert reading.parse(reading.dump(tiny), "stored") == tiny
-    for version in ("1e5", "09", "1_0", "no", ".5"):
+    for version in ("1e5", "09", "0129", "1_0", "no", ".5"):
         source = {"kind": "tar", "url": "/x", "files": version}
         odd = tiny.model_copy(update={"data": tiny.data.model_copy(update={"source": TarSource.model_validate(source)})})
         stored = yaml.load(reading.dump(odd), reading._Loader)
         assert stored["data"]["source"]["files"] == version
 
 
-def test_numbers_are_those_of_yaml_1_2() -> None:
-    given = ["seed=010", "train.publish_images=[0, 1.6e2, 1e3_0]", "train.learning_rate=1e-3"]
-    with pytest.raises(UserError, match=r"publish_images.2: got '1e3_0'"):
-        reading.load(TINY, given)
-    recipe = reading.load(TINY, [given[0], "train.publish_images=[0, 1.6e2]", given[2]])
-    assert (recipe.seed, recipe.train.publish_images, recipe.train.learning_rate) == (10, (0, 160), 0.001)
+@pytest.mark.parametrize("odd", ["010", "1_", "1:30", "0x10"])
+def test_numbers_are_as_people_write_them(odd: str) -> None:
+    """In YAML 1.1, 010 is eight and 1:30 is ninety."""
+    recipe = reading.load(TINY, ["seed=1_000", "train.publish_images=[0, 1.6e2]", "train.learning_rate=1e-3"])
+    assert (recipe.seed, recipe.train.publish_images, recipe.train.learning_rate) == (1000, (0, 160), 0.001)
+    with pytest.raises(UserError, match=f"seed: got '{odd}', expected: a valid integer"):
+        reading.load(TINY, [f"seed={odd}"])
+
+
+def test_a_recipe_that_was_stored_with_variants_that_are_alike_is_read(tiny: Recipe) -> None:
+    """They are refused by now, but may not change under one name."""
+    data = tiny.model_dump(mode="json")
+    data["evaluate"]["variants"] = {"08": {"steps": 7}, "same": {"steps": 7, "guidance": None}}
+    stored = yaml.safe_dump(data)  # as it was written before: without quotes around 08
+    assert list(reading.parse(stored, "stored", stored=True).evaluate.variants) == ["08", "same"]
+    with pytest.raises(UserError, match=r"variants.same: it samples as 08"):
+        reading.parse(stored.replace("guidance: null", ""), "given")
+
+
+def test_a_stored_recipe_may_have_more_seeds_than_before(tiny: Recipe) -> None:
+    stored = reading.dump(reading.load(TINY, ["models.dis.seeds=2"]))
+    models = reading.parse(stored, "stored", ["models.dis.seeds=3"], stored=True).models
+    assert [name for name in models if name.startswith("dis")] == ["dis", "dis-seed-1", "dis-seed-2"]
 
 
 def test_a_seed_of_another_model_replaces_none(tmp_path: Path) -> None:
@@ -132,7 +149,6 @@ def test_a_cooldown_begins_at_a_complete_step_also_if_its_share_is_rounded() -> 
         ("data.source={kind: folder, url: ~no-such-user/x}", "data.source.url: ~no-such-user/x: "),
         ("vae={kind: trained, learning_rate: 0}", "vae.learning_rate: got 0, expected: greater than 0"),
         ("vae={kind: trained, widths: []}", "vae.widths: got [], expected"),
-        ("train.warmup_images=64000", "warmup_images: 64,000 are more than the 320 of the training"),
         ("train={lanes: 4, lanes: 2}", "not YAML: line 1: 'lanes' is there twice"),
         ("models={no: {kind: dit}}", "not YAML: line 1: 'no' is no name: put it in quotes"),
         ("models=&a {x: *a}", "a value contains itself, by an alias"),

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 import tomllib
@@ -203,11 +202,12 @@ def test_build_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
     native_build._remove_stale_builds(tmp_path)
 
 
-def test_a_user_without_a_home_has_a_library_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_is_told_what_to_set(fresh_process: pytest.MonkeyPatch) -> None:
     """Path.home raises for a container's user without a name: that was a traceback, not a slower scan."""
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", classmethod(lambda _: Path("~nobody-knows").expanduser()))
-    assert native_build.cached_library().parent == Path(tempfile.gettempdir(), f"cache-{os.getuid()}", "dis_scale")
+    fresh_process.delenv("XDG_CACHE_HOME", raising=False)
+    fresh_process.setattr(Path, "home", classmethod(lambda _: Path("~nobody-knows").expanduser()))
+    with pytest.raises(UserError, match="this user has no home folder: set XDG_CACHE_HOME"):
+        choose("native", "cpu")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"half a library"], ids=["missing", "empty", "incomplete"])
