@@ -86,7 +86,7 @@ def number_axes(axes: Axes) -> None:
     for axis, steps in ((axes.xaxis, [(1, 2, 5)]), (axes.yaxis, [(1, 2, 5), range(1, 10)])):
         low, high = axis.get_view_interval()
         powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-        locators: list[Locator] = [LogLocator()] if high > 200 * low else []  # or the numbers touch
+        locators: list[Locator] = [LogLocator()] if axis is axes.xaxis and high > 200 * low else []  # or the numbers touch
         # Not a logarithmic one with too few: matplotlib then numbers the axis as a linear one, however long the numbers are.
         locators += [
             LogLocator(subs=each) for each in steps if sum(low <= x <= high for x in np.outer(powers, each).flat) >= LEAST_TICKS

@@ -87,11 +87,13 @@ def test_many_counts_are_a_few_lines_with_their_names_in_the_axes(sweep: Sweep) 
 
 def test_a_short_axis_has_several_numbers(sweep: Sweep) -> None:
     """An axis of distances from 70 to 98 had one number, 100, and another of costs from 0.1 to 0.12 had none but 0.1."""
-    figure = figures.gflops_distance(many(sweep, 3, 2))
-    figure.canvas.draw()
-    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
-        low, high = axis.get_view_interval()
-        assert sum(low <= tick <= high for tick in axis.get_majorticklocs()) >= 3
+    report = many(sweep, 3, 2)
+    wide = [replace(p, values={report.metric: report.distance(p) / 4**i}) for i, p in enumerate(report.points)]
+    for figure in map(figures.gflops_distance, (report, replace(report, points=wide))):
+        figure.canvas.draw()
+        for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+            low, high = axis.get_view_interval()
+            assert sum(low <= tick <= high for tick in axis.get_majorticklocs()) >= 3
 
 
 def test_an_error_as_large_as_its_value_is_not_the_whole_axis(sweep: Sweep) -> None:
