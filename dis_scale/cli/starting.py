@@ -10,6 +10,7 @@ from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe.shipped import EMBEDDED
 
 if TYPE_CHECKING:
+    from dis_scale.data.survey import Survey
     from dis_scale.upkeep.doctor import Needs, Result
 
 SHOWN = 20
@@ -41,20 +42,15 @@ def init(
     require_new(out, "--out")
     if resolution:
         require_resolution(resolution)  # before all images are decoded
-    listed = names or out.with_suffix(".broken.txt")
     if names:
         require_new(names, "--names")
-    if listed.absolute() == out.absolute():
-        raise UserError(f"--names: {listed} is the recipe's file, too: name another one")
+        if names.absolute() == out.absolute():
+            raise UserError(f"--names: {names} is the recipe's file, too: name another one")
     with naming_misspelt(images), Board(console(stderr=as_json)) as board:
         found = survey.take_survey(
             images, listing_words(board.say), lambda done, total: board.update("look", done, total, "images")
         )
-        broken = [f"{name}: {why}" for name, why in found.broken]
-        if apart := bool(names) or len(broken) > SHOWN:
-            listed.write_text("".join(f"{line}\n" for line in broken))
-        shown = [f"         {line}" for line in broken[:SHOWN]]
-        for line in [*survey.describe(found), *shown, *[f"         all {len(broken):,} names: {listed}"] * apart]:
+        for line in [*survey.describe(found), *_broken(found, out, names)]:
             board.say(line)
     machine = Machine.here()
     text = propose(found, machine, out.name, resolution or resolution_of(found, machine))
@@ -102,3 +98,14 @@ def _ray(needs: "Needs") -> "Result":
     from pipelines.cluster import try_cluster
 
     return Result(try_cluster(needs.recipe))
+
+
+def _broken(found: "Survey", out: Path, names: Path | None) -> list[str]:
+    """Return the names of broken images, each with the reason; more than `SHOWN`, or if `names` is given, are in a file."""
+    lines = [f"{name}: {why}" for name, why in found.broken]
+    shown = [f"         {line}" for line in lines[:SHOWN]]
+    if names is None and len(lines) <= SHOWN:
+        return shown
+    file = names or out.with_suffix(".broken.txt")
+    file.write_text("".join(f"{line}\n" for line in lines))
+    return [*shown, f"         all {len(lines):,} names: {file}"]

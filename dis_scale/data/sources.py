@@ -26,6 +26,10 @@ from dis_scale.sweep.documents import LeftOutByReason
 NOT_THERE = "there is no such file; correct the CSV or the link, or --set data.undecodable=skip"
 
 
+READERS = 16
+"""Threads that read and decode images one by one: more than cores, since each waits for its reads."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Images, or latents; position i of the dataset is `names[i]`, of class `labels[i]`: 0 in all, without `label_names`, if

@@ -4,14 +4,12 @@ from typing import Literal
 
 import numpy as np
 
-from dis_scale.data.sources import Source, select_decodable
+from dis_scale.data.sources import READERS, Source, select_decodable
 from dis_scale.process.errors import UserError
 from dis_scale.process.threads import in_order
 
 MOST_IMAGES = 8192
 """Most images that small networks are trained on, taken evenly from the source."""
-READERS = 16
-"""Threads that read and decode: more than cores, since each waits for its reads."""
 
 
 def load_subset(source: Source, resolution: int, undecodable: Literal["refuse", "skip"]) -> tuple[np.ndarray, np.ndarray]:

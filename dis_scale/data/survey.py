@@ -12,15 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dis_scale.data import images, layouts
-from dis_scale.data.sources import Source, open_source
+from dis_scale.data.sources import READERS, Source, open_source
 from dis_scale.process.errors import UndecodableImage, UserError, printable
 from dis_scale.process.progress import ReportDone, ReportShare, some
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data
 from dis_scale.storage.folder import open_folder
-
-READERS = 16
-"""Threads that read and decode: more than cores, since each waits for its reads."""
 
 
 class Broken(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 
 from dis_scale.data import images
 from dis_scale.data.mixing import permutation
-from dis_scale.data.sources import open_source
+from dis_scale.data.sources import READERS, open_source
 from dis_scale.evaluation import measure, parts
 from dis_scale.evaluation.adm import IMAGES, open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
@@ -32,7 +32,6 @@ METRICS = ("distance", "sfid", "precision_recall")
 SCORES = {"is": shuffled_splits, "is_adm": adm_splits}
 NAME = "measure"
 ENDINGS = (".npz", ".tar")
-READERS = 16
 SETTINGS = Evaluate.model_validate(
     {"samples": 50_000, "sampler": "ddpm", "steps": 1, "extractor": {"kind": "inception"}}, strict=False
 )

@@ -114,9 +114,11 @@ class Board:
             self._log(name, task)
 
     def _log(self, name: str, task: Task) -> None:
-        count, now_s = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}", self._clock()
-        logged_s, logged = self._logged.get(task.id, (0.0, ""))
-        if count == logged if task.finished else now_s < logged_s + PLAIN_EVERY_S:
+        now_s, (logged_s, logged) = self._clock(), self._logged.get(task.id, (0.0, ""))
+        if not task.finished and now_s < logged_s + PLAIN_EVERY_S:
+            return
+        count = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}"
+        if task.finished and count == logged:
             return
         self.say(f"{name}: {', '.join(filter(None, (count, *_words(task))))}")
         self._logged[task.id] = now_s, count

@@ -31,7 +31,7 @@ class LatentShape(NamedTuple):
 
 def absolute(url: str) -> str:
     """Return a URL or path without a slash at its end; a local path is made absolute, without `..`, and begins at the home folder
-    for `~`. ValueError if there is none."""
+    for `~`. ValueError for a user without one."""
     text = url.rstrip("/") or "/"
     if text.startswith("file://") or "://" not in text:
         try:

@@ -84,7 +84,7 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
     A `stored` recipe runs no other file than the one that its sweep began with (models/families.py).
     """
     try:
-        data = yaml.load(text, _Loader)
+        data = plain(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -176,7 +176,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def plain(text: str) -> Any:
-    """Return YAML text that `written` made as it was."""
+    """Return the values in YAML text; YAMLError for other text."""
     return yaml.load(text, _Loader)
 
 
@@ -203,7 +203,7 @@ def _set(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise UserError(f"--set {override!r}: {parent!r} is not a group of settings")
     try:
-        data[last] = yaml.load(value, _Loader)
+        data[last] = plain(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override!r}: not YAML: {' '.join(str(error).split())}") from error
 

@@ -65,7 +65,7 @@ def compare_page(sweeps: tuple[Sweep, Sweep], reports: tuple[Report, Report], ta
         if best := page.best_point(report):
             pictures += [part._replace(words=f"{report.sweep}: {part.words}") for part in samples.of_point(sweep, best)]
     return page.render_comparison(
-        *reports, table, page.Plot("Gflops against distance of both", svg=wide, wide=True, narrow=narrow), pictures
+        *reports, table, page.Plot(f"Gflops against {reports[0].quantity} of both", svg=wide, wide=True, narrow=narrow), pictures
     )
 
 
