@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-from fsspec.spec import AbstractBufferedFile
+from fsspec.core import has_magic
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from dis_scale.process import faults
 from dis_scale.process.errors import StorageError, UserError, nearest
@@ -277,10 +278,8 @@ class Folder:
 
     def delete(self, path: str = "") -> None:
         """Delete an object, or a folder with everything below it, if it exists."""
-        try:
-            self._do("delete", path, lambda fs, full: fs.rm(full, recursive=True))
-        except FileNotFoundError:
-            return
+        with contextlib.suppress(FileNotFoundError):
+            self._do("delete", path, _remove if self.local is None and has_magic(self.url + path) else _remove_at_once)
 
     def require_usable(self) -> None:
         """UserError if the folder cannot be written and read, lists what was there before, or cannot create only if absent.
@@ -299,7 +298,10 @@ class Folder:
             self.delete(probe)
         except (StorageError, UserError, OSError, ValueError, TypeError) as error:
             raise UserError(f"storage {self.url} cannot be used: {cause_of(error)}") from error
-        if second or not same:
+        # fsspec's own `create` looks first and writes then, so that two processes may both have written.
+        own = getattr(_client(self.url)[0].pipe_file, "__func__", None)
+        looks_first = self.local is None and own is AbstractFileSystem.pipe_file
+        if second or not same or looks_first:
             raise UserError(
                 f"storage {self.url} cannot create an object only if absent (If-None-Match), so two runs could overwrite each "
                 "other: use a local folder, S3, Ceph or Azure"
@@ -409,6 +411,16 @@ def _shown(entry: str, path: str, *, incomplete: bool = False) -> bool:
 def _page(fs: Any, full: str, more: Mapping[str, str | int]) -> Any:
     bucket, key, _ = fs.split_path(full)
     return fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
+
+
+def _remove_at_once(fs: Any, full: str) -> None:
+    fs.rm(full, recursive=True)
+
+
+def _remove(fs: Any, full: str) -> None:
+    """Delete as `_remove_at_once`, one by one: `rm` would take `*`, `?` and `[` for a pattern, and delete what others wrote."""
+    for name in fs.find(full):
+        fs.rm_file(name)
 
 
 def _time_of_a_write(fs: Any, full: str) -> float:

@@ -17,6 +17,7 @@ import fsspec
 import pytest
 from botocore.retries import standard
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from dis_scale.process.context import Context
 from dis_scale.process.errors import Damaged, StorageAway, StorageError, UserError
@@ -39,6 +40,35 @@ def test_objects_are_written_read_listed_and_deleted(store_url: str) -> None:
     root.delete("a")
     root.delete("a")
     assert root.list() == []
+
+
+@pytest.mark.parametrize("name", ["run[12]", "run?", "run*"])
+def test_a_deletion_takes_no_name_for_a_pattern(name: str, bucket: str) -> None:
+    for root in (open_folder(f"{bucket}/{name}"), other := open_folder(f"{bucket}/run1")):
+        root.write("a/b", b"one")
+        root.write("a/c[d]", b"two")
+    for path in ("a/b", "a/c[d]", "none"):
+        open_folder(f"{bucket}/{name}").delete(path)
+    assert (open_folder(f"{bucket}/{name}").list("a"), other.list("a")) == ([], ["b", "c[d]"])
+    open_folder(f"{bucket}/{name}").delete()
+    assert other.tree() == {"a/b": 3, "a/c[d]": 3}
+
+
+class LooksFirst(MemoryFileSystem):  # type: ignore[misc]
+    """As fsspec's clients of SFTP, SMB and HDFS: `create` is fsspec's own, which looks first."""
+
+    protocol = "looks-first"
+    pipe_file = AbstractFileSystem.pipe_file
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.replace("looks-first://", "memory://")))
+
+
+def test_a_store_where_two_may_create_one_object_is_refused() -> None:
+    fsspec.register_implementation("looks-first", LooksFirst, clobber=True)
+    with pytest.raises(UserError, match="storage looks-first://root cannot create an object only if absent"):
+        open_folder("looks-first://root").require_usable()
 
 
 def test_a_missing_object_is_a_file_not_found(store_url: str) -> None:
