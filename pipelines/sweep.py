@@ -5,6 +5,7 @@ is read from storage and nowhere else. Read next: dis_scale/sweep/state.py, trai
 """
 
 import contextlib
+import os
 import shlex
 import sys
 import time
@@ -309,10 +310,12 @@ def seen_alive(driver: Driver, drains: Callable[[], bool]) -> Iterator[None]:
 def _obey_request(held: lease.Lease, driver: Driver, cluster: Cluster) -> None:
     """Request the driver to stop if another process has requested it through storage (`dis-scale stop`), or has taken over."""
     if held.stop_requested() and (driver.drained or not driver.stop_requested.is_set()):
+        last = None if held.held() else lease.last_holding(held.folder)
+        if last and last.holder.pid == os.getpid() and last.holder.is_here:
+            return  # this process, on another Ray since: storage was long in answering
         driver.drained = False  # it was to continue elsewhere
-        if not held.held():
-            last = lease.last_holding(held.folder)
-            driver.taken_over = last is not None and last.holder.cluster == cluster.id  # it has joined these jobs
+        if last:
+            driver.taken_over = last.holder.cluster == cluster.id  # it has joined these jobs
             driver.board.say("taken    another process has taken over this sweep: this one stops")
         driver.stop_requested.set()
 

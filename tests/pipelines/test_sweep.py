@@ -60,10 +60,19 @@ def test_a_driver_whose_lease_has_a_successor_stops_and_leaves_jobs_that_the_oth
     driver, leases = driver_of(tiny, tmp_path), driver_of(tiny, tmp_path).sweep.lease("sweep")
     driver.requests_polled_every_s = 0.05
     with pipeline.one_at_a_time(driver, cluster("here")):
-        Holder.read(leases, "0001").changed(cluster=where).write(leases, "0002")
+        Holder.read(leases, "0001").changed(cluster=where, pid=1).write(leases, "0002")
         assert driver.stop_requested.wait(30)
         assert driver.taken_over == (where == "here")
     assert "taken    another process has taken over this sweep: this one stops" in logged(driver)
+
+
+def test_a_late_answer_to_a_command_on_a_ray_that_ended_does_not_stop_the_one_on_the_next(tiny: Recipe, tmp_path: Path) -> None:
+    driver, leases = driver_of(tiny, tmp_path), driver_of(tiny, tmp_path).sweep.lease("sweep")
+    with lease.hold(leases, "here") as before:
+        pass
+    with pipeline.one_at_a_time(driver, cluster("another")):
+        pipeline._obey_request(before, driver, cluster("here"))
+        assert not driver.stop_requested.is_set()
 
 
 def test_a_missing_start_is_refused_before_anything_begins(tmp_path: Path) -> None:
