@@ -96,7 +96,7 @@ def blame(error: Exception) -> Cause:
     """Return the cause of an error of Ray, or of storage in this process. What no accident raises is a mistake."""
     if isinstance(error, LOST):
         return "lost"
-    cause = getattr(error, "cause", error)
+    cause = cause_of(error)
     if isinstance(cause, StorageAway):
         return "storage"
     if isinstance(cause, OSError | MemoryError | BrokenDevice):
@@ -125,8 +125,13 @@ def _blame_system(error: Exception) -> Cause:
     return "connection" if isinstance(error, ConnectionError | TimeoutError) or code in NETWORK else "mistake"
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """Return what a worker raised, without the traceback and addresses that Ray adds."""
+    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+
+
 def describe(error: Exception) -> str:
     """Return an error of Ray in one line."""
     if isinstance(error, LOST):
         return f"a worker was lost ({' '.join(str(error).split())[:200]})"
-    return " ".join(str(getattr(error, "cause", error)).split())[:300]
+    return " ".join(str(cause_of(error)).split())[:300]

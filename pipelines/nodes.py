@@ -16,7 +16,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
 from pipelines import ray_private
-from pipelines.failures import may_pass
+from pipelines.failures import cause_of, may_pass
 from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
@@ -92,7 +92,7 @@ def on_each(nodes: Sequence[Node], task: Any, *arguments: object, words: Callabl
 
 def error_on(name: str, error: Exception, words: Callable[[str, str], str]) -> DisScaleError:
     """Return the error to raise for a node's answer."""
-    cause = getattr(error, "cause", error)
+    cause = cause_of(error)
     why = " ".join(str(cause).split())[:200] or type(cause).__name__
     if isinstance(error, ray.exceptions.RayTaskError) and not may_pass(error):
         return UserError(words(name, why))

@@ -23,6 +23,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sweep
+from pipelines.failures import cause_of
 from pipelines.lines import Log
 from pipelines.logs import JobLogs
 from pipelines.metrics import Exporter
@@ -213,11 +214,6 @@ def _exit_with(error: BaseException, log: Log, logs: JobLogs) -> NoReturn:
         log.fail(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}")
     logs.close()
     os._exit(cause.exit_code if isinstance(cause, DisScaleError) else 1)
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """Return what a worker raised, without the traceback and addresses that Ray adds."""
-    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
 
 
 @contextlib.contextmanager

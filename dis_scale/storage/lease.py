@@ -177,7 +177,8 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
 
 def _why(error: BaseException) -> str:
     """Return an error in one line without secrets; of an error of Ray, what its worker raised, without the worker's traceback."""
-    cause = getattr(error, "cause", None) or error
+    found = getattr(error, "cause", None)
+    cause = found if isinstance(found, BaseException) else error
     return redact(" ".join(f"{type(cause).__name__}: {cause}".split()))[:WHY_CHARACTERS]
 
 

@@ -1,6 +1,7 @@
 """Failures of workers: which of their errors a new attempt may survive, and which of several is to blame."""
 
 import errno
+from pathlib import Path
 
 import pytest
 import ray
@@ -8,11 +9,24 @@ import torch
 from torch.distributed import DistStoreError
 
 from dis_scale.process.errors import BrokenDevice, OutOfMemory, StorageAway, StorageError
+from dis_scale.storage import lease
+from dis_scale.storage.folder import open_folder
 from pipelines.failures import CAUSES, WorkerFailure, blame, describe, failure_to_raise, may_pass
 
 ECC = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 PEER_LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+
+def test_the_reason_of_an_attempt_that_failed_is_kept_in_words(tmp_path: Path) -> None:
+    failure = WorkerFailure("no step ended for 901 s: hanging")
+    with pytest.raises(WorkerFailure), lease.hold(open_folder(tmp_path)):
+        raise failure
+    holding = lease.last_holding(open_folder(tmp_path))
+    assert holding
+    assert holding.end
+    assert holding.end.why == "WorkerFailure: no step ended for 901 s: hanging"
+    assert describe(failure) == "no step ended for 901 s: hanging"
 
 
 @pytest.mark.parametrize(
