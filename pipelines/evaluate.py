@@ -16,12 +16,12 @@ from dis_scale.sweep import GRID, Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
 from pipelines.evaluators import NotOpened, RayEvaluators
-from pipelines.failures import WorkerFailure
+from pipelines.failures import WorkerFailure, cause_of
 from pipelines.metrics import SetGauge
 from pipelines.nodes import choose_device, total_gpus
 from pipelines.places import Places, own_gpus
 from pipelines.restarts import with_restarts
-from pipelines.stage import StageJob, cause_of
+from pipelines.stage import StageJob
 from pipelines.waiting import Wait
 from pipelines.worker import request_for
 
@@ -164,14 +164,18 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
 
 def wait_for_training(job: StageJob, news: Callable[[], bool]) -> None:
     """Wait for `news`; DisScaleError if for a day nothing is published or saved either."""
+
+    def saved() -> list[list[str]]:
+        """Changes while training runs."""
+        return [job.sweep.run(model).resume.list() for model in job.recipe.models]
+
     began_s = since_s = job.now_s()
-    before = None
+    before = saved()
     while not news():
         job.raise_if_stopped()
         job.show_idle()
         if job.now_s() - since_s > GIVE_UP_S:
-            now = [job.sweep.run(model).resume.list() for model in job.recipe.models]  # changes while training runs
-            if before == now:
+            if before == (now := saved()):
                 raise DisScaleError(f"nothing was published or saved for {GIVE_UP_S / 3600:.0f} h: is training running?")
             since_s, before = job.now_s(), now
         job.pause(min(LONGEST_POLL_S, max(POLL_EVERY_S, (job.now_s() - began_s) / 20)))

@@ -203,6 +203,7 @@ def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path) -> N
     with pytest.raises(DisScaleError, match="nothing was published or saved for 24 h: is training running"):
         PublishedEvaluation(job, "cpu", open_still).run()
     assert opened == [0], "it is not restarted"
+    assert 24 * 3600 < job.now_s() < 25 * 3600
 
 
 def test_a_wait_for_training_shows_that_it_lives(job: RecordedJob, monkeypatch: pytest.MonkeyPatch) -> None:
