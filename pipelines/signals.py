@@ -12,7 +12,7 @@ from typing import TextIO
 
 @contextlib.contextmanager
 def obeying_signals(stop_requested: Event) -> Iterator[None]:
-    """Let a signal set `stop_requested`; a second SIGTERM or SIGINT ends this process at once.
+    """Let a signal set `stop_requested`; a SIGTERM or SIGINT that is the second signal ends this process at once.
 
     To be polled by `is_set`: a signal that comes while the main thread begins to `wait` would block for ever.
     SIGHUP says that the terminal was closed: nothing is written to it any more. Under `nohup` it stays ignored.
@@ -22,12 +22,15 @@ def obeying_signals(stop_requested: Event) -> Iterator[None]:
         numbers.remove(signal.SIGHUP)
     # now, since a closed terminal no longer reports that it is one
     terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+    asked = False  # by a signal: a stop may have been requested in another way before
 
     def request(number: int, _: FrameType | None) -> None:
+        nonlocal asked
         if number == signal.SIGHUP:
             _write_nowhere(terminals)
-        elif stop_requested.is_set():
+        elif asked:
             signal.default_int_handler(number, None)
+        asked = True
         stop_requested.set()
 
     before = {number: signal.signal(number, request) for number in numbers}

@@ -1,14 +1,18 @@
 """Signals to the command: each requests a stop, also that of a terminal that was closed."""
 
+import contextlib
 import os
 import pty
+import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from pipelines.signals import obeying_signals
 from tests.support import sweeps
 
 PROGRAM = textwrap.dedent("""
@@ -56,6 +60,17 @@ def test_a_closed_terminal_requests_a_stop(tmp_path: Path) -> None:
 def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
     close_the_terminal(tmp_path / "out", 2, "env", "--ignore-signal=HUP")
     assert (tmp_path / "out").read_text() == "stop requested: False"
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_only_a_second_signal_ends_the_process_at_once(signals: int) -> None:
+    """Not the first after a stop that was requested through storage, while jobs save."""
+    stop_requested = Event()
+    stop_requested.set()
+    ended = contextlib.nullcontext() if signals == 1 else pytest.raises(KeyboardInterrupt)
+    with ended, obeying_signals(stop_requested):
+        for _ in range(signals):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
