@@ -253,7 +253,7 @@ def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], 
     return Cluster(
         client, {key: value for key, value in parent.items() if key in inherited},
         f"the Ray cluster at {address}", ours=False,
-        at_once=lambda: models_at_once(recipe, ray.cluster_resources(), known_nodes()),
+        at_once=lambda: silence.ask(lambda: models_at_once(recipe, ray.cluster_resources(), known_nodes())) or 0,
         gpus=lambda: int(ray.cluster_resources().get("GPU", 0)), gpu_fault=usable_gpus()[1],
         id=ray.get_runtime_context().get_session_name(), gpu_bytes=partial(largest_gpu_bytes, client, silence, go_on),
     )  # fmt: skip

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ray.exceptions import RpcError
+
 from dis_scale.process.errors import DisScaleError, StorageAway
 
 T = TypeVar("T")
@@ -39,7 +41,7 @@ class Silence:
         """Return the answer of a call to Ray's client; None if none came. Unanswered if none has come for too long."""
         try:
             answer = call()
-        except (RuntimeError, OSError, Unanswered) as error:  # a RuntimeError also says that a job is gone
+        except (RuntimeError, OSError, RpcError, Unanswered) as error:  # a RuntimeError also says that a job is gone
             self._note(" ".join(str(error).split())[:200])
             return None
         if self._since_s is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import requests
+from ray.exceptions import RpcError
 from ray.job_submission import JobDetails, JobStatus
 
 from dis_scale.process.errors import Preempted, StorageAway
@@ -85,6 +86,17 @@ def test_lost_answers_of_each_call_end_nothing(driver: Driver, loses: int, lost:
         "submit": loses + 1, "info": 3 * (loses + 1), "logs": loses + 1,
     }  # fmt: skip
     assert logged(driver).count("waiting  Ray's dashboard does not answer; it is asked again for 15 minutes") == 4 * bool(loses)
+
+
+def test_a_question_to_rays_gcs_that_fails_is_asked_again() -> None:
+    answers = iter([RpcError("unavailable"), 3])
+
+    def ask() -> int:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return int(answer)
+
+    assert Silence(lambda _: None, pause_s=0.0).insist(ask, lambda: None) == 3
 
 
 def test_a_dashboard_that_stays_away_ends_the_sweep_by_an_error_that_is_tried_again() -> None:
