@@ -278,8 +278,16 @@ class Folder:
 
     def delete(self, path: str = "") -> None:
         """Delete an object, or a folder with everything below it, if it exists."""
+
+        def remove(fs: Any, full: str) -> None:
+            if self.local or not has_magic(full):
+                fs.rm(full, recursive=True)
+                return
+            for name in fs.find(full):  # `rm` would take `*`, `?` and `[` for a pattern, and delete what others wrote
+                fs.rm_file(name)
+
         with contextlib.suppress(FileNotFoundError):
-            self._do("delete", path, _remove if self.local is None and has_magic(self.url + path) else _remove_at_once)
+            self._do("delete", path, remove)
 
     def require_usable(self) -> None:
         """UserError if the folder cannot be written and read, lists what was there before, or cannot create only if absent.
@@ -411,16 +419,6 @@ def _shown(entry: str, path: str, *, incomplete: bool = False) -> bool:
 def _page(fs: Any, full: str, more: Mapping[str, str | int]) -> Any:
     bucket, key, _ = fs.split_path(full)
     return fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
-
-
-def _remove_at_once(fs: Any, full: str) -> None:
-    fs.rm(full, recursive=True)
-
-
-def _remove(fs: Any, full: str) -> None:
-    """Delete as `_remove_at_once`, one by one: `rm` would take `*`, `?` and `[` for a pattern, and delete what others wrote."""
-    for name in fs.find(full):
-        fs.rm_file(name)
 
 
 def _time_of_a_write(fs: Any, full: str) -> float:
