@@ -79,7 +79,7 @@ def _require_possible(
         if by and by.images_seen not in state.published_counts(sweep.run(by.model)):
             raise UserError(f"{by}: its weights are not published, and cannot guide")
         if setting == WIDTH and known:
-            misfit = ema.misfit(known, Snapshot(images_seen // train.batch_images, value))
+            misfit = ema.misfit(known, Snapshot(images_seen, value))
             if misfit > LARGEST_MISFIT:
                 raise UserError(
                     f"width {value:g}: from the {len(known)} averages published so far it can be rebuilt to within "

@@ -157,7 +157,7 @@ class Evaluation:
         known = snapshots(self.sweep.run(sampled.model), sampled.images_seen, train)
         if settings.ema_width is None or not known:
             return []
-        misfit = ema.misfit(known, ema.Snapshot(sampled.images_seen // train.batch_images, settings.ema_width))
+        misfit = ema.misfit(known, ema.Snapshot(sampled.images_seen, settings.ema_width))
         return [f"{sampled}: the average of width {settings.ema_width:g} was rebuilt to within {misfit:.0%}"]
 
     def _measure(self, folder: Folder, settings: Evaluate) -> tuple["Measured", np.ndarray]:

@@ -2,7 +2,8 @@
 
 Training tracks a few power-function averages. From their snapshots at the published counts, the average of any other relative
 width can be rebuilt after training (Karras et al. 2023, arXiv 2312.02696, section 3). A relative width is the standard deviation
-of the averaging profile, divided by the length of training so far. Time is counted in optimizer steps. Read next: engine.py,
+of the averaging profile, divided by the length of training so far. Training counts time in optimizer steps; profiles depend on
+ratios of times alone, and are rebuilt by images, which go on where a fork changes the size of its steps. Read next: engine.py,
 published.py.
 """
 
@@ -20,9 +21,9 @@ EXPONENTIAL = "ema"
 
 
 class Snapshot(NamedTuple):
-    """A power-function average of relative width `width` after `step` optimizer steps."""
+    """A power-function average of relative width `width` after `images` images."""
 
-    step: int
+    images: int
     width: float
 
 
@@ -76,8 +77,8 @@ def coefficients(snapshots: Sequence[Snapshot], wanted: Snapshot) -> np.ndarray:
     """
     n = len(snapshots)
     system = np.ones((n + 1, n + 1))
-    system[:n, :n], system[n, n] = _grams(snapshots), 0
-    right = np.array([*(_inner(a, wanted) for a in snapshots), 1])
+    system[:n, :n], system[n, n] = _grams(snapshots) * wanted.images, 0  # of the size of the ones beside them
+    right = np.array([*(_inner(a, wanted) * wanted.images for a in snapshots), 1])
     shares: np.ndarray = np.linalg.lstsq(system, right)[0][:n]
     return shares
 
@@ -101,6 +102,6 @@ def _inner(a: Snapshot, b: Snapshot) -> float:
     A profile is (g + 1) t^g / T^(g + 1) on [0, T].
     """
     g, h = exponent(a.width), exponent(b.width)
-    shared, total = min(a.step, b.step), g + h + 1
-    ratio: float = (shared / a.step) ** (g + 1) * (shared / b.step) ** (h + 1)
+    shared, total = min(a.images, b.images), g + h + 1
+    ratio: float = (shared / a.images) ** (g + 1) * (shared / b.images) ** (h + 1)
     return (g + 1) * (h + 1) * ratio / (shared * total)

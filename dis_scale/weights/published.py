@@ -23,7 +23,7 @@ def load_published(run: Run, images_seen: int) -> dict[str, torch.Tensor]:
 def snapshots(run: Run, images_seen: int, train: Train) -> list[Snapshot]:
     """Return the published power-function averages up to `images_seen`, from which any other can be rebuilt."""
     counts = [n for n in state.published_counts(run) if 0 < n <= images_seen]
-    return [Snapshot(n // train.batch_images, width) for n in counts for width in train.power_ema or ()]
+    return [Snapshot(n, width) for n in counts for width in train.power_ema or ()]
 
 
 def load_average(run: Run, images_seen: int, train: Train, width: float) -> dict[str, torch.Tensor]:
@@ -35,10 +35,10 @@ def load_average(run: Run, images_seen: int, train: Train, width: float) -> dict
     known = snapshots(run, images_seen, train)
     if not known:
         return load_published(run, images_seen)  # before the first step all averages are the initial weights
-    shares = ema.coefficients(known, Snapshot(images_seen // train.batch_images, width))
+    shares = ema.coefficients(known, Snapshot(images_seen, width))
     total: dict[str, torch.Tensor] = {}
     for snapshot, share in zip(known, shares.tolist(), strict=True):
-        folder = run.published_at(snapshot.step * train.batch_images)
+        folder = run.published_at(snapshot.images)
         for name, tensor in _load(folder, average_file(ema.power_name(snapshot.width))).items():
             total[name] = total.get(name, 0) + share * tensor.double()
     return {name: tensor.float() for name, tensor in total.items()}

@@ -39,7 +39,7 @@ def test_any_width_is_rebuilt_from_two(width: float) -> None:
     steps = range(100, 1001, 100)
     snapshots = [Snapshot(step, tracked) for step in steps for tracked in (0.05, 0.1)]
     shares = ema.coefficients(snapshots, Snapshot(1000, width))
-    rebuilt = sum(share * np.pad(profile(*s), (0, 1000 - s.step)) for share, s in zip(shares, snapshots, strict=True))
+    rebuilt = sum(share * np.pad(profile(*s), (0, 1000 - s.images)) for share, s in zip(shares, snapshots, strict=True))
     wanted = profile(1000, width)
     error = np.linalg.norm(rebuilt - wanted) / np.linalg.norm(wanted)
     assert error < 0.05
