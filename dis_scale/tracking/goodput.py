@@ -22,35 +22,36 @@ class Goodput:
         attempt 1   |wait, start|steps|steps that were lost|      attempt 2   |wait, start|steps|
         good                    ^^^^^                                                     ^^^^^
 
-    Times are in seconds, `_at` Unix times. A resume point has what the next attempt needs to continue.
+    `own_s` is the time since this attempt's first step, by a clock that is never set. A resume point has what the next attempt
+    needs to continue.
     """
 
     earlier: TimeSpent
     """Sums of all earlier attempts."""
-    began_at: float
-    """When this attempt was ready for its first step."""
+    before_s: float
+    """From the run's first request until this attempt was ready for its first step."""
     workers: int = 1
 
     @classmethod
     def begin(cls, earlier: TimeSpent | None, requested_at: float, now: float, workers: int = 1) -> "Goodput":
-        """Begin an attempt on `workers` from a resume point's sums, if any."""
-        return cls(earlier or TimeSpent(first_at=requested_at), now, workers)
+        """Begin an attempt on `workers` from a resume point's sums, if any; Unix times."""
+        earlier = earlier or TimeSpent(first_at=requested_at)
+        return cls(earlier, now - earlier.first_at, workers)
 
-    def share(self, now: float) -> float:
-        """Return the goodput if this attempt's steps up to `now` last; from 0 to 1 also if a clock was set back."""
-        return min(1.0, max(0.0, self.spent(now).lasting_s / max(now - self.earlier.first_at, 1e-9)))
+    def share(self, own_s: float) -> float:
+        """Return the goodput if this attempt's steps up to now last; at most 1 also if a clock was set back between attempts."""
+        return min(1.0, self.spent(own_s).lasting_s / max(self.before_s + own_s, 1e-9))
 
-    def spent(self, now: float) -> TimeSpent:
-        """Return the sums up to `now`, from which the next attempt continues."""
-        own_s = max(0.0, now - self.began_at)
+    def spent(self, own_s: float) -> TimeSpent:
+        """Return the sums up to now, from which the next attempt continues."""
         return TimeSpent(
             first_at=self.earlier.first_at,
             lasting_s=self.earlier.lasting_s + own_s,
             worker_s=self.earlier.worker_s + self.workers * own_s,
         )
 
-    def worker_hours(self, now: float) -> float:
-        return self.spent(now).worker_s / 3600
+    def worker_hours(self, own_s: float) -> float:
+        return self.spent(own_s).worker_s / 3600
 
 
 def as_branch(trunk: RunState, now: float) -> RunState:

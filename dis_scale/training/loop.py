@@ -125,20 +125,25 @@ class Training:
 
     def paused_share(self) -> float:
         """Share of the attempt's time for which training waited for resume points."""
-        return self.saver.paused_s / (time.monotonic() - self.began_s)
+        return self.saver.paused_s / self.own_s
+
+    @property
+    def own_s(self) -> float:
+        """Time since the attempt was ready for its first step."""
+        return time.monotonic() - self.began_s
 
     def _progress(self) -> RunState:
-        now, attempt, opened = time.time(), self.attempt, self.opened
+        own_s, attempt, opened = self.own_s, self.attempt, self.opened
         earlier = opened.earlier.cost if opened.earlier else RunCost()
         cost = RunCost(
             trained_on=tuple(sorted({*earlier.trained_on, machine_name(attempt.device)})),
             memory_gib=max(earlier.memory_gib or 0.0, peak_memory_bytes(attempt.device) / 2**30),
-            goodput=self.goodput.share(now),
-            worker_hours=self.goodput.worker_hours(now),
+            goodput=self.goodput.share(own_s),
+            worker_hours=self.goodput.worker_hours(own_s),
         )
         return RunState(
-            model=attempt.model, latents=opened.latents.identity, adam_step=_adam_step(opened.state), at=now, cost=cost,
-            spent=self.goodput.spent(now), skipped=self.skipped,
+            model=attempt.model, latents=opened.latents.identity, adam_step=_adam_step(opened.state), at=time.time(), cost=cost,
+            spent=self.goodput.spent(own_s), skipped=self.skipped,
         )  # fmt: skip
 
 
@@ -173,10 +178,10 @@ def end(training: Training, images_seen: int, agreement: StopAgreement) -> None:
         saver.finish()
     if dist.get_rank() == 0:
         steps = (images_seen - training.opened.images_seen) // attempt.recipe.train.batch_images
-        records.add(images_seen, {GOODPUT: training.goodput.share(time.time())})
+        records.add(images_seen, {GOODPUT: training.goodput.share(training.own_s)})
         records.close()
         attempt.emit("end", attempt=attempt.number, images=images_seen)
-        attempt.log(_summary(attempt, images_seen, steps, time.monotonic() - training.began_s, saver))
+        attempt.log(_summary(attempt, images_seen, steps, training.own_s, saver))
 
 
 def train_step(
