@@ -246,13 +246,14 @@ def _time_of(heartbeat: bytes) -> float | None:
 
 
 def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
-    beats, ahead_s = 0, None
+    beats, ahead_s, own_s = 0, None, 0.0
     while not ended.wait(BEAT_S):
         beats += 1
         # Storage may be away for a while. If another process takes over meanwhile, `held` sees its number.
         with contextlib.suppress(Exception):  # whatever storage raises, the next heartbeat is sent
-            if ahead_s is None or beats % CLOCK_BEATS == 0:
-                ahead_s = lease.folder.time_s() - time.time()
+            was_set = abs(time.time() - time.monotonic() - own_s) > BEAT_S  # this machine's clock
+            if ahead_s is None or was_set or beats % CLOCK_BEATS == 0:
+                ahead_s, own_s = lease.folder.time_s() - time.time(), time.time() - time.monotonic()
             lease.folder.write(f"{_name(lease.number)}.beat", f"{beats} {time.time() + ahead_s:.0f}".encode())
 
 

@@ -19,6 +19,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support.faulty_gateway import Gateway
+from tests.support.waiting import wait_until
 
 
 def test_a_killed_holder_that_nobody_reaps_frees_the_lease_at_once(tmp_path: Path) -> None:
@@ -219,6 +220,23 @@ def test_a_holder_whose_clock_is_an_hour_late_works_by_the_stores_clock(tmp_path
         holding = lease.last_holding(folder)
         assert holding
         assert holding.works(folder.time_s())
+
+
+def test_a_holder_whose_clock_is_set_while_it_works_is_not_reported_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store's clock is another machine's: it is not set."""
+    began_s, began_at, set_by = time.monotonic(), time.time(), [0.0]
+    monkeypatch.setattr(lease, "BEAT_S", 0.02)
+    monkeypatch.setattr(Folder, "time_s", lambda _: began_at + time.monotonic() - began_s)
+    monkeypatch.setattr(time, "time", lambda: began_at + time.monotonic() - began_s + set_by[0])
+    folder = open_folder(tmp_path)
+    with lease.hold(folder):
+        wait_until(lambda: folder.exists("0001.beat"))
+        for set_by[0] in (-7200.0, 7200.0):
+            until = int(folder.read("0001.beat").split()[0]) + 2
+            wait_until(lambda: int(folder.read("0001.beat").split()[0]) >= until)  # noqa: B023
+            holding = lease.last_holding(folder)
+            assert holding
+            assert holding.beat == pytest.approx(folder.time_s(), abs=5)
 
 
 def test_storage_that_is_away_at_the_end_does_not_replace_the_error_on_its_way(
