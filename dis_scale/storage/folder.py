@@ -191,7 +191,8 @@ class Folder:
         """Yield the keys directly below a folder in S3, and whether each is a folder's."""
         for page in self._pages(path, Delimiter="/"):
             yield from ((each["Prefix"].removesuffix("/"), True) for each in page.get("CommonPrefixes", ()))
-            yield from ((each["Key"], False) for each in page.get("Contents", ()))
+            keys = (each["Key"] for each in page.get("Contents", ()))
+            yield from ((key, False) for key in keys if not key.endswith("/"))  # a folder's marker
 
     def walk(self, path: str = "") -> Iterator[str]:
         """Yield the paths, relative to `path`, of all files at any depth below it, in the order of their UTF-8; links are followed.
@@ -389,8 +390,10 @@ def missing(folder: Folder) -> str:
 
 def locate(url: str) -> tuple[Folder, str]:
     """Return the folder and the name of one file at a URL or local path."""
-    parent, _, name = url.rpartition("/")
-    return open_folder(parent or "."), name
+    parent, slash, name = url.rpartition("/")
+    if parent.endswith(":/"):
+        raise UserError(f"{url}: expected a file in it, got the name of a bucket or a server")
+    return open_folder(parent or slash or "."), name
 
 
 def _files_below(root: Path) -> Iterator[tuple[str, int]]:

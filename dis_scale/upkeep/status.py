@@ -329,7 +329,7 @@ def _span(seconds: float | None, after: str = "") -> str:
 
 
 def watch(sweep: Sweep, every_s: float, console: Console) -> None:
-    """Show the status again and again until it is interrupted; storage that is away is shown and asked again.
+    """Show the status again and again until it is interrupted, of models that are added, too; storage that is away is asked again.
 
     It stays in place on a terminal; another output receives all of them.
     """
@@ -338,7 +338,7 @@ def watch(sweep: Sweep, every_s: float, console: Console) -> None:
     with Live(console=console, auto_refresh=False) if console.is_interactive else nullcontext() as live:
         while True:
             try:
-                head, rows, *below = table(collect(sweep, sweep.folder.time_s())).renderables
+                head, rows, *below = table(collect(Sweep.open(sweep.folder.url), sweep.folder.time_s())).renderables
                 page: Group | Text = Group(head, *below, rows)  # a terminal that is too low cuts the end
             except StorageAway as error:
                 page = Text(f"{sweep}: {error}; asked again in {_span(every_s)}")

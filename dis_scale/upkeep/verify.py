@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dis_scale.evaluation import npz
-from dis_scale.process.errors import Damaged, UserError
+from dis_scale.process.errors import Damaged, StorageError, UserError
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import TrainedVae
@@ -27,7 +27,7 @@ def verify_sweep(sweep: Sweep, report: ReportShare) -> list[str]:
     """Return a line for each damaged or missing file, with its cure; `report` gets the files read so far, and their number.
 
     These are latents, autoencoder, classifiers, reference statistics, resume points, published weights, kept samples and metrics.
-    StorageError if storage refuses to read a file: that is no damage, and its cure would delete what is good.
+    A file that storage refuses to read has a line without a cure; StorageError for a manifest. StorageAway without an answer.
     """
     of_parts = in_order(_checks(sweep), lambda some: list(some()), READING_THREADS)
     checks, damaged = [check for some in of_parts for check in some], list[str]()
@@ -43,6 +43,8 @@ def _damage(check: Check) -> list[str]:
         check.read()
     except (Damaged, UserError, FileNotFoundError) as error:
         return [f"{error}; {check.cure}"]
+    except StorageError as error:  # no damage: the cure would delete what may be good
+        return [f"{error}; not verified"]
     return []
 
 

@@ -22,7 +22,7 @@ from fsspec.spec import AbstractFileSystem
 from dis_scale.process.context import Context
 from dis_scale.process.errors import Damaged, StorageAway, StorageError, UserError
 from dis_scale.storage.document import Document
-from dis_scale.storage.folder import open_folder
+from dis_scale.storage.folder import locate, open_folder
 from ops.drills import object_store
 from tests.support.faulty_gateway import Gateway
 from tests.support.flaky_store import FlakyFileSystem
@@ -40,6 +40,21 @@ def test_objects_are_written_read_listed_and_deleted(store_url: str) -> None:
     root.delete("a")
     root.delete("a")
     assert root.list() == []
+
+
+def test_the_markers_of_folders_that_consoles_make_are_no_files(bucket: str) -> None:
+    root = open_folder(bucket)
+    fs, name = fsspec.url_to_fs(bucket)
+    for marker in ("a/", "a/b/"):
+        fs.call_s3("put_object", Bucket=name, Key=marker, Body=b"")
+    root.write("a/c", b"one")
+    assert (root.list("a"), list((root / "a").files()), root.folders("a"), list(root.walk())) == (["b", "c"], ["c"], ["b"], ["a/c"])
+
+
+def test_a_file_in_the_root_is_found_there_and_a_bucket_is_no_file() -> None:
+    assert [str(part) for part in locate("/weights.pt")] == ["/", "weights.pt"]
+    with pytest.raises(UserError, match="s3://bucket: expected a file in it, got the name of a bucket or a server"):
+        locate("s3://bucket")
 
 
 @pytest.mark.parametrize("name", ["run[12]", "run?", "run*"])

@@ -12,7 +12,7 @@ from dis_scale.process.errors import Held, StorageError, UserError
 from dis_scale.recipe import Recipe, SweepStart
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import RECIPE, Sweep, command_lease, state
+from dis_scale.sweep import RECIPE, Run, Sweep, command_lease, state
 from dis_scale.sweep.documents import LatentsManifest, TrackingIds
 from dis_scale.upkeep import removal
 from tests.support import small_latents, store_requests
@@ -107,10 +107,10 @@ def test_sweeps_that_begin_with_its_weights_are_named(sweep: Sweep, tiny: Recipe
     assert needed == [f"dit at 320 images of {sweep}: dit of {second} begins with it"]
 
 
-@pytest.mark.parametrize("stage", ["sweep", "prepare", "dit"])
+@pytest.mark.parametrize("stage", ["sweep", "prepare", "dit", "a model that the recipe lost"])
 def test_a_running_sweep_is_refused(sweep: Sweep, stage: str) -> None:
     before = everything(sweep.store)
-    run_elsewhere(sweep.run("dit").lease if stage == "dit" else sweep.lease(stage))
+    run_elsewhere(sweep.lease(stage) if stage in ("sweep", "prepare") else Run(sweep.folder / "runs" / stage).lease)
     with pytest.raises(Held, match=f"{sweep} is running: process .* to stop it, dis-scale stop {sweep}"):
         removal.find(sweep)
     assert set(before) <= set(everything(sweep.store))

@@ -1,6 +1,7 @@
 """Verification of all that results rest on, and of what none needs; on a small sweep made by hand."""
 
 import errno
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -153,7 +154,9 @@ def test_what_was_deleted_or_lost_its_meaning_is_named_with_a_cure(
 
 @pytest.mark.parametrize("name", ["000000.tar", "manifest.json", "block-00000.npz"])
 def test_storage_that_refuses_access_is_not_reported_as_damage(name: str, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cures would have good files deleted or made again."""
+    """The cures would have good files deleted or made again. What is damaged elsewhere is named."""
+    published = sweep.run("dis").published_at(320)
+    published.write(next(iter(PublishedManifest.require(published).files)), b"damaged")
     read = LocalFileSystem.cat_file
 
     def refuse(self: LocalFileSystem, path: str, **span: int) -> bytes:
@@ -163,8 +166,14 @@ def test_storage_that_refuses_access_is_not_reported_as_damage(name: str, sweep:
         return data
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", refuse)
-    with pytest.raises(StorageError, match=rf"cannot read .*{name}: permission denied: check the key"):
-        verified(sweep)
+    if name == "manifest.json":  # without these nothing is known
+        with pytest.raises(StorageError, match=rf"cannot read .*{name}: permission denied: check the key"):
+            verified(sweep)
+        return
+    *refused, damaged = sorted(verified(sweep), key=lambda line: "runs/dis/published/000000000320" in line)
+    assert refused
+    assert all(re.fullmatch(rf"cannot read .*{name}: permission denied: check the key.*; not verified", line) for line in refused)
+    assert "runs/dis/published/000000000320" in damaged
 
 
 def test_a_sweep_that_has_only_begun_misses_nothing(tmp_path: Path, tiny: Recipe) -> None:
