@@ -6,6 +6,7 @@ manifest. There is no gather and no collective off the training thread. Loading 
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dis_scale.data.latents import Latents
-from dis_scale.process.errors import Damaged, StorageError, UserError
+from dis_scale.process.errors import Damaged, StorageAway, StorageError, UserError
 from dis_scale.recipe import Branch, Recipe
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
@@ -26,6 +27,7 @@ from dis_scale.sweep.documents import PublishedManifest, ResumePointManifest, Ru
 from dis_scale.training.engine import MOMENTS, WEIGHTS, Engine, Segment
 from dis_scale.weights.published import average_file
 
+log = logging.getLogger(__name__)
 SIDECAR_WAIT_S = 600.0
 
 
@@ -193,8 +195,8 @@ class Saver:
                 return
             averages = {average_file(name): engine.full_average(name) for name in engine.averages}
         if self.rank == 0:
-            files = {name: safetensors.torch.save(w, {"dis_scale": description}) for name, w in averages.items() if w}
-            self._start(lambda: self._seal(folder, files, images_seen, progress))
+            weights = {name: each for name, each in averages.items() if each}
+            self._start(lambda: self._seal(folder, weights, description, images_seen, progress))
 
     @contextlib.contextmanager
     def _pausing(self) -> Iterator[None]:
@@ -227,15 +229,18 @@ class Saver:
         self._thread = threading.Thread(target=guarded, name="save")
         self._thread.start()
 
-    def _seal(self, folder: Folder, files: dict[str, bytes], images_seen: int, progress: RunState) -> None:
+    def _seal(
+        self, folder: Folder, weights: dict[str, dict[str, torch.Tensor]], description: str, images_seen: int, progress: RunState
+    ) -> None:
         # A folder of published weights belongs to all attempts. Names carry the attempt, so one that has lost the run, and writes
         # late, never writes over the files of its successor. The first manifest counts: evaluation may have read it.
-        stored = {file_of(name, self.attempt): data for name, data in files.items()}
-        for name, data in stored.items():
-            folder.write(name, data)
+        files = dict[str, Digest]()
+        for average, tensors in weights.items():
+            data = safetensors.torch.save(tensors, {"dis_scale": description})
+            folder.write(name := file_of(average, self.attempt), data)
+            files[name] = Digest.of(data)
         self.require_held()
-        digests = {name: Digest.of(data) for name, data in stored.items()}
-        PublishedManifest(files=digests, images=images_seen, attempt=self.attempt, progress=progress).create(folder)
+        PublishedManifest(files=files, images=images_seen, attempt=self.attempt, progress=progress).create(folder)
 
     def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images_seen: int, progress: RunState) -> None:
         folder = self.run.resume_point(PointName(images_seen, self.attempt))
@@ -250,7 +255,10 @@ class Saver:
         Segments(files=files, tables=tables).write(folder, _sidecar(self.rank))
         if self.rank == 0:
             self._write_manifest(folder, images_seen, progress)
-            self._prune(images_seen)
+            try:
+                self._prune(images_seen)
+            except (StorageError, StorageAway) as error:  # what stays needs space, and the next one deletes it
+                log.warning("resume points that are not needed stay: %s", error)
         self.took_s = time.monotonic() - begin
 
     def _write_manifest(self, folder: Folder, images_seen: int, progress: RunState) -> None:

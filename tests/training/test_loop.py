@@ -330,6 +330,21 @@ def test_only_the_last_resume_points_are_kept_and_none_without_its_manifest(tmp_
     assert all(ResumePointManifest.find(resume / name) for name in resume.list())
 
 
+def test_what_storage_refuses_to_delete_ends_no_training(
+    tmp_path: Path, inject: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a bucket whose policy keeps objects."""
+    run, progress = Run(open_folder(tmp_path)), RunState(model="dit", latents="", adam_step=1, at=0.0)
+    for images in (80, 160, 240):
+        put_resume_point(run.resume_point(PointName(images, 1)), {"a": b""}, images=images)
+    inject("full at delete times=1")
+    saver = resume.Saver(run, attempt=1, rank=0, world=1, require_held=lambda: None, keep=LAST_ONE)
+    saver._write({}, 280, progress)
+    assert "resume points that are not needed stay: cannot delete" in caplog.text
+    saver._write({}, 300, progress)
+    assert run.resume.list() == ["000000000300-0001"]
+
+
 def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
     run = Run(open_folder(tmp_path))
     for images_seen, files in [(80, {"a": b""}), (160, {"a": b""}), (240, None)]:
@@ -351,11 +366,10 @@ def test_a_late_write_of_a_lost_attempt_tears_no_published_weights(tmp_path: Pat
 
     first = resume.Saver(run, 1, rank=0, world=1, require_held=require_held, keep=LAST_ONE)
     second = resume.Saver(run, 2, rank=0, world=1, require_held=lambda: None, keep=LAST_ONE)
-    weights = {n: safetensors.torch.save({"w": torch.full((2,), float(n))}) for n in (1, 2)}
 
     def seal(saver: resume.Saver) -> None:
-        files = {WEIGHTS_FILE: weights[saver.attempt]}
-        saver._seal(run.published_at(160), files, 160, RunState(model="dit", latents="", adam_step=1, at=0.0))
+        weights = {WEIGHTS_FILE: {"w": torch.full((2,), float(saver.attempt))}}
+        saver._seal(run.published_at(160), weights, "", 160, RunState(model="dit", latents="", adam_step=1, at=0.0))
 
     seal(second)
     with pytest.raises(Held):
