@@ -114,7 +114,9 @@ class KeptLog:
         with self._lock, contextlib.suppress(Exception):  # whatever storage or the disk raises: training continues
             seen = [*(path.stat().st_size for path in self._files), self._context.rank]
             if seen != self._written:
-                excerpts = {path.suffix.strip("."): excerpt(path, self._without) for path in self._files}
+                different = len({path.suffix for path in self._files}) == len(self._files)
+                names = [path.suffix.strip(".") if different else str(path) for path in self._files]
+                excerpts = {name: excerpt(path, self._without) for name, path in zip(names, self._files, strict=True)}
                 self.folder.write(str(self.name), to_bytes(self._facts(), excerpts))
                 self._written = seen
 

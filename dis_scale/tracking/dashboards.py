@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from dis_scale.process.errors import Damaged, UserError
+from dis_scale.process.errors import Damaged, StorageAway, UserError
 from dis_scale.process.threads import repeating
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
@@ -24,7 +24,7 @@ from dis_scale.tracking.rows import Row, RowReader
 Dashboard = Literal["tensorboard", "wandb"]
 Send = Callable[[list[Row]], None]
 PROGRESS = "copied.json"
-EVERY_S = 10.0
+EVERY_S = 60.0
 WAIT_S = 60.0
 """Most time that Weights & Biases is waited for, at the start and at the end."""
 
@@ -59,6 +59,8 @@ def _copying(copy: "Copy", say: Callable[[str], None]) -> Iterator[None]:
                 action()
         except UserError:
             raise
+        except StorageAway:
+            return  # the next one copies what this one has not
         except Exception as error:  # whatever they raise: results are in storage, this is only their copy
             failed = True
             say(f"tracking {copy.name} gets no more rows until the next start: {type(error).__name__}: {error}")

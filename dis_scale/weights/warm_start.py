@@ -86,7 +86,8 @@ def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Fl
     """
     (data,) = read_programs([start.path], start.sha256, where)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"weights{Path(start.path).suffix}"
+        name = start.path.partition("?")[0] if "://" in start.path else start.path
+        file = Path(folder) / f"weights{Path(name).suffix}"
         file.write_bytes(data)
         try:
             model = open_checkpoint(file, settings.heads_in_file)

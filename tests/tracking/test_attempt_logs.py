@@ -69,6 +69,17 @@ def test_what_a_process_wrote_is_there_after_its_kill(tmp_path: Path, store_url:
     assert "abc/def" not in text
 
 
+def test_two_files_of_one_suffix_are_both_kept(tmp_path: Path) -> None:
+    """As a user's own redirection names them."""
+    with (tmp_path / "out.log").open("wb") as out, (tmp_path / "err.log").open("wb") as err:
+        subprocess.run(
+            [sys.executable, "-c", WRITES, str(tmp_path / "kept"), "0"], stdout=out, stderr=err, check=True,
+            env=os.environ | {"STORE_SECRET": "abc/def+1234"},
+        )  # fmt: skip
+    text = open_folder(tmp_path / "kept").read("20261121T183819-0001.log").decode()
+    assert ("NCCL WARN from C" in text, "the key is ***" in text) == (True, True)
+
+
 SILENT = """
 import sys, time
 from dis_scale.storage.folder import open_folder

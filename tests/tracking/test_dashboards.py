@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import StorageAway, UserError
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import Sampled, Sweep
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking import dashboards
 from dis_scale.tracking.dashboards import Copy, copying, folder_of
 from dis_scale.tracking.rows import RowWriter
@@ -95,6 +95,25 @@ def test_a_copy_that_fails_misses_nothing_after_the_next_start(sweep: Sweep, tmp
     with copying(sweep, store(sweep), said.append):
         pass
     assert ("loss", 80) in {each[:2] for each in in_tensorboard(folder / "dis")}
+
+
+def test_storage_that_is_away_for_a_while_ends_no_copy(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, asked = state.measured, list[str]()
+
+    def answer(of: Sweep, model: str) -> list[Sampled]:
+        asked.append(model)
+        if len(asked) == 1:
+            raise StorageAway("storage is away")
+        return measured(of, model)
+
+    monkeypatch.setattr(state, "measured", answer)
+    train(sweep, 80)
+    evaluate(sweep, 80)
+    folder, said = folder_of("tensorboard", store(sweep), sweep.folder.name), list[str]()
+    with copying(sweep, store(sweep), said.append):
+        wait_until(lambda: bool(asked))
+    assert said == [f"tracking tensorboard, in {folder}"]
+    assert ("fd_digits_80", 80, 4.0) in {each[:3] for each in in_tensorboard(folder / "dis")}
 
 
 def test_a_package_that_is_missing_is_named_before_anything_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from dis_scale.models.dit.settings import Dit
 from dis_scale.models.public import to_official
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Gaussian, LatentShape, Recipe, reading
+from dis_scale.recipe import FileStart, Gaussian, LatentShape, Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import LatentsManifest
@@ -102,6 +102,14 @@ def test_a_file_of_ours_gives_the_same_outputs(tmp_path: Path, settings: Dit | D
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 10])
     assert fitted.notes == []
     assert torch.equal(model.eval()(x, t, y), source(x, t, y))
+
+
+def test_a_url_may_have_a_query(tmp_path: Path) -> None:
+    save(varied(DIT), tmp_path / "ours.safetensors")
+    url = "memory://hub/ours.safetensors?download=true"
+    open_folder("memory://hub").write("ours.safetensors?download=true", data := (tmp_path / "ours.safetensors").read_bytes())
+    start = FileStart(kind="file", path=url, sha256=hashlib.sha256(data).hexdigest())
+    assert warm_start.from_file(start, DIT, GAUSSIAN, "start").settings == DIT
 
 
 def test_a_public_sit_starts_a_flow_alone(tmp_path: Path) -> None:
