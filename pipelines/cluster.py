@@ -29,13 +29,13 @@ from typing import Any
 import ray
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
 from pipelines.ray_private import DashboardClient, Resources, gpus_by_node, known_nodes
 from pipelines.shared_folder import require_shared
-from pipelines.silence import RayEnded, Silence, Unanswered
+from pipelines.silence import NotStarted, RayEnded, Silence, Unanswered
 from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
@@ -254,7 +254,7 @@ def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], 
         client, {key: value for key, value in parent.items() if key in inherited},
         f"the Ray cluster at {address}", ours=False,
         at_once=lambda: silence.ask(lambda: models_at_once(recipe, ray.cluster_resources(), known_nodes())) or 0,
-        gpus=lambda: int(ray.cluster_resources().get("GPU", 0)), gpu_fault=usable_gpus()[1],
+        gpus=lambda: silence.insist(lambda: int(ray.cluster_resources().get("GPU", 0)), go_on), gpu_fault=usable_gpus()[1],
         id=ray.get_runtime_context().get_session_name(), gpu_bytes=partial(largest_gpu_bytes, client, silence, go_on),
     )  # fmt: skip
 
@@ -316,7 +316,7 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
     if answers(head, lambda: client_of(url).list_jobs()):
         return head, url
     head.kill()
-    raise DisScaleError(
+    raise NotStarted(
         f"a local Ray did not start within {START_TIMEOUT_S:.0f} s (ports {port}, {dashboard}, {agent}): {_last_words(folder)}"
     )
 
@@ -342,7 +342,11 @@ def answers(head: subprocess.Popen, ask: Callable[[], object], time_s: float = S
     return False
 
 
+_LIBC = ctypes.CDLL(None)
+"""Loaded before the fork: another thread may hold the loader's lock then."""
+
+
 def _die_with_parent() -> None:
     """Linux: the kernel ends this child if its parent dies, also by -9; Ray's own processes follow their head likewise."""
     PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

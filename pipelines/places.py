@@ -48,7 +48,7 @@ class Places:
         extractors = self.recipe.evaluate.extractors
         where = "cpu" if all(isinstance(extractor, TrainedExtractor) for extractor in extractors) else device
         able = [node for node in self._resources if node.get("GPU", 0) >= (where == "cuda")]
-        cpus = min(PREPARE_CPUS, max((int(node.get("CPU", 0)) for node in able), default=1))
+        cpus = min(PREPARE_CPUS, max([1, *(int(node.get("CPU", 0)) for node in able)]))  # a cluster's head may declare none
         return where, self.request("prepare", where, cpus)
 
     def needs(self, device: str) -> dict[str, tuple[int, Resources]]:

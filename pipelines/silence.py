@@ -12,6 +12,8 @@ from dis_scale.process.errors import DisScaleError, StorageAway
 T = TypeVar("T")
 SILENT_S = 900.0
 """Time after which a dashboard that does not answer ends the sweep, by an error that is tried again."""
+SAME_SILENCE_S = 300.0
+"""Time after a lost answer from which the next one is of another silence: some questions are asked once in days."""
 
 
 class Unanswered(DisScaleError):
@@ -22,6 +24,10 @@ class Unanswered(DisScaleError):
 
 class RayEnded(Unanswered):
     """The Ray that this command started for itself has ended. Another one can take its place."""
+
+
+class NotStarted(DisScaleError):
+    """A Ray of our own did not start. If others did before, the next one may."""
 
 
 @dataclass
@@ -36,6 +42,8 @@ class Silence:
     require_alive: Callable[[], None] = lambda: None
     """Raises `RayEnded` if no answer can come."""
     _since_s: float | None = None
+    _lost_s: float = 0.0
+    """When the last answer was lost."""
 
     def ask(self, call: Callable[[], T]) -> T | None:
         """Return the answer of a call to Ray's client; None if none came. Unanswered if none has come for too long."""
@@ -58,8 +66,9 @@ class Silence:
 
     def _note(self, why: str) -> None:
         self.require_alive()
-        if self._since_s is None:
-            self._since_s = self.now_s()
+        lost_s, self._lost_s = self._lost_s, self.now_s()
+        if self._since_s is None or self._lost_s - lost_s > SAME_SILENCE_S:
+            self._since_s = self._lost_s
             self.say(f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}")
-        if (silent_s := self.now_s() - self._since_s) > self.most_s:
+        if (silent_s := self._lost_s - self._since_s) > self.most_s:
             raise Unanswered(f"Ray's dashboard has not answered for {silent_s:.0f} s: {why}")

@@ -135,9 +135,14 @@ class StageJob:
 
     def pause(self, seconds: float) -> None:
         """Sleep, but end at once if a stop is requested."""
-        deadline = self.now_s() + seconds
-        while self.now_s() < deadline and not self.stop_requested():
-            time.sleep(0.1)
+        _pause(seconds, self.stop)
+
+
+def _pause(seconds: float, stop: threading.Event) -> None:
+    """Sleep until a stop is requested: a signal that comes while the main thread begins `Event.wait` would block for ever."""
+    deadline_s = time.monotonic() + seconds
+    while time.monotonic() < deadline_s and not stop.is_set():
+        time.sleep(0.1)
 
 
 Program = Callable[[StageJob], None]
@@ -167,7 +172,7 @@ def _opened(url: str, log: Log, stop: threading.Event) -> Sweep:
         if stop.is_set():
             raise Preempted("stopped as requested, before storage answered") from error
         log.say(f"storage does not answer, asked again for an hour: {error}", level="warning")
-        stop.wait(ASK_STORAGE_EVERY_S)
+        _pause(ASK_STORAGE_EVERY_S, stop)
 
     return insist(lambda: Sweep.open(url, patient=True), wait)
 

@@ -54,7 +54,7 @@ from pipelines.jobs import prefix_of
 from pipelines.metrics import EXPORT_EVERY_S, Exporter
 from pipelines.needs import await_nodes, name_needs, require_device, require_fits
 from pipelines.signals import obeying_signals
-from pipelines.silence import RayEnded, Unanswered
+from pipelines.silence import NotStarted, RayEnded, Unanswered
 
 PAGE_EVERY_S, PAGE_SHARE, PAGE_AT_LEAST_EVERY_S = 30.0, 0.03, 3600.0
 """Least interval at which the page of a running sweep is written, and most of the time that this takes."""
@@ -115,7 +115,7 @@ def await_storage(sweep: Folder, console: Console) -> None:
 
 def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     """Run all stages that are left, on the Ray that this process runs in or on one of our own, and on another if that ends."""
-    sweep, board = driver.sweep, driver.board
+    sweep = driver.sweep
     store.require_usable()
     require_source(sweep.recipe.data, store)
     for extractor in sweep.recipe.evaluate.extractors:
@@ -123,14 +123,21 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     dashboards.require_installed(sweep.recipe.tracking.also)
     require_starts(sweep, plan)
     with obeying_signals(driver.stop_requested), showing_a_stop(driver, plan):
-        while True:
-            try:
-                return _on_one_ray(driver, plan, store)
-            except RayEnded as error:
-                if not may_follow(driver, "ray"):
-                    raise Unanswered(f"{error}; as {MOST_FOLLOWED} others within a day") from error
-                board.say(f"ray      {error}; another one is started, and the sweep continues")
-                driver.jobs.clear()
+        return on_rays(driver, lambda: _on_one_ray(driver, plan, store))
+
+
+def on_rays(driver: Driver, once: Callable[[], Failures]) -> Failures:
+    """Run the stages on a Ray, and on another if that ends; the first of our own must start."""
+    while True:
+        try:
+            return once()
+        except (RayEnded, NotStarted) as error:
+            if isinstance(error, NotStarted) and not driver.followed_s["ray"]:
+                raise
+            if not may_follow(driver, "ray"):
+                raise Unanswered(f"{error}; as {MOST_FOLLOWED} others within a day") from error
+            driver.board.say(f"ray      {error}; another one is started, and the sweep continues")
+            driver.jobs.clear()
 
 
 def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:

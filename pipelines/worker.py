@@ -7,6 +7,7 @@ controller takes ten.
 
 import faulthandler
 import math
+import queue
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -34,8 +35,8 @@ class Worker:
         self.context = Context.from_environment()
         self._stop_by: float | None = None
         self._done = 0
-        self._lines: list[str] = []
-        self._log = Log(self.context, lambda line: self._lines.append(line))
+        self._lines = queue.SimpleQueue[str]()
+        self._log = Log(self.context, self._lines.put)
         self._kept: KeptLog | None = None
 
     # Called by the driver.
@@ -46,8 +47,7 @@ class Worker:
 
     def poll(self) -> tuple[int, list[str]]:
         """Return the progress, and the lines logged since the last poll."""
-        new, self._lines = self._lines, []
-        return self._done, new
+        return self._done, [self._lines.get_nowait() for _ in range(self._lines.qsize())]  # nothing else takes any
 
     def observe(self, folder: Folder, name: LogName) -> None:
         """Keep this process's log in storage, and export its metrics, from now on."""

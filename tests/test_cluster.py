@@ -185,6 +185,7 @@ def test_a_stage_that_no_node_can_hold_is_named(listed: list[Node]) -> None:
 
 def test_a_plain_ray_of_two_cpus_holds_a_small_recipe(tiny: Recipe) -> None:
     assert Places(tiny, [Node("0", "0", {"CPU": 2.0})]).lacking("cpu") == {}
+    assert Places(tiny, [Node("0", "0", {})]).lacking("cpu").keys() >= {"prepare"}, "a head without CPUs prepares nothing"
 
 
 def _placed(requests: Sequence[dict[str, float]], nodes: Sequence[dict[str, float]]) -> bool:

@@ -174,6 +174,7 @@ class Drill:
         with log.open("wb") as out:
             command = [*self.within, sys.executable, "-m", "dis_scale", *words]
             process = subprocess.Popen(command, stdout=out, stderr=out, env=variables)
+        self.ends.callback(process.kill)  # of a drill that fails while it runs
         self._logs[process.pid] = log
         return process
 

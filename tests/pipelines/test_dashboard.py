@@ -100,7 +100,7 @@ def test_a_question_to_rays_gcs_that_fails_is_asked_again() -> None:
 
 
 def test_a_dashboard_that_stays_away_ends_the_sweep_by_an_error_that_is_tried_again() -> None:
-    times_s = iter([0.0, 0.0, 5.0, SILENT_S, SILENT_S + 1])
+    times_s = iter([0.0, 300.0, 620.0, SILENT_S + 1])
     silence = Silence(lambda _: None, now_s=lambda: next(times_s))
 
     def lose() -> None:
@@ -111,6 +111,17 @@ def test_a_dashboard_that_stays_away_ends_the_sweep_by_an_error_that_is_tried_ag
     with pytest.raises(Unanswered, match="has not answered for 901 s: refused") as raised:
         silence.ask(lose)
     assert raised.value.exit_code == StorageAway.exit_code
+
+
+def test_two_answers_that_are_lost_in_a_week_are_no_silence() -> None:
+    """Whether another model may begin is not asked while all of them train."""
+    times_s = iter([0.0, 10.0, 250_000.0, 500_000.0])
+    silence = Silence(lambda _: None, now_s=lambda: next(times_s))
+
+    def lose() -> None:
+        raise OSError("refused")
+
+    assert [silence.ask(lose) for _ in range(4)] == [None] * 4
 
 
 def test_a_stop_is_obeyed_while_the_dashboard_is_silent(driver: Driver) -> None:

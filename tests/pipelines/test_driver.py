@@ -30,8 +30,8 @@ from pipelines.driver import (
     train_and_evaluate,
 )
 from pipelines.lines import Log
-from pipelines.silence import RayEnded
-from pipelines.sweep import seen_alive
+from pipelines.silence import NotStarted, RayEnded, Unanswered
+from pipelines.sweep import on_rays, seen_alive
 from tests.conftest import TINY
 from tests.support.documents import put_published
 from tests.support.drivers import cluster, driver_of, logged
@@ -147,6 +147,26 @@ def test_no_job_is_stopped_on_a_ray_that_has_ended(driver: Driver) -> None:
         raise RayEnded("the Ray that this command started has ended")
 
 
+def test_another_ray_may_be_slow_to_start_but_the_first_must(driver: Driver) -> None:
+    """The machine that has just lost one is often busy."""
+
+    def run(*ends: Exception | None) -> Failures:
+        remaining = list(ends)
+
+        def once() -> Failures:
+            if error := remaining.pop(0):
+                raise error
+            return Failures()
+
+        return on_rays(driver, once)
+
+    with pytest.raises(NotStarted):
+        run(NotStarted("no Ray"))
+    assert run(RayEnded("lost"), NotStarted("busy"), NotStarted("busy"), None) == Failures()
+    with pytest.raises(Unanswered, match="busy; as 10 others within a day"):
+        run(*[NotStarted("busy")] * 9)
+
+
 def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver: Driver) -> None:
     """Ray's head may run out of memory: nothing of the stage is to blame."""
     every = [FakeJob([JobStatus.FAILED], DisScaleError("exit code -9"), killed=True) for _ in range(MOST_FOLLOWED)]
@@ -230,6 +250,7 @@ def test_a_job_that_ends_while_storage_is_away_ends_no_other(driver: Driver, mon
     driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
     assert train_and_evaluate(driver, cluster("here")) == Failures({"dit": LOST})
     assert state.ended(driver.sweep, "dit") == LOST
+    assert logged(driver).count("waiting  storage does not answer, asked again for an hour: 503") == 2, "once for each question"
 
 
 @pytest.mark.parametrize("stage", ["prepare", "train", "evaluate"])
