@@ -252,6 +252,10 @@ class Sweep:
             raise UserError(f"{self} has no model {model!r}{nearest(model, models)}: it has {', '.join(models)}")
         return Run(self.folder / "runs" / model)
 
+    def all_runs(self) -> list[Run]:
+        """Return the runs that have a folder, also those of models that the recipe lost."""
+        return [Run(self.folder / "runs" / name) for name in self.folder.folders("runs")]
+
     def evaluation(self, sampled: Sampled) -> Folder:
         main = self.evaluations(sampled.model) / images_name(sampled.images_seen)
         return main / sampled.variant if sampled.variant else main

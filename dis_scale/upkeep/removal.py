@@ -14,7 +14,7 @@ from dis_scale.recipe import SweepStart
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import NAME as MANIFEST
-from dis_scale.sweep import RECIPE, Run, Sweep, command_lease, sweeps_below
+from dis_scale.sweep import RECIPE, Sweep, command_lease, sweeps_below
 from dis_scale.sweep.contents import walk
 from dis_scale.sweep.documents import LatentsPointer, TrackingIds
 from dis_scale.upkeep import retention
@@ -83,8 +83,7 @@ def delete(removal: Removal) -> None:
 
 def require_stopped(sweep: Sweep, but: Folder | None = None) -> None:
     """Held if a lease of the sweep is held, `but` this one."""
-    runs = [Run(sweep.folder / "runs" / name) for name in sweep.folder.folders("runs")]  # also of models that the recipe lost
-    leases = [sweep.lease(name) for name in sweep.leases.folders()] + [run.lease for run in runs]
+    leases = [sweep.lease(name) for name in sweep.leases.folders()] + [run.lease for run in sweep.all_runs()]
     for folder, holder in lease.live_holders(folder for folder in leases if folder != but).items():
         raise Held(f"{sweep} is running: process {holder} holds {folder}: to stop it, dis-scale stop {sweep}")
 
