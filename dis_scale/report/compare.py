@@ -10,12 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from dis_scale.evaluation.metrics import FOLDS, jackknife_error
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, counted
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.recipe.identity import as_yaml, differing
 from dis_scale.report.points import ALIKE, Change, Error, Point, Report
 from dis_scale.report.tables import SAMPLING, UNFINISHED, TableColumn, with_error
 from dis_scale.sweep.documents import Metrics
+
+LONGEST_NAME = 16
+"""Most characters of a sweep's name that a column of the terminal has space for."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,8 @@ def comparison_table(a: Report, b: Report, found: Sequence[Difference]) -> Table
     out = Table(
         title=f"{a.sweep} against {b.sweep}: {a.metric}", caption=Text("\n".join(_notes(a, b, found))), caption_justify="left",
     )  # fmt: skip
-    for column in ("model", "sampling", "images", a.sweep, b.sweep, "difference", "in errors"):
+    both = (a.sweep, b.sweep) if max(len(a.sweep), len(b.sweep)) <= LONGEST_NAME else ("the first", "the second")
+    for column in ("model", "sampling", "images", *both, "difference", "in errors"):
         out.add_column(column, justify="left" if column in ("model", "sampling") else "right")
     for difference in found:
         p, q, change, error = difference.a, difference.b, difference.change, difference.error
@@ -199,7 +203,7 @@ def _notes(a: Report, b: Report, found: Sequence[Difference]) -> list[str]:
         lines.append(f"{UNFINISHED.strip()} measured before the learning rate had fallen to its end")
     taken = {(each.b.group, each.b.variant, each.b.images_seen) for each in found}
     if alone := len(a.means) + len(b.means) - len(found) - len(taken):
-        lines.append(f"{alone} points are in one sweep only")
+        lines.append(f"in one sweep only: {counted(alone, 'point')}")
     return lines + _unlike_words(a, b, found)
 
 

@@ -8,7 +8,7 @@ whose target is its words, which a page shows when it is touched. Read next: fig
 import io
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
@@ -33,12 +34,17 @@ HOLLOW = 3
 """Order of drawing of hollow markers, above lines and filled ones."""
 FLOOR_LINES = ":", (0, (5, 3))
 """Lines of the real images and of their reconstructions."""
+FLOOR_WORDS = 0.01, 0.2, 0.4, 0.6
+"""Shares of the width at which a floor's words may begin."""
 QUIET = "grey"
 """Of what is no model: visible on white and on black."""
 WIDE, SIZE = SIZES = (9.0, 4.8), (5.0, 3.8)
 """Inches of a figure for a page, and for half a page or a phone."""
-COLOURS = ("#2d6996", "#d2870f", "#4ba596", "#782dff", "#8787ff", "#875a2d")
-"""Of the first models: apart for colour-blind eyes, too, and visible on white and on black; more models take shades."""
+COLOURS = (
+    "#2d6996", "#d2870f", "#4ba596", "#782dff", "#8787ff", "#875a2d",
+    "#fa2875", "#b58b46", "#5c53d8", "#1a7458", "#ee1dba", "#4596d5",
+)  # fmt: skip
+"""Of the models: apart for colour-blind eyes, too, the first six most, and visible on white and on black; more take shades."""
 LIGHT = 0.13, 0.29
 """Luminance, relative to white, between which a colour has a contrast of 3 with a white and a dark page (WCAG 2.2)."""
 LUMINANCE = 0.2126, 0.7152, 0.0722
@@ -115,7 +121,7 @@ def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) ->
         low, high = max(distance - (error or 0), distance / 2), distance + (error or 0)
         axes.axhspan(low, high, color=QUIET, alpha=0.2, linewidth=0)
         axes.annotate(
-            text, (0.01, high if above else low), xytext=(0, 3 if above else -3), xycoords=("axes fraction", "data"),
+            text, (FLOOR_WORDS[0], high if above else low), xytext=(0, 3 if above else -3), xycoords=("axes fraction", "data"),
             textcoords="offset points", va="bottom" if above else "top", fontsize=8,
         )  # fmt: skip
     looks = {families.of_curve(kind).marker: kind for kind in reversed(report.families)}  # curves of one family look alike
@@ -145,15 +151,16 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name
     if layout := figure.get_layout_engine():
         layout.execute(figure)  # gives everything its place, once: it takes as long as drawing
         figure.set_layout_engine("none")
-    taken = [text.get_window_extent() for text in axes.texts]
-    taken += [legend.get_window_extent()] if (legend := axes.get_legend()) else []
     points, lines = list[np.ndarray](), [np.empty((0, 2))]
     for line in axes.lines:
-        at = axes.transData.transform(line.get_xydata())
+        at = line.get_transform().transform(line.get_xydata())  # a floor's reaches from edge to edge
         points += [at[0]] if line.get_url() else []
         lines += [np.linspace(a, b, SEGMENT) for a, b in pairwise(at)]
-    taken += [Bbox.from_extents(*(point - NEAR), *(point + NEAR)) for point in points]
     along, unwritten = np.concatenate(lines), list[Name]()
+    _move_aside(axes, np.concatenate([along, *_bars(axes)]))
+    taken = [text.get_window_extent() for text in axes.texts]
+    taken += [legend.get_window_extent()] if (legend := axes.get_legend()) else []
+    taken += [Bbox.from_extents(*(point - NEAR), *(point + NEAR)) for point in points]
     for name in names:
         text = axes.annotate(
             name.words, (name.x, name.y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=name.colour,
@@ -182,6 +189,26 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name
             text.remove()
             unwritten.append(name)
     return unwritten
+
+
+def _bars(axes: Axes) -> Iterator[np.ndarray]:
+    """Yield the error bars as points (n, 2) in pixels."""
+    for lines in axes.collections:
+        if isinstance(lines, LineCollection):
+            for begin, end in map(axes.transData.transform, lines.get_segments()):
+                yield np.linspace(begin, end, SEGMENT)
+
+
+def _move_aside(axes: Axes, drawn: np.ndarray) -> None:
+    """Move the floors' words along their bands to where they cover the least of what is drawn, points (n, 2) in pixels."""
+    for text in axes.texts:
+
+        def covered(x: float, text: Annotation = text) -> tuple[bool, int]:  # type: ignore[assignment]
+            text.xy = (x, text.xy[1])
+            box = text.get_window_extent()
+            return box.x1 > axes.bbox.x1, box.count_contains(drawn)
+
+        covered(min(FLOOR_WORDS, key=covered))
 
 
 def _widen(axes: Axes, floors: list[float]) -> None:

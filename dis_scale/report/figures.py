@@ -305,7 +305,8 @@ def _fit(axes: Axes, report: Report) -> None:
     """Plot the power laws as thin lines, labelled as fits."""
     for kind, law in _laws(report):
         costs = np.geomspace(*drawing.ends([p.gmacs for p in report.family(kind, report.counts[-1])]), 50)
-        axes.plot(costs, law.at(costs), color="black", linewidth=0.8, linestyle=(0, (1, 3)), label=f"fit: {kind}")
+        line = families.of_curve(kind).line
+        axes.plot(costs, law.at(costs), color="black", linewidth=0.8, linestyle=line, label=f"fit: {kind}")
 
 
 def _published(axes: Axes, names: list[str]) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from dis_scale.process.errors import counted
 from dis_scale.process.progress import time_words
 from dis_scale.process.redaction import redact
 from dis_scale.report import figures, tables
@@ -120,7 +121,7 @@ def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
     source, classes = recipe.data.source, recipe.data.num_classes
     kinds = sorted({model.kind for model in recipe.models.values()})
     most = max(recipe.train_of(name).images for name in recipe.models)
-    of_images = f"{redact(getattr(source, 'url', source.kind))}, {f'{classes:,} classes, ' if classes else ''}"
+    of_images = f"{redact(getattr(source, 'url', source.kind))}, {counted(classes, 'class') + ', ' if classes else ''}"
     found = {
         "Best model": _best(report),
         "Images": (

@@ -5,7 +5,7 @@ FID-50K on ImageNet 256x256 without guidance after 400K steps of 256 images, aga
 
 from typing import NamedTuple
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, counted
 from dis_scale.report.points import Report
 
 
@@ -50,7 +50,7 @@ def require_published_protocol(report: Report) -> None:
     data, evaluate, made = report.recipe.data, report.recipe.evaluate, [p.evaluation for p in report.main]
     unlike = [] if report.metric == "fid" else [report.metric]
     if (data.resolution, data.num_classes) != (256, 1000):
-        unlike.append(f"{data.resolution} pixels and {data.num_classes or 'no'} classes")
+        unlike.append(f"{data.resolution} pixels and {counted(data.num_classes or 0, 'class')}")
     if not (evaluate.reference or "").endswith(REFERENCE):
         unlike.append(f"reference {evaluate.reference or 'of its own images'}")
     if IMAGES not in report.counts:

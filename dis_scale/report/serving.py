@@ -52,5 +52,6 @@ def serve(folder: Folder, say: Callable[[str], None], port: int = 0) -> None:
     """Serve a report's folder until it is interrupted; port 0 is any free one."""
     with ThreadingHTTPServer((LOOPBACK, port), partial(_Handler, folder)) as server:
         taken = server.server_address[1]
-        say(f"serving  http://{LOOPBACK}:{taken}, until Ctrl-C; from another machine first: ssh -L {taken}:{LOOPBACK}:{taken} HOST")
+        say(f"serving  http://{LOOPBACK}:{taken}")
+        say(f"         until Ctrl-C; from another machine first: ssh -L {taken}:{LOOPBACK}:{taken} HOST")
         server.serve_forever()

@@ -104,12 +104,13 @@ def with_error(value: float, error: float | None, digits: str = ".4g") -> str:
 
 def notes(report: Report) -> list[str]:
     """Return the table's footnotes, a line each."""
-    error = (
-        ", ± is one standard error, over the seeds where a model has several, with that of sampling, whose noise and labels they "
-        "share; elsewhere of sampling alone, without the spread between trainings"
-    )
-    known = any(report.error(p) is not None for p in report.means)
-    lines = ["Gflops are multiply-adds of one forward pass (DiT's convention)" + error * known]
+    lines = ["Gflops are multiply-adds of one forward pass (DiT's convention)"]
+    if any(report.error(p) is not None for p in report.means):
+        lines.append(
+            "± is one standard error of sampling; over several seeds also of training, whose spread one seed does not show"
+        )
+    if any("class_accuracy" in p.values for p in report.means):
+        lines.append("class acc. is the share of samples that another classifier takes for the class they were requested of")
     if any(p.unfinished for p in report.points):
         lines.append(
             f"{UNFINISHED.strip()}, hollow in figures: measured before the learning rate had fallen to its end; not in the lower "

@@ -28,7 +28,7 @@ def test_seeds_of_a_model_are_one_point_with_their_error(tmp_path: Path) -> None
     text = shown(reports.table(report))
     assert "dit (3 seeds)" in text
     assert "11 ± 1.6" in text
-    assert "over the seeds where a model has several, with that of sampling" in text
+    assert "over several seeds also of training" in text
     rows = list(csv.DictReader(io.StringIO(reports.write(made, report)[reports.CSV].decode())))
     assert [row["model"] for row in rows] == ["dis", "dit", "dit-seed-1", "dit-seed-2"]
 
