@@ -29,7 +29,7 @@ from typing import Any
 import ray
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, counted
 from dis_scale.recipe import Recipe
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
@@ -111,7 +111,7 @@ def require_gpus(recipe: Recipe, gpus: int, fault: str) -> None:
     if recipe.device == "cuda" and gpus < recipe.train.world_sizes[-1]:
         why = f"; {fault}" if fault else ""
         raise UserError(
-            f"device: cuda for {recipe.train.workers} workers, but this machine has {gpus} GPUs{why}: "
+            f"device: cuda for {recipe.train.workers} workers, but this machine has {counted(gpus, 'GPU')}{why}: "
             "--set device=auto takes what is there"
         )
 

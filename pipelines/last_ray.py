@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, counted
 from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.sweep import STAGES, Sweep
@@ -96,8 +96,8 @@ def refuse_local_after_cluster(sweep: Sweep, overrides: Sequence[str] = ()) -> N
     if last is None or last.address or ray_address():
         return
     raise UserError(
-        f"{sweep} last ran on a Ray cluster with {last.gpus} GPUs (its driver was on {last.host}), and RAY_ADDRESS is not set: "
-        f"nothing was started here. To continue there: {continue_hint(last, sweep, overrides)}. "
+        f"{sweep} last ran on a Ray cluster with {counted(last.gpus, 'GPU')} (its driver was on {last.host}), and RAY_ADDRESS "
+        f"is not set: nothing was started here. To continue there: {continue_hint(last, sweep, overrides)}. "
         "To continue on this machine anyway, add --here"
     )
 

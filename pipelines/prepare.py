@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from dis_scale.data.sources import Source, open_source
+from dis_scale.process.errors import counted
 from dis_scale.recipe import TrainedVae
 from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sweep, state
@@ -160,7 +161,7 @@ def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:
     request = elsewhere(job, request_for("precompute", device, 1))
     count = max(1, min(sweep.recipe.precompute.workers, len(left)))
     workers = [spawn(job, Preparer, request, held) for _ in range(count)]
-    job.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
+    job.say(f"reference: {len(left)} of {counted(part_count(images), 'part')} left, {counted(count, 'worker')}")
     living, _, failure = share(
         job, workers, "make_parts", (sweep, device), left,
         lambda done: job.progress(before + sum(done), images, "images"),

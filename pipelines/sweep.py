@@ -24,7 +24,7 @@ from dis_scale.planning import isoflop
 from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError, counted
 from dis_scale.process.progress import Board, listing_words, some
 from dis_scale.process.redaction import redact
 from dis_scale.process.threads import repeating
@@ -245,8 +245,8 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
             raise
         return driver.board.say(f"source   it cannot be listed; its latents are complete, and training continues: {error}")
     names = source.label_names
-    classes = "without labels" if recipe.data.num_classes is None else f"in {len(names)} classes ({some(names)})"
-    driver.board.say(f"source   {len(source):,} images {classes}, as listed in {source.listing.where}")
+    classes = "without labels" if recipe.data.num_classes is None else f"in {counted(len(names), 'class')} ({some(names)})"
+    driver.board.say(f"source   {counted(len(source), 'image')} {classes}, as listed in {source.listing.where}")
     if source.left_out:
         driver.board.say(f"left out {source.left_out}")
     driver.board.say(f"data     {price_reading(recipe, plan.shape, len(source))}")

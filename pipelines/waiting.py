@@ -7,6 +7,7 @@ from typing import Self
 
 import ray
 
+from dis_scale.process.errors import counted
 from pipelines.metrics import SetGauge
 from pipelines.nodes import alive_nodes
 from pipelines.ray_private import Resources
@@ -85,14 +86,14 @@ def words(count: int, request: Resources, nodes: Sequence[Resources], free: Reso
     """Say what `count` workers wait for, what the cluster has, and what to do if it cannot hold `together` of them."""
     left = _listed({name: free.get(name, 0) for name in request})
     return (
-        f"waiting for capacity for {count} workers, each with {_listed(request)}; free in the cluster: {left}; "
+        f"waiting for capacity for {counted(count, 'worker')}, each with {_listed(request)}; free in the cluster: {left}; "
         f"{_held(request, nodes, together)}"
     )
 
 
 def needs(stage: str, count: int, request: Resources, nodes: Sequence[Resources]) -> str:
     """Say what the `count` workers of a later stage will wait for, which the cluster cannot hold yet."""
-    return f"{stage} needs {count} workers, each with {_listed(request)}; {_held(request, nodes, count)}"
+    return f"{stage} needs {counted(count, 'worker')}, each with {_listed(request)}; {_held(request, nodes, count)}"
 
 
 def _held(request: Resources, nodes: Sequence[Resources], together: int) -> str:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from dis_scale.cli.shared import AsJson, Overrides, SourceImages, load_recipe, show, source_images
-from dis_scale.process.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError, counted
 
 if TYPE_CHECKING:
     from dis_scale.planning.plan import ModelNumbers, Numbers
@@ -97,9 +97,9 @@ def _lines(recipe: "Recipe", numbers: "Numbers") -> list[str]:
         "",
         f"latent   {channels}x{size}x{size}",
         f"source   {source}",
-        f"batch    {train.batch_images:,} = {train.lanes} lanes x {numbers.lane_images}; world sizes {sizes}",
-        f"evaluate {numbers.metric}; {numbers.evaluations} evaluations of {recipe.evaluate.samples:,} samples in "
-        f"{numbers.blocks:,} blocks",
+        f"batch    {train.batch_images:,} = {counted(train.lanes, 'lane')} x {numbers.lane_images}; world sizes {sizes}",
+        f"evaluate {numbers.metric}; {counted(numbers.evaluations, 'evaluation')} of {recipe.evaluate.samples:,} samples in "
+        f"{counted(numbers.blocks, 'block')}",
     ]
 
 

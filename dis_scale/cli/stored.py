@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, naming_misspelt, require_png, say, show, working
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError, counted
 
 if TYPE_CHECKING:
     from dis_scale.upkeep.retention import Note, Unneeded
@@ -31,7 +31,7 @@ def verify_results(sweep: SweepUrl, *, as_json: AsJson = False) -> None:
     complete = "complete all files that the results need were read and match their hashes"
     show({"damaged": damaged}, *([] if damaged else [complete]), as_json=as_json)
     if damaged:
-        raise DisScaleError(f"{sweep}: {len(damaged)} files are damaged or missing")
+        raise DisScaleError(f"{sweep}: {counted(len(damaged), 'file')} damaged or missing")
 
 
 def gc(sweep: SweepUrl, *, yes: Yes = False, as_json: AsJson = False) -> None:
@@ -80,13 +80,13 @@ def _list_or_delete(
     files, size_bytes = sum(len(each.sizes) for each in parts), sum(each.size_bytes for each in parts)
     if not as_json:
         for each in parts:
-            say(f"{each.kind:<12} {each.folder}: {len(each.sizes):,} files, {each.size_bytes / 1e6:,.1f} MB")
+            say(f"{each.kind:<12} {each.folder}: {counted(len(each.sizes), 'file')}, {each.size_bytes / 1e6:,.1f} MB")
         for note in notes:
             say(f"{note.kind:<12} {note.words}")
     if delete:
         with working("deleting"):
             delete()
-    total = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
+    total = f"{size_bytes / 1e6:,.1f} MB in {counted(files, 'file')}"
     document = {
         "parts": [each.to_json() for each in parts], "notes": [note._asdict() for note in notes],
         "files": files, "bytes": size_bytes, "deleted": delete is not None,

@@ -23,7 +23,7 @@ from dis_scale.data.mixing import BLOCK_SHARDS
 from dis_scale.data.order import Locations, Order
 from dis_scale.data.shards import Shard, require_allowed, unpack
 from dis_scale.process import seeds
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, counted
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Normalise, Reader, Recipe
 from dis_scale.storage.folder import Folder
@@ -142,7 +142,7 @@ def fits_in_memory(reader: Reader, set_bytes: int, workers: int, models: int) ->
     """
     if reader.memory_gib is None:
         limit = free_memory_bytes() // 2 // (workers * models)
-        source = f"auto: half of the free memory by {workers} workers and {models} models"
+        source = f"auto: half of the free memory by {counted(workers, 'worker')} and {counted(models, 'model')}"
     else:
         limit, source = int(reader.memory_gib * GIB), "reader.memory_gib"
     keep = set_bytes <= limit

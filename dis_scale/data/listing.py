@@ -413,7 +413,8 @@ def kept(entries: Iterable[Entry | LeftOut], left_out: LeftOutByReason) -> Itera
 
 def words_of(left_out: LeftOutByReason) -> str:
     """Say what a source has beside its images: how many of each kind, and the first."""
-    return ", ".join(f"{count:,} {why} ({first})" for why, (count, first) in left_out.items())
+    one = {why: re.sub(r"^(?:(class)es|([\w-]+)s)\b", r"\1\2", why) for why in left_out}
+    return ", ".join(f"{count:,} {one[why] if count == 1 else why} ({first})" for why, (count, first) in left_out.items())
 
 
 def _counted(entries: Iterable[Entry], report: ReportDone) -> Iterator[Entry]:

@@ -15,7 +15,7 @@ from dis_scale.data import mixing, shards
 from dis_scale.data.encode import Setup, compute_exactly, encode_mixed, encode_shards, encoding_of, hardware
 from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
-from dis_scale.process.errors import BrokenDevice, Damaged, DisScaleError, StorageError, UserError
+from dis_scale.process.errors import BrokenDevice, Damaged, DisScaleError, StorageError, UserError, counted
 from dis_scale.process.progress import ReportDone, ReportShare, some
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import Digest, read_verified
@@ -65,7 +65,7 @@ def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | 
     """Raise StorageError with the command that repairs, if a shard is damaged."""
     if damaged:
         raise StorageError(
-            f"{latents}: {len(damaged)} of {len(LatentsManifest.require(latents).shards)} shards are damaged; "
+            f"{latents}: {len(damaged)} of {counted(len(LatentsManifest.require(latents).shards), 'shard')} damaged; "
             f"to rebuild them: dis-scale data repair {sweep or 'SWEEP'}"
         )
 
@@ -125,9 +125,9 @@ def describe(latents: Folder) -> list[str]:
     mirrored = " and horizontal flip" if encoding.sides == 2 else " alone"
     return [
         f"latents  {latents}",
-        f"images   {m.count:,} in {len(m.shards)} shards, {m.size_bytes / 1e6:,.1f} MB{refused}",
+        f"images   {m.count:,} in {counted(len(m.shards), 'shard')}, {m.size_bytes / 1e6:,.1f} MB{refused}",
         f"latent   {channels}x{size}x{size}, float16 {stored} of image{mirrored}",
-        "labels   none" if classes is None else f"labels   {len(labels)} of {classes} classes: {some(labels)}",
+        "labels   none" if classes is None else f"labels   {len(labels)} of {counted(classes, 'class')}: {some(labels)}",
         f"mixing   {mixing.words(m.mixing)}",
         f"mean     {_numbers(m.mean)} by channel; shift {_numbers(shift)}",
         f"std      {_numbers(m.std)}; scale {_numbers(scale)} makes it {_numbers(np.abs(scale) * m.std)}",

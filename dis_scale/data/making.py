@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dis_scale.data import mixing, shards, staging
 from dis_scale.data.sources import Source
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError, counted
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep.documents import Encoding, LatentsBegun, LatentsManifest, MadeFrom
@@ -49,7 +49,9 @@ class LatentSet:
         self.require_held()
         made_from = _made_from(self.recipe, self.source, self.encoding)
         sealed: LatentsManifest = shards.write_manifest(self.folder, self._numbers, made_from)
-        self.say(f"{sealed.count} latents in {len(self._numbers)} shards, {len(sealed.refused)} images refused")
+        self.say(
+            f"{counted(sealed.count, 'latent')} in {counted(len(self._numbers), 'shard')}, {len(sealed.refused)} images refused"
+        )
         self.say(f"mixing   {mixing.words(sealed.mixing)}")
 
     def _attempt(self) -> None:

@@ -16,14 +16,14 @@ from dis_scale.data.kinds import SourceKind, gone, open_kind, require_version
 from dis_scale.data.listing import Column, Contents, Entry, Listing
 from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.data.parts import of_one_set
-from dis_scale.process.errors import UndecodableImage, UserError, printable
+from dis_scale.process.errors import UndecodableImage, UserError, counted, printable
 from dis_scale.process.progress import ReportDone, some
 from dis_scale.recipe import Data, LatentsSource, ParquetSource, SourceSettings, TarSource
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep.documents import LeftOutByReason
 
-NOT_THERE = "there is no such file; correct the CSV or the link, or --set data.undecodable=skip"
+NOT_THERE = "there is no such file; correct the link or the CSV that names it, or --set data.undecodable=skip"
 
 
 READERS = 16
@@ -190,6 +190,6 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
         shown = [printable(name) for name in names]
         only = len(names) == 1 and data.source.kind == "folder"
         within = f"; if the folders in {shown[0]} are the classes, give that one as data.source.url" * only
-        found = f"the source has {len(names)} classes ({some(shown)}){within}"
+        found = f"the source has {counted(len(names), 'class')} ({some(shown)}){within}"
         raise UserError(f"data.num_classes: got {data.num_classes}, but {found}")
     return list(names or ()) or [str(i) for i in range(data.num_classes)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from dis_scale.data import images, layouts
 from dis_scale.data.sources import READERS, Source, open_source
-from dis_scale.process.errors import UndecodableImage, UserError, printable
+from dis_scale.process.errors import UndecodableImage, UserError, counted, printable
 from dis_scale.process.progress import ReportDone, ReportShare, some
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data
@@ -111,15 +111,17 @@ def describe(found: Survey) -> list[str]:
         f"sizes    shorter side {min(found.sides):,} to {max(found.sides):,} pixels, median {found.median_side:,}",
     ]
     if empty:
-        lines.append(f"empty    class folders without an image that can be decoded, labels all the same: delete {some(empty)}")
+        lines.append(
+            f"empty    class folders without an image that can be decoded: {some(empty)}; each stays a class: delete or fill it"
+        )
     if all(name.isdecimal() for name in found.classes) and sorted(found.classes, key=int) != [*found.classes]:
         lines.append("order    class folders with numbers get labels in the order of their texts, 10 before 2, as in ImageFolder")
-    lines += [f"unused   {found.beside:,} images beside the class folders"] if found.beside else []
+    lines += [f"unused   {counted(found.beside, 'image')} beside the class folders"] if found.beside else []
     classes_below = f"{found.nested} has folders of images: for these as classes, give {found.url}/{found.nested}"
     lines += [f"nested   {classes_below}"] if found.nested else []
     lines += [f"left out {found.left_out}"] if found.left_out else []
     tried = found.count + len(found.broken)
-    lines += [f"broken   {len(found.broken):,} of {tried:,} images cannot be decoded"] if found.broken else []
+    lines += [f"broken   {len(found.broken):,} of {counted(tried, 'image')} cannot be decoded"] if found.broken else []
     return lines
 
 

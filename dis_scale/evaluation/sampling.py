@@ -9,9 +9,10 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import distribution
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ COLUMNS, ROWS = 10, 10
 """Classes in the grid, and samples of each."""
 REAL_ROWS = 2
 """Rows of real images."""
+TRIED = 20
+"""Most images that are tried for a column of real ones."""
 NEIGHBOURS = 2048
 """Entries of a listing at each of `COLUMNS` positions, among which real images are chosen."""
 PARTS = ("sampling", "decoding", "features")
@@ -48,6 +51,8 @@ PARTS = ("sampling", "decoding", "features")
 GOLDEN = (5**0.5 - 1) / 2
 FONT = str(distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"))
 """A file of matplotlib: Pillow's own font has no letters beyond English."""
+OTHER_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "PingFang.ttc", "Arial Unicode.ttf")
+"""Fonts of the system for letters that it lacks, such as Chinese ones."""
 SMALLEST = 9
 """Pixels of the smallest letters of a name."""
 COLUMN_NAMES = "columns"
@@ -251,17 +256,26 @@ def column_names(sweep: Sweep, labels: np.ndarray) -> list[str]:
 
 
 def real_grid(source: Source, resolution: int) -> bytes:
-    """Return a grid of the source's images as `grid` makes it, a column for each class; an undecodable image is white."""
+    """Return a grid of the source's images as `grid` makes it, a column for each class, without those that cannot be decoded.
+
+    A place for which all of `TRIED` images are such is white.
+    """
     starts = np.linspace(0, max(0, len(source) - NEIGHBOURS), COLUMNS).astype(int).tolist()
     positions = sorted({i for start in starts for i in range(start, min(start + NEIGHBOURS, len(source)))})
     named = bool(source.label_names)
     labels = np.array([source.labels[i] for i in positions]) if named else np.arange(len(positions)) % COLUMNS
     numbers = grid_numbers(labels)[:REAL_ROWS]
-    images = [source.decoded(range(positions[n], positions[n] + 1), resolution)[0] for n in numbers.flat]
     white = np.full((resolution, resolution, 3), 255, np.uint8)
-    pictures = np.stack([image if isinstance(image, np.ndarray) else white for image in images])
+
+    def column(label: int) -> list[np.ndarray]:
+        some = islice(np.flatnonzero(labels == label).tolist(), TRIED)
+        read = (source.decoded(range(positions[n], positions[n] + 1), resolution)[0] for n in some)
+        found = list(islice((image for image in read if isinstance(image, np.ndarray)), len(numbers)))
+        return found + [white] * (len(numbers) - len(found))
+
+    columns = [column(label) for label in labels[numbers[0]].tolist()]
     names = [source.label_names[label] for label in labels[numbers[0]]] if named else []
-    return grid(pictures, numbers.shape[1], names)
+    return grid(np.stack([image for row in zip(*columns, strict=True) for image in row]), len(columns), names)
 
 
 def cell_pixels(size: int) -> int:
@@ -294,9 +308,20 @@ def grid(pictures: np.ndarray, columns: int, names: Sequence[str] = ()) -> bytes
     return buffer.getvalue()
 
 
+def _font_for(name: str, pixels: int) -> ImageFont.FreeTypeFont:
+    """Return the first font that has all letters of a name; `FONT` if none has."""
+    for file in (FONT, *OTHER_FONTS):
+        with suppress(OSError):  # not on this machine
+            font = ImageFont.truetype(file, pixels)
+            no_letter = bytes(font.getmask("\U0010ffff"))
+            if not any(bytes(font.getmask(letter)) == no_letter for letter in set(name)):
+                return font
+    return ImageFont.truetype(FONT, pixels)
+
+
 def _write_name(draw: ImageDraw.ImageDraw, name: str, middle: tuple[float, float], wide: int) -> None:
     """Write a name in a width, without the letters that have no space there."""
-    font = ImageFont.truetype(FONT, max(SMALLEST, wide // 12))
+    font = _font_for(name, max(SMALLEST, wide // 12))
     while draw.textlength(name, font) > wide * 0.95:
         name = f"{name[:-2].rstrip()}…"
     draw.text(middle, name, "black", font, anchor="mm")

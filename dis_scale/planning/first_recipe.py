@@ -16,7 +16,7 @@ from dis_scale.data.survey import Survey
 from dis_scale.models import families
 from dis_scale.planning.fleet import ASSUMED_MFU
 from dis_scale.planning.plan import Plan, price_sweep
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, counted
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS, JUDGE
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
@@ -229,9 +229,9 @@ class _Draft:
 def _header(draft: _Draft, plan: Plan) -> str:
     """Return the first lines: what it is, how to run it, and its price."""
     survey, (unit, exponent) = draft.survey, draft.scale.unit
-    classes = f"in {len(survey.classes):,} classes" if survey.classes else "without labels"
+    classes = f"in {counted(len(survey.classes), 'class')}" if survey.classes else "without labels"
     lines = [
-        f"{survey.count:,} images {classes}, for {draft.machine.words}.",
+        f"{counted(survey.count, 'image')} {classes}, for {draft.machine.words}.",
         "Written by `dis-scale init`; any line may be changed. `dis-scale recipe show` prints all other settings.",
         "",
         f"  dis-scale sweep {draft.file}",
@@ -259,8 +259,8 @@ def _totals(draft: _Draft, plan: Plan, unit: float) -> Iterator[str]:
     trained, sampled = sum(map(plan.own_flops, plan.costs)), counts * sum(map(plan.sampling_flops, plan.costs))
     speed = f"{ASSUMED_MFU:.0%} of the peak, assumed" if machine.gpus else "as measured on small models"
     yield (
-        f"Together {trained / unit:.3g} {name} to train {train.images:,} images ({epochs:,.0f} epochs) each, "
-        f"{sampled / unit:.3g} to sample for {counts} evaluations per model."
+        f"Together {trained / unit:.3g} {name} to train {train.images:,} images ({counted(round(epochs), 'epoch')}) each, "
+        f"{sampled / unit:.3g} to sample for {counted(counts, 'evaluation')} per model."
     )
     yield (
         f"At {machine.flops / 1e12:.3g} TFLOP/s ({speed}) that takes {(trained + sampled) / machine.flops / 3600:.1f} hours, "
@@ -274,7 +274,7 @@ def _settings(draft: _Draft, models: list[str], steps: int) -> str:
     batch, reach = scale.batch_images, survey.share_of(draft.resolution)
     extractor, samples = _extractor(draft)
     held_out = survey.count // HELD_OUT_SHARE if extractor.startswith("{kind: none}") else 0
-    broken = f"  undecodable: skip  # {len(survey.broken):,} images cannot be decoded\n" if survey.broken else ""
+    broken = f"  undecodable: skip  # {counted(len(survey.broken), 'image')} cannot be decoded\n" if survey.broken else ""
     return f"""\
 name: {_word(draft.name)}
 data:
@@ -340,11 +340,11 @@ def _extractor(draft: _Draft) -> tuple[str, int]:
     if count > INCEPTION:
         return "{kind: inception}  # downloads its weights, 96 MB, or reads `weights`", draft.scale.inception_samples
     if count < LEAST_IMAGES:
-        raise UserError(f"{survey.url}: {count:,} images are too few: expected at least {LEAST_IMAGES}: add images")
+        raise UserError(f"{survey.url}: {counted(count, 'image')}, too few: expected at least {LEAST_IMAGES}: add images")
     return f"{{kind: none}}  # {why_no_distance(survey)}", 40
 
 
 def why_no_distance(survey: Survey) -> str:
     """Return why a recipe for so few images measures no distance."""
-    least = f"{TRAINED + 1}" if survey.classes else f"{INCEPTION + 1:,}, or {TRAINED + 1} in class folders"
-    return f"a distance needs {least}: so samples to look at, and a held-out loss"
+    least = f"{TRAINED + 1} images" if survey.classes else f"{INCEPTION + 1:,} images, or {TRAINED + 1} in class folders"
+    return f"a distance needs {least}; so here are samples and a held-out loss"

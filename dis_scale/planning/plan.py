@@ -14,7 +14,7 @@ from dis_scale.data.shards import sample_bytes
 from dis_scale.models import transfer
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.planning.fleet import MOST_GPUS, Fleet, Forecast, forecast, pass_images
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, counted
 from dis_scale.process.tables import narrow_table
 from dis_scale.recipe import Evaluate, LatentShape, Model, ModelTrain, Recipe
 from dis_scale.recipe.evaluate import TWO_PASS_SAMPLERS
@@ -258,8 +258,8 @@ def table(plan: Plan) -> Table:
     train = plan.recipe.train
     share = largest_share(train.lanes, train.most_workers)
     caption = (
-        f"batch {train.batch_images} = {train.lanes} lanes x {train.lane_images}, up to {share} lanes on each of "
-        f"{train.most_workers} workers; {_lengths(plan.recipe)}; ZeRO stage {train.zero_stage}, "
+        f"batch {train.batch_images} = {counted(train.lanes, 'lane')} x {train.lane_images}, up to {share} on each of "
+        f"{counted(train.most_workers, 'worker')}; {_lengths(plan.recipe)}; ZeRO stage {train.zero_stage}, "
         f"{train.precision}; Gflops are multiply-adds (DiT's convention); host memory while saving is over all workers"
         + "".join(f"; {line}" for line in _transfers(plan.recipe))
     )

@@ -104,6 +104,11 @@ def shown_below(text: str) -> str:
     return shown(text).replace("\n", "\n  ")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean X?)' with the known name nearest to `word`, or '' if none is similar, or it is known itself."""
     close = [name for name in difflib.get_close_matches(word, list(known), n=1) if name != word]

@@ -18,7 +18,7 @@ from dis_scale.models import families, transfer
 from dis_scale.models.cost import price_model
 from dis_scale.models.tokens import Backbone
 from dis_scale.process import seeds
-from dis_scale.process.errors import BrokenDevice
+from dis_scale.process.errors import BrokenDevice, counted
 from dis_scale.recipe import Recipe
 from dis_scale.scan import FALLBACK, Choice, choose
 from dis_scale.storage.folder import Folder
@@ -120,7 +120,9 @@ def open_training(attempt: Attempt, log_rates: Callable[[str], None] | None) -> 
         for line in how:
             attempt.log(f"{attempt.model}: {line}")
         kept = ", which keep the states of their scans" if keeps else ""
-        attempt.log(f"{attempt.model}: {count} forward passes of up to {max(images)} images a worker and step{kept}")
+        attempt.log(
+            f"{attempt.model}: {counted(count, 'forward pass')} of up to {counted(max(images), 'image')} a worker and step{kept}"
+        )
     peak = peak_flops(attempt.device, settings.precision)
     meter = ThroughputMeter(price, max(images), world, attempt.device, *peak, log_rates)
     process = diffusion.build(recipe.diffusion, latents.shape)
@@ -175,7 +177,7 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tu
         scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
         attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
         place = f"from {origin}{point.folder.name}" if point else "from the beginning"
-        attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {place}{scan}")
+        attempt.log(f"{attempt.model}: attempt {attempt.number}, {counted(dist.get_world_size(), 'worker')}, {place}{scan}")
         if blocks:
             attempt.log(f"{attempt.model}: {blocks}")
         if settings.base_width:

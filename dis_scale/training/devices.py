@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dis_scale.process import faults
-from dis_scale.process.errors import BrokenDevice, DisScaleError, UserError
+from dis_scale.process.errors import BrokenDevice, DisScaleError, UserError, counted
 from dis_scale.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
     workers = recipe.train.world_sizes[-1]
     if recipe.device != "auto":
         return recipe.device, "the recipe names it"
-    reason = f"auto: {gpus} GPUs for {workers} workers"
+    reason = f"auto: {counted(gpus, 'GPU')} for {counted(workers, 'worker')}"
     return ("cuda" if gpus >= workers else "cpu"), reason
 
 

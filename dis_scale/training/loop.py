@@ -209,11 +209,11 @@ def _handle_bad_step(
 ) -> None:
     """Log a step whose gradient was not finite; after too many in a row, dump the last one and raise DisScaleError."""
     if dist.get_rank() == 0:
-        attempt.log(f"{attempt.model}: step to {images_seen} images skipped: its gradient is not finite")
+        attempt.log(f"{attempt.model}: step to {images_seen:,} images skipped: its gradient is not finite")
     if in_a_row == attempt.recipe.train.skips_in_a_row:
         dump = dump_step(attempt.run, PointName(images_seen, attempt.number), inputs, losses, state)
         raise DisScaleError(
-            f"{attempt.model}: the gradient was not finite in {in_a_row} steps in a row, up to {images_seen} images: "
+            f"{attempt.model}: the gradient was not finite in {in_a_row} steps in a row, up to {images_seen:,} images: "
             f"the last step's batch, losses and weights are in {dump}"
         )
 
@@ -254,7 +254,7 @@ def _compare_with_grace(attempt: Attempt, saver: Saver) -> None:
 
 def _summary(attempt: Attempt, images_seen: int, steps: int, spent_s: float, saver: Saver) -> str:
     return (
-        f"{attempt.model}: {images_seen} images; training paused {saver.paused_s:.2f} s for resume points "
+        f"{attempt.model}: {images_seen:,} images; training paused {saver.paused_s:.2f} s for resume points "
         f"({saver.paused_s / spent_s:.2%} of the time), {saver.longest_s * 1000:.0f} ms at most; "
         f"{1000 * spent_s / max(steps, 1):.0f} ms per step, all pauses included"
     )

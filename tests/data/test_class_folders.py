@@ -27,14 +27,14 @@ def test_a_class_without_images_is_named(folders: Path) -> None:
     """It may be a mount whose disk is not there, or a copy that was interrupted."""
     (folders / "d").mkdir()
     opened = open_source(data(source(folders), num_classes=4))
-    assert "classes without images (d)" in str(opened.left_out)
+    assert "1 class without images (d)" in str(opened.left_out)
 
 
 def test_a_folder_around_the_classes_is_offered(folders: Path) -> None:
     (folders / "photos").mkdir()
     for name in "abc":
         (folders / name).rename(folders / "photos" / name)
-    with pytest.raises(UserError, match=r"the source has 1 classes \(photos\); if the folders in photos are the classes, give"):
+    with pytest.raises(UserError, match=r"the source has 1 class \(photos\); if the folders in photos are the classes, give"):
         open_source(data(source(folders), num_classes=3))
 
 

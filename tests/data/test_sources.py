@@ -229,12 +229,12 @@ def test_a_folder_that_is_called_like_a_file_is_a_folder(kind: str, below: str, 
     open_folder(url).write("_SUCCESS", b"x")
     source = open_source(data({"kind": kind, "url": url}))
     assert len(source) == 1
-    assert source.left_out.startswith("1 files that data.source.files does not match (_SUCCESS), 1 classes without images")
+    assert source.left_out.startswith("1 file that data.source.files does not match (_SUCCESS), 1 class without images")
     if below:
         open_folder(store_url).write(f"set/a.{kind}", SAMPLE if kind == "tar" else PARQUET)
         beside = open_source(data({"kind": kind, "url": store_url + below}))
         assert len(beside) == 1
-        assert beside.left_out.startswith(f"1 sub-folders (x.{kind}), 1 classes without images")
+        assert beside.left_out.startswith(f"1 sub-folder (x.{kind}), 1 class without images")
 
 
 @pytest.mark.parametrize("classes", [2, "none"])

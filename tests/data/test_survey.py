@@ -37,8 +37,8 @@ def test_class_folders_sizes_and_progress(tmp_path: Path) -> None:
     lines = describe(found)
     assert "classes  3: cat 30, dog 1, empty 0" in lines
     assert "sizes    shorter side 20 to 100 pixels, median 40" in lines
-    assert "empty    class folders without an image that can be decoded, labels all the same: delete empty" in lines
-    assert "unused   1 images beside the class folders" in lines
+    assert "empty    class folders without an image that can be decoded: empty; each stays a class: delete or fill it" in lines
+    assert "unused   1 image beside the class folders" in lines
 
 
 def test_deeper_images_belong_to_the_first_folder_and_parts_of_a_set_are_no_classes(tmp_path: Path) -> None:

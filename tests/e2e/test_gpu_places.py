@@ -103,7 +103,7 @@ def test_evaluators_that_share_are_spread_again_after_a_loss_and_wait_while_no_g
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
         patch.setattr("pipelines.nodes.living", list)
         RayEvaluators(waits, "cuda", 0, lambda _: None).spawn()
-    assert "waiting for capacity for 1 workers, each with 1 GPU; " in waits.said[0]
+    assert "waiting for capacity for 1 worker, each with 1 GPU; " in waits.said[0]
 
 
 def test_a_stage_asks_for_its_named_resource_only_if_a_node_with_a_gpu_has_it(node: str) -> None:
@@ -227,7 +227,7 @@ def test_what_no_node_can_hold_is_logged_within_ten_seconds_with_the_cure(node: 
         watch(job, [other, idle], [other.where.remote(), idle.where.remote()])
     assert job.events == [{"event": "waiting", "workers": 1}]
     (line,) = job.said
-    assert "waiting for capacity for 1 workers, each with 1 CPU, 1 GPU, 1 prepare; " in line
+    assert "waiting for capacity for 1 worker, each with 1 CPU, 1 GPU, 1 prepare; " in line
     assert "start such a node" in line
     ray.kill(idle)
 
@@ -288,7 +288,7 @@ def test_what_nodes_declared_that_are_gone_is_waited_for(nodes: Cluster, tmp_pat
     driver = driver_of(recipe, tmp_path)
     on_gpus: Any = SimpleNamespace(ours=False)
     needs.name_needs(driver, on_gpus)
-    assert "later    precompute needs 1 workers" in logged(driver)
+    assert "later    precompute needs 1 worker" in logged(driver)
     state.use_latents(driver.sweep, make(driver.sweep.store / "latents/set", [2]), "v" * 64)
     again = driver_of(recipe, tmp_path)
     needs.name_needs(again, on_gpus)

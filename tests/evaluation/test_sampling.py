@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dis_scale import models, vae
+from dis_scale.data.encode import tf32
 from dis_scale.data.sources import open_source
 from dis_scale.diffusion.generate import generate
 from dis_scale.evaluation import sampling
@@ -32,7 +33,7 @@ from dis_scale.evaluation.sampling import (
     real_grid,
     sample_labels,
 )
-from dis_scale.recipe import Data, DigitsSource, LatentShape, Recipe, TrainedVae, reading
+from dis_scale.recipe import Data, DigitsSource, FolderSource, LatentShape, Recipe, TrainedVae, reading
 from dis_scale.recipe.evaluate import JUDGE, Autoguidance
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
@@ -111,7 +112,8 @@ def test_only_the_model_may_round_its_products_to_tf32(sweep: Sweep, precision: 
 
     monkeypatch.setattr(sampling, "generate", partial(noted, "draw", generate))
     monkeypatch.setattr(type(one.vae), "decode", lambda *arguments: noted("decode", decode, *arguments))
-    one.sample(one.model("dis", 160, settings), settings, 0)
+    with tf32(allowed=False):  # as an evaluator
+        one.sample(one.model("dis", 160, settings), settings, 0)
     assert seen == {"draw": precision == "tf32", "decode": False}
 
 
@@ -247,6 +249,34 @@ def test_real_images_are_in_the_layout_of_the_samples() -> None:
         assert all(any(np.array_equal(cells[row, label], image) for image in images) for row in range(2))
     unnamed = Image.open(io.BytesIO(real_grid(replace(source, label_names=[]), 8)))
     assert (unnamed.size, json.loads(unnamed.info[COLUMN_NAMES])) == ((640, 128), [])
+
+
+def test_a_real_image_that_is_broken_leaves_its_place_to_another(tmp_path: Path) -> None:
+    """A white square looks like a drawing of nothing."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (8, 8), (200, 10 * i, 0)).save(tmp_path / name / f"{i}.png")
+    for path in ("a/0.png", "a/2.png", "b/0.png", "b/1.png", "b/3.png"):
+        (tmp_path / path).write_bytes(b"broken")
+    source = open_source(
+        Data(source=FolderSource(kind="folder", url=str(tmp_path)), resolution=8, num_classes=2, undecodable="skip")
+    )
+    shown = np.asarray(Image.open(io.BytesIO(real_grid(source, 8))))
+    cells = [shown[top + 32, left + 32].tolist() for top in (16, 80) for left in (0, 64)]
+    assert cells == [[200, 10, 0], [200, 20, 0], [200, 30, 0], [255, 255, 255]]
+
+
+def test_a_name_in_letters_that_our_font_lacks_is_in_one_of_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a name in Chinese, if a font for it is installed."""
+    other = str(Path(sampling.FONT).with_name("STIXGeneral.ttf"))
+    monkeypatch.setattr(sampling, "OTHER_FONTS", ("not-installed.ttf", other))
+    assert sampling._font_for("Größe 1", 12).path == sampling.FONT
+    assert sampling._font_for("\u2e3a 1", 12).path == sampling.FONT, "which no font here has"
+    assert sampling._font_for("\u1d8a", 12).path == other
+    shown = grid(np.zeros((1, 8, 8, 3), np.uint8), 1, ["\u1d8a"])
+    monkeypatch.setattr(sampling, "OTHER_FONTS", ())
+    assert shown != grid(np.zeros((1, 8, 8, 3), np.uint8), 1, ["\u1d8a"])
 
 
 def test_the_columns_have_the_names_of_the_classes(tmp_path: Path, tiny: Recipe) -> None:

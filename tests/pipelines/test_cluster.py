@@ -42,7 +42,7 @@ def test_models_begin_only_while_nodes_live_that_declare_training_once_one_did()
 def test_missing_gpus_are_refused_before_a_ray_starts() -> None:
     recipe = reading.load(TINY, ["device=cuda", "train.workers=2"])
     cluster.require_gpus(recipe, 2, "")
-    words = "device: cuda for 2 workers, but this machine has 1 GPUs; 1 too old: --set device=auto takes what is there"
+    words = "device: cuda for 2 workers, but this machine has 1 GPU; 1 too old: --set device=auto takes what is there"
     with pytest.raises(UserError, match=words):
         cluster.require_gpus(recipe, 1, "1 too old")
 

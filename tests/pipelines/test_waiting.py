@@ -18,7 +18,7 @@ REQUEST: Resources = {"CPU": 1, "GPU": 1, "prepare": 1}
 def test_what_waits_says_for_what_what_the_cluster_has_and_what_to_do() -> None:
     text = words(1, REQUEST, [NODE, HEAD], {"CPU": 16.0, "GPU": 8.0, "prepare": 1.0})
     assert text.startswith(
-        "waiting for capacity for 1 workers, each with 1 CPU, 1 GPU, 1 prepare; free in the cluster: 16 CPU, 8 GPU, 1 prepare; "
+        "waiting for capacity for 1 worker, each with 1 CPU, 1 GPU, 1 prepare; free in the cluster: 16 CPU, 8 GPU, 1 prepare; "
         "nodes: 1 with 8 CPU, 8 GPU; 1 with 8 CPU, 1 prepare; no node has all of that together"
     )
     busy = words(2, {"CPU": 1, "GPU": 1}, [NODE, NODE], {"CPU": 8.0})

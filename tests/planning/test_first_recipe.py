@@ -107,8 +107,8 @@ def test_any_folder_gives_a_valid_name(folder: str) -> None:
 @pytest.mark.parametrize(
     ("survey", "words"),
     [
-        (photos(count=64), "a distance needs 65: so samples to look at"),
-        (Survey("/x", {}, Counter({64: 600}), [], 0), "a distance needs 2,049, or 65 in class folders: so samples"),
+        (photos(count=64), "a distance needs 65 images; so here are samples"),
+        (Survey("/x", {}, Counter({64: 600}), [], 0), "a distance needs 2,049 images, or 65 in class folders; so here are samples"),
     ],
     ids=["with classes", "without"],
 )  # fmt: skip
@@ -120,7 +120,7 @@ def test_few_images_have_a_held_out_loss_in_place_of_a_distance(survey: Survey, 
 
 
 def test_too_few_images_are_refused() -> None:
-    with pytest.raises(UserError, match="19 images are too few: expected at least 20: add images"):
+    with pytest.raises(UserError, match="19 images, too few: expected at least 20: add images"):
         proposed(Survey("/x", {}, Counter({64: 19}), [], 0), LAPTOP)
 
 

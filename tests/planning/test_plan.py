@@ -11,7 +11,7 @@ from tests.support.evaluations import SHAPE, shown
 
 def test_the_plan_derives_the_batch_and_names_the_price(tiny: Recipe) -> None:
     text = shown(plans.table(price_sweep(tiny, SHAPE)))
-    assert "batch 16 = 4 lanes x 4, up to 2 lanes on each of 2 workers; 320 images = 20 steps; ZeRO stage 1, fp32" in text
+    assert "batch 16 = 4 lanes x 4, up to 2 on each of 2 workers; 320 images = 20 steps; ZeRO stage 1, fp32" in text
     assert "22,304" in text
 
 

@@ -256,7 +256,7 @@ def test_an_evaluation_without_its_processes_is_stopped(sweep: Sweep) -> None:
     with lease.hold(sweep.lease("evaluate")):
         found, _ = of(sweep, "dis")
     assert found.stopped == ""
-    cure = f"dis-scale resume {sweep} joins them, or ends those of a killed command"
+    cure = f"dis-scale resume {sweep} joins them"
     assert found.wrong[0] == f"no sweep command runs, and its jobs do: {cure}"
     assert "run by" not in printed(found), "one thing is shown"
 
@@ -266,6 +266,10 @@ def test_a_process_that_was_killed_on_this_machine_is_not_waited_for(sweep: Swee
         holder = Holder.read(sweep.lease("sweep"), "0001")
         holder.changed(started=1.0).write(sweep.lease("sweep"), "0001")
         assert of(sweep, "dis")[0].stopped.startswith("no heartbeat for 0 s from process")
+        with lease.hold(sweep.lease("evaluate")):
+            found, _ = of(sweep, "dis")
+        cure = f"the command was killed; dis-scale resume {sweep} continues"
+        assert found.wrong[0] == f"no sweep command runs, and its jobs do: {cure}"
 
 
 def test_a_model_that_waits_for_its_turn_is_not_stopped(sweep: Sweep, held: None) -> None:
