@@ -3,22 +3,53 @@
 Axes: B batch, L time, E channels, N states, W taps of the convolution.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dis_scale.process.errors import UserError
+
+T = TypeVar("T")
+
 NATIVE_CHUNK = 86
-"""Steps between the states that the native scan keeps for its backward pass; Triton's keeps none, unless `KeepingStates`, and
-then as much as float32 numbers of its input's shape for up to 16 states.
+"""Steps between the states that the native scan keeps for its backward pass.
 
 Images of 8, 16, 32 or 64 patches a side make 66, 258, 1026 or 4098 tokens with time and label. 86 leaves no small
 remainder of these lengths; a small remainder would cost nearly as much as a full chunk.
 """
+
+
+def differentiable_once(kernel: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Return a decorator of a `backward` that refuses a second derivative, which would lack terms, by the kernel's name.
+
+    PyTorch's `once_differentiable` notices it only where the incoming gradient has one.
+    """
+
+    def decorate(backward: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(backward)
+        def guarded(ctx: Any, *gradients: Tensor) -> T:
+            if torch.is_grad_enabled():
+                raise NotImplementedError(
+                    f"the {kernel} is differentiable once: for second derivatives (create_graph=True) set the backend to reference"
+                )
+            return backward(ctx, *gradients)
+
+        return guarded
+
+    return decorate
+
+
+def refuse_float64(backend: str, *tensors: Tensor | None) -> None:
+    """UserError if a tensor would be narrowed."""
+    if any(x is not None and x.dtype == torch.float64 for x in tensors):
+        raise UserError(f"the {backend} scan computes in float32, got float64: convert, or set the backend to chunked")
+
 
 _keeping = ContextVar("keeping", default=0)
 """How many are entered in this thread."""
@@ -26,6 +57,8 @@ _keeping = ContextVar("keeping", default=0)
 
 class KeepingStates:
     """Let a scan keep whatever shortens its backward pass: in a block that is recomputed for it, or in all if memory allows.
+
+    Triton's keeps its states, as many float32 numbers as its input has for up to 16 states, and otherwise none.
 
     It may be entered again, as PyTorch does for each backward pass through a block. It enters and leaves the context `within`, too.
     """

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dis_scale.scan.backend import Direction, from_one_way
+from dis_scale.scan.backend import Direction, differentiable_once, from_one_way
 from dis_scale.scan.reference import causal_conv_silu
 
 STEPS = 8
@@ -50,7 +49,7 @@ class _Recurrence(torch.autograd.Function):
         return y_LBE
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("chunked scan")
     def backward(ctx: Any, dy_LBE: Tensor) -> tuple[Tensor, ...]:
         A_EN, *times = ctx.saved_tensors[:5]
         dA_EN, gradients = torch.zeros_like(A_EN), [torch.empty_like(each) for each in times]

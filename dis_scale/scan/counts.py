@@ -77,7 +77,8 @@ def keeping(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 def fused(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Return a function's output; one kernel computes it on a GPU, and keeps its inputs alone."""
-    return keeping(function, *inputs) if active.get() else function(*inputs)
+    # A compiler cannot trace the look-up.
+    return keeping(function, *inputs) if not torch.compiler.is_compiling() and active.get() else function(*inputs)
 
 
 def like_first(x_BLE: Tensor, *_: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dis_scale.process.errors import UserError
 from dis_scale.scan import choose, counts
+from dis_scale.scan.backend import differentiable_once
 from dis_scale.scan.graphs import outside_graphs
 
 CHUNK = 64
@@ -107,7 +107,7 @@ class _Recomputed(torch.autograd.Function):
         return _of_tensors(chunked, present, exclusive, inputs)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("chunked scan")
     def backward(ctx: Any, dy_BLHP: Tensor) -> tuple[Tensor | None, ...]:
         leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
@@ -201,7 +201,9 @@ def _check(x_BLHP: Tensor, own_BLH: Tensor, ways: list[Way]) -> None:
     N = ways[0].B_BLN.shape[2]
     expected = {"own_BLH": (B, L, H), "step_BLH": (B, L, H), "A_H": (H,), "B_BLN": (B, L, N), "C_BLN": (B, L, N)}
     given = [("own_BLH", own_BLH)] + [named for way in ways for named in way._asdict().items()]
-    for name, x in given:
-        shape = expected[name]
-        if x.shape != shape or x.device != x_BLHP.device:
-            raise UserError(f"ssd: {name} is {tuple(x.shape)} on {x.device}, expected {shape} on {x_BLHP.device}")
+    for name, x in [("x_BLHP", x_BLHP), *given]:
+        shape = expected.get(name, x_BLHP.shape)
+        if x.shape != shape or x.device != x_BLHP.device or not x.is_floating_point() or not x.numel():
+            raise UserError(
+                f"ssd: {name} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(shape)} of floats on {x_BLHP.device}"
+            )

@@ -98,7 +98,7 @@ INLINE vec positive(vec x) { return x < 0.0f ? vec{} : x; }
 INLINE vec magnitude(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
 // log(1 + t) for t in [0, 1]: t times a polynomial of degree 8. It is the minimax approximation of log(1 + t) / t for the
-// relative error (Remez exchange): 3.0e-8, and 9.7e-8 with the coefficients rounded to float32. triton_scan.py's _softplus
+// relative error (Remez exchange): 3.0e-8, and 9.7e-8 with the coefficients rounded to float32. triton_tiles.py's _softplus
 // has the same coefficients.
 INLINE vec log1p(vec t) {
   vec p = t * 0.005232630763202906f - 0.029504967853426933f;

@@ -14,7 +14,7 @@ from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
 from dis_scale.process.errors import DisScaleError, UserError
-from dis_scale.scan.backend import Backend, Direction
+from dis_scale.scan.backend import Backend, Direction, refuse_float64
 
 TAPS = (2, 3, 4)
 """Widths for which causal-conv1d has kernels."""
@@ -47,8 +47,7 @@ def _time_second(x_BXL: Tensor, reverse: bool) -> Tensor:
 
 def _gated(direction: Direction, z_BLE: Tensor | None, reverse: bool) -> Tensor:
     u, delta, A, B, C, D, bias = direction
-    if u.dtype == torch.float64:
-        raise UserError("the mamba scan computes in float32, got float64: convert, or set the backend to chunked")
+    refuse_float64("mamba", u)
     u, delta, B, C = (_time_last(x.to(u.dtype), reverse) for x in (u, delta, B, C))
     z = None if z_BLE is None else _time_last(z_BLE.to(u.dtype), reverse)
     y = selective_scan_fn(u, delta, A.float(), B, C, D.float(), z=z, delta_bias=bias.float(), delta_softplus=True)
@@ -64,6 +63,7 @@ def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) 
 
 
 def causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
+    refuse_float64("mamba", x_BLE)
     if weight_EW.shape[1] not in TAPS:
         raise UserError(f"causal-conv1d takes 2, 3 or 4 taps, got {weight_EW.shape[1]}: set the backend to triton")
     x = _time_last(x_BLE, reverse)

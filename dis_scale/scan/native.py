@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from dis_scale.process.errors import UserError
-from dis_scale.scan.backend import NATIVE_CHUNK, Backend, Direction
+from dis_scale.scan.backend import NATIVE_CHUNK, Backend, Direction, differentiable_once, refuse_float64
 from dis_scale.scan.native_build import GROUP_CHANNELS, MOST_STATES, MOST_TAPS, library
 
 GROUP_STEPS = 128
-"""The least that share one partial sum of A's gradient: these take at most 1/7 of u's memory."""
+"""The least that share one partial sum of A's gradient: these take at most 1/7 of u's memory at 16 states."""
 
 
 class _View(ctypes.Structure):
@@ -93,8 +93,7 @@ def _job(kind: type[Any], x_BLE: Tensor, directions: int, reverse: bool) -> Any:
 
 def _prepared(tensors: Sequence[Tensor]) -> list[Tensor]:
     """In float32: sequences with contiguous channels, parameters contiguous; copies only if necessary."""
-    if any(x.dtype == torch.float64 for x in tensors):
-        raise UserError("the native scan computes in float32, got float64: convert, or set the backend to chunked")
+    refuse_float64("native", *tensors)
     floats = [x.float() for x in tensors]
     return [x if x.dim() == 3 and (x.shape[-1] == 1 or x.stride(-1) == 1) else x.contiguous() for x in floats]
 
@@ -111,15 +110,6 @@ def _as_given(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Ten
 
 def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _refuse_second_order() -> None:
-    """The gradients are not differentiable: a second derivative must fail, not return zeros. `once_differentiable` notices it only
-    where the incoming gradient has one."""
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "the native scan is differentiable once: for second derivatives (create_graph=True) set the backend to reference"
-        )
 
 
 def _scan_job(inputs: Sequence[Tensor], reverse: bool, kept: Sequence[Tensor | None]) -> Any:
@@ -160,8 +150,8 @@ class _NativeScan(torch.autograd.Function):
         return y.to(inputs[0].dtype)
 
     @staticmethod
+    @differentiable_once("native scan")
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        _refuse_second_order()
         saved = ctx.saved_tensors
         directions, gate = len(saved) // 9, len(saved) % 9 // 2  # two more tensors with a gate: z and y
         given, kept = saved[: 7 * directions + gate], saved[7 * directions + gate : 9 * directions + gate]
@@ -225,8 +215,8 @@ class _NativeConv(torch.autograd.Function):
         return _conv_forward(inputs, reverse)
 
     @staticmethod
+    @differentiable_once("native scan")
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        _refuse_second_order()
         given = ctx.saved_tensors
         inputs, ready = _prepared(given), _prepared(dys)
         job, packed = _conv_job(inputs, ctx.reverse, ready)

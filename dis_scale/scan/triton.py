@@ -28,11 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.scan import triton_numbers as numbers
-from dis_scale.scan.backend import Backend, Direction, keeps_states
+from dis_scale.scan.backend import Backend, Direction, differentiable_once, keeps_states, refuse_float64
 from dis_scale.scan.triton_fill import Filling
 from dis_scale.scan.triton_launch import (
     Launch,
@@ -128,7 +127,7 @@ class _Scan(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("triton scan")
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         z, y, *saved = ctx.saved_tensors
         count = len(saved) // 7
@@ -276,7 +275,7 @@ class _Conv(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("triton scan")
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         x, weights = rowwise(x), _plain_weights(weights)
@@ -347,33 +346,27 @@ def _both(tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     return present[0], present[-1]
 
 
-def _refuse_float64(*tensors: Tensor | None) -> None:
-    for x in tensors:
-        if x is not None and x.dtype == torch.float64:
-            raise UserError("the triton scan computes in float32, got float64: convert, or set the backend to chunked")
-
-
 def _selective_scan(direction: Direction, reverse: bool) -> Tensor:
-    _refuse_float64(*direction)
+    refuse_float64("triton", *direction)
     y_BLE: Tensor = _Scan.apply(reverse, None, *direction)
     return y_BLE
 
 
 def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
-    _refuse_float64(*forward, *backward, z_BLE)
+    refuse_float64("triton", *forward, *backward, z_BLE)
     y_BLE: Tensor = _Scan.apply(False, z_BLE, *forward, *backward)
     return y_BLE
 
 
 def _causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
-    _refuse_float64(x_BLE, weight_EW, bias_E)
+    refuse_float64("triton", x_BLE, weight_EW, bias_E)
     weights = (None, None, weight_EW, bias_E) if reverse else (weight_EW, bias_E, None, None)
     y_BLE: Tensor = _Conv.apply(x_BLE, *weights)[int(reverse)]
     return y_BLE
 
 
 def _two_way_conv_silu(x_BLE: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    _refuse_float64(x_BLE, *weights)
+    refuse_float64("triton", x_BLE, *weights)
     both_BLE: tuple[Tensor, Tensor] = _Conv.apply(x_BLE, *weights)
     return both_BLE
 

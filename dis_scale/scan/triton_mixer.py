@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dis_scale.scan.backend import Direction, keeps_states
+from dis_scale.scan.backend import Direction, differentiable_once, keeps_states
 from dis_scale.scan.triton import BackwardPass, Operands, run_conv, run_conv_backward, run_scan, run_scan_backward
 from dis_scale.scan.triton_launch import ALIGNMENT, check_offsets, of_training
 from dis_scale.scan.triton_memory import Gradients, KeptStates, ScanGradients
@@ -68,7 +67,7 @@ class _Mixer(torch.autograd.Function):
         return out_BLD
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("triton scan")
     def backward(ctx: Any, dout_BLD: Tensor) -> tuple[Tensor, ...]:
         h_TD, xz_BLE, u_2BLE, projected_2TP, delta_2BLE, A_2NE, y_BLE, *saved = ctx.saved_tensors
         BC, (conv_2XE, dynamics_2XE, *rounded), (kept_y, *states) = saved[:2], saved[2:8], saved[8:]

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dis_scale.scan import triton_norm_kernels as kernels
+from dis_scale.scan.backend import differentiable_once, refuse_float64
 from dis_scale.scan.norms import EPS
 from dis_scale.scan.triton_launch import Launch, ceil_div, empty_like, next_power_of_2, plain, rowwise
 
@@ -21,6 +21,7 @@ ROWS = 16
 
 def gated_rms_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
     """`norms.gated_rms_norm` with sums in float32."""
+    refuse_float64("triton", y_BLE)
     out_BLE: Tensor = _GatedNorm.apply(y_BLE, z_BLE.to(y_BLE.dtype), weight_E.float())
     return out_BLE
 
@@ -58,7 +59,7 @@ class _GatedNorm(torch.autograd.Function):
             return run_gated_norm(rowwise(y_BLE), rowwise(z_BLE), plain(weight_E))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("triton norm")
     def backward(ctx: Any, dout_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y_BLE, z_BLE, weight_E = ctx.saved_tensors
         with torch.cuda.device_of(dout_BLE):
@@ -98,7 +99,7 @@ class _AddedNorm(torch.autograd.Function):
         return sum_BLD, out_BLD
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("triton norm")
     def backward(ctx: Any, dsum_BLD: Tensor, dout_BLD: Tensor) -> tuple[Tensor | None, ...]:
         r_BLD, weight_D, place_L, order_L = ctx.saved_tensors
         with torch.cuda.device_of(r_BLD):

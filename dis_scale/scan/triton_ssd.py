@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dis_scale.process.errors import UserError
 from dis_scale.scan import triton_ssd_kernels as kernels
-from dis_scale.scan.backend import keeps_states
+from dis_scale.scan.backend import differentiable_once, keeps_states, refuse_float64
 from dis_scale.scan.duality import GPU_CHUNKS, Way, ways_of
 from dis_scale.scan.triton_launch import Launch, ceil_div, empty_like, next_power_of_2, plain, rowwise
 
@@ -122,8 +120,7 @@ class SsdKind(NamedTuple):
 
 def ssd(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
     """`duality.ssd` of checked inputs, with B and C in x's type, and all else in float32."""
-    if x_BLHP.dtype == torch.float64:
-        raise UserError("the triton scan computes in float32, got float64: convert, or set the backend to chunked")
+    refuse_float64("triton", x_BLHP)
     ways = list[Tensor]()
     for way in filter(None, (earlier, later)):
         ways += [way.step_BLH.float(), way.A_H.float(), way.B_BLN.to(x_BLHP), way.C_BLN.to(x_BLHP)]
@@ -145,7 +142,7 @@ class _Ssd(torch.autograd.Function):
         return y_BLE.view(x_BLHP.shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("triton scan")
     def backward(ctx: Any, dy_BLHP: Tensor) -> tuple[Tensor | None, ...]:
         (x_BLHP, own_BLH, *saved), given = ctx.saved_tensors, len(Way._fields) * sum(ctx.present)
         ways, states = saved[:given], saved[given:]

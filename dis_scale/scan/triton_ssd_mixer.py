@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dis_scale.scan.backend import differentiable_once
 from dis_scale.scan.triton import run_conv, run_conv_backward
 from dis_scale.scan.triton_launch import ALIGNMENT, check_offsets, of_training
 from dis_scale.scan.triton_norm import run_gated_norm, run_gated_norm_backward
@@ -98,7 +98,7 @@ class _HydraMixer(torch.autograd.Function):
         return out_BLD
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("triton scan")
     def backward(ctx: Any, dout_BLD: Tensor) -> tuple[Tensor | None, ...]:
         h_TD, all_BLS, convolved_BLX, own_BLH, raw_BLH, A_H, y_BLE, normed_BLE, conv_1WX, norm_E, *saved = ctx.saved_tensors
         sizes, rounded, states, dout_TD = ctx.sizes, saved[:3], saved[3:], dout_BLD.flatten(0, 1)

@@ -10,6 +10,7 @@ import torch
 from dis_scale.models.diffussm import s4d
 from dis_scale.models.diffussm.s4d import S4D, convolve, initial_modes
 from dis_scale.models.diffussm.settings import DiffuSsm
+from tests.support.allocated import Allocated
 
 TAPS = [
     [0.0300017582, 0.0299981509, 0.0299838687, 0.0299589352, 0.0299233845],
@@ -71,6 +72,15 @@ def test_chunked_kernel_and_its_gradients_are_the_same(published: S4D, monkeypat
         kernel.square().sum().backward()
         gradients.append([kernel.detach(), *(p.grad for p in published.parameters() if p.grad is not None)])
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_kernel_in_chunks_takes_the_memory_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All modes of 128 channels and 4,096 taps are 128 MB, each of the 32 chunks 4 MB."""
+    model = S4D(128, DiffuSsm(kind="diffussm", width=128, depth=1, state_size=64))
+    monkeypatch.setattr(s4d, "CHUNK", 128 * 4096)
+    with Allocated() as allocated:
+        model.kernel(4096).square().sum().backward()
+    assert allocated.peak < 32 * 2**20
 
 
 def test_float32_kernel_agrees_with_float64() -> None:

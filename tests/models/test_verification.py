@@ -1,6 +1,8 @@
 """The self-test of a block in bfloat16: a right one passes, and each part of a scan that is missing or wrong is seen."""
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from dis_scale.models.dis.verification import verify_block
 from dis_scale.process.errors import WrongKernel
 from dis_scale.scan import Direction, duality, two_way_scan
 from dis_scale.scan.duality import Way
-from dis_scale.scan.selftest import Case
+from dis_scale.scan.selftest import Case, largest_error
 
 Fault = Callable[[Direction], Direction]
 RIGHT_SSD = duality.ssd
@@ -73,3 +75,14 @@ def test_a_wrong_state_space_duality_is_seen(combine: str, fault: str, monkeypat
         else:
             with pytest.raises(WrongKernel, match="reference scan is wrong on cpu"):
                 verify(settings, gradients)
+
+
+@pytest.mark.parametrize("L", [1, 2])
+@pytest.mark.parametrize("combine", ["sum", "hydra"])
+def test_gradients_that_are_exactly_zero_are_compared(L: int, combine: Literal["sum", "hydra"]) -> None:
+    """Of one token, nothing decays: the gradient of the time step is 0, of which no share can be taken."""
+    settings = Dis(kind="dis", width=64, depth=2, patch=8, state_size=4, mixer="ssd", combine=combine)
+    case = Case(L=L, images=2)
+    verify_block(lambda scan: DiSBlock(settings, scan, skip=False), 64, "chunked", torch.device("cpu"), torch.float32, case)
+    assert largest_error(torch.full((2,), 1e-9), torch.zeros(2)) > 1
+    assert math.isnan(largest_error(torch.full((2,), math.nan), torch.zeros(2)))

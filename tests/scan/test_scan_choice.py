@@ -309,9 +309,14 @@ def test_the_native_limits_are_named() -> None:
         selective_scan(*direction, backend="native")
     with pytest.raises(UserError, match="computes in float32, got float64"):
         selective_scan(*Direction(*(x.double() for x in random_direction(1, 3, 2, 4))), backend="native")
+
+
+@pytest.mark.parametrize("backend", ["native", "chunked"])
+def test_a_second_derivative_is_refused_where_it_would_lack_terms(backend: str) -> None:
+    """As of a gradient's penalty. PyTorch notices only an incoming gradient that has a derivative."""
     tensors = [x.requires_grad_() for x in random_direction(1, 3, 2, 4)]
-    with pytest.raises(NotImplementedError, match="differentiable once"):
-        torch.autograd.grad(selective_scan(*Direction(*tensors), backend="native").sum(), tensors, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"the {backend} scan is differentiable once: .* set the backend to reference"):
+        torch.autograd.grad(selective_scan(*Direction(*tensors), backend=backend).square().sum(), tensors, create_graph=True)
 
 
 def test_torch_compile_traces_none_of_the_functions() -> None:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import traceback
-import weakref
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,6 @@ import pytest
 import torch
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
 
@@ -47,6 +44,7 @@ from dis_scale.scan import (
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.triton_fill import FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together, without_memory
+from tests.support.allocated import Allocated
 from tests.support.alone import in_its_own_process
 from tests.support.scans import BACKWARD_CYCLES, FORWARD_CYCLES
 
@@ -207,24 +205,6 @@ def test_the_convolutions_instructions_are_counted() -> None:
     cycles = counted(compiled("conv_backward", 90, "bf16"), work("conv_backward"))
     assert 60 < cycles["issued"] < 90
     assert cycles["MUFU"] == pytest.approx(4 * 8 * 19 / 16)
-
-
-class Allocated(TorchDispatchMode):
-    """Bytes of all live storages that operations returned: now, and at the peak."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's TorchDispatchMode has no annotations
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and id(storage := x.untyped_storage()) not in self.alive:
-                self.alive[id(storage)] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, id(storage))
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

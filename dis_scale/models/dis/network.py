@@ -201,7 +201,7 @@ class DiS(Backbone):
         half = len(self.blocks) // 2
         skips: list[Tensor] = []
         r_BLD = None
-        with KeepingStates() if self.keeps_states else nullcontext():
+        with KeepingStates() if self.keeps_states and torch.is_grad_enabled() else nullcontext():
             for i, block in enumerate(self.blocks):
                 inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half and skips else None, drops[i])
                 h_BLD, r_BLD = run_block(self.checkpointing, i, block, *inputs)
