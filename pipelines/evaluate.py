@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dis_scale.evaluation.run import Evaluation, stored_blocks, values_in_words
-from dis_scale.process.errors import DisScaleError, Held, OutOfMemory, Preempted, StorageAway, StorageFull, WrongKernel, counted
+from dis_scale.process.errors import DisScaleError, Held, OutOfMemory, Preempted, StorageAway, StorageFull, WrongKernel
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import GRID, Sampled, Sweep, state
@@ -96,7 +96,7 @@ def await_gpus(job: StageJob, free: Callable[[], int | None]) -> int:
         return gpus
     job.emit("queued")
     job.say(
-        f"evaluation waits until training has ended, which uses all of {counted(total_gpus(), 'GPU')}: "
+        f"evaluation waits until training has ended, which uses all GPUs ({total_gpus()}): "
         "evaluate.gpu_share or fewer train.workers would let it run beside training"
     )
     wait_for_training(job, lambda: free() is not None or state.training_over(job.sweep))

@@ -101,7 +101,9 @@ class Job:
             try:
                 rest = self.cluster.client.get_job_logs(self.id)[self._returned :]
             except (OSError, RuntimeError):  # an answer was lost, or its agent has gone
-                self._rest_over = self.silence.now_s() > until_s
+                if self.silence.now_s() > until_s:
+                    self._rest_over = True
+                    return self._partial + self._taken()  # the reason of its end may have come before
                 time.sleep(self.silence.pause_s)
             else:
                 self._rest_over = True
@@ -119,6 +121,10 @@ class Job:
             self._followed_s = now_s + self.reconnect_every_s * 2 ** min(max(0, self._in_vain - 5), 5)
             self._follower = threading.Thread(target=self._follow, daemon=True, name=f"log of {self.id}")
             self._follower.start()
+        return self._taken()
+
+    def _taken(self) -> str:
+        """Take what followers have received."""
         return "".join(self._chunks.get_nowait() for _ in range(self._chunks.qsize()))  # nothing else takes any
 
     def _follow(self) -> None:

@@ -12,8 +12,6 @@ from dis_scale.process.errors import DisScaleError, StorageAway
 T = TypeVar("T")
 SILENT_S = 900.0
 """Time after which a dashboard that does not answer ends the sweep, by an error that is tried again."""
-SAME_SILENCE_S = 300.0
-"""Time after a lost answer from which the next one is of another silence: some questions are asked once in days."""
 
 
 class Unanswered(DisScaleError):
@@ -67,7 +65,7 @@ class Silence:
     def _note(self, why: str) -> None:
         self.require_alive()
         lost_s, self._lost_s = self._lost_s, self.now_s()
-        if self._since_s is None or self._lost_s - lost_s > SAME_SILENCE_S:
+        if self._since_s is None or self._lost_s - lost_s > self.most_s:  # another silence: some questions are asked once in days
             self._since_s = self._lost_s
             self.say(f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}")
         if (silent_s := self._lost_s - self._since_s) > self.most_s:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -36,6 +37,16 @@ ASK_STORAGE_EVERY_S = 60.0
 """Between two openings of the sweep, each of which asks for about a minute."""
 
 
+class Stop(threading.Event):
+    """A stop request, and when it came, by a clock that never jumps."""
+
+    at_s = math.inf
+
+    def set(self) -> None:
+        self.at_s = min(self.at_s, time.monotonic())
+        super().set()
+
+
 @dataclass
 class StageJob:
     """A job as its program sees it: the sweep, arguments, the stop request, and ways to log, to measure and to wait."""
@@ -43,7 +54,7 @@ class StageJob:
     sweep: Sweep
     arguments: Sequence[str] = ()
     log: Log = field(default_factory=lambda: Log(Context()))
-    stop: threading.Event = field(default_factory=threading.Event)
+    stop: Stop = field(default_factory=Stop)
     logs: JobLogs = field(default_factory=lambda: JobLogs(None, Context()))
     requests: dict[str, Resources] = field(default_factory=dict)
     """The resources that each worker asked for, by its actor's id."""
@@ -107,6 +118,10 @@ class StageJob:
     def stop_requested(self) -> bool:
         return self.stop.is_set()
 
+    def grace_left_s(self) -> float:
+        """Return what is left of the grace period, after which Ray kills this process."""
+        return self.recipe.grace_s - max(0.0, time.monotonic() - self.stop.at_s)
+
     def raise_if_stopped(self) -> None:
         if self.stop_requested():
             raise Preempted("stopped as requested")
@@ -138,7 +153,7 @@ class StageJob:
         _pause(seconds, self.stop)
 
 
-def _pause(seconds: float, stop: threading.Event) -> None:
+def _pause(seconds: float, stop: Stop) -> None:
     """Sleep until a stop is requested: a signal that comes while the main thread begins `Event.wait` would block for ever."""
     deadline_s = time.monotonic() + seconds
     while time.monotonic() < deadline_s and not stop.is_set():
@@ -151,7 +166,7 @@ Program = Callable[[StageJob], None]
 
 def run_program(program: Program, url: str, *arguments: str) -> None:
     """Run a stage's program on the sweep at `url`, patient with storage."""
-    log, stop = Log(Context.from_environment()), threading.Event()
+    log, stop = Log(Context.from_environment()), Stop()
     _show_warnings(log)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -165,7 +180,7 @@ def run_program(program: Program, url: str, *arguments: str) -> None:
         _exit_with(error, log, logs)
 
 
-def _opened(url: str, log: Log, stop: threading.Event) -> Sweep:
+def _opened(url: str, log: Log, stop: Stop) -> Sweep:
     """Open the sweep; storage that is away when the job begins is waited for as long as later, or one job would end all."""
 
     def wait(error: StorageAway) -> None:

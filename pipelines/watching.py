@@ -177,7 +177,7 @@ class _Loop:
         if failures:
             self._policy.on_lost()
         for failure in failures:
-            others = f"{len(self._running)} others continue, and another attempt makes what it had begun"
+            others = f"the others ({len(self._running)}) continue, and another attempt makes what it had begun"
             self._job.say(f"{describe(failure)}; {others}")
 
     def _raise_failure(self) -> None:
@@ -225,7 +225,7 @@ class _Loop:
 
     def _forward_stop(self) -> None:
         """Request the workers to stop; again if a later reason leaves them less time."""
-        left_s = self._job.recipe.grace_s if self._job.stop_requested() else None
+        left_s = self._job.grace_left_s() if self._job.stop_requested() else None
         early_s = self._policy.stop_early()
         known = [seconds for seconds in (left_s, early_s) if seconds is not None]
         if not known:

@@ -5,6 +5,7 @@ attempt may have another world size, and a killed worker is noticed within 60 ms
 controller takes ten.
 """
 
+import contextlib
 import faulthandler
 import math
 import queue
@@ -47,7 +48,11 @@ class Worker:
 
     def poll(self) -> tuple[int, list[str]]:
         """Return the progress, and the lines logged since the last poll."""
-        return self._done, [self._lines.get_nowait() for _ in range(self._lines.qsize())]  # nothing else takes any
+        new = list[str]()
+        with contextlib.suppress(queue.Empty):  # a poll of the watch before may take some
+            while True:
+                new.append(self._lines.get_nowait())
+        return self._done, new
 
     def observe(self, folder: Folder, name: LogName) -> None:
         """Keep this process's log in storage, and export its metrics, from now on."""

@@ -19,19 +19,22 @@ Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of l
 
 
 def verify_results(sweep: SweepUrl, *, as_json: AsJson = False) -> None:
-    """Read all files that a sweep's results need; name those that are damaged or missing, with exit code 1."""
+    """Read all files that a sweep's results need; name those that are damaged, missing or refused, with exit code 1."""
     from dis_scale.process.progress import Board
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep.verify import verify_sweep
 
     with Board(console(stderr=as_json)) as board:
-        damaged = verify_sweep(Sweep.open(sweep), lambda done, total: board.update("verify", done, total, "files"))
-        for line in damaged:
-            board.say(f"damaged  {line}")
+        found = verify_sweep(Sweep.open(sweep), lambda done, total: board.update("verify", done, total, "files"))
+        for what, lines in found._asdict().items():
+            for line in lines:
+                board.say(f"{what:8} {line}")
     complete = "complete all files that the results need were read and match their hashes"
-    show({"damaged": damaged}, *([] if damaged else [complete]), as_json=as_json)
-    if damaged:
-        raise DisScaleError(f"{sweep}: {counted(len(damaged), 'file')} damaged or missing")
+    show(found._asdict(), *([] if any(found) else [complete]), as_json=as_json)
+    wrong = [f"{counted(len(found.damaged), 'file')} damaged or missing"] if found.damaged else []
+    wrong += [f"{counted(len(found.refused), 'file')} could not be read, and may be good"] if found.refused else []
+    if wrong:
+        raise DisScaleError(f"{sweep}: {'; '.join(wrong)}")
 
 
 def gc(sweep: SweepUrl, *, yes: Yes = False, as_json: AsJson = False) -> None:

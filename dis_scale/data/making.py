@@ -50,7 +50,7 @@ class LatentSet:
         made_from = _made_from(self.recipe, self.source, self.encoding)
         sealed: LatentsManifest = shards.write_manifest(self.folder, self._numbers, made_from)
         self.say(
-            f"{counted(sealed.count, 'latent')} in {counted(len(self._numbers), 'shard')}, {len(sealed.refused)} images refused"
+            f"{counted(sealed.count, 'latent')} in {counted(len(self._numbers), 'shard')}, refused images: {len(sealed.refused)}"
         )
         self.say(f"mixing   {mixing.words(sealed.mixing)}")
 

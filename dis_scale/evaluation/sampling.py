@@ -181,7 +181,9 @@ def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
     """DisScaleError names the samples that are not finite: as pixels they would be black."""
     bad = [numbers[i] for i in (~latents_BCHW.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()]
     if bad:
-        raise DisScaleError(f"{len(bad)} samples are not finite, the first number {bad[0]}: did this model's training diverge?")
+        raise DisScaleError(
+            f"samples that are not finite: {len(bad)}, the first number {bad[0]}: did this model's training diverge?"
+        )
 
 
 def verify_sampling(model: Backbone, settings: Evaluate, device: torch.device) -> None:

@@ -195,7 +195,8 @@ def _bars(axes: Axes) -> Iterator[np.ndarray]:
     """Yield the error bars as points (n, 2) in pixels."""
     for lines in axes.collections:
         if isinstance(lines, LineCollection):
-            for begin, end in map(axes.transData.transform, lines.get_segments()):
+            for ends in filter(len, lines.get_segments()):  # of a point without an error, nothing
+                begin, end = axes.transData.transform(ends)
                 yield np.linspace(begin, end, SEGMENT)
 
 

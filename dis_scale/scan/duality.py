@@ -195,15 +195,15 @@ def _passed(x_BKQHP: Tensor, one: Exponents, B_BKQN: Tensor, C_BKQN: Tensor, rev
 
 
 def _check(x_BLHP: Tensor, own_BLH: Tensor, ways: list[Way]) -> None:
-    if x_BLHP.ndim != 4 or 0 in x_BLHP.shape or not ways or ways[0].B_BLN.ndim != 3:
-        raise UserError(f"ssd: x_BLHP is {tuple(x_BLHP.shape)}, expected 4 axes, none empty, and a direction at least")
+    if x_BLHP.ndim != 4 or 0 in x_BLHP.shape or not ways or ways[0].B_BLN.ndim != 3 or not ways[0].B_BLN.shape[2]:
+        raise UserError(f"ssd: x_BLHP is {tuple(x_BLHP.shape)}, expected 4 axes, none empty, and a direction with a state at least")
     B, L, H, _ = x_BLHP.shape
     N = ways[0].B_BLN.shape[2]
     expected = {"own_BLH": (B, L, H), "step_BLH": (B, L, H), "A_H": (H,), "B_BLN": (B, L, N), "C_BLN": (B, L, N)}
     given = [("own_BLH", own_BLH)] + [named for way in ways for named in way._asdict().items()]
     for name, x in [("x_BLHP", x_BLHP), *given]:
         shape = expected.get(name, x_BLHP.shape)
-        if x.shape != shape or x.device != x_BLHP.device or not x.is_floating_point() or not x.numel():
+        if x.shape != shape or x.device != x_BLHP.device or not x.is_floating_point():
             raise UserError(
                 f"ssd: {name} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(shape)} of floats on {x_BLHP.device}"
             )

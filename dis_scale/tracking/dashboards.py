@@ -52,15 +52,16 @@ def copying(sweep: Sweep, root: Folder, say: Callable[[str], None]) -> Iterator[
 def _copying(copy: "Copy", say: Callable[[str], None]) -> Iterator[None]:
     failed = False
 
-    def attempt(action: Callable[[], object]) -> None:
+    def attempt(action: Callable[[], object], *, last: bool = False) -> None:
         nonlocal failed
         try:
             if not failed:
                 action()
         except UserError:
             raise
-        except StorageAway:
-            return  # the next one copies what this one has not
+        except StorageAway as error:
+            if last:
+                say(f"tracking {copy.name} lacks the last rows until the next start: {error}")
         except Exception as error:  # whatever they raise: results are in storage, this is only their copy
             failed = True
             say(f"tracking {copy.name} gets no more rows until the next start: {type(error).__name__}: {error}")
@@ -70,7 +71,7 @@ def _copying(copy: "Copy", say: Callable[[str], None]) -> Iterator[None]:
     with repeating(partial(attempt, copy.update), EVERY_S, copy.name) as thread:
         yield
     thread.join()
-    attempt(copy.update)
+    attempt(copy.update, last=True)
     with suppress(Exception):
         copy.ends.close()
 

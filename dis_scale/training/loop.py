@@ -152,7 +152,8 @@ def begin(attempt: Attempt) -> Training:
     rank, world = dist.get_rank(), dist.get_world_size()
     log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
     opened = open_training(attempt, log_rates)
-    saver = Saver(attempt.run, attempt.number, rank, world, attempt.require_held, Keep.of_model(attempt.recipe, attempt.model))
+    keep = Keep.of_model(attempt.recipe, attempt.model)
+    saver = Saver(attempt.run, attempt.number, rank, world, attempt.require_held, keep, attempt.log)
     spent, skipped = (opened.earlier.spent, opened.earlier.skipped) if opened.earlier else (None, 0)
     goodput = Goodput.begin(spent, attempt.start.requested_at, time.time(), world)
     records = RowWriter(attempt.run.log, attempt.number, writes=rank == 0)

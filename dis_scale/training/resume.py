@@ -6,7 +6,6 @@ manifest. There is no gather and no collective off the training thread. Loading 
 """
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,6 @@ from dis_scale.sweep.documents import PublishedManifest, ResumePointManifest, Ru
 from dis_scale.training.engine import MOMENTS, WEIGHTS, Engine, Segment
 from dis_scale.weights.published import average_file
 
-log = logging.getLogger(__name__)
 SIDECAR_WAIT_S = 600.0
 
 
@@ -165,6 +163,7 @@ class Saver:
     world: int
     require_held: Callable[[], None]
     keep: Keep
+    log: Callable[[str], None]
     paused_s: float = 0.0
     """Time for which training waited for resume points and published weights, including one that was still being written."""
     longest_s: float = 0.0
@@ -173,6 +172,8 @@ class Saver:
     """Time from the first byte to the end of the last resume point."""
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
+    _stay: bool = False
+    """Whether it was said that old resume points cannot be deleted."""
 
     def save(self, engine: Engine, images_seen: int, progress: RunState) -> None:
         """Start a resume point of this step boundary; training waits for the clone and for a save in progress."""
@@ -258,7 +259,9 @@ class Saver:
             try:
                 self._prune(images_seen)
             except (StorageError, StorageAway) as error:  # what stays needs space, and the next one deletes it
-                log.warning("resume points that are not needed stay: %s", error)
+                if not self._stay:
+                    self.log(f"warning: resume points that are not needed stay: {error}")
+                self._stay = True
         self.took_s = time.monotonic() - begin
 
     def _write_manifest(self, folder: Folder, images_seen: int, progress: RunState) -> None:

@@ -148,8 +148,12 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
     cure = "" if "to continue: " in stopped else f"; to continue: dis-scale resume {sweep}"
     wrong = [f"stopped: {stopped}{cure}"] if stopped else []
     if not stopped and not commanded and doing != "done":
-        killed = held[0] is not None and held[0].end is None and held[0].gone
-        how = f"the command was killed; dis-scale resume {sweep} continues" if killed else f"dis-scale resume {sweep} joins them"
+        command, goes_on = held[0], f"dis-scale resume {sweep}"
+        how = f"{goes_on} joins them, or ends those of a killed command"
+        if command is None or command.end is not None:
+            how = f"{goes_on} joins them"
+        elif command.gone:
+            how = f"the command was killed; {goes_on} continues"
         wrong.append(f"no sweep command runs, and its jobs do: {how}")
     skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
     progress = reader.read("the progress of a stage", lambda: StageProgress.find_intact(sweep.folder))

@@ -23,29 +23,37 @@ class Check(NamedTuple):
     cure: str
 
 
-def verify_sweep(sweep: Sweep, report: ReportShare) -> list[str]:
-    """Return a line for each damaged or missing file, with its cure; `report` gets the files read so far, and their number.
+class Verified(NamedTuple):
+    """A line for each damaged or missing file, with its cure; and for each that storage refuses to read, which may be good."""
+
+    damaged: list[str]
+    refused: list[str]
+
+
+def verify_sweep(sweep: Sweep, report: ReportShare) -> Verified:
+    """Return what is wrong; `report` gets the files read so far, and their number.
 
     These are latents, autoencoder, classifiers, reference statistics, resume points, published weights, kept samples and metrics.
-    A file that storage refuses to read has a line without a cure; StorageError for a manifest. StorageAway without an answer.
+    StorageError for a manifest that storage refuses to read, StorageAway without an answer.
     """
     of_parts = in_order(_checks(sweep), lambda some: list(some()), READING_THREADS)
-    checks, damaged = [check for some in of_parts for check in some], list[str]()
-    for number, words in enumerate(in_order(checks, _damage, READING_THREADS), 1):
-        damaged += words
+    checks, found = [check for some in of_parts for check in some], Verified([], [])
+    for number, (damaged, refused) in enumerate(in_order(checks, _verified, READING_THREADS), 1):
+        found.damaged.extend(damaged)
+        found.refused.extend(refused)
         report(number, len(checks))
-    return damaged
+    return found
 
 
-def _damage(check: Check) -> list[str]:
-    """Return what is wrong with a file and the cure: one line or none."""
+def _verified(check: Check) -> Verified:
+    """Return what is wrong with a file: one line or none."""
     try:
         check.read()
     except (Damaged, UserError, FileNotFoundError) as error:
-        return [f"{error}; {check.cure}"]
+        return Verified([f"{error}; {check.cure}"], [])
     except StorageError as error:  # no damage: the cure would delete what may be good
-        return [f"{error}; not verified"]
-    return []
+        return Verified([], [str(error)])
+    return Verified([], [])
 
 
 _NEXT_RUN = "the next run that needs it makes it again"

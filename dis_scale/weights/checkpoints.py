@@ -131,11 +131,8 @@ def labels_in_words(names: Sequence[str], words: str | Sequence[str]) -> list[in
     """
     labels = list[int]()
     if isinstance(words, str):
-        words = (
-            [words]
-            if words in names
-            else [word.strip() for word in next(csv.reader([" ".join(words.splitlines())], skipinitialspace=True), [""])]
-        )
+        line = ", ".join(line.strip().removesuffix(",") for line in words.splitlines())
+        words = [words] if words in names else [word.strip() for word in next(csv.reader([line], skipinitialspace=True), [""])]
     for word in words:
         if word not in names and not (word.isdecimal() and len(word) < 10):
             known = f", or names: {some(list(names))}" if names else ", for example 1,7"

@@ -99,7 +99,7 @@ def test_a_lost_encoder_and_a_lost_mixer_cost_what_they_had_begun(cluster: Clust
     assert len(list(plan.with_name("faults.spent").iterdir())) == 2, "both faults have happened"
     log = "\n".join(job.lines())
     assert log.count("restart from the stored state") == 2
-    assert log.index("1 others continue") < log.index("restart from the stored state")
+    assert log.index("the others (1) continue") < log.index("restart from the stored state")
 
     calm = precomputed_sweep(tmp_path / "calm", tmp_path / "images")
     none = tmp_path / "none"

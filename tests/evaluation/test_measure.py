@@ -251,7 +251,7 @@ def test_a_block_that_grows_when_unpacked_is_not_unpacked() -> None:
 def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> None:
     latents = torch.zeros(4, 2, 2, 2)
     latents[1, 0, 0, 0], latents[3, 1, 1, 1] = torch.nan, torch.inf
-    with pytest.raises(DisScaleError, match="2 samples are not finite, the first number 51: did"):
+    with pytest.raises(DisScaleError, match="samples that are not finite: 2, the first number 51: did"):
         require_finite(latents, range(50, 54))
 
 

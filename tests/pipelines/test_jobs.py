@@ -1,5 +1,6 @@
 """The lines of a job's log, as its sweep follows them; and how a sweep's own job ends."""
 
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from pipelines import jobs
 from pipelines.cluster import Cluster
 from pipelines.jobs import Job
 from pipelines.silence import Silence
+from tests.support.waiting import wait_until
 
 
 @dataclass
@@ -79,6 +81,24 @@ def test_each_line_comes_once_through_broken_connections() -> None:
     assert job.lines() == ["five and six", "seven"]
     assert (job.lines(), job.reason(), job.reason()) == ([], "no message", "no message")
     assert log.complete_reads == 1
+    assert job.lines() == []
+
+
+def test_the_last_words_that_came_are_kept_though_the_agent_is_gone() -> None:
+    """With its node, which also ended the job: no answer has the complete log any more."""
+
+    class Gone(Log):
+        def get_job_logs(self, _: str) -> str:
+            raise RuntimeError("no agent")
+
+    log = Gone(["one\n", "last words\n"], breaks=[2, *[0] * 100])
+    job, times_s = job_of(log, 3600.0), itertools.count(0.0, 20.0)
+    job.silence = Silence(now_s=lambda: next(times_s), pause_s=0.0)
+    before = job.lines()
+    wait_until(lambda: job._received == sum(map(len, log.chunks)))
+    log.status = JobStatus.FAILED
+    assert job.ended()
+    assert before + job.lines() == ["one", "last words"]
     assert job.lines() == []
 
 

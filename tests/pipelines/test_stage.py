@@ -3,7 +3,7 @@
 import signal
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,12 +39,24 @@ def test_what_an_error_quotes_is_no_line_of_the_protocol() -> None:
     assert [line.kind for line in map(lines.parse, done.stdout.splitlines()) if line] == ["error"]
 
 
+def test_what_is_left_of_the_grace_period_counts_from_the_signal(tiny: Recipe, tmp_path: Path) -> None:
+    """Ray kills after it, whenever the loop comes to see that a stop was requested; a second signal gives no more time."""
+    job = stage.StageJob(sweep_at(tmp_path, "tiny", tiny))
+    assert job.grace_left_s() == tiny.grace_s
+    job.stop.set()
+    began_s = job.stop.at_s
+    time.sleep(0.2)
+    job.stop.set()
+    assert job.stop.at_s == began_s
+    assert tiny.grace_s - 20 < job.grace_left_s() <= tiny.grace_s - 0.2
+
+
 def test_a_stage_that_begins_while_storage_is_away_waits_for_it(
     tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For as long as a stage that has begun: a job that ended by it would end all others. A stop request ends the wait."""
     sweep, answers = (sweep_at(tmp_path, "tiny", tiny), [StorageAway("503"), StorageAway("503"), None, *[StorageAway("503")] * 9])
-    said, stop = list[str](), threading.Event()
+    said, stop = list[str](), stage.Stop()
 
     def opened(url: str, patient: bool) -> Sweep:
         if answer := answers.pop(0):
@@ -61,4 +73,4 @@ def test_a_stage_that_begins_while_storage_is_away_waits_for_it(
         stage._opened(sweep.folder.url, log, stop)
     monkeypatch.setattr(stage, "STORAGE_AWAY_S", 0.0)
     with pytest.raises(StorageAway):
-        stage._opened(sweep.folder.url, log, threading.Event())
+        stage._opened(sweep.folder.url, log, stage.Stop())

@@ -9,6 +9,7 @@ import pytest
 
 from dis_scale import report as reports
 from dis_scale.recipe import reading
+from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import figures
 from dis_scale.sweep import Sampled
 from dis_scale.sweep.documents import Origin
@@ -41,6 +42,9 @@ def test_a_seed_that_is_missing_at_a_count_is_noted(tmp_path: Path) -> None:
     assert [(p.model, p.images_seen, p.seeds) for p in report.main] == [("dit", 160, 2), ("dit", 320, 1)]
     assert "dit at 320 images: 1 of 2 seeds are measured" in shown(reports.table(report))
     assert len(figures.distance_images(report).axes[0].containers) == 1
+    for model, images, loss in [("dit", 160, 0.9), ("dit-seed-1", 160, 0.8), ("dit", 320, 0.7)]:
+        put(made, Sampled(model, images), 9.0, **{HELD_OUT: loss})
+    assert figures.compute_loss(collect(made)), "of which one point has an error, and one has none"
 
 
 def test_a_fork_is_no_other_seed(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import ctypes
 import fcntl
 import functools
+import importlib
 import os
+import pkgutil
 import re
 import sys
 import sysconfig
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dis_scale.scan
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.scan import (
     FALLBACK,
@@ -309,6 +312,16 @@ def test_the_native_limits_are_named() -> None:
         selective_scan(*direction, backend="native")
     with pytest.raises(UserError, match="computes in float32, got float64"):
         selective_scan(*Direction(*(x.double() for x in random_direction(1, 3, 2, 4))), backend="native")
+
+
+def test_each_function_of_autograd_refuses_a_second_derivative() -> None:
+    """But for those that reorder, or only price. Triton's run on a GPU alone."""
+    for module in pkgutil.iter_modules(dis_scale.scan.__path__, "dis_scale.scan."):
+        if module.name != "dis_scale.scan.mamba":  # its packages' own functions
+            importlib.import_module(module.name)
+    own = [each for each in torch.autograd.Function.__subclasses__() if each.__module__.startswith("dis_scale.scan.")]
+    unguarded = {each.__name__ for each in own if not hasattr(each.backward, "__wrapped__")}
+    assert (len(own) > 10, unguarded) == (True, {"_Reordered", "_Keeping"})
 
 
 @pytest.mark.parametrize("backend", ["native", "chunked"])

@@ -21,10 +21,10 @@ from tests.support.documents import put_metrics
 SHAPE = LatentShape(4, 8)
 
 
-def put(sweep: Sweep, sampled: Sampled, distance: float, error: float = 0.5) -> None:
+def put(sweep: Sweep, sampled: Sampled, distance: float, error: float = 0.5, **others: float) -> None:
     """Store the metrics and the grid of one evaluation."""
     metric = sweep.recipe.evaluate.metric
-    values = {metric: distance, f"{metric}_error": error, "class_accuracy": 0.5}
+    values = {metric: distance, f"{metric}_error": error, "class_accuracy": 0.5} | others
     folder, sampling = sweep.evaluation(sampled), Sampling(sampler="ddim", steps=3, guidance=1.5)
     put_metrics(folder, values, samples=60, sampling=sampling, notes=["fid_60: not verified against published tables"])
     folder.write(GRID, grid(np.zeros((2, 8, 8, 3), np.uint8), 2))

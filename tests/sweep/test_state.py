@@ -135,7 +135,8 @@ def test_a_stray_folder_among_resume_points_is_no_resume_point(tmp_path: Path) -
     run.resume.write("notes/readme.txt", b"a person was here")
     assert state.point_names(run) == [PointName(160, 2)]
     assert state.resumable_images(run) == 160
-    resume.Saver(run, attempt=2, rank=0, world=1, require_held=lambda: None, keep=Keep(1, 0, 10**9, frozenset()))._prune(160)
+    keep = Keep(1, 0, 10**9, frozenset())
+    resume.Saver(run, attempt=2, rank=0, world=1, require_held=lambda: None, keep=keep, log=print)._prune(160)
     assert run.resume.list() == ["000000000160-0002", "notes"]
 
 

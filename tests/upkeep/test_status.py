@@ -256,7 +256,7 @@ def test_an_evaluation_without_its_processes_is_stopped(sweep: Sweep) -> None:
     with lease.hold(sweep.lease("evaluate")):
         found, _ = of(sweep, "dis")
     assert found.stopped == ""
-    cure = f"dis-scale resume {sweep} joins them"
+    cure = f"dis-scale resume {sweep} joins them, or ends those of a killed command"
     assert found.wrong[0] == f"no sweep command runs, and its jobs do: {cure}"
     assert "run by" not in printed(found), "one thing is shown"
 

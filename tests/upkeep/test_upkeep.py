@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dis_scale.data import listing
 from dis_scale.evaluation import npz
-from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError, counted
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
@@ -69,12 +69,14 @@ def evaluate(sweep: Sweep, sampled: Sampled) -> None:
 
 
 def verified(sweep: Sweep) -> list[str]:
-    return verify_sweep(sweep, lambda *_: None)
+    found = verify_sweep(sweep, lambda *_: None)
+    assert found.refused == []
+    return found.damaged
 
 
 def test_everything_is_read_and_nothing_is_wrong(sweep: Sweep) -> None:
     reports: list[tuple[int, int]] = []
-    assert verify_sweep(sweep, lambda done, total: reports.append((done, total))) == []
+    assert verify_sweep(sweep, lambda done, total: reports.append((done, total))) == ([], [])
     assert [done for done, _ in reports] == list(range(1, reports[-1][1] + 1))
 
 
@@ -170,10 +172,14 @@ def test_storage_that_refuses_access_is_not_reported_as_damage(name: str, sweep:
         with pytest.raises(StorageError, match=rf"cannot read .*{name}: permission denied: check the key"):
             verified(sweep)
         return
-    *refused, damaged = sorted(verified(sweep), key=lambda line: "runs/dis/published/000000000320" in line)
+    damaged, refused = verify_sweep(sweep, lambda *_: None)
     assert refused
-    assert all(re.fullmatch(rf"cannot read .*{name}: permission denied: check the key.*; not verified", line) for line in refused)
-    assert "runs/dis/published/000000000320" in damaged
+    assert all(re.fullmatch(rf"cannot read .*{name}: permission denied: check the key.*", line) for line in refused)
+    (line,) = damaged
+    assert "runs/dis/published/000000000320" in line
+    code, output = invoke("verify", sweep.folder.url)
+    assert (code, "damaged  " in output, "refused  cannot read" in output) == (1, True, True)
+    assert f"1 file damaged or missing; {counted(len(refused), 'file')} could not be read, and may be good" in output
 
 
 def test_a_sweep_that_has_only_begun_misses_nothing(tmp_path: Path, tiny: Recipe) -> None:
@@ -336,7 +342,7 @@ def test_a_resume_point_that_is_pruned_meanwhile_is_not_damaged(sweep: Sweep) ->
         first.delete()
 
     checks = verify._checks(sweep)
-    assert verify_sweep(sweep, prune) == []
+    assert verify_sweep(sweep, prune) == ([], [])
     second.delete()
     assert [check for some in checks for check in some() if str(second) in str(check)] == []
     assert len(reports) == reports[0][1]
@@ -390,7 +396,7 @@ def test_data_gc_refuses_what_is_no_storage_root(sweep: Sweep, tmp_path: Path) -
 
 
 def test_upkeep_is_json_for_programs(sweep: Sweep) -> None:
-    assert answer("verify", str(sweep), "--json") == {"damaged": []}
+    assert answer("verify", str(sweep), "--json") == {"damaged": [], "refused": []}
     found = answer("gc", str(sweep), "--json")
     assert {part["kind"] for part in found["parts"]} >= {"samples", "leases", "failed steps"}
     assert not found["deleted"]

@@ -96,7 +96,8 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
     put_latents(latents, PixelVae().identity, (3, 32), label_names=("tench, Tinca tinca", "0", *names[2:]))
     assert labels_in_words(opened.located.class_names, "tench, Tinca tinca") == [0], "as ImageNet's names are"
     assert labels_in_words(["tench, Tinca tinca", "b"], 'b, "tench, Tinca tinca",1') == [1, 0, 1]
-    assert labels_in_words(["a", "b"], "a,\nb,\r\n a") == [0, 1, 0], "as a file of names is pasted"
+    for pasted in ("a,\nb,\r\n a", "a\nb\na\n"):
+        assert labels_in_words(["a", "b"], pasted) == [0, 1, 0], "as a file of names is pasted"
     own = dis_scale.open_weights(weights.url)
     by_name, by_label = (
         np.stack([np.asarray(image) for image in own.sample(classes=of, steps=1)])
