@@ -65,7 +65,7 @@ class Silence:
     def _note(self, why: str) -> None:
         self.require_alive()
         lost_s, self._lost_s = self._lost_s, self.now_s()
-        if self._since_s is None or self._lost_s - lost_s > self.most_s:  # another silence: some questions are asked once in days
+        if self._since_s is None or self._lost_s - lost_s > SILENT_S:  # another silence: some questions are asked once in days
             self._since_s = self._lost_s
             self.say(f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}")
         if (silent_s := self._lost_s - self._since_s) > self.most_s:

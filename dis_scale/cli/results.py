@@ -83,8 +83,6 @@ def compare(
     if page:
         require_file(page, "--page")
     opened_both = Sweep.open(a), Sweep.open(b)
-    if opened_both[0].folder == opened_both[1].folder and not pair:
-        raise UserError(f"compare: got {opened_both[0]} twice: within one sweep, --pair NAME=NAME or --families A B")
     with working("compare: reading"):
         first, second = (collect(sweep, plan_of(sweep)) for sweep in opened_both)
     if first.sweep == second.sweep:  # of two storage roots
