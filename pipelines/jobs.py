@@ -28,6 +28,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
+from dis_scale.process.threads import taken
 from dis_scale.sweep import Sweep
 from pipelines import lines
 from pipelines.cluster import Cluster, client_of, own_job, ray_address
@@ -103,7 +104,7 @@ class Job:
             except (OSError, RuntimeError):  # an answer was lost, or its agent has gone
                 if self.silence.now_s() > until_s:
                     self._rest_over = True
-                    return self._partial + self._taken()  # the reason of its end may have come before
+                    return self._partial + "".join(taken(self._chunks))  # the reason of its end may have come before
                 time.sleep(self.silence.pause_s)
             else:
                 self._rest_over = True
@@ -121,11 +122,7 @@ class Job:
             self._followed_s = now_s + self.reconnect_every_s * 2 ** min(max(0, self._in_vain - 5), 5)
             self._follower = threading.Thread(target=self._follow, daemon=True, name=f"log of {self.id}")
             self._follower.start()
-        return self._taken()
-
-    def _taken(self) -> str:
-        """Take what followers have received."""
-        return "".join(self._chunks.get_nowait() for _ in range(self._chunks.qsize()))  # nothing else takes any
+        return "".join(taken(self._chunks))
 
     def _follow(self) -> None:
         with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):

@@ -46,6 +46,12 @@ class Stop(threading.Event):
         self.at_s = min(self.at_s, time.monotonic())
         super().set()
 
+    def pause(self, seconds: float) -> None:
+        """Sleep until it is requested: a signal that comes while the main thread begins `wait` would block for ever."""
+        deadline_s = time.monotonic() + seconds
+        while time.monotonic() < deadline_s and not self.is_set():
+            time.sleep(0.1)
+
 
 @dataclass
 class StageJob:
@@ -150,14 +156,7 @@ class StageJob:
 
     def pause(self, seconds: float) -> None:
         """Sleep, but end at once if a stop is requested."""
-        _pause(seconds, self.stop)
-
-
-def _pause(seconds: float, stop: Stop) -> None:
-    """Sleep until a stop is requested: a signal that comes while the main thread begins `Event.wait` would block for ever."""
-    deadline_s = time.monotonic() + seconds
-    while time.monotonic() < deadline_s and not stop.is_set():
-        time.sleep(0.1)
+        self.stop.pause(seconds)
 
 
 Program = Callable[[StageJob], None]
@@ -187,7 +186,7 @@ def _opened(url: str, log: Log, stop: Stop) -> Sweep:
         if stop.is_set():
             raise Preempted("stopped as requested, before storage answered") from error
         log.say(f"storage does not answer, asked again for an hour: {error}", level="warning")
-        _pause(ASK_STORAGE_EVERY_S, stop)
+        stop.pause(ASK_STORAGE_EVERY_S)
 
     return insist(lambda: Sweep.open(url, patient=True), wait)
 

@@ -5,7 +5,6 @@ attempt may have another world size, and a killed worker is noticed within 60 ms
 controller takes ten.
 """
 
-import contextlib
 import faulthandler
 import math
 import queue
@@ -19,6 +18,7 @@ import ray
 
 from dis_scale.process.context import Context
 from dis_scale.process.errors import Preempted
+from dis_scale.process.threads import taken
 from dis_scale.storage.folder import Folder
 from dis_scale.tracking.attempt_logs import KeptLog, LogName
 from pipelines import nodes, ray_private
@@ -48,11 +48,7 @@ class Worker:
 
     def poll(self) -> tuple[int, list[str]]:
         """Return the progress, and the lines logged since the last poll."""
-        new = list[str]()
-        with contextlib.suppress(queue.Empty):  # a poll of the watch before may take some
-            while True:
-                new.append(self._lines.get_nowait())
-        return self._done, new
+        return self._done, list(taken(self._lines))
 
     def observe(self, folder: Folder, name: LogName) -> None:
         """Keep this process's log in storage, and export its metrics, from now on."""

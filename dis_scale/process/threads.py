@@ -1,10 +1,11 @@
-"""Work in threads: results in order, actions that repeat; and items in groups."""
+"""Work in threads: results in order, actions that repeat, queues; and items in groups."""
 
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import TypeVar
 
@@ -47,6 +48,13 @@ def repeating(action: Callable[[], object], every_s: float, name: str) -> Iterat
         yield thread
     finally:
         over.set()
+
+
+def taken(items: SimpleQueue[T]) -> Iterator[T]:
+    """Yield what a queue holds; others may take from it at the same time."""
+    with contextlib.suppress(Empty):
+        while True:
+            yield items.get_nowait()
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

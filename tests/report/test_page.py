@@ -68,10 +68,17 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("eyes", [np.eye(3), PROTAN, DEUTAN])
 def test_colours_of_models_are_apart_for_all_eyes_and_visible_on_both_papers(eyes: np.ndarray) -> None:
     """A difference of 2 in CIELAB is just seen. Graphics need a contrast of 3 (WCAG 2.1, 1.4.11)."""
-    for colours, apart in ((drawing.COLOURS[:6], 30), (drawing.COLOURS, 19), (drawing.shades(13), 5)):
+    kinds = [
+        (drawing.COLOURS[:6], 30),
+        (drawing.COLOURS, 19),
+        (drawing.shades(7), 13),
+        (drawing.shades(12), 6),
+        (drawing.shades(13), 5),
+    ]
+    for colours, apart in kinds:
         seen = [lab(np.array(eyes) @ linear(colour)) for colour in colours]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > apart
-    luminances = [(TO_XYZ @ linear(colour))[1] for colour in (*drawing.COLOURS, *drawing.shades(13), *drawing.shades(20))]
+    luminances = [(TO_XYZ @ linear(colour))[1] for colour in (*drawing.COLOURS, *drawing.shades(7), *drawing.shades(20))]
     dark = (TO_XYZ @ linear("#14171a"))[1]
     assert min(1.05 / (luminance + 0.05) for luminance in luminances) > 2.9
     assert min((luminance + 0.05) / (dark + 0.05) for luminance in luminances) > 2.9

@@ -120,7 +120,7 @@ def test_a_step_of_zero_and_a_decay_to_nothing_have_finite_gradients() -> None:
 
 def test_inputs_that_do_not_fit_are_named() -> None:
     x, own, earlier, later = inputs(4, 2, 4, 8)
-    with pytest.raises(UserError, match=r"ssd: C_BLN is \(2, 3, 8\) torch.float64 on cpu, expected \(2, 4, 8\) of floats"):
+    with pytest.raises(UserError, match=r"ssd: C_BLN is \(2, 3, 8\) torch.float64 on cpu, expected \(2, 4, 8\) of floats on cpu"):
         ssd(x, own, earlier, later._replace(C_BLN=later.C_BLN[:, 1:]))
     with pytest.raises(UserError, match="a direction with a state at least"):
         ssd(x, own, None, None)
