@@ -12,7 +12,7 @@ from dis_scale.evaluation.run import Evaluation, stored_blocks, values_in_words
 from dis_scale.process.errors import DisScaleError, Held, OutOfMemory, Preempted, StorageAway, StorageFull, WrongKernel
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Evaluate
-from dis_scale.sweep import GRID, Sampled, Sweep, state
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
 from pipelines.evaluators import NotOpened, RayEvaluators
@@ -136,7 +136,6 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
 
     backlog = state.Backlog(sweep)
     floor_due = sweep.recipe.evaluate.measures_floor and state.floor(sweep) is None
-    looked_at = False
 
     def left() -> list[Sampled]:
         return [sampled for sampled in backlog.left() if sampled not in skipped]
@@ -152,9 +151,6 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
             return False
         if waiting:
             evaluate_one(job, evaluation, waiting[0], skipped)
-            if not looked_at and waiting[0] not in skipped:
-                looked_at = True
-                job.say(f"samples  {sweep.evaluation(waiting[0])}/{GRID}")
         elif floor_due:
             measure_floor(job, evaluation)
             floor_due = False

@@ -33,7 +33,8 @@ from pipelines.worker import Request, Worker, spawn
 if TYPE_CHECKING:
     from dis_scale.diffusion.generate import Generator
 
-NICE = 19
+NICE = 5
+"""Beside a busy process of training, a quarter of a CPU: at 19 the first samples of a sweep on CPUs came when a training ended."""
 WAITS_EVERY_S = 2.0
 """Interval at which a GPU to share is looked for."""
 Seat = tuple[int | None, str | None, int]

@@ -56,21 +56,19 @@ class Evaluation:
     """Called between long steps; it may raise."""
     require_held: Callable[[], None] = lambda: None
     """Called before metrics are written; raises Held if another process has taken over the evaluation."""
+    _drawn: bool = False
 
     def evaluate(self, sampled: Sampled) -> dict[str, float]:
         """Sample what is missing of one published checkpoint; write its grid and, last, its metrics; return them."""
         folder, settings = self.sweep.evaluation(sampled), self.samplings[sampled.variant]
-        spent = self.evaluators.sample(sampled, settings, self._missing(folder, block_count(settings), parse_block))
-        self.raise_if_stopped()
+        spent = self._sample(sampled, settings)
         values = self._held_out(sampled)
         self.raise_if_stopped()
         from dis_scale.evaluation import measure
-        from dis_scale.evaluation.sampling import arrange, column_names, grid, grid_numbers
 
         began_s = time.monotonic()
         measured, pictures = self._measure(folder, settings)
-        names = column_names(self.sweep, self.labels)
-        folder.write(GRID, grid(arrange(pictures, self.labels), grid_numbers(self.labels).shape[1], names))
+        self._draw(folder, pictures)
         sampled_on, seconds = cost_of_samples(spent, folder)
         metrics = Metrics(
             model=sampled.model, images=sampled.images_seen, time=time.time(), samples=settings.samples, labels=settings.labels,
@@ -86,6 +84,30 @@ class Evaluation:
         folder.delete(Skipped.NAME)
         mlflow_copy.copy_evaluation(self.sweep, sampled)
         return metrics.values
+
+    def _sample(self, sampled: Sampled, settings: Evaluate) -> list[Spent]:
+        """Sample the missing blocks; at the first call those of the grid before the others, for something to look at early."""
+        from dis_scale.evaluation.sampling import grid_numbers
+
+        folder, spent = self.sweep.evaluation(sampled), list[Spent]()
+        missing = self._missing(folder, block_count(settings), parse_block)
+        if not self._drawn:
+            shown = int(grid_numbers(self.labels).max()) // settings.block_images + 1
+            spent = self.evaluators.sample(sampled, settings, [number for number in missing if number < shown])
+            self.raise_if_stopped()
+            self._draw(folder, [block.pictures for block in self._blocks(folder, shown)])
+            self.say(f"samples  {folder}/{GRID}")
+            missing, self._drawn = [number for number in missing if number >= shown], True
+        spent += self.evaluators.sample(sampled, settings, missing)
+        self.raise_if_stopped()
+        return spent
+
+    def _draw(self, folder: Folder, pictures: list[np.ndarray]) -> None:
+        """Write the grid, of the pictures of the blocks that it shows."""
+        from dis_scale.evaluation.sampling import arrange, column_names, grid, grid_numbers
+
+        arranged = arrange(np.concatenate(pictures), self.labels)
+        folder.write(GRID, grid(arranged, grid_numbers(self.labels).shape[1], column_names(self.sweep, self.labels)))
 
     def floor(self) -> None:
         """Measure what is missing of the floor; write its metrics last."""
@@ -160,20 +182,22 @@ class Evaluation:
         misfit = ema.misfit(known, ema.Snapshot(sampled.images_seen, settings.ema_width))
         return [f"{sampled}: the average of width {settings.ema_width:g} was rebuilt to within {misfit:.0%}"]
 
-    def _measure(self, folder: Folder, settings: Evaluate) -> tuple["Measured", np.ndarray]:
-        """All metrics, and the grid's pictures. Blocks are read one by one; some metrics keep all features."""
+    def _measure(self, folder: Folder, settings: Evaluate) -> tuple["Measured", list[np.ndarray]]:
+        """All metrics, and each block's pictures of the grid. Some metrics keep all features."""
         from dis_scale.evaluation import measure
 
-        pictures = []
+        pictures = list[np.ndarray]()
 
-        def blocks() -> Iterator["SampleBlock"]:
-            for name in map(block_name, range(block_count(settings))):
-                block = parse_block(folder.read(name), f"{folder}/{name}")
-                pictures.append(block.pictures)
-                yield block
+        def seen(block: "SampleBlock") -> "SampleBlock":
+            pictures.append(block.pictures)
+            return block
 
-        measured = measure.measure_blocks(blocks(), self.references, settings)  # reads all blocks
-        return measured, np.concatenate(pictures)
+        blocks = map(seen, self._blocks(folder, block_count(settings)))
+        return measure.measure_blocks(blocks, self.references, settings), pictures  # reads all blocks
+
+    def _blocks(self, folder: Folder, count: int) -> Iterator["SampleBlock"]:
+        """Yield the first blocks, read one by one."""
+        return (parse_block(folder.read(name), f"{folder}/{name}") for name in map(block_name, range(count)))
 
 
 def stored_blocks(sweep: Sweep) -> int:

@@ -4,12 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from dis_scale.evaluation.run import Evaluation, Spent, block_name, cost_of_samples
+from dis_scale.evaluation.sampling import SampleBlock, grid_numbers
 from dis_scale.process.errors import StorageError
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import Sampled
+from dis_scale.sweep import GRID, Sampled
 from tests.support.documents import put_metrics
 
 
@@ -48,6 +50,31 @@ def test_what_is_measured_again_keeps_its_held_out_loss(tmp_path: Path) -> None:
     put_metrics(folder, values={"fid_5k": 3.0, "held_out_loss": 1.0, "held_out_loss/t0062": 1.5})
     assert evaluation._held_out(Sampled("dis", 64)) == {"held_out_loss": 1.0, "held_out_loss/t0062": 1.5}
     assert len(asked) == 1
+
+
+def test_the_first_grid_is_drawn_before_the_other_blocks_are_sampled(tmp_path: Path) -> None:
+    """Of a thousand samples it shows the first eighty: whoever waits for something to look at waits for no others."""
+    folder, log, labels = open_folder(tmp_path), list[str](), np.arange(1000) % 10
+    data = SimpleNamespace(num_classes=None)
+    sweep = SimpleNamespace(recipe=SimpleNamespace(data=data), evaluation=lambda _: folder)
+    settings = cast(Any, SimpleNamespace(samples=1000, block_images=50))
+
+    def sample(sampled: Sampled, settings: Any, blocks: list[int]) -> list[Spent]:
+        log.append(f"{len(blocks)} blocks, {'a grid' if folder.exists(GRID) else 'no grid'}")
+        for number in blocks:
+            shown = np.isin(range(50 * number, 50 * number + 50), grid_numbers(labels))
+            folder.write(block_name(number), SampleBlock({}, np.ones(50), np.zeros((shown.sum(), 4, 4, 3), np.uint8)).to_bytes())
+        return [Spent(50 * len(blocks), "a CPU", {})]
+
+    evaluators = cast(Any, SimpleNamespace(sample=sample))
+    evaluation = Evaluation(cast(Any, sweep), evaluators, {}, {}, labels, log.append, lambda: None)
+    assert sum(spent.images for spent in evaluation._sample(Sampled("dis", 64), settings)) == 1000
+    assert log == ["2 blocks, no grid", f"samples  {folder}/{GRID}", "18 blocks, a grid"]
+    first = folder.read(GRID)
+    evaluation._draw(folder, [block.pictures for block in evaluation._blocks(folder, 20)])
+    assert folder.read(GRID) == first
+    evaluation._sample(Sampled("dis", 128), settings)
+    assert log[3:] == ["0 blocks, a grid"]  # all are kept, and the user has looked
 
 
 def test_a_damaged_block_is_made_again_and_one_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:

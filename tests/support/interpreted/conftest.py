@@ -26,6 +26,15 @@ def patched_once() -> Iterator[None]:
             patch(function)
         return interpreter._LangPatchScope()
 
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def splat_truth(self: Any, block: Any, value: Any) -> Any:
+        """Triton 3.9 makes integers of a comparison of scalars, which its loads refuse as a mask."""
+        out = splat(self, block, value)
+        out.data = out.data.astype(value.data.dtype)
+        return out
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", splat_truth)
         yield
