@@ -307,8 +307,13 @@ def how_to_continue(sweep: Sweep) -> str:
     return f"to continue: dis-scale resume {sweep}"
 
 
+def silence_of(driver: Driver, cluster: Cluster) -> Silence:
+    """Return a silence of the cluster's Ray that the driver's board tells."""
+    return Silence(driver.board.say, pause_s=driver.poll_every_s, require_alive=cluster.require_alive)
+
+
 def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:
-    silence = Silence(driver.board.say, pause_s=driver.poll_every_s, require_alive=cluster.require_alive)
+    silence = silence_of(driver, cluster)
     submitted = partial(driver.submit, cluster, driver.sweep, stage, *arguments)
     try:
         job: Job = silence.insist(submitted, partial(go_on, driver))

@@ -42,7 +42,7 @@ Seat = tuple[int | None, str | None, int]
 
 
 class NotOpened(UserError):
-    """An evaluator cannot load the decoder or an extractor, which no checkpoint is to blame for."""
+    """No evaluator can load the decoder or an extractor, which no checkpoint is to blame for."""
 
 
 class Evaluator(Worker):
@@ -98,6 +98,10 @@ class Evaluator(Worker):
                 self._checked = True
             with devices.blaming_others(self.sampler.device, self._shared):
                 yield
+
+    def opens(self) -> bool:
+        """Whether it has what it samples with."""
+        return self._broken is None
 
     def passes(self, sampled: Sampled, settings: Evaluate) -> bool:
         """Whether the kernels of a model agree with their definition on this device."""
@@ -213,7 +217,7 @@ class RayEvaluators:
         try:
             return self._share("sample", (sampled, settings), blocks)
         except WrongKernel as error:
-            raise self._blame(error, sampled, settings) from error
+            raise self._blame(error, "passes", sampled, settings) from error
 
     def floor(self, blocks: list[int]) -> None:
         """Let the evaluators share the blocks of the floor."""
@@ -232,21 +236,23 @@ class RayEvaluators:
 
         try:
             living, spent, failure = share(self.job, workers, method, arguments, blocks, count)
-        except ray.exceptions.RayTaskError:
+        except ray.exceptions.RayTaskError as error:
             self._workers = before  # the checkpoint, or an image, is to blame
+            if isinstance(error, NotOpened):
+                raise self._blame(error, "opens") from error
             raise
         self._workers = {seat: worker for seat, worker in before.items() if worker in living}
         if failure:
             raise failure
         return spent
 
-    def _blame(self, error: WrongKernel, sampled: Sampled, settings: Evaluate) -> Exception:
-        """Return the error to raise for a kernel that was wrong on one device: a failure of that device if it passes on others.
+    def _blame(self, error: WrongKernel | NotOpened, check: str, *arguments: Any) -> Exception:
+        """Return the error to raise for one evaluator's: a failure of its node if the `check` of others there passes.
 
-        Those that fail are ended, and count against their nodes.
+        Those that fail are ended, and count against their nodes: their device computes wrongly, or lacks a file.
         """
         placed = {seat: worker for seat, worker in self._workers.items() if ray_private.has_process(worker)}
-        calls = [worker.passes.remote(sampled, settings) for worker in placed.values()]
+        calls = [getattr(worker, check).remote(*arguments) for worker in placed.values()]
         try:
             passed = watch(self.job, [*placed.values()], calls)
         except WorkerFailure as failure:
@@ -254,7 +260,8 @@ class RayEvaluators:
             return failure
         if not any(passed):
             return error
-        words = f"this device fails where those of {sum(passed)} other evaluators do not: {describe(error)}"
+        what = "node" if isinstance(error, NotOpened) else "device"
+        words = f"this {what} fails where those of {sum(passed)} other evaluators do not: {describe(error)}"
         for (seat, worker), right in zip(placed.items(), passed, strict=True):
             if not right:
                 nodes.record_failure(self.job, nodes.under(worker), words)
@@ -272,7 +279,7 @@ class RayEvaluators:
             del self._workers[seat]
             raise
         except WrongKernel as error:
-            raise self._blame(error, sampled, self.job.recipe.evaluate) from error
+            raise self._blame(error, "passes", sampled, self.job.recipe.evaluate) from error
         return values
 
     def move(self) -> bool:

@@ -27,7 +27,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus
 
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
+from dis_scale.process.errors import UNFORESEEN, DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.process.threads import taken
 from dis_scale.sweep import Sweep
 from pipelines import lines
@@ -39,9 +39,10 @@ ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
 RAY_ACCIDENTS = {
-    f"JOB_SUPERVISOR_ACTOR_{what}" for what in ("DIED", "START_TIMEOUT", "START_FAILURE", "UNSCHEDULABLE", "UNKNOWN_FAILURE")
-}
-"""Ray's names for the accidents of the actor that starts a job's process and watches it."""
+    *(f"JOB_SUPERVISOR_ACTOR_{what}" for what in ("DIED", "START_TIMEOUT", "START_FAILURE", "UNSCHEDULABLE", "UNKNOWN_FAILURE")),
+    "JOB_ENTRYPOINT_COMMAND_START_ERROR", "RUNTIME_ENV_SETUP_FAILURE",
+}  # fmt: skip
+"""Ray's names for the accidents of the actor that starts a job's process and watches it, and of a node that cannot start it."""
 STOP_WAIT_S = 30.0
 STOP_ASKED_S = 20.0
 """Time for which Ray is asked to stop the jobs of a command that has no time to wait for their end."""
@@ -228,10 +229,11 @@ def end_own_job(
 
     KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
     is never a failure; if `FINAL` is set, nor are a user's mistake and a finished failure. Storage that is away may be back for the
-    next attempt, and a lease that another process holds be free: the scheduler may take a head for lost that is alive.
+    next attempt, and a lease that another process holds be free: the scheduler may take a head for lost that is alive. What nobody
+    foresaw may be an accident of that machine.
     """
     own, stopped = own_job(), exit_code == Preempted.exit_code
-    final = FINAL in os.environ and exit_code not in (StorageAway.exit_code, Held.exit_code)
+    final = FINAL in os.environ and exit_code not in (StorageAway.exit_code, Held.exit_code, UNFORESEEN)
     if own is None or not (stopped or final):
         return
     ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time

@@ -5,6 +5,7 @@ Read next: places.py, waiting.py.
 
 import time
 from collections.abc import Collection
+from itertools import islice
 
 from dis_scale.planning.plan import Plan
 from dis_scale.process.errors import UserError
@@ -13,7 +14,7 @@ from dis_scale.training import devices
 from dis_scale.training.memory import lanes_at_once
 from pipelines import nodes
 from pipelines.cluster import Cluster
-from pipelines.driver import Driver, go_on
+from pipelines.driver import Driver, go_on, silence_of
 from pipelines.places import Places
 from pipelines.ray_private import Resources
 from pipelines.waiting import Wait, needs
@@ -35,8 +36,12 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
 
 def name_needs(driver: Driver, cluster: Cluster) -> None:
     """Log which later stages the nodes cannot hold yet."""
-    for stage, (count, request) in _lacking(driver, _due(driver.sweep, cluster)).items():
-        driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
+
+    def say() -> None:
+        for stage, (count, request) in _lacking(driver, _due(driver.sweep, cluster)).items():
+            driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
+
+    silence_of(driver, cluster).ask(say)
 
 
 def await_nodes(driver: Driver, cluster: Cluster) -> None:
@@ -44,12 +49,17 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
 
     Before the first node joins that declares a stage, its workers would take the nodes of others.
     """
-    due = _due(driver.sweep, cluster)
+    due, silence = _due(driver.sweep, cluster), silence_of(driver, cluster)
     with Wait(driver.gauge) as wait:
-        while lacking := _lacking(driver, due):
-            workers, request = next(iter(lacking.values()))
-            if text := wait.poll(workers, request, together=workers):
-                driver.board.say(text)
+
+        def lacks() -> bool:
+            lacking = _lacking(driver, due)
+            for workers, request in islice(lacking.values(), 1):
+                if text := wait.poll(workers, request, together=workers):
+                    driver.board.say(text)
+            return bool(lacking)
+
+        while silence.ask(lacks) is not False:
             go_on(driver)
             time.sleep(driver.poll_every_s)
 

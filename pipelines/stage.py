@@ -24,7 +24,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sweep
-from pipelines.failures import cause_of
+from pipelines.failures import cause_of, may_pass
 from pipelines.lines import Log
 from pipelines.logs import JobLogs
 from pipelines.metrics import Exporter
@@ -222,7 +222,7 @@ class ToSweep(logging.Handler):
         self._log.say(self.format(record), record.levelname.lower())
 
 
-def _exit_with(error: BaseException, log: Log, logs: JobLogs) -> NoReturn:
+def _exit_with(error: Exception, log: Log, logs: JobLogs) -> NoReturn:
     """End this job with the cause's line; with the complete traceback before it if the cause is not one of ours."""
     cause = cause_of(error)
     if isinstance(cause, DisScaleError):
@@ -232,7 +232,9 @@ def _exit_with(error: BaseException, log: Log, logs: JobLogs) -> NoReturn:
         print(indent(shown(redact("".join(traceback.format_exception(error)))), "  "), end="", flush=True)
         log.fail(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}")
     logs.close()
-    os._exit(cause.exit_code if isinstance(cause, DisScaleError) else 1)
+    if isinstance(cause, DisScaleError):
+        os._exit(cause.exit_code)
+    os._exit(StorageAway.exit_code if may_pass(error) else DisScaleError.exit_code)  # an accident of the job's first second passes
 
 
 @contextlib.contextmanager

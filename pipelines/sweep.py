@@ -56,8 +56,8 @@ from pipelines.needs import await_nodes, name_needs, require_device, require_fit
 from pipelines.signals import obeying_signals
 from pipelines.silence import NotStarted, RayEnded, Unanswered
 
-PAGE_EVERY_S, PAGE_SHARE, PAGE_AT_LEAST_EVERY_S = 30.0, 0.03, 3600.0
-"""Least interval at which the page of a running sweep is written, and most of the time that this takes."""
+PAGE_EVERY_S, PAGE_SHARE, PAGE_AT_LEAST_EVERY_S, PAGE_ENDS_S = 30.0, 0.03, 3600.0, 10.0
+"""Least interval at which the page of a running sweep is written, most of the time that this takes, and time for one at a stop."""
 ENDED = "sweep_ended_timestamp_seconds"
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
@@ -193,7 +193,7 @@ def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
 
     driver.sweep.report.delete(report.CSV)  # which only a report of all results leaves
     driver.board.say(f"page     {driver.sweep.report}/{report.PAGE}")
-    with repeating(write, PAGE_EVERY_S, "page") as thread:
+    with repeating(write, PAGE_EVERY_S, "page", PAGE_ENDS_S) as thread:
         yield
     thread.join()  # it may still write, and the report follows
 

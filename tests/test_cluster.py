@@ -32,6 +32,7 @@ from pipelines.ranks import largest_fitting
 from pipelines.waiting import capacity
 from tests.support import pods
 from tests.support.pages import require_shape
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -402,11 +403,18 @@ def test_scarce_capacity_is_used_as_it_comes() -> None:
     assert Places(recipe, list(first.values())).lacking("cuda") == {}
 
 
+def test_prometheus_selects_the_metrics_of_kuberays_operator_as_those_of_our_pods() -> None:
+    """By the same label: three alerts read the operator's, and would be silent for ever without a sign."""
+    monitor = yaml.safe_load((ROOT / "ops/prometheus/pod-monitor.yaml").read_text())
+    operator = yaml.safe_load((ROOT / "cluster/kuberay-operator.yaml").read_text())["metrics"]["serviceMonitor"]
+    assert operator == {"enabled": True, "additionalLabels": monitor["metadata"]["labels"]}
+
+
 @pytest.mark.parametrize(
     ("code", "restarts", "signal", "queued"),
     [
         (0, 0, "", False), (1, 0, "", False), (2, 0, "", False), (74, 0, "", True), (74, 999, "", True), (74, 1000, "", False),
-        (69, 0, "", True), (69, 100, "", False),
+        (69, 0, "", True), (69, 100, "", False), (70, 0, "", True), (70, 100, "", False),
         (75, 0, "", False), (75, 0, "TERM", True), (75, 5000, "TERM", True), (74, 0, "TERM", True), (75, 0, "INT", False),
         (74, 0, "INT", False), (137, 0, "", True), (137, 100, "", False), (137, 0, "TERM", True), (1, 0, "TERM", False),
     ],
@@ -429,6 +437,23 @@ def test_slurm_says_if_it_cannot_queue_a_job_again(tmp_path: Path) -> None:
     assert (done.returncode, "not queued again: scontrol requeue failed" in done.stderr) == (1, True)
 
 
+def test_slurm_queues_a_job_again_whose_sweep_does_not_end_in_time(tmp_path: Path) -> None:
+    """Such as one that asks a storage which hangs: Slurm would kill the script with it, and nothing would follow."""
+    sweep = '[ "$1" = -c ] && exit 0; trap "" TERM; kill -TERM $PPID; exec /bin/sleep 50'
+    began_s = time.monotonic()
+    done = run_slurm(tmp_path, 75, 0, python=sweep)
+    assert (done.returncode, (tmp_path / "asked").read_text()) == (137, "requeue 7\n")
+    assert time.monotonic() - began_s < 30
+
+
+def test_a_node_of_slurm_whose_raylet_has_ended_joins_again(tmp_path: Path) -> None:
+    """Ray takes a node for lost whose network is silent for 30 s, and its raylet ends; its GPUs would wait for the time limit."""
+    run_slurm(
+        tmp_path, 0, 0, ray=f'[ "$1" = start ] && echo >> {tmp_path}/started; exit 0', srun='SLURM_NODEID=1 exec timeout 3 "$@"'
+    )
+    wait_until(lambda: len((tmp_path / "started").read_text()) > 2)
+
+
 @pytest.mark.parametrize("file", ["slurm.sh", "ray-cluster.yaml", "rayjob.yaml", "raycluster-4x8.yaml"])
 def test_each_shipped_command_fits_its_recipe(file: str) -> None:
     """Three attempts in a minute would end model after model, where no node is spare; the cache holds ImageNet's latents."""
@@ -449,22 +474,28 @@ def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "
 
 
 def run_slurm(
-    tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "", lost: int = 2
+    tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "", lost: int = 2, python: str = "", srun: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run the script with a sweep that ends so. Slurm's controller restarts: the first `lost` requests to it are lost."""
     look = 'stat -c "%a %s" "$HOME/.dis-scale/ray-7.token" > "$HOME/token"'
     sweep = f'[ "$1" = -c ] && exit 0; {look}; {f"trap : TERM; kill -{signal} $PPID; sleep 1;" if signal else ""} exit {code}'
     programs = {
-        "python": sweep,
+        "python": python or sweep,
         "scontrol": f'echo >> {tmp_path}/lost; [ $(wc -l < {tmp_path}/lost) -gt {lost} ] && echo "$@" >> {tmp_path}/asked',
         "sleep": "exec /bin/sleep 0.2",
-        "srun": "",
+        "srun": srun,
         "ray": ray,
     }
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_RESTART_COUNT": str(restarts), "RAY_IP": "127.0.0.1"}
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+        "SLURM_RESTART_COUNT": str(restarts),
+        "RAY_IP": "127.0.0.1",
+        "STOP_WAIT_S": "2",
+    }
     slurm |= {"HOME": str(tmp_path)}
     script = ["env", "--default-signal=INT", "bash", str(ROOT / "cluster/slurm.sh"), "recipe.yaml"]
     environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}

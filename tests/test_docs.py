@@ -17,6 +17,7 @@ from dis_scale.data.survey import Survey
 from dis_scale.models.cost import price_model
 from dis_scale.planning.first_recipe import Machine, propose
 from dis_scale.planning.plan import price_sweep
+from dis_scale.process.errors import UNFORESEEN
 from dis_scale.recipe import LatentShape, TrainedVae, reading
 from dis_scale.training.memory import worker_bytes
 from dis_scale.weights.export import save
@@ -124,7 +125,8 @@ def test_each_variable_of_ours_is_explained() -> None:
 def test_each_kind_of_error_has_a_cause_and_a_cure() -> None:
     names = {cls.__name__ for cls in errors.classes()}
     assert names == errors.KINDS.keys()
-    assert {cls.exit_code for cls in errors.classes()} == commands.exit_codes() - {0}
+    assert {cls.exit_code for cls in errors.classes()} == commands.exit_codes() - {0, UNFORESEEN}
+    assert f"nobody foresaw: exit code {UNFORESEEN}" in errors.page()
     assert {name for name in names if f"\n| `{name}` | " in errors.page()} == names
 
 

@@ -17,7 +17,7 @@ from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampl
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Preempted, UserError, shown, shown_below
+from dis_scale.process.errors import UNFORESEEN, DisScaleError, Preempted, UserError, shown, shown_below
 from dis_scale.process.redaction import redact
 
 NAME = "dis-scale"
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = UserError.exit_code
     except DisScaleError as error:
         if "--debug" in words:
-            raise
+            print(shown(redact(traceback.format_exc())), end="", file=sys.stderr)
         words_of_error = shown_below(str(error) if isinstance(error, Preempted) else f"error: {error}")
         if drives and os.environ.get(jsonlog.VARIABLE) == "json":
             words_of_error = jsonlog.entry(context, "error", "error", message=str(error))
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = error.exit_code
     except Exception:
         print(shown(redact(traceback.format_exc())), end="", file=sys.stderr)
-        code = DisScaleError.exit_code
+        code = UNFORESEEN
     if drives:
         from pipelines.jobs import end_own_job
 

@@ -41,6 +41,7 @@ EXIT_CODES = {
     "failed one",
     2: "invalid input: one line names the setting, its place and what was expected; also storage that cannot be used",
     69: "the same sweep is running on another cluster, or another process holds one of its stages; the line says where",
+    70: "an error that nobody foresaw, with its traceback: a mistake of ours, or an accident of this machine",
     74: "storage did not answer for about a minute, Ray's dashboard for 15, or the node of the command is being drained: run the "
     "same command again",
     75: "stopped as requested, with all state saved; a rerun continues",

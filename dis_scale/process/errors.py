@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 from dis_scale.process.redaction import redact
 
+UNFORESEEN = 70
+"""Exit code of an error that is none of these (EX_SOFTWARE of sysexits.h): a mistake of ours, or an accident that nobody thought
+of. Schedulers try it again, a limited number of times."""
+
 
 class DisScaleError(Exception):
     """A failure with a message for the user; ends the command with exit code 1. Its text has no secrets, whoever prints it."""

@@ -32,8 +32,11 @@ def in_order(items: Iterable[T], work: Callable[[T], R], threads: int = 32) -> I
 
 
 @contextlib.contextmanager
-def repeating(action: Callable[[], object], every_s: float, name: str) -> Iterator[Thread]:
-    """Call `action` during the block, at once and then at this interval, in a thread of its own; what it raises is left out."""
+def repeating(action: Callable[[], object], every_s: float, name: str, ends_s: float = 0.0) -> Iterator[Thread]:
+    """Call `action` during the block, at once and then at this interval, in a thread of its own; what it raises is left out.
+
+    The block's end waits `ends_s` for a call that has begun.
+    """
     over = Event()
 
     def run() -> None:
@@ -48,6 +51,7 @@ def repeating(action: Callable[[], object], every_s: float, name: str) -> Iterat
         yield thread
     finally:
         over.set()
+        thread.join(ends_s)
 
 
 def taken(items: SimpleQueue[T]) -> Iterator[T]:

@@ -9,7 +9,7 @@ import typer.main
 
 from dis_scale.cli import app
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
-from dis_scale.process.errors import DisScaleError
+from dis_scale.process.errors import UNFORESEEN, DisScaleError
 from docs.reference.markdown import code, subclasses, table
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def commands(within: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def exit_codes() -> set[int]:
     """Return all codes with which a command ends."""
-    return {0, DisScaleError.exit_code, *(each.exit_code for each in subclasses(DisScaleError))}
+    return {0, UNFORESEEN, DisScaleError.exit_code, *(each.exit_code for each in subclasses(DisScaleError))}
 
 
 def _section(name: str, command: Any) -> str:

@@ -11,6 +11,7 @@ PAGE = """# Errors
 
 An error is one line on stderr, `error: ...`, with the reason and what to do. `--debug` shows the traceback. If a stage failed,
 `dis-scale logs SWEEP MODEL` prints the output of its processes, with the traceback.
+A traceback without that option is an error that nobody foresaw: exit code 70; please report it.
 
 The [index of the runbooks](../ops/runbooks/README.md) leads from a message to its page, also from lines that are not errors
 (restarts, skipped steps, waiting). This table has the kinds of errors. In Python they are classes of

@@ -36,7 +36,8 @@ from tests.support.documents import put_latents
     [
         (["sweep", "--sett", "x=1"], None, 2),
         (["sweep"], UserError("no"), 2),
-        (["sweep"], ZeroDivisionError("ours"), 1),
+        (["sweep"], ZeroDivisionError("ours"), 70),
+        (["sweep", "--debug"], Preempted("stopped"), 75),
         (["sweep"], None, None),
         (["status", "--sett"], None, None),
     ],
@@ -88,12 +89,16 @@ def test_the_version_is_printed() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])
-def test_debug_raises_the_original_error(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    error, words = DisScaleError("a stage failed"), ["sweep", str(TINY)]
-    replace_sweep(monkeypatch, error)
-    with pytest.raises(DisScaleError) as raised:
-        invoke(*words[:at], "--debug", *words[at:])
-    assert raised.value is error
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int
+) -> None:
+    """Schedulers decide by it: a sweep that was asked to stop would begin again."""
+    words = ["sweep", str(TINY)]
+    replace_sweep(monkeypatch, Preempted("stopped as requested"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words[:at], "--debug", *words[at:]])
+    assert ended.value.code == 75
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])
@@ -107,7 +112,7 @@ def test_debug_changes_nothing_without_an_error(monkeypatch: pytest.MonkeyPatch,
 def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     replace_sweep(monkeypatch, ZeroDivisionError("our own mistake"))
     code, output = invoke("sweep", str(TINY))
-    assert code == 1
+    assert code == 70
     assert output.startswith("Traceback")
     assert output.endswith("ZeroDivisionError: our own mistake\n")
 

@@ -259,7 +259,7 @@ def test_a_worker_of_any_stage_avoids_a_node_whose_devices_failed_while_others_h
 
 def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before_it_encodes(node: str, tmp_path: Path) -> None:
     """Not only after the days of the stages before it; prepare runs meanwhile."""
-    on_gpus: Any = SimpleNamespace(ours=False)
+    on_gpus: Any = SimpleNamespace(ours=False, require_alive=lambda: None)
     for workers, lines in ((2, 0), (3, 1)):
         driver = driver_of(reading.load(TINY, ["device=cuda", f"train.workers={workers}"]), tmp_path)
         needs.name_needs(driver, on_gpus)
@@ -286,7 +286,7 @@ def test_what_nodes_declared_that_are_gone_is_waited_for(nodes: Cluster, tmp_pat
     three = recipe.model_copy(update={"device": "auto", "train": recipe.train.model_copy(update={"workers": 3})})
     assert choose_device(three)[0] == "cuda", "a model that begins meanwhile would be trained on the CPU, or fail"
     driver = driver_of(recipe, tmp_path)
-    on_gpus: Any = SimpleNamespace(ours=False)
+    on_gpus: Any = SimpleNamespace(ours=False, require_alive=lambda: None)
     needs.name_needs(driver, on_gpus)
     assert "later    precompute needs 1 worker" in logged(driver)
     state.use_latents(driver.sweep, make(driver.sweep.store / "latents/set", [2]), "v" * 64)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -19,7 +19,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, state
 from dis_scale.tracking import attempt_logs
 from pipelines import nodes, stage
-from pipelines.evaluators import RayEvaluators
+from pipelines.evaluators import NotOpened, RayEvaluators
 from pipelines.failures import WorkerFailure
 from pipelines.logs import JobLogs
 from pipelines.precompute import mixing_request
@@ -60,11 +60,14 @@ class Taker(Worker):
 
 
 class Judged(Worker):
-    """An evaluator on a device whose kernels are right, or wrong, or that is lost when it is asked."""
+    """An evaluator on a device whose kernels are right, or wrong, or that is lost when it is asked; or that lacks a file."""
 
-    def __init__(self, right: bool | None) -> None:
+    def __init__(self, right: bool | None, wrong: Exception) -> None:
         super().__init__()
-        self._right = right
+        self._right, self._wrong = right, wrong
+
+    def opens(self) -> bool:
+        return bool(self._right)
 
     def passes(self, *_: object) -> bool | None:
         if self._right is None:
@@ -74,9 +77,12 @@ class Judged(Worker):
     def sample(self, _: Sampled, __: Evaluate, deal: Deal) -> int:
         for _number in iter(deal, None):
             if not self._right:
-                raise WrongKernel("the scan is wrong")
+                raise self._wrong
             time.sleep(0.05)
         return 1
+
+    def floor(self, deal: Deal) -> None:
+        self.sample(cast(Any, None), cast(Any, None), deal)
 
 
 class Joining(Worker):
@@ -291,9 +297,9 @@ def test_all_workers_that_are_watched_keep_their_logs(tiny: Recipe, tmp_path: Pa
 def judged(tiny: Recipe, tmp_path: Path) -> Callable[..., RayEvaluators]:
     """Evaluators of a tiny sweep, each with its verdict."""
 
-    def evaluators(*right: bool | None) -> RayEvaluators:
+    def evaluators(*right: bool | None, wrong: Exception = WrongKernel("the scan is wrong")) -> RayEvaluators:
         job = job_of(tiny, tmp_path, RayJob)
-        workers = [spawn(job, Judged, request_for("evaluate", "cpu", 0), each) for each in right]
+        workers = [spawn(job, Judged, request_for("evaluate", "cpu", 0), each, wrong) for each in right]
         return RayEvaluators(job, "cpu", 0, lambda _: None, {(None, None, n): worker for n, worker in enumerate(workers)})
 
     return evaluators
@@ -307,6 +313,16 @@ def test_a_kernel_that_is_wrong_on_one_device_counts_against_its_node(judged: Ca
         evaluators.sample(sampled, evaluators.job.recipe.evaluate, list(range(400)))
     assert list(state.node_failures(evaluators.job.sweep).values()) == [1]
     assert evaluators.sample(sampled, evaluators.job.recipe.evaluate, list(range(4))) == [1, 1]  # type: ignore[comparison-overlap]
+
+
+def test_a_file_that_one_node_lacks_counts_against_it(judged: Callable[..., RayEvaluators]) -> None:
+    """Such as a machine without /models that replaced another: the evaluation of weeks would end with a user's mistake."""
+    evaluators = judged(True, False, True, wrong=NotOpened("no decoder at /models/vae"))
+    with pytest.raises(WorkerFailure, match="this node fails where those of 2 other evaluators do not: no decoder at /models/vae"):
+        evaluators.floor(list(range(400)))
+    assert list(state.node_failures(evaluators.job.sweep).values()) == [1]
+    with pytest.raises(NotOpened):
+        judged(False, False, wrong=NotOpened("no decoder at /models/vae")).floor([0, 1])
 
 
 def test_a_kernel_that_is_wrong_on_all_devices_is_the_programs(judged: Callable[..., RayEvaluators]) -> None:

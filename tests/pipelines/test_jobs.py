@@ -121,6 +121,7 @@ def test_a_running_log_is_never_read_as_a_whole() -> None:
         (69, True, False),
         (1, True, True),
         (74, True, False),
+        (70, True, False),
         (2, False, False),
         (1, False, False),
     ],
@@ -258,7 +259,8 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(tiny: Recipe, tmp_path: 
 @pytest.mark.parametrize(
     ("code", "kind", "killed"),
     [(-9, None, True), (137, None, True), (1, None, False), (None, "JOB_SUPERVISOR_ACTOR_DIED", True),
-     (None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True), (None, "RUNTIME_ENV_SETUP_FAILURE", False)],
+     (None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True), (None, "RUNTIME_ENV_SETUP_FAILURE", True),
+     (None, "JOB_ENTRYPOINT_COMMAND_START_ERROR", True), (None, "JOB_ENTRYPOINT_COMMAND_ERROR", False)],
 )  # fmt: skip
 def test_a_job_that_was_killed_is_told_from_one_that_failed(code: int | None, kind: str | None, killed: bool) -> None:
     info = JobDetails(type="SUBMISSION", submission_id="j", status="FAILED", entrypoint="", driver_exit_code=code, error_type=kind)

@@ -39,6 +39,23 @@ def test_what_an_error_quotes_is_no_line_of_the_protocol() -> None:
     assert [line.kind for line in map(lines.parse, done.stdout.splitlines()) if line] == ["error"]
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("ConnectionError('Failed to connect to Ray cluster')", 74),
+        ('RuntimeError("can\'t start new thread")', 74),
+        ("KeyError(1)", 1),
+    ],
+)
+def test_an_accident_of_a_jobs_first_second_is_tried_again(error: str, code: int) -> None:
+    """Ray is joined before any attempt begins: prepare would end the sweep by it, and training a model."""
+    program = (
+        "from dis_scale.process.context import Context; from pipelines import lines, logs, stage\n"
+        f"stage._exit_with({error}, lines.Log(Context()), logs.JobLogs(None, Context()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == code
+
+
 def test_what_is_left_of_the_grace_period_counts_from_the_signal(tiny: Recipe, tmp_path: Path) -> None:
     """Ray kills after it, whenever the loop comes to see that a stop was requested; a second signal gives no more time."""
     job = stage.StageJob(sweep_at(tmp_path, "tiny", tiny))

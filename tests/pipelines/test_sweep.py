@@ -3,13 +3,16 @@
 import io
 import os
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import RpcError
 from rich.console import Console
 
 from dis_scale import report
@@ -25,6 +28,7 @@ from dis_scale.sweep.documents import Skipped, TrackingIds
 from pipelines import needs
 from pipelines import sweep as pipeline
 from pipelines.stop import stop_sweep
+from pipelines.waiting import Wait
 from tests.conftest import TINY
 from tests.support import store_requests
 from tests.support.commands import invoke
@@ -95,6 +99,42 @@ def test_a_running_sweep_has_its_page_from_the_beginning(tiny: Recipe, tmp_path:
     assert "http-equiv='refresh'" in page, "a command runs"
     assert "0 of 320 images" in page
     assert f"page     {driver.sweep.report}/{report.PAGE}" in logged(driver)
+
+
+def test_a_page_that_is_being_written_does_not_follow_the_page_of_a_stop(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would say "at work" for ever."""
+    driver, begun, written = driver_of(tiny, tmp_path), Event(), list[str]()
+
+    def write(*_: object) -> None:
+        begun.set()
+        time.sleep(0.5)
+        written.append("running")
+
+    monkeypatch.setattr(pipeline, "_write_page", write)
+    with pytest.raises(Preempted), pipeline.writing_page(driver, price_sweep(tiny, LatentShape(4, 8))):
+        assert begun.wait(30)
+        raise Preempted("stopped")
+    assert written == ["running"]
+
+
+def test_nodes_are_waited_for_though_ray_loses_an_answer(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked for twice a second, for days in a drought."""
+    driver, answers = driver_of(tiny, tmp_path), [RpcError("unavailable"), {"train": (2, {"CPU": 1.0})}, RpcError("lost"), {}]
+    driver.poll_every_s = 0.01
+
+    def lacking(*_: object) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(needs, "_lacking", lacking)
+    monkeypatch.setattr(Wait, "poll", lambda *_, **__: "waiting for capacity")
+    needs.await_nodes(driver, cluster("here"))
+    assert answers == []
+    assert logged(driver).count("waiting for capacity") == 1
 
 
 def test_a_refused_command_leaves_a_page_that_has_stopped(tmp_path: Path) -> None:

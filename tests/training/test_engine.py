@@ -46,7 +46,9 @@ def require_time_limits(state: Engine) -> None:
 
 
 @pytest.mark.parametrize("failing", [{1}, {0, 1, 2}, set()], ids=["one", "all", "none"])
-@pytest.mark.parametrize("kind", [DisScaleError, RuntimeError])
+@pytest.mark.parametrize(
+    "kind", [DisScaleError, RuntimeError, AssertionError], ids=["ours", "CUDA's", "Triton's, which is neither"]
+)
 def test_a_check_that_fails_on_one_rank_is_the_fault_of_its_device(failing: set[int], kind: type[Exception]) -> None:
     """And a mistake where it fails on all: a model would end on every node that it is placed on."""
     on_ranks(3, checks_on_all, failing, kind)
