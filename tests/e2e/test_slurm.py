@@ -71,7 +71,9 @@ def test_a_signal_queues_the_job_again_and_a_request_does_not(cluster: Slurm, tm
     assert asked_as_the_runbook_says(cluster, job, log.read_text()).count("ALIVE") == 2
     cluster.run("scancel", "--batch", "--signal=TERM", job)  # as Slurm does before the time limit and at a preemption
     wait_until(lambda: "queued again" in log.read_text(), 120)
-    wait_until(lambda: cluster.state(job) == "RUNNING 1 0:0", 400)
+    wait_until(
+        lambda: "Ray runtime started" in log.read_text().partition("queued again")[2], 400
+    )  # the script runs, not only the job
     saved = len(resume.list())
     cluster.run("scancel", "--batch", "--signal=INT", job)
     wait_until(lambda: cluster.state(job) == "COMPLETED 1 0:0", 200)
