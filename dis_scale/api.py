@@ -147,12 +147,7 @@ class StoredSweep:
 
     def _published(self, model: str, images: int | None) -> Folder:
         """Return the folder of a model's published weights; UserError without any."""
-        counts = self.images(model)
-        if not counts or (images is not None and images not in counts):
-            at = "" if images is None else f" at {images:,} images"
-            known = ", ".join(f"{count:,}" for count in counts) or "none yet"
-            raise UserError(f"{self.stored}: {model} has no published weights{at}: published are {known}")
-        return self.stored.run(model).published_at(counts[-1] if images is None else images)
+        return self.stored.run(model).published_at(state.published_at(self.stored, model, images))
 
 
 @dataclass(frozen=True, repr=False)

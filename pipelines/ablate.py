@@ -41,7 +41,7 @@ def run_ablation(
 
     UserError for an impossible value. `at_images` is a published count; default: the last. `by` guides, if given.
     """
-    images_seen, values = _published(sweep, model, at_images), sorted({float(f"{value:g}") for value in values})
+    images_seen, values = state.published_at(sweep, model, at_images), sorted({float(f"{value:g}") for value in values})
     _require_possible(sweep, model, images_seen, setting, values, by)
     console.print(f"ray      {last_ray.words()}", highlight=False, soft_wrap=True)
     with Board(console) as board:
@@ -52,15 +52,6 @@ def run_ablation(
             with stopping_jobs(driver):
                 run_stage(driver, cluster, "ablate", model, str(images_seen), state.ablation_name(setting, by), *words)
     return ablation.write(sweep, model, images_seen, setting, values, console, by)
-
-
-def _published(sweep: Sweep, model: str, at_images: int | None) -> int:
-    counts = state.published_counts(sweep.run(model))
-    if not counts:
-        raise UserError(f"{model}: nothing is published yet")
-    if at_images is not None and at_images not in counts:
-        raise UserError(f"{model} has not published {at_images:,} images: it has {', '.join(map(str, counts))}")
-    return counts[-1] if at_images is None else at_images
 
 
 def _require_possible(

@@ -165,17 +165,11 @@ def _after(driver: Driver, cluster: Cluster, failures: Failures, model: str, job
 def _insist(driver: Driver, ask: Callable[[], T]) -> T:
     """Return what storage answers; one that is away is asked for as long as the jobs themselves wait for it."""
 
-    said = False
-
-    def wait(error: StorageAway) -> None:
-        nonlocal said
-        if not said:
-            driver.board.say(f"waiting  storage does not answer, asked again for an hour: {error}")
-        said = True
+    def pause() -> None:
         go_on(driver)
         time.sleep(driver.poll_every_s)
 
-    return insist(ask, wait)
+    return insist(ask, lambda words: driver.board.say(f"waiting  {words}"), pause)
 
 
 class _Evaluation:

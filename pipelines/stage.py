@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from textwrap import indent
 from typing import Any, NoReturn, TypeVar
 
@@ -182,23 +183,25 @@ def run_program(program: Program, url: str, *arguments: str) -> None:
 def _opened(url: str, log: Log, stop: Stop) -> Sweep:
     """Open the sweep; storage that is away when the job begins is waited for as long as later, or one job would end all."""
 
-    def wait(error: StorageAway) -> None:
+    def pause() -> None:
         if stop.is_set():
-            raise Preempted("stopped as requested, before storage answered") from error
-        log.say(f"storage does not answer, asked again for an hour: {error}", level="warning")
+            raise Preempted("stopped as requested, before storage answered")
         stop.pause(ASK_STORAGE_EVERY_S)
 
-    return insist(lambda: Sweep.open(url, patient=True), wait)
+    return insist(lambda: Sweep.open(url, patient=True), partial(log.say, level="warning"), pause)
 
 
-def insist(ask: Callable[[], T], between: Callable[[StorageAway], None]) -> T:
-    """Return what storage answers, asked again after `between` while it is away; StorageAway after `STORAGE_AWAY_S`."""
-    until_s = time.monotonic() + STORAGE_AWAY_S
+def insist(ask: Callable[[], T], say: Callable[[str], None], pause: Callable[[], None]) -> T:
+    """Return what storage answers; one that is away, which is said once, is asked after each pause for `STORAGE_AWAY_S`."""
+    until_s, said = time.monotonic() + STORAGE_AWAY_S, False
     while True:
         try:
             return ask()
         except StorageAway as error:
-            between(error)
+            if not said:
+                say(f"storage does not answer, asked again for an hour: {error}")
+            said = True
+            pause()
             if time.monotonic() > until_s:
                 raise
 

@@ -25,8 +25,8 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
     ("arguments", "line"),
     [
         (["ablate", "guidance", "{}", "dos"], "has no model 'dos' (did you mean 'dis'?): it has dis, dit"),
-        (["ablate", "guidance", "{}", "dit"], "dit: nothing is published yet"),
-        (["ablate", "guidance", "{}", "dis", "--at", "320"], "dis has not published 320 images: it has 160"),
+        (["ablate", "guidance", "{}", "dit"], "has published nothing yet"),
+        (["ablate", "guidance", "{}", "dis", "--at", "320"], "has published no weights at 320 images: it has 160"),
         (["ablate", "guidance", "{}", "dis", "--scales", "1,-2"], "guidance -2: expected 0 or more"),
         (["ablate", "guidance", "{}", "dis", "--scales", "1,inf"], "guidance inf: expected 0 or more"),
         (["ablate", "guidance", "{}", "dis", "--scales", "one"], "--scales 'one': expected numbers with commas"),

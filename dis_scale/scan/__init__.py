@@ -84,10 +84,10 @@ def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, 
     _check_direction("two_way_scan, forward", forward)
     _check_direction("two_way_scan, backward", backward)
     shape, device = forward.u_BLE.shape, forward.u_BLE.device
-    _check("two_way_scan, backward: u_BLE", backward.u_BLE, shape, device)
-    _check("two_way_scan, backward: A_EN", backward.A_EN, forward.A_EN.shape, device)
+    require_like("two_way_scan, backward: u_BLE", backward.u_BLE, shape, device)
+    require_like("two_way_scan, backward: A_EN", backward.A_EN, forward.A_EN.shape, device)
     if z_BLE is not None:
-        _check("two_way_scan: z_BLE", z_BLE, shape, device)
+        require_like("two_way_scan: z_BLE", z_BLE, shape, device)
     return _running(backend, device.type).two_way_scan(forward, backward, z_BLE)
 
 
@@ -104,8 +104,8 @@ def two_way_conv_silu(
 ) -> tuple[Tensor, Tensor]:
     """Apply `causal_conv_silu` to x in both directions, reading x once; return (forward, backward)."""
     _check_conv("two_way_conv_silu, forward", x_BLE, weight_EW, bias_E)
-    _check("two_way_conv_silu, backward: the weight", back_weight_EW, weight_EW.shape, x_BLE.device)
-    _check("two_way_conv_silu, backward: the bias", back_bias_E, bias_E.shape, x_BLE.device)
+    require_like("two_way_conv_silu, backward: the weight", back_weight_EW, weight_EW.shape, x_BLE.device)
+    require_like("two_way_conv_silu, backward: the bias", back_bias_E, bias_E.shape, x_BLE.device)
     convolve = _running(backend, x_BLE.device.type).two_way_conv_silu
     return convolve(x_BLE, weight_EW, bias_E, back_weight_EW, back_bias_E)
 
@@ -174,7 +174,7 @@ def _check_direction(where: str, direction: Direction) -> None:
     (B, L, E), N, device = u_BLE.shape, A_EN.shape[1], u_BLE.device
     shapes = (u_BLE.shape, (B, L, E), (E, N), (B, L, N), (B, L, N), (E,), (E,))
     for name, x, shape in zip(Direction._fields, direction, shapes, strict=True):
-        _check(f"{where}: {name}", x, shape, device)
+        require_like(f"{where}: {name}", x, shape, device)
 
 
 def _check_conv(where: str, x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> None:
@@ -183,11 +183,11 @@ def _check_conv(where: str, x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor) ->
             f"{where}: x_BLE is {tuple(x_BLE.shape)} and the weight {tuple(weight_EW.shape)}, expected 3 and 2 axes, none empty"
         )
     E, device = x_BLE.shape[2], x_BLE.device
-    _check(f"{where}: x_BLE", x_BLE, x_BLE.shape, device)
-    _check(f"{where}: the weight", weight_EW, (E, weight_EW.shape[1]), device)
-    _check(f"{where}: the bias", bias_E, (E,), device)
+    require_like(f"{where}: x_BLE", x_BLE, x_BLE.shape, device)
+    require_like(f"{where}: the weight", weight_EW, (E, weight_EW.shape[1]), device)
+    require_like(f"{where}: the bias", bias_E, (E,), device)
 
 
-def _check(what: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def require_like(what: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if x.shape != shape or x.device != device or not x.is_floating_point():
         raise UserError(f"{what} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(shape)} of floats on {device}")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dis_scale.process.errors import UserError
-from dis_scale.scan import choose, counts
+from dis_scale.scan import choose, counts, require_like
 from dis_scale.scan.backend import differentiable_once
 from dis_scale.scan.graphs import outside_graphs
 
@@ -202,8 +202,4 @@ def _check(x_BLHP: Tensor, own_BLH: Tensor, ways: list[Way]) -> None:
     expected = {"own_BLH": (B, L, H), "step_BLH": (B, L, H), "A_H": (H,), "B_BLN": (B, L, N), "C_BLN": (B, L, N)}
     given = [("own_BLH", own_BLH)] + [named for way in ways for named in way._asdict().items()]
     for name, x in [("x_BLHP", x_BLHP), *given]:
-        shape = expected.get(name, x_BLHP.shape)
-        if x.shape != shape or x.device != x_BLHP.device or not x.is_floating_point():
-            raise UserError(
-                f"ssd: {name} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(shape)} of floats on {x_BLHP.device}"
-            )
+        require_like(f"ssd: {name}", x, expected.get(name, x_BLHP.shape), x_BLHP.device)

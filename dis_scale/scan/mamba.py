@@ -14,7 +14,7 @@ from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
 from dis_scale.process.errors import DisScaleError, UserError
-from dis_scale.scan.backend import Backend, Direction, refuse_float64
+from dis_scale.scan.backend import Direction, from_one_way, refuse_float64
 
 TAPS = (2, 3, 4)
 """Widths for which causal-conv1d has kernels."""
@@ -70,11 +70,4 @@ def causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: 
     return _time_second(causal_conv1d_fn(x, weight_EW.to(x.dtype), bias_E.to(x.dtype), activation="silu"), reverse)
 
 
-def two_way_conv_silu(
-    x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, back_weight_EW: Tensor, back_bias_E: Tensor
-) -> tuple[Tensor, Tensor]:
-    forward = causal_conv_silu(x_BLE, weight_EW, bias_E, False)
-    return forward, causal_conv_silu(x_BLE, back_weight_EW, back_bias_E, True)
-
-
-backend = Backend(selective_scan, two_way_scan, causal_conv_silu, two_way_conv_silu)
+backend = from_one_way(selective_scan, causal_conv_silu)._replace(two_way_scan=two_way_scan)

@@ -141,6 +141,16 @@ def published_counts(run: Run, known: Collection[int] = ()) -> list[int]:
     return sorted({*known, *found})
 
 
+def published_at(sweep: Sweep, model: str, images: int | None) -> int:
+    """Return the image count at which a model is published, the newest by default; UserError if it is not."""
+    counts = published_counts(sweep.run(model))
+    if not counts:
+        raise UserError(f"{model} of {sweep} has published nothing yet")
+    if images is not None and images not in counts:
+        raise UserError(f"{model} of {sweep} has published no weights at {images:,} images: it has {', '.join(map(str, counts))}")
+    return counts[-1] if images is None else images
+
+
 def missing_published(sweep: Sweep) -> dict[str, list[int]]:
     """Return the image counts by model that training has passed, and whose published weights are not there any more; no copies."""
     missing, copied = {}, copied_to(sweep, origins(sweep))

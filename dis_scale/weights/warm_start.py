@@ -143,9 +143,10 @@ def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
 def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
     sweep = Sweep.open(start.url)
     run = sweep.run(start.model)
-    if start.images not in (counts := state.published_counts(run)):
-        known = ", ".join(map(str, counts)) or "none"
-        raise UserError(f"{where}.images: {start.model} of {sweep} has not published {start.images}, expected one of: {known}")
+    try:
+        state.published_at(sweep, start.model, start.images)
+    except UserError as error:
+        raise UserError(f"{where}.images: {error}") from None
     its = sweep.recipe
     _require_prediction(its.diffusion, recipe.diffusion, f"{where}: {start.model} of {sweep}")
     notes = _other_process(its.diffusion, recipe.diffusion)

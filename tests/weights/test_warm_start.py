@@ -84,7 +84,7 @@ def test_a_published_average_of_another_sweep_is_count_0(tmp_path: Path) -> None
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     missing = start.replace("images: 32", "images: 48")
-    with pytest.raises(UserError, match=r"models.dis.start.images: dis of .* has not published 48, expected one of: 0, 32"):
+    with pytest.raises(UserError, match=r"models.dis.start.images: dis of .* has published no weights at 48 images: it has 0, 32"):
         warm_start.read_source(reading.load(TINY, [f"models.dis.start={missing}"]), "dis")
     other = reading.load(TINY, [f"models.dis.start={start}", "diffusion.betas=cosine"])
     warning = "warning: trained with another diffusion than this recipe's: {kind: gaussian, betas: linear, steps: 1000}"
