@@ -1,10 +1,12 @@
 # Two commands do everything, including set-up: `make demo` and `make test`. The virtual environment in .venv is made once, and
-# updated only if pyproject.toml or constraints.txt changes. uv installs three times as fast as pip, but reads no pip.conf: where it
-# fails, such as behind a mirror, pip installs. Python compiles what is imported; all 25,000 files would take a minute.
+# updated only if pyproject.toml or constraints.txt changes. uv installs three times as fast as pip, but reads none of its settings:
+# pip installs where they name an index, or where uv fails. Python compiles what is imported; all 25,000 files would take a minute.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-install = $(BIN)/uv pip install --python $(1) $(2) || $(1) -m pip --disable-pip-version-check install --no-compile $(2)
+UV := uv==0.13.9
+install = { ! $(1) -m pip config list | grep -q index-url && $(BIN)/uv pip install --python $(1) $(2); } || \
+	$(1) -m pip --disable-pip-version-check install --no-compile --upgrade-strategy eager $(2)
 
 .PHONY: demo test test-newest faults soak drills lint docs venv
 
@@ -54,7 +56,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 		echo "error: $(PYTHON) cannot make virtual environments: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	-$(BIN)/python -m pip --disable-pip-version-check install --quiet uv==0.13.9
+	-$(BIN)/python -m pip --disable-pip-version-check install --quiet $(UV)
 
 # The stamps are written last, so an interrupted installation is repeated.
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
@@ -99,5 +101,5 @@ audit: $(SUPPLY)/installed
 $(SUPPLY)/installed:
 	$(PYTHON) -m venv build/supply
 	$(SUPPLY)/python -m pip --disable-pip-version-check install \
-	    uv==0.13.9 pip-licenses==5.5.5 cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	    $(UV) pip-licenses==5.5.5 cyclonedx-bom==7.5.0 pip-audit==2.10.1
 	@touch $@

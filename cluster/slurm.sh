@@ -12,8 +12,8 @@
 # The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
 # for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2) is not queued again; what may
 # have passed by then is, until the job has been queued 1,000 times for any reason: storage or a node that is away (74), Ray's head
-# that has died. Also, up to 100 times, what may do the same again: a process that was killed (128 and more), an error that nobody
-# foresaw (70), and a sweep that another process holds (69): Slurm may take a node for lost whose processes live on.
+# that has died. Also, up to 100 times, a process that was killed (128 and more), which may do the same again, and a sweep that
+# another process holds (69): Slurm may take a node for lost whose processes live on; up to 20 times what nobody foresaw (70).
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -25,7 +25,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --mail-type=FAIL
-# SIGTERM to this script 5 minutes before the time limit; longer than the recipe's grace_s. For preemptions also set
+# SIGTERM to this script 5 minutes before the time limit. A sweep that has not stopped after 4 of them (STOP_WAIT_S=240 in the
+# environment), which are longer than the recipe's grace_s and a minute, is killed. For preemptions also set
 # PreemptParameters=send_user_signal and a GraceTime in slurm.conf (https://slurm.schedmd.com/slurm.conf.html).
 #SBATCH --signal=B:TERM@300
 #
@@ -36,28 +37,32 @@
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
 set -euo pipefail
 
-again=no requested='' child='' restarts=${SLURM_RESTART_COUNT:-0} deadline=0
+again=no requested='' child='' restarts=${SLURM_RESTART_COUNT:-0} deadline=''
 # shellcheck disable=SC2317 # called by a trap
 stop() { # whether to queue the job again
-    again=$1 requested=yes deadline=$((SECONDS + ${STOP_WAIT_S:-240}))
+    again=$1 requested=yes
+    [ "$1" = no ] || deadline=${deadline:-$((SECONDS + ${STOP_WAIT_S:-240}))} # a second TERM gives no more time
     [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
 }
 trap 'stop yes' TERM
 trap 'stop no' INT
 passes() { # whether the end with $code may have passed in the next run
-    [ "$code" = 74 ] || { { [ "$code" = 69 ] || [ "$code" = 70 ] || [ "$code" -ge 128 ]; } && [ "$restarts" -lt 100 ]; } ||
+    [ "$code" = 74 ] || { { [ "$code" = 69 ] || [ "$code" -ge 128 ]; } && [ "$restarts" -lt 100 ]; } ||
+        { [ "$code" = 70 ] && [ "$restarts" -lt 20 ]; } ||
         ! timeout 60 ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
 }
 run() { # a command, whose exit code is then in $code; a signal to this script reaches it
     "$@" &
     child=$!
     while kill -0 $child 2>/dev/null; do
-        if [ -z "$requested" ]; then
+        if [ -z "$deadline" ]; then
             wait $child || true # ends early when a signal was trapped
-        elif [ $SECONDS -lt $deadline ]; then
-            sleep 1
+        elif [ $SECONDS -lt "$deadline" ]; then
+            sleep 1 || true
         else # storage that hangs, for example: without this Slurm would kill the script too, and queue nothing again
             kill -KILL $child 2>/dev/null || true
+            code=137
+            return
         fi
     done
     code=0
@@ -83,6 +88,7 @@ srun bash -c '
         exec ray start --head --block --disable-usage-stats --node-ip-address="$RAY_IP" --port="$RAY_PORT" \
             --dashboard-host=127.0.0.1 --dashboard-port=$((RAY_PORT + 1)) --dashboard-agent-listen-port=$agent
     fi
+    trap exit TERM # after Ray, which drains the node
     while true; do # a node that Ray has taken for lost, for the silence of its network, joins again
         until ray health-check --address "$RAY_IP:$RAY_PORT" 2>/dev/null; do sleep 2; done
         ray start --block --disable-usage-stats --address="$RAY_IP:$RAY_PORT" --dashboard-agent-listen-port=$agent

@@ -100,7 +100,9 @@ class Evaluator(Worker):
                 yield
 
     def opens(self) -> bool:
-        """Whether it has what it samples with."""
+        """Whether it has what it samples with; what may have passed by the next attempt is raised."""
+        if self._broken and may_pass(self._broken):
+            raise self._broken
         return self._broken is None
 
     def passes(self, sampled: Sampled, settings: Evaluate) -> bool:
@@ -262,10 +264,11 @@ class RayEvaluators:
             return error
         what = "node" if isinstance(error, NotOpened) else "device"
         words = f"this {what} fails where those of {sum(passed)} other evaluators do not: {describe(error)}"
-        for (seat, worker), right in zip(placed.items(), passed, strict=True):
-            if not right:
-                nodes.record_failure(self.job, nodes.under(worker), words)
-                ray.kill(self._workers.pop(seat))
+        failed = {seat: nodes.under(worker) for (seat, worker), right in zip(placed.items(), passed, strict=True) if not right}
+        for node in set(failed.values()):
+            nodes.record_failure(self.job, node, words)
+        for seat in failed:
+            ray.kill(self._workers.pop(seat))
         return WorkerFailure(words)
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:

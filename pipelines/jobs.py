@@ -147,10 +147,15 @@ class Job:
 
     @property
     def killed(self) -> bool:
-        """Whether it failed without a word of its own: its process was killed, or Ray could not start or watch it."""
+        """Whether it failed without a word of its own: its process was killed, or Ray could not start or watch it.
+
+        Or with words that are no error of ours and may pass (stage.py), such as a Ray that was busy when it began.
+        """
+        code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type in RAY_ACCIDENTS
+        if code == UNFORESEEN:
+            return True
         if self.status != JobStatus.FAILED or any(line and line.kind == "error" for line in map(lines.parse, self._tail)):
             return False
-        code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type in RAY_ACCIDENTS
         return bool(lost) or (code is not None and not 0 <= code < 128)
 
     def error(self, words: str) -> DisScaleError:

@@ -5,7 +5,7 @@ Read next: places.py, waiting.py.
 
 import time
 from collections.abc import Collection
-from itertools import islice
+from functools import partial
 
 from dis_scale.planning.plan import Plan
 from dis_scale.process.errors import UserError
@@ -37,11 +37,12 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
 def name_needs(driver: Driver, cluster: Cluster) -> None:
     """Log which later stages the nodes cannot hold yet."""
 
-    def say() -> None:
+    def say() -> bool:
         for stage, (count, request) in _lacking(driver, _due(driver.sweep, cluster)).items():
             driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
+        return True
 
-    silence_of(driver, cluster).ask(say)
+    silence_of(driver, cluster).insist(say, partial(go_on, driver))
 
 
 def await_nodes(driver: Driver, cluster: Cluster) -> None:
@@ -54,7 +55,7 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
 
         def lacks() -> bool:
             lacking = _lacking(driver, due)
-            for workers, request in islice(lacking.values(), 1):
+            for workers, request in [*lacking.values()][:1]:
                 if text := wait.poll(workers, request, together=workers):
                     driver.board.say(text)
             return bool(lacking)

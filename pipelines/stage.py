@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import ray
 
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Preempted, StorageAway, shown
+from dis_scale.process.errors import UNFORESEEN, DisScaleError, Preempted, StorageAway, shown
 from dis_scale.process.redaction import redact
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
@@ -237,7 +237,7 @@ def _exit_with(error: Exception, log: Log, logs: JobLogs) -> NoReturn:
     logs.close()
     if isinstance(cause, DisScaleError):
         os._exit(cause.exit_code)
-    os._exit(StorageAway.exit_code if may_pass(error) else DisScaleError.exit_code)  # an accident of the job's first second passes
+    os._exit(UNFORESEEN if may_pass(error) else DisScaleError.exit_code)  # an accident, after which another job follows
 
 
 @contextlib.contextmanager

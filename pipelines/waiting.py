@@ -63,8 +63,9 @@ class Wait:
         nodes = alive_nodes()
         if waited_s < STARTS * self._logged_after_s and capacity(request, nodes) >= max(count, together):
             return None
-        self._logged = count, request
-        return words(count, request, nodes, ray.available_resources(), together)
+        text = words(count, request, nodes, ray.available_resources(), together)
+        self._logged = count, request  # after Ray's answer, which may be lost
+        return text
 
     def log(self, job: StageJob, count: int, request: Resources, together: int = 1, *, alone: bool = True) -> None:
         """Poll and log it; a stop request ends the wait. `alone`: no other worker has work meanwhile."""

@@ -414,7 +414,7 @@ def test_prometheus_selects_the_metrics_of_kuberays_operator_as_those_of_our_pod
     ("code", "restarts", "signal", "queued"),
     [
         (0, 0, "", False), (1, 0, "", False), (2, 0, "", False), (74, 0, "", True), (74, 999, "", True), (74, 1000, "", False),
-        (69, 0, "", True), (69, 100, "", False), (70, 0, "", True), (70, 100, "", False),
+        (69, 0, "", True), (69, 100, "", False), (70, 0, "", True), (70, 20, "", False),
         (75, 0, "", False), (75, 0, "TERM", True), (75, 5000, "TERM", True), (74, 0, "TERM", True), (75, 0, "INT", False),
         (74, 0, "INT", False), (137, 0, "", True), (137, 100, "", False), (137, 0, "TERM", True), (1, 0, "TERM", False),
     ],
@@ -444,6 +444,9 @@ def test_slurm_queues_a_job_again_whose_sweep_does_not_end_in_time(tmp_path: Pat
     done = run_slurm(tmp_path, 75, 0, python=sweep)
     assert (done.returncode, (tmp_path / "asked").read_text()) == (137, "requeue 7\n")
     assert time.monotonic() - began_s < 30
+    found = re.search(r"STOP_WAIT_S:-(\d+)", (ROOT / "cluster/slurm.sh").read_text())
+    assert found
+    assert reading.load(ROOT / "configs/imagenet256.yaml").grace_s + 60 < int(found[1]) < 300
 
 
 def test_a_node_of_slurm_whose_raylet_has_ended_joins_again(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""The `dis-scale` command. Exit code 0, 2 for a user's mistake, 1 for a failure, 69 if held elsewhere, 74 if storage is
-away, 75 if stopped as requested.
+"""The `dis-scale` command. Exit code 0, 2 for a user's mistake, 1 for a failure, 69 if held elsewhere, 70 if
+nobody foresaw it, 74 if storage is away, 75 if stopped as requested.
 
 Each command imports what it needs when it runs, so that `--help` and a mistake are answered at once.
 """
@@ -78,7 +78,7 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error of ours becomes one line and its exit code, unless `--debug` is given anywhere."""
+    """Run the command; an error of ours becomes one line and its exit code, below its traceback if `--debug` is given anywhere."""
     words = sys.argv[1:] if arguments is None else arguments
     drives = [word for word in words if word != "--debug"][:1] in (["sweep"], ["resume"])
     context = Context()

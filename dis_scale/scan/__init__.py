@@ -189,5 +189,6 @@ def _check_conv(where: str, x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor) ->
 
 
 def require_like(what: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """UserError names a tensor of another shape or device, or of no floats."""
     if x.shape != shape or x.device != device or not x.is_floating_point():
         raise UserError(f"{what} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(shape)} of floats on {device}")

@@ -79,13 +79,11 @@ def _seconds(part: str, variant: str) -> str:
 
 
 def copy_report(sweep: Sweep, status: str | None) -> bool:
-    """Copy the report's files and, if the sweep has ended, its status; return whether MLflow has them.
-
-    After one that it does not take no other is tried: the sweep's GPUs wait meanwhile.
-    """
+    """Copy the report's files and, if the sweep has ended, its status; return whether MLflow has them."""
     copy = RunCopy(sweep, None)
-    sent = all(_send_file(copy, name, sweep.report.read(name), "report") for name in sweep.report.list())
-    return (not status or copy.finish(status)) and sent
+    sent = [_send_file(copy, name, sweep.report.read(name), "report") for name in sweep.report.list()]
+    ended = not status or copy.finish(status)
+    return ended and all(sent)
 
 
 def copy_everything(sweep: Sweep, parameters: dict[str, dict[str, object]], uri: str) -> int:

@@ -32,8 +32,6 @@ QUIET_S = 300.0
 """Time without a new metric row after which a run counts as silent."""
 STAGE_QUIET_S = 5400.0
 """Time without progress after which another stage does, as in the alert: its own watch has not helped."""
-TRIED_S = 3600.0
-"""Time since the newest attempt began within which a model is being tried: attempts are half an hour apart at most."""
 ENDS = 3
 """Number of a run's last attempts whose errors are shown."""
 T = TypeVar("T")
@@ -60,8 +58,6 @@ class RunStatus:
     """Host and process of an attempt that has not ended its lease, alive or not."""
     beat_age_s: float | None
     """Age of that process's last heartbeat."""
-    in_vain_s: float | None
-    """Time without a new row under this command while attempts begin; None if none does, as in a drought of capacity."""
     ends: list[str]
     """Errors by which the last attempts ended, the newest first."""
     ended: str | None
@@ -230,8 +226,6 @@ def _run(reader: _Reader, model: str, since: float | None) -> tuple[RunStatus, l
         before = since is not None and holding is not None and (holding.end is not None or (holding.holder.at or 0.0) < since)
         doing = "waiting" if holding is None or before else "stopped"
     seen = max(last.images if last else 0, point.images_seen if point else 0, *published, 0)
-    tried_at = holding.holder.at or 0.0 if holding else 0.0
-    in_vain = since is not None and tried_at >= max(since, now - TRIED_S) and doing in ("training", "waiting")
     rate = newest["images_per_s"].value if "images_per_s" in newest else None
     status = RunStatus(
         model=model, doing=doing, images_seen=seen, images=images, images_per_s=rate,
@@ -240,7 +234,6 @@ def _run(reader: _Reader, model: str, since: float | None) -> tuple[RunStatus, l
         resume_age_s=reader.read(f"{model}: resume point {point}", lambda: _age_s(run, point, now)) if point else None,
         attempts=holding.number if holding else 0, holder=_holder(holding),
         beat_age_s=now - holding.beat if holding and holding.end is None and holding.beat is not None else None,
-        in_vain_s=now - max(last.time if last else 0.0, since or 0.0) if in_vain else None,
         ends=[f"attempt {each.number} ended: {each.end.why}" for each in holdings if each.end and each.end.why], ended=ended,
         published=len(published), evaluated=len(evaluated), backlog=len(left),
         metric=_metric(reader, Sampled(model, evaluated[-1])) if evaluated else None,
@@ -278,11 +271,6 @@ def _wrong(runs: list[RunStatus]) -> list[str]:
             lines.append(
                 f"{run.model}: no metric row for {_span(run.row_age_s) or 'its whole time'}, and {run.holder} is alive: "
                 "it starts or hangs; see ops/runbooks/stuck-job.md"
-            )
-        if run.in_vain_s is not None and run.in_vain_s > STAGE_QUIET_S:
-            lines.append(
-                f"{run.model}: no metric row for {_span(run.in_vain_s)}, though attempts begin: why they end is below; "
-                "see ops/runbooks/preempted-sweep.md"
             )
         if run.doing == "stopped":
             lost = f"; {_no_heartbeat(run.holder, run.beat_age_s)}" if run.holder else ""

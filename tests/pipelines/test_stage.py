@@ -42,8 +42,8 @@ def test_what_an_error_quotes_is_no_line_of_the_protocol() -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        ("ConnectionError('Failed to connect to Ray cluster')", 74),
-        ('RuntimeError("can\'t start new thread")', 74),
+        ("ConnectionError('Failed to connect to Ray cluster')", 70),
+        ('RuntimeError("can\'t start new thread")', 70),
         ("KeyError(1)", 1),
     ],
 )

@@ -87,24 +87,6 @@ def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Sweep, plan: Plan, 
     assert answer("mlflow", "sync", sweep.folder.url, "--json")["rows"] == 8, "into its own"
 
 
-def test_an_mlflow_that_is_away_is_not_asked_for_each_file_of_a_report(
-    sweep: Sweep, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each takes half a minute where a server hangs, and the sweep's GPUs wait."""
-    create_runs(sweep, f"sqlite:///{tmp_path}/mlflow.db", plan.parameters())
-    for number in range(9):
-        sweep.report.write(f"figure-{number}.svg", b"<svg/>")
-    asked = list[str]()
-
-    def away(uri: str) -> Any:
-        asked.append(uri)
-        raise ConnectionError("refused")
-
-    monkeypatch.setattr(mlflow, "open_client", away)
-    assert not copy_report(sweep, "FINISHED")
-    assert len(asked) == 2, "a file, and the status"
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the calls of MLflow's clients, as they come."""

@@ -233,20 +233,6 @@ def test_a_run_whose_head_was_lost_waits_for_capacity_under_the_next_command(swe
     assert run.doing == "stopped", "it died under this command"
 
 
-def test_a_run_whose_attempts_end_before_a_step_is_named(sweep: Sweep) -> None:
-    """Each is shorter than five minutes and followed by a pause, so it neither is silent nor has stopped: for 45 hours."""
-    leases, began = sweep.run("dis").lease, time.time() - 3 * 3600
-    with lease.hold(sweep.lease("sweep")):
-        Holder.read(sweep.lease("sweep"), "0001").changed(at=began).write(sweep.lease("sweep"), "0001")
-        sweep.lease("sweep").write("0001.beat", f"12 {time.time():.0f}".encode())
-        for number, (minutes, named) in enumerate([(40, False), (80, False), (179, True)], 1):
-            Holder(host="here", pid=7, at=began + 60 * minutes).write(leases, f"{number:04d}")
-            lease.End(at=began + 60 * minutes, why="BrokenDevice: ECC error").write(leases, f"{number:04d}.end")
-            found, run = of(sweep, "dis")
-            line = "dis: no metric row for 3.0 h, though attempts begin: why they end is below; see "
-            assert (run.doing, any(each.startswith(line) for each in found.wrong)) == ("waiting", named), "else it waits for nodes"
-
-
 def test_dead_processes_are_named_with_what_to_type(sweep: Sweep) -> None:
     train(sweep, "dis", 160)
     for folder in (sweep.lease("sweep"), sweep.run("dis").lease):
