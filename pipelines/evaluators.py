@@ -42,7 +42,7 @@ Seat = tuple[int | None, str | None, int]
 
 
 class NotOpened(UserError):
-    """No evaluator can load the decoder or an extractor, which no checkpoint is to blame for."""
+    """An evaluator cannot load the decoder or an extractor, which no checkpoint is to blame for."""
 
 
 class Evaluator(Worker):

@@ -54,11 +54,12 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
     with Wait(driver.gauge) as wait:
 
         def lacks() -> bool:
-            lacking = _lacking(driver, due)
-            for workers, request in [*lacking.values()][:1]:
-                if text := wait.poll(workers, request, together=workers):
-                    driver.board.say(text)
-            return bool(lacking)
+            if not (lacking := _lacking(driver, due)):
+                return False
+            workers, request = next(iter(lacking.values()))
+            if text := wait.poll(workers, request, together=workers):
+                driver.board.say(text)
+            return True
 
         while silence.ask(lacks) is not False:
             go_on(driver)

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dis_scale.process.redaction import redact
 
 UNFORESEEN = 70
-"""Exit code of an error that is none of these (EX_SOFTWARE of sysexits.h): a mistake of ours, or an accident that nobody thought
-of. Schedulers try it again, a limited number of times."""
+"""Exit code of an error of no class below (EX_SOFTWARE of sysexits.h): a mistake of ours, or an accident that nobody thought of.
+Schedulers try it again, a limited number of times."""
 
 
 class DisScaleError(Exception):
