@@ -47,30 +47,21 @@ class Finding:
     words: str
 
 
+def _scan_problem(name: str, device: str) -> DisScaleError | None:
+    from dis_scale.scan import problem  # needs PyTorch
+
+    return problem(name, device)
+
+
+@dataclass(frozen=True)
 class Here:
     """This machine, as far as it is asked and not tried."""
 
-    def gpus(self) -> tuple[int, str]:
-        """Return the number of GPUs that PyTorch can use, and the fault of others."""
-        return usable_gpus()
-
-    def gpu_bytes(self) -> int:
-        """Return the memory of the smallest GPU."""
-        return smallest_gpu_bytes()
-
-    def scan_problem(self, name: str, device: str) -> DisScaleError | None:
-        """Return why a backend of the scan cannot run on a device."""
-        from dis_scale.scan import problem
-
-        return problem(name, device)
-
-    def program(self, name: str) -> str | None:
-        """Return the path of a program."""
-        return shutil.which(name)
-
-    def version(self, package: str) -> str:
-        """Return the version of an installed package."""
-        return metadata.version(package)
+    gpus: Callable[[], tuple[int, str]] = usable_gpus
+    gpu_bytes: Callable[[], int] = smallest_gpu_bytes
+    scan_problem: Callable[[str, str], DisScaleError | None] = _scan_problem
+    program: Callable[[str], str | None] = shutil.which
+    version: Callable[[str], str] = metadata.version
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +24,14 @@ from tests.support.commands import invoke
 DIGITS = TINY.parents[2] / "configs" / "digits.yaml"
 
 
-@dataclass(frozen=True)
-class Declared(Here):
-    """This machine with other GPUs, programs, versions and faults of the scan than it has."""
-
-    found: tuple[int, str] = (0, "")
-    versions: dict[str, str] = field(default_factory=dict)
-    has_programs: bool = True
-    problem: Callable[[str, str], DisScaleError | None] = Here().scan_problem
-
-    def gpus(self) -> tuple[int, str]:
-        return self.found
-
-    def gpu_bytes(self) -> int:
-        return 80 * 2**30
-
-    def scan_problem(self, name: str, device: str) -> DisScaleError | None:
-        return self.problem(name, device)
-
-    def program(self, name: str) -> str | None:
-        return super().program(name) if self.has_programs else None
-
-    def version(self, package: str) -> str:
-        return self.versions.get(package) or super().version(package)
+def declared(gpus: int = 0, fault: str = "", **others: Any) -> Here:
+    """Return this machine with other GPUs, and what else is given, than it has."""
+    return Here(gpus=lambda: (gpus, fault), gpu_bytes=lambda: 80 * 2**30, **others)
 
 
 QUICK: dict[str, Check] = {name: lambda _, name=name: Result(name) for name in ("ray", "deepspeed")}  # type: ignore[misc]
 """In place of the checks that start processes."""
-NO_GPU = Declared()
+NO_GPU = declared()
 
 
 def examined(recipe: Recipe, store: Folder, here: Here = NO_GPU, **replaced: Check) -> dict[str, Finding]:
@@ -115,7 +94,7 @@ def test_a_bad_part_ends_with_exit_code_1(quick: dict[str, Check], tmp_path: Pat
 
 
 def test_other_versions_are_named(tiny: Recipe, store: Folder) -> None:
-    here = Declared(versions={"torch": "0.1"})
+    here = declared(version=lambda name: {"torch": "0.1"}.get(name) or metadata.version(name))
     assert "torch 0.1 instead of " in tried(doctor.packages, tiny, store, here).words
 
 
@@ -128,13 +107,13 @@ def test_other_versions_are_named(tiny: Recipe, store: Folder) -> None:
 )  # fmt: skip
 def test_gpus_that_cannot_be_used(settings: list[str], gpus: tuple[int, str], words: str, store: Folder) -> None:
     scans = dict.fromkeys((f"scan {name}" for name in doctor.SCANS), QUICK["ray"])
-    gpu = examined(reading.load(DIGITS, settings), store, Declared(gpus), **scans)["gpu"]
+    gpu = examined(reading.load(DIGITS, settings), store, declared(*gpus), **scans)["gpu"]
     assert (gpu.state, words in gpu.words) == ("bad", True)
 
 
 def test_a_scan_that_cannot_be_built_is_bad_if_the_recipe_needs_it(tiny: Recipe, store: Folder) -> None:
     missing = DisScaleError("the native scan cannot be built: install a C++ compiler (g++ 11 or newer)")
-    here = Declared(problem=lambda *_: missing, has_programs=False)
+    here = declared(scan_problem=lambda *_: missing, program=lambda _: None)
     checks = (doctor.cpp_compiler, partial(doctor.scan, "native"))
     assert [tried(check, tiny, store, here) for check in checks] == [Finding("part", "bad", str(missing))] * 2
     without = tiny.model_copy(update={"models": {"dit": tiny.models["dit"]}})
@@ -143,7 +122,7 @@ def test_a_scan_that_cannot_be_built_is_bad_if_the_recipe_needs_it(tiny: Recipe,
 
 def test_on_a_gpu_triton_and_its_compiler_are_needed(tiny: Recipe, store: Folder) -> None:
     missing = UserError("the triton scan needs a C compiler for its launcher: install gcc, or set CC")
-    here = Declared((2, ""), problem=lambda *_: missing)
+    here = declared(2, scan_problem=lambda *_: missing)
     for check in (doctor.c_compiler, partial(doctor.scan, "triton")):
         assert tried(check, tiny, store, here) == Finding("part", "bad", str(missing))
     assert tried(partial(doctor.scan, "mamba"), tiny, store, here).state == "not needed"
@@ -155,7 +134,7 @@ SSM = "models.ssm={kind: diffussm, width: 16, depth: 1, patch: 4}"
 def test_on_a_gpu_the_kernels_of_training_and_sampling_are_verified(monkeypatch: pytest.MonkeyPatch, store: Folder) -> None:
     """Each model that Triton's kernels compute, in its precision, at the images of its forward passes."""
     compared = []
-    here = Declared((2, ""), problem=lambda *_: None)
+    here = declared(2, scan_problem=lambda *_: None)
     monkeypatch.setattr(
         "dis_scale.models.verify_kernels",
         lambda net, _, images, training: compared.append((net.settings.kind, net.precision, images, training)),
