@@ -101,11 +101,11 @@ def _forecast(forecast: "FleetForecast", train: "Train") -> list[RenderableType]
 def _memory(forecast: "FleetForecast", train: "Train") -> Table:
     models, usable = forecast.models, forecast.usable_bytes
     table = narrow_table(
-        f"GiB of a worker by ZeRO stage and checkpointing, {train.micro_images or train.lane_images} images in a forward pass; "
-        f"* is over the usable {usable / 2**30:.1f}",
         "model",
         *(each.replace("ZeRO ", "Z").replace(",", "\n") for each in next(iter(models.values())).memory_bytes),
         "most images\nas set",
+        title=f"GiB of a worker by ZeRO stage and checkpointing, {train.micro_images or train.lane_images} images in a forward "
+        f"pass; * is over the usable {usable / 2**30:.1f}",
     )
     for name, each in models.items():
         sizes = (f"{size / 2**30:.1f}{'*' if size > usable else ''}" for size in each.memory_bytes.values())
@@ -115,8 +115,8 @@ def _memory(forecast: "FleetForecast", train: "Train") -> Table:
 
 def _training(forecast: "FleetForecast") -> Table:
     table = narrow_table(
-        "training, by arithmetic", "model", "GPUs", "sent\na step", "steps/s", "days", "GPU hours", "resume\npoint",
-        "every,\nimages", "lost", "evaluation\nGPU hours", "stored", "price",
+        "model", "GPUs", "sent\na step", "steps/s", "days", "GPU hours", "resume\npoint",
+        "every,\nimages", "lost", "evaluation\nGPU hours", "stored", "price", title="training, by arithmetic",
     )  # fmt: skip
     for name, each in forecast.models.items():
         every_images = each.resume_every_images
@@ -130,7 +130,8 @@ def _training(forecast: "FleetForecast") -> Table:
 
 
 def _sizes(forecast: "FleetForecast") -> Table:
-    table = narrow_table("the sweep, by the number of GPUs", "GPUs", "days", "GPU hours", "largest loss", "stored", "price")
+    sizes = "the sweep, by the number of GPUs"
+    table = narrow_table("GPUs", "days", "GPU hours", "largest loss", "stored", "price", title=sizes)
     for each in forecast.by_gpus:
         table.add_row(
             f"{each.gpus:,}{'' if each.fits else ' too small'}", _number(each.days), _number(each.gpu_hours),

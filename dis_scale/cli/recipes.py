@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from dis_scale.cli.shared import AsJson, Overrides, SourceImages, load_recipe, show, source_images
+from dis_scale.process import tables
 from dis_scale.process.errors import DisScaleError, counted
 
 if TYPE_CHECKING:
@@ -104,9 +105,7 @@ def _lines(recipe: "Recipe", numbers: "Numbers") -> list[str]:
 
 
 def _table(models: "dict[str, ModelNumbers]") -> Table:
-    table = Table("model", "tokens", "parameters", "Gflops", "images", "steps", "epochs", "steps between resume points")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = tables.table("model", "tokens", "parameters", "Gflops", "images", "steps", "epochs", "steps between resume points")
     for name, each in models.items():
         epochs = "" if each.epochs is None else f"{each.epochs:,.4g}"
         table.add_row(

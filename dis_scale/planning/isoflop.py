@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dis_scale import vae
 from dis_scale.planning.plan import Plan, price_sweep
+from dis_scale.process import tables
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import MODEL_NAME_CHARACTERS, LatentShape, Recipe, reading
 
@@ -116,14 +117,12 @@ def table(plan: Plan, study: Sequence[Cell], source_images: int | None) -> Table
     spent = sum(plan.own_flops(name) for name in plan.costs if name in {cell.size for cell in study})
     spent += sum(plan.own_flops(name) for name in plan.recipe.budgets)
     complete = sum(cell.images * plan.training_flops(cell.size) for cell in study if not cell.refusal)
-    out = Table(
+    out = tables.table(
+        "size", "parameters", "FLOPs per image", *(f"{budget:g}" for budget in dict.fromkeys(cell.budget for cell in study)),
+        left=("size",),
         title=f"study of {plan.recipe.name}: images, steps and epochs at each budget (FLOPs, two for each multiply-add)",
         caption=f"{spent:.3g} FLOPs in all; complete trainings for each budget: {complete:.3g}",
-    )
-    for column in ("size", "parameters", "FLOPs per image"):
-        out.add_column(column, justify="left" if column == "size" else "right")
-    for budget in dict.fromkeys(cell.budget for cell in study):
-        out.add_column(f"{budget:g}", justify="right")
+    )  # fmt: skip
     for size in dict.fromkeys(cell.size for cell in study):
         words = [_words(cell, epoch_images) for cell in study if cell.size == size]
         out.add_row(size, f"{plan.costs[size].parameters:,}", f"{plan.training_flops(size):.3g}", *words)

@@ -264,8 +264,8 @@ def table(plan: Plan) -> Table:
         + "".join(f"; {line}" for line in _transfers(plan.recipe))
     )
     out = narrow_table(
-        f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}",
         "model", "parameters", "tokens", "Gflops", "training\nPFLOP", "GPU", "resume\npoint", "saving\ntakes", caption=caption,
+        title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}",
     )  # fmt: skip
     out.columns[0].no_wrap = False
     for name, c in plan.costs.items():

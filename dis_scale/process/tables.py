@@ -1,14 +1,20 @@
-"""Tables for a terminal of 80 columns."""
+"""Tables whose columns are numbers but for those that are named."""
 
 from collections.abc import Collection
+from functools import partial
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 
-def narrow_table(title: str, *columns: str, left: Collection[str] = ("model",), caption: str | None = None) -> Table:
-    """Return an empty table without rules between its columns, whose cells are not wrapped; all but `left` are numbers."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+def table(*columns: str, left: Collection[str] = ("model",), no_wrap: bool = False, **style: Any) -> Table:
+    """Return an empty table of rich's `style`, with columns of numbers, on the right, but for `left`."""
+    out = Table(**style)
     for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
-    return table
+        out.add_column(column, justify="left" if column in left else "right", no_wrap=no_wrap)
+    return out
+
+
+narrow_table = partial(table, no_wrap=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+"""A table for a terminal of 80 columns: no rules between its columns, no cell of several lines."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from dis_scale.process import tables
 from dis_scale.report import drawing, figures
 from dis_scale.report.compare import paired_error
 from dis_scale.report.tables import csv_bytes, with_error
@@ -54,9 +55,7 @@ def _rows(evaluations: list[Metrics], metric: str) -> list[dict[str, float]]:
 
 
 def _table(setting: str, metric: str, values: Sequence[float], rows: list[dict[str, float]]) -> Table:
-    out = Table()
-    for column in (setting, metric, "above the lowest"):
-        out.add_column(column, justify="right")
+    out = tables.table(setting, metric, "above the lowest", left=())
     for value, row in zip(values, rows, strict=True):
         cells = [with_error(row[name], row.get(f"{name}_error")) for name in (metric, ABOVE)]
         out.add_row(f"{value:g}", *cells, style="" if row[ABOVE] else "bold")

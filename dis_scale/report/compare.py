@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dis_scale.evaluation.metrics import FOLDS, jackknife_error
+from dis_scale.process import tables
 from dis_scale.process.errors import UserError, counted
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.recipe.identity import as_yaml, differing
@@ -170,12 +171,11 @@ def _weights(report: Report) -> list[str]:
 
 def comparison_table(a: Report, b: Report, found: Sequence[Difference]) -> Table:
     """Return a table with a row for each common point, bold if the difference is significant over seeds."""
-    out = Table(
-        title=f"{a.sweep} against {b.sweep}: {a.metric}", caption=Text("\n".join(_notes(a, b, found))), caption_justify="left",
-    )  # fmt: skip
     both = (a.sweep, b.sweep) if max(len(a.sweep), len(b.sweep)) <= LONGEST_NAME else ("the first", "the second")
-    for column in ("model", "sampling", "images", *both, "difference", "in errors"):
-        out.add_column(column, justify="left" if column in ("model", "sampling") else "right")
+    out = tables.table(
+        "model", "sampling", "images", *both, "difference", "in errors", left=("model", "sampling"), caption_justify="left",
+        title=f"{a.sweep} against {b.sweep}: {a.metric}", caption=Text("\n".join(_notes(a, b, found))),
+    )  # fmt: skip
     for difference in found:
         p, q, change, error = difference.a, difference.b, difference.change, difference.error
         cells = [f"{each.distance(s):.4g}{UNFINISHED if s.unfinished else ''}" for each, s in ((a, p), (b, q))]

@@ -17,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from dis_scale.evaluation.metrics import FOLDS
+from dis_scale.process import tables
 from dis_scale.process.errors import UserError
 from dis_scale.process.progress import some
 from dis_scale.recipe import MAIN
@@ -309,9 +310,10 @@ def _either_way(report: Report, first: str, other: str) -> Comparison:
 def table(sweep: str, found: Sequence[Comparison | AtBudget]) -> Table:
     """Return a table with every size and seed beside the other family's curve; the sentences are its caption."""
     ours, theirs = found[0].ours, found[0].theirs
-    out = Table(title=f"{sweep}: {ours} against {theirs}", caption="\n".join(each.sentence for each in found))
-    for column in ("metric", "at equal", "model", "cost", "each seed", f"line of {theirs}", "difference"):
-        out.add_column(column, justify="left" if column in ("metric", "at equal", "model") else "right")
+    out = tables.table(
+        "metric", "at equal", "model", "cost", "each seed", f"line of {theirs}", "difference", left=("metric", "at equal", "model"),
+        title=f"{sweep}: {ours} against {theirs}", caption="\n".join(each.sentence for each in found),
+    )  # fmt: skip
     for each in found:
         for row in each.rows():
             out.add_row(*row)

@@ -288,7 +288,7 @@ def table(status: Status) -> Group:
     head = Text(shown(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"))
     below = Text(shown("\n".join(status.wrong + status.known + attempts)))
     out = narrow_table(
-        "", "model", "doing", "images", "images\n/s", "left", "saved\nago", "evalu-\nated", "metric", left=("model", "doing"),
+        "model", "doing", "images", "images\n/s", "left", "saved\nago", "evalu-\nated", "metric", left=("model", "doing"),
     )  # fmt: skip
     out.columns[0].no_wrap = False
     for run in status.runs:
@@ -314,7 +314,7 @@ def overview(found: Sequence[Status]) -> Group:
     folders = {status.sweep.rpartition("/")[0] for status in found}
     above = f"{folders.pop()}/" if len(folders) == 1 else ""
     out = narrow_table(
-        "", "sweep", "doing", "models\ntrained", "images", "evalua-\ntions due", "wrong", left=("sweep", "doing"),
+        "sweep", "doing", "models\ntrained", "images", "evalua-\ntions due", "wrong", left=("sweep", "doing"),
     )  # fmt: skip
     for column in out.columns[:2]:
         column.no_wrap, column.overflow = False, "fold"
