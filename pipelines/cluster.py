@@ -14,7 +14,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import ray
 from ray.job_submission import JobSubmissionClient
 
 from dis_scale.process.errors import UserError, counted
+from dis_scale.process.machine import free_ports
 from dis_scale.recipe import Recipe
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
@@ -205,15 +205,6 @@ def own_job() -> str | None:
     facts = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     own: str | None = facts.get("metadata", {}).get("job_submission_id")
     return own
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of loopback that are free now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def models_at_once(recipe: Recipe, resources: Resources, known: Sequence[Resources] = ()) -> int:

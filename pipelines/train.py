@@ -6,7 +6,6 @@ The job's driver holds the run's lease, forwards stop requests, copies rows to M
 import contextlib
 import math
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale.process.errors import DisScaleError, OutOfMemory, WrongKernel
+from dis_scale.process.machine import free_ports
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Train
 from dis_scale.storage import lease
@@ -54,9 +54,7 @@ class Trainer(Worker):
         packages.require(codes)
         context, ip = ray.get_runtime_context(), ray.util.get_node_ip_address()
         interfaces = environment.prepare_group(ip, device)
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports(1, host="")
         return Place(ip, context.get_node_id(), context.get_accelerator_ids()["GPU"], port, interfaces)
 
     def stacks(self) -> str:

@@ -123,7 +123,8 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
     write = _write_tar if layout == "webdataset" else _write_files
     folder = out / layouts.REPA_FOLDER if layout == "repa" else out
     identity = f"{layout} of {latents}".encode()
-    if next(folder.walk(), None) is not None and not _began(folder, identity):
+    began = folder.exists(layouts.UNFINISHED) and folder.read(layouts.UNFINISHED) == identity
+    if not began and next(folder.walk(), None) is not None:
         raise UserError(f"--out {folder}: it has files: give a new folder, or delete them")
     if layout == "repa":
         _require_paired(latents, manifest)
@@ -169,10 +170,6 @@ def _require_paired(latents: Folder, manifest: LatentsManifest) -> None:
             f"{latents}: REPA would pair latents with other images: its tool also takes {some(beside)}, which the listing left "
             "out: remove them and their like and change data.source.version and the sweep's name, or use --layout edm2"
         )
-
-
-def _began(folder: Folder, identity: bytes) -> bool:
-    return folder.exists(layouts.UNFINISHED) and folder.read(layouts.UNFINISHED) == identity
 
 
 def _places(manifest: LatentsManifest) -> np.ndarray:

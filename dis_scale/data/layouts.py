@@ -79,7 +79,11 @@ def many_in_a_file(source: LatentsSource, *, mirror: bool, labelled: bool) -> In
             files = _Safetensors(mirror=mirror, labelled=labelled)
             return InFiles(".safetensors", files.find, files.read, lambda first, entry: first.file == entry.file)
         case _ if source.url.endswith(".zip"):
-            return InFiles(".zip", partial(_find_in_zips, labelled=labelled), tars.read, tars.near)
+
+            def find(root: Folder, names: list[str]) -> Contents:
+                return Contents(of_files(root, names, lambda name: _in_zip(root, name, labelled=labelled), 0))
+
+            return InFiles(".zip", find, tars.read, tars.near)
     return None
 
 
@@ -277,10 +281,6 @@ def _labelled(
             f"{where}: {len(left):,} files of {LABELS} are not there: {some([printable(name) for name in left])}; "
             "copy them, or remove them from it"
         )
-
-
-def _find_in_zips(root: Folder, names: list[str], *, labelled: bool) -> Contents:
-    return Contents(of_files(root, names, lambda name: _in_zip(root, name, labelled=labelled), 0))
 
 
 def _in_zip(root: Folder, name: str, *, labelled: bool) -> Iterator[Entry | LeftOut]:

@@ -5,7 +5,6 @@ Read next: loop.py.
 """
 
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dis_scale.data.latents import prefetch
 from dis_scale.process.errors import UserError
+from dis_scale.process.machine import free_ports
 from dis_scale.recipe import ModelTrain, Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
@@ -102,9 +102,7 @@ def _profiled(take_step: Callable[[], None], device: torch.device, trace: Path) 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """A process group with this process alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
     engine.connect(device)

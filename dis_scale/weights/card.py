@@ -37,7 +37,9 @@ def model_card(opened: OpenCheckpoint) -> str:
     model, sweep, published = opened.model, opened.located.sweep, opened.located.published
     cost = price_model(model.settings, model.shape, model.num_classes)
     channels, size = model.shape
-    manifest = _manifest(sweep, published) if sweep and published else None
+    manifest = None
+    if sweep and published:
+        manifest = PublishedManifest.find(sweep.run(published.model).published_at(published.images_seen))
     origin = manifest.imported if manifest else None
     name = f"{sweep.recipe.name}-{published.model}" if sweep and published else model.settings.kind
     parts = {
@@ -54,10 +56,6 @@ def model_card(opened: OpenCheckpoint) -> str:
     }
     head = f"---\nlibrary_name: diffusers\nlicense: other  # to fill in\ntags: [diffusion, {model.settings.kind}]\n---\n"
     return head + f"# {name}\n" + "".join(f"\n## {title}\n\n{text}\n" for title, text in parts.items())
-
-
-def _manifest(sweep: Sweep, published: Sampled) -> PublishedManifest | None:
-    return PublishedManifest.find(sweep.run(published.model).published_at(published.images_seen))
 
 
 def _use(opened: OpenCheckpoint) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 import ray
 from ray.job_submission import JobSubmissionClient
 
+from dis_scale.process.machine import free_ports
 from ops.drills.processes import kill_all
-from pipelines.cluster import Cluster, free_ports
+from pipelines.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 400

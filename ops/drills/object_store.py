@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.cluster import free_ports
+from dis_scale.process.machine import free_ports
 
 KEY, SECRET = "testkey", "testsecret"
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")

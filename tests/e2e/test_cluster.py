@@ -16,10 +16,10 @@ from typing import NamedTuple
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+from dis_scale.process.machine import free_ports
 from dis_scale.sweep import Sweep, state
 from ops.drills import object_store
 from pipelines import jobs
-from pipelines.cluster import free_ports
 from tests.support import pods, secrets, stages, sweeps
 from tests.support.exporters import scrape_all
 from tests.support.waiting import wait_until

@@ -25,12 +25,12 @@ import yaml
 from torch import nn
 
 from dis_scale import vae
+from dis_scale.process.machine import free_ports
 from dis_scale.recipe import TrainedVae
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep.documents import LatentsManifest, LatentsPointer, Metrics, TrackingIds
 from ops.drills.object_store import ObjectStore
-from pipelines.cluster import free_ports
 from tests.conftest import TINY
 from tests.support import clusters, labelled_images, pods, programs, sweeps
 from tests.support.clusters import RayNodes

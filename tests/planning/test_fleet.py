@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +36,7 @@ from dis_scale.planning.fleet import (
     wire_bytes,
 )
 from dis_scale.planning.plan import on_fleet, price_sweep
+from dis_scale.process.machine import free_ports
 from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.training import engine, resume
 from dis_scale.training.memory import most_images, plan_passes, worker_bytes
@@ -110,9 +110,7 @@ PASSES = 2
 
 def test_two_ranks_send_what_the_formula_says(tmp_path: Path) -> None:
     """Elements that DeepSpeed gives to its collectives in a real step, at each stage; small weights are kept at stage 3."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     ranks.start_server()
     start_processes(_rank, (2, port, tmp_path), 2, start_method="forkserver")
     counted = json.loads((tmp_path / "counted.json").read_text())

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dis_scale.process.machine import free_ports
 from ops.drills.object_store import ObjectStore
-from pipelines.cluster import free_ports
 from tests.support import pods, sweeps
 
 PROGRAMS = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)

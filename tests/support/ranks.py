@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from dis_scale.data import shards
 from dis_scale.data.shards import Sample
+from dis_scale.process.machine import free_ports
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
@@ -44,7 +44,7 @@ def start_server() -> None:
 def on_ranks(world: int, check: Callable[..., None], *arguments: object) -> None:
     """Run a check on each rank of a process group of new processes: DeepSpeed starts once per process."""
     start_server()
-    arguments = (world, _free_port(), check, *arguments)
+    arguments = (world, *free_ports(1), check, *arguments)
     start_processes(_checked, arguments, world, start_method="forkserver")
 
 
@@ -57,12 +57,6 @@ def _checked(rank: int, world: int, port: int, check: Callable[..., None], *argu
 def at_each_stage(check: Callable[[int], None], stages: tuple[int, ...] = (1, 2, 3)) -> None:
     for stage in stages:
         check(stage)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _join(rank: int, world: int, port: int) -> None:
@@ -99,7 +93,7 @@ def run(recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | Non
     latents = open_folder(root) / "latents"
     if not latents.exists("manifest.json"):
         make_latents(latents, recipe)
-    arguments = (world, _free_port(), recipe, model, str(root), attempt, stop_at, faults)
+    arguments = (world, *free_ports(1), recipe, model, str(root), attempt, stop_at, faults)
     start_server()
     ranks: Any = start_processes(_rank, arguments, world, join=False, start_method="forkserver")
     # If one rank dies, the others get SIGTERM. To them it is a stop request, so they are killed after a second.

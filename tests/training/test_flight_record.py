@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import spawn
 
+from dis_scale.process.machine import free_ports
 from dis_scale.training import devices
-from pipelines.cluster import free_ports
 from pipelines.environment import prepare_group
 
 
