@@ -19,6 +19,7 @@ from dis_scale.evaluation.run import Spent, block_name
 from dis_scale.process.errors import DisScaleError, UserError, WrongKernel
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.sweep.documents import LatentsPointer
 from dis_scale.training import devices
 from pipelines import nodes, ray_private
 from pipelines.failures import WorkerFailure, describe, may_pass
@@ -78,7 +79,7 @@ class Evaluator(Worker):
         if shares:
             torch.cuda.set_per_process_memory_fraction(sweep.recipe.evaluate.gpu_share, 0)
         decoder = vae.for_samples(sweep, vae.load_in_stage(sweep))
-        state.require_sweep_vae(sweep, decoder.identity)
+        state.require_same_vae(sweep.folder, LatentsPointer.read(sweep.folder).vae, decoder.identity)
         decoder.net.to(where)
         self.sweep, self.sampler = sweep, open_sampler(sweep, decoder, where)
 

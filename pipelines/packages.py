@@ -1,7 +1,6 @@
 """Packages and files of the families that other packages bring: each node must have them before anything is spent."""
 
 from collections.abc import Mapping
-from functools import partial
 
 import ray
 
@@ -20,16 +19,15 @@ def require_on_nodes(recipe: Recipe) -> None:
     """NoFamily names the nodes of this process's cluster that lack a package or a file."""
     if not (codes := brought(recipe)):
         return
-    if missing := nodes.of_living(partial(_lacking, codes)):
+
+    def lacking(alive: list[nodes.Node]) -> list[tuple[str, str]]:
+        reasons = nodes.on_each(alive, _missing, codes, words=lambda name, why: f"node {name}: its packages are not checked: {why}")
+        return [(node.name, reason) for node, reason in zip(alive, reasons, strict=True) if reason]
+
+    if missing := nodes.of_living(lacking):
         name, reason = missing[0]
         others = f" (and {len(missing) - 1} other nodes)" if len(missing) > 1 else ""
         raise NoFamily(f"node {name}{others}: {reason}")
-
-
-def _lacking(codes: dict[str, str], alive: list[nodes.Node]) -> list[tuple[str, str]]:
-    """Return the name of each node that lacks something, and what."""
-    reasons = nodes.on_each(alive, _missing, codes, words=lambda name, why: f"node {name}: its packages are not checked: {why}")
-    return [(node.name, reason) for node, reason in zip(alive, reasons, strict=True) if reason]
 
 
 def require(codes: Mapping[str, str]) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, UserError, shown
 from dis_scale.process.jsonlog import JsonLines
 from dis_scale.process.progress import PLAIN_EVERY_S
+from dis_scale.process.threads import repeating
 from dis_scale.recipe import shipped
 
 if TYPE_CHECKING:
@@ -122,19 +122,14 @@ def require_there(at: str) -> None:
 @contextmanager
 def working(words: str, every_s: float = PLAIN_EVERY_S) -> Iterator[None]:
     """Say from time to time beside the output that this work continues: storage may be far, and a sweep large."""
-    ended, began_s = threading.Event(), time.monotonic()
+    began_s = time.monotonic()
 
     def say_so() -> None:
-        while not ended.wait(every_s):
-            say_aside(f"{words}, {time.monotonic() - began_s:.0f} s so far")
+        if (past_s := time.monotonic() - began_s) >= every_s:
+            say_aside(f"{words}, {past_s:.0f} s so far")
 
-    thread = threading.Thread(target=say_so, daemon=True)
-    thread.start()
-    try:
+    with repeating(say_so, every_s, "working"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def load_recipe(recipe: str | Path | None, overrides: list[str] | None = None) -> "Recipe":

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
+from pydantic_core import to_jsonable_python
 
 from dis_scale.process.settings import Settings
 from dis_scale.recipe import Isoflop, Recipe, Train
@@ -61,15 +62,8 @@ def _named_differences(where: str, stored: Mapping[str, Settings], given: Mappin
 def as_yaml(value: Any) -> str:
     """Format a setting's value as in a recipe."""
     if isinstance(value, tuple | list | dict | Settings):
-        return yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=1000).strip()
+        return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, sort_keys=False, width=1000).strip()
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as plain YAML types."""
-    if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
-    return value.model_dump(mode="json") if isinstance(value, Settings) else value
 
 
 def differing(stored: Settings, given: Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

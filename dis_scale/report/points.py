@@ -289,7 +289,7 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
         flops, origin = plan.training_flops(model), origins[model]
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
-                values = {name: value for name, value in evaluation.values.items() if not name.endswith("_floor")}
+                values = evaluation.values
                 if images_seen <= copied[model]:
                     continue  # it is the origin's point
                 kind = recipe.models[model].curve

@@ -120,11 +120,6 @@ def latents_vae(sweep: Sweep) -> str | None:
     return pointer.vae if pointer else None
 
 
-def require_sweep_vae(sweep: Sweep, vae_identity: str) -> None:
-    """UserError if the sweep's latents were made with another VAE than this one."""
-    require_same_vae(sweep.folder, LatentsPointer.read(sweep.folder).vae, vae_identity)
-
-
 def require_same_vae(where: Folder, latents_vae: str, given_vae: str) -> None:
     """UserError if the latents were made with another VAE than the given one, both by their identity."""
     if latents_vae != given_vae:

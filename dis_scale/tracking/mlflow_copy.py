@@ -44,7 +44,7 @@ def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None)
 def rows_of_evaluation(sweep: Sweep, sampled: Sampled) -> list[Row]:
     """Return an evaluation's values, and the seconds that they took."""
     metrics, suffix = Metrics.read(sweep.evaluation(sampled)), _suffix(sampled.variant)
-    values = {f"{name}{suffix}": value for name, value in metrics.values.items() if not name.endswith("_floor")}
+    values = {f"{name}{suffix}": value for name, value in metrics.values.items()}
     values |= {_seconds(name, sampled.variant): value for name, value in metrics.seconds.items()}
     return [Row(name, value, sampled.images_seen, metrics.time) for name, value in values.items()]
 
