@@ -6,9 +6,9 @@ manifest. There is no gather and no collective off the training thread. Loading 
 """
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -170,8 +170,8 @@ class Saver:
     """Longest of these pauses."""
     took_s: float = 0.0
     """Time from the first byte to the end of the last resume point."""
-    _thread: threading.Thread | None = None
-    _error: BaseException | None = None
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "save"))
+    _saving: Future[None] | None = None
     _stay: bool = False
     """Whether it was said that old resume points cannot be deleted."""
 
@@ -180,7 +180,7 @@ class Saver:
         with self._pausing():
             self.finish()
             clones = {kind: engine.segments(kind) for kind in engine.kinds}
-        self._start(lambda: self._write(clones, images_seen, progress))
+        self._saving = self._pool.submit(self._write, clones, images_seen, progress)
 
     def publish(self, engine: Engine, images_seen: int, progress: RunState, description: str) -> None:
         """Start publishing the averaged weights, unless this count is published already; collective.
@@ -197,7 +197,7 @@ class Saver:
             averages = {average_file(name): engine.full_average(name) for name in engine.averages}
         if self.rank == 0:
             weights = {name: each for name, each in averages.items() if each}
-            self._start(lambda: self._seal(folder, weights, description, images_seen, progress))
+            self._saving = self._pool.submit(self._seal, folder, weights, description, images_seen, progress)
 
     @contextlib.contextmanager
     def _pausing(self) -> Iterator[None]:
@@ -210,25 +210,13 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for the save in progress; raise its error, if any."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        self.raise_failed()
+        if self._saving:
+            self._saving.result()
 
     def raise_failed(self) -> None:
         """Raise the error of the last save, if any."""
-        if self._error:
-            raise self._error
-
-    def _start(self, write: Callable[[], None]) -> None:
-        def guarded() -> None:
-            try:
-                write()
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=guarded, name="save")
-        self._thread.start()
+        if self._saving and self._saving.done():
+            self._saving.result()
 
     def _seal(
         self, folder: Folder, weights: dict[str, dict[str, torch.Tensor]], description: str, images_seen: int, progress: RunState
