@@ -51,10 +51,11 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @differentiable_once("chunked scan")
     def backward(ctx: Any, dy_LBE: Tensor) -> tuple[Tensor, ...]:
-        A_EN, *times = ctx.saved_tensors[:5]
+        A_EN, *rest = ctx.saved_tensors  # once: a recomputed block unpacks them once
+        times, starts = rest[:4], rest[4:]
         dA_EN, gradients = torch.zeros_like(A_EN), [torch.empty_like(each) for each in times]
-        carry_BEN, buffers = torch.zeros_like(ctx.saved_tensors[5]), _buffers(4, dy_LBE, A_EN)
-        for chunk, start_BEN in reversed(list(zip(_chunks(dy_LBE), ctx.saved_tensors[5:], strict=True))):
+        carry_BEN, buffers = torch.zeros_like(starts[0]), _buffers(4, dy_LBE, A_EN)
+        for chunk, start_BEN in reversed(list(zip(_chunks(dy_LBE), starts, strict=True))):
             dy, delta, x, B, C = (each[chunk] for each in (dy_LBE, *times))
             decays, states, dh, scratch = (each[: len(dy)] for each in buffers)
             _recompute_states(start_BEN, delta, x, A_EN, B, decays, states)

@@ -69,12 +69,13 @@ def test_forward_is_the_same_in_training_and_uses_no_random_numbers(settings: Fa
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("scan", ["auto", "chunked", "reference"])
 @MODELS
-def test_recomputed_blocks_give_the_same_gradients(settings: FamilySettings) -> None:
+def test_recomputed_blocks_give_the_same_gradients(settings: FamilySettings, scan: str) -> None:
     """Also in a second backward pass through the same graph, which PyTorch allows but for `selective`."""
     gradients = []
     for mode in ("none", "block", "every_2", "selective"):
-        model = build(settings, SHAPE, 10, checkpointing=mode)
+        model = build(settings, SHAPE, 10, scan=scan, checkpointing=mode)
         drop = torch.ones(len(model.drop_rates), 3)
         drop[1::2, 0] = 0
         loss = model(*inputs(), drop).square().mean()
