@@ -50,6 +50,14 @@ def test_dpm_solver_is_second_order_without_the_last_jump() -> None:
     assert slopes(errors) == pytest.approx([2, 2], abs=0.15)
 
 
+@pytest.mark.parametrize(("s", "steps", "within"), [(0.25, 50, 0.03), (0.5, 20, 0.06), (0.5, 50, 0.01), (1.0, 20, 0.01)])
+def test_dpm_solver_gives_the_datas_deviation_in_steps_that_users_have(s: float, steps: int, within: float) -> None:
+    """Of even steps in time the last is by far the longest in log-SNR, and nothing may be extrapolated over it."""
+    noisiest = GAUSSIAN.respaced(steps).alpha_bars_K[-1]
+    exact = s / float((noisiest * s**2 + 1 - noisiest) ** 0.5)
+    assert sample(eps_model(GAUSSIAN.chain, s), GAUSSIAN, "dpm_solver", steps, ONE).item() == pytest.approx(exact, rel=within)
+
+
 ORDERS = {"ddim": 1, "dpm_solver": 2, "euler": 1, "heun": 2}
 """Of each sampler that draws no noise; of a flow's they are measured here, and of the others above."""
 
