@@ -69,6 +69,10 @@ class FlowMatching:
             case "noise":
                 return (out_BCHW - xt_BCHW) / (1 - t).clamp(min=LEAST_DIVISOR)
 
+    def times(self, steps: int) -> NDArray[np.float32]:
+        """Return the model's times from which a sampler's steps go."""
+        return 1000 * self.grid(steps)[:-1].astype(np.float32)
+
     def grid(self, steps: int) -> NDArray[np.float64]:
         """Times from 1 to 0 in `steps` steps, equally spaced before the shift."""
         return self._shift(np.linspace(1.0, 0.0, steps + 1))

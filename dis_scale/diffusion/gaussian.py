@@ -118,6 +118,10 @@ class GaussianDiffusion:
         vb_B = variational_bound(c, x0_BCHW, xt_BCHW, eps_BCHW.detach(), v_BCHW, t_B == 0)
         return Losses(mse_B + vb_B, mse_B, vb_B)
 
+    def times(self, steps: int) -> Table:
+        """Return the model's times from which a sampler's steps go."""
+        return self.respaced(steps).times_K
+
     def respaced(self, count: int) -> Chain:
         """A chain of `count` of the steps, including both ends, as ADM's SpacedDiffusion."""
         used = spaced_times(self.num_steps, count)

@@ -1,6 +1,5 @@
 """Price of a sweep before it starts: counts and arithmetic, nothing measured."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +7,7 @@ from functools import cache
 
 from rich.table import Table
 
+from dis_scale import diffusion
 from dis_scale.data.cache import share_read
 from dis_scale.data.latents import GIB
 from dis_scale.data.shards import sample_bytes
@@ -45,10 +45,12 @@ class Plan:
     def sampling_flops(self, model: str, settings: Evaluate | None = None) -> float:
         """FLOPs of the samples of one evaluation, by default under the main settings: guidance adds a pass, its own or that
         of the model that guides, and some samplers evaluate the model twice a step."""
-        settings, process = settings or self.recipe.evaluate, self.recipe.diffusion
-        low, high = settings.guidance_interval or (0, math.inf)
-        end = process.steps if process.kind == "gaussian" else 1  # the interval is of the model's times
-        guided = max(min(high, end) - low, 0) / end * (settings.scale != 1)
+        settings = settings or self.recipe.evaluate
+        guided = float(settings.scale != 1)
+        if guided and settings.guidance_interval:
+            low, high = settings.guidance_interval
+            times_K = diffusion.build(self.recipe.diffusion, self.shape).times(settings.steps)
+            guided = float(((low <= times_K) & (times_K <= high)).mean())
         guide = self.costs[settings.guide.by if settings.guide else model].gmacs_forward
         gmacs = self.costs[model].gmacs_forward + guided * guide
         passes = 2 if settings.sampler in TWO_PASS_SAMPLERS else 1

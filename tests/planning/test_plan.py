@@ -1,7 +1,11 @@
 """The plan: derived sizes, rates across widths, and what is read in an epoch."""
 
 import pytest
+import torch
 
+from dis_scale import diffusion
+from dis_scale.diffusion.guidance import guided
+from dis_scale.diffusion.samplers import sample
 from dis_scale.planning import plan as plans
 from dis_scale.planning.plan import price_sweep
 from dis_scale.recipe import LatentShape, Recipe, reading
@@ -20,6 +24,33 @@ def test_the_plan_names_the_rates_of_a_base_width() -> None:
     text = shown(plans.table(price_sweep(recipe, SHAPE)))
     assert "dit: learning rate of sums over the width x 0.5 (width 16, base_width 8)" in text
     assert "dis: learning rate" not in text
+
+
+class Counting:
+    """A model that counts the images of its calls."""
+
+    num_classes: int | None = 10
+    images = 0
+
+    def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor | None = None, /) -> torch.Tensor:
+        self.images += len(x_BCHW)
+        return torch.cat([x_BCHW, x_BCHW], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("process", "sampler"),
+    [("{kind: flow}", "euler"), ("{kind: flow, shift: 3}", "euler"), ("{kind: gaussian, steps: 100, betas: cosine}", "ddim")],
+)
+@pytest.mark.parametrize("interval", ["[100, 600]", "[500, 1000]", "[0, 450]", "null"])
+def test_guidance_costs_a_pass_of_each_step_that_it_guides(process: str, sampler: str, interval: str) -> None:
+    """Counted at the model's calls."""
+    how = [f"diffusion={process}", f"evaluate.sampler={sampler}", "evaluate.steps=20", "evaluate.guidance=1.5"]
+    recipe = reading.load(TINY, how if interval == "null" else [*how, f"evaluate.guidance_interval={interval}"])
+    plan, model, label = price_sweep(recipe, SHAPE), Counting(), torch.zeros(1, dtype=torch.long)
+    noise = torch.zeros(1, SHAPE.channels, SHAPE.size, SHAPE.size)
+    sample(guided(model, label, recipe.evaluate), diffusion.build(recipe.diffusion, SHAPE), sampler, 20, noise)
+    of_one_image = 2e9 * plan.costs["dit"].gmacs_forward * recipe.evaluate.samples
+    assert plan.sampling_flops("dit") == pytest.approx(model.images * of_one_image)
 
 
 @pytest.mark.parametrize(
