@@ -18,7 +18,7 @@ from dis_scale.scan.mixer import fused_ssd_mixer
 from dis_scale.scan.norms import gated_rms_norm
 
 AROUND = 7
-"""Taps of Hydra's convolution, which is centred on a token."""
+"""Taps of Hydra's convolution, which is centred on a token; in one direction alone it ends there."""
 
 
 class SsdMixer(nn.Module):
@@ -32,6 +32,7 @@ class SsdMixer(nn.Module):
         super().__init__()
         D, E, N, ways = settings.width, inner_width(settings.width), settings.state_size, settings.ways
         self.scan, self.ways, self.head, self.hydra = scan, ways, head_size(E), settings.combine == "hydra"
+        self.ahead = 0 if settings.directions == 1 else AROUND // 2
         H = E // self.head
         self.mixed = [N, N, E, N, N][: 2 * ways + 1]
         """B and C of the forward direction, x, B and C of the backward direction."""
@@ -75,7 +76,7 @@ class SsdMixer(nn.Module):
 
     def _hydra(self, mixed_BLX: Tensor, steps: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> Tensor:
         """Hydra's matrix: a token takes from each direction what its neighbour there would."""
-        convolved_BLX = _centred_conv_silu(mixed_BLX, *taps_and_bias(self.conv[0]), self.scan)
+        convolved_BLX = _conv_silu(mixed_BLX, *taps_and_bias(self.conv[0]), self.ahead, self.scan)
         B_BLN, C_BLN, x_BLE, *back = convolved_BLX.split(self.mixed, dim=-1)
         earlier = Way(steps[0], decays[0], B_BLN, F.pad(C_BLN[:, :-1], (0, 0, 1, 0)))
         later = Way(steps[1], decays[1], back[0], F.pad(back[1][:, 1:], (0, 0, 0, 1))) if back else None
@@ -87,9 +88,8 @@ class SsdMixer(nn.Module):
         return ssd(x_BLHP, own_BLH, earlier, later, exclusive=self.hydra, backend=self.scan)
 
 
-def _centred_conv_silu(x_BLX: Tensor, weight_XW: Tensor, bias_X: Tensor, scan: str) -> Tensor:
-    """As `causal_conv_silu`, of a window around each token."""
-    half = weight_XW.shape[1] // 2
+def _conv_silu(x_BLX: Tensor, weight_XW: Tensor, bias_X: Tensor, ahead: int, scan: str) -> Tensor:
+    """As `causal_conv_silu`, of a window that ends so many tokens ahead."""
     if counts.active.get() and x_BLX.dtype != torch.float32:  # as on a GPU, whose mixer looks ahead without a copy
         return causal_conv_silu(x_BLX, weight_XW, bias_X, backend=scan)
-    return causal_conv_silu(F.pad(x_BLX, (0, 0, 0, half)), weight_XW, bias_X, backend=scan)[:, half:]
+    return causal_conv_silu(F.pad(x_BLX, (0, 0, 0, ahead)), weight_XW, bias_X, backend=scan)[:, ahead:]
