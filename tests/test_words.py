@@ -14,7 +14,7 @@ from typing import get_args
 import pytest
 
 from dis_scale.cli.help import EXIT_CODES
-from dis_scale.models.cost import price_model
+from dis_scale.planning.plan import price_sweep
 from dis_scale.recipe import LatentShape, NoVae, SourceSettings, VaeSettings, reading
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 from docs.reference import settings
@@ -253,14 +253,12 @@ def unpriced(path: Path) -> list[str]:
         shape = LatentShape(3, recipe.data.resolution)
     else:
         shape = LatentShape(4, recipe.data.resolution // SD_FACTOR)
-    passes = 1 if recipe.evaluate.guidance == 1 else 2
+    plan = price_sweep(recipe, shape)
     lines, rows = [" ".join(line.split()) for line in text.splitlines()], []
     for name, model in recipe.models.items():
         if model.branch or recipe.seed_groups()[name] != name:
             continue  # its size is priced
-        cost = price_model(model, shape, recipe.data.num_classes)
-        trained = 2 * cost.gmacs_training * recipe.train_of(name).images / 1e9
-        sampled = 2 * cost.gmacs_forward * passes * recipe.evaluate.steps * recipe.evaluate.samples / 1e9
+        cost, trained, sampled = plan.costs[name], plan.own_flops(name) / 1e18, plan.sampling_flops(name) / 1e18
         rows.append(f"# {name} {cost.parameters:,} {cost.gmacs_forward:.4g} {trained:.3g} {sampled:.3g}")
     return [row for row in rows if row not in lines]
 

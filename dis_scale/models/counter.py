@@ -26,7 +26,9 @@ Storage = int
 
 @dataclass
 class Operation:
-    """Multiply-adds of one kind of operation in one forward pass; training needs `passes` times as many."""
+    """Multiply-adds of one kind of operation in one forward pass; training needs `passes` times as many.
+
+    A product needs one more for each factor that has a gradient, an FFT one more."""
 
     passes: int
     macs: float = 0.0
@@ -91,7 +93,7 @@ class CountedPass(TorchDispatchMode):
             return self._attention(*args[:3])
         elif op in _FFT:
             out, n = _FFT[op](*args)
-            self.add("FFT", 1.25 * n * math.log2(n) * max(out.numel() // out.shape[args[1][-1]], 1))
+            self.add("FFT", 1.25 * n * math.log2(n) * max(out.numel() // out.shape[args[1][-1]], 1), passes=2)
         elif op in _SHAPES:
             out = _SHAPES[op](*args, **kwargs)
         elif torch.Tag.pointwise in op.tags and not op._schema.is_mutable:
