@@ -1,10 +1,12 @@
 """A cache of shards on a node's disk: shared by the node's processes, bounded in bytes, least recently used evicted first.
 
 A file is named by its sha256 and checked against it once by each process. Processes map it, so that a node has one copy in memory,
-and a worker copies only its own samples from it. On a full or broken disk, training continues without the cache; but a disk that
-loses a page of a file that is mapped already ends that worker (SIGBUS), and the next attempt checks the file again.
+and a worker copies only its own samples from it. On a disk that others fill the cache holds what fits, and on a broken one training
+continues without it; but a disk that loses a page of a file that is mapped already ends that worker (SIGBUS), and the next attempt
+checks the file again.
 """
 
+import errno
 import fcntl
 import hashlib
 import math
@@ -22,6 +24,7 @@ from dis_scale.storage.manifest import Digest
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
 """The cache's own files. Other files in its folder are neither counted nor touched."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def default_folder() -> Path:
@@ -40,11 +43,11 @@ def share_read(cached: float) -> float:
 
 
 class Cache:
-    """Shards in `folder`, at most `bound_bytes` together. If the cache is disabled, `say` gets the reason, once."""
+    """Shards in `folder`, at most `bound_bytes` together. If it is disabled or its disk is full, `say` gets the reason, once."""
 
     def __init__(self, folder: Path, bound_bytes: int, say: Callable[[str], None]) -> None:
         self.folder, self.bound_bytes, self._say = folder, bound_bytes, say
-        self._disabled = False
+        self._disabled = self._said = False
         self._checked: dict[str, tuple[int, int]] = {}
         """Inode and time of the last change of the files whose bytes this process has checked, by sha256."""
 
@@ -98,19 +101,25 @@ class Cache:
             return
         part = self.folder / f"{shard.sha256}.part"
         with self._locked("lock-capacity"):
-            if self._disabled:
-                return
-            try:
-                self._evict(len(data))
-                part.write_bytes(data)
-                stat = part.stat()
-                part.replace(self.folder / shard.sha256)
-                self._checked[shard.sha256] = stat.st_ino, stat.st_mtime_ns
-            except OSError as error:
-                part.unlink(missing_ok=True)
-                self._disable(error)
+            bound_bytes = self.bound_bytes
+            for _ in range(2):
+                if self._disabled:
+                    return
+                try:
+                    # what is used at a second attempt is all that fits, with the new file as well
+                    bound_bytes = self._evict(len(data), bound_bytes)
+                    part.write_bytes(data)
+                    stat = part.stat()
+                    part.replace(self.folder / shard.sha256)
+                    self._checked[shard.sha256] = stat.st_ino, stat.st_mtime_ns
+                    return
+                except OSError as error:
+                    self._disable(error)
+                    with suppress(OSError):
+                        part.unlink(missing_ok=True)
 
-    def _evict(self, size_bytes: int) -> None:
+    def _evict(self, size_bytes: int, bound_bytes: int) -> int:
+        """Delete the least recently used files until one of this size fits; return the bytes of those that stay."""
         files = list[tuple[os.stat_result, os.DirEntry[str]]]()
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):  # another process has deleted it: it was damaged
@@ -118,10 +127,11 @@ class Cache:
                     files.append((entry.stat(), entry))
         used = sum(stat.st_size for stat, _ in files)
         for stat, entry in sorted(files, key=lambda f: (not f[1].name.endswith(".part"), f[0].st_atime_ns)):
-            if used + size_bytes <= self.bound_bytes and not entry.name.endswith(".part"):
-                return
+            if used + size_bytes <= bound_bytes and not entry.name.endswith(".part"):
+                break
             Path(entry.path).unlink(missing_ok=True)
             used -= stat.st_size
+        return used
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -141,6 +151,10 @@ class Cache:
                 file.close()
 
     def _disable(self, error: OSError) -> None:
-        if not self._disabled:
-            self._disabled = True
-            self._say(f"cache {self.folder}: {error.strerror or error}: training continues without it")
+        """Use the cache no more after this error, but if the disk is full, which may be emptied."""
+        full = error.errno in _FULL
+        if not (self._said if full else self._disabled):
+            self._said = True
+            continues = "with what fits" if full else "without it"
+            self._say(f"cache {self.folder}: {error.strerror or error}: training continues {continues}")
+        self._disabled = self._disabled or not full

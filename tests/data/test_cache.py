@@ -102,19 +102,42 @@ def test_partial_files_of_dead_writers_are_deleted(tmp_path: Path) -> None:
     assert files(tmp_path) == {name(0)}
 
 
-def test_a_full_disk_is_logged_once_and_reads_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_others_fill_holds_what_fits_and_more_when_they_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, storage, room, write = list[str](), Storage(), [3000], Path.write_bytes
+    cache = Cache(tmp_path, 10_000, lines.append)
+
+    def on_a_small_disk(self: Path, data: bytes) -> int:
+        write(self, data)
+        if sum(path.stat().st_size for path in tmp_path.iterdir()) > room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(data)
+
+    monkeypatch.setattr(Path, "write_bytes", on_a_small_disk)
+    assert [bytes(storage.get(cache, i)) for i in range(5)] == SHARDS[:5]
+    assert files(tmp_path) == {name(2), name(3), name(4)}
+    room[0] = 500
+    assert [bytes(storage.get(cache, i)) for i in (5, 5, 6)] == [SHARDS[5], SHARDS[5], SHARDS[6]]
+    assert files(tmp_path).isdisjoint({name(5), name(6)})
+    room[0] = 5000
+    assert [bytes(storage.get(cache, i)) for i in (5, 6, 5, 6)] == [SHARDS[5], SHARDS[6]] * 2
+    assert storage.fetched == [0, 1, 2, 3, 4, 5, 5, 6, 5, 6]
+    assert lines == [f"cache {tmp_path}: No space left on device: training continues with what fits"]
+
+
+def test_a_disk_that_turns_read_only_is_logged_once_and_reads_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor can what was half-written be deleted."""
     lines, storage = list[str](), Storage()
     cache = Cache(tmp_path, 10_000, lines.append)
     storage.get(cache, 0)
 
-    def full(self: Path, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
     assert [bytes(storage.get(cache, i)) for i in (1, 2, 0)] == [SHARDS[1], SHARDS[2], SHARDS[0]]
-    assert lines == [f"cache {tmp_path}: No space left on device: training continues without it"]
+    assert lines == [f"cache {tmp_path}: Read-only file system: training continues without it"]
     assert storage.fetched == [0, 1, 2]
-    assert files(tmp_path) == {name(0)}
 
 
 def test_a_file_that_another_process_deletes_meanwhile_ends_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
