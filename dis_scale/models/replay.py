@@ -30,6 +30,9 @@ class Replayed:
         self.model, self.num_classes, self.shape = model, model.num_classes, model.shape
         self._after, self._calls = after, Counter[tuple[object, ...]]()
         self._passes: dict[tuple[object, ...], Forward] = {}
+        self._pool: Any = None
+        """Memory of all its graphs: they run one after the other, and outputs are copied. PyTorch takes no pool again whose graphs
+        are gone."""
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
         inputs = [x for x in (x_BCHW, t_B, y_B) if x is not None]
@@ -43,7 +46,8 @@ class Replayed:
 
     def _replay(self, inputs: list[Tensor]) -> Forward:
         try:
-            replay = captured(self.model, [torch.zeros_like(x) for x in inputs])  # not what it is compared on
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            replay = captured(self.model, [torch.zeros_like(x) for x in inputs], self._pool)  # not what it is compared on
             if torch.equal(replay(*inputs), self.model(*inputs)):
                 return replay
             reason = "its CUDA graph computes other numbers"
@@ -53,8 +57,8 @@ class Replayed:
         return self.model
 
 
-def captured(model: Forward, inputs: list[Tensor]) -> Forward:
-    """Return the pass of a model on inputs of these shapes and types as one CUDA graph; each output is a copy."""
+def captured(model: Forward, inputs: list[Tensor], pool: Any) -> Forward:
+    """Return the pass of a model on inputs of these shapes and types as one CUDA graph in a pool; each output is a copy."""
     static, device = [x.clone() for x in inputs], inputs[0].device
     side, graph = _side_stream(device), torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
@@ -62,7 +66,7 @@ def captured(model: Forward, inputs: list[Tensor]) -> Forward:
         with torch.cuda.stream(side):  # restores the stream also if the capture is invalid, which `graph` does not
             for _ in range(WARM_UP):
                 model(*static)
-            with torch.cuda.graph(graph, pool=_pool(device), stream=side):
+            with torch.cuda.graph(graph, pool=pool, stream=side):
                 out = model(*static)
         torch.cuda.current_stream().wait_stream(side)
 
@@ -79,13 +83,6 @@ def captured(model: Forward, inputs: list[Tensor]) -> Forward:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures: libraries keep memory for each stream."""
     return torch.cuda.Stream(device)
-
-
-@functools.cache
-def _pool(device: torch.device) -> Any:
-    """Memory of all graphs: they run one after the other, and outputs are copied."""
-    with torch.cuda.device(device):
-        return torch.cuda.graph_pool_handle()
 
 
 def replayed(model: Backbone, device: torch.device, after: int = AFTER) -> Backbone | Replayed:

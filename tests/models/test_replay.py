@@ -26,7 +26,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The captured shapes. A replay computes on the memory of the capture, as a graph does."""
     seen = list[tuple[int, ...]]()
 
-    def captured(model: Forward, given: list[Tensor]) -> Forward:
+    def captured(model: Forward, given: list[Tensor], _: tuple[int, int]) -> Forward:
         static = [x.clone() for x in given]
         seen.append(tuple(static[0].shape))
 
@@ -58,6 +58,22 @@ def test_a_pass_is_captured_once_for_a_shape(model: Backbone, shapes: list[tuple
     assert (drawn.num_classes, drawn.shape) == (10, LatentShape(4, 8))
 
 
+def test_the_graphs_of_a_model_share_memory_that_no_other_model_gets(model: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses a pool whose graphs are gone: an evaluator's second checkpoint would have none."""
+    pools = list[tuple[int, int]]()
+
+    def captured(model: Forward, _: list[Tensor], pool: tuple[int, int]) -> Forward:
+        pools.append(pool)
+        return model
+
+    monkeypatch.setattr(replay, "captured", captured)
+    for _ in range(2):
+        drawn = Replayed(model, after=0)
+        for batch in (3, 6):
+            drawn(*inputs(batch, 0))
+    assert pools[0] == pools[1] != pools[2] == pools[3]
+
+
 def test_a_shape_that_is_used_for_a_few_passes_only_is_not_captured(model: Backbone, shapes: list[tuple[int, ...]]) -> None:
     drawn = Replayed(model, after=2)
     for seed, batch in enumerate((3, 3, 2, 3, 2, 3)):
@@ -72,7 +88,7 @@ def test_a_pass_that_cannot_be_captured_runs_as_it_is(
     def fails(*_: object) -> Forward:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
 
-    def of_other_numbers(model: Forward, _: list[Tensor]) -> Forward:
+    def of_other_numbers(model: Forward, *_: object) -> Forward:
         return lambda *given: model(*given) + 1
 
     given = inputs(3, 0)
