@@ -14,9 +14,10 @@ from dis_scale.training.devices import lacks_memory
 
 DEVICE = re.compile(
     r"AcceleratorError|CUDA (unknown |driver )?error|Triton Error \[CUDA\]|CUDA driver initialization failed|"
-    r"No CUDA GPUs are available|cuDNN error|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_(STATUS_|[A-Z_]*FAILED)"
+    r"No CUDA GPUs are available|cudaGetDeviceCount|NVIDIA driver|cuDNN error|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_(STATUS_|[A-Z_]*FAILED)"
 )
-"""Parts of the errors of a GPU that fails: memory with uncorrectable errors, a failed launch, a device that is busy or gone."""
+"""Parts of the errors of a GPU that fails: memory with uncorrectable errors, a failed launch, a device that is busy or gone, or a
+node whose driver or fabric manager does not run."""
 REJECTED = re.compile(
     r"(CUDA (driver )?error|Triton Error \[CUDA\]): (device-side assert triggered|invalid |no kernel image|device kernel image"
     r" is invalid)|_STATUS_INVALID_VALUE"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SIDE = {"cpu": 64, "cuda": 1024}
 """Rows and columns of the matrices that are multiplied as a check."""
+SUMMED = {"cpu": 2**16, "cuda": 2**26}
+"""Numbers that are summed over a group as a check: as many as gradients, since a link may pass a few kilobytes and no more."""
 
 PCI = Path("/sys/bus/pci/devices")
 """The kernel lists the machine's devices here, with a driver or without."""
@@ -26,9 +28,10 @@ NVIDIA, DISPLAY = "0x10de", "0x03"
 """PCI vendor, and first digits of the class of graphics devices."""
 MEMORY = re.compile(
     r"OutOfMemoryError|(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|Cuda failure \d+ 'out of memory'|"
-    r"_STATUS_ALLOC_FAILED"
+    r"_STATUS_ALLOC_FAILED|NVML_SUCCESS == r INTERNAL ASSERT"
 )
-"""Parts of the errors of a GPU whose memory is too small: PyTorch's, of segments that grow, of Triton, NCCL and cuBLAS."""
+"""Parts of the errors of a GPU whose memory is too small: PyTorch's, of segments that grow, of Triton, NCCL and cuBLAS; and where
+NVML does not say who holds it, which PyTorch asks for its message."""
 UNSUPPORTED = re.compile(r"driver on your system is too old|no kernel image is available")
 """Parts of the errors of a driver or a GPU that this PyTorch does not support."""
 FOREIGN = 0.25
@@ -153,16 +156,18 @@ def check_device(device: "torch.device") -> None:
 
 
 def check_on_node(device: "torch.device", shared: float = 0.0) -> None:
-    """Check a device; BrokenDevice also if this PyTorch does not support it or its driver, or if others hold all its memory, unless
-    it is shared: other nodes may have better ones."""
+    """Check a device; BrokenDevice also if this PyTorch does not support it or its driver, if it does not start, as without a
+    fabric manager, or if others hold all its memory, unless it is shared: other nodes may have better ones."""
     try:
         check_device(device)
     except UserError as error:
         raise BrokenDevice(str(error)) from error
     except RuntimeError as error:
-        if shared or not lacks_memory(error):
+        lacks = lacks_memory(error)
+        if shared and lacks:
             raise
-        raise BrokenDevice(f"{device}: other processes left no memory for a matrix of 4 MiB: {error}") from error
+        words = "other processes left no memory for a matrix of 4 MiB" if lacks else "it does not multiply two matrices"
+        raise BrokenDevice(f"{device}: {words}: {error}") from error
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -200,9 +205,12 @@ def check_group(device: "torch.device") -> None:
     import torch
     import torch.distributed as dist
 
-    total = torch.full((SIDE[device.type],), dist.get_rank() + 1.0, device=device)
+    total = torch.full((SUMMED[device.type],), dist.get_rank() + 1.0, device=device)
     dist.all_reduce(total)
     require_sum(total, dist.get_world_size())
+    if device.type == "cuda":
+        del total
+        torch.cuda.empty_cache()
 
 
 def require_sum(total: "torch.Tensor", world: int) -> None:

@@ -253,7 +253,7 @@ class Saver:
         self.took_s = time.monotonic() - begin
 
     def _write_manifest(self, folder: Folder, images_seen: int, progress: RunState) -> None:
-        sidecars = [_await_sidecar(folder, rank) for rank in range(self.world)]
+        sidecars = [await_sidecar(folder, rank) for rank in range(self.world)]
         files = {name: digest for s in sidecars for name, digest in s.files.items()}
         tables = {name: table for s in sidecars for name, table in s.tables.items()}
         self.require_held()
@@ -290,11 +290,11 @@ def _sidecar(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
-def _await_sidecar(folder: Folder, rank: int) -> Segments:
-    """Return a rank's sidecar once it is written; StorageError if it is not in time."""
-    deadline = time.monotonic() + SIDECAR_WAIT_S
+def await_sidecar(folder: Folder, rank: int, wait_s: float = SIDECAR_WAIT_S) -> Segments:
+    """Return a rank's sidecar once it is written; StorageAway if it is not in time: that rank's storage is slow or away."""
+    deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         if sidecar := Segments.find(folder, _sidecar(rank)):
             return sidecar
         time.sleep(0.05)
-    raise StorageError(f"{folder}/{_sidecar(rank)}: not written within {SIDECAR_WAIT_S:.0f} s; this resume point stays incomplete")
+    raise StorageAway(f"{folder}/{_sidecar(rank)}: not written within {wait_s:.0f} s; this resume point stays incomplete")

@@ -11,6 +11,7 @@ from torch.distributed import DistStoreError
 from dis_scale.process.errors import BrokenDevice, OutOfMemory, StorageAway, StorageError
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
+from dis_scale.training import resume
 from pipelines.failures import CAUSES, WorkerFailure, blame, describe, failure_to_raise, may_pass
 
 ECC = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
@@ -44,6 +45,9 @@ def test_the_reason_of_an_attempt_that_failed_is_kept_in_words(tmp_path: Path) -
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
         (RuntimeError("CUDA error: unknown error"), True),
         (RuntimeError("CUDA unknown error - this may be due to an incorrectly set up environment"), True),
+        (RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"), True),
+        (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"), True),
+        (RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/c10/cuda/CUDACachingAllocator.cpp":1174'), False),
         (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), True),
         (RuntimeError("No CUDA GPUs are available"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), True),
@@ -80,6 +84,13 @@ def test_the_reason_of_an_attempt_that_failed_is_kept_in_words(tmp_path: Path) -
 )
 def test_a_broken_connection_or_device_restarts_as_a_lost_worker_does(cause: Exception, passes: bool) -> None:
     assert may_pass(task_error(cause)) == passes
+
+
+def test_a_rank_whose_storage_is_slow_ends_an_attempt_and_no_model(tmp_path: Path) -> None:
+    """Rank 0 waits for its sidecar for as long as that rank tries again."""
+    with pytest.raises(StorageAway, match=r"rank-00001\.json: not written within 0 s; this resume point stays") as away:
+        resume.await_sidecar(open_folder(tmp_path), 1, wait_s=0.0)
+    assert may_pass(away.value)
 
 
 def test_a_worker_that_ray_killed_for_its_nodes_memory_is_a_lost_one() -> None:

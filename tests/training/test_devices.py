@@ -173,6 +173,21 @@ def test_a_device_without_memory_for_its_check_is_full_of_others() -> None:
         devices.check_on_node(CPU, shared=0.2)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver",
+        "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling NumCudaDevices()? Error 802",
+        "PyTorch gives a device that does not start words of its own in each version",
+    ],
+)
+def test_a_node_whose_device_does_not_start_is_avoided(words: str) -> None:
+    """Without a driver, without the fabric manager of its NVSwitches, or else."""
+    refused = pytest.raises(BrokenDevice, match=r"^cpu: it does not multiply two matrices: ")
+    with store_requests.failing(RuntimeError(words)), refused:
+        devices.check_on_node(CPU)
+
+
 def test_a_workers_gpu_that_is_not_supported_is_a_mistake_with_a_remedy() -> None:
     with (
         store_requests.failing(RuntimeError(TOO_OLD)),
