@@ -7,7 +7,7 @@ is cheap. Read next: reading.py (YAML and `--set`), identity.py, configs/digits.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dis_scale.process.errors import nearest
 from dis_scale.process.settings import LatentShape, Precision, Settings, extent, runtime
@@ -74,6 +74,15 @@ class Tracking(Settings):
     """`sqlite:///...` or `http://...`, without a password."""
     also: tuple[Literal["tensorboard", "wandb"], ...] = runtime(())
     """Copies of all rows, written by the sweep's command on its machine; each needs the extra of its name."""
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_uri(cls, uri: str | None, info: ValidationInfo) -> str | None:
+        if uri is not None and "://" not in uri and uri != "databricks" and not info.context:
+            raise ValueError(
+                f"got {uri!r}, expected sqlite:///FILE or http://HOST:PORT, or leave it out: MLflow keeps no new folders"
+            )
+        return uri
 
 
 class Recipe(Settings):

@@ -201,7 +201,9 @@ class RunCopy:
 
     def _try(self, action: Any) -> bool:
         try:
-            ids = TrackingIds.read(self.sweep.folder)
+            if (ids := TrackingIds.find(self.sweep.folder)) is None:  # MLflow was away when the sweep began, which said so
+                self.away = True
+                return False
             action(open_client(_existing(ids.uri)), ids.models[self.model] if self.model else ids.sweep)
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
             if not self.away:

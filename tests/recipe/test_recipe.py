@@ -210,6 +210,14 @@ def test_a_url_without_credentials_is_taken(url: str) -> None:
     assert reading.load(TINY, ["storage.root=abfs://container@account/x"]).storage.root.startswith("abfs://container@")
 
 
+@pytest.mark.parametrize("uri", ["none", "./mlruns", "/data/mlruns"])
+def test_a_tracking_uri_that_mlflow_would_not_take_is_refused(uri: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"tracking.uri: got '{uri}', expected sqlite:///FILE or http://HOST:PORT, or leave it out"
+    ):
+        reading.load(TINY, [f"tracking.uri={uri}"])
+
+
 def test_an_unconditional_recipe_is_stored_by_the_same_word() -> None:
     recipe = reading.load(TINY, [*UNCONDITIONAL, "evaluate.guidance=1"])
     assert recipe.data.num_classes is None

@@ -173,6 +173,16 @@ def test_files_are_stored_with_the_run(sweep: Sweep, uri: str, tmp_path: Path) -
     assert [a.path for a in mlflow.open_client(uri).list_artifacts(run, "samples")] == ["samples/grid.png"]
 
 
+def test_a_sweep_that_began_without_mlflow_says_so_once(tmp_path: Path, tiny: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    """Its command has said so; there is a copy for each evaluation and each training."""
+    sweep = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
+    with caplog.at_level(logging.WARNING):
+        copies = [RunCopy(sweep, "dis") for _ in range(3)]
+        assert [copy.send([Row("loss", 0.5, 10, 1.0)]) for copy in copies] == [False] * 3
+    assert all(copy.away for copy in copies)
+    assert caplog.records == []
+
+
 def test_mlflow_away_is_logged_once_and_the_rows_wait(
     sweep: Sweep, uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
