@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from dis_scale.training.lanes import largest_share
 from pipelines import nodes, ray_private
@@ -140,11 +139,9 @@ def rank_order(places: Sequence[Place]) -> list[int]:
 
 def placed(job: StageJob, group: Any, world: int, bundle: Resources, outdated: Callable[[], bool]) -> bool:
     """Wait for capacity, and log it; False once what is waited for is outdated."""
-    ready = group.ready()
     with Wait(job.gauge) as wait:
-        while not ray.wait([ready], timeout=1)[0]:
-            # Its places are taken once it is created, though `ready` has to start a process yet.
-            if placement_group_table(group)["state"] != "CREATED" and outdated():
+        while not group.wait(1):
+            if outdated():
                 return False
             wait.log(job, world, bundle, together=world)
     return True

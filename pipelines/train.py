@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale.process.errors import DisScaleError, OutOfMemory, WrongKernel
@@ -204,7 +205,9 @@ class TrainingRun:
         workers = [spawn(self.job, Trainer, self.places.request.on(scheduling_strategy=bundle)) for bundle in bundles]
         codes = packages.brought(self.job.recipe)
         calls = [worker.place.remote(self.device, codes) for worker in workers]
-        places = watch(self.job, workers, calls, policy=Watch(keep_logs=False))
+        nodes_of_bundles = placement_group_table(group)["bundles_to_node_id"]
+        held = [nodes_of_bundles[bundle] for bundle in range(world)]
+        places = watch(self.job, workers, calls, policy=Watch(keep_logs=False, held=held))
         order = rank_order(places)
         ranks = Ranks([workers[n] for n in order], [places[n] for n in order])
         self._log_places(ranks.places)

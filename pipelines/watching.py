@@ -47,6 +47,9 @@ class Watch:
     """
     blame_behind: bool = False
     """Whether a hang counts as a failed device of the node whose workers alone have come less far than the others."""
+    held: Sequence[str] = ()
+    """Ids of the nodes on which the workers have their places already, so that none waits for capacity: a node on which alone
+    processes do not start has failed."""
     on_lost: Callable[[], object] = lambda: None
     """Called at once when one of several independent workers is lost."""
     keep_logs: bool = True
@@ -74,7 +77,7 @@ def watch(
     except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
         job.logs.collect(workers)
         if isinstance(error, WorkerFailure) and error.cause == "device":
-            nodes.record_failure(job, nodes.under(workers[error.worker]), str(error))
+            nodes.record_failure(job, _node(policy, workers, error.worker), str(error))
         if not isinstance(error, WorkerFailure | StorageAway):
             raise
         # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.
@@ -82,6 +85,11 @@ def watch(
             for worker in workers:
                 ray.kill(worker)
         raise
+
+
+def _node(policy: Watch, workers: Sequence[Any], number: int) -> str:
+    """Return the name of a worker's node."""
+    return nodes.name_of(policy.held[number]) if policy.held else nodes.under(workers[number])
 
 
 class Pace:
@@ -158,7 +166,7 @@ class _Loop:
         self._ended += finished
         self._forward_stop()  # before workers that hang are waited for
         self._polls.ask({number for number, result in enumerate(self._results) if result not in self._running})
-        unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running]
+        unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running and not self._policy.held]
         request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
         alone = len(unplaced) == len(self._running)
         if alone and self._policy.independent and self._ended:
@@ -202,8 +210,10 @@ class _Loop:
             silent_s = self._pace.silent_s(time.monotonic())
             words, done = f"no step ended for {silent_s:.0f} s: hanging", self._polls.done
             self._log_stacks(range(len(self._workers)))
-            behind = [number for number, each in enumerate(done) if each < max(done)] if self._policy.blame_behind else []
-            if len(names := {nodes.under(self._workers[number]) for number in behind}) == 1:
+            behind = self._polls.unplaced if self._policy.held else list[int]()
+            if self._policy.blame_behind:
+                behind = [number for number, each in enumerate(done) if each < max(done)]
+            if len(names := {_node(self._policy, self._workers, number) for number in behind}) == 1:
                 words = f"{words}; all others wait for the workers of node {names.pop()}"
                 raise WorkerFailure(words, silent_s=silent_s, cause="device", worker=behind[0])
             raise WorkerFailure(words, max(done), silent_s)
@@ -216,7 +226,7 @@ class _Loop:
 
     def _log_stacks(self, ranks: Collection[int]) -> None:
         """Print the stacks of these workers."""
-        calls = {rank: self._workers[rank].stacks.remote() for rank in ranks}
+        calls = {rank: self._workers[rank].log_stacks.remote() for rank in ranks}
         answered, _ = ray.wait([*calls.values()], num_returns=len(calls), timeout=self._policy.answer_s)
         for rank, call in calls.items():
             answers = call in answered and not failure_of(call)

@@ -67,6 +67,11 @@ class Worker:
             file.seek(0)
             return file.read()
 
+    def log_stacks(self) -> str:
+        """Return the stacks, and print them for this worker's log: a driver's has room for a few workers'."""
+        print(stacks := self.stacks(), flush=True)
+        return stacks
+
     # Called by the work.
 
     def report(self, done: int) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale.data import shards
 from dis_scale.data.sources import open_source
@@ -27,7 +28,8 @@ from dis_scale.sweep.documents import Ended
 from pipelines import needs, ranks
 from pipelines.evaluate import PublishedEvaluation
 from pipelines.evaluators import RayEvaluators, Seat
-from pipelines.nodes import choose_device, living, record_failure
+from pipelines.failures import WorkerFailure
+from pipelines.nodes import choose_device, living, name_of, record_failure
 from pipelines.places import Places
 from pipelines.precompute import Encoder, RayEncoders
 from pipelines.ray_private import actor_id
@@ -240,6 +242,25 @@ def test_a_group_that_is_larger_than_the_cluster_is_logged_with_the_cure(node: s
         ranks.placed(job, group, 3, bundle, lambda: False)
     (line,) = job.said
     assert "the nodes hold 2 of them, so they wait until one joins: start such a node" in line
+    remove_placement_group(group)
+
+
+def test_a_node_on_which_no_process_starts_counts_as_failed_and_not_as_capacity_that_lacks(node: str, tmp_path: Path) -> None:
+    """Its interpreter hangs, as with a home folder that does not answer; a worker of the other node has started."""
+    job = job_of(recipe_of(), tmp_path)
+    group = placement_group([{"CPU": 1.0, "train": 1.0}] * 2, strategy="STRICT_SPREAD")
+    assert ranks.placed(job, group, 2, {}, lambda: False)
+    held = [placement_group_table(group)["bundles_to_node_id"][number] for number in range(2)]
+    bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number) for number in range(2)]
+    asks = [Request({"CPU": 1.0, "train": 1.0}).on(scheduling_strategy=bundle) for bundle in bundles]
+    asks[1] = asks[1].on(runtime_env={"py_executable": "sleep 1000"})
+    workers = [spawn(job, Probe, each) for each in asks]
+    policy = Watch(hang_after_s=4, keep_logs=False, held=held, answer_s=2)
+    with pytest.raises(WorkerFailure, match="hanging; all others wait for the workers of node") as failed:
+        watch(job, workers, [worker.where.remote() for worker in workers], policy=policy)
+    assert (failed.value.cause, failed.value.worker) == ("device", 1)
+    assert state.node_failures(job.sweep) == {name_of(held[1]): 1}
+    assert "waiting for capacity" not in " ".join(job.said)
     remove_placement_group(group)
 
 
