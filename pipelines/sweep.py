@@ -21,7 +21,7 @@ from dis_scale.data.sources import open_source, require_source
 from dis_scale.evaluation.features import require_weights
 from dis_scale.evaluation.sampling import real_grid
 from dis_scale.planning import isoflop
-from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
+from dis_scale.planning.plan import Plan, price_reading, price_sweep, require_some_to_train, table
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError, counted
@@ -84,6 +84,7 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
         _name_deleted_weights(sweep, board)
         measured = state.all_evaluated(sweep) and not state.outdated(sweep) and state.floor_settled(sweep)
         done = measured and sweep.report.exists(report.CSV)
+        changed = done and Sweep.open(sweep.folder.url, patient=True).recipe != sweep.recipe
         if done:
             board.say("nothing to do: every model is trained and evaluated at every published count")
             with dashboards.copying(sweep, store, board.say):
@@ -95,6 +96,10 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
             failures = run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one
         points = report.collect(sweep, plan)
+        if changed:  # a model that was removed, another curve
+            with lease.hold(command_lease(sweep.folder)):
+                sweep.save_recipe()
+                _write_report(sweep, points, failures)
         if not done:
             _write_report(sweep, points, failures)
     _print_results(sweep, points, console)
@@ -249,6 +254,7 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     driver.board.say(f"source   {counted(len(source), 'image')} {classes}, as listed in {source.listing.where}")
     if source.left_out:
         driver.board.say(f"left out {source.left_out}")
+    require_some_to_train(recipe, len(source))
     driver.board.say(f"data     {price_reading(recipe, plan.shape, len(source))}")
     if not (recipe.data.given or driver.sweep.folder.exists(REAL)):  # precompute decodes latents
         try:

@@ -150,15 +150,21 @@ class Numbers:
     models: dict[str, ModelNumbers]
 
 
+def require_some_to_train(recipe: Recipe, source_images: int) -> None:
+    """UserError if all images of the source are held out."""
+    if recipe.data.held_out_images >= source_images:
+        raise UserError(f"data.held_out_images: {recipe.data.held_out_images:,} of {source_images:,} images leave none to train on")
+
+
 def derive(plan: Plan, source_images: int | None, source_unknown: str) -> Numbers:
     """Return all numbers that follow from a recipe; without those that need the number of the source's images, if unknown.
 
     UserError if all of them are held out.
     """
     recipe, shape, models = plan.recipe, plan.shape, dict[str, ModelNumbers]()
+    if source_images is not None:
+        require_some_to_train(recipe, source_images)
     epoch = source_images and source_images - recipe.data.held_out_images
-    if epoch is not None and epoch <= 0:
-        raise UserError(f"data.held_out_images: {recipe.data.held_out_images:,} of {source_images:,} images leave none to train on")
     for name, cost in plan.costs.items():
         train = recipe.train_of(name)
         models[name] = ModelNumbers(

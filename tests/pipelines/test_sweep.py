@@ -318,6 +318,31 @@ def test_deleted_weights_are_named_at_the_next_start(tiny: Recipe, tmp_path: Pat
     assert "nothing to do" in shown
 
 
+def test_a_change_that_needs_no_job_is_taken_when_nothing_is_to_do(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that was removed leaves the stored recipe and the report."""
+    recipe = tiny.model_copy(update={"storage": Storage(root=str(tmp_path))})
+    sweep = driver_of(recipe, tmp_path).sweep
+    sweep.save_recipe()
+    for model in tiny.models:
+        put_metrics(sweep.evaluation(Sampled(model, 320)), {tiny.evaluate.metric: 9.0})
+    monkeypatch.setattr(state, "all_evaluated", lambda _: True)
+    monkeypatch.setattr(state, "outdated", lambda _: {})
+    Skipped(why="too few images").write(sweep.floor)
+    sweep.report.write(report.CSV, b"")
+    pipeline.run_sweep(recipe.model_copy(update={"models": {"dit": tiny.models["dit"]}}), Console(file=io.StringIO()))
+    assert list(Sweep.open(sweep.folder.url).recipe.models) == ["dit"]
+    assert [row.partition(b",")[0] for row in sweep.report.read(report.CSV).splitlines()[1:]] == [b"dit"]
+
+
+def test_all_images_held_out_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    driver = driver_of(reading.load(TINY, ["data.held_out_images=1797"]), tmp_path)
+    plan = price_sweep(driver.sweep.recipe, LatentShape(4, 8))
+    with pytest.raises(UserError, match=r"data.held_out_images: 1,797 of 1,797 images leave none to train on"):
+        pipeline.list_images(driver, plan, open_folder(tmp_path))
+
+
 def test_a_cooldown_whose_trunk_has_decayed_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
     """One that begins before the decay is sound, and a training that has begun is not asked."""
     decaying = ["train.decay=linear", "train.decay_from=0.5"]  # of 320 images
