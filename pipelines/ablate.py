@@ -58,6 +58,8 @@ def _require_possible(
     sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float], by: Sampled | None
 ) -> None:
     train = sweep.recipe.train_of(model)
+    if not sweep.recipe.evaluate.extractors:
+        raise UserError(f"{sweep} measures no distance (evaluate.extractor: none), so no {setting} is better than another")
     if setting == WIDTH and train.power_ema is None:
         raise UserError("no width can be rebuilt: this sweep tracked no power-function averages (train.power_ema)")
     known = snapshots(sweep.run(model), images_seen, train)

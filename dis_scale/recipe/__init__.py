@@ -230,11 +230,13 @@ class Recipe(Settings):
     def seed_groups(self) -> dict[str, str]:
         """Return, for each model, the first of those that differ from it in their seeds alone, those of their trunks included.
 
-        A fork that has the seed of an earlier model is a model of its own.
+        A fork that has the seed of an earlier model is a model of its own, and so is a further branch of the same trunk: they share
+        its first part.
         """
         firsts, taken, groups = dict[Any, str](), set[Any](), dict[str, str]()
         for model in self.models:
-            alike, seed = self._without_seed(model), self.seed_of(model)
+            branch = self.models[model].branch
+            alike, seed = self._without_seed(model), self.seed_of(branch.of if branch else model)
             groups[model] = model if (alike, seed) in taken else firsts.setdefault(alike, model)
             taken.add((alike, seed))
         return groups

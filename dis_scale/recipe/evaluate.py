@@ -251,8 +251,10 @@ class Evaluate(Sampling):
         if info.context:  # a stored recipe
             return self
         first = dict[tuple[Any, ...], str]()
+        unguided = {"guidance_interval": None, "guidance_channels": None}
         for name, settings in self.samplings.items():
-            how = tuple(getattr(settings, field) for field in Variant.model_fields)
+            facts = {field: getattr(settings, field) for field in Variant.model_fields} | (unguided if settings.scale == 1 else {})
+            how = tuple(facts.values())
             if (other := first.setdefault(how, name)) != name:
                 raise ValueError(f"variants.{name}: it samples as {other or 'the main settings'}, and would cost the same again")
         return self
@@ -267,9 +269,11 @@ class Evaluate(Sampling):
         return self
 
     @model_validator(mode="after")
-    def _without_a_distance_there_is_none(self) -> Self:
+    def _without_a_distance_there_is_none(self, info: ValidationInfo) -> Self:
         if not self.extractors and (self.also or self.metrics != ("distance",)):
             raise ValueError("extractor: none measures no distance: leave out also and metrics, or choose an extractor")
+        if not self.extractors and self.variants and not info.context:
+            raise ValueError("variants: extractor none measures no distance, by which they could differ: leave them out")
         return self
 
     @model_validator(mode="after")

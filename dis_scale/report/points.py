@@ -281,6 +281,7 @@ def plan_of(sweep: Sweep) -> "Plan":
 def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
     recipe, points, groups = sweep.recipe, list[Point](), sweep.recipe.seed_groups()
+    skipped, metric = state.skipped(sweep), recipe.evaluate.metric
     budgets, origins = recipe.budgets, state.origins(sweep)
     copied = state.copied_to(sweep, origins)
     for model, cost in plan.costs.items():
@@ -289,13 +290,15 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
         flops, origin = plan.training_flops(model), origins[model]
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
-                values = evaluation.values
                 if images_seen <= copied[model]:
                     continue  # it is the origin's point
+                if metric not in evaluation.values:
+                    skipped[Sampled(model, images_seen, variant)] = f"it was measured without {metric}: resume the sweep"
+                    continue
                 kind = recipe.models[model].curve
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
-                    values=values, evaluation=evaluation, group=group, trunk=trunk,
+                    values=evaluation.values, evaluation=evaluation, group=group, trunk=trunk,
                     eflops=flops * images_seen / 1e18, unfinished=train.decay != "none" and images_seen < train.images,
                     start_share=_random_share(recipe, model, images_seen, origins), budget=budgets.get(model),
                     forked_from=f"{origin.model} at {origin.images:,} images" if origin else "",
@@ -304,9 +307,9 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}
     (floors, no_floor), latents = _floors(sweep), state.find_latents(sweep.folder)
     return Report(
-        sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
-        skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep), floors=floors,
-        no_floor=no_floor, images=LatentsManifest.require(latents).count if latents else None,
+        sweep=sweep.folder.name, metric=metric, points=points, failed=failed, skipped=skipped, recipe=recipe, groups=groups,
+        vae=state.latents_vae(sweep), floors=floors, no_floor=no_floor,
+        images=LatentsManifest.require(latents).count if latents else None,
     )  # fmt: skip
 
 

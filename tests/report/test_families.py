@@ -178,7 +178,7 @@ def test_hours_of_other_machines_are_not_compared(sweep: Any) -> None:
 
 
 def test_without_an_extractor_each_comparison_is_listed_once(sweep: Any, recipe: Recipe) -> None:
-    none = recipe.evaluate.model_dump() | {"extractor": {"kind": "none"}}
+    none = recipe.evaluate.model_dump() | {"extractor": {"kind": "none"}, "variants": {}}
     made = sweep_at(
         Path(str(sweep)).parent.parent, "none", sweep.recipe.model_copy(update={"evaluate": recipe.evaluate.model_validate(none)})
     )

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,29 @@ def test_a_seed_that_is_missing_at_a_count_is_noted(tmp_path: Path) -> None:
     for model, images, loss in [("dit", 160, 0.9), ("dit-seed-1", 160, 0.8), ("dit", 320, 0.7)]:
         put(made, Sampled(model, images), 9.0, **{HELD_OUT: loss})
     assert figures.compute_loss(collect(made)), "of which one point has an error, and one has none"
+
+
+def test_points_without_the_curves_metric_are_named_and_not_drawn(tmp_path: Path) -> None:
+    """It was added to the recipe later, and chosen; the next run measures it."""
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY))
+    for images in (160, 320):
+        put(made, Sampled("dit", images), 9.0)
+    settings = {"metrics": ("distance", "distance_infinity"), "curve": "distance_infinity"}
+    later = replace(made, recipe=made.recipe.model_copy(update={"evaluate": made.recipe.evaluate.model_copy(update=settings)}))
+    report = collect(later)
+    assert report.points == []
+    assert "dit at 320 images skipped: it was measured without fd_digits_infinity_80" in " ".join(
+        shown(reports.table(report)).split()
+    )
+
+
+def test_branches_of_one_trunk_are_no_seeds(tmp_path: Path) -> None:
+    """They share its first part; those of trunks with other seeds are."""
+    branch = "{kind: dit, width: 16, depth: 1, heads: 2, patch: 4, branch: {of: %s, at: 160}, train: {publish_images: [320]}%s}"
+    how = [f"models.a={branch % ('dit', ', seeds: 3')}", "models.dit.seeds=2", f"models.b={branch % ('dit-seed-1', '')}"]
+    groups = reading.load(TINY, how).seed_groups()
+    assert (groups["a-seed-1"], groups["a-seed-2"]) == ("a-seed-1", "a-seed-2")
+    assert groups["b"] == groups["a"] == "a"
 
 
 def test_a_fork_is_no_other_seed(tmp_path: Path) -> None:
