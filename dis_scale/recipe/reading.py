@@ -89,6 +89,7 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected a mapping of settings, got {type(data).__name__}")
+    data = json.loads(_as_json(data, where))  # what an alias (*) names is a value of its own from here on
     for override in overrides or []:
         _set(data, override)
     if data.get("format", FORMAT) != FORMAT:
@@ -98,16 +99,20 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
     if isinstance(models := data.get("models"), dict):
         models = _all_of(_written_out(models, data.get("seed", 0), where), where)
         data["models"] = models | dict(_cooldowns(models, data.get("train"), where))
-    try:
-        text = json.dumps(data, default=str)
-    except ValueError as error:
-        raise UserError(f"{where}: a value contains itself, by an alias (*)") from error
+    text = _as_json(data, where)
     try:
         return Recipe.model_validate_json(text, context={"stored": True} if stored else None)
     except ValidationError as error:
         given = {override.partition("=")[0] for override in overrides or []}
         lines = [f"--set {line}" if line.partition(":")[0] in given else f"{where}: {line}" for line in _lines(error, data)]
         raise UserError("\n".join(lines)) from None
+
+
+def _as_json(data: Any, where: str) -> str:
+    try:
+        return json.dumps(data, default=str)
+    except ValueError as error:
+        raise UserError(f"{where}: a value contains itself, by an alias (*)") from error
 
 
 def _all_of(models: Iterator[tuple[str, Any]], where: str) -> dict[str, Any]:

@@ -196,7 +196,8 @@ class Train(Settings):
             )
         if not self.world_sizes:
             raise ValueError(
-                f"workers {self.workers}: expected at most as many as lanes, {self.lanes}: set workers lower or lanes higher"
+                f"workers {self.workers}: expected at most as many as lanes, {self.lanes}: set workers lower or lanes higher, "
+                "and the least number first"
             )
         if self.micro_images and self.micro_images % self.lane_images:
             raise ValueError(

@@ -143,6 +143,12 @@ def test_a_cooldown_begins_at_a_complete_step_also_if_its_share_is_rounded() -> 
         ("models.dit.train=5", "models.dit.train: got 5, expected"),
         ("models.dit.train={batch_images: foo}", "models.dit.train.batch_images: got 'foo', expected: a valid integer"),
         ("models.dit.train={base_width: null}", "models.dit.train.base_width: null is no value here"),
+        ("evaluate.variants={a: {guidance: 1}, b: {guidance: 1, guidance_interval: [0, 500]}}", "variants.b: it samples as a"),
+        ("evaluate.extractor={kind: none}", "variants: extractor none measures no distance, by which they could differ"),
+        (
+            "train.workers=3..2",
+            "workers 3..2: expected at most as many as lanes, 4: set workers lower or lanes higher, and the least",
+        ),
         ("evaluate.variants={few: {guidance_interval: null}}", "evaluate.variants.few.guidance_interval: null is no value here"),
         ("evaluate.variants={few: {}}", "variants.few: it samples as the main settings"),
         ("evaluate.variants={a: {steps: 7}, b: {steps: 7}}", "variants.b: it samples as a, and would cost the same again"),
@@ -208,6 +214,16 @@ def test_a_url_with_credentials_is_refused_without_showing_it(key: str, url: str
 def test_a_url_without_credentials_is_taken(url: str) -> None:
     assert reading.load(TINY, [f"tracking.uri={url}"]).tracking.uri == url
     assert reading.load(TINY, ["storage.root=abfs://container@account/x"]).storage.root.startswith("abfs://container@")
+
+
+def test_what_an_alias_names_is_a_value_of_its_own() -> None:
+    """A setting of one model was also that of the other, whose nested mapping it shared."""
+    text = TINY.read_text().replace(
+        "models:", "models:\n  first: &a {kind: dis, width: 16, depth: 2, patch: 4, train: {ema: 0.9}}\n  second: *a"
+    )
+    recipe = reading.parse(text, "here", ["models.first.width=32", "models.first.train.ema=0.5"])
+    assert (recipe.models["first"].sizes["width"], recipe.models["second"].sizes["width"]) == (32, 16)
+    assert (recipe.train_of("first").ema, recipe.train_of("second").ema) == (0.5, 0.9)
 
 
 @pytest.mark.parametrize("uri", ["none", "./mlruns", "/data/mlruns"])
