@@ -1,5 +1,6 @@
 """Commands that show what was evaluated, and evaluate one checkpoint at other settings."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,6 +81,7 @@ def compare(
         return
     if b is None:
         raise UserError("compare: expected two sweeps, or one with --families A B")
+    named = _pairs(pair or [], by_cost=by_cost)
     if page:
         require_file(page, "--page")
     opened_both = Sweep.open(a), Sweep.open(b)
@@ -87,17 +89,29 @@ def compare(
         first, second = (collect(sweep, plan_of(sweep)) for sweep in opened_both)
     if first.sweep == second.sweep:  # of two storage roots
         first, second = (replace(each, sweep=str(sweep)) for each, sweep in zip((first, second), opened_both, strict=True))
-    pairs = (comparison.by_cost if by_cost else comparison.by_name)(first, second)
     if pair:
-        if not all(name.count("=") == 1 for name in pair):
-            raise UserError(f"--pair {' '.join(pair)}: expected NAME=NAME, a model of the first sweep and one of the second")
-        pairs = dict(name.split("=") for name in pair)
+        pairs = {first.groups.get(x, x): second.groups.get(y, y) for x, y in named}
+    else:
+        pairs = (comparison.by_cost if by_cost else comparison.by_name)(first, second)
     found = comparison.differences(first, second, pairs)
     table = comparison.comparison_table(first, second, found)
     if page:
         with working("compare: drawing"):
             page.write_bytes(compare_page(opened_both, (first, second), table))
     show([each.to_json() for each in found], table, *([f"page     {page}"] if page else []), as_json=as_json)
+
+
+def _pairs(pair: list[str], *, by_cost: bool) -> list[list[str]]:
+    """Return the two names of each --pair."""
+    named = [name.split("=") for name in pair]
+    if not all(len(names) == 2 for names in named):
+        raise UserError(f"--pair {' '.join(pair)}: expected NAME=NAME, a model of the first sweep and one of the second")
+    if pair and by_cost:
+        raise UserError("--by-cost chooses the pairs itself: leave out --pair, or --by-cost")
+    for first, number in Counter(first for first, _ in named).items():
+        if number > 1:
+            raise UserError(f"--pair {first}=...: a model is compared with one at a time: run the command for each")
+    return named
 
 
 def measure(

@@ -178,10 +178,12 @@ def fork(
 
     opened = Sweep.open(sweep)
     run = fork_run(opened, model, at, new, settings or [])
+    changed = f", with {', '.join(settings)} of its own," if settings else ""
     show(
         {"run": run.folder.url, "model": new, "images": at},
         f"forked   {run.folder}: continues from {at} images\n"
-        f"next     dis-scale resume {opened}; or give {new} the settings of {model} under models: in your recipe and run that",
+        f"next     dis-scale resume {opened}; or give {new} the settings of {model}{changed} under models: in your recipe and run "
+        "that",
         as_json=as_json,
     )
 

@@ -149,7 +149,8 @@ def _require_comparable(a: Report, b: Report) -> None:
         facts += [("data.source", images.source, others.source), ("data.crop", images.crop, others.crop)]
     if a.metric == HELD_OUT:  # it is of these latents and this process; flows share one, whatever they predict
         facts += [("VAE", a.vae, b.vae), ("diffusion.kind", a.recipe.diffusion.kind, b.recipe.diffusion.kind)]
-        facts.append(("seed", a.recipe.seed, b.recipe.seed))  # it chooses the held-out images and their noise
+        facts.append(("seed", a.recipe.seed, b.recipe.seed))  # it chooses the held-out images and their noise, among the shards
+        facts.append(("precompute.shard_images", a.recipe.precompute.shard_images, b.recipe.precompute.shard_images))
         facts += [(f"data.{key}", getattr(images, key), getattr(others, key)) for key in ("held_out_images", "normalise")]
         if a.recipe.diffusion.kind == "gaussian":
             facts += [(f"diffusion.{key}", x, y) for key, x, y in differing(a.recipe.diffusion, b.recipe.diffusion)]

@@ -108,12 +108,17 @@ def _errors(sizes: list[Size], factors: np.ndarray, off_line: np.ndarray) -> tup
         known.append((np.diag(squares / over / trainings), over + 1))
     beside = [(factors @ covariance @ factors - each * np.trace(off_line @ covariance), of) for covariance, of in known]
     errors = [Error(math.sqrt(max(float(square), 0)), of) for square, of in beside]
-    return (*errors, Error(math.sqrt(each * float(logs @ off_line @ logs)), round(freedom) + 1)) if known else ()
+    return (*errors, Error(math.sqrt(max(each * float(logs @ off_line @ logs), 0)), round(freedom) + 1)) if known else ()
 
 
 def _apart(change: float) -> str:
     """Return how far a value is from another one, whose logarithm differs by `change`."""
     return f"{abs(math.expm1(change)):.1%} {'above' if change > 0 else 'below'}"
+
+
+def _around(found: Change) -> str:
+    """Return the error of what `_apart` says of a known one, from the logarithm's: that of the ratio, to first order."""
+    return f"± {math.exp(found.change) * (found.error or 0):.1%}"
 
 
 def _verdict(*, significant: bool) -> str:
@@ -147,7 +152,7 @@ class Comparison:
             return f"{start}: {words}; its error is not known"
         spread = "over seeds" if self.found.over_seeds else "of sampling"
         verdict = _verdict(significant=self.found.significant)
-        return f"{start}: {words}, ± {error:.1%} ({spread}, and of sizes about their lines): {verdict}"
+        return f"{start}: {words}, {_around(self.found)} ({spread}, and of sizes about their lines): {verdict}"
 
     def rows(self) -> Iterator[list[str]]:
         """Yield a row of the table for each size, with every seed beside the other family's curve."""
@@ -185,7 +190,7 @@ class AtBudget(Change):
     @property
     def sentence(self) -> str:
         words = f"the best {self.ours} is {_apart(self.change)} the best {self.theirs}"
-        spread = f"± {self.error:.1%} (runs about their parabolas)"
+        spread = f"{_around(self)} (runs about their parabolas)"
         return f"{self.metric} at {self.budget:g} FLOPs: {words}, {spread}: {_verdict(significant=self.significant)}"
 
     def rows(self) -> Iterator[list[str]]:

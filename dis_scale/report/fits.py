@@ -74,7 +74,9 @@ def power_law(costs: Sequence[float], distances: Sequence[float], floor: float =
 
 
 def _bends(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether Student's test refuses, at 5 %, that a line has no square term."""
+    """Whether Student's test refuses, at 5 %, that a line has no square term; two different costs cannot tell."""
+    if len(np.unique(x)) < 3:
+        return False
     design = np.stack([np.ones_like(x), x - x.mean(), (x - x.mean()) ** 2], 1)
     inverse = np.linalg.pinv(design)
     bend, residuals = (inverse @ y)[2], y - design @ (inverse @ y)

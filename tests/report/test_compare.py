@@ -11,7 +11,7 @@ from scipy import stats
 
 from dis_scale.evaluation.metrics import FOLDS, Frechet, Groups, MeanCovariance
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe import Precompute, Recipe, reading
 from dis_scale.recipe.train import Flow, Gaussian
 from dis_scale.report import Report, compare, figures
 from dis_scale.report.points import Error
@@ -238,13 +238,14 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path
 
 def test_held_out_losses_of_other_quantities_are_refused(tmp_path: Path, recipe: Recipe) -> None:
     """A loss of the noise at a Gaussian's times is not one of a flow's velocity, nor that of other images."""
-    changes = {"extractor": {"kind": "none"}}
+    changes = {"extractor": {"kind": "none"}, "variants": {}}
     made = recipe.model_copy(update={"evaluate": recipe.evaluate.model_validate(recipe.evaluate.model_dump() | changes)})
     a = collect(sweep_at(tmp_path, "tiny", made))
     for part, other, words in (
         ("data", made.data.model_copy(update={"held_out_images": 7}), "data.held_out_images: tiny has .*, tiny has 7"),
         ("diffusion", Gaussian(kind="gaussian", steps=500), "diffusion.steps: tiny has 1000, tiny has 500"),
         ("diffusion", Flow(kind="flow"), "diffusion.kind: tiny has gaussian, tiny has flow"),
+        ("precompute", Precompute(shard_images=7), "precompute.shard_images: tiny has .*, tiny has 7"),
         ("seed", made.seed + 1, f"seed: tiny has {made.seed}, tiny has {made.seed + 1}"),
     ):
         b = collect(sweep_at(tmp_path, "tiny", made.model_copy(update={part: other})))

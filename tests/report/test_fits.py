@@ -24,6 +24,14 @@ def test_a_power_law_is_found_with_its_interval() -> None:
     assert power_law(list(costs[:3]), [3.0, 2.0, 1.0]) is None
 
 
+def test_two_different_costs_cannot_tell_whether_a_law_bends() -> None:
+    """Two sizes, each with two rates."""
+    found = power_law([1, 1, 2, 2], [100, 104, 50, 52])
+    assert found
+    assert found.interval
+    assert found.interval[0] < -1 < found.interval[1]
+
+
 def test_the_law_is_that_of_what_is_above_the_floor() -> None:
     costs = np.array([1.0, 3, 10, 30, 100])
     distances = 5 + 7 * costs**-0.4
