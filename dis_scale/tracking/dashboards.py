@@ -1,7 +1,7 @@
 """Copies of a sweep's rows for TensorBoard or Weights & Biases, beside MLflow's: written by the sweep's command, from storage.
 
 A copy lies on the command's machine and holds, in one file, how far it has come. Each row is written once; if the folder is lost,
-all are written again.
+all are written again. The copy of a sweep that was deleted is set aside when another one of its name begins.
 """
 
 import json
@@ -71,7 +71,7 @@ def _copying(copy: "Copy", say: Callable[[str], None]) -> Iterator[None]:
     with repeating(partial(attempt, copy.update), EVERY_S, copy.name) as thread:
         yield
     thread.join()
-    attempt(copy.update, last=True)
+    attempt(partial(copy.update, last=True), last=True)
     with suppress(Exception):
         copy.ends.close()
 
@@ -91,7 +91,8 @@ class Copy:
     _id: str = field(default_factory=lambda: secrets.token_hex(4))
     _images: dict[str, dict[str, int]] = field(default_factory=dict)
     """By model and name of a row of training: the images seen of the last one that is copied."""
-    _evaluations: set[str] = field(default_factory=set)
+    _evaluations: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """By model and evaluation: the names of the values that are copied, to which metrics may be added."""
     _readers: dict[str, RowReader] = field(default_factory=dict)
     _sends: dict[str, Send] = field(default_factory=dict)
     ends: ExitStack = field(default_factory=ExitStack)
@@ -99,10 +100,13 @@ class Copy:
 
     def open(self) -> None:
         """Open what is there, or begin. UserError if Weights & Biases has no login."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / PROGRESS).exists():
             stored = json.loads((self.folder / PROGRESS).read_text())
-            self._id, self._images, self._evaluations = stored["id"], stored["images"], set(stored["evaluations"])
+            if self._lost(stored["images"], stored["evaluations"]):
+                self.folder.rename(self.folder.with_name(f"{self.folder.name}.{stored['id']}"))
+            else:
+                self._id, self._images, self._evaluations = stored["id"], stored["images"], stored["evaluations"]
+        self.folder.mkdir(parents=True, exist_ok=True)
         for model in self.sweep.recipe.models:
             self._sends[model] = (
                 _tensorboard(self.folder / model, self.ends)
@@ -111,17 +115,28 @@ class Copy:
             )
             self._readers[model] = RowReader(self.sweep.run(model).log, self._images.setdefault(model, {}))
 
-    def update(self) -> None:
-        """Copy the rows and evaluations that storage has and the copy has not."""
+    def _lost(self, images: dict[str, dict[str, int]], evaluations: dict[str, dict[str, list[str]]]) -> bool:
+        """Whether storage lacks what was copied: a sweep of this name was deleted, and this is another one."""
+        for model in self.sweep.recipe.models:
+            if images.get(model) and not self.sweep.run(model).log.list():
+                return True
+            if evaluations.get(model, {}).keys() - set(map(str, state.measured(self.sweep, model))):
+                return True
+        return False
+
+    def update(self, *, last: bool = False) -> None:
+        """Copy the rows and evaluations that storage has and the copy has not; the `last` time also values that were added."""
         for model, send in self._sends.items():
             for rows in self._readers[model].batches():
                 send(rows)
+            copied = self._evaluations.setdefault(model, {})
             for sampled in state.measured(self.sweep, model):
-                if str(sampled) not in self._evaluations:
+                if last or str(sampled) not in copied:
                     with suppress(Damaged):  # `verify` and the report name it
-                        send(rows_of_evaluation(self.sweep, sampled))
-                        self._evaluations.add(str(sampled))
-        stored = {"id": self._id, "images": self._images, "evaluations": sorted(self._evaluations)}
+                        known, values = copied.get(str(sampled), []), rows_of_evaluation(self.sweep, sampled)
+                        send([row for row in values if row.name not in known])
+                        copied[str(sampled)] = sorted(row.name for row in values)
+        stored = {"id": self._id, "images": self._images, "evaluations": self._evaluations}
         (self.folder / f"{PROGRESS}.new").write_text(json.dumps(stored))
         (self.folder / f"{PROGRESS}.new").replace(self.folder / PROGRESS)
 

@@ -35,9 +35,9 @@ def train(sweep: Sweep, images: int) -> None:
     rows.settle()
 
 
-def evaluate(sweep: Sweep, images: int) -> None:
+def evaluate(sweep: Sweep, images: int, **more: float) -> None:
     put_published(sweep.run("dis").published_at(images), b"", images=images)
-    put_metrics(sweep.evaluation(Sampled("dis", images)), {"fd_digits_80": 4.0}, time=7.25)
+    put_metrics(sweep.evaluation(Sampled("dis", images)), {"fd_digits_80": 4.0} | more, time=7.25)
 
 
 def store(sweep: Sweep) -> Folder:
@@ -82,6 +82,31 @@ def test_each_row_is_written_once(sweep: Sweep) -> None:
     shutil.rmtree(folder)
     update(Copy("tensorboard", folder, sweep))
     assert in_tensorboard(folder / "dis") == written
+
+
+def test_a_metric_that_is_added_later_is_copied(sweep: Sweep) -> None:
+    folder = folder_of("tensorboard", store(sweep), sweep.folder.name)
+    for more in ({}, {"kid_digits_80": 0.5}):
+        evaluate(sweep, 80, **more)
+        with copying(sweep, store(sweep), print):
+            pass
+    written = in_tensorboard(folder / "dis")
+    assert written["kid_digits_80", 80, 0.5, 7.25] == written["fd_digits_80", 80, 4.0, 7.25] == 1
+
+
+def test_the_copy_of_a_deleted_sweep_is_set_aside(sweep: Sweep) -> None:
+    """Another one of its name was never copied: all of its rows were taken to be there."""
+    folder = folder_of("tensorboard", store(sweep), sweep.folder.name)
+    for loss_at in (80, 40):
+        train(sweep, loss_at)
+        evaluate(sweep, 80)
+        update(Copy("tensorboard", folder, sweep))
+        sweep.folder.delete()
+        sweep.save_recipe()
+        update(Copy("tensorboard", folder, sweep))
+    aside = sorted(folder.parent.glob(f"{folder.name}.*"))
+    assert sorted({each[1] for old in aside for each in in_tensorboard(old / "dis") if each[0] == "loss"}) == [40, 80]
+    assert not in_tensorboard(folder / "dis")
 
 
 def test_a_copy_that_fails_misses_nothing_after_the_next_start(sweep: Sweep, tmp_path: Path) -> None:
