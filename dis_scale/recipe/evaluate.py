@@ -180,7 +180,7 @@ class Evaluate(Sampling):
     """An ADM reference `.npz` (path or URL) instead of the source images' statistics under Inception."""
     block_images: Count = 250
     """Samples of a block: the unit of work of one worker, which is kept."""
-    batch_images: Count = 50
+    batch_images: Count = runtime(50)
     """Samples generated, decoded and measured together, within a block."""
     floor: bool = runtime(True)
     """Measure also as many real images, which the reference then lacks, and the autoencoder's reconstructions of them: the least

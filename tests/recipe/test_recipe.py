@@ -280,8 +280,12 @@ def test_an_unknown_preset_offers_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    "allowed", ["train.workers=4", "storage.root=x", "train.publish_images=[0,160,320,480]", "device=cpu", "data.undecodable=skip"]
-)
+    "allowed",
+    [
+        "train.workers=4", "storage.root=x", "train.publish_images=[0,160,320,480]", "device=cpu", "data.undecodable=skip",
+        "evaluate.batch_images=16",
+    ],
+)  # fmt: skip
 def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
     assert identity_differences(tiny, reading.load(TINY, [allowed])) == []
 
