@@ -17,7 +17,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
 from dis_scale.storage.programs import hash_of
-from dis_scale.sweep import RECIPE, Sweep, command_lease, state
+from dis_scale.sweep import RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import WEIGHTS_FILE, ImportedFrom, PublishedManifest, file_of
 from dis_scale.weights.export import SamplingFacts, describe
 from dis_scale.weights.warm_start import fit, from_file, in_words, latents_difference
@@ -51,6 +51,11 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
     fitted = fit(source, empty, f"import of {path} as {model}")
     if changed := fitted.notes[len(source.notes) :]:
         raise UserError(f"import of {path} as {model}: {changed[0]}: expected weights for as many pixels and classes")
+    if source.facts is None and sweep.recipe.data.normalise != "vae":
+        raise UserError(
+            f"import of {path} as {model}: the file does not tell by which factors its latents were scaled: expected "
+            "data.normalise: vae, the autoencoder's own"
+        )
     if source.facts and (difference := latents_difference(source.facts, sweep)):
         raise UserError(
             f"import of {path} as {model}: trained on {difference}: expected a recipe with the latents that these weights were "
@@ -58,11 +63,11 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
         )
     description = describe(empty, SamplingFacts.of_sweep(sweep))
     data = safetensors.torch.save(fitted.weights, {"dis_scale": json.dumps(description)})
-    folder = sweep.run(model).published_at(train.images)
+    folder, evaluation = sweep.run(model).published_at(train.images), sweep.evaluation(Sampled(model, train.images))
     with lease.hold(command_lease(sweep.folder)):
         if not sweep.folder.exists(RECIPE):
             sweep.save_recipe()
-        _publish(folder, data, train.images, ImportedFrom(name=path.rpartition("/")[2], sha256=start.sha256))
+        _publish(folder, data, train.images, ImportedFrom(name=path.rpartition("/")[2], sha256=start.sha256), evaluation)
     return Imported(folder, train.images, sum(each.numel() for each in fitted.weights.values()), source.notes)
 
 
@@ -81,10 +86,15 @@ def _require_possible(sweep: Sweep, model: str) -> None:
         raise UserError(f"import: {model} was trained in {sweep}: choose another model, or another name for the sweep")
 
 
-def _publish(folder: Folder, data: bytes, images_seen: int, origin: ImportedFrom) -> None:
+def _publish(folder: Folder, data: bytes, images_seen: int, origin: ImportedFrom, evaluation: Folder) -> None:
     known = PublishedManifest.find(folder)
     if known and known.imported != origin:
-        raise UserError(f"import: {folder} already holds other weights: choose another model, or delete the folder")
+        raise UserError(
+            f"import: {folder} already holds other weights: choose another model, or delete the folder and that of its evaluation, "
+            f"{evaluation}"
+        )
+    if known is None and evaluation.list(incomplete=True):
+        raise UserError(f"import: {evaluation} is the evaluation of weights that are no more there: delete it, too")
     if known is None:
         name = file_of(WEIGHTS_FILE, attempt=0)
         folder.write(name, data)

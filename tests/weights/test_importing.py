@@ -21,7 +21,7 @@ from dis_scale.weights.opening import labels_in_turn, open_for_sampling, sample_
 from dis_scale.weights.published import load_published
 from tests.conftest import TINY
 from tests.support.commands import invoke
-from tests.support.documents import put_latents
+from tests.support.documents import put_latents, put_metrics
 from tests.support.leases import run_elsewhere
 from tests.support.public_dis import public_model, sit_state
 
@@ -178,3 +178,16 @@ def test_other_weights_or_a_running_sweep_are_refused(tmp_path: Path, file: Path
     assert (code, "already holds other weights" in output) == (2, True), output
     published = sweep.run("dis").published_at(1024)
     assert PublishedManifest.require(published).imported.name == "dis.pt"  # type: ignore[union-attr]
+    evaluation = sweep.evaluation(Sampled("dis", 1024))
+    put_metrics(evaluation, {sweep.recipe.evaluate.metric: 9.0})
+    published.delete()
+    code, output = invoke(*words(tmp_path, file))
+    assert (code, "is the evaluation of weights that are no more there: delete it, too" in output) == (2, True), output
+    evaluation.delete()
+    assert invoke(*words(tmp_path, file))[0] == 0
+    assert state.Backlog(sweep).left() == [Sampled("dis", 1024)]
+
+
+def test_public_weights_fit_latents_by_the_autoencoders_own_scale_alone(tmp_path: Path, file: Path) -> None:
+    code, output = invoke(*words(tmp_path, file, "data.normalise=channels"))
+    assert (code, "expected data.normalise: vae, the autoencoder's own" in output) == (2, True), output
