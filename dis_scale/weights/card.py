@@ -84,6 +84,7 @@ def _metrics(sweep: Sweep, published: Sampled) -> str:
     for variant, settings in sweep.recipe.evaluate.samplings.items():
         metrics = state.evaluated(sweep, published.model, variant).get(published.images_seen)
         how = f"{settings.samples:,} samples, {settings}"
+        how += f", of the average of width {settings.ema_width:g}, not of these weights" if settings.ema_width is not None else ""
         lines += [f"| {name} | {value:.4g} | {how} |" for name, value in (metrics.values if metrics else {}).items()]
     return "\n".join(["| metric | value | sampling |", "|---|--:|---|", *lines]) if lines else f"Not evaluated. {FILL_IN}"
 

@@ -121,6 +121,7 @@ def open_for_sampling(
     sampling = Sampling(sampler="euler_maruyama" if process.kind == "flow" else "ddpm", steps=250)
     if sweep:
         sampling = sweep.recipe.evaluate.sampling
+        notes += _averages(sweep)
     elif facts:
         sampling = facts.sampling
     if sampling.guide and sweep and guide_at is None:
@@ -134,6 +135,12 @@ def open_for_sampling(
     names = (class_names(sweep) if sweep else ()) or (facts.label_names if facts else ())
     encoder, recipe = facts.vae.identity if facts else decoder.identity, sweep.recipe if sweep else None
     return OpenCheckpoint(model, process, decoder, sampling, notes, recipe, encoder, located, guide_at, names)
+
+
+def _averages(sweep: Sweep) -> list[str]:
+    """Return a line if the sweep's own samples are of other averages than its published weights."""
+    width = sweep.recipe.evaluate.ema_width
+    return [] if width is None else [f"average  its sweep measures the average of width {width:g}: this is the exponential one"]
 
 
 def has_sweeps_vae(located: Located) -> bool:

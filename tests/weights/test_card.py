@@ -8,6 +8,7 @@ import pytest
 
 import dis_scale
 from dis_scale.sweep import Sampled
+from dis_scale.weights.opening import open_for_sampling
 from tests.support.commands import invoke
 from tests.support.documents import put_metrics
 from tests.support.published import published_sweep
@@ -38,6 +39,17 @@ def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(tmp_path
     expected = dis_scale.Sweep.open(sweep.folder.url).sample("dis", classes=[1, 7], steps=3, guidance=4.0)
     pixels = [np.stack([np.asarray(picture) for picture in each]).astype(int) for each in (pictures, expected)]
     assert np.abs(pixels[0] - pixels[1]).max() <= 1, "guided as the sweep's own samples"
+
+
+def test_distances_of_other_averages_are_said_to_be(tmp_path: Path) -> None:
+    """A sweep may measure a rebuilt average; its published weights are the exponential one."""
+    sweep = published_sweep(str(tmp_path), "train.power_ema=[0.05, 0.1]", "evaluate.ema_width=0.07")
+    put_metrics(sweep.evaluation(Sampled("dis", 320)), {"fd_digits_80": 12.5})
+    code, output = invoke("export", sweep.run("dis").published_at(320).url, str(tmp_path / "export"))
+    assert code == 0, output
+    assert "of the average of width 0.07, not of these weights" in (tmp_path / "export/README.md").read_text()
+    notes = open_for_sampling(sweep.run("dis").published_at(320).url, None).notes
+    assert notes == ["average  its sweep measures the average of width 0.07: this is the exponential one"]
 
 
 def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
