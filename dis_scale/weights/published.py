@@ -14,6 +14,9 @@ from dis_scale.sweep.documents import WEIGHTS_FILE, PublishedManifest
 from dis_scale.weights import ema
 from dis_scale.weights.ema import Snapshot
 
+NEGLIGIBLE = 1e-9
+"""Share of a snapshot in a rebuilt average that float32 does not show."""
+
 
 def load_published(run: Run, images_seen: int) -> dict[str, torch.Tensor]:
     """Return the EMA weights by parameter; StorageError names what is missing or damaged."""
@@ -38,6 +41,8 @@ def load_average(run: Run, images_seen: int, train: Train, width: float) -> dict
     shares = ema.coefficients(known, Snapshot(images_seen, width))
     total: dict[str, torch.Tensor] = {}
     for snapshot, share in zip(known, shares.tolist(), strict=True):
+        if abs(share) < NEGLIGIBLE:  # all but one of a width that was tracked: each is a file of the model's size
+            continue
         folder = run.published_at(snapshot.images)
         for name, tensor in _load(folder, average_file(ema.power_name(snapshot.width))).items():
             total[name] = total.get(name, 0) + share * tensor.double()

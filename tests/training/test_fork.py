@@ -116,6 +116,12 @@ def test_a_fork_may_change_the_training_from_there_on(sweep: Sweep) -> None:
     assert all(torch.allclose(rebuilt[name], tracked[name], rtol=1e-4, atol=1e-6) for name in tracked)
     known = snapshots(made, 320, settings)
     assert [(each.images, each.width) for each in known][-2:] == [(320, 0.05), (320, 0.1)]
+    for earlier in (each.images for each in known if each.images < 320):
+        for file in made.published_at(earlier).list():
+            if file.endswith(".safetensors"):
+                made.published_at(earlier).delete(file)
+    again = load_average(made, 320, settings, 0.1)
+    assert all(torch.equal(again[name], rebuilt[name]) for name in tracked), "of all snapshots it reads the one that was tracked"
     with pytest.raises(UserError, match=r"models.new.train.learning_rat: unknown key \(did you mean 'learning_rate'"):
         fork_run(Sweep.open(sweep.folder.url), "dit", 240, "new", ["learning_rat=1"])
 
