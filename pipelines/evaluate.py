@@ -116,9 +116,9 @@ def ablate(job: StageJob) -> None:
     samplings = state.ablations(job.recipe.evaluate, setting, [float(value) for value in values], guide)
     gpus = max(1, Places.now(job.recipe).most_evaluators())
     evaluation, _ = open_evaluation(job, device, gpus, samplings, len(samplings) * job.recipe.evaluate.samples)
-    for variant in samplings:
+    for variant, settings in samplings.items():
         sampled = Sampled(model, int(images), variant)
-        if not job.sweep.evaluation(sampled).exists(Metrics.NAME):
+        if state.outdated_by(Metrics.find_intact(job.sweep.evaluation(sampled)), settings):
             job.say(_shown(sampled, evaluation.evaluate(sampled)))
 
 

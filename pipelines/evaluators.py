@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from dis_scale.evaluation.run import Spent, block_name
-from dis_scale.process.errors import DisScaleError, UserError, WrongKernel
+from dis_scale.process.errors import DisScaleError, NotFinite, UserError, WrongKernel
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import LatentsPointer
 from dis_scale.training import devices
 from pipelines import nodes, ray_private
-from pipelines.failures import WorkerFailure, describe, may_pass
+from pipelines.failures import WorkerFailure, cause_of, describe, may_pass
 from pipelines.places import Places, own_gpus
 from pipelines.ray_private import actor_id
 from pipelines.sharing import Deal, share
@@ -116,6 +116,16 @@ class Evaluator(Worker):
                 return False
             return True
 
+    def finite(self, sampled: Sampled, settings: Evaluate, number: int) -> bool:
+        """Whether the samples of a block are finite on this device."""
+        with self._working():
+            guide, model = self.sampler.guide(settings), self.sampler.model(sampled.model, sampled.images_seen, settings)
+            try:
+                self.sampler.sample(model, settings, number, guide)
+            except NotFinite:
+                return False
+            return True
+
     def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> Spent:
         """Sample and keep the blocks that `deal` names."""
         from dis_scale.models.replay import replayed
@@ -137,7 +147,11 @@ class Evaluator(Worker):
                 if self.stop_requested():
                     break
                 model, guide = models()
-                block = self.sampler.sample(model, settings, number, guide, self._count)
+                try:
+                    block = self.sampler.sample(model, settings, number, guide, self._count)
+                except NotFinite as error:
+                    error.block = number
+                    raise
                 folder.write(block_name(number), block.to_bytes())
                 images += len(block.right)
             seconds = {part: s - before[part] for part, s in self.sampler.seconds.items()}
@@ -221,6 +235,10 @@ class RayEvaluators:
             return self._share("sample", (sampled, settings), blocks)
         except WrongKernel as error:
             raise self._blame(error, "passes", sampled, settings) from error
+        except NotFinite as error:
+            cause = cause_of(error)
+            assert isinstance(cause, NotFinite)
+            raise self._blame(error, "finite", sampled, settings, cause.block) from error
 
     def floor(self, blocks: list[int]) -> None:
         """Let the evaluators share the blocks of the floor."""
@@ -249,7 +267,7 @@ class RayEvaluators:
             raise failure
         return spent
 
-    def _blame(self, error: WrongKernel | NotOpened, check: str, *arguments: Any) -> Exception:
+    def _blame(self, error: WrongKernel | NotFinite | NotOpened, check: str, *arguments: Any) -> Exception:
         """Return the error to raise for one evaluator's: a failure of its node if the `check` of others there passes.
 
         Those that fail are ended, and count against their nodes: their device computes wrongly, or lacks a file.

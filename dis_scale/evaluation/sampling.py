@@ -29,7 +29,7 @@ from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.evaluation.features import Extractor, Features, load_classifier, load_extractors
 from dis_scale.models.tokens import Backbone
 from dis_scale.process import seeds
-from dis_scale.process.errors import DisScaleError, StorageError, UserError
+from dis_scale.process.errors import NotFinite, StorageError, UserError
 from dis_scale.recipe import Evaluate, LatentShape, Recipe
 from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.sweep import Sweep
@@ -178,12 +178,10 @@ def open_sampler(sweep: Sweep, decoder: Vae, device: torch.device) -> BlockSampl
 
 
 def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
-    """DisScaleError names the samples that are not finite: as pixels they would be black."""
+    """NotFinite names the samples that are not finite: as pixels they would be black."""
     bad = [numbers[i] for i in (~latents_BCHW.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()]
     if bad:
-        raise DisScaleError(
-            f"samples that are not finite: {len(bad)}, the first number {bad[0]}: did this model's training diverge?"
-        )
+        raise NotFinite(f"samples that are not finite: {len(bad)}, the first number {bad[0]}: did this model's training diverge?")
 
 
 def verify_sampling(model: Backbone, settings: Evaluate, device: torch.device) -> None:

@@ -75,6 +75,13 @@ class BrokenDevice(DisScaleError):
     """A device fails or computes wrongly; another attempt, on another device, may succeed."""
 
 
+class NotFinite(DisScaleError):
+    """Samples that are not finite: the model's training has diverged, or the device that they were made on fails."""
+
+    block = 0
+    """The block that they are of."""
+
+
 class WrongKernel(DisScaleError):
     """A kernel's results are not those of its definition: it is wrong, or the device that it ran on is."""
 

@@ -434,11 +434,17 @@ def outdated(sweep: Sweep) -> dict[Sampled, str]:
     for model in sweep.recipe.models:
         for variant, settings in sweep.recipe.evaluate.samplings.items():
             for n, metrics in _metrics(sweep, model, variant).items():
-                if metrics is None:
-                    found[Sampled(model, n, variant)] = f"its {Metrics.NAME} is damaged"
-                elif added := set(settings.metrics) - set(metrics.metrics):
-                    found[Sampled(model, n, variant)] = f"the recipe has added {', '.join(sorted(added))}"
+                if why := outdated_by(metrics, settings):
+                    found[Sampled(model, n, variant)] = why
     return found
+
+
+def outdated_by(metrics: Metrics | None, settings: Evaluate) -> str:
+    """Return why an evaluation is to be measured again, of which these metrics are intact; empty if it is complete."""
+    if metrics is None:
+        return f"its {Metrics.NAME} is damaged"
+    added = sorted(set(settings.metrics) - set(metrics.metrics))
+    return f"the recipe has added {', '.join(added)}" if added else ""
 
 
 def skipped(sweep: Sweep) -> dict[Sampled, str]:

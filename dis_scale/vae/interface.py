@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dis_scale.process.errors import DisScaleError
+from dis_scale.process.errors import NotFinite
 from dis_scale.recipe import LatentShape
 from dis_scale.vae.scaling import Scaling
 
@@ -102,11 +102,11 @@ class Vae(ABC):
 
     @torch.no_grad()
     def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
-        """Return uint8 images (B, H, W, 3) of scaled latents; DisScaleError if an image is not finite."""
+        """Return uint8 images (B, H, W, 3) of scaled latents; NotFinite if an image is not finite."""
         images = self._decode(self.scaling.undo(latents_BCHW))
         # as pixels, a value that is not finite would be black
         if bad := int((~images.isfinite()).flatten(1).any(1).sum()):
-            raise DisScaleError(f"the VAE decoded {bad} of {len(images)} latents to values that are not finite")
+            raise NotFinite(f"the VAE decoded {bad} of {len(images)} latents to values that are not finite")
         return to_pixels(images)
 
 

@@ -78,6 +78,10 @@ KINDS = {
         "A kernel's results are not those of its definition, on every GPU that compared them.",
         "Set the backend that the error names. Where it is so on some GPUs only, it is `BrokenDevice`.",
     ),
+    "NotFinite": Kind(
+        "Samples are not finite on every GPU that made them: the checkpoint is skipped.",
+        "Look at the loss of that model: its training may have diverged. Where it is so on some GPUs only, it is `BrokenDevice`.",
+    ),
     "UndecodableImage": Kind(
         "A file in the source is empty, damaged, too large or not an image.",
         "Remove or replace it, or set `data.undecodable: skip`, which leaves such images out and lists them.",

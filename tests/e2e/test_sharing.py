@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import BrokenDevice, WrongKernel
+from dis_scale.process.errors import BrokenDevice, NotFinite, WrongKernel
 from dis_scale.recipe import Evaluate, LatentShape, Precompute, Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, state
@@ -73,6 +73,9 @@ class Judged(Worker):
         if self._right is None:
             os._exit(1)
         return self._right
+
+    def finite(self, _: Sampled, __: Evaluate, number: int) -> bool:
+        return bool(self._right) and number == getattr(self._wrong, "block", None)
 
     def sample(self, _: Sampled, __: Evaluate, deal: Deal) -> int:
         for _number in iter(deal, None):
@@ -323,6 +326,18 @@ def test_a_file_that_one_node_lacks_counts_against_it(judged: Callable[..., RayE
     assert list(state.node_failures(evaluators.job.sweep).values()) == [1]
     with pytest.raises(NotOpened):
         judged(False, False, wrong=NotOpened("no decoder at /models/vae")).floor([0, 1])
+
+
+def test_samples_that_are_not_finite_on_one_device_count_against_its_node(judged: Callable[..., RayEvaluators]) -> None:
+    """Each checkpoint would be skipped as one that had diverged. All make the block again that was not finite."""
+    wrong = NotFinite("samples that are not finite: 3, the first number 4")
+    wrong.block = 7
+    evaluators, sampled = judged(True, False, wrong=wrong), Sampled("dis", 0)
+    with pytest.raises(WorkerFailure, match="this device fails where those of 1 other evaluators do not: samples that are not fin"):
+        evaluators.sample(sampled, evaluators.job.recipe.evaluate, list(range(400)))
+    assert list(state.node_failures(evaluators.job.sweep).values()) == [1]
+    with pytest.raises(NotFinite):
+        judged(False, False, wrong=wrong).sample(sampled, evaluators.job.recipe.evaluate, [0, 1])
 
 
 def test_a_kernel_that_is_wrong_on_all_devices_is_the_programs(judged: Callable[..., RayEvaluators]) -> None:
