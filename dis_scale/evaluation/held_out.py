@@ -22,7 +22,7 @@ def losses(model: Backbone, process: Process, latents: Latents, seed: int, batch
     noise_BCHW = seeds.generator("held-out noise", seed).standard_normal(x_BCHW.shape, np.float32)
     device = next(model.parameters()).device
     verify_kernels(model, device, batch_sizes(len(x_BCHW), batch), training=False)
-    data = [torch.from_numpy(array).to(device).split(batch) for array in (x_BCHW, noise_BCHW, labels)]
+    data = [torch.from_numpy(array).split(batch) for array in (x_BCHW, noise_BCHW, labels)]  # a GPU gets a batch at a time
     times = (torch.arange(LEVELS) + 0.5) / LEVELS
     by_level = {f"held_out_loss/t{1000 * t:04.0f}": _loss_at(model, process, t, data) for t in times}
     return {"held_out_loss": float(np.mean(list(by_level.values())))} | by_level
@@ -31,8 +31,9 @@ def losses(model: Backbone, process: Process, latents: Latents, seed: int, batch
 def _loss_at(model: Backbone, process: Process, share: torch.Tensor, data: list[tuple[torch.Tensor, ...]]) -> float:
     """Return the mean over all images at one level: `share` of the process's time."""
     t = (share * process.num_steps).long() if process.num_steps else share
-    each = []
-    for x_BCHW, noise_BCHW, y_B in zip(*data, strict=True):
+    each, device = [], next(model.parameters()).device
+    for on_host in zip(*data, strict=True):
+        x_BCHW, noise_BCHW, y_B = (part.to(device) for part in on_host)
         t_B = t.to(x_BCHW.device).expand(len(x_BCHW))
 
         def model_fn(x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor = y_B) -> torch.Tensor:
