@@ -3,6 +3,7 @@
 Sums over groups of samples are merged in a fixed order, so one worker or eight give bit-equal metrics.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -183,15 +184,18 @@ def has_error(samples: float, features: int) -> bool:
 def infinity(features_ND: np.ndarray, frechet: Frechet, seed: int) -> Estimate:
     """Return FID-infinity, the intercept of the distance over 1/N (Chong and Forsyth 2020), with its jackknife.
 
-    Least squares over `INFINITY_POINTS` random subsets of rising size, without replacement. Subsets overlap, so the residuals of
-    the line say nothing about other samples: each group is left out of all subsets. DisScaleError if there are too few samples.
+    Least squares over `INFINITY_POINTS` subsets of rising size, without replacement. Each is spread evenly over the samples: of
+    balanced labels it has nearly the classes' shares, as all of them have. By random subsets the intercept would be too low.
+    Subsets overlap, so the residuals of the line say nothing about other samples: each group is left out of all subsets.
+    DisScaleError if there are too few samples.
     """
     samples, d = features_ND.shape
     sizes = np.linspace(require_infinity(samples, d), samples, INFINITY_POINTS).astype(int)
     distances = []
     for size in sizes:
         groups = Groups(samples)
-        numbers = np.sort(seeds.generator("fid infinity", seed, int(size)).permutation(samples)[:size])
+        start = seeds.generator("fid infinity", seed, int(size)).random()
+        numbers = np.sort(np.argsort((start + np.arange(samples) * math.sqrt(2)) % 1)[:size])
         groups.add(features_ND[numbers], numbers)
         value, _, left_out = groups.distance(frechet)
         assert left_out is not None, "a subset has over twice as many samples as features"
