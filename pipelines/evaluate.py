@@ -227,7 +227,7 @@ def measure_floor(job: StageJob, evaluation: Evaluation) -> None:
     """Measure the floor; log and note why if it cannot be measured: no model needs it. A run that evaluates more tries again."""
     try:
         evaluation.floor()
-    except (Held, NotOpened, OutOfMemory, Preempted, StorageFull, WorkerFailure, WrongKernel):
+    except (Held, NotOpened, Preempted, StorageFull, WorkerFailure):
         raise
     except DisScaleError as error:  # also StorageAway: it may be the images' storage
         why = str(cause_of(error))
