@@ -102,7 +102,7 @@ class Copy:
         """Open what is there, or begin. UserError if Weights & Biases has no login."""
         if (self.folder / PROGRESS).exists():
             stored = json.loads((self.folder / PROGRESS).read_text())
-            if self._lost(stored["images"], stored["evaluations"]):
+            if not isinstance(stored["evaluations"], dict) or self._lost(stored["images"], stored["evaluations"]):
                 self.folder.rename(self.folder.with_name(f"{self.folder.name}.{stored['id']}"))
             else:
                 self._id, self._images, self._evaluations = stored["id"], stored["images"], stored["evaluations"]
@@ -116,16 +116,17 @@ class Copy:
             self._readers[model] = RowReader(self.sweep.run(model).log, self._images.setdefault(model, {}))
 
     def _lost(self, images: dict[str, dict[str, int]], evaluations: dict[str, dict[str, list[str]]]) -> bool:
-        """Whether storage lacks what was copied: a sweep of this name was deleted, and this is another one."""
-        for model in self.sweep.recipe.models:
-            if images.get(model) and not self.sweep.run(model).log.list():
-                return True
-            if evaluations.get(model, {}).keys() - set(map(str, state.measured(self.sweep, model))):
-                return True
-        return False
+        """Whether storage has nothing of what was copied: a sweep of this name was deleted, and this is another one."""
+        copied = [model for model in self.sweep.recipe.models if images.get(model) or evaluations.get(model)]
+        return bool(copied) and not any(
+            self.sweep.run(model).log.list() or evaluations.get(model, {}).keys() & set(map(str, state.measured(self.sweep, model)))
+            for model in copied
+        )
 
     def update(self, *, last: bool = False) -> None:
         """Copy the rows and evaluations that storage has and the copy has not; the `last` time also values that were added."""
+        if not self._sends:  # storage was away
+            self.open()
         for model, send in self._sends.items():
             for rows in self._readers[model].batches():
                 send(rows)

@@ -5,6 +5,7 @@ import shutil
 import struct
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,45 @@ def test_a_metric_that_is_added_later_is_copied(sweep: Sweep) -> None:
             pass
     written = in_tensorboard(folder / "dis")
     assert written["kid_digits_80", 80, 0.5, 7.25] == written["fd_digits_80", 80, 4.0, 7.25] == 1
+
+
+def test_a_variant_that_is_removed_sets_no_copy_aside(sweep: Sweep) -> None:
+    folder = folder_of("tensorboard", store(sweep), sweep.folder.name)
+    train(sweep, 80)
+    put_metrics(sweep.evaluation(Sampled("dis", 80, "wide")), {"fd_digits_80": 5.0}, time=7.25)
+    put_published(sweep.run("dis").published_at(80), b"", images=80)
+    evaluate(sweep, 80)
+    update(Copy("tensorboard", folder, sweep))
+    less = sweep.recipe.model_copy(update={"evaluate": sweep.recipe.evaluate.model_copy(update={"variants": {}})})
+    update(Copy("tensorboard", folder, replace(sweep, recipe=less)))
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert set(in_tensorboard(folder / "dis").values()) == {1}
+
+
+def test_a_copy_of_another_form_is_made_again(sweep: Sweep) -> None:
+    folder = folder_of("tensorboard", store(sweep), sweep.folder.name)
+    folder.mkdir(parents=True)
+    (folder / dashboards.PROGRESS).write_text('{"id": "a1", "images": {}, "evaluations": ["dis at 80 images"]}')
+    evaluate(sweep, 80)
+    update(Copy("tensorboard", folder, sweep))
+    assert ("fd_digits_80", 80, 4.0, 7.25) in in_tensorboard(folder / "dis")
+
+
+def test_storage_that_is_away_at_the_start_loses_no_progress(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, measured, asked = folder_of("tensorboard", store(sweep), sweep.folder.name), state.measured, list[str]()
+    evaluate(sweep, 80)
+    update(Copy("tensorboard", folder, sweep))
+
+    def answer(of: Sweep, model: str) -> list[Sampled]:
+        asked.append(model)
+        if len(asked) == 1:
+            raise StorageAway("storage is away")
+        return measured(of, model)
+
+    monkeypatch.setattr(state, "measured", answer)
+    with copying(sweep, store(sweep), print):
+        pass
+    assert set(in_tensorboard(folder / "dis").values()) == {1}
 
 
 def test_the_copy_of_a_deleted_sweep_is_set_aside(sweep: Sweep) -> None:
