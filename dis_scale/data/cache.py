@@ -100,10 +100,10 @@ class Cache:
         if self._disabled or len(data) > self.bound_bytes:
             return
         part = self.folder / f"{shard.sha256}.part"
-        with self._locked("lock-capacity"):
+        with self._locked("lock-capacity") as held:
             bound_bytes = self.bound_bytes
             for _ in range(2):
-                if self._disabled:
+                if self._disabled or not held:
                     return
                 try:
                     # what is used at a second attempt is all that fits, with the new file as well
@@ -134,8 +134,8 @@ class Cache:
         return used
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Hold this node-wide lock, unless the cache is disabled. It ends with its process."""
+    def _locked(self, name: str) -> Iterator[bool]:
+        """Hold this node-wide lock, and yield true, unless the cache is disabled or its disk has no room for the lock's file."""
         file = None
         try:
             if not self._disabled:
@@ -145,7 +145,7 @@ class Cache:
         except OSError as error:
             self._disable(error)
         try:
-            yield
+            yield file is not None
         finally:
             if file:
                 file.close()
