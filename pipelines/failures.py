@@ -10,7 +10,7 @@ import ray
 
 from dis_scale.process.errors import BrokenDevice, DisScaleError, OutOfMemory, StorageAway
 from dis_scale.storage.retries import PASSING
-from dis_scale.training.devices import lacks_memory
+from dis_scale.training.devices import NODE, REJECTED, lacks_memory
 
 DEVICE = re.compile(
     r"AcceleratorError|CUDA (unknown |driver )?error|Triton Error \[CUDA\]|CUDA driver initialization failed|"
@@ -18,19 +18,12 @@ DEVICE = re.compile(
 )
 """Parts of the errors of a GPU that fails: memory with uncorrectable errors, a failed launch, a device that is busy or gone, or a
 node whose driver or fabric manager does not run."""
-REJECTED = re.compile(
-    r"(CUDA (driver )?error|Triton Error \[CUDA\]): (device-side assert triggered|invalid |no kernel image|device kernel image"
-    r" is invalid)|_STATUS_INVALID_VALUE"
-)
-"""Parts of the errors of a GPU that refuses what a program asks: every device would."""
 CONNECTION = re.compile(
     r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has (timed out|failed to listen)|Connection (closed|reset)"
 )
 """Parts of the errors of a process group that lost a member, or whose port another process has taken."""
 AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instruction")
 """Parts of the errors of a program or of a device: worth another attempt, but no reason to exclude a node."""
-NODE = re.compile("std::bad_alloc|can't start new thread|unable to mmap|Cannot allocate memory|Too many open files")
-"""Parts of the errors of a node that is short of memory, processes or files."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 """Errors of a node's own disk, in the cache of kernels or a temporary file. Storage raises its own class."""
 SHORT = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)

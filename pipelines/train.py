@@ -69,7 +69,7 @@ class Trainer(Worker):
         super().report(done)
         self.context.images = done
 
-    def check(self, rank_environment: Mapping[str, object], device: str, waits_s: float) -> None:
+    def check(self, rank_environment: Mapping[str, object], device: str, waits_s: float, shared: float) -> None:
         """Check this worker's device, join the process group and check the connections; BrokenDevice if one fails.
 
         The progress is 1 from the device's check on: a worker whose device hangs never has it, and the others wait for it.
@@ -80,7 +80,8 @@ class Trainer(Worker):
         devices.check_on_node(where := devices.torch_device(device))
         super().report(1)
         engine.connect(where, waits_s)
-        devices.check_group(where)
+        with devices.blaming_others(where, shared):
+            devices.check_group(where)
 
     def train(
         self,
@@ -194,6 +195,11 @@ class TrainingRun:
         finally:
             self.places.free(group)
 
+    def _shared(self) -> float:
+        """Return the fraction of a GPU's memory that evaluators may take beside training."""
+        places = Places.now(self.job.recipe) if self.device == "cuda" else None
+        return places.avoiding_failed(self.job.sweep, self.device).shared if places else 0.0
+
     def _short(self, world: int) -> int:
         """Return how often memory was too small with this many workers or more, which have fewer lanes each."""
         most, times = self.short
@@ -220,7 +226,7 @@ class TrainingRun:
             "WORLD_SIZE": len(ranks.workers), "MASTER_ADDR": first.ip, "MASTER_PORT": first.port, "LOCAL_RANK": 0,
         }  # fmt: skip
         checks = [
-            worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings))
+            worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings), self._shared())
             for rank, worker in enumerate(ranks.workers)
         ]
         try:
@@ -236,10 +242,8 @@ class TrainingRun:
         used = {place.node for place in ranks.places}
         with lease.hold(sweep.run(self.model).lease) as held:
             state.record_device(sweep.run(self.model), self.device)
-            shared = 0.0
-            if self.device == "cuda":
-                shared = Places.now(self.job.recipe).avoiding_failed(sweep, self.device).shared
-            arguments, short = (sweep, self.model, held, self.device, start, shared), self._short(len(ranks.workers))
+            arguments = (sweep, self.model, held, self.device, start, self._shared())
+            short = self._short(len(ranks.workers))
             results = [worker.train.remote(*arguments, short=short) for worker in ranks.workers]
             drained, grows = set[str](), False
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SIDE = {"cpu": 64, "cuda": 1024}
 """Rows and columns of the matrices that are multiplied as a check."""
-SUMMED = {"cpu": 2**16, "cuda": 2**26}
+SUMMED = {"cpu": 2**16, "cuda": 2**24}
 """Numbers that are summed over a group as a check: as many as gradients, since a link may pass a few kilobytes and no more."""
 
 PCI = Path("/sys/bus/pci/devices")
@@ -34,6 +34,13 @@ MEMORY = re.compile(
 NVML does not say who holds it, which PyTorch asks for its message."""
 UNSUPPORTED = re.compile(r"driver on your system is too old|no kernel image is available")
 """Parts of the errors of a driver or a GPU that this PyTorch does not support."""
+REJECTED = re.compile(
+    r"(CUDA (driver )?error|Triton Error \[CUDA\]): (device-side assert triggered|invalid |no kernel image|device kernel image"
+    r" is invalid)|_STATUS_INVALID_VALUE"
+)
+"""Parts of the errors of a GPU that refuses what a program asks: every device would."""
+NODE = re.compile("std::bad_alloc|can't start new thread|unable to mmap|Cannot allocate memory|Too many open files")
+"""Parts of the errors of a node that is short of memory, processes or files."""
 FOREIGN = 0.25
 """Fraction of a GPU's memory, beyond what is shared on purpose, that others must hold to be blamed for what does not fit."""
 REMEDY = "this PyTorch needs the NVIDIA driver R580 or newer, and a GPU newer than Volta"
@@ -164,7 +171,8 @@ def check_on_node(device: "torch.device", shared: float = 0.0) -> None:
         raise BrokenDevice(str(error)) from error
     except RuntimeError as error:
         lacks = lacks_memory(error)
-        if shared and lacks:
+        others = device.type == "cpu" or NODE.search(str(error)) or REJECTED.search(str(error))  # not the device's fault
+        if shared if lacks else others:
             raise
         words = "other processes left no memory for a matrix of 4 MiB" if lacks else "it does not multiply two matrices"
         raise BrokenDevice(f"{device}: {words}: {error}") from error

@@ -183,9 +183,12 @@ def test_a_device_without_memory_for_its_check_is_full_of_others() -> None:
 )
 def test_a_node_whose_device_does_not_start_is_avoided(words: str) -> None:
     """Without a driver, without the fabric manager of its NVSwitches, or else."""
-    refused = pytest.raises(BrokenDevice, match=r"^cpu: it does not multiply two matrices: ")
+    gpu, refused = torch.device("cuda", 0), pytest.raises(BrokenDevice, match=r"^cuda:0: it does not multiply two matrices: ")
     with store_requests.failing(RuntimeError(words)), refused:
-        devices.check_on_node(CPU)
+        devices.check_on_node(gpu)
+    for others in ("can't start new thread", "CUDA error: device-side assert triggered"):
+        with store_requests.failing(RuntimeError(others)), pytest.raises(RuntimeError, match=others):
+            devices.check_on_node(gpu)
 
 
 def test_a_workers_gpu_that_is_not_supported_is_a_mistake_with_a_remedy() -> None:
