@@ -109,7 +109,8 @@ class Pace:
         """
         working, known = set(running).difference(unplaced), [images for images in done if images is not None]
         total = sum(known) if len(known) == len(done) else None
-        if unplaced or total is None or total > self._most:
+        starts = self._most < 0 or (total is None and not self._policy.held)
+        if unplaced or starts or (total or 0) > self._most:
             self._most, self._advanced_s = total or 0, now_s
         if not self._policy.independent:
             done, working = [total], set() if unplaced or (total is not None and min(known) >= self._policy.last) else {0}
@@ -211,6 +212,8 @@ class _Loop:
             words, done = f"no step ended for {silent_s:.0f} s: hanging", self._polls.done
             self._log_stacks(range(len(self._workers)))
             behind = self._polls.unplaced if self._policy.held else list[int]()
+            if not {node.id for node in nodes.living()}.issuperset(self._policy.held[number] for number in behind):
+                behind = []  # nodes that are gone, whose workers wait for others
             if self._policy.blame_behind:
                 behind = [number for number, each in enumerate(done) if each < max(done)]
             if len(names := {_node(self._policy, self._workers, number) for number in behind}) == 1:

@@ -69,7 +69,7 @@ class Worker:
 
     def log_stacks(self) -> str:
         """Return the stacks, and print them for this worker's log: a driver's has room for a few workers'."""
-        print(stacks := self.stacks(), flush=True)
+        print(f"stacks of this worker:\n{(stacks := self.stacks())}", flush=True)
         return stacks
 
     # Called by the work.

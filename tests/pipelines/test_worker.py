@@ -69,6 +69,12 @@ def test_without_a_limit_nothing_hangs() -> None:
     assert not any(endless.note([0], {0}, (), now_s) for now_s in (0.0, 1e9))
 
 
+def test_a_process_that_does_not_start_in_its_place_hangs() -> None:
+    started = Pace(1, Watch(hang_after_s=10.0, held=["node"]))
+    assert [started.note([None], {0}, [], float(now_s)) for now_s in (100, 130, 141)] == [[], [], [0]]
+    assert started.silent_s(141.0) == 41.0
+
+
 def test_a_poll_returns_the_lines_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(context.VARIABLE, '{"sweep": "tiny", "stage": "train"}')
     worker = Worker()
