@@ -1,6 +1,5 @@
 """Commands that show what was evaluated, and evaluate one checkpoint at other settings."""
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,6 +90,8 @@ def compare(
         first, second = (replace(each, sweep=str(sweep)) for each, sweep in zip((first, second), opened_both, strict=True))
     if pair:
         pairs = {first.groups.get(x, x): second.groups.get(y, y) for x, y in named}
+        if len(pairs) < len(named):
+            raise UserError("--pair: a model is compared with one at a time, its seeds together: run the command for each")
     else:
         pairs = (comparison.by_cost if by_cost else comparison.by_name)(first, second)
     found = comparison.differences(first, second, pairs)
@@ -108,9 +109,6 @@ def _pairs(pair: list[str], *, by_cost: bool) -> list[list[str]]:
         raise UserError(f"--pair {' '.join(pair)}: expected NAME=NAME, a model of the first sweep and one of the second")
     if pair and by_cost:
         raise UserError("--by-cost chooses the pairs itself: leave out --pair, or --by-cost")
-    for first, number in Counter(first for first, _ in named).items():
-        if number > 1:
-            raise UserError(f"--pair {first}=...: a model is compared with one at a time: run the command for each")
     return named
 
 

@@ -112,8 +112,8 @@ def _ddim(chain: Chain, k: int, x0: Tensor, eps: Tensor, noise: NoiseSource, ste
 def _dpm_solver(chain: Chain, k: int, x: Tensor, x0: Tensor, x0_before: Tensor | None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the first step is of first order; returns x0 if no noise is left.
 
-    The step to the first time of training is of first order, too. Of 20 steps it is 20 times as long in log-SNR as the one before
-    it, over which algorithm 2 would extrapolate: Gaussian data would deviate by a quarter too much.
+    The step to the first time of training is of first order, too. Of 20 steps it is four times as long in log-SNR as the one
+    before it, from which algorithm 2 would extrapolate: Gaussian data would deviate by a quarter too much.
     """
     now, after = float(chain.alpha_bars_K[k]), float(chain.before_K[k])
     if after == 1.0:

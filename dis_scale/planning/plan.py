@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 from rich.table import Table
 
 from dis_scale import diffusion
@@ -50,6 +51,8 @@ class Plan:
         if guided and settings.guidance_interval:
             low, high = settings.guidance_interval
             times_K = diffusion.build(self.recipe.diffusion, self.shape).times(settings.steps)
+            if settings.sampler in TWO_PASS_SAMPLERS:  # the second pass is at the step's end
+                times_K = np.concatenate([times_K, times_K[1:], [0.0]])
             guided = float(((low <= times_K) & (times_K <= high)).mean())
         guide = self.costs[settings.guide.by if settings.guide else model].gmacs_forward
         gmacs = self.costs[model].gmacs_forward + guided * guide

@@ -79,9 +79,7 @@ class Tracking(Settings):
     @classmethod
     def _is_a_uri(cls, uri: str | None, info: ValidationInfo) -> str | None:
         if uri is not None and "://" not in uri and uri != "databricks" and not info.context:
-            raise ValueError(
-                f"got {uri!r}, expected sqlite:///FILE or http://HOST:PORT, or leave it out: MLflow keeps no new folders"
-            )
+            raise ValueError(f"got {uri!r}, expected sqlite:///FILE or http://HOST:PORT, or null for a file beside the sweeps")
         return uri
 
 

@@ -39,7 +39,12 @@ class Counting:
 
 @pytest.mark.parametrize(
     ("process", "sampler"),
-    [("{kind: flow}", "euler"), ("{kind: flow, shift: 3}", "euler"), ("{kind: gaussian, steps: 100, betas: cosine}", "ddim")],
+    [
+        ("{kind: flow}", "euler"),
+        ("{kind: flow}", "heun"),
+        ("{kind: flow, shift: 3}", "euler"),
+        ("{kind: gaussian, steps: 100, betas: cosine}", "ddim"),
+    ],
 )
 @pytest.mark.parametrize("interval", ["[100, 600]", "[500, 1000]", "[0, 450]", "null"])
 def test_guidance_costs_a_pass_of_each_step_that_it_guides(process: str, sampler: str, interval: str) -> None:
