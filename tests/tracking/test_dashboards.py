@@ -118,17 +118,10 @@ def test_a_copy_of_another_form_is_made_again(sweep: Sweep) -> None:
 
 
 def test_storage_that_is_away_at_the_start_loses_no_progress(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, measured, asked = folder_of("tensorboard", store(sweep), sweep.folder.name), state.measured, list[str]()
+    folder = folder_of("tensorboard", store(sweep), sweep.folder.name)
     evaluate(sweep, 80)
     update(Copy("tensorboard", folder, sweep))
-
-    def answer(of: Sweep, model: str) -> list[Sampled]:
-        asked.append(model)
-        if len(asked) == 1:
-            raise StorageAway("storage is away")
-        return measured(of, model)
-
-    monkeypatch.setattr(state, "measured", answer)
+    away_once(monkeypatch)
     with copying(sweep, store(sweep), print):
         pass
     assert set(in_tensorboard(folder / "dis").values()) == {1}
@@ -162,7 +155,8 @@ def test_a_copy_that_fails_misses_nothing_after_the_next_start(sweep: Sweep, tmp
     assert ("loss", 80) in {each[:2] for each in in_tensorboard(folder / "dis")}
 
 
-def test_storage_that_is_away_for_a_while_ends_no_copy(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def away_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let storage be away when it is first asked for evaluations; return the models that it is asked for from now on."""
     measured, asked = state.measured, list[str]()
 
     def answer(of: Sweep, model: str) -> list[Sampled]:
@@ -172,6 +166,11 @@ def test_storage_that_is_away_for_a_while_ends_no_copy(sweep: Sweep, monkeypatch
         return measured(of, model)
 
     monkeypatch.setattr(state, "measured", answer)
+    return asked
+
+
+def test_storage_that_is_away_for_a_while_ends_no_copy(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = away_once(monkeypatch)
     train(sweep, 80)
     evaluate(sweep, 80)
     folder, said = folder_of("tensorboard", store(sweep), sweep.folder.name), list[str]()
