@@ -158,8 +158,18 @@ def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple
         own = model.get("train", {}) if isinstance(model, dict) else None
         batch: Any = own.get("batch_images", train.get("batch_images")) if isinstance(own, dict) else None
         for images in cooldowns.images if _is_count(batch) and not model.get("branch") else ():  # else reading it names the mistake
-            if f"{name}-at-{images}" not in models:
-                yield cooldown(name, model, images, cooldowns.share, batch)
+            branch, settings = cooldown(name, model, images, cooldowns.share, batch)
+            there = models.get(branch)
+            if there is None:
+                yield branch, settings
+            elif _begins(there) != _begins(settings):  # a stored recipe has its cooldowns written out
+                raise UserError(f"{where}: train.cooldowns: {branch} is there and begins at other images: give its own share")
+
+
+def _begins(model: Any) -> Any:
+    """Return the images at which a branch begins; None of what is none, which reading it names."""
+    branch = model.get("branch") if isinstance(model, dict) else None
+    return branch.get("at") if isinstance(branch, dict) else None
 
 
 def cooldown(name: str, model: dict[str, Any], images: int, share: float, batch_images: int) -> tuple[str, dict[str, Any]]:

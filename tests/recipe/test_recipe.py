@@ -425,6 +425,15 @@ def test_a_stored_recipe_may_gain_seeds_and_cooldowns() -> None:
     assert reading.parse(stored, "stored", more).models == reading.load(TINY, more).models
 
 
+def test_a_cooldown_that_is_there_keeps_its_share() -> None:
+    """A stored recipe has its branches: another share was taken without a word, and changed nothing."""
+    stored = reading.dump(reading.load(TINY, ["train.cooldowns={images: [320], share: 0.25}"]))
+    again = reading.parse(stored, "stored", ["train.cooldowns={images: [160, 320], share: 0.25}"])
+    assert again.models["dit-at-320"] == reading.parse(stored, "stored").models["dit-at-320"]
+    with pytest.raises(UserError, match=r"train.cooldowns: dis-at-320 is there and begins at other images: give its own share"):
+        reading.parse(stored, "stored", ["train.cooldowns={images: [320], share: 0.5}"])
+
+
 def test_a_models_own_decay_may_not_end_elsewhere() -> None:
     begun, longer = (
         reading.load(TINY, ["models.dis.train={decay: linear}", f"train.publish_images={counts}"])
