@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
-from pydantic_core import to_jsonable_python
+from pydantic import TypeAdapter
 
 from dis_scale.process.settings import Settings
 from dis_scale.recipe import Isoflop, Recipe, Train
+
+_ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
@@ -62,7 +64,7 @@ def _named_differences(where: str, stored: Mapping[str, Settings], given: Mappin
 def as_yaml(value: Any) -> str:
     """Format a setting's value as in a recipe."""
     if isinstance(value, tuple | list | dict | Settings):
-        return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, sort_keys=False, width=1000).strip()
+        return yaml.safe_dump(_ANY.dump_python(value, mode="json"), default_flow_style=True, sort_keys=False, width=1000).strip()
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 

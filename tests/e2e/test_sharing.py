@@ -284,16 +284,19 @@ def test_a_lost_worker_is_reported_though_another_has_no_capacity(job: StageJob,
 
 
 def test_all_workers_that_are_watched_keep_their_logs(tiny: Recipe, tmp_path: Path) -> None:
-    """No stage has to think of it."""
+    """No stage has to think of it. Their stacks are in them: a driver's stored log has room for those of a few."""
     job = job_of(tiny)
     job.logs = JobLogs(open_folder(tmp_path / "logs"), job.context)
     workers = takers(job, 2, "prepare")
     watch(job, workers, [worker.stacks.remote() for worker in workers], policy=Watch(keep_logs=False))
     assert attempt_logs.listed(open_folder(tmp_path / "logs")) == []
-    watch(job, workers, [worker.stacks.remote() for worker in workers])
+    watch(job, workers, [worker.log_stacks.remote() for worker in workers])
     job.logs.collect(workers)
     kept = attempt_logs.listed(open_folder(tmp_path / "logs"))
     assert [name.process for name in kept] == ["0000", "0001"]
+    for text in attempt_logs.read_attempt(open_folder(tmp_path / "logs"), kept[0].begun).values():
+        assert "stacks of this worker:" in text
+        assert "in log_stacks" in text
 
 
 @pytest.fixture
