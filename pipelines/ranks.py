@@ -14,6 +14,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from dis_scale.training.lanes import largest_share
 from pipelines import nodes, ray_private
 from pipelines.nodes import Node
+from pipelines.places import Places
 from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 from pipelines.waiting import Wait, capacity
@@ -73,6 +74,12 @@ class RankPlaces:
     def free(self, group: Any) -> None:
         """Give back the places of an attempt."""
         remove_placement_group(group)
+
+    def shared(self) -> float:
+        """Return the fraction of a GPU's memory that evaluators may take beside training."""
+        if self.device == "cpu":
+            return 0.0
+        return Places.now(self.job.recipe).avoiding_failed(self.job.sweep, self.device).shared
 
     def outdated(self, world: int, avoided: Collection[str], living: Sequence[Node]) -> bool:
         """Whether only fewer workers fit now, as after the loss of a node, or other nodes live: an avoided one may be needed."""

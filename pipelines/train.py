@@ -31,7 +31,6 @@ from dis_scale.training.lanes import largest_share
 from pipelines import environment, metrics, nodes, packages
 from pipelines.failures import WorkerFailure, describe
 from pipelines.nodes import choose_device
-from pipelines.places import Places
 from pipelines.ranks import Place, RankPlaces, rank_order
 from pipelines.restarts import with_restarts
 from pipelines.stage import StageJob
@@ -195,11 +194,6 @@ class TrainingRun:
         finally:
             self.places.free(group)
 
-    def _shared(self) -> float:
-        """Return the fraction of a GPU's memory that evaluators may take beside training."""
-        places = Places.now(self.job.recipe) if self.device == "cuda" else None
-        return places.avoiding_failed(self.job.sweep, self.device).shared if places else 0.0
-
     def _short(self, world: int) -> int:
         """Return how often memory was too small with this many workers or more, which have fewer lanes each."""
         most, times = self.short
@@ -221,12 +215,12 @@ class TrainingRun:
 
     def _check(self, ranks: Ranks) -> None:
         """Join the process group, and check all devices and connections."""
-        first = ranks.places[0]
+        first, shared = ranks.places[0], self.places.shared()
         variables = {
             "WORLD_SIZE": len(ranks.workers), "MASTER_ADDR": first.ip, "MASTER_PORT": first.port, "LOCAL_RANK": 0,
         }  # fmt: skip
         checks = [
-            worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings), self._shared())
+            worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings), shared)
             for rank, worker in enumerate(ranks.workers)
         ]
         try:
@@ -242,7 +236,7 @@ class TrainingRun:
         used = {place.node for place in ranks.places}
         with lease.hold(sweep.run(self.model).lease) as held:
             state.record_device(sweep.run(self.model), self.device)
-            arguments = (sweep, self.model, held, self.device, start, self._shared())
+            arguments = (sweep, self.model, held, self.device, start, self.places.shared())
             short = self._short(len(ranks.workers))
             results = [worker.train.remote(*arguments, short=short) for worker in ranks.workers]
             drained, grows = set[str](), False

@@ -65,6 +65,9 @@ class OnePlace(RankPlaces):
 
     def free(self, group: Any) -> None: ...
 
+    def shared(self) -> float:
+        return 0.0
+
 
 class OneRank(TrainingRun):
     """Attempts of one rank without Ray; `right` are the nodes whose kernels are right."""
