@@ -17,11 +17,12 @@ from pathlib import Path
 from rich.console import Console
 
 from dis_scale import report, vae
+from dis_scale.data.order import require_some_to_train
 from dis_scale.data.sources import open_source, require_source
 from dis_scale.evaluation.features import require_weights
 from dis_scale.evaluation.sampling import real_grid
 from dis_scale.planning import isoflop
-from dis_scale.planning.plan import Plan, price_reading, price_sweep, require_some_to_train, table
+from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError, counted
@@ -254,7 +255,7 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     driver.board.say(f"source   {counted(len(source), 'image')} {classes}, as listed in {source.listing.where}")
     if source.left_out:
         driver.board.say(f"left out {source.left_out}")
-    require_some_to_train(recipe, len(source))
+    require_some_to_train(recipe.data.held_out_images, len(source))
     driver.board.say(f"data     {price_reading(recipe, plan.shape, len(source))}")
     if not (recipe.data.given or driver.sweep.folder.exists(REAL)):  # precompute decodes latents
         try:

@@ -21,6 +21,12 @@ class Locations(NamedTuple):
     rows: np.ndarray
 
 
+def require_some_to_train(held_out: int, images: int) -> None:
+    """UserError if all images are held out."""
+    if held_out >= images:
+        raise UserError(f"data.held_out_images: {held_out:,} of {images:,} images would leave none to train on")
+
+
 class Order:
     """The endless sequence of samples, without the held-out ones; position p is in epoch p // `total`.
 
@@ -69,8 +75,7 @@ class Order:
     def _hold_out(self, count: int) -> Locations:
         """Choose held-out samples by the seed alone: complete shards, each a random sample, and the first rows of the last one."""
         total = int(self.sizes.sum())
-        if count >= total:
-            raise UserError(f"data.held_out_images: {count} of {total} images would leave none to train on")
+        require_some_to_train(count, total)
         shards = seeds.generator("held out shards", self.seed).permutation(len(self.sizes))
         before = np.cumsum(self.sizes[shards]) - self.sizes[shards]
         taken = np.zeros_like(self.sizes)

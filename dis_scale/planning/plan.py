@@ -11,6 +11,7 @@ from rich.table import Table
 from dis_scale import diffusion
 from dis_scale.data.cache import share_read
 from dis_scale.data.latents import GIB
+from dis_scale.data.order import require_some_to_train
 from dis_scale.data.shards import sample_bytes
 from dis_scale.models import transfer
 from dis_scale.models.cost import Cost, price_model
@@ -153,12 +154,6 @@ class Numbers:
     models: dict[str, ModelNumbers]
 
 
-def require_some_to_train(recipe: Recipe, source_images: int) -> None:
-    """UserError if all images of the source are held out."""
-    if recipe.data.held_out_images >= source_images:
-        raise UserError(f"data.held_out_images: {recipe.data.held_out_images:,} of {source_images:,} images leave none to train on")
-
-
 def derive(plan: Plan, source_images: int | None, source_unknown: str) -> Numbers:
     """Return all numbers that follow from a recipe; without those that need the number of the source's images, if unknown.
 
@@ -166,7 +161,7 @@ def derive(plan: Plan, source_images: int | None, source_unknown: str) -> Number
     """
     recipe, shape, models = plan.recipe, plan.shape, dict[str, ModelNumbers]()
     if source_images is not None:
-        require_some_to_train(recipe, source_images)
+        require_some_to_train(recipe.data.held_out_images, source_images)
     epoch = source_images and source_images - recipe.data.held_out_images
     for name, cost in plan.costs.items():
         train = recipe.train_of(name)

@@ -339,7 +339,7 @@ def test_a_change_that_needs_no_job_is_taken_when_nothing_is_to_do(
 def test_all_images_held_out_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
     driver = driver_of(reading.load(TINY, ["data.held_out_images=1797"]), tmp_path)
     plan = price_sweep(driver.sweep.recipe, LatentShape(4, 8))
-    with pytest.raises(UserError, match=r"data.held_out_images: 1,797 of 1,797 images leave none to train on"):
+    with pytest.raises(UserError, match=r"data.held_out_images: 1,797 of 1,797 images would leave none to train on"):
         pipeline.list_images(driver, plan, open_folder(tmp_path))
 
 
