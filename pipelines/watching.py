@@ -211,11 +211,7 @@ class _Loop:
             silent_s = self._pace.silent_s(time.monotonic())
             words, done = f"no step ended for {silent_s:.0f} s: hanging", self._polls.done
             self._log_stacks(range(len(self._workers)))
-            behind = self._polls.unplaced if self._policy.held else list[int]()
-            if not {node.id for node in nodes.living()}.issuperset(self._policy.held[number] for number in behind):
-                behind = []  # nodes that are gone, whose workers wait for others
-            if self._policy.blame_behind:
-                behind = [number for number, each in enumerate(done) if each < max(done)]
+            behind = self._behind()
             if len(names := {_node(self._policy, self._workers, number) for number in behind}) == 1:
                 words = f"{words}; all others wait for the workers of node {names.pop()}"
                 raise WorkerFailure(words, silent_s=silent_s, cause="device", worker=behind[0])
@@ -226,6 +222,14 @@ class _Loop:
             self._job.say(f"worker {number} made no progress for {self._pace.limit_s(number):.0f} s: hanging, it is killed")
             ray.kill(self._workers[number])
             self._killed.add(number)
+
+    def _behind(self) -> list[int]:
+        """Return the workers for which all others wait, if the policy blames their nodes."""
+        if self._policy.held:
+            living, unplaced = {node.id for node in nodes.living()}, self._polls.unplaced
+            return unplaced if all(self._policy.held[number] in living for number in unplaced) else []  # else they wait for nodes
+        done = self._polls.done
+        return [number for number, each in enumerate(done) if each < max(done)] if self._policy.blame_behind else []
 
     def _log_stacks(self, ranks: Collection[int]) -> None:
         """Print the stacks of these workers."""
