@@ -92,7 +92,7 @@ class Cache:
         except FileNotFoundError:
             pass
         except OSError as error:
-            self._disable(error)
+            self._note(error)
         return None
 
     def _store(self, shard: Digest, data: bytes) -> None:
@@ -114,7 +114,7 @@ class Cache:
                     self._checked[shard.sha256] = stat.st_ino, stat.st_mtime_ns
                     return
                 except OSError as error:
-                    self._disable(error)
+                    self._note(error)
                     with suppress(OSError):
                         part.unlink(missing_ok=True)
 
@@ -143,14 +143,14 @@ class Cache:
                 file = (self.folder / name).open("ab")
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            self._disable(error)
+            self._note(error)
         try:
             yield file is not None
         finally:
             if file:
                 file.close()
 
-    def _disable(self, error: OSError) -> None:
+    def _note(self, error: OSError) -> None:
         """Use the cache no more after this error, but if the disk is full, which may be emptied."""
         full = error.errno in _FULL
         if not (self._said if full else self._disabled):

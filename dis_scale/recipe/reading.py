@@ -167,7 +167,7 @@ def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple
 
 
 def _begins(model: Any) -> Any:
-    """Return the images at which a branch begins; None of what is none, which reading it names."""
+    """Return the images at which a branch begins; None of what is no branch, which reading it names."""
     branch = model.get("branch") if isinstance(model, dict) else None
     return branch.get("at") if isinstance(branch, dict) else None
 

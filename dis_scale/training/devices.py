@@ -171,8 +171,8 @@ def check_on_node(device: "torch.device", shared: float = 0.0) -> None:
         raise BrokenDevice(str(error)) from error
     except RuntimeError as error:
         lacks = lacks_memory(error)
-        others = device.type == "cpu" or NODE.search(str(error)) or REJECTED.search(str(error))  # not the device's fault
-        if shared if lacks else others:
+        elsewhere = device.type == "cpu" or NODE.search(str(error)) or REJECTED.search(str(error))  # not the device's fault
+        if (lacks and shared) or (not lacks and elsewhere):
             raise
         words = "other processes left no memory for a matrix of 4 MiB" if lacks else "it does not multiply two matrices"
         raise BrokenDevice(f"{device}: {words}: {error}") from error
