@@ -20,8 +20,7 @@ from PIL import Image
 
 from dis_scale import vae
 from dis_scale.data import encode, shards
-from dis_scale.data.sources import Source, open_source
-from dis_scale.data.subset import load_subset
+from dis_scale.data.sources import Source, load_subset, open_source
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.classifiers import train_classifier
 from dis_scale.evaluation.features import load_extractors, store_classifier

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from dis_scale.data.sources import Source, open_source
+from dis_scale.data.sources import Source, load_subset, open_source
 from dis_scale.process.errors import counted
 from dis_scale.recipe import TrainedVae
 from dis_scale.storage.lease import Lease
@@ -113,8 +113,6 @@ class Preparer(Worker):
         return f"reference: {recipe.evaluate.reference or f'{max(counts, default=0):,} images'}"
 
     def _pixels(self, sweep: Sweep) -> Any:
-        from dis_scale.data.subset import load_subset
-
         if self._images is None:
             data = sweep.recipe.data
             self._images = load_subset(_source(sweep), data.resolution, data.undecodable)
@@ -149,7 +147,11 @@ def prepare_sweep(job: StageJob) -> None:
 def _prepare_with_one(job: StageJob, device: str, request: Request, held: Lease) -> None:
     worker = spawn(job, Preparer, elsewhere(job, request), held)
     result = worker.prepare.remote(job.sweep, device)
-    watch(job, [worker], [result], progress_by_part(job), SHARED)
+    try:
+        watch(job, [worker], [result], progress_by_part(job), SHARED)
+    except WorkerFailure:
+        ray.kill(worker)  # otherwise the exception's traceback would keep it, and its place, for which the next one waits
+        raise
 
 
 def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:

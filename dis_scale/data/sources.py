@@ -18,16 +18,17 @@ from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.data.parts import of_one_set
 from dis_scale.process.errors import UndecodableImage, UserError, counted, printable
 from dis_scale.process.progress import ReportDone, some
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data, LatentsSource, ParquetSource, SourceSettings, TarSource
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep.documents import LeftOutByReason
 
 NOT_THERE = "there is no such file; correct the link or the CSV that names it, or --set data.undecodable=skip"
-
-
 READERS = 16
 """Threads that read and decode images one by one: more than cores, since each waits for its reads."""
+MOST_IMAGES = 8192
+"""Most images that a sweep's small networks, its autoencoder and its classifiers, are trained on, taken evenly from the source."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,16 @@ def select_decodable(
     return decodable, skipped
 
 
+def load_subset(source: Source, resolution: int, undecodable: Literal["refuse", "skip"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return up to `MOST_IMAGES` images, uint8 (N, R, R, 3), and their labels, int64 (N)."""
+    positions = range(0, len(source), -(-len(source) // MOST_IMAGES))
+    images = in_order(positions, lambda i: source.decoded(range(i, i + 1), resolution)[0], READERS)
+    decodable, _ = select_decodable(positions, images, undecodable)
+    if not decodable:
+        raise UserError(f"{source.listing.where}: none of {len(positions):,} images can be decoded")
+    return np.stack([pixels for _, pixels in decodable]), np.array([source.labels[i] for i, _ in decodable], dtype=np.int64)
+
+
 def open_source(data: Data, store: Folder | None = None, report: ReportDone = lambda _: None) -> Source:
     """Open the recipe's source by the listing in `store`, which is built if missing; without a store it is always built.
 
@@ -161,10 +172,14 @@ def lists_mixed(source: SourceSettings) -> bool:
 
 
 def require_source(data: Data, store: Folder) -> None:
-    """UserError if the recipe's source is missing or empty; nothing is read if the store has its listing."""
+    """UserError if the recipe's source is missing or empty; nothing is read if the store has its listing.
+
+    Of many images in a file, only whether there are such files: before the first image a whole tar is read.
+    """
     if not listing.folder_of(store, data.declared).exists(manifest.NAME):
-        contents, left_out = _find(open_kind(data)), LeftOutByReason()
-        if next(listing.kept(contents.entries, left_out), None) is None:
+        kind, left_out = open_kind(data), LeftOutByReason()
+        contents = _find(kind)
+        if kind.mixed and next(listing.kept(contents.entries, left_out), None) is None:
             raise contents.without_images(left_out)
 
 

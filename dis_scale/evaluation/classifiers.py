@@ -1,4 +1,4 @@
-"""Two small classifiers of small labelled images, trained on the sweep's images in a minute (data/subset.py).
+"""Two small classifiers of small labelled images, trained on the sweep's images in a minute (data/sources.py).
 
 One gives the features of `fd_<name>`. The other, of another architecture and seed, judges whether a sample is of the
 requested class.

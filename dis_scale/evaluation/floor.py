@@ -13,7 +13,6 @@ import torch
 
 from dis_scale.data.latents import sample_posterior
 from dis_scale.data.sources import Source, select_decodable
-from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance, Sums, jackknife_error, require_samples
 from dis_scale.evaluation.reference import Reference
@@ -22,6 +21,7 @@ from dis_scale.process import seeds
 from dis_scale.process.errors import DisScaleError, StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Evaluate
+from dis_scale.storage import npy
 from dis_scale.vae import PixelVae, Vae
 
 COUNTED = 2
@@ -46,12 +46,12 @@ class FloorBlock(NamedTuple):
         every = [(kind, name, each) for kind, by_name in self.features.items() for name, each in by_name.items()]
         arrays = {f"{kind}.{name}": each.pooled for kind, name, each in every}
         identities = {f"identity.{name}": np.asarray(each.identity) for _, name, each in every}
-        return npz.to_bytes({"numbers": self.numbers} | arrays | identities)
+        return npy.sealed({"numbers": self.numbers} | arrays | identities)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "FloorBlock":
         """Read a block; StorageError names a damaged one."""
-        arrays = npz.from_bytes(data, where)
+        arrays = npy.unsealed(data, where)
         features: dict[str, dict[str, Features]] = {}
         for key in arrays:
             kind, _, name = key.partition(".")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dis_scale.data.sources import Source, select_decodable
-from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
 from dis_scale.evaluation.metrics import Sums
 from dis_scale.process import seeds
@@ -18,6 +17,7 @@ from dis_scale.process.errors import StorageError
 from dis_scale.process.progress import ReportDone
 from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Data
+from dis_scale.storage import npy
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.extractors import part_count, part_positions, reference_facts, reference_part
 
@@ -94,7 +94,7 @@ def make(sweep: Sweep, source: Source, extractors: list[Extractor], number: int,
         for e in extractors:
             facts = {key: np.asarray(value) for key, value in _facts(sweep, source, e, number).items()}
             name = reference_part(sweep, e.name, e.identity, number)
-            sweep.reference_parts.write(name, npz.to_bytes(part[e.name].arrays() | facts))
+            sweep.reference_parts.write(name, npy.sealed(part[e.name].arrays() | facts))
     return part
 
 
@@ -127,7 +127,7 @@ def _load(sweep: Sweep, source: Source, extractor: Extractor, number: int, say: 
     except FileNotFoundError:
         return None
     try:
-        arrays = npz.from_bytes(data, f"{sweep.reference_parts}/{name}")
+        arrays = npy.unsealed(data, f"{sweep.reference_parts}/{name}")
     except StorageError as error:
         say(f"computed again: {error}")
         return None

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from dis_scale.data.sources import Source
-from dis_scale.evaluation import npz, parts
+from dis_scale.evaluation import parts
 from dis_scale.evaluation.adm import IMAGES, open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor
 from dis_scale.evaluation.inception import FEATURES, SPATIAL
@@ -20,6 +20,7 @@ from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.progress import ReportDone
 from dis_scale.recipe import Recipe
 from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
+from dis_scale.storage import npy
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.extractors import reference_facts, reference_file, weights_identity
 from dis_scale.sweep.state import references_missing
@@ -144,7 +145,7 @@ def require(name: str, reference: Reference, recipe: Recipe) -> None:
 def store(sweep: Sweep, name: str, reference: Reference) -> None:
     """Write a reference, with the facts that tell whether it fits a recipe."""
     facts = {key: np.asarray(value) for key, value in reference_facts(sweep, name, reference.identity).items()}
-    sweep.references.write(reference_file(sweep, name, reference.identity), npz.to_bytes(reference.arrays() | facts))
+    sweep.references.write(reference_file(sweep, name, reference.identity), npy.sealed(reference.arrays() | facts))
 
 
 def load_all(sweep: Sweep) -> dict[str, Reference]:
@@ -164,7 +165,7 @@ def load(sweep: Sweep, name: str, identity: str) -> Reference:
             f"{sweep.references}/{file}: no statistics of these images at {size} x {size} under extractor {name} "
             f"(weights {identity[:12]}){others}: run prepare"
         )
-    arrays = npz.from_bytes(sweep.references.read(file), f"{sweep.references}/{file}")
+    arrays = npy.unsealed(sweep.references.read(file), f"{sweep.references}/{file}")
     for key, expected in reference_facts(sweep, name, identity).items():
         if str(got := arrays[key]) != expected:
             raise StorageError(

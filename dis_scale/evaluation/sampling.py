@@ -24,7 +24,6 @@ from dis_scale.data.encode import tf32
 from dis_scale.data.sources import Source
 from dis_scale.diffusion.generate import Generator, batch_sizes, generate
 from dis_scale.diffusion.guidance import forward_images
-from dis_scale.evaluation import npz
 from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.evaluation.features import Extractor, Features, load_classifier, load_extractors
 from dis_scale.models.tokens import Backbone
@@ -32,6 +31,7 @@ from dis_scale.process import seeds
 from dis_scale.process.errors import NotFinite, StorageError, UserError
 from dis_scale.recipe import Evaluate, LatentShape, Recipe
 from dis_scale.recipe.evaluate import JUDGE
+from dis_scale.storage import npy
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.sweep.state import require_latents
@@ -70,12 +70,12 @@ class SampleBlock:
         arrays = {"right": self.right, "pictures": self.pictures}
         for name, features in self.features.items():
             arrays |= {f"{name}.{field}": np.asarray(v) for field, v in vars(features).items() if v is not None}
-        return npz.to_bytes(arrays)
+        return npy.sealed(arrays)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "SampleBlock":
         """Read a block; StorageError names a damaged one."""
-        arrays = npz.from_bytes(data, where)
+        arrays = npy.unsealed(data, where)
         parts: dict[str, dict[str, np.ndarray]] = {}
         for key in arrays.keys() - {"right", "pictures"}:
             name, field = key.split(".")

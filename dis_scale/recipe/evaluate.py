@@ -260,32 +260,23 @@ class Evaluate(Sampling):
         return self
 
     @model_validator(mode="after")
-    def _extractors_have_names_of_their_own(self) -> Self:
+    def _extractors_fit(self, info: ValidationInfo) -> Self:
         names = [extractor.name for extractor in self.extractors]
         if len(set(names)) < len(names) or any(e.name == "inception" and e.kind != "inception" for e in self.extractors):
             raise ValueError(f"also: extractors need names of their own, other than inception: got {names}")
         if any(e.kind == "trained" and e.name == JUDGE for e in self.extractors):
             raise ValueError(f"extractor: {JUDGE} is the name of the classifier that judges samples: choose another")
-        return self
-
-    @model_validator(mode="after")
-    def _without_a_distance_there_is_none(self, info: ValidationInfo) -> Self:
         if not self.extractors and (self.also or self.metrics != ("distance",)):
             raise ValueError("extractor: none measures no distance: leave out also and metrics, or choose an extractor")
         if not self.extractors and self.variants and not info.context:
             raise ValueError("variants: extractor none measures no distance, by which they could differ: leave them out")
-        return self
-
-    @model_validator(mode="after")
-    def _one_extractor_is_trained_at_most(self) -> Self:
         if sum(extractor.kind == "trained" for extractor in self.extractors) > 1:
-            names = [extractor.name for extractor in self.extractors]
             raise ValueError(f"also: one trained extractor at most: got {names}")
         return self
 
     @model_validator(mode="after")
-    def _metrics_have_their_extractor(self) -> Self:
-        names = {extractor.name for extractor in self.extractors}
+    def _metrics_fit(self) -> Self:
+        names = [extractor.name for extractor in self.extractors]
         if "distance" not in self.metrics:
             raise ValueError("metrics: distance is always measured: add it to the list")
         if self.curve not in self.metrics:
@@ -293,11 +284,6 @@ class Evaluate(Sampling):
         only = INCEPTION_METRICS & set(self.metrics)
         if only and "inception" not in names:
             raise ValueError(f"metrics: {sorted(only)[0]} needs Inception: add {{kind: inception}} to also")
-        return self
-
-    @model_validator(mode="after")
-    def _a_reference_is_inceptions(self) -> Self:
-        names = [extractor.name for extractor in self.extractors]
         if self.reference and "inception" not in names:
             raise ValueError(f"reference: an ADM file has Inception's statistics only, and the extractors are {names}")
         if "copy_rate" in self.metrics and not self.of_images:

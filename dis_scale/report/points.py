@@ -268,13 +268,14 @@ def _mean_of(values: Iterable[float | None]) -> float | None:
 
 def plan_of(sweep: Sweep) -> "Plan":
     """Return the plan of a stored sweep; UserError if it has nothing to report. A hub is asked only if the latents were deleted."""
-    shape = state.latent_shape(sweep)
-    if shape is None and not any(sweep.evaluations(model).list() for model in sweep.recipe.models):
+    latents = state.find_latents(sweep.folder)
+    if latents is None and not any(sweep.evaluations(model).list() for model in sweep.recipe.models):
         raise UserError(f"{sweep}: nothing to report yet: its latents are not complete (dis-scale status {sweep})")
 
     from dis_scale import vae  # here: a mistake is answered without torch
     from dis_scale.planning.plan import price_sweep
 
+    shape = LatentsManifest.require(latents).encoding.latent if latents else None
     return price_sweep(sweep.recipe, shape or vae.latent_shape(sweep.recipe.vae, sweep.recipe.data.resolution))
 
 

@@ -3,19 +3,24 @@
 It does when another thread parses too: "AST constructor recursion depth mismatch" (python/cpython issue 106905).
 """
 
+import hashlib
 import io
 import math
 import re
 import zipfile
+from collections.abc import Mapping
 from mmap import mmap
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from dis_scale.process.errors import Damaged
+
 _MAGIC = b"\x93NUMPY"
 _TYPE = re.compile(rb"'descr': *'([<>|][biufU]\d+)'")
 _SHAPE = re.compile(rb"'shape': *\(([\d, ]*)\)")
 _BY_COLUMNS = re.compile(rb"'fortran_order': *True")
+_DIGEST_BYTES = 32
 
 
 class Header(NamedTuple):
@@ -80,3 +85,22 @@ def member(file: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
         raise ValueError(f"{name}: unpacked it has {info.file_size:,} bytes, and at most {most_bytes:,} are read")
     with file.open(info) as stream:
         return stream.read(info.file_size)
+
+
+def sealed(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return an `.npz` followed by the 32 bytes of its sha256, so that a damaged file is detected. NumPy reads it, too."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    data = buffer.getvalue()
+    return data + hashlib.sha256(data).digest()
+
+
+def unsealed(data: bytes, where: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a sealed `.npz`; Damaged names the file."""
+    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != digest:
+        raise Damaged(f"{where}: damaged: its sha256 differs from the one at its end")
+    try:
+        return read_all(body, len(body))  # ours are not compressed
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise Damaged(f"{where}: damaged: {error}") from error

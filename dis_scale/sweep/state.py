@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from dis_scale.process.errors import Damaged, UserError, nearest
 from dis_scale.process.threads import in_order
-from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
+from dis_scale.recipe import MAIN, Evaluate, TrainedVae
 from dis_scale.recipe.evaluate import JUDGE, Autoguidance
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -92,12 +92,6 @@ def find_latents(sweep: Folder) -> Folder | None:
         return None
     require_same_vae(latents, found.encoding.identity, pointer.vae)
     return latents
-
-
-def latent_shape(sweep: Sweep) -> LatentShape | None:
-    """Return the shape of the sweep's latents, None if there are none yet."""
-    latents = find_latents(sweep.folder)
-    return LatentsManifest.require(latents).encoding.latent if latents else None
 
 
 def require_latents(sweep: Folder) -> Folder:
@@ -297,7 +291,12 @@ def _node_failures(folder: Folder) -> dict[str, tuple[str, ...]]:
 
 def training_over(sweep: Sweep) -> bool:
     """Whether each model has published its last count or has ended early: nothing more will be published."""
-    return all(trained(sweep, model) or ended(sweep, model) for model in sweep.recipe.models)
+    return next(in_training(sweep), None) is None
+
+
+def in_training(sweep: Sweep) -> Iterator[str]:
+    """Yield the models that may still publish."""
+    return (model for model in sweep.recipe.models if not (trained(sweep, model) or ended(sweep, model)))
 
 
 def ablations(main: Evaluate, setting: str, values: Sequence[float], guide: Sampled | None = None) -> dict[str, Evaluate]:

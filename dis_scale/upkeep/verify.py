@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from dis_scale.evaluation import npz
 from dis_scale.process.errors import Damaged, StorageError, UserError
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import TrainedVae
+from dis_scale.storage import npy
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import READING_THREADS, Manifest, read_verified
 from dis_scale.sweep import PointName, Sweep, state
@@ -182,4 +182,4 @@ def _require_references(sweep: Sweep) -> None:
 
 
 def _read_npz(folder: Folder, name: str) -> None:
-    npz.from_bytes(folder.read(name), f"{folder}/{name}")
+    npy.unsealed(folder.read(name), f"{folder}/{name}")

@@ -1,4 +1,4 @@
-"""A small autoencoder for small images, trained on the sweep's images in a minute (data/subset.py)."""
+"""A small autoencoder for small images, trained on the sweep's images in a minute (data/sources.py)."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

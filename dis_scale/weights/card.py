@@ -8,8 +8,8 @@ from dis_scale import __version__
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe
-from dis_scale.sweep import Sampled, Sweep, state
-from dis_scale.sweep.documents import ImportedFrom, PublishedManifest, RunCost
+from dis_scale.sweep import Sampled, Sweep
+from dis_scale.sweep.documents import ImportedFrom, Metrics, PublishedManifest, RunCost
 from dis_scale.weights.export import save_pipeline
 from dis_scale.weights.opening import OpenCheckpoint, open_for_sampling
 
@@ -82,7 +82,7 @@ def _metrics(sweep: Sweep, published: Sampled) -> str:
     """Return a table of the main evaluation and its variants."""
     lines = []
     for variant, settings in sweep.recipe.evaluate.samplings.items():
-        metrics = state.evaluated(sweep, published.model, variant).get(published.images_seen)
+        metrics = Metrics.find_intact(sweep.evaluation(published._replace(variant=variant)))
         how = f"{settings.samples:,} samples, {settings}"
         how += f", of the average of width {settings.ema_width:g}, not of these weights" if settings.ema_width is not None else ""
         lines += [f"| {name} | {value:.4g} | {how} |" for name, value in (metrics.values if metrics else {}).items()]

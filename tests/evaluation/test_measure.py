@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dis_scale.evaluation import metrics, npz, score, sets
+from dis_scale.evaluation import metrics, score, sets
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.measure import measure_blocks, notes
 from dis_scale.evaluation.metrics import Frechet, fit, frechet
@@ -20,6 +20,7 @@ from dis_scale.process.errors import DisScaleError, StorageError, UserError
 from dis_scale.recipe import Evaluate, ExportedExtractor, InceptionExtractor, Recipe, reading
 from dis_scale.recipe.evaluate import Metric
 from dis_scale.recipe.identity import identity_differences
+from dis_scale.storage import npy
 from tests.conftest import TINY
 from tests.support.evaluations import evaluate
 
@@ -245,7 +246,7 @@ def test_a_block_that_grows_when_unpacked_is_not_unpacked() -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, features=np.zeros(10**6))
     with pytest.raises(StorageError, match=r"block-00003\.npz: damaged: unpacked it has 8,000,128 bytes, and at most 8,004"):
-        npz.from_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest(), "block-00003.npz")
+        npy.unsealed(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest(), "block-00003.npz")
 
 
 def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> None:

@@ -13,10 +13,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from dis_scale.data import listing
-from dis_scale.evaluation import npz
 from dis_scale.process.errors import StorageError, UserError, counted
 from dis_scale.recipe import Recipe
-from dis_scale.storage import lease, manifest
+from dis_scale.storage import lease, manifest, npy
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import RECIPE, PointName, Sampled, Sweep, state
@@ -59,7 +58,7 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
 
 
 def block() -> bytes:
-    return npz.to_bytes({"features": np.ones(4)})
+    return npy.sealed({"features": np.ones(4)})
 
 
 def evaluate(sweep: Sweep, sampled: Sampled) -> None:
