@@ -223,6 +223,8 @@ class _Csv(_OneFileEach):
 
     def __init__(self, settings: CsvSource, data: Data, *, labelled: bool) -> None:
         self._file, self._outside = open_folder(settings.url), data.csv_outside == "allow"
+        if self._file.local and self._file.local.is_dir():
+            raise UserError(f"data.source.url: {self._file} is a folder: give the CSV in it; it has {some(self._file.list())}")
         self._path, self._label = settings.path, settings.label if labelled else None
         self._all_there = data.undecodable == "refuse"
         self._root = Folder(self._file.url.rpartition("/")[0])
@@ -424,12 +426,15 @@ def _hashes(folder: Folder) -> Sequence[int]:
 
 
 def _like(folder: Folder, name: str) -> str:
-    """Return words on a file that is called as `name` but for case, blanks around it or the form of its Unicode; '' if none is."""
+    """Return words on a file that is called as `name` but for case, its ending, blanks around it or the form of its Unicode, and on
+    the path of another system; '' if there is none."""
+    if "\\" in name:
+        return "; folders are parted by /, and this path has \\"
 
     def folded(name: str) -> str:
         return unicodedata.normalize("NFC", name).casefold().strip()
 
-    found = next((each for each in folder.files() if folded(each) == folded(name)), None)
+    found = next((each for each in folder.files() if folded(name) in (folded(each), folded(each.rpartition(".")[0]))), None)
     return f"; {name!a} is not there, but {found!a} is" if found else ""
 
 

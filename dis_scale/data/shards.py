@@ -245,9 +245,9 @@ def finished(latents: Folder, numbers: range) -> set[int]:
 
 
 def clear_strays(latents: Folder, numbers: range) -> list[str]:
-    """Delete tars and sidecars with a number beyond the set; return their names."""
+    """Delete tars and sidecars with a number beyond the set, and what writers that were killed left; return their names."""
     ours = {f"{shard_name(n)}.{kind}" for n in numbers for kind in ("tar", "json")}
-    strays = [name for name in latents.list() if SHARD.fullmatch(name) and name not in ours]
+    strays = [name for name in latents.list() if SHARD.fullmatch(name) and name not in ours] + latents.abandoned()
     for name in strays:
         latents.delete(name)
     return strays

@@ -155,7 +155,7 @@ def put_part(latents: Folder, mixer: MixedOrder, number: int, shards: list[Encod
     """
     facts, moments = dict[int, _Fact](), dict[int, memoryview]()
     for shard in shards:
-        moments |= {sample.position: sample.moments.data for sample in shard.samples}
+        moments |= {sample.position: np.ascontiguousarray(sample.moments).data for sample in shard.samples}
         skipped = (n for n in shard_positions(shard.number, mixer.images, mixer.settings) if n not in moments)
         facts |= {n: (n, name, None) for n, name in zip(skipped, shard.refused, strict=True)}
         facts |= {sample.position: (sample.position, sample.name, sample.label) for sample in shard.samples}

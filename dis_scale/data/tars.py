@@ -38,6 +38,8 @@ LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 JOINED = "files that their tar has again: two sets with the same keys? If so, write the second with other keys"
 """Reason to leave out files of a tar of which half are there again: keys often begin at 0, and `tar --update` replaces few."""
+_AGAIN = re.compile(r"(?: \(\d+\)| - Copy)(?=\.[^.]+$)")
+"""What a browser or a desktop adds to the name of a file that is there."""
 UNMATCHED = "files that data.source.files does not match"
 SKIPPED = "files that the numbers of the others skip: were all downloaded?"
 BESIDE = ("cls", "json")
@@ -66,11 +68,17 @@ def files_of(url: Folder, files: Files, suffix: str, *, are_classes: bool = Fals
     shown = [name for name in every if not hidden(name)]  # not a Mac's ._a.tar
     names = [name for name in shown if any(fnmatch(name, pattern) for pattern in patterns)]
     names = sorted({*names} - {*url.folders()}) if names else []  # Spark writes a folder `x.parquet`
+    if not names and url.local and url.local.is_file():
+        raise UserError(
+            f"data.source.url: {url} is a file whose name does not end in {suffix}: give a folder of such files, or one; what is "
+            "compressed as a whole is to be unpacked first"
+        )
     if not names:
         there = f"there are {some(every)}" if every else "it is empty or does not exist"
         raise UserError(f"data.source.url: no files {files!r} in {url}; expected {url}/<name>{suffix}, {there}")
-    if url.local:
-        _require_distinct(url.local, names)
+    if unmatched := [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)]:
+        raise UserError(f"data.source.files: {some(unmatched)} matches no file in {url}: correct it or leave it out")
+    _require_distinct(url, names)
     prefixes, lacking = numbered(names, every)
     alike = [(name, with_hash(name)) for name in lacking]
     if lacking := [name for name, old in alike if any(fnmatch(name, p) or fnmatch(old, p) for p in patterns)]:  # some may be chosen
@@ -83,10 +91,15 @@ def files_of(url: Folder, files: Files, suffix: str, *, are_classes: bool = Fals
     return url, names
 
 
-def _require_distinct(folder: Path, names: list[str]) -> None:
-    """UserError if a file is a link that leads nowhere, or to what another one is."""
-    first_of = dict[Path, str]()
+def _require_distinct(url: Folder, names: list[str]) -> None:
+    """UserError if a file is another one's second download, or a link that leads nowhere, or to what another one is."""
+    first_of, every, folder = dict[Path, str](), {*names}, url.local
     for name in names:
+        if (first := _AGAIN.sub("", name)) != name and first in every:
+            both = f"{printable(first)} and {printable(name)} in {url}"
+            raise UserError(f"data.source.url: {both} are called as two downloads of one file: delete one, or rename it")
+        if folder is None:
+            continue
         if not (folder / name).exists():
             raise UserError(f"data.source.url: {printable(f'{folder}/{name}')} is a link that leads nowhere: correct or delete it")
         if (first := first_of.setdefault((folder / name).resolve(), name)) != name:
@@ -178,15 +191,14 @@ def near(first: Entry, entry: Entry) -> bool:
 
 def _entries(root: Folder, name: str, settings: TarSource, *, labelled: bool) -> Iterator[Entry | LeftOut]:
     where = printable(f"{root}/{name}")
+    masks = settings.image is None and not (labelled and settings.label in BESIDE)  # else two images of a sample are refused
     try:
         with root.open(name) as file:
             members = _members(file, where, settings.label if labelled and settings.label in BESIDE else "")
             if root.size(name) > LARGE_BYTES:
-                final = _each_once(members, where)
+                final = _each_once(members, where, masks=masks)
             else:
-                final = _last(members)
-                if settings.label not in BESIDE and settings.image is None:
-                    final = _without_masks(final, where)
+                final = _without_masks(_last(members), where) if masks else _last(members)
             yield from _images(final, name, where, settings, labelled=labelled)
     except (tarfile.TarError, EOFError, RecursionError) as error:  # the last for a chain of extended headers
         first = root.read(name, 0, max(map(len, COMPRESSED)))
@@ -280,14 +292,23 @@ def _last(members: Iterable[_InTar]) -> Iterator[_InTar]:
     yield from final.values()
 
 
-def _each_once(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
-    """Yield the members of a large tar as they come; UserError at the end if it has one again. Hashes: it may have ten million."""
-    names = array("q")
+def _each_once(members: Iterable[_InTar], where: str, *, masks: bool) -> Iterator[_InTar]:
+    """Yield the members of a large tar as they come; UserError at the end if it has one again, or, with `masks`, an image that
+    differs from another one in its ending only. Hashes: it may have ten million."""
+    names, roots = array("q"), array("q")
     for member in members:
         if not member.why:
             names.append(hash(member.name))
+            if masks and not hidden(member.name) and member.name.lower().endswith(SUFFIXES):
+                roots.append(hash(member.name.rpartition(".")[0]))
         yield member
-    if len(np.unique(names)) < len(names):
+    twice = len(names) - len(np.unique(names))
+    if not twice and len(np.unique(roots)) < len(roots):
+        raise UserError(
+            f"{where}: images of it differ in their endings only, as 1.jpg and its mask 1.png: say which to train on, for example "
+            "data.source.image = jpg, or rename them"
+        )
+    if twice:
         raise UserError(
             f"{where}: it has a file twice, as tar --update leaves it, and the last one counts; this is found in tars of up to "
             f"{LARGE_BYTES // 2**30} GiB only: unpack it, and write it again"

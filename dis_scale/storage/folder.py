@@ -41,6 +41,8 @@ from dis_scale.storage.retries import PATIENT_TRIES, TRIES, cause_of, http_statu
 
 T = TypeVar("T")
 
+ABANDONED_S = 86_400.0
+"""Time after which nobody writes an incomplete file any more."""
 _INCOMPLETE = re.compile(re.escape(local.TEMPORARY) + "[0-9a-f]{32}$")
 """End of the name of a file that is being written, or that a killed process has left."""
 _RANGE_BYTES = 16 * 2**20
@@ -180,6 +182,13 @@ class Folder:
         if self.url.startswith("s3://"):
             return ((_base(key), is_folder) for key, is_folder in self._below(path))
         return ((_base(e["name"]), e["type"] == "directory") for e in self._entries(path, detail=True))
+
+    def abandoned(self) -> list[str]:
+        """Return the incomplete files directly below it that nothing was written to for a day: their writers were killed."""
+        if self.local is None or not (incomplete := {*self.list(incomplete=True)} - {*self.list()}):
+            return []
+        written, now_s = {entry["name"]: entry["mtime"] for entry in self._entries("", detail=True)}, self.time_s()
+        return sorted(_base(name) for name, at_s in written.items() if _base(name) in incomplete and now_s - at_s > ABANDONED_S)
 
     def list(self, path: str = "", *, incomplete: bool = False) -> list[str]:
         """Return the sorted names directly below `path`, none if it does not exist; of `incomplete` files only if wanted."""

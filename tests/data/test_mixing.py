@@ -298,7 +298,7 @@ class Negative(torch.nn.Module):
     """An autoencoder without a posterior: latents are negative pixels."""
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return -x
+        return -x.contiguous(memory_format=torch.channels_last)  # as convolutions of a CPU do
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return -z

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from dis_scale.data import tars
 from dis_scale.data.csv_rows import EMPTY, TAKEN_IN
-from dis_scale.data.sources import open_source
+from dis_scale.data.sources import open_source, require_source
 from dis_scale.data.survey import describe, take_survey
 from dis_scale.data.tars import LONG_END, UNMATCHED
 from dis_scale.process.errors import StorageError, UserError
@@ -238,8 +239,76 @@ def test_a_mask_anywhere_in_a_tar_of_folders_is_refused(tmp_path: Path) -> None:
     """tar writes a folder's files as its file system lists them."""
     names = ("c/0.jpg", "c/1.jpg", "c/0.png", "c/1.png")
     (tmp_path / "a.tar").write_bytes(tar({name: picture(1) for name in names}))
-    with pytest.raises(UserError, match=r"c/0.jpg and c/0.png are two images of one sample"):
-        open_source(data({"kind": "tar", "url": str(tmp_path), "label": "folder"}))
+    for source, classes in (({"label": "folder"}, 10), ({}, "none")):
+        with pytest.raises(UserError, match=r"c/0.jpg and c/0.png are two images of one sample"):
+            open_source(data({"kind": "tar", "url": str(tmp_path), **source}, classes))
+
+
+def test_a_mask_in_a_tar_that_is_streamed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "LARGE_BYTES", 1)
+    source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
+    for names, refused in ((("c/0.jpg", "c/0.2.jpg", "c/._0.png"), False), (("c/0.jpg", "c/1.jpg", "c/0.PNG"), True)):
+        (tmp_path / "a.tar").write_bytes(tar({name: picture(1) for name in names}))
+        if refused:
+            with pytest.raises(UserError, match=r"a\.tar: images of it differ in their endings only, as 1\.jpg and its"):
+                open_source(data(source, 1))
+            assert len(open_source(data(source | {"image": "jpg"}, 1))) == 2
+        else:
+            assert len(open_source(data(source, 1))) == 2
+
+
+def test_a_second_download_of_a_tar_is_refused(tmp_path: Path) -> None:
+    """Each of its images would be trained on twice."""
+    for name in ("a-0.tar", "a-0 (1).tar", "a-1 (1).tar"):
+        (tmp_path / name).write_bytes(tar({"cat/1.png": picture(1), "dog/1.png": picture(2)}))
+    source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
+    with pytest.raises(UserError, match=r"a-0\.tar and a-0 \(1\)\.tar in .* are called as two downloads of one file: delete one"):
+        open_source(data(source))
+    (tmp_path / "a-0 (1).tar").unlink()
+    assert len(open_source(data(source))) == 4
+
+
+def test_each_pattern_of_files_matches_one(tmp_path: Path) -> None:
+    """A misspelt one would drop its part of the set."""
+    (tmp_path / "train-0.tar").write_bytes(tar({"cat/1.png": picture(1)}))
+    source = {"kind": "tar", "url": str(tmp_path), "label": "folder", "files": ("train-*.tar", "extar-*.tar")}
+    with pytest.raises(UserError, match=r"data\.source\.files: extar-\*\.tar matches no file in "):
+        open_source(data(source))
+
+
+@pytest.mark.parametrize("name", ["images.tar.gz", "X.TAR"])
+def test_a_file_that_is_not_called_as_a_tar_is_named_as_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(UserError, match=rf"{name} is a file whose name does not end in \.tar: give a folder of such files, or one"):
+        open_source(data({"kind": "tar", "url": f"{tmp_path}/{name}"}))
+
+
+def test_a_folder_given_for_a_csv_is_named(tmp_path: Path) -> None:
+    csv_of(tmp_path, "path,label", "0.png,0")
+    with pytest.raises(UserError, match=r"is a folder: give the CSV in it; it has 0\.png, .*labels\.csv"):
+        open_source(data({"kind": "csv", "url": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("0", r"'0' is not there, but '0\.png' is"), (r"c\\0.png", r"folders are parted by /, and this path has \\;")],
+    ids=["Kaggle's ids", "backslashes"],
+)
+def test_paths_of_other_programs_are_explained(path: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        open_source(data(csv_of(tmp_path, "path,label", f"{path},0", "1.png,0")))
+
+
+def test_a_start_reads_no_tar(tmp_path: Path) -> None:
+    """Before its first image a whole one is read: minutes of silence for one of 8 GiB, which is read again for the listing."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.tar").write_bytes(tar({"cat/1.png": picture(1)}))
+    source, store = {"kind": "tar", "url": f"{tmp_path}/set", "label": "folder"}, open_folder(tmp_path / "store")
+    with store_requests.noted() as requests:
+        require_source(data(source), store)
+    assert [verb for verb, path in requests if "a.tar" in path] == []
+    with pytest.raises(UserError, match="no files"):
+        require_source(data(source | {"files": "b*.tar"}), store)
 
 
 def test_a_picture_beside_nested_classes_does_not_hide_them(tmp_path: Path) -> None:

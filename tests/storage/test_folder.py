@@ -333,6 +333,16 @@ def test_another_clients_errors_are_told_apart(
         open_folder(f"flaky://{tmp_path}").read("x.tar")
 
 
+def test_what_killed_writers_left_is_found_after_a_day(tmp_path: Path) -> None:
+    """Others may still write; a preempted encoder leaves up to a whole shard."""
+    old, new = (tmp_path / f"{name}.part-{uuid.uuid4().hex}" for name in ("old", "new"))
+    for file in (old, new, tmp_path / "done"):
+        file.write_bytes(b"half")
+    for file in (old, tmp_path / "done"):
+        os.utime(file, (time.time() - 90_000,) * 2)
+    assert open_folder(tmp_path).abandoned() == [old.name]
+
+
 def test_an_incomplete_file_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / f"x.part-{uuid.uuid4().hex}").write_bytes(b"half")
     assert open_folder(tmp_path).list() == []
