@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Event
 from typing import TypeVar
@@ -339,8 +339,8 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
     if not driver.as_json:
         driver.board.at_work(name)
     if progress and name in STAGES:
-        with suppress(DisScaleError):  # only people read it
-            StageProgress(stage=name, at=time.time(), **progress).write(driver.sweep.folder)
+        with suppress(DisScaleError):  # only people read it: a sweep's patience of minutes would keep a stop request waiting
+            StageProgress(stage=name, at=time.time(), **progress).write(replace(driver.sweep.folder, tries=1))
 
 
 def go_on(driver: Driver) -> None:

@@ -4,7 +4,7 @@ Blocks of samples are the unit of work and are kept, so an evaluation that was k
 evaluators.py. PyTorch is imported where it is used: the driver starts its workers first, and all load it at the same time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +16,7 @@ from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
 from pipelines.evaluators import NotOpened, RayEvaluators
-from pipelines.failures import WorkerFailure, cause_of
+from pipelines.failures import WorkerFailure, cause_of, describe
 from pipelines.metrics import SetGauge
 from pipelines.nodes import choose_device, total_gpus
 from pipelines.places import Places, own_gpus
@@ -38,9 +38,10 @@ def evaluate_published(job: StageJob) -> None:
     job.connect()
     device, why = choose_device(job.recipe)
     job.say(f"evaluation on {device} ({why})")
-    refresh = partial(show_backlog, state.Backlog(job.sweep), job.gauge)
+    evaluation = PublishedEvaluation(job, device)
+    refresh = partial(show_backlog, state.Backlog(job.sweep), evaluation.skipped, job.gauge)
     with job.hold("evaluate"), repeating(refresh, BACKLOG_EVERY_S, "gauges"):
-        PublishedEvaluation(job, device).run()
+        evaluation.run()
 
 
 @dataclass
@@ -51,8 +52,9 @@ class PublishedEvaluation:
     device: str
     open: Callable[[StageJob, str, int], tuple[Evaluation, RayEvaluators]] | None = None
     """Opens the evaluation with this many GPUs; default: that of all checkpoints that the recipe publishes."""
+    skipped: set[Sampled] = field(default_factory=set)
+    """Checkpoints that could not be measured."""
     _opened: tuple[Evaluation, RayEvaluators] | None = None
-    _skipped: set[Sampled] = field(default_factory=set)
 
     def run(self) -> None:
         """Evaluate until training is over and nothing is left, with as many restarts as the recipe allows."""
@@ -65,7 +67,7 @@ class PublishedEvaluation:
         over = False
         while not over:
             evaluation, evaluators = self._opened = self._opened or self._open()
-            over = evaluate_all(self.job, evaluation, self._skipped, evaluators.move)
+            over = evaluate_all(self.job, evaluation, self.skipped, evaluators.move)
             self._opened = None
             evaluators.end()
 
@@ -77,9 +79,9 @@ class PublishedEvaluation:
         return (self.open or _open_published)(self.job, self.device, gpus)
 
 
-def show_backlog(backlog: state.Backlog, gauge: SetGauge) -> None:
-    """Set the gauges of checkpoints that are not yet evaluated, and of excluded nodes."""
-    gauge("evaluation_backlog", len(backlog.left()))
+def show_backlog(backlog: state.Backlog, skipped: Collection[Sampled], gauge: SetGauge) -> None:
+    """Set the gauges of checkpoints that are neither evaluated nor skipped yet, and of excluded nodes."""
+    gauge("evaluation_backlog", sum(sampled not in skipped for sampled in backlog.left()))
     gauge("failed_nodes", len(state.excluded_nodes(backlog.sweep)))
 
 
@@ -116,26 +118,30 @@ def ablate(job: StageJob) -> None:
     samplings = state.ablations(job.recipe.evaluate, setting, [float(value) for value in values], guide)
     gpus = max(1, Places.now(job.recipe).most_evaluators())
     evaluation, _ = open_evaluation(job, device, gpus, samplings, len(samplings) * job.recipe.evaluate.samples)
-    for variant, settings in samplings.items():
-        sampled = Sampled(model, int(images), variant)
-        if state.outdated_by(Metrics.find_intact(job.sweep.evaluation(sampled)), settings):
-            job.say(_shown(sampled, evaluation.evaluate(sampled)))
+    every = {Sampled(model, int(images), variant): settings for variant, settings in samplings.items()}
+
+    def attempt(_: WorkerFailure | None) -> None:
+        for sampled, settings in every.items():
+            if state.outdated_by(Metrics.find_intact(job.sweep.evaluation(sampled)), settings):
+                job.say(_shown(sampled, evaluation.evaluate(sampled)))
+
+    with_restarts(job, "ablate", attempt, lambda: sum(len(job.sweep.evaluation(sampled).list()) for sampled in every))
 
 
 def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], moves: Callable[[], bool] = lambda: False) -> bool:
     """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
 
+    A model for which memory is too small, or whose kernels are wrong here, has the others evaluated first; then that is raised.
     Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
     `moves` says: then others are to continue.
     """
     sweep = job.sweep
-    for sampled, why in state.outdated(sweep).items():
-        job.say(f"{sampled}: measured again from its blocks: {why}")
-        evaluate_one(job, evaluation, sampled, skipped)
+    _measure_again(job, evaluation, skipped)
     mlflow_copy.copy_earlier(sweep, job.raise_if_stopped)
 
     backlog = state.Backlog(sweep)
     floor_due = sweep.recipe.evaluate.measures_floor and state.floor(sweep) is None
+    put_off = dict[str, DisScaleError]()
 
     def left() -> list[Sampled]:
         return [sampled for sampled in backlog.left() if sampled not in skipped]
@@ -149,13 +155,28 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
             return True
         if moves():
             return False
-        if waiting:
-            evaluate_one(job, evaluation, waiting[0], skipped)
+        if possible := [sampled for sampled in waiting if sampled.model not in put_off]:
+            try:
+                evaluate_one(job, evaluation, possible[0], skipped)
+            except (OutOfMemory, WrongKernel) as error:
+                put_off[possible[0].model] = error.with_traceback(None)  # that would keep lost evaluators
+                job.say(f"{possible[0]}: {describe(error)}; the other models are evaluated first", level="warning")
         elif floor_due:
             measure_floor(job, evaluation)
             floor_due = False
+        elif waiting:
+            raise put_off[waiting[0].model]
         else:
             wait_for_training(job, lambda: bool(left()) or state.training_over(sweep) or moves())
+
+
+def _measure_again(job: StageJob, evaluation: Evaluation, skipped: set[Sampled]) -> None:
+    """Measure what the recipe has changed since, from the blocks that are kept."""
+    for sampled, why in state.outdated(job.sweep).items():
+        if sampled not in skipped:
+            job.raise_if_stopped()
+            job.say(f"{sampled}: measured again from its blocks: {why}")
+            evaluate_one(job, evaluation, sampled, skipped)
 
 
 def wait_for_training(job: StageJob, news: Callable[[], bool]) -> None:
@@ -221,6 +242,7 @@ def evaluate_one(job: StageJob, evaluation: Evaluation, sampled: Sampled, skippe
         skipped.add(sampled)
         return
     job.say(_shown(sampled, values))
+    job.show_idle()  # what is measured again from its blocks samples nothing
 
 
 def measure_floor(job: StageJob, evaluation: Evaluation) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from dis_scale.evaluation.run import Spent, block_name
-from dis_scale.process.errors import DisScaleError, NotFinite, UserError, WrongKernel
+from dis_scale.process.errors import DisScaleError, NotFinite, OutOfMemory, UserError, WrongKernel
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import LatentsPointer
@@ -257,7 +257,7 @@ class RayEvaluators:
 
         try:
             living, spent, failure = share(self.job, workers, method, arguments, blocks, count)
-        except ray.exceptions.RayTaskError as error:
+        except (OutOfMemory, ray.exceptions.RayTaskError) as error:
             self._workers = before  # the checkpoint, or an image, is to blame
             if isinstance(error, NotOpened):
                 raise self._blame(error, "opens") from error

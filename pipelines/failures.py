@@ -46,9 +46,9 @@ ACCIDENTS = {"device", "lost", "storage", "connection"}
 
 class WorkerFailure(DisScaleError):
     """An attempt ended by an accident that a new attempt may survive: a lost worker, a broken connection, a hang, storage that was
-    away, a failed device, that of the worker with the number `worker`."""
+    away, a failed device; `worker` is the number of the one to blame, if one is."""
 
-    def __init__(self, words: str, done: int = 0, silent_s: float = 0.0, cause: Cause = "lost", worker: int = 0) -> None:
+    def __init__(self, words: str, done: int = 0, silent_s: float = 0.0, cause: Cause = "lost", worker: int | None = None) -> None:
         super().__init__(words)
         self.done, self.silent_s, self.at = done, silent_s, time.time()
         self.cause, self.worker = cause, worker

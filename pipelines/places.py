@@ -68,14 +68,14 @@ class Places:
             if request and capacity(request, self._resources) < count  # an evaluator on the CPU may ask for nothing
         }
 
-    def spare_gpus(self) -> int:
-        """Return how many evaluators get a GPU that training never uses, with as many models at once as the nodes hold.
+    def spare_gpus(self, models: int) -> int:
+        """Return how many evaluators get a GPU that training never uses, with as many of these models at once as the nodes hold.
 
         These are all on nodes where no training worker fits, and on the others what is left by the largest world size.
         """
         training = [node.resources for node in self._left if self._trains(node)]
         totals: Resources = dict(sum((Counter(node.resources) for node in self._left), Counter[str]()))
-        at_once = min(len(self.recipe.models), models_at_once(self.recipe, totals))
+        at_once = min(models, models_at_once(self.recipe, totals))
         used = min(at_once * self.recipe.train.most_workers, capacity(self._training_bundle, training))
         left = int(sum(node["GPU"] for node in training)) - used
         return self.evaluators_on(self._apart) + max(0, min(left, self.evaluators_on(training)))
@@ -126,7 +126,7 @@ class Places:
     def shared(self) -> float:
         """Fraction of a GPU's memory that evaluators may take beside training."""
         gpus = sum(int(node.resources.get("GPU", 0)) for node in self._left)
-        return self.recipe.evaluate.shared(gpus, self.spare_gpus())
+        return self.recipe.evaluate.shared(gpus, self.spare_gpus(len(self.recipe.models)))
 
     def _sharing(self, count: int) -> list[tuple[int, Request]]:
         """Return evaluators that share training's GPUs, spread over nodes and devices by their number.
@@ -165,7 +165,7 @@ class Places:
 
 
 def own_gpus(sweep: Sweep, places: Places) -> int:
-    """Return how many evaluators may hold a GPU now: all GPUs are free when training is over, before that what it never uses."""
-    places = places.avoiding_failed(sweep, "cuda")
-    free = places.most_evaluators() if state.training_over(sweep) else places.spare_gpus()
+    """Return how many evaluators may hold a GPU now: what the models that still train never use, all when there is none."""
+    places, left = places.avoiding_failed(sweep, "cuda"), len([*state.in_training(sweep)])
+    free = places.spare_gpus(left) if left else places.most_evaluators()
     return min(sweep.recipe.evaluate.workers, free)

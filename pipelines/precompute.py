@@ -152,6 +152,8 @@ class RayEncoders:
                 ray.kill(worker)
             self.work, self.workers = work, []
         count = min(most, len(left))
+        for worker in self.workers[count:]:
+            ray.kill(worker)  # the failure of an attempt before may keep its handle, and so its GPU
         workers, self.workers = self.workers[:count], []
         if missing := count - len(workers):
             placed = elsewhere(self.job, request)

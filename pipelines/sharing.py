@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from dis_scale.process.errors import OutOfMemory
 from pipelines import nodes, ray_private, waiting
 from pipelines.failures import WorkerFailure, failure_of
 from pipelines.stage import StageJob
@@ -95,7 +96,7 @@ def share(
         watch(job, workers, calls, report, replace(policy, on_lost=deal.end))
     except WorkerFailure as error:
         failure, job.placed = error, frozenset(map(nodes.under, filter(ray_private.has_process, workers)))
-    except ray.exceptions.RayTaskError:
+    except (OutOfMemory, ray.exceptions.RayTaskError):
         ray.get(deal.end())
         raise
     ended, _ = ray.wait(calls, num_returns=len(calls), timeout=0)

@@ -207,11 +207,25 @@ class TrainingRun:
         calls = [worker.place.remote(self.device, codes) for worker in workers]
         nodes_of_bundles = placement_group_table(group)["bundles_to_node_id"]
         held = [nodes_of_bundles[bundle] for bundle in range(world)]
-        places = watch(self.job, workers, calls, policy=Watch(keep_logs=False, held=held))
+        names = {node.id: node.name for node in self.places.living() if node.id in held}
+        self.job.placed = frozenset(names.values())
+        try:
+            places = watch(self.job, workers, calls, policy=Watch(keep_logs=False, held=held))
+        except WorkerFailure as failure:
+            self._blame_start(failure, held, names)
+            raise
         order = rank_order(places)
         ranks = Ranks([workers[n] for n in order], [places[n] for n in order])
         self._log_places(ranks.places)
         return ranks
+
+    def _blame_start(self, failure: WorkerFailure, held: Sequence[str], names: Mapping[str, str]) -> None:
+        """Count a process that did not start against its node, if that lives and the others suffice: no attempt would leave it."""
+        if failure.cause != "lost" or failure.worker is None:
+            return
+        node = held[failure.worker]
+        if node in {each.id for each in self.places.living()} and self.places.fits_without({node}):
+            nodes.record_failure(self.job, names.get(node, node), describe(failure))
 
     def _check(self, ranks: Ranks) -> None:
         """Join the process group, and check all devices and connections."""

@@ -76,7 +76,7 @@ def watch(
         return _Loop(job, workers, results, report, policy).run()
     except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
         job.logs.collect(workers)
-        if isinstance(error, WorkerFailure) and error.cause == "device":
+        if isinstance(error, WorkerFailure) and error.cause == "device" and error.worker is not None:
             nodes.record_failure(job, _node(policy, workers, error.worker), str(error))
         if not isinstance(error, WorkerFailure | StorageAway):
             raise
@@ -109,8 +109,7 @@ class Pace:
         """
         working, known = set(running).difference(unplaced), [images for images in done if images is not None]
         total = sum(known) if len(known) == len(done) else None
-        starts = self._most < 0 or (total is None and not self._policy.held)
-        if unplaced or starts or (total or 0) > self._most:
+        if unplaced or self._most < 0 or (total or 0) > self._most:
             self._most, self._advanced_s = total or 0, now_s
         if not self._policy.independent:
             done, working = [total], set() if unplaced or (total is not None and min(known) >= self._policy.last) else {0}

@@ -166,7 +166,7 @@ def test_every_stage_of_every_recipe_fits_every_cluster(listed: list[Node], path
         assert _placed([request] * wanted, held), name
     at_once, (_, train) = min(len(recipe.models), models_at_once(recipe, totals)), needs["train"]
     world = largest_fitting(recipe.train.world_sizes, capacity(train, held))
-    evaluators = places.evaluators(device, places.spare_gpus())
+    evaluators = places.evaluators(device, places.spare_gpus(len(recipe.models)))
     assert evaluators, "evaluation need not wait until training has ended"
     apart = [request.amounts for _, request in evaluators if "label_selector" in request.options]
     rest = [request.amounts for _, request in evaluators if "label_selector" not in request.options]

@@ -80,8 +80,8 @@ class Evaluation:
             cost=self._cost_of_training(sampled),
         )  # fmt: skip
         self.require_held()
+        folder.delete(Skipped.NAME)  # before: a process may be killed between both
         metrics.write(folder)
-        folder.delete(Skipped.NAME)
         mlflow_copy.copy_evaluation(self.sweep, sampled)
         return metrics.values
 
@@ -134,8 +134,8 @@ class Evaluation:
             weights[decoded] = floor.sample_weights(classes[decoded], self.labels)
         values = floor.measure_floor(blocks(), self.references, recipe.evaluate, weights)
         self.require_held()
-        FloorMetrics(images=images, time=time.time(), values=values).write(folder)
         folder.delete(Skipped.NAME)
+        FloorMetrics(images=images, time=time.time(), values=values).write(folder)
         self.say(f"floor: {'; '.join(f'{kind}: {values_in_words(each)}' for kind, each in values.items())}")
 
     def _missing(self, folder: Folder, count: int, parse: Callable[[bytes, str], Any]) -> list[int]:

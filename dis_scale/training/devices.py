@@ -187,6 +187,7 @@ def lacks_memory(error: BaseException) -> bool:
 def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None) -> Iterator[None]:
     """Raise BrokenDevice where memory was too small because other processes hold the GPU's: strangers, or some that do not end.
 
+    What PyTorch's compiler wraps is raised as it was: a full disk is none of the program's, and no driver can unpickle the wrapper.
     Evaluators may hold the fraction `shared`. `cuda` is `torch.cuda`, or what a test puts in its place.
     """
     import torch
@@ -194,13 +195,14 @@ def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None
     cuda = cuda or torch.cuda
     try:
         yield
-    except RuntimeError as error:
+    except RuntimeError as raised:
+        error: Exception = getattr(raised, "inner_exception", raised)
         if not lacks_memory(error):
-            raise
+            raise error from error.__cause__
         free, total = cuda.mem_get_info(device)
         others = total - free - cuda.memory_reserved(device)
         if others <= (shared + FOREIGN) * total:
-            raise
+            raise error from error.__cause__
         held = f"other processes hold {others / 2**30:.1f} of {total / 2**30:.1f} GiB"
         raise BrokenDevice(f"{device}: {held}: {str(error).splitlines()[0]}") from error
 

@@ -87,7 +87,7 @@ def test_an_evaluator_without_a_gpu_shares_those_of_the_node_that_has_some(node:
 def test_without_a_share_there_are_only_evaluators_with_a_gpu_of_their_own(node: str) -> None:
     recipe = recipe_of("evaluate.workers=4", "train.workers=1", f"models={ONE_MODEL}")
     places = Places.now(recipe)
-    assert places.spare_gpus() == 1
+    assert places.spare_gpus(len(recipe.models)) == 1
     assert [shared for shared, _ in places.evaluators("cuda", 1)] == [None]
 
 
@@ -296,14 +296,14 @@ def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before
 def test_what_nodes_declared_that_are_gone_is_waited_for(nodes: Cluster, tmp_path: Path) -> None:
     """Otherwise a stage would take the GPUs of another whose nodes are left, which may be of another kind."""
     recipe = recipe_of("train.workers=1", f"models={ONE_MODEL}")
-    before = Places.now(recipe).spare_gpus()
+    before = Places.now(recipe).spare_gpus(1)
     encoding = nodes.add_node(num_cpus=1, num_gpus=1, resources={"precompute": 1})
     assert request_for("precompute", "cuda", 1).named() == {"precompute": 1}
     nodes.remove_node(encoding, allow_graceful=False)
     wait_until(lambda: all(node.id != encoding.node_id for node in living()), 60)
     assert request_for("precompute", "cuda", 1).named() == {"precompute": 1}
     assert Places.now(recipe).lacking("cuda").keys() == {"precompute"}
-    assert Places.now(recipe).spare_gpus() == before
+    assert Places.now(recipe).spare_gpus(1) == before
     three = recipe.model_copy(update={"device": "auto", "train": recipe.train.model_copy(update={"workers": 3})})
     assert choose_device(three)[0] == "cuda", "a model that begins meanwhile would be trained on the CPU, or fail"
     driver = driver_of(recipe, tmp_path)

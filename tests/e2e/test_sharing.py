@@ -13,12 +13,12 @@ import pytest
 import ray
 
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import BrokenDevice, NotFinite, WrongKernel
+from dis_scale.process.errors import BrokenDevice, NotFinite, StorageAway, WrongKernel
 from dis_scale.recipe import Evaluate, LatentShape, Precompute, Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, state
 from dis_scale.tracking import attempt_logs
-from pipelines import nodes, stage
+from pipelines import nodes, prepare, stage
 from pipelines.evaluators import NotOpened, RayEvaluators
 from pipelines.failures import WorkerFailure
 from pipelines.logs import JobLogs
@@ -28,6 +28,7 @@ from pipelines.stage import StageJob
 from pipelines.watching import Watch, watch
 from pipelines.worker import Worker, request_for, spawn
 from tests.support.stage_jobs import RayJob, job_of
+from tests.support.waiting import wait_until
 
 POLICY = replace(SHARED, answer_s=2.0)
 """A worker without a process delays each poll by the time for an answer."""
@@ -86,6 +87,16 @@ class Judged(Worker):
 
     def floor(self, deal: Deal) -> None:
         self.sample(cast(Any, None), cast(Any, None), deal)
+
+
+class Away(Worker):
+    """Prepares from a storage that is away."""
+
+    def __init__(self, _: object) -> None:
+        super().__init__()
+
+    def prepare(self, *_: object) -> None:
+        raise StorageAway("cannot read recipe.json: 503")
 
 
 class Joining(Worker):
@@ -196,6 +207,17 @@ def test_a_device_that_fails_counts_against_its_node_whatever_the_work(tiny: Rec
     assert job.sweep.all_failed_nodes.list() == ["precompute"]
 
 
+def test_a_preparation_whose_storage_was_away_gives_its_place_back(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node declares one: the next attempt would wait for it without end, and nobody would be told."""
+    monkeypatch.setattr(prepare, "Preparer", Away)
+    with pytest.raises(WorkerFailure, match="503") as kept:
+        prepare._prepare_with_one(job_of(tiny, tmp_path), "cpu", request_for("precompute", "cpu", 1), cast(Any, None))
+    wait_until(lambda: ray.available_resources().get("precompute") == 1)
+    assert kept.tb, "which has the frames of that attempt"
+
+
 def test_one_process_deals_for_all_work_and_is_replaced_if_it_dies(job: StageJob, tmp_path: Path) -> None:
     workers = takers(job, 1)
     others = dealing()
@@ -256,7 +278,7 @@ def test_a_hang_of_all_counts_against_the_node_for_which_the_others_wait(tiny: R
     with pytest.raises(WorkerFailure, match=r"hanging(; all others wait for the workers of node .*)?$") as raised:
         watch(job, workers, calls, policy=Watch(hang_after_s=3.0, blame_behind=True, poll_every_s=0.2, answer_s=2.0))
     alone = hanging == [1]
-    assert (raised.value.cause, raised.value.worker) == (("device", 1) if alone else ("lost", 0))
+    assert (raised.value.cause, raised.value.worker) == (("device", 1) if alone else ("lost", None))
     assert list(state.node_failures(job.sweep).values()) == [1] * alone
 
 

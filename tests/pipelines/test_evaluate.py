@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +12,20 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError, WrongKernel
+from dis_scale.process.errors import (
+    DisScaleError,
+    Held,
+    OutOfMemory,
+    Preempted,
+    StorageAway,
+    StorageError,
+    StorageFull,
+    UserError,
+    WrongKernel,
+)
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.lease import Holder
-from dis_scale.sweep import Sampled, state
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended
 from pipelines import evaluate
 from pipelines.evaluate import PublishedEvaluation
@@ -25,6 +35,7 @@ from pipelines.lines import Log, parse
 from pipelines.nodes import Node
 from pipelines.places import Places, own_gpus
 from tests.conftest import TINY
+from tests.support.documents import put_metrics, put_published
 from tests.support.stage_jobs import RecordedJob, job_of
 
 
@@ -154,6 +165,57 @@ def test_a_failure_that_is_not_the_checkpoints_skips_nothing(job: RecordedJob, e
         evaluate.evaluate_one(job, Failing(error), Sampled("dis", 0), skipped)  # type: ignore[arg-type]
     assert skipped == set()
     assert state.skipped(job.sweep) == {}
+
+
+@dataclass
+class Recorded:
+    """An evaluation that fails for one model, or until it is measured again."""
+
+    sweep: Sweep
+    error: DisScaleError | None = None
+    evaluated: list[Sampled] = field(default_factory=list)
+
+    def evaluate(self, sampled: Sampled) -> dict[str, float]:
+        self.evaluated.append(sampled)
+        if self.error and sampled.model == "dit":
+            raise self.error
+        put_metrics(self.sweep.evaluation(sampled))
+        return {}
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("CUDA out of memory"), WrongKernel("the scan is wrong")], ids=str)
+def test_a_model_that_cannot_be_sampled_here_keeps_no_other_from_it(tmp_path: Path, error: DisScaleError) -> None:
+    """The first checkpoint of the largest model would end each job, and nothing would be measured until somebody came."""
+    job = job_of(reading.load(TINY, ["evaluate.floor=false"]), tmp_path)
+    for model in job.recipe.models:
+        put_published(job.sweep.run(model).published_at(160))
+        Ended(why="it failed").write(job.sweep.run(model).folder)
+    evaluation = Recorded(job.sweep, error)
+    with pytest.raises(type(error)):
+        evaluate.evaluate_all(job, evaluation, set())  # type: ignore[arg-type]
+    assert [each.model for each in evaluation.evaluated].count("dit") == 1
+    assert {each.model for each in state.Backlog(job.sweep).left()} == {"dit"}
+
+
+def test_what_is_measured_again_is_progress_and_what_was_skipped_is_not_tried_again(
+    job: RecordedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand of them sample nothing for hours, and would count as a hang."""
+    every = [Sampled("dis", images) for images in (16, 32, 48)]
+    monkeypatch.setattr(state, "outdated", lambda _: dict.fromkeys(every, "the recipe has added kid"))
+    evaluation = Recorded(job.sweep)
+    evaluate._measure_again(job, evaluation, {every[1]})  # type: ignore[arg-type]
+    assert evaluation.evaluated == [every[0], every[2]]
+    assert [name for name, _ in job.gauges].count("progress_timestamp_seconds") == 2
+
+
+def test_gpus_that_the_last_models_leave_are_for_evaluation(tmp_path: Path) -> None:
+    """Otherwise they are idle beside a growing backlog until the slowest of ten models is trained."""
+    recipe = reading.load(TINY, ["train.workers=8", "train.lanes=8", "evaluate.workers=99"])
+    sweep, places = job_of(recipe, tmp_path).sweep, Places(recipe, listed([ANY, ANY]))
+    assert own_gpus(sweep, places) == 0
+    Ended(why="it failed").write(sweep.run("dis").folder)
+    assert own_gpus(sweep, places) == 8
 
 
 def test_an_evaluator_that_cannot_open_its_networks_says_why(job: RecordedJob, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,5 +84,7 @@ def test_the_backlog_counts_what_is_published_and_not_evaluated(tmp_path: Path, 
     put_metrics(sweep.evaluation(Sampled("dit", 0)))
     for _ in range(state.MOST_NODE_FAILURES):
         state.record_node_failure(sweep.failed_nodes("evaluate"), "node", "CUDA error: unknown error")
-    evaluate.show_backlog(state.Backlog(sweep), shown.__setitem__)
+    evaluate.show_backlog(state.Backlog(sweep), (), shown.__setitem__)
     assert shown == {"evaluation_backlog": 3, "failed_nodes": 1}, "two checkpoints under two settings, less one"
+    evaluate.show_backlog(state.Backlog(sweep), {Sampled("dit", 160)}, shown.__setitem__)
+    assert shown["evaluation_backlog"] == 2, "what is skipped is not due: for hours the loop, which waits, says the same"

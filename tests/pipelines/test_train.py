@@ -52,6 +52,30 @@ def test_ranks_are_in_the_order_of_nodes_and_gpus() -> None:
     assert [places[::-1][n] for n in rank_order(places[::-1])] == [places[n] for n in rank_order(places)]
 
 
+def test_a_node_that_starts_no_process_is_left_after_two_attempts(tiny: Recipe, tmp_path: Path) -> None:
+    """It would be chosen each time and end a healthy model; but for a hang of all, or where no other node is, nobody is blamed."""
+    job, names = job_of(tiny, tmp_path), {"1": "a", "2": "b", "3": "c"}
+    run = TrainingRun(job, "dit", PlacesOf(job, "dit", "cuda", able={"1", "2"}))
+    for worker in (1, None, 2, 1):  # the node of the third is gone
+        run._blame_start(WorkerFailure("a worker was lost", worker=worker), ["1", "2", "3"], names)
+    assert state.excluded_nodes(job.sweep) == ["b"]
+    assert state.node_failures(job.sweep) == {"b": 2}
+    alone = TrainingRun(job, "dit", PlacesOf(job, "dit", "cuda", able={"1"}))
+    alone._blame_start(WorkerFailure("a worker was lost", worker=0), ["1"], names)
+    assert "a" not in state.node_failures(job.sweep)
+
+
+@dataclass
+class PlacesOf(RankPlaces):
+    """Places on these nodes, each of which holds all workers."""
+
+    able: set[str] = field(default_factory=set)
+    living: Callable[[], list[Node]] = lambda: [Node("1", "a", {}), Node("2", "b", {})]
+
+    def fits_without(self, avoided: Collection[str]) -> bool:
+        return bool(self.able - {*avoided})
+
+
 class OnePlace(RankPlaces):
     """A place without Ray: on each of three nodes in turn that is not avoided."""
 

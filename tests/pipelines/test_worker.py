@@ -75,6 +75,14 @@ def test_a_process_that_does_not_start_in_its_place_hangs() -> None:
     assert started.silent_s(141.0) == 41.0
 
 
+def test_a_hang_in_which_one_never_answered_has_the_time_since_its_begin() -> None:
+    pace = Pace(2, Watch(hang_after_s=10.0))
+    for now_s in range(100, 141):
+        assert pace.note([0, None], {0, 1}, [], float(now_s)) == []
+    assert pace.note([0, None], {0, 1}, [], 141.0) == [0]
+    assert pace.silent_s(141.0) == 41.0
+
+
 def test_a_poll_returns_the_lines_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(context.VARIABLE, '{"sweep": "tiny", "stage": "train"}')
     worker = Worker()

@@ -1,5 +1,6 @@
 """Devices: the check of a worker's finds a wrong product in no time; GPUs that PyTorch cannot use are counted and explained."""
 
+import errno
 import os
 import time
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ray.exceptions import RayTaskError
+from torch._inductor.exc import InductorError
 from torch.distributed import DistBackendError
 from torch.overrides import TorchFunctionMode
 
@@ -161,6 +163,20 @@ def test_memory_that_others_hold_is_the_nodes_failure_and_not_too_small(others_g
             raise short
         assert blame(RayTaskError("train", "", error.value)) == cause
         assert cause == "memory" or str(error.value).startswith(f"cpu: other processes hold {others_gib}.0 of 80.0 GiB: CUDA")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "device"), (MemoryError(), "lost"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory"), (ValueError("a mistake"), "mistake"),
+    ],
+)  # fmt: skip
+def test_what_pytorchs_compiler_wraps_has_its_own_cause(error: Exception, cause: str) -> None:
+    """Its class cannot be unpickled by the driver, which would end the model."""
+    with pytest.raises(type(error)) as raised, devices.blaming_others(CPU, 0.0, Memory(3)):
+        raise InductorError(error, None)
+    assert blame(RayTaskError("train", "", raised.value)) == cause
 
 
 def test_a_device_without_memory_for_its_check_is_full_of_others() -> None:
