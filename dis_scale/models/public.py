@@ -1,6 +1,6 @@
 """Public files of weights to models and back, by the layout of the model's family.
 
-A round trip is bit-equal if the parts that make one weight of ours have one type.
+A round trip is bit-equal if the parts that make one weight of ours have one type, and that is float32 or better.
 
 Read next: dis/public.py, dit/public.py.
 """
@@ -8,6 +8,7 @@ Read next: dis/public.py, dit/public.py.
 import functools
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dis_scale.models import check_finite, families
@@ -38,10 +39,14 @@ def to_official(model: Backbone) -> dict[str, Tensor]:
 
 
 def read_public(state_dict: StateDict, heads: int | None = None) -> Backbone:
-    """Return the model of a public state dict, which its names tell. UserError names what does not fit."""
+    """Return the model of a public state dict, which its names tell, in float32 or better. UserError names what does not fit."""
     layouts = [family.public() for family in families.known().values() if family.public]
     public = next((each for each in layouts if each.recognises(state_dict)), layouts[0])
-    model = public.model(state_dict, heads)
+    try:
+        model = public.model(state_dict, heads)
+    except ValidationError as error:
+        why = error.errors()[0]
+        raise UserError(f"no model of these sizes: {'.'.join(map(str, why['loc'])) or 'settings'}: {why['msg']}") from error
     _load(model, state_dict)
     return model
 
@@ -70,7 +75,8 @@ def _load(model: Backbone, state_dict: StateDict) -> None:
         raise UserError(f"not a {type(model).__name__} in the public layout: {'; '.join(faults[:3])}{more}")
     weights = {}
     for ours, parts in public.items():
-        dtype = functools.reduce(torch.promote_types, (state_dict[each.name].dtype for each in parts))
+        # A decay in half precision is another one; what is to be computed in fewer bits is up to whoever samples.
+        dtype = functools.reduce(torch.promote_types, (state_dict[each.name].dtype for each in parts), torch.float32)
         weights[ours] = torch.empty(empty[ours].shape, dtype=dtype)
         for name, view in parts:
             view(weights[ours]).copy_(state_dict[name])

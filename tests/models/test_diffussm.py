@@ -101,6 +101,13 @@ def test_a_unidirectional_model_is_causal() -> None:
     assert not torch.allclose(two_way(changed, t, y)[:, :, :4], two_way(x, t, y)[:, :, :4], atol=1e-6)
 
 
+def test_a_base_width_without_a_table_of_positions_is_refused() -> None:
+    """Else the recipe is taken, and its rates fail after prepare, or are those of a table in another layout."""
+    model = DiffuSsm(kind="diffussm", width=8, depth=1, position="sine")
+    assert "position: sine needs widths that are multiples of 4" in str(model.base_width_refusal(6, {}))
+    assert model.base_width_refusal(12, {}) is None
+
+
 def test_an_hourglass_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="hourglass 3 must divide both"):
         model(hourglass=3)

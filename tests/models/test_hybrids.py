@@ -104,3 +104,5 @@ def test_what_does_not_fit_is_refused() -> None:
         "attention's heads have 48 channels here and 64 at base_width 64: choose multiples of 64"
     )
     assert narrow.model_copy(update={"attention_every": None}).base_width_refusal(64, {}) is None
+    assert narrow.model_copy(update={"attention_every": 9}).base_width_refusal(64, {}) is None, "no block is one of attention"
+    assert Dis(kind="dis", width=30, depth=2, patch=2).base_width_refusal(64, {}) is None

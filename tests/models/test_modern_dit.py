@@ -100,6 +100,19 @@ def test_without_parts_a_block_is_as_before_them_to_the_bit() -> None:
     assert torch.equal(made(x_BTD, c_BD), by_dit)
 
 
+@pytest.mark.parametrize("modern", [("qk_norm",), ("qk_norm", "rms_norm", "rotary")])
+def test_a_model_in_half_precision_computes_about_the_same(modern: tuple[Part, ...]) -> None:
+    torch.manual_seed(0)
+    model = build(Dit(kind="dit", width=64, depth=1, heads=2, patch=2, modern=modern), LatentShape(4, 8), 10)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), torch.tensor([1, 2])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.1)
+        expected = model(x, t, y)
+        half = model.bfloat16()(x.bfloat16(), t, y)
+    assert float((half.float() - expected).norm()) < 0.03 * float(expected.norm())
+
+
 def test_without_parts_the_weights_are_those_of_dit() -> None:
     """And a modern block has LightningDiT's: two thirds of the MLP's width three times, four vectors of the condition."""
     old, new = (Dit(**preset(name) | {"depth": 1}) for name in ("DiT-S/2", "DiT+-S/2"))

@@ -176,6 +176,23 @@ def test_published_width_determines_the_heads_of_dit() -> None:
     assert settings.heads == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_public_files_of_halves_are_read_in_float32(dtype: torch.dtype) -> None:
+    """Their table of positions is as exact as they are, and no kernel has a tolerance for scans in half precision."""
+    for kind in (Dit(**preset("DiT-S/8")), Dis(kind="dis", width=32, depth=2, patch=4)):
+        weights = to_official(build(kind, LatentShape(4, 32), 10))
+        model = read_public({name: weight.to(dtype) for name, weight in weights.items()})
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+        own = to_official(model)
+        assert all(torch.equal(own[name], weights[name].to(dtype).float()) for name in own if name != "pos_embed")
+
+
+def test_sizes_that_no_model_has_are_refused_in_words() -> None:
+    weights = to_official(build(Dit(kind="dit", width=32, depth=1, heads=2, patch=2), LatentShape(4, 8), 10))
+    with pytest.raises(UserError, match=r"no model of these sizes: .*heads"):
+        read_public(weights, heads=5)
+
+
 def test_published_count_of_dit_includes_the_fixed_table() -> None:
     state = to_official(build(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000))
     assert sum(weight.numel() for weight in state.values()) / 1e6 == pytest.approx(32.963, abs=5e-4)

@@ -44,6 +44,8 @@ class DiffuSsm(FamilySettings):
     def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:
         """The base model must exist."""
         del others
+        if self.position == "sine" and base_width % 4:
+            return f"position: sine needs widths that are multiples of 4, and base_width is {base_width}: choose another"
         if 2 * base_width % self.hourglass == 0:
             return None
         return f"hourglass {self.hourglass} does not divide twice the base_width {base_width}: choose another"

@@ -101,8 +101,10 @@ class Dis(FamilySettings):
         del others
         if self.mixer == "ssd":
             return "how rates of the mixer ssd follow from a width is not known: set train.learning_rate for each model"
+        if not self._attends:
+            return None
         ours, base = head_size(self.width), head_size(base_width) if base_width % 4 == 0 else 0
-        if self.attention_every and ours != base:
+        if ours != base:
             return f"attention's heads have {ours} channels here and {base} at base_width {base_width}: choose multiples of 64"
         return None
 

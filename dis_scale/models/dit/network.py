@@ -78,15 +78,15 @@ class DiTBlock(nn.Module):
         x_BTD = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
         return x_BTD
 
-    def _placed(self, x_BTHd: Tensor, norm: nn.Module | None) -> Tensor:
+    def _placed(self, x_BTHd: Tensor, norm: nn.RMSNorm | nn.LayerNorm | None) -> Tensor:
         """Normalise and rotate, in float32 or better."""
-        placed_BTHd = x_BTHd if norm is None else norm(wide(x_BTHd))
+        placed_BTHd = x_BTHd if norm is None else norm(x_BTHd.to(norm.weight.dtype))
         if self.cosines is not None and self.sines is not None:
             placed_BTHd = rotate(wide(placed_BTHd), self.cosines, self.sines)
         return placed_BTHd.to(x_BTHd.dtype)
 
 
-def _head_norm(settings: Dit, *, rms: bool) -> nn.Module:
+def _head_norm(settings: Dit, *, rms: bool) -> nn.RMSNorm | nn.LayerNorm:
     """LightningDiT's norm of a head's channels, with weights."""
     return nn.RMSNorm(settings.head_size, eps=1e-6) if rms else nn.LayerNorm(settings.head_size)
 

@@ -63,7 +63,8 @@ def model(state_dict: StateDict, heads: int | None = None) -> DiT:
     with torch.device("meta"):
         empty = kind(settings, LatentShape(patch_weight.shape[1], side * patch), len(label) - 1)
     empty.position = position_table(side, width)
-    if position.shape != empty.position.shape or not torch.allclose(position.float(), empty.position, atol=1e-5):
+    rounding = max(1e-5, torch.finfo(position.dtype).eps)
+    if position.shape != empty.position.shape or not torch.allclose(position.float(), empty.position, atol=rounding):
         raise UserError("pos_embed is not DiT's fixed sine-cosine table: these weights belong to another model")
     return empty
 
