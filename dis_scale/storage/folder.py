@@ -36,6 +36,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from dis_scale.process import faults
 from dis_scale.process.errors import StorageError, UserError, nearest
 from dis_scale.process.settings import absolute
+from dis_scale.process.threads import in_order
 from dis_scale.storage import local
 from dis_scale.storage.retries import PATIENT_TRIES, TRIES, cause_of, http_status, with_retries
 
@@ -47,6 +48,9 @@ _INCOMPLETE = re.compile(re.escape(local.TEMPORARY) + "[0-9a-f]{32}$")
 """End of the name of a file that is being written, or that a killed process has left."""
 _RANGE_BYTES = 16 * 2**20
 """Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
+_RANGES_AT_ONCE = 10
+_DELETED_AT_ONCE = 1000
+"""Most objects that one request to S3 deletes."""
 _READ_TIMEOUT_S = 60
 _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
@@ -102,6 +106,18 @@ class Folder:
             raise StorageError(f"cannot read {self}/{path}: the server ignores byte ranges: copy it to a disk or a store")
         return data
 
+    def read_sized(self, path: str, size_bytes: int) -> bytes:
+        """Return an object that should have this size; a longer one up to a byte more.
+
+        A large one comes from S3 by ranges, each with retries of its own: among the 448 ranges of 7 GB there is often one that is
+        answered "slow down", and s3fs would begin again with the first.
+        """
+        if not self.url.startswith("s3://") or size_bytes <= _RANGE_BYTES:
+            return self.read(path)
+        ranges = [(start, min(start + _RANGE_BYTES, size_bytes)) for start in range(0, size_bytes, _RANGE_BYTES)]
+        ranges[-1] = ranges[-1][0], size_bytes + 1  # not a range of its own, which an object of the right size would not have
+        return b"".join(in_order(ranges, lambda each: self.read(path, *each), _RANGES_AT_ONCE))
+
     def read_up_to(self, path: str, most: int) -> bytes:
         """Return the object; of one with more than `most` bytes the first `most` + 1. One request, also where sizes cost one."""
         if self.local:
@@ -150,7 +166,17 @@ class Folder:
         return True
 
     def exists(self, path: str) -> bool:
-        return bool(self._do("look up", path, lambda fs, full: fs.exists(full)))
+        """Whether there is an object, or a folder. On a disk fsspec would take any error for a no, and a resume point for none."""
+
+        def look(fs: Any, full: str) -> bool:
+            if not self.local:
+                return bool(fs.exists(full))
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.lstat(full)
+                return True
+            return False
+
+        return self._do("look up", path, look)
 
     def time_s(self) -> float:
         """Return the Unix time by the clock of the store, or of a file system's server, to a second.
@@ -245,9 +271,9 @@ class Folder:
                     yield name
                 last = name
 
-    def _pages(self, path: str, **how: str) -> Iterator[Mapping[str, Any]]:
+    def _pages(self, path: str, **how: str | int) -> Iterator[Mapping[str, Any]]:
         """Yield the pages of up to 1,000 names below a folder in S3, in UTF-8 order."""
-        more = dict[str, str]()
+        more = dict[str, str | int]()
         while True:
             page: Mapping[str, Any] = self._do("list", path, partial(_page, more=more | how))
             yield page
@@ -271,14 +297,31 @@ class Folder:
 
         A link is one file, unless those `behind_links` are wanted. What is deleted meanwhile is left out.
         """
-        if behind_links and self.local:
-            return dict(_files_below(self.local))
+        if self.local:
+            return dict(self._sizes_below("", frozenset(), behind_links=behind_links))
 
         def find(fs: Any, full: str) -> dict[str, int]:
             found = fs.find(full, detail=True).values()
             return {entry["name"].removeprefix(f"{full}/"): entry.get("size") or 0 for entry in found}
 
         return self._do("list", "", find)
+
+    def _sizes_below(self, path: str, above: frozenset[tuple[int, int]], *, behind_links: bool) -> Iterator[tuple[str, int]]:
+        """Yield the files below a local folder with their sizes. fsspec and `os.walk` would leave out what they cannot list."""
+        try:
+            entries = self._scan(path)
+        except FileNotFoundError:  # deleted meanwhile
+            entries = []
+        for name, here, is_link in entries:
+            below = f"{path}/{name}".lstrip("/")
+            if here is not None and here not in above and (behind_links or not is_link):
+                yield from self._sizes_below(below, above | {here}, behind_links=behind_links)
+            elif is_link and not Path(f"{self.local}/{below}").exists():  # it leads nowhere, or to itself
+                if not behind_links:
+                    yield below, 0
+            elif here is None or not behind_links:
+                with contextlib.suppress(FileNotFoundError):
+                    yield below, self.size(below)
 
     def _entries(self, path: str, *, detail: bool) -> Any:
         try:
@@ -288,6 +331,11 @@ class Folder:
 
     def delete(self, path: str = "") -> None:
         """Delete an object, or a folder with everything below it, if it exists."""
+        if self.url.startswith("s3://"):
+            for page in self._pages(path, MaxKeys=_DELETED_AT_ONCE - 1):
+                keys = [each["Key"] for each in page.get("Contents", ())]
+                self._do("delete", path, partial(_delete_keys, keys=keys))
+            return
 
         def remove(fs: Any, full: str) -> None:
             if self.local or not has_magic(full):
@@ -313,7 +361,8 @@ class Folder:
             same, before = self.read(f"{probe}/1") == data, self.list(probe)
             self._write_as_another_client(f"{probe}/2", data)
             after = self.list(probe)
-            self.delete(probe)
+            with contextlib.suppress(StorageError):  # a key may write and not delete: then resume points stay, which is said
+                self.delete(probe)
         except (StorageError, UserError, OSError, ValueError, TypeError) as error:
             raise UserError(f"storage {self.url} cannot be used: {cause_of(error)}") from error
         # fsspec's own `create` looks first and writes then, so that two processes may both have written.
@@ -405,20 +454,6 @@ def locate(url: str) -> tuple[Folder, str]:
     return open_folder(parent or slash or "."), name
 
 
-def _files_below(root: Path) -> Iterator[tuple[str, int]]:
-    seen = set[tuple[int, int]]()
-    for at, folders, files in os.walk(root, followlinks=True):
-        here = Path(at)
-        if not here.exists() or (identity := _identity(here.stat())) in seen:  # links may lead to each other
-            folders.clear()
-            continue
-        seen.add(identity)
-        for path in (here / name for name in files):
-            if path.exists():  # not a link that leads nowhere
-                with contextlib.suppress(FileNotFoundError):
-                    yield path.relative_to(root).as_posix(), path.stat().st_size
-
-
 def _base(entry: str) -> str:
     return entry.rstrip("/").rsplit("/", 1)[-1]
 
@@ -431,6 +466,20 @@ def _shown(entry: str, path: str, *, incomplete: bool = False) -> bool:
 def _page(fs: Any, full: str, more: Mapping[str, str | int]) -> Any:
     bucket, key, _ = fs.split_path(full)
     return fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
+
+
+def _delete_keys(fs: Any, full: str, keys: Sequence[str]) -> None:
+    """Delete an object and others of its bucket. s3fs would drop the errors that an answer has for single ones."""
+    bucket, key, _ = fs.split_path(full)
+    objects = [{"Key": each} for each in (key, *keys) if each]
+    answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+    for error in answer.get("Errors", ()):
+        from botocore.exceptions import ClientError
+        from s3fs.errors import translate_boto_error
+
+        status = 403 if error.get("Code") == "AccessDenied" else 503
+        cause = ClientError({"Error": error, "ResponseMetadata": {"HTTPStatusCode": status}}, "DeleteObjects")
+        raise translate_boto_error(cause) from cause
 
 
 def _time_of_a_write(fs: Any, full: str) -> float:

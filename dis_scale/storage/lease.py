@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -247,14 +247,16 @@ def _time_of(heartbeat: bytes) -> float | None:
 
 def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
     beats, ahead_s, own_s = 0, None, 0.0
+    folder = replace(lease.folder, tries=1)  # the next heartbeat is the retry: others do not wait for a pause of 38 s between tries
     while not ended.wait(BEAT_S):
         beats += 1
         # Storage may be away for a while. If another process takes over meanwhile, `held` sees its number.
-        with contextlib.suppress(Exception):  # whatever storage raises, the next heartbeat is sent
+        with contextlib.suppress(Exception):  # whatever storage raises, the heartbeat is sent
             was_set = abs(time.time() - time.monotonic() - own_s) > BEAT_S  # this machine's clock
             if ahead_s is None or was_set or beats % CLOCK_BEATS == 0:
-                ahead_s, own_s = lease.folder.time_s() - time.time(), time.time() - time.monotonic()
-            lease.folder.write(f"{_name(lease.number)}.beat", f"{beats} {time.time() + ahead_s:.0f}".encode())
+                ahead_s, own_s = folder.time_s() - time.time(), time.time() - time.monotonic()
+        with contextlib.suppress(Exception):
+            folder.write(f"{_name(lease.number)}.beat", f"{beats} {time.time() + (ahead_s or 0.0):.0f}".encode())
 
 
 def _highest(names: Iterable[str]) -> int:

@@ -36,7 +36,7 @@ def read_verified(folder: Folder, name: str, expected: Digest, *, hashed: bool =
     With `hashed=False`, for a file that was compared before, only its size is.
     """
     try:
-        data = folder.read(name)
+        data = folder.read_sized(name, expected.size_bytes)
     except FileNotFoundError as error:
         raise Damaged(f"{folder}/{name}: missing, though its manifest names it") from error
     if len(data) != expected.size_bytes:

@@ -330,9 +330,12 @@ def evaluated_ablations(sweep: Sweep, model: str, images_seen: int) -> list[Samp
     return [sampled for sampled in every if sweep.evaluation(sampled).exists(Metrics.NAME)]
 
 
-def evaluated_counts(sweep: Sweep, model: str, variant: str = MAIN) -> list[int]:
-    """Return the image counts at which a model is evaluated, rising."""
-    return _existing(_counts(sweep.evaluations(model)), lambda n: sweep.evaluation(Sampled(model, n, variant)).exists(Metrics.NAME))
+def evaluated_counts(
+    sweep: Sweep, model: str, variant: str = MAIN, known: Callable[[Sampled], bool] = lambda _: False
+) -> list[int]:
+    """Return the image counts at which a model is evaluated, rising; without those that the caller knows."""
+    every = [sampled for n in _counts(sweep.evaluations(model)) if not known(sampled := Sampled(model, n, variant))]
+    return [found.images_seen for found in _existing(every, lambda sampled: sweep.evaluation(sampled).exists(Metrics.NAME))]
 
 
 def measured(sweep: Sweep, model: str) -> list[Sampled]:

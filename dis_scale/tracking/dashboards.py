@@ -6,7 +6,7 @@ all are written again. The copy of a sweep that was deleted is set aside when an
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from dis_scale.process.errors import Damaged, StorageAway, UserError
 from dis_scale.process.threads import repeating
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.mlflow_copy import rows_of_evaluation
 from dis_scale.tracking.rows import Row, RowReader
 
@@ -131,7 +131,7 @@ class Copy:
             for rows in self._readers[model].batches():
                 send(rows)
             copied = self._evaluations.setdefault(model, {})
-            for sampled in state.measured(self.sweep, model):
+            for sampled in state.measured(self.sweep, model) if last else self._new(model, copied):
                 if last or str(sampled) not in copied:
                     with suppress(Damaged):  # `verify` and the report name it
                         known, values = copied.get(str(sampled), []), rows_of_evaluation(self.sweep, sampled)
@@ -140,6 +140,12 @@ class Copy:
         stored = {"id": self._id, "images": self._images, "evaluations": self._evaluations}
         (self.folder / f"{PROGRESS}.new").write_text(json.dumps(stored))
         (self.folder / f"{PROGRESS}.new").replace(self.folder / PROGRESS)
+
+    def _new(self, model: str, copied: Container[str]) -> Iterator[Sampled]:
+        """Yield the model's evaluations that are not copied, without ablations: each pass would ask for thousands again."""
+        for variant in self.sweep.recipe.evaluate.samplings:
+            for images in state.evaluated_counts(self.sweep, model, variant, lambda sampled: str(sampled) in copied):
+                yield Sampled(model, images, variant)
 
 
 def _tensorboard(folder: Path, ends: ExitStack) -> Send:

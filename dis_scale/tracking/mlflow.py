@@ -106,9 +106,10 @@ def _runs(uri: str, experiment: str, tag: str, value: str) -> dict[str, str]:
 
 def _create_run(uri: str, experiment: str, name: str, tags: dict[str, str], parameters: dict[str, object]) -> str:
     client = open_client(uri)
+    from mlflow.entities import Param
+
     run: str = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    for key, value in parameters.items():
-        client.log_param(run, key, value)
+    client.log_batch(run, params=[Param(key, str(value)) for key, value in parameters.items()])
     return run
 
 

@@ -97,14 +97,12 @@ def copy_everything(sweep: Sweep, parameters: dict[str, dict[str, object]], uri:
         raise
     except Exception as error:  # whatever MLflow raises
         raise DisScaleError(f"MLflow cannot be reached at {uri}: {' '.join(str(error).split())[:200]}") from error
-    models = sweep.recipe.models
-    rows = {model: RowReader(sweep.run(model).log).new() for model in models}
-    copied = [_copy_model(sweep, model, rows[model]) for model in models]
+    counts, copied = map(list, zip(*(_copy_model(sweep, model) for model in sweep.recipe.models), strict=True))
     if sweep.report.list():
         copied.append(copy_report(sweep, _status(sweep)))
     if not all(copied):
         raise DisScaleError(f"MLflow at {uri} did not take everything: run the same command again")
-    return sum(map(len, rows.values()))
+    return sum(counts)
 
 
 def _status(sweep: Sweep) -> str | None:
@@ -114,15 +112,20 @@ def _status(sweep: Sweep) -> str | None:
     return "FAILED" if failed else None
 
 
-def _copy_model(sweep: Sweep, model: str, rows: list[Row]) -> bool:
-    """One model's run: rows of training, evaluations, and how it ended."""
-    copy = RunCopy(sweep, model)
-    done = [copy.send(rows), *(copy_evaluation(sweep, sampled, copy) for sampled in state.measured(sweep, model))]
+def _copy_model(sweep: Sweep, model: str) -> tuple[int, bool]:
+    """Copy one model's run: rows of training, evaluations, and how it ended; return the rows and whether all was taken."""
+    copy, done, count = RunCopy(sweep, model), list[bool](), 0
+    for rows in RowReader(sweep.run(model).log).batches():  # all rows of weeks would fill the memory
+        done.append(copy.send(rows))
+        count += len(rows)
+        if not done[-1]:
+            break
+    done += [copy_evaluation(sweep, sampled, copy) for sampled in state.measured(sweep, model)]
     if state.ended(sweep, model):
         done.append(copy.finish("FAILED"))
     elif state.trained(sweep, model):
         done.append(copy.finish("FINISHED"))
-    return all(done)
+    return count, all(done)
 
 
 def _send_file(copy: RunCopy, name: str, data: bytes, folder: str) -> bool:

@@ -1,7 +1,8 @@
 """What no result of a sweep needs any more, with its size. Behind `dis-scale gc`.
 
-Of the sweep: samples of finished evaluations, leases of earlier attempts, dumps of failed steps of trained models. Of its storage
-root: latents and listings that no sweep there uses. What is needed to continue, fork, evaluate or report stays.
+Of the sweep: samples of finished evaluations, leases of earlier attempts, dumps of failed steps of trained models, weights of
+attempts that died before they had published them. Of its storage root: latents and listings that no sweep there uses. What is
+needed to continue, fork, evaluate or report stays.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import NAME as MANIFEST
 from dis_scale.sweep import RECIPE, SWEEPS, Sweep, command_lease, state, store_of, sweeps_below
 from dis_scale.sweep.contents import Stored, walk
+from dis_scale.sweep.documents import PublishedManifest
 
 KEPT = "latents and listings are kept"
 
@@ -61,11 +63,13 @@ def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     models = list(sweep.recipe.models)
     trained = [m for m, done in zip(models, in_order(models, partial(state.trained, sweep)), strict=True) if done]
     found, parts = list[Unneeded](), walk(sweep.folder)
-    for part, samples in zip(parts, in_order(parts, _spare_samples), strict=True):
+    for part, spare in zip(parts, in_order(parts, _spare), strict=True):
         sizes = part.sizes
         match part.kind.name:
             case "evaluation" | "floor" if part.folder.url not in outdated:
-                found.append(Unneeded("samples", part.folder, samples))
+                found.append(Unneeded("samples", part.folder, spare))
+            case "published":
+                found.append(Unneeded("weights of other attempts", part.folder, spare))
             case "lease":
                 found.append(Unneeded("leases", part.folder, _chosen(sizes, set(lease.earlier(sizes)).__contains__)))
             case "failed step" if part.model in trained:
@@ -73,8 +77,13 @@ def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     return [unneeded for unneeded in found if unneeded.sizes]
 
 
-def _spare_samples(part: Stored) -> dict[str, int]:
-    """Return the samples of an evaluation that has metrics: damaged ones are made again from them."""
+def _spare(part: Stored) -> dict[str, int]:
+    """Return the samples of an evaluation that has metrics, since damaged ones are made again from them; of published weights what
+    their manifest does not name."""
+    if part.kind.name == "published":
+        published = PublishedManifest.find_intact(part.folder) if part.exists else None
+        named = {MANIFEST, *(published.files if published else part.sizes)}
+        return _chosen(part.sizes, lambda name: name not in named)
     samples = _chosen(part.sizes, lambda name: name.startswith("block-"))
     intact = samples and part.exists and part.kind.document and part.kind.document.find_intact(part.folder)
     return samples if intact else {}

@@ -140,7 +140,7 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
     working = [holding is not None and holding.works(now) for holding in held]
     commanded = working[0]
     since = held[0].holder.at or 0.0 if commanded and held[0] else None
-    both = list(in_order(models, lambda model: _run(reader, model, since), len(models)))
+    both = list(in_order(models, lambda model: _run(reader, model, since)))
     runs, left = [run for run, _ in both], [sampled for _, due in both for sampled in due]
     doing = reader.read("the VAE, the latents or the reference", lambda: _doing(sweep, runs, len(left))) or "preparing"
     works = any(working) or any(run.doing in ("training", "silent") for run in runs)

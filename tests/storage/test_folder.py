@@ -333,6 +333,68 @@ def test_another_clients_errors_are_told_apart(
         open_folder(f"flaky://{tmp_path}").read("x.tar")
 
 
+def test_an_error_of_a_disk_is_no_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+    """A resume point whose manifest could not be looked at once would be taken for an incomplete one, and deleted."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/manifest.json").write_bytes(b"{}")
+    errors, lstat = [OSError(errno.ESTALE, "Stale file handle")], os.lstat
+
+    def failing(path: Any, **more: Any) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}/runs") and errors:
+            raise errors.pop()
+        return lstat(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", failing)
+        assert open_folder(tmp_path).exists("runs/manifest.json")
+        errors[:] = [OSError(errno.EACCES, "Permission denied")]
+        with pytest.raises(StorageError, match=r"cannot look up .*/runs/manifest\.json"):
+            open_folder(tmp_path).exists("runs/manifest.json")
+    assert not open_folder(tmp_path).exists("runs/manifest.json/x")
+    assert not open_folder(tmp_path).exists("none")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`verify` would report nothing wrong, and `gc` would not see what uses what."""
+    for name in ("vae/weights", "runs/a/b"):
+        open_folder(tmp_path).write(name, b"1")
+    scandir = os.scandir
+
+    def failing(path: Any) -> Any:
+        if str(path).endswith("runs/a"):
+            raise OSError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    assert open_folder(tmp_path).tree() == {"vae/weights": 1, "runs/a/b": 1}
+    monkeypatch.setattr(os, "scandir", failing)
+    for behind_links in (False, True):
+        with pytest.raises(StorageError, match=r"cannot list .*/runs/a"):
+            open_folder(tmp_path).tree(behind_links=behind_links)
+
+
+def test_a_deletion_that_a_store_refuses_for_one_object_is_raised(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 answers 200 with the errors of single objects; a bucket whose key may not delete would fill for weeks."""
+    at = open_folder(bucket)
+    for name in ("point/a", "point/b[1]", "point/c/d", "points"):
+        at.write(name, b"1")
+    fs, _ = fsspec.url_to_fs(bucket)
+    call = type(fs).call_s3
+    codes = ["SlowDown", "AccessDenied"]
+
+    def refusing(fs: Any, method: str, **more: Any) -> Any:
+        answer = call(fs, method, **more)
+        if method == "delete_objects" and codes:
+            answer["Errors"] = [{"Key": "point/a", "Code": codes.pop(0), "Message": "no"}]
+        return answer
+
+    monkeypatch.setattr(type(fs), "call_s3", refusing)
+    with pytest.raises(StorageError, match=r"cannot delete .*/point: permission denied"):
+        at.delete("point")
+    assert codes == [], "the first is asked again"
+    at.delete("point")
+    assert at.list() == ["points"]
+
+
 def test_what_killed_writers_left_is_found_after_a_day(tmp_path: Path) -> None:
     """Others may still write; a preempted encoder leaves up to a whole shard."""
     old, new = (tmp_path / f"{name}.part-{uuid.uuid4().hex}" for name in ("old", "new"))

@@ -12,9 +12,10 @@ import pytest
 
 from dis_scale.data import maintenance
 from dis_scale.data.latents import Latents
-from dis_scale.process.errors import StorageAway
+from dis_scale.process.errors import Damaged, StorageAway
 from dis_scale.storage import folder, retries
 from dis_scale.storage.folder import open_folder
+from dis_scale.storage.manifest import Digest, read_verified
 from dis_scale.sweep import PointName, Run
 from dis_scale.training.resume import newest_point
 from tests.support import small_latents
@@ -121,6 +122,19 @@ def test_shards_and_resume_points_of_real_length_are_read_and_verified_through_f
     said = list[str]()
     point = newest_point(run, said.append)
     assert (point is not None and point.manifest.images, said, gateway.faults) == (10, [], [])
+
+
+def test_one_range_that_fails_is_read_again_alone(data: bytes, bucket: str, gateway: Gateway) -> None:
+    """Of 448 ranges of 7 GB one in 200 that is answered "slow down" would fail nearly all tries to read all of it."""
+    at, short = open_folder(bucket), data[:-1]
+    at.write("weights", short)
+    gateway.concerns = lambda request: request.method == "GET" and request.path.endswith("weights")
+    gateway.faults, gateway.seen[:] = [503, (400, "SlowDown")], []
+    assert read_verified(at, "weights", Digest.of(short)) == short
+    assert [request.method for request in gateway.seen if request.path.endswith("weights")] == ["GET"] * (3 + 2)
+    at.write("weights", data)
+    with pytest.raises(Damaged, match=f"damaged: {LONG_BYTES} bytes, its manifest says {LONG_BYTES - 1}"):
+        read_verified(at, "weights", Digest.of(short))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import ray
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
+from tests.support import store_requests
 from tests.support.faulty_gateway import Gateway
 from tests.support.waiting import wait_until
 
@@ -40,6 +41,16 @@ def test_a_killed_holder_that_nobody_reaps_frees_the_lease_at_once(tmp_path: Pat
         with lease.hold(open_folder(tmp_path / "lease")) as held:
             assert held.number == 2
         assert time.monotonic() - began_s < lease.STILL_S
+
+
+def test_heartbeats_come_again_as_soon_as_storage_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage of 25 s a patient folder pauses up to 38 s between two tries: others would take a live holder for dead."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    folder = open_folder(tmp_path / "lease").patient
+    away = ConnectionError("storage is away")
+    with store_requests.failing(away, "write", ".beat", times=6) as failed, lease.hold(folder) as held:
+        wait_until(lambda: len(failed) == 6)
+        wait_until(lambda: folder.exists(f"{held.number:04d}.beat"), 3)
 
 
 def test_a_process_that_proc_hides_is_asked_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,15 +157,15 @@ def test_a_copy_that_fails_misses_nothing_after_the_next_start(sweep: Sweep, tmp
 
 def away_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let storage be away when it is first asked for evaluations; return the models that it is asked for from now on."""
-    measured, asked = state.measured, list[str]()
+    evaluated, asked = state.evaluated_counts, list[str]()
 
-    def answer(of: Sweep, model: str) -> list[Sampled]:
+    def answer(of: Sweep, model: str, *more: Any) -> list[int]:
         asked.append(model)
         if len(asked) == 1:
             raise StorageAway("storage is away")
-        return measured(of, model)
+        return evaluated(of, model, *more)
 
-    monkeypatch.setattr(state, "measured", answer)
+    monkeypatch.setattr(state, "evaluated_counts", answer)
     return asked
 
 

@@ -156,6 +156,7 @@ def test_a_sync_says_what_was_not_taken_though_later_requests_were(
                 raise ConnectionError("503")
             return getattr(self.client, name)
 
+    create_runs(sweep, uri, plan.parameters())
     open_whole = mlflow.open_client
     monkeypatch.setattr(mlflow, "open_client", lambda uri: Refusing(open_whole(uri)))
     for request in ("log_batch", "log_artifact", "set_terminated"):

@@ -222,9 +222,13 @@ def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path)
     used = listing.folder_of(store, sweep.recipe.data.source.model_dump(mode="json"))
     put_files(used, {"a.npz": b"1"})
     put_files(store / "listings/unused", {"a.npz": b"1"})
+    for count in (160, 480):  # of an attempt that died; at the second count the next one has not published yet
+        sweep.run("dit").published_at(count).write("ema-0003.safetensors", b"1")
     found = retention.find_unneeded(sweep) + retention.find_unused(store)
     kinds = {each.kind for each in found}
-    assert kinds == {"samples", "leases", "failed steps", "latents", "listings"}
+    assert kinds == {"samples", "leases", "failed steps", "weights of other attempts", "latents", "listings"}
+    (weights,) = (each for each in found if each.kind == "weights of other attempts")
+    assert (weights.folder, {*weights.sizes}) == (sweep.run("dit").published_at(160), {"ema-0003.safetensors"})
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     retention.delete(found)
     gone = before - {path for path in tmp_path.rglob("*") if path.is_file()}
