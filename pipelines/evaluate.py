@@ -131,7 +131,8 @@ def ablate(job: StageJob) -> None:
 def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], moves: Callable[[], bool] = lambda: False) -> bool:
     """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
 
-    A model for which memory is too small, or whose kernels are wrong here, has the others evaluated first; then that is raised.
+    Of a model for which memory is too small, or whose kernels are wrong here, that is raised when the others are evaluated and
+    training is over.
     Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
     `moves` says: then others are to continue.
     """
@@ -146,6 +147,9 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
     def left() -> list[Sampled]:
         return [sampled for sampled in backlog.left() if sampled not in skipped]
 
+    def possible(waiting: list[Sampled]) -> list[Sampled]:
+        return [sampled for sampled in waiting if sampled.model not in put_off]
+
     while True:
         job.raise_if_stopped()
         over = state.training_over(sweep)  # asked before the list, so that the last publication is not missed
@@ -155,19 +159,19 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
             return True
         if moves():
             return False
-        if possible := [sampled for sampled in waiting if sampled.model not in put_off]:
+        if now := possible(waiting):
             try:
-                evaluate_one(job, evaluation, possible[0], skipped)
+                evaluate_one(job, evaluation, now[0], skipped)
             except (OutOfMemory, WrongKernel) as error:
-                put_off[possible[0].model] = error.with_traceback(None)  # that would keep lost evaluators
-                job.say(f"{possible[0]}: {describe(error)}; the other models are evaluated first", level="warning")
+                put_off[now[0].model] = error.with_traceback(None)  # that would keep lost evaluators
+                job.say(f"{now[0]}: {describe(error)}; the other models are evaluated first", level="warning")
         elif floor_due:
             measure_floor(job, evaluation)
             floor_due = False
-        elif waiting:
+        elif over:
             raise put_off[waiting[0].model]
         else:
-            wait_for_training(job, lambda: bool(left()) or state.training_over(sweep) or moves())
+            wait_for_training(job, lambda: bool(possible(left())) or state.training_over(sweep) or moves())
 
 
 def _measure_again(job: StageJob, evaluation: Evaluation, skipped: set[Sampled]) -> None:

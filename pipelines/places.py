@@ -166,6 +166,6 @@ class Places:
 
 def own_gpus(sweep: Sweep, places: Places) -> int:
     """Return how many evaluators may hold a GPU now: what the models that still train never use, all when there is none."""
-    places, left = places.avoiding_failed(sweep, "cuda"), len([*state.in_training(sweep)])
+    places, left = places.avoiding_failed(sweep, "cuda"), len(state.in_training(sweep))
     free = places.spare_gpus(left) if left else places.most_evaluators()
     return min(sweep.recipe.evaluate.workers, free)

@@ -295,15 +295,17 @@ def _last(members: Iterable[_InTar]) -> Iterator[_InTar]:
 def _each_once(members: Iterable[_InTar], where: str, *, masks: bool) -> Iterator[_InTar]:
     """Yield the members of a large tar as they come; UserError at the end if it has one again, or, with `masks`, an image that
     differs from another one in its ending only. Hashes: it may have ten million."""
-    names, roots = array("q"), array("q")
+    names, roots, images = array("q"), array("q"), array("q")
     for member in members:
         if not member.why:
             names.append(hash(member.name))
             if masks and not hidden(member.name) and member.name.lower().endswith(SUFFIXES):
-                roots.append(hash(member.name.rpartition(".")[0]))
+                root, _, kind = member.name.rpartition(".")
+                roots.append(hash(root))
+                images.append(hash((root, kind.lower())))
         yield member
     twice = len(names) - len(np.unique(names))
-    if not twice and len(np.unique(roots)) < len(roots):
+    if not twice and len(np.unique(roots)) < len(np.unique(images)):
         raise UserError(
             f"{where}: images of it differ in their endings only, as 1.jpg and its mask 1.png: say which to train on, for example "
             "data.source.image = jpg, or rename them"

@@ -5,8 +5,6 @@ A round trip is bit-equal if the parts that make one weight of ours have one typ
 Read next: dis/public.py, dit/public.py.
 """
 
-import functools
-
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -76,7 +74,7 @@ def _load(model: Backbone, state_dict: StateDict) -> None:
     weights = {}
     for ours, parts in public.items():
         # A decay in half precision is another one; what is to be computed in fewer bits is up to whoever samples.
-        dtype = functools.reduce(torch.promote_types, (state_dict[each.name].dtype for each in parts), torch.float32)
+        dtype = torch.float64 if torch.float64 in {state_dict[each.name].dtype for each in parts} else torch.float32
         weights[ours] = torch.empty(empty[ours].shape, dtype=dtype)
         for name, view in parts:
             view(weights[ours]).copy_(state_dict[name])

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,8 +49,7 @@ _INCOMPLETE = re.compile(re.escape(local.TEMPORARY) + "[0-9a-f]{32}$")
 _RANGE_BYTES = 16 * 2**20
 """Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
 _RANGES_AT_ONCE = 10
-_DELETED_AT_ONCE = 1000
-"""Most objects that one request to S3 deletes."""
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _READ_TIMEOUT_S = 60
 _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
@@ -116,7 +115,7 @@ class Folder:
             return self.read(path)
         ranges = [(start, min(start + _RANGE_BYTES, size_bytes)) for start in range(0, size_bytes, _RANGE_BYTES)]
         ranges[-1] = ranges[-1][0], size_bytes + 1  # not a range of its own, which an object of the right size would not have
-        return b"".join(in_order(ranges, lambda each: self.read(path, *each), _RANGES_AT_ONCE))
+        return b"".join(in_order(ranges, lambda each: self._range(path, *each), _RANGES_AT_ONCE))
 
     def read_up_to(self, path: str, most: int) -> bytes:
         """Return the object; of one with more than `most` bytes the first `most` + 1. One request, also where sizes cost one."""
@@ -126,10 +125,14 @@ class Folder:
             except OSError:
                 large = False  # reading it gives the reason
             return self.read(path, 0, most + 1) if large else self.read(path)
+        return self._range(path, 0, most + 1)
+
+    def _range(self, path: str, start: int, end: int) -> bytes:
+        """Return the object's bytes [start, end); none if it ends before."""
         try:
-            return self.read(path, 0, most + 1)
+            return self.read(path, start, end)
         except StorageError as error:
-            if error.__cause__ and http_status(error.__cause__) == 416:  # an empty object has no range
+            if error.__cause__ and http_status(error.__cause__) == 416:
                 return b""
             raise
 
@@ -169,12 +172,12 @@ class Folder:
         """Whether there is an object, or a folder. On a disk fsspec would take any error for a no, and a resume point for none."""
 
         def look(fs: Any, full: str) -> bool:
-            if not self.local:
-                return bool(fs.exists(full))
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                os.lstat(full)
-                return True
-            return False
+            try:
+                return bool(Path(full).stat() if self.local else fs.exists(full))
+            except OSError as error:
+                if error.errno in _NOT_THERE:
+                    return False
+                raise
 
         return self._do("look up", path, look)
 
@@ -211,10 +214,9 @@ class Folder:
 
     def abandoned(self) -> list[str]:
         """Return the incomplete files directly below it that nothing was written to for a day: their writers were killed."""
-        if self.local is None or not (incomplete := {*self.list(incomplete=True)} - {*self.list()}):
-            return []
-        written, now_s = {entry["name"]: entry["mtime"] for entry in self._entries("", detail=True)}, self.time_s()
-        return sorted(_base(name) for name, at_s in written.items() if _base(name) in incomplete and now_s - at_s > ABANDONED_S)
+        found = [entry for entry in self._entries("", detail=True) if _INCOMPLETE.search(entry["name"])] if self.local else []
+        now_s = self.time_s() if found else 0.0
+        return sorted(_base(entry["name"]) for entry in found if now_s - entry["mtime"] > ABANDONED_S)
 
     def list(self, path: str = "", *, incomplete: bool = False) -> list[str]:
         """Return the sorted names directly below `path`, none if it does not exist; of `incomplete` files only if wanted."""
@@ -331,11 +333,6 @@ class Folder:
 
     def delete(self, path: str = "") -> None:
         """Delete an object, or a folder with everything below it, if it exists."""
-        if self.url.startswith("s3://"):
-            for page in self._pages(path, MaxKeys=_DELETED_AT_ONCE - 1):
-                keys = [each["Key"] for each in page.get("Contents", ())]
-                self._do("delete", path, partial(_delete_keys, keys=keys))
-            return
 
         def remove(fs: Any, full: str) -> None:
             if self.local or not has_magic(full):
@@ -345,7 +342,12 @@ class Folder:
                 fs.rm_file(name)
 
         with contextlib.suppress(FileNotFoundError):
-            self._do("delete", path, remove)
+            if not self.url.startswith("s3://"):
+                self._do("delete", path, remove)
+                return
+            for keys in chain([self._do("list", path, _own_key)], map(_keys, self._pages(path))):
+                if keys:
+                    self._do("delete", path, partial(_delete_keys, keys=keys))
 
     def require_usable(self) -> None:
         """UserError if the folder cannot be written and read, lists what was there before, or cannot create only if absent.
@@ -361,8 +363,7 @@ class Folder:
             same, before = self.read(f"{probe}/1") == data, self.list(probe)
             self._write_as_another_client(f"{probe}/2", data)
             after = self.list(probe)
-            with contextlib.suppress(StorageError):  # a key may write and not delete: then resume points stay, which is said
-                self.delete(probe)
+            self.delete(probe)
         except (StorageError, UserError, OSError, ValueError, TypeError) as error:
             raise UserError(f"storage {self.url} cannot be used: {cause_of(error)}") from error
         # fsspec's own `create` looks first and writes then, so that two processes may both have written.
@@ -468,12 +469,24 @@ def _page(fs: Any, full: str, more: Mapping[str, str | int]) -> Any:
     return fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
 
 
-def _delete_keys(fs: Any, full: str, keys: Sequence[str]) -> None:
-    """Delete an object and others of its bucket. s3fs would drop the errors that an answer has for single ones."""
+def _keys(page: Mapping[str, Any]) -> list[str]:
+    return [each["Key"] for each in page.get("Contents", ())]
+
+
+def _own_key(fs: Any, full: str) -> list[str]:
+    """Return the key of an object, if there is one, and not those of the folder of its name."""
     bucket, key, _ = fs.split_path(full)
-    objects = [{"Key": each} for each in (key, *keys) if each]
-    answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+    first = _keys(fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1))  # in their order it is the first
+    return [key] if key in first else []
+
+
+def _delete_keys(fs: Any, full: str, keys: Sequence[str]) -> None:
+    """Delete up to 1,000 objects of a bucket. s3fs would drop the errors that an answer has for single ones."""
+    objects = [{"Key": key} for key in keys]
+    answer = fs.call_s3("delete_objects", Bucket=fs.split_path(full)[0], Delete={"Objects": objects, "Quiet": True})
     for error in answer.get("Errors", ()):
+        if error.get("Code") == "NoSuchKey":
+            continue
         from botocore.exceptions import ClientError
         from s3fs.errors import translate_boto_error
 

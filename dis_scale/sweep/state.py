@@ -291,12 +291,12 @@ def _node_failures(folder: Folder) -> dict[str, tuple[str, ...]]:
 
 def training_over(sweep: Sweep) -> bool:
     """Whether each model has published its last count or has ended early: nothing more will be published."""
-    return next(in_training(sweep), None) is None
+    return not in_training(sweep)
 
 
-def in_training(sweep: Sweep) -> Iterator[str]:
-    """Yield the models that may still publish."""
-    return (model for model in sweep.recipe.models if not (trained(sweep, model) or ended(sweep, model)))
+def in_training(sweep: Sweep) -> list[str]:
+    """Return the models that may still publish."""
+    return _existing([*sweep.recipe.models], lambda model: not (trained(sweep, model) or ended(sweep, model)))
 
 
 def ablations(main: Evaluate, setting: str, values: Sequence[float], guide: Sampled | None = None) -> dict[str, Evaluate]:

@@ -197,14 +197,15 @@ def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None
         yield
     except RuntimeError as raised:
         error: Exception = getattr(raised, "inner_exception", raised)
-        if not lacks_memory(error):
-            raise error from error.__cause__
-        free, total = cuda.mem_get_info(device)
-        others = total - free - cuda.memory_reserved(device)
-        if others <= (shared + FOREIGN) * total:
-            raise error from error.__cause__
-        held = f"other processes hold {others / 2**30:.1f} of {total / 2**30:.1f} GiB"
-        raise BrokenDevice(f"{device}: {held}: {str(error).splitlines()[0]}") from error
+        if lacks_memory(error):
+            free, total = cuda.mem_get_info(device)
+            others = total - free - cuda.memory_reserved(device)
+            if others > (shared + FOREIGN) * total:
+                held = f"other processes hold {others / 2**30:.1f} of {total / 2**30:.1f} GiB"
+                raise BrokenDevice(f"{device}: {held}: {str(error).splitlines()[0]}") from error
+        if error is raised:
+            raise
+        raise error from error.__cause__
 
 
 def check_group(device: "torch.device") -> None:

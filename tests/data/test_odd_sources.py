@@ -247,14 +247,14 @@ def test_a_mask_anywhere_in_a_tar_of_folders_is_refused(tmp_path: Path) -> None:
 def test_a_mask_in_a_tar_that_is_streamed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tars, "LARGE_BYTES", 1)
     source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
-    for names, refused in ((("c/0.jpg", "c/0.2.jpg", "c/._0.png"), False), (("c/0.jpg", "c/1.jpg", "c/0.PNG"), True)):
+    for names, refused in ((("c/0.jpg", "c/0.2.jpg", "c/0.JPG", "c/._0.png"), False), (("c/0.jpg", "c/1.jpg", "c/0.PNG"), True)):
         (tmp_path / "a.tar").write_bytes(tar({name: picture(1) for name in names}))
         if refused:
             with pytest.raises(UserError, match=r"a\.tar: images of it differ in their endings only, as 1\.jpg and its"):
                 open_source(data(source, 1))
             assert len(open_source(data(source | {"image": "jpg"}, 1))) == 2
         else:
-            assert len(open_source(data(source, 1))) == 2
+            assert len(open_source(data(source, 1))) == 3
 
 
 def test_a_second_download_of_a_tar_is_refused(tmp_path: Path) -> None:

@@ -186,15 +186,25 @@ class Recorded:
 @pytest.mark.parametrize("error", [OutOfMemory("CUDA out of memory"), WrongKernel("the scan is wrong")], ids=str)
 def test_a_model_that_cannot_be_sampled_here_keeps_no_other_from_it(tmp_path: Path, error: DisScaleError) -> None:
     """The first checkpoint of the largest model would end each job, and nothing would be measured until somebody came."""
-    job = job_of(reading.load(TINY, ["evaluate.floor=false"]), tmp_path)
+
+    class Publishing(RecordedJob):
+        """A job during whose first wait the other model is trained."""
+
+        def pause(self, seconds: float) -> None:
+            super().pause(seconds)
+            put_published(self.sweep.run("dis").published_at(320))
+            Ended(why="it failed").write(self.sweep.run("dis").folder)
+
+    job = job_of(reading.load(TINY, ["evaluate.floor=false"]), tmp_path, Publishing)
     for model in job.recipe.models:
         put_published(job.sweep.run(model).published_at(160))
-        Ended(why="it failed").write(job.sweep.run(model).folder)
+    Ended(why="it failed").write(job.sweep.run("dit").folder)
     evaluation = Recorded(job.sweep, error)
     with pytest.raises(type(error)):
         evaluate.evaluate_all(job, evaluation, set())  # type: ignore[arg-type]
     assert [each.model for each in evaluation.evaluated].count("dit") == 1
     assert {each.model for each in state.Backlog(job.sweep).left()} == {"dit"}
+    assert len(job.pauses) == 1, "while training continues it waits for others"
 
 
 def test_what_is_measured_again_is_progress_and_what_was_skipped_is_not_tried_again(

@@ -337,21 +337,23 @@ def test_an_error_of_a_disk_is_no_absence(tmp_path: Path, monkeypatch: pytest.Mo
     """A resume point whose manifest could not be looked at once would be taken for an incomplete one, and deleted."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/manifest.json").write_bytes(b"{}")
-    errors, lstat = [OSError(errno.ESTALE, "Stale file handle")], os.lstat
+    errors, stat = [OSError(errno.ESTALE, "Stale file handle")], os.stat
 
     def failing(path: Any, **more: Any) -> os.stat_result:
         if str(path).startswith(f"{tmp_path}/runs") and errors:
             raise errors.pop()
-        return lstat(path, **more)
+        return stat(path, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "lstat", failing)
+        patch.setattr(os, "stat", failing)
         assert open_folder(tmp_path).exists("runs/manifest.json")
         errors[:] = [OSError(errno.EACCES, "Permission denied")]
         with pytest.raises(StorageError, match=r"cannot look up .*/runs/manifest\.json"):
             open_folder(tmp_path).exists("runs/manifest.json")
     assert not open_folder(tmp_path).exists("runs/manifest.json/x")
-    assert not open_folder(tmp_path).exists("none")
+    (tmp_path / "gone").symlink_to("/nowhere/unmounted")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    assert not any(map(open_folder(tmp_path).exists, ("none", "gone", "itself", "x" * 300)))
 
 
 def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +395,12 @@ def test_a_deletion_that_a_store_refuses_for_one_object_is_raised(bucket: str, m
     assert codes == [], "the first is asked again"
     at.delete("point")
     assert at.list() == ["points"]
+    codes[:] = ["AccessDenied"]
+    at.delete("point")
+    at.delete("none")
+    assert codes.pop() == "AccessDenied", "what is not there takes no right to delete"
+    at.delete("points")
+    assert at.list() == []
 
 
 def test_what_killed_writers_left_is_found_after_a_day(tmp_path: Path) -> None:
