@@ -72,7 +72,7 @@ def _due(sweep: Sweep, cluster: Cluster) -> list[str]:
         return []
     encodes = state.find_latents(sweep.folder) is None
     trains = not all(state.trained(sweep, model) for model in sweep.recipe.models)
-    return ["precompute"] * encodes + ["train"] * trains + ["evaluate"]
+    return ["precompute"] * encodes + ["train"] * trains  # evaluation waits by itself, and keeps no GPU of training idle
 
 
 def _lacking(driver: Driver, due: Collection[str]) -> dict[str, tuple[int, Resources]]:
