@@ -136,12 +136,23 @@ def _own_folder() -> Iterator[Path]:
                 _remove_unless_in_use(left)
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir="/tmp"))  # Ray's sockets need a short path
     try:
-        with (folder / "locking").open("w") as lock:
+        with (folder / "locking").open("w") as lock, _locked(folder):
             fcntl.flock(lock, fcntl.LOCK_EX)
             (folder / "locking").rename(folder / _LOCK)  # from here on another command may try it
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder for the block: systemd cleans /tmp of files that nobody has used for ten days, but for locked folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_unless_in_use(folder: Path) -> None:
@@ -161,6 +172,8 @@ def client_of(address: str | None) -> JobSubmissionClient:
     Any other Ray's token comes from the environment, by Ray's rules. Raises ConnectionError if no Ray answers.
     """
     token = _token_of(address) if address else None
+    for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if address else ():
+        os.environ.pop(variable, None)  # Ray prefers both to an address that is given
     # It reports each websocket's normal end.
     logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
     return DashboardClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
@@ -229,7 +242,9 @@ def _connect() -> None:
         try:
             with keeping_handlers():
                 ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
-        except (ConnectionError, ValueError) as error:
+        except ValueError as error:
+            raise UserError(f"RAY_ADDRESS={ray_address()}: {str(error).splitlines()[0]}") from error
+        except ConnectionError as error:
             kind = Unanswered if in_ray_job() else UserError  # the Ray of a job was there a moment ago
             raise kind(f"no Ray answers at RAY_ADDRESS={ray_address()}: start it, or unset the variable to run here") from error
 

@@ -31,6 +31,8 @@ class Drained(DisScaleError):
     exit_code = StorageAway.exit_code
 
 
+LONGEST_PAUSE_S = 60.0
+"""Before a job that follows another one of the day; the pause doubles from one to the next."""
 MOST_FOLLOWED, FOLLOWED_IN_S = 10, 24 * 3600.0
 """How often in this time another job follows one of a stage that was killed, or stopped for an earlier command."""
 MOST_EVALUATIONS, FIRST_AGAIN_S = 6, 10.0
@@ -111,9 +113,9 @@ def run_stage(driver: Driver, cluster: Cluster, name: str, *arguments: str) -> N
             _poll(driver, job, name)
             time.sleep(driver.poll_every_s)
         _poll(driver, job, name)
-        if job.status == "SUCCEEDED":
+        if job.status == "SUCCEEDED" and _knows_recipe(driver, job):
             return
-        if not _goes_on_again(driver, job, name):
+        if job.status != "SUCCEEDED" and not _goes_on_again(driver, job, name):
             raise job.error(f"{name} failed: {job.reason()}")
 
 
@@ -144,14 +146,16 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
             if ended:
                 del training[model]
                 asked_s = float("-inf")  # a branch may begin now
-                if job.status != "SUCCEEDED" and (following := _after(driver, cluster, failures, model, job)):
+                if following := _after(driver, cluster, failures, model, job):
                     training[model] = following
     return failures
 
 
 def _after(driver: Driver, cluster: Cluster, failures: Failures, model: str, job: Job) -> Job | None:
-    """Return the job that follows one of training that did not end well; None if the model is trained anyway, or has failed."""
+    """Return the job that follows one of training, if that did not train the model and it has not failed."""
     trained = partial(_insist, driver, partial(state.trained, driver.sweep, model))
+    if job.status == "SUCCEEDED":
+        return None if _knows_recipe(driver, job) or trained() else _submit(driver, cluster, "train", model)
     if not trained() and _goes_on_again(driver, job, f"train {model}"):
         return _submit(driver, cluster, "train", model)
     why = _failure(driver, job, model)
@@ -193,7 +197,9 @@ class _Evaluation:
             self._driver.gauge("evaluation_failed", 0)
         ended = self._job.ended()  # asked before its log, so that its end is handled completely
         _poll(self._driver, self._job, "evaluate")
-        if ended and self._job.status == "SUCCEEDED":
+        if ended and self._job.status == "SUCCEEDED" and not _knows_recipe(self._driver, self._job):
+            self._job = None
+        elif ended and self._job.status == "SUCCEEDED":
             self._over, self._failures.evaluation = True, None
         elif ended:
             self._over = not self._goes_on_after(self._job)
@@ -249,6 +255,12 @@ def _has_passed(sweep: Sweep, branch: Branch) -> bool:
     return state.resumable_images(sweep.run(branch.of)) > branch.at
 
 
+def _knows_recipe(driver: Driver, job: Job) -> bool:
+    """Whether a job began with this command's recipe. One that an earlier command left has read its own: of what was added since it
+    knows nothing."""
+    return job.ours or not driver.first
+
+
 def _fail(driver: Driver, failures: Failures, model: str, why: str) -> None:
     """Note that a model has failed; the others continue."""
     failures.models[model] = why
@@ -284,7 +296,16 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
         _insist(driver, driver.sweep.store.require_usable)  # it may answer, and refuse to write
         what = f"storage or a node was away ({why})"
     driver.board.say(f"{name}: {what}, and another job continues")
+    pause_before_next(driver, name)
     return True
+
+
+def pause_before_next(driver: Driver, name: str) -> None:
+    """Wait before what follows, but for the first of the day: a machine that is short of memory is so for minutes."""
+    again_s = time.monotonic() + min(LONGEST_PAUSE_S, driver.poll_every_s * 2 ** len(driver.followed_s[name]))
+    while len(driver.followed_s[name]) > 1 and time.monotonic() < again_s:
+        go_on(driver)
+        time.sleep(driver.poll_every_s)
 
 
 def may_follow(driver: Driver, name: str) -> bool:

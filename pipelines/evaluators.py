@@ -106,23 +106,15 @@ class Evaluator(Worker):
             raise self._broken
         return self._broken is None
 
-    def passes(self, sampled: Sampled, settings: Evaluate) -> bool:
-        """Whether the kernels of a model agree with their definition on this device."""
+    def right(self, sampled: Sampled, settings: Evaluate, number: int | None = None) -> bool:
+        """Whether the kernels of a model agree with their definition on this device, and the samples of a block, if given, are
+        finite."""
         with self._working():
             try:
-                self.sampler.guide(settings)
-                self.sampler.model(sampled.model, sampled.images_seen, settings)
-            except WrongKernel:
-                return False
-            return True
-
-    def finite(self, sampled: Sampled, settings: Evaluate, number: int) -> bool:
-        """Whether the samples of a block are finite on this device."""
-        with self._working():
-            guide, model = self.sampler.guide(settings), self.sampler.model(sampled.model, sampled.images_seen, settings)
-            try:
-                self.sampler.sample(model, settings, number, guide)
-            except NotFinite:
+                guide, model = self.sampler.guide(settings), self.sampler.model(sampled.model, sampled.images_seen, settings)
+                if number is not None:
+                    self.sampler.sample(model, settings, number, guide)
+            except (WrongKernel, NotFinite):
                 return False
             return True
 
@@ -234,11 +226,11 @@ class RayEvaluators:
         try:
             return self._share("sample", (sampled, settings), blocks)
         except WrongKernel as error:
-            raise self._blame(error, "passes", sampled, settings) from error
+            raise self._blame(error, "right", sampled, settings) from error
         except NotFinite as error:
             cause = cause_of(error)
             assert isinstance(cause, NotFinite)
-            raise self._blame(error, "finite", sampled, settings, cause.block) from error
+            raise self._blame(error, "right", sampled, settings, cause.block) from error
 
     def floor(self, blocks: list[int]) -> None:
         """Let the evaluators share the blocks of the floor."""
@@ -301,7 +293,7 @@ class RayEvaluators:
             del self._workers[seat]
             raise
         except WrongKernel as error:
-            raise self._blame(error, "passes", sampled, self.job.recipe.evaluate) from error
+            raise self._blame(error, "right", sampled, self.job.recipe.evaluate) from error
         return values
 
     def move(self) -> bool:

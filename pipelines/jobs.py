@@ -23,7 +23,7 @@ from typing import Any
 
 import aiohttp
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus
 
 from dis_scale.process.context import Context
@@ -164,14 +164,21 @@ class Job:
         every = (UserError, Preempted, Held, StorageAway)
         kinds: dict[int | None, type[DisScaleError]] = {kind.exit_code: kind for kind in every}
         stopped = self.status == JobStatus.STOPPED  # by `dis-scale stop` or `ray job stop`, in time or not
-        return Preempted(words) if stopped else kinds.get(code, DisScaleError)(words)
+        error = Preempted(words) if stopped else kinds.get(code, DisScaleError)(words)
+        if self.killed:
+            error.exit_code = UNFORESEEN  # which schedulers try again
+        return error
 
     def stop(self) -> bool:
-        """Ask Ray to stop the job; return whether it answered."""
+        """Ask Ray to stop the job; return whether it does."""
         with contextlib.suppress(RuntimeError, OSError):
-            self.cluster.client.stop_job(self.id)
-            return True
+            return stops(self.cluster.client, self.id)
         return False
+
+
+def stops(client: Any, job: str) -> bool:
+    """Ask Ray to stop a job; return whether it does, or the job has ended. One that is about to begin Ray does not stop."""
+    return client.stop_job(job) is not False or JobStatus(client.get_job_info(job).status) in ENDED
 
 
 def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
@@ -272,21 +279,22 @@ def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], 
     try:
         client = connect(address)
         running = [job.submission_id for job in client.list_jobs() if job.status not in ENDED and job.submission_id]
-    except (OSError, RuntimeError) as error:
-        where = address or ray_address() or "this machine"
-        raise UserError(f"no Ray answers at {where}: has the sweep ended already? (--address names another)") from error
     except AuthenticationError as error:
         raise UserError(
             f"the Ray at {address or ray_address()} refuses this process: if another user started it, only they can stop it; "
             "for a cluster, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        where = address or ray_address() or "this machine"
+        raise UserError(f"no Ray answers at {where}: has the sweep ended already? (--address names another)") from error
     ours = [job for job in running if job.startswith(f"{prefix_of(sweep)}-")]
     unasked = list[str]()
     for job in ours:
         try:
-            client.stop_job(job)
+            stopped = stops(client, job)
         except (OSError, RuntimeError):
-            unasked.append(job)
+            stopped = False
+        unasked += [job] * (not stopped)
     if unasked:
         raise Unanswered(f"Ray did not answer when it was asked to stop {', '.join(unasked)}: run the command again")
     return ours

@@ -103,7 +103,7 @@ class Source:
         """Split the positions into ranges of one read and at most `most` images each."""
         first = positions.start
         for i in positions:
-            if i - first == most or not self.near(self.listing[first], self.listing[i]):
+            if i > first and (i - first == most or not self.near(self.listing[first], self.listing[i])):
                 yield range(first, i)
                 first = i
         if first < positions.stop:

@@ -273,9 +273,9 @@ class Folder:
                     yield name
                 last = name
 
-    def _pages(self, path: str, **how: str | int) -> Iterator[Mapping[str, Any]]:
+    def _pages(self, path: str, **how: str) -> Iterator[Mapping[str, Any]]:
         """Yield the pages of up to 1,000 names below a folder in S3, in UTF-8 order."""
-        more = dict[str, str | int]()
+        more = dict[str, str]()
         while True:
             page: Mapping[str, Any] = self._do("list", path, partial(_page, more=more | how))
             yield page

@@ -74,6 +74,15 @@ def test_neighbours_in_a_tar_are_one_range_read(tmp_path: Path, monkeypatch: pyt
     assert seen == [("b.tar", len(png(5)))]
 
 
+def test_an_image_longer_than_a_read_is_one_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photograph of over 8 MiB at the begin of a shard would be an empty read, and end each attempt."""
+    source = open_source(data(labelled_images.webdataset_cls(open_folder(tmp_path))))
+    monkeypatch.setattr(tars, "SPAN_BYTES", 10)
+    ranges = list(source.read_ranges(range(len(source)), 16))
+    assert ranges == [range(n, n + 1) for n in range(len(source))]
+    assert all(isinstance(image, np.ndarray) for each in ranges for image in source.decoded(each, 16))
+
+
 def test_a_sequential_read_loads_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = open_folder(tmp_path)
     big = [np.random.default_rng(i).bytes(2**21) for i in range(6)]

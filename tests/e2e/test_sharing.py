@@ -70,13 +70,10 @@ class Judged(Worker):
     def opens(self) -> bool:
         return bool(self._right)
 
-    def passes(self, *_: object) -> bool | None:
+    def right(self, _: Sampled, __: Evaluate, number: int | None = None) -> bool:
         if self._right is None:
             os._exit(1)
-        return self._right
-
-    def finite(self, _: Sampled, __: Evaluate, number: int) -> bool:
-        return bool(self._right) and number == getattr(self._wrong, "block", None)
+        return self._right and number == getattr(self._wrong, "block", None)
 
     def sample(self, _: Sampled, __: Evaluate, deal: Deal) -> int:
         for _number in iter(deal, None):

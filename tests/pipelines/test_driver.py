@@ -2,8 +2,10 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,37 @@ def test_a_command_that_joined_ends_by_the_stop_of_the_one_that_runs(driver: Dri
     assert Ended.exists(driver.sweep.run("evaluate").folder)
 
 
+def test_a_job_of_an_earlier_command_is_followed_by_one_that_knows_the_recipe(driver: Driver) -> None:
+    """It began before a model, a metric or a later count was added, and would leave these out without a word."""
+    submitted = list[tuple[str, ...]]()
+
+    def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
+        submitted.append(words)
+        if words[0] == "train" and submitted.count(words) == 1 + (words[1] == "evaluate"):
+            put_published(driver.sweep.run(words[1]).published_at(320))
+        return FakeJob([JobStatus.SUCCEEDED], ours=submitted.count(words) > 1 or words == ("train", "dit"))
+
+    driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
+    run_stage(driver, cluster("here"), "prepare")
+    assert train_and_evaluate(driver, cluster("here")).words() == ""
+    assert Counter(submitted) == {("prepare",): 2, ("evaluate",): 2, ("train", "evaluate"): 2, ("train", "dit"): 1}
+
+
+def test_a_job_that_is_killed_again_and_again_is_followed_after_pauses(driver: Driver) -> None:
+    """A head that is short of memory for some minutes would use up all of a day's tries in two."""
+    begun_s, driver.poll_every_s = list[float](), 0.01
+
+    def submit(*_: object) -> FakeJob:
+        begun_s.append(time.monotonic())
+        return FakeJob([JobStatus.FAILED if len(begun_s) < 5 else JobStatus.SUCCEEDED], killed=True)
+
+    driver.submit = submit  # type: ignore[assignment]
+    run_stage(driver, cluster("here"), "prepare")
+    pauses_s = [later - before for before, later in pairwise(begun_s)]
+    assert pauses_s[1] > 0.04
+    assert pauses_s[3] > 0.16
+
+
 def test_no_job_is_stopped_on_a_ray_that_has_ended(driver: Driver) -> None:
     driver.jobs = [FakeJob([JobStatus.RUNNING])]  # type: ignore[list-item]  # it cannot be asked
     with pytest.raises(RayEnded), stopping_jobs(driver):
@@ -149,6 +182,7 @@ def test_no_job_is_stopped_on_a_ray_that_has_ended(driver: Driver) -> None:
 
 def test_another_ray_may_be_slow_to_start_but_the_first_must(driver: Driver) -> None:
     """The machine that has just lost one is often busy."""
+    driver.poll_every_s = 0.0
 
     def run(*ends: Exception | None) -> Failures:
         remaining = list(ends)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,6 +230,23 @@ def test_a_stop_is_obeyed_while_no_agent_takes_a_job() -> None:
 
     with pytest.raises(Preempted):
         Silence(pause_s=0.0).insist(partial(jobs.submit_new, cluster, "tiny-train-1", ["true"], {}), go_on)
+
+
+def test_a_job_that_is_about_to_begin_is_asked_to_stop_again() -> None:
+    """Ray answers that it has stopped nothing, and would begin it a moment later."""
+    statuses = [JobStatus.PENDING, JobStatus.PENDING, JobStatus.RUNNING]
+
+    class Beginning:
+        def stop_job(self, _: str) -> bool:
+            return bool(statuses[0] == JobStatus.RUNNING)
+
+        def get_job_info(self, _: str) -> SimpleNamespace:
+            return SimpleNamespace(status=statuses.pop(0))
+
+    client = Beginning()
+    assert [jobs.stops(client, "job") for _ in range(3)] == [False, False, True]
+    ended = SimpleNamespace(stop_job=lambda _: False, get_job_info=lambda _: SimpleNamespace(status=JobStatus.SUCCEEDED))
+    assert jobs.stops(ended, "job")
 
 
 def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

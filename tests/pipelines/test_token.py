@@ -32,6 +32,14 @@ def ours() -> Iterator[Cluster]:
             yield cluster
 
 
+def test_an_address_that_is_given_is_asked_whatever_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise `dis-scale stop --address` asks another Ray, which has nothing to stop; and a token goes there."""
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:2")
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1\b"):
+        client_of("http://127.0.0.1:1")
+
+
 def token_file(cluster: Cluster) -> Path:
     (path,) = Path("/tmp", cluster.id).glob("token-*")
     return path
