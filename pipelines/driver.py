@@ -296,11 +296,11 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
         _insist(driver, driver.sweep.store.require_usable)  # it may answer, and refuse to write
         what = f"storage or a node was away ({why})"
     driver.board.say(f"{name}: {what}, and another job continues")
-    pause_before_next(driver, name)
+    _pause_before_next(driver, name)
     return True
 
 
-def pause_before_next(driver: Driver, name: str) -> None:
+def _pause_before_next(driver: Driver, name: str) -> None:
     """Wait before what follows, but for the first of the day: a machine that is short of memory is so for minutes."""
     again_s = time.monotonic() + min(LONGEST_PAUSE_S, driver.poll_every_s * 2 ** len(driver.followed_s[name]))
     while len(driver.followed_s[name]) > 1 and time.monotonic() < again_s:

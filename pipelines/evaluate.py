@@ -131,8 +131,8 @@ def ablate(job: StageJob) -> None:
 def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], moves: Callable[[], bool] = lambda: False) -> bool:
     """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
 
-    Of a model for which memory is too small, or whose kernels are wrong here, that is raised when the others are evaluated and
-    training is over.
+    Of a model and a variant for which memory is too small, or whose kernels are wrong here, that is raised when the others are
+    evaluated and training is over.
     Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
     `moves` says: then others are to continue.
     """
@@ -142,13 +142,13 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
 
     backlog = state.Backlog(sweep)
     floor_due = sweep.recipe.evaluate.measures_floor and state.floor(sweep) is None
-    put_off = dict[str, DisScaleError]()
+    put_off = dict[tuple[str, str], DisScaleError]()
 
     def left() -> list[Sampled]:
         return [sampled for sampled in backlog.left() if sampled not in skipped]
 
     def possible(waiting: list[Sampled]) -> list[Sampled]:
-        return [sampled for sampled in waiting if sampled.model not in put_off]
+        return [sampled for sampled in waiting if (sampled.model, sampled.variant) not in put_off]
 
     while True:
         job.raise_if_stopped()
@@ -163,13 +163,13 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
             try:
                 evaluate_one(job, evaluation, now[0], skipped)
             except (OutOfMemory, WrongKernel) as error:
-                put_off[now[0].model] = error.with_traceback(None)  # that would keep lost evaluators
-                job.say(f"{now[0]}: {describe(error)}; the other models are evaluated first", level="warning")
+                put_off[now[0].model, now[0].variant] = error.with_traceback(None)  # that would keep lost evaluators
+                job.say(f"{now[0]}: {describe(error)}; the others are evaluated first", level="warning")
         elif floor_due:
             measure_floor(job, evaluation)
             floor_due = False
         elif over:
-            raise put_off[waiting[0].model]
+            raise put_off[waiting[0].model, waiting[0].variant]
         else:
             wait_for_training(job, lambda: bool(possible(left())) or state.training_over(sweep) or moves())
 

@@ -164,10 +164,7 @@ class Job:
         every = (UserError, Preempted, Held, StorageAway)
         kinds: dict[int | None, type[DisScaleError]] = {kind.exit_code: kind for kind in every}
         stopped = self.status == JobStatus.STOPPED  # by `dis-scale stop` or `ray job stop`, in time or not
-        error = Preempted(words) if stopped else kinds.get(code, DisScaleError)(words)
-        if self.killed:
-            error.exit_code = UNFORESEEN  # which schedulers try again
-        return error
+        return Preempted(words) if stopped else kinds.get(code, DisScaleError)(words)
 
     def stop(self) -> bool:
         """Ask Ray to stop the job; return whether it does."""

@@ -38,7 +38,8 @@ def name_needs(driver: Driver, cluster: Cluster) -> None:
     """Log which later stages the nodes cannot hold yet."""
 
     def say() -> bool:
-        for stage, (count, request) in _lacking(driver, _due(driver.sweep, cluster)).items():
+        due = [] if cluster.ours else [*_due(driver.sweep, cluster), "evaluate"]
+        for stage, (count, request) in _lacking(driver, due).items():
             driver.board.say(f"later    {needs(stage, count, request, nodes.alive_nodes())}")
         return True
 
