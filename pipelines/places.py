@@ -165,7 +165,7 @@ class Places:
 
 
 def own_gpus(sweep: Sweep, places: Places) -> int:
-    """Return how many evaluators may hold a GPU now: what the models that still train never use, all when there is none."""
+    """Return how many evaluators may hold a GPU now: what the models that still train never use; all when each has ended."""
     places, left = places.avoiding_failed(sweep, "cuda"), len(state.in_training(sweep))
     free = places.spare_gpus(left) if left else places.most_evaluators()
     return min(sweep.recipe.evaluate.workers, free)

@@ -427,7 +427,7 @@ def _hashes(folder: Folder) -> Sequence[int]:
 
 def _like(folder: Folder, name: str) -> str:
     """Return words on a file that is called as `name` but for case, its ending, blanks around it or the form of its Unicode, and on
-    the path of another system; '' if there is none."""
+    the path of another system; '' without any."""
     if "\\" in name:
         return "; folders are parted by /, and this path has \\"
 

@@ -50,6 +50,7 @@ _RANGE_BYTES = 16 * 2**20
 """Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
 _RANGES_AT_ONCE = 10
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Errors of a path at which nothing is, or of a link that leads nowhere."""
 _READ_TIMEOUT_S = 60
 _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
@@ -228,8 +229,7 @@ class Folder:
         """Yield the keys directly below a folder in S3, and whether each is a folder's."""
         for page in self._pages(path, Delimiter="/"):
             yield from ((each["Prefix"].removesuffix("/"), True) for each in page.get("CommonPrefixes", ()))
-            keys = (each["Key"] for each in page.get("Contents", ()))
-            yield from ((key, False) for key in keys if not key.endswith("/"))  # a folder's marker
+            yield from ((key, False) for key in _keys(page) if not key.endswith("/"))  # a folder's marker
 
     def walk(self, path: str = "") -> Iterator[str]:
         """Yield the paths, relative to `path`, of all files at any depth below it, in the order of their UTF-8; links are followed.
@@ -264,7 +264,7 @@ class Folder:
     def _walk_pages(self, path: str) -> Iterator[str]:
         last = ""
         for page in self._pages(path):
-            for name in (entry["Key"].removeprefix(page["Prefix"]) for entry in page.get("Contents", [])):
+            for name in (key.removeprefix(page["Prefix"]) for key in _keys(page)):
                 if name < last:
                     raise StorageError(
                         f"{self.url}/{path}: names are not listed in order ({name} after {last}): use another bucket"

@@ -97,12 +97,13 @@ def copy_everything(sweep: Sweep, parameters: dict[str, dict[str, object]], uri:
         raise
     except Exception as error:  # whatever MLflow raises
         raise DisScaleError(f"MLflow cannot be reached at {uri}: {' '.join(str(error).split())[:200]}") from error
-    counts, copied = map(list, zip(*(_copy_model(sweep, model) for model in sweep.recipe.models), strict=True))
+    models = [_copy_model(sweep, model) for model in sweep.recipe.models]
+    copied = [taken for _, taken in models]
     if sweep.report.list():
         copied.append(copy_report(sweep, _status(sweep)))
     if not all(copied):
         raise DisScaleError(f"MLflow at {uri} did not take everything: run the same command again")
-    return sum(counts)
+    return sum(rows for rows, _ in models)
 
 
 def _status(sweep: Sweep) -> str | None:

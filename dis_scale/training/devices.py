@@ -187,7 +187,7 @@ def lacks_memory(error: BaseException) -> bool:
 def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None) -> Iterator[None]:
     """Raise BrokenDevice where memory was too small because other processes hold the GPU's: strangers, or some that do not end.
 
-    What PyTorch's compiler wraps is raised as it was: a full disk is none of the program's, and no driver can unpickle the wrapper.
+    What PyTorch's compiler wraps is raised as it was: a full disk is no mistake, and no driver can unpickle the wrapper.
     Evaluators may hold the fraction `shared`. `cuda` is `torch.cuda`, or what a test puts in its place.
     """
     import torch

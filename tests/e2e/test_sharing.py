@@ -207,7 +207,7 @@ def test_a_device_that_fails_counts_against_its_node_whatever_the_work(tiny: Rec
 def test_a_preparation_whose_storage_was_away_gives_its_place_back(
     tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A node declares one: the next attempt would wait for it without end, and nobody would be told."""
+    """A node declares one: the next attempt would wait for it without end, and without an alert."""
     monkeypatch.setattr(prepare, "Preparer", Away)
     with pytest.raises(WorkerFailure, match="503") as kept:
         prepare._prepare_with_one(job_of(tiny, tmp_path), "cpu", request_for("precompute", "cpu", 1), cast(Any, None))

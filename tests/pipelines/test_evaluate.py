@@ -185,7 +185,7 @@ class Recorded:
 
 @pytest.mark.parametrize("error", [OutOfMemory("CUDA out of memory"), WrongKernel("the scan is wrong")], ids=str)
 def test_a_model_that_cannot_be_sampled_here_keeps_no_other_from_it(tmp_path: Path, error: DisScaleError) -> None:
-    """The first checkpoint of the largest model would end each job, and nothing would be measured until somebody came."""
+    """The first checkpoint of the largest model would end each job, and nothing would be measured for weeks."""
 
     class Publishing(RecordedJob):
         """A job during whose first wait the other model is trained."""
