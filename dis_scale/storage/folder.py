@@ -21,9 +21,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -37,7 +36,8 @@ from dis_scale.process import faults
 from dis_scale.process.errors import StorageError, UserError, nearest
 from dis_scale.process.settings import absolute
 from dis_scale.process.threads import in_order
-from dis_scale.storage import local
+from dis_scale.storage import local, s3
+from dis_scale.storage.local import Scanned
 from dis_scale.storage.retries import PATIENT_TRIES, TRIES, cause_of, http_status, with_retries
 
 T = TypeVar("T")
@@ -46,14 +46,8 @@ ABANDONED_S = 86_400.0
 """Time after which nobody writes an incomplete file any more."""
 _INCOMPLETE = re.compile(re.escape(local.TEMPORARY) + "[0-9a-f]{32}$")
 """End of the name of a file that is being written, or that a killed process has left."""
-_RANGE_BYTES = 16 * 2**20
-"""Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
-_RANGES_AT_ONCE = 10
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """Errors of a path at which nothing is, or of a link that leads nowhere."""
-_READ_TIMEOUT_S = 60
-_CONNECTIONS = 64
-"""Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
 _VERSIONS = (
     "md5Hash", "generation", "Content-MD5", "Digest", "blob_id", "xet_hash", "sha", "hex", "ETag", "etag", "mtime",
     "last_modified", "Last-Modified", "LastModified", "updated", "modificationTime", "modify", "modified",
@@ -112,11 +106,12 @@ class Folder:
         A large one comes from S3 by ranges, each with retries of its own: among the 448 ranges of 7 GB there is often one that is
         answered "slow down", and s3fs would begin again with the first.
         """
-        if not self.url.startswith("s3://") or size_bytes <= _RANGE_BYTES:
+        if not self.url.startswith("s3://") or size_bytes <= s3.RANGE_BYTES:
             return self.read(path)
-        ranges = [(start, min(start + _RANGE_BYTES, size_bytes)) for start in range(0, size_bytes, _RANGE_BYTES)]
+        starts = range(0, size_bytes, s3.RANGE_BYTES)
+        ranges = [(start, min(start + s3.RANGE_BYTES, size_bytes)) for start in starts]
         ranges[-1] = ranges[-1][0], size_bytes + 1  # not a range of its own, which an object of the right size would not have
-        return b"".join(in_order(ranges, lambda each: self._range(path, *each), _RANGES_AT_ONCE))
+        return b"".join(in_order(ranges, lambda each: self._range(path, *each), s3.RANGES_AT_ONCE))
 
     def read_up_to(self, path: str, most: int) -> bytes:
         """Return the object; of one with more than `most` bytes the first `most` + 1. One request, also where sizes cost one."""
@@ -188,8 +183,7 @@ class Folder:
         By this machine's for a folder in which nothing can be written, and a store that tells no times.
         """
         if self.url.startswith("s3://"):
-            page = self._do("list", "", lambda fs, full: _page(fs, full, {"MaxKeys": 1}))
-            return parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+            return self._do("list", "", s3.time_s)
         try:
             return self._do("write", f"time{local.TEMPORARY}{uuid.uuid4().hex}", _time_of_a_write)
         except (StorageError, FileNotFoundError, NotImplementedError):
@@ -210,7 +204,7 @@ class Folder:
             except FileNotFoundError:
                 return []
         if self.url.startswith("s3://"):
-            return ((_base(key), is_folder) for key, is_folder in self._below(path))
+            return ((_base(key), is_folder) for key, is_folder in s3.children(self._pages(path, Delimiter="/")))
         return ((_base(e["name"]), e["type"] == "directory") for e in self._entries(path, detail=True))
 
     def abandoned(self) -> list[str]:
@@ -221,15 +215,11 @@ class Folder:
 
     def list(self, path: str = "", *, incomplete: bool = False) -> list[str]:
         """Return the sorted names directly below `path`, none if it does not exist; of `incomplete` files only if wanted."""
-        s3 = self.url.startswith("s3://")  # names only: s3fs would keep some kB for each
-        names = [key for key, _ in self._below(path)] if s3 else self._entries(path, detail=False)
+        if self.url.startswith("s3://"):  # names only: s3fs would keep some kB for each
+            names = [key for key, _ in s3.children(self._pages(path, Delimiter="/"))]
+        else:
+            names = self._entries(path, detail=False)
         return sorted({_base(name) for name in names if _shown(name, path, incomplete=incomplete)} - {""})
-
-    def _below(self, path: str) -> Iterator[tuple[str, bool]]:
-        """Yield the keys directly below a folder in S3, and whether each is a folder's."""
-        for page in self._pages(path, Delimiter="/"):
-            yield from ((each["Prefix"].removesuffix("/"), True) for each in page.get("CommonPrefixes", ()))
-            yield from ((key, False) for key in _keys(page) if not key.endswith("/"))  # a folder's marker
 
     def walk(self, path: str = "") -> Iterator[str]:
         """Yield the paths, relative to `path`, of all files at any depth below it, in the order of their UTF-8; links are followed.
@@ -243,7 +233,7 @@ class Folder:
         """Yield the paths as `walk`, each with whether it is a link to a file on a local disk: its folder's list tells that."""
         if self.local:
             root = self.local / path
-            return self._walk_local(path, "", frozenset([_identity(root.stat())] if root.exists() else ()))
+            return self._walk_local(path, "", frozenset([local.identity(root.stat())] if root.exists() else ()))
         if self.url.startswith("s3://"):
             return ((name, False) for name in self._walk_pages(path))
         return ((name, False) for name in sorted((self / path if path else self).tree(), key=os.fsencode))
@@ -264,7 +254,7 @@ class Folder:
     def _walk_pages(self, path: str) -> Iterator[str]:
         last = ""
         for page in self._pages(path):
-            for name in (key.removeprefix(page["Prefix"]) for key in _keys(page)):
+            for name in (key.removeprefix(page["Prefix"]) for key in s3.keys(page)):
                 if name < last:
                     raise StorageError(
                         f"{self.url}/{path}: names are not listed in order ({name} after {last}): use another bucket"
@@ -273,21 +263,11 @@ class Folder:
                     yield name
                 last = name
 
-    def _pages(self, path: str, **how: str) -> Iterator[Mapping[str, Any]]:
-        """Yield the pages of up to 1,000 names below a folder in S3, in UTF-8 order."""
-        more = dict[str, str]()
-        while True:
-            page: Mapping[str, Any] = self._do("list", path, partial(_page, more=more | how))
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+    def _pages(self, path: str, **how: str) -> Iterator[s3.Page]:
+        return s3.pages(partial(self._do, "list", path), **how)
 
-    def _scan(self, path: str) -> Sequence[tuple[str, tuple[int, int] | None, bool]]:
-        """Return the names in a local folder, each with its identity if it is or leads to a folder, and whether it is a link."""
-        return self._do(
-            "list", path, lambda _, full: [(entry.name, _folder(entry), entry.is_symlink()) for entry in os.scandir(full)]
-        )
+    def _scan(self, path: str) -> Sequence[Scanned]:
+        return self._do("list", path, lambda _, full: local.scan(full))
 
     def sizes(self, path: str = "") -> dict[str, int]:
         """Return names as `list`, each with its size in bytes; the size of a folder has no meaning."""
@@ -345,9 +325,9 @@ class Folder:
             if not self.url.startswith("s3://"):
                 self._do("delete", path, remove)
                 return
-            for keys in chain([self._do("list", path, _own_key)], map(_keys, self._pages(path))):
+            for keys in chain([self._do("list", path, s3.own_key)], map(s3.keys, self._pages(path))):
                 if keys:
-                    self._do("delete", path, partial(_delete_keys, keys=keys))
+                    self._do("delete", path, partial(s3.delete, keys=keys))
 
     def require_usable(self) -> None:
         """UserError if the folder cannot be written and read, lists what was there before, or cannot create only if absent.
@@ -464,37 +444,6 @@ def _shown(entry: str, path: str, *, incomplete: bool = False) -> bool:
     return not entry.endswith(f"/{path}/") and (incomplete or not _INCOMPLETE.search(entry))
 
 
-def _page(fs: Any, full: str, more: Mapping[str, str | int]) -> Any:
-    bucket, key, _ = fs.split_path(full)
-    return fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
-
-
-def _keys(page: Mapping[str, Any]) -> list[str]:
-    return [each["Key"] for each in page.get("Contents", ())]
-
-
-def _own_key(fs: Any, full: str) -> list[str]:
-    """Return the key of an object, if there is one, and not those of the folder of its name."""
-    bucket, key, _ = fs.split_path(full)
-    first = _keys(fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1))  # in their order it is the first
-    return [key] if key in first else []
-
-
-def _delete_keys(fs: Any, full: str, keys: Sequence[str]) -> None:
-    """Delete up to 1,000 objects of a bucket. s3fs would drop the errors that an answer has for single ones."""
-    objects = [{"Key": key} for key in keys]
-    answer = fs.call_s3("delete_objects", Bucket=fs.split_path(full)[0], Delete={"Objects": objects, "Quiet": True})
-    for error in answer.get("Errors", ()):
-        if error.get("Code") == "NoSuchKey":
-            continue
-        from botocore.exceptions import ClientError
-        from s3fs.errors import translate_boto_error
-
-        status = 403 if error.get("Code") == "AccessDenied" else 503
-        cause = ClientError({"Error": error, "ResponseMetadata": {"HTTPStatusCode": status}}, "DeleteObjects")
-        raise translate_boto_error(cause) from cause
-
-
 def _time_of_a_write(fs: Any, full: str) -> float:
     """Return the time that a store gives an object which is written now."""
     fs.pipe_file(full, b"")
@@ -504,33 +453,11 @@ def _time_of_a_write(fs: Any, full: str) -> float:
         fs.rm_file(full)
 
 
-def _folder(entry: "os.DirEntry[str]") -> tuple[int, int] | None:
-    """Return the identity of a folder, or of that which a link leads to; None for anything else, such as a link to itself."""
-    try:
-        return _identity(entry.stat()) if entry.is_dir() else None
-    except FileNotFoundError as error:
-        raise OSError(errno.ESTALE, "it was there, and is gone while it is listed", entry.path) from error
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return None
-        raise
-
-
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
-
-
 def _options(url: str) -> dict[str, Any]:
-    """Options of fsspec: no cache of listings, since other processes write, too. S3: no botocore retries below ours and s3fs's."""
-    if not url.startswith("s3://"):
-        return {"use_listings_cache": False} if url.startswith(LISTING_CACHES) else {}
-    retries = {"mode": "standard", "total_max_attempts": 1}
-    timeouts = {"connect_timeout": 10, "read_timeout": _READ_TIMEOUT_S}
-    return {
-        "use_listings_cache": False,
-        "default_block_size": _RANGE_BYTES,
-        "config_kwargs": {"retries": retries, "max_pool_connections": _CONNECTIONS} | timeouts,
-    }
+    """Options of fsspec: no cache of listings, since other processes write, too."""
+    on_s3 = url.startswith("s3://")
+    cached = {"use_listings_cache": False} if on_s3 or url.startswith(LISTING_CACHES) else {}
+    return cached | (s3.options() if on_s3 else {})
 
 
 def _client(url: str) -> tuple[Any, str]:
@@ -543,10 +470,6 @@ def _client(url: str) -> tuple[Any, str]:
         fs, path = fsspec.url_to_fs(url, **_options(url))
     except (ImportError, ValueError) as error:
         raise UserError(f"storage {url}: {error}; expected a path, s3://bucket/prefix, or another URL that fsspec knows") from error
-    if url.startswith("s3://") and fs.retries > 1:
-        from botocore import handlers
-
-        # An answer to `Expect: 100-continue` is awaited without any limit: a write to a store that hangs would never end.
-        fs.s3.meta.events.unregister("before-call.s3", handlers.add_expect_header)
-        fs.retries = 1  # ours are around them: five times five tries of a minute would take most of an hour
+    if url.startswith("s3://"):
+        s3.without_retries(fs)
     return fs, path

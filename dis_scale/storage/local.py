@@ -1,4 +1,4 @@
-"""Writing a local file: atomic, exclusive where asked, and on the disk when it returns."""
+"""Local files: written atomically, exclusively where asked, and on the disk when a write returns; listed with their links."""
 
 import contextlib
 import errno
@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from dis_scale.process.errors import UserError
 
@@ -16,6 +17,37 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of file systems without hard links."""
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """Errors of file systems that sync files only."""
+
+
+class Scanned(NamedTuple):
+    """A name in a folder."""
+
+    name: str
+    folder: tuple[int, int] | None
+    """Device and inode, if it is or leads to a folder."""
+    is_link: bool
+
+
+def scan(path: str) -> list[Scanned]:
+    """Return what is in a folder."""
+    return [Scanned(entry.name, _folder(entry), entry.is_symlink()) for entry in os.scandir(path)]
+
+
+def identity(found: os.stat_result) -> tuple[int, int]:
+    """Return device and inode."""
+    return found.st_dev, found.st_ino
+
+
+def _folder(entry: "os.DirEntry[str]") -> tuple[int, int] | None:
+    """Return the identity of a folder, or of that which a link leads to; None for anything else, such as a link to itself."""
+    try:
+        return identity(entry.stat()) if entry.is_dir() else None
+    except FileNotFoundError as error:
+        raise OSError(errno.ESTALE, "it was there, and is gone while it is listed", entry.path) from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        raise
 
 
 def replace(path: Path, data: bytes) -> None:

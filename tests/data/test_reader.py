@@ -342,7 +342,7 @@ def test_transient_faults_of_a_real_client_are_retried(
     faults: list[int | str], bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through s3fs and a real gateway, with timeouts of a second."""
-    monkeypatch.setattr("dis_scale.storage.folder._READ_TIMEOUT_S", 1)
+    monkeypatch.setattr("dis_scale.storage.s3.READ_TIMEOUT_S", 1)
     latents = Latents(make(open_folder(bucket), [3]), 0)
     gateway.concerns = lambda request: request.method == "GET" and request.path.endswith(".tar")
     gateway.faults = list(faults)

@@ -13,7 +13,7 @@ import pytest
 from dis_scale.data import maintenance
 from dis_scale.data.latents import Latents
 from dis_scale.process.errors import Damaged, StorageAway
-from dis_scale.storage import folder, retries
+from dis_scale.storage import retries, s3
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.manifest import Digest, read_verified
 from dis_scale.sweep import PointName, Run
@@ -44,7 +44,7 @@ def data() -> bytes:
 
 @pytest.fixture
 def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 2)
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 2)
 
 
 @pytest.mark.parametrize("faults", FAULTS, ids=str)
@@ -154,7 +154,7 @@ def silent(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> Iterator[list[so
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1)
     s3fs.S3FileSystem.clear_instance_cache()
     yield came
     s3fs.S3FileSystem.clear_instance_cache()
