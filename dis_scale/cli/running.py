@@ -1,5 +1,6 @@
 """Commands that start, watch and stop sweeps."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -201,7 +202,10 @@ def profile(
     """Time a few training steps on this machine: rates, memory, where the time goes. Nothing is saved."""
     from dis_scale.sweep import Sweep
     from dis_scale.training.profile import profile_training
+    from pipelines.environment import EXPANDABLE_SEGMENTS, REPRODUCIBLE
 
+    for name, value in (EXPANDABLE_SEGMENTS | REPRODUCIBLE).items():
+        os.environ.setdefault(name, value)  # what a worker has; read when the GPU is first used
     if trace is not None:
         require_file(trace, "--trace")
     rates = profile_training(Sweep.open(sweep), model, steps, trace, say_aside if as_json else say)

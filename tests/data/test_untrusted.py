@@ -277,7 +277,18 @@ def test_statistics_that_unpack_to_more_than_there_are_are_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "name", ["DB_PASS", "SMTP_PASS1", "SMTP_PASS_ROOT", "PGPASS", "SSH_PASSPHRASE", "HTTP_AUTHORIZATION", "GH_PAT", "COOKIE"]
+    "name",
+    [
+        "DB_PASS",
+        "SMTP_PASS1",
+        "SMTP_PASS_ROOT",
+        "PGPASS",
+        "SSH_PASSPHRASE",
+        "HTTP_AUTHORIZATION",
+        "HTTP_AUTHENTICATION",
+        "GH_PAT",
+        "COOKIE",
+    ],
 )
 def test_more_names_of_secrets_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "correct-horse")
