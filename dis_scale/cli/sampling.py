@@ -87,8 +87,7 @@ def sample(
         each_label = pictures.labels_of_all(opened, labels, images, seed)
     else:
         each_label = pictures.labels_in_turn(opened, chosen, images)
-    changes = {"sampler": sampler, "steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
-    sampling = opened.sampling_with(**changes)
+    sampling = opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance, guidance_channels=guidance_channels)
     if guide and sampling.scale == 1:
         raise UserError("--guide: at guidance 1 nothing guides: set --guidance, such as 2")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

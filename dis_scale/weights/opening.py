@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -66,16 +66,23 @@ class OpenCheckpoint:
         except UserError as error:
             raise UserError(f"{error}; it guides the samples: guidance 1 samples without") from error
 
-    def sampling_with(self, **changes: Any) -> Sampling:
+    def sampling_with(
+        self,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        guidance_channels: int | None = None,
+    ) -> Sampling:
         """Return its sampling settings with other values for those that are not None; `guidance` is the scale, whatever guides.
 
         UserError if the model cannot be guided by their scale.
         """
-        steps, guidance = changes.get("steps"), changes.get("guidance")
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise UserError(f"steps: got {steps!r}, expected a whole number from 1 on")
         if guidance is not None and (not isinstance(guidance, int | float) or not 0 <= guidance < math.inf):
             raise UserError(f"guidance: got {guidance!r}, expected a number from 0 on")
+        changes = {"sampler": sampler, "steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
         sampling = self.sampling.model_copy(update={name: value for name, value in changes.items() if value is not None})
         if self.guide_at is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")
