@@ -1,6 +1,7 @@
 """Commands that take public weights in, and give checkpoints to diffusers."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -67,7 +68,8 @@ def import_weights(
     with working("import: reading and writing weights"):
         found = public_weights.import_weights(sweep, model, file, shape)
     stored = model in Sweep.open(sweep.folder.url).recipe.models
-    again = f"dis-scale resume {sweep}" if stored else f"dis-scale sweep {recipe or EMBEDDED} --set '{seen}'"
+    given = " ".join(f"--set {quote(each)}" for each in [*(overrides or []), seen])
+    again = f"dis-scale resume {sweep}" if stored else f"dis-scale sweep {recipe or EMBEDDED} {given}"
     show(
         found._asdict() | {"folder": found.folder.url},
         *found.notes,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dis_scale.planning.fleet import Fleet
     from dis_scale.planning.plan import FleetForecast
     from dis_scale.recipe import Recipe
-    from dis_scale.recipe.train import Train
 
 SOURCES = (
     "measured: on an AMD EPYC CPU, memory is within 10 % of training steps of DiS-S/2, DiS-B/2, DiT-S/2 and DiffuSSM-S in fp32. "
@@ -63,7 +62,7 @@ def plan(
         document,
         f"data     {price_reading(settings, priced.shape, source)}" if source else f"data     unknown: {unknown}",
         *([isoflop.table(priced, study, source)] if study else []),
-        *(_forecast(forecast, priced.recipe.train) if forecast else []),
+        *(_forecast(forecast, priced.recipe) if forecast else []),
         as_json=as_json,
     )
 
@@ -84,7 +83,7 @@ def _fleet(recipe: "Recipe", gpu: str | None, given: dict[str, Any]) -> "Fleet |
     return replace(Fleet(gpu, recipe.train.most_workers), **given)
 
 
-def _forecast(forecast: "FleetForecast", train: "Train") -> list[RenderableType]:
+def _forecast(forecast: "FleetForecast", recipe: "Recipe") -> list[RenderableType]:
     from dis_scale.planning.fleet import GPUS, GRAPHS_HOST_S, HOST_S
 
     fleet, gpu = forecast.assumed, GPUS[forecast.assumed.gpu]
@@ -95,17 +94,20 @@ def _forecast(forecast: "FleetForecast", train: "Train") -> list[RenderableType]
         f"{fleet.storage_gb_s:g} GB/s a worker to storage, {fleet.restart_s:g} s to restart, "
         f"{fleet.preemptions_per_day:g} preemptions a day\nfigures  {SOURCES}"
     )
-    return [assumed, _memory(forecast, train), _training(forecast), _sizes(forecast)]
+    return [assumed, _memory(forecast, recipe), _training(forecast), _sizes(forecast)]
 
 
-def _memory(forecast: "FleetForecast", train: "Train") -> Table:
+def _memory(forecast: "FleetForecast", recipe: "Recipe") -> Table:
+    from dis_scale.planning.fleet import pass_images
+
     models, usable = forecast.models, forecast.usable_bytes
+    images = {pass_images(recipe.train_of(name), each.gpus) for name, each in models.items()}
     table = narrow_table(
         "model",
         *(each.replace("ZeRO ", "Z").replace(",", "\n") for each in next(iter(models.values())).memory_bytes),
         "most images\nas set",
-        title=f"GiB of a worker by ZeRO stage and checkpointing, {train.micro_images or train.lane_images} images in a forward "
-        f"pass; * is over the usable {usable / 2**30:.1f}",
+        title=f"GiB of a worker by ZeRO stage and checkpointing, {' to '.join(map(str, sorted({min(images), max(images)})))} "
+        f"images in a forward pass; * is over the usable {usable / 2**30:.1f}",
     )
     for name, each in models.items():
         sizes = (f"{size / 2**30:.1f}{'*' if size > usable else ''}" for size in each.memory_bytes.values())

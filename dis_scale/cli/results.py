@@ -40,7 +40,7 @@ def report(
 
         if not opened.report.exists(PAGE):  # as while a sweep runs: the sweep itself leaves the CSV at its end
             with working("report: reading and drawing"):
-                write(opened, collect(opened, plan_of(opened)), published=published, running=True)
+                write(opened, collect(opened, plan_of(opened)), running=True)
         return serve_folder(opened.report, say)
     with working("report: reading and drawing"):
         points = collect(opened, plan_of(opened))
@@ -76,7 +76,8 @@ def compare(
             measured = collect(opened := Sweep.open(a), plan_of(opened))
         compared = within.comparisons(measured, *families)
         lines = within.left_out(measured, *families)
-        show([each.to_json() for each in compared], within.table(measured.sweep, compared), *lines, as_json=as_json)
+        document = {"comparisons": [each.to_json() for each in compared], "not_compared": lines}
+        show(document, within.table(measured.sweep, compared), *lines, as_json=as_json)
         return
     if b is None:
         raise UserError("compare: expected two sweeps, or one with --families A B")

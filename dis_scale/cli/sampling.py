@@ -61,6 +61,8 @@ def sample(
     if not (given := checkpoint or named) or (checkpoint and named):
         raise UserError("sample: expected one checkpoint, such as examples/digits or SWEEP/runs/MODEL")
     aside = say_aside if as_json else say
+    if labels == "uniform" and (npz is None or classes is not None):
+        raise UserError("--labels uniform needs --npz, and draws from all classes: leave it out, or --classes")
     require_file(npz, "--npz") if npz else require_png(out)
     with working("sample: reading"):
         located = find_checkpoint(given)  # misspelt paths and classes are refused before PyTorch is loaded: it takes seconds

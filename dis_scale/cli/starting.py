@@ -40,6 +40,10 @@ def init(
     from dis_scale.recipe import reading
 
     require_new(out, "--out")
+    try:
+        images.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{images!r}: the path is not UTF-8, and a recipe is: rename the folder") from error
     if resolution:
         require_resolution(resolution)  # before all images are decoded
     if names:

@@ -27,6 +27,8 @@ STOCHASTIC_SAMPLERS = ("ddpm", "euler_maruyama")
 TWO_PASS_SAMPLERS = ("heun",)
 """Samplers that evaluate the model twice a step."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,39}$")]
+TAKEN, FILES = ("main", "vary"), ("json", "png", "npz")
+"""What no variant may be called: the main settings, the folder of ablations, and the ends of names of files beside it."""
 Interval = tuple[float, float]
 """From and to, in the model's times: 0 is without noise, 1000 is noise alone."""
 
@@ -250,6 +252,8 @@ class Evaluate(Sampling):
     def _variants_differ(self, info: ValidationInfo) -> Self:
         if info.context:  # a stored recipe
             return self
+        if taken := [name for name in self.variants if name in TAKEN or ("." in name and name.rpartition(".")[2] in FILES)]:
+            raise ValueError(f"variants.{taken[0]}: the name is taken by something else of an evaluation: choose another")
         first = dict[tuple[Any, ...], str]()
         unguided = {"guidance_interval": None, "guidance_channels": None}
         for name, settings in self.samplings.items():

@@ -212,7 +212,7 @@ def _set(data: dict[str, Any], override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not all(key.split(".")):
         raise UserError(f"--set {override!r}: expected a.b=value, for example --set train.workers=4")
-    *parents, last = key.split(".")
+    *parents, last = _names(data, key)
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
@@ -221,6 +221,17 @@ def _set(data: dict[str, Any], override: str) -> None:
         data[last] = plain(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override!r}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _names(data: Any, key: str) -> list[str]:
+    """Return the names of a key; one that is in the data may have dots, as a variant's may."""
+    names, parts = list[str](), key.split(".")
+    while parts:
+        inside = data if isinstance(data, dict) else {}
+        count = next((count for count in range(len(parts), 1, -1) if ".".join(parts[:count]) in inside), 1)
+        names.append(".".join(parts[:count]))
+        data, parts = inside.get(names[-1]), parts[count:]
+    return names
 
 
 def _lines(error: ValidationError, data: Any) -> Iterator[str]:

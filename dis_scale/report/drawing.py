@@ -87,12 +87,15 @@ def log_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def number_axes(axes: Axes) -> None:
-    """Number both axes at `LEAST_TICKS` places or more; those of the first one, which may be long, so rarely that none touch."""
+def number_axes(axes: Axes, decades: float = 2.3) -> None:
+    """Number both axes at `LEAST_TICKS` places or more; those of the first one, which may be long, so rarely that none touch.
+
+    That has one number a decade if it has more than `decades`.
+    """
     for axis, steps in ((axes.xaxis, [(1, 2, 5)]), (axes.yaxis, [(1, 2, 5), range(1, 10)])):
         low, high = axis.get_view_interval()
         powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-        locators: list[Locator] = [LogLocator()] if axis is axes.xaxis and high > 200 * low else []  # or the numbers touch
+        locators: list[Locator] = [LogLocator()] if axis is axes.xaxis and high > low * 10**decades else []  # or the numbers touch
         # Not a logarithmic one with too few: matplotlib then numbers the axis as a linear one, however long the numbers are.
         locators += [
             LogLocator(subs=each) for each in steps if sum(low <= x <= high for x in np.outer(powers, each).flat) >= LEAST_TICKS
@@ -158,9 +161,8 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name
         lines += [np.linspace(a, b, SEGMENT) for a, b in pairwise(at)]
     along, unwritten = np.concatenate(lines), list[Name]()
     _move_aside(axes, np.concatenate([along, *_bars(axes)]))
-    taken = [text.get_window_extent() for text in axes.texts]
-    taken += [legend.get_window_extent()] if (legend := axes.get_legend()) else []
-    taken += [Bbox.from_extents(*(point - NEAR), *(point + NEAR)) for point in points]
+    drawn = [*axes.texts, *([legend] if (legend := axes.get_legend()) else [])]
+    taken = np.array([each.get_window_extent().extents for each in drawn] + [[*(at - NEAR), *(at + NEAR)] for at in points])
     for name in names:
         text = axes.annotate(
             name.words, (name.x, name.y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=name.colour,
@@ -180,15 +182,22 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name
             and box.x1 < figure.bbox.x1
             and axes.bbox.y0 < box.y0
             and box.y1 < figure.bbox.y1
-            and not box.count_overlaps(taken)
+            and not _overlaps(box, taken)
             and not (name.kind and box.count_contains(along) > SEGMENT)
         ]
         if free:
-            taken.append(place(min(free, key=lambda offset: boxes[offset].count_contains(along) + BESIDE.index(offset))))
+            best = min(free, key=lambda offset: boxes[offset].count_contains(along) + BESIDE.index(offset))
+            taken = np.append(taken, [place(best).extents], 0)
         else:
             text.remove()
             unwritten.append(name)
     return unwritten
+
+
+def _overlaps(box: Bbox, taken: np.ndarray) -> bool:
+    """Whether a box overlaps one of those taken, shape (n, 4)."""
+    x0, y0, x1, y1 = taken.T
+    return bool(((x0 < box.x1) & (x1 > box.x0) & (y0 < box.y1) & (y1 > box.y0)).any())
 
 
 def _bars(axes: Axes) -> Iterator[np.ndarray]:
@@ -237,7 +246,8 @@ def draw_line(axes: Axes, report: Report, points: list[Point], along: str, colou
 
     Markers of unfinished schedules are hollow. An error is drawn down to half of the value: one as large would be the whole axis.
     """
-    family, colours, x = (families.of_curve(points[0].kind), colours_of(report.recipe), [getattr(p, along) for p in points])
+    family, x = families.of_curve(points[0].kind), [getattr(p, along) for p in points]
+    colours = {} if colour else colours_of(report.recipe)
     y = [report.distance(p) for p in points]
     errors = [float("nan") if (error := report.error(p)) is None else error for p in points]
     bars = None if np.isnan(errors).all() else np.array([np.minimum(errors, np.array(y) / 2), errors])

@@ -1,5 +1,6 @@
 """The figures of a report: which there are, and what each shows. Read next: drawing.py for how they are drawn."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import drawing, fits, isoflop
 from dis_scale.report.points import Point, Report, evenly
+from dis_scale.report.published import IMAGES as PUBLISHED_IMAGES
 from dis_scale.report.published import MARKERS as PUBLISHED_MARKERS
 from dis_scale.report.published import PUBLISHED, families_alike, published_differences
 from dis_scale.tracking.rows import Row
@@ -24,6 +26,8 @@ CURVE_POINTS = 200
 """Most points of a curve of training."""
 MOST_COUNTS = 6
 """Most image counts of the main figure, each a line for each family."""
+IN_A_ROW = 4
+"""Budgets in a row of the legend of a study."""
 MAIN = "gflops_fid"
 """Name of the curve that a sweep is about."""
 
@@ -32,7 +36,7 @@ def every(report: Report, losses: Mapping[str, Sequence[Row]], *, published: boo
     """Return the figures of a sweep with their captions, by name: those for which something is measured."""
     loss, what = "Training compute against the loss on images that training never saw; errors are over seeds", report.quantity
     by_sampling = f"Time of a sample against {what}, under each sampling setting"
-    shown, every_count = len(drawn_counts(report)), len(report.counts)
+    shown, every_count = len(drawn_counts(report, published=published)), len(report.counts)
     counts = "each image count" if shown == every_count else f"{shown} of {every_count} image counts"
     at_counts = f"Gflops against {what} at {counts}" + (published_differences(report) if published else "")
     of_points = {
@@ -52,7 +56,7 @@ def every(report: Report, losses: Mapping[str, Sequence[Row]], *, published: boo
 def gflops_distance(report: Report, *, published: bool = False, size: tuple[float, float] = drawing.WIDE) -> Figure:
     """Plot Gflops against distance: a line for each family and image count, and a thin line for the fit at the last count."""
     figure, axes = drawing.new_axes(report, GFLOPS, size)
-    ends, counts = list[drawing.Name](), drawn_counts(report)
+    ends, counts = list[drawing.Name](), drawn_counts(report, published=published)
     for images in counts:
         for kind in report.families:
             if family := report.family(kind, images):
@@ -68,10 +72,14 @@ def gflops_distance(report: Report, *, published: bool = False, size: tuple[floa
     return drawing.finish(figure, axes, report, drawing.last_names(report, drawn, "gmacs") + ends)
 
 
-def drawn_counts(report: Report) -> list[int]:
-    """Return the image counts at which the main figure has a line: few, but for a study, in which each model has its own."""
-    lasts = {max(p.images_seen for p in report.main if p.kind == kind) for kind in report.families}
-    return report.counts if report.recipe.isoflop else sorted({*evenly(report.counts, MOST_COUNTS), *lasts} - {0})
+def drawn_counts(report: Report, *, published: bool = False) -> list[int]:
+    """Return the image counts at which the main figure has a line: few, each training's last one, and the published ones'.
+
+    All of a study, in which each model has its own.
+    """
+    lasts = {p.trunk: p.images_seen for p in sorted(report.main, key=lambda p: p.images_seen)}
+    wanted = {*evenly(report.counts, MOST_COUNTS), *lasts.values(), *([PUBLISHED_IMAGES] if published else [])}
+    return report.counts if report.recipe.isoflop else sorted(wanted & set(report.counts))
 
 
 def both(a: Report, b: Report, size: tuple[float, float] = drawing.WIDE) -> Figure:
@@ -137,7 +145,7 @@ def training_loss(report: Report, rows: Mapping[str, Sequence[Row]]) -> Figure |
 
 def of_study(report: Report) -> dict[str, tuple[Figure | None, str]]:
     """Return the figures of a study of budgets with their captions, by name; None for each in any other sweep."""
-    metrics = {"isoflop_loss": HELD_OUT, "isoflop_fid": report.metric}
+    metrics = {"isoflop_loss": HELD_OUT} | ({} if report.metric == HELD_OUT else {"isoflop_fid": report.metric})
     words = "parabola of each budget, its best size and its lowest value against compute"
     return {name: (isoflop_profiles(report, metric), f"{metric}: {words}") for name, metric in metrics.items()}
 
@@ -162,15 +170,17 @@ def isoflop_profiles(report: Report, metric: str) -> Figure | None:
         for profile in family:
             _profile(profiles, profile, kind, shades[profile.budget])
         _minima(sizes, lowest, family, kind)
-    for axes in (profiles, sizes, lowest):
-        drawing.number_axes(axes)
+    drawing.number_axes(profiles)
+    for axes in (sizes, lowest):
+        drawing.number_axes(axes, decades=1)
     named = [Line2D([], [], color=shade, label=f"{budget:g} FLOPs") for budget, shade in shades.items()]
     above = {"fontsize": 8, "frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
-    profiles.legend(handles=named, ncols=len(named), **above)
+    profiles.legend(handles=named, ncols=IN_A_ROW, **above).set_in_layout(False)
     for axes in (sizes, lowest):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(**above).set_in_layout(False)
-    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.88))  # room for the legends
+    rows = max(2, math.ceil(len(named) / IN_A_ROW))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.06 * rows))  # room for the legends
     return figure
 
 

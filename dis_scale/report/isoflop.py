@@ -308,7 +308,7 @@ def _law_words(fitted: Laws | None, metric: str) -> list[str]:
     if law := fitted.value:
         words.append(f"{metric} = {law.limit_words} + {law.factor:.3g} x compute^{law.exponent_words}")
     edge = f"{fitted.at_edge:.0%} of the resamples have a minimum at an end of the sizes, which bounds the intervals"
-    return [*words, edge] if fitted.at_edge else words
+    return [*words, edge] if fitted.at_edge >= 0.005 else words
 
 
 def loss_law_words(runs: Runs, law: LossLaw) -> list[str]:

@@ -121,7 +121,12 @@ class LossLaw:
     @property
     def exponents(self) -> tuple[Interval, Interval]:
         """a of the parameters, and b of the images."""
-        return self.estimate(self.coefficients[:, 3]), self.estimate(self.coefficients[:, 4])
+        return self._exponent(3), self._exponent(4)
+
+    def _exponent(self, k: int) -> Interval:
+        """Of resamples at a limit of those tried, which do not determine it, it may be anything beyond."""
+        sample, least, most = self.coefficients[:, k], LEAST_COEFFICIENTS[k], MOST_COEFFICIENTS[k]
+        return self.estimate(np.where(sample >= most, np.inf, np.where(sample <= least, 0, sample)))
 
     @property
     def repetition(self) -> Interval:
@@ -158,7 +163,6 @@ class Best(NamedTuple):
 class Prediction(NamedTuple):
     """Best size of a budget, and its loss, by the law of smaller budgets only; `at_end` as in `Best`."""
 
-    budget: float
     size: Interval
     loss: Interval
     at_end: bool
@@ -169,7 +173,7 @@ def predict(runs: Runs, budget: float) -> Prediction | None:
     if not (law := fit(runs.of(runs.budgets < budget))):
         return None
     best = law.lowest(budget)
-    return Prediction(budget, law.estimate(best.sizes), law.estimate(best.losses), best.at_end)
+    return Prediction(law.estimate(best.sizes), law.estimate(best.losses), best.at_end)
 
 
 def fit(runs: Runs, resamples: int = RESAMPLES) -> LossLaw | None:

@@ -125,7 +125,7 @@ def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
     found = {
         "Best model": _best(report),
         "Images": (
-            f"{report.images:,}" if report.images else "not counted yet",
+            f"{report.images:,}" if report.images else "not known" if report.points else "not counted yet",
             f"{of_images}{recipe.data.resolution} pixels wide",
         ),
         "Models": (f"{len(recipe.models)}", f"{', '.join(kinds)}; up to {most:,} images each"),
@@ -194,7 +194,7 @@ def _section(title: str, pictures: Sequence[Picture], turning: int = 0) -> str:
         words, names = escape(each.words), "".join(f"<span>{escape(name)}</span>" for name in each.names)
         head = f"<div class='names' aria-hidden='true'>{names}</div>" if names else ""
         turn = " data-turn" if i < turning else ""
-        image = f"<img alt='{words}' src='data:image/png;base64,{base64.b64encode(each.picture).decode()}'>"
+        image = f"<img alt='{words}' src='data:image/webp;base64,{base64.b64encode(each.picture).decode()}'>"
         figures.append(f"<figure{turn}>{head}{image}<figcaption>{words}</figcaption></figure>")
     last = turning - 1
     slider = f"<input type='range' max='{last}' value='{last}' aria-label='images seen'>" if turning else ""

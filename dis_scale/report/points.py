@@ -75,6 +75,8 @@ class Point:
     evaluation: Metrics
     forked_from: str
     """The run and the count whose training it continues; empty for no fork."""
+    sampled_from: str
+    """The model whose samples are stored: of a mean over seeds the first that is measured."""
     group: str
     """The first of the models that differ in their seeds alone."""
     trunk: str
@@ -299,7 +301,7 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
                 kind = recipe.models[model].curve
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
-                    values=evaluation.values, evaluation=evaluation, group=group, trunk=trunk,
+                    values=evaluation.values, evaluation=evaluation, sampled_from=model, group=group, trunk=trunk,
                     eflops=flops * images_seen / 1e18, unfinished=train.decay != "none" and images_seen < train.images,
                     start_share=_random_share(recipe, model, images_seen, origins), budget=budgets.get(model),
                     forked_from=f"{origin.model} at {origin.images:,} images" if origin else "",

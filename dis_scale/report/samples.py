@@ -21,18 +21,20 @@ from dis_scale.sweep import GRID, REAL, Sampled, Sweep
 
 SHOWN_ROWS = 2
 """Rows of each grid."""
-MOST_COUNTS = 8
-"""Most counts of images seen of one model."""
+MOST_MODELS, MOST_COUNTS = 12, 8
+"""Most models, and most counts of images seen of one."""
 CELL = 64
 """Largest picture, in pixels: the page stays small, and samples.png has the picture itself."""
 AT_ONCE = 16
 """Pictures that are read at the same time."""
+QUALITY = 90
+"""Of the pictures, from 0 to 100: they take a fifth of a PNG's bytes."""
 GAP = 3
 """Pixels between pictures."""
 
 
 class Picture(NamedTuple):
-    """The first rows of a grid as a PNG, with its words and its columns' names, if it has any."""
+    """The first rows of a grid as a WebP, with its words and its columns' names, if it has any."""
 
     words: str
     names: list[str]
@@ -54,22 +56,24 @@ def real(sweep: Sweep) -> list[Picture]:
 
 def of_point(sweep: Sweep, point: Point) -> list[Picture]:
     """Return the samples of a point, if they are stored."""
-    folder = sweep.evaluation(Sampled(point.model, point.images_seen))
+    folder = sweep.evaluation(Sampled(point.sampled_from, point.images_seen))
     return _read(f"{point.model} after {point.images_seen:,} images", folder, GRID, sweep.recipe.data.resolution)
 
 
 def strips(sweep: Sweep, report: Report) -> list[Strip]:
-    """Return all models at their last counts, then each model with several counts over its training."""
+    """Return the models at their last counts, then each with several counts over its training: of many models some, evenly."""
     points = defaultdict[str, list[Point]](list)
     for p in report.main:
         points[p.model].append(p)
-    chosen = [p for of_model in points.values() for p in evenly(of_model, MOST_COUNTS)]
+    shown = evenly(list(points.values()), MOST_MODELS)
+    chosen = [p for of_model in shown for p in evenly(of_model, MOST_COUNTS)]
     trained = defaultdict[str, list[Picture]](list)
     for p, parts in zip(chosen, in_order(chosen, partial(of_point, sweep), AT_ONCE), strict=True):
         words = f"{p.model}, {p.images_seen:,} images, {report.metric} {with_error(report.distance(p), report.error(p))}"
         trained[p.model] += [part._replace(words=words) for part in parts]
     own, last = real(sweep), [parts[-1] for parts in trained.values() if parts]
-    every = [Strip("All models", own + last)] if last else []
+    title = "All models" if len(shown) == len(points) else f"{len(shown)} of {len(points)} models"
+    every = [Strip(title, own + last)] if last else []
     return every + [
         Strip(f"{model} over its training", parts + own, len(parts)) for model, parts in trained.items() if len(parts) > 1
     ]
@@ -96,5 +100,5 @@ def _part(words: str, image: Image.Image, cell: int) -> Picture:
             picture = image.crop((left, top, left + cell, top + cell)).resize((side, side))
             sheet.paste(picture, (x * (side + GAP), y * (side + GAP)))
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    sheet.save(buffer, "WEBP", quality=QUALITY)
     return Picture(words, json.loads(image.info.get(COLUMN_NAMES, "[]")), buffer.getvalue())

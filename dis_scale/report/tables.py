@@ -51,7 +51,7 @@ SAMPLING = (
     TableColumn("guidance_interval", lambda p: p.sampling.guidance_interval),
     TableColumn("guidance_channels", lambda p: p.sampling.guidance_channels),
     TableColumn("ema_width", lambda p: p.evaluation.ema_width),
-    TableColumn("precision", lambda p: p.evaluation.precision),
+    TableColumn("sampling_precision", lambda p: p.evaluation.precision),
 )
 
 

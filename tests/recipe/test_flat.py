@@ -25,6 +25,12 @@ def test_every_setting_is_listed_and_gives_the_recipe_back(tiny: Recipe) -> None
     assert reading.parse("{}", "text", overrides) == tiny
 
 
+def test_a_variant_whose_name_has_a_dot_can_be_set(tiny: Recipe) -> None:
+    text = reading.dump(tiny).replace("  variants:", "  variants:\n    cfg-1.5:\n      steps: 9")
+    changed = reading.parse(text, "text", ["evaluate.variants.cfg-1.5.guidance=2"])
+    assert changed.evaluate.samplings["cfg-1.5"].scale == 2
+
+
 def test_defaults_are_marked(tiny: Recipe) -> None:
     given = {setting.key: setting.given for setting in flatten(tiny)}
     assert given["train.learning_rate"]

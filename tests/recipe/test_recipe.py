@@ -150,6 +150,8 @@ def test_a_cooldown_begins_at_a_complete_step_also_if_its_share_is_rounded() -> 
             "workers 3..2: expected at most as many as lanes, 4: set workers lower or lanes higher, and the least",
         ),
         ("evaluate.variants={few: {guidance_interval: null}}", "evaluate.variants.few.guidance_interval: null is no value here"),
+        ("evaluate.variants={metrics.json: {steps: 7}}", "variants.metrics.json: the name is taken by something else"),
+        ("evaluate.variants={main: {steps: 7}}", "variants.main: the name is taken by something else"),
         ("evaluate.variants={few: {}}", "variants.few: it samples as the main settings"),
         ("evaluate.variants={a: {steps: 7}, b: {steps: 7}}", "variants.b: it samples as a, and would cost the same again"),
         ("data.source={kind: folder, url: ~no-such-user/x}", "data.source.url: ~no-such-user/x: "),

@@ -1,5 +1,6 @@
 """One family against another's curve: known ratios are found as often as their errors say, and what cannot be known is said."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,6 +208,8 @@ def test_the_command_shows_every_size_beside_the_curve(sweep: Any) -> None:
     code, output = invoke("compare", str(sweep), "--families", "dit", "dis")
     assert code == 0, output
     assert "dit against dis" in output
+    code, output = invoke("compare", str(sweep), "--families", "dit", "dis", "--json")
+    assert set(json.loads(output)) == {"comparisons", "not_compared"}
     code, output = invoke("compare", str(sweep))
     assert code == 2
     assert "expected two sweeps, or one with --families A B" in output

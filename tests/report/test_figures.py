@@ -18,7 +18,7 @@ from dis_scale.recipe import Recipe, Sampling, reading
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import Report, drawing, figures, tables
 from dis_scale.report.points import Floor
-from dis_scale.report.published import PUBLISHED
+from dis_scale.report.published import IMAGES, PUBLISHED
 from dis_scale.sweep import Sampled, Sweep
 from dis_scale.sweep.documents import Metrics, RunCost
 from dis_scale.tracking.rows import Row
@@ -83,6 +83,17 @@ def test_many_counts_are_a_few_lines_with_their_names_in_the_axes(sweep: Sweep) 
         assert not legend or not [text for text in legend.get_texts() if "images" in text.get_text()]
         assert not legend or figure.bbox.x0 <= legend.get_window_extent().x0
     assert all(len(ys(line)) <= drawing.MOST_OF_A_LINE + 1 for line in axes.lines)
+
+
+def test_every_model_is_in_the_main_figure_at_its_last_count(sweep: Sweep) -> None:
+    """Also if each has a length of its own; and published points have the sweep's own at their count beside them."""
+    report = many(sweep, 10, 10)
+    own = replace(report, points=[p for i, p in enumerate(report.points) if p.images_seen <= 160 * (i // 10 + 1)])
+    assert set(figures.drawn_counts(own)) == {160 * (n + 1) for n in range(10)}
+    of_published = [replace(p, images_seen=p.images_seen * IMAGES // 640) for p in report.points]
+    report = replace(report, points=of_published)
+    assert IMAGES not in figures.drawn_counts(report)
+    assert IMAGES in figures.drawn_counts(report, published=True)
 
 
 def test_a_short_axis_has_several_numbers(sweep: Sweep) -> None:

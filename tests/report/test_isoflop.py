@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.transforms import Bbox
 
 from dis_scale import report as reports
 from dis_scale.planning import isoflop as studies
@@ -253,6 +255,26 @@ def test_the_figure_marks_the_minima(measured: Report) -> None:
     assert sizes.get_ydata() == pytest.approx(crosses)
     assert np.array_equal(lowest.lines[0].get_xdata(), [1e10, 2e10, 4e10])
     assert lowest.lines[0].get_ydata() == pytest.approx([1, 1, 1])
+
+
+def test_ten_budgets_leave_space_for_the_curves(measured: Report) -> None:
+    """Their names in one row took the width of the panels."""
+    points = [
+        replace(p, budget=p.budget * 8**shift, images_seen=p.images_seen * 8**shift)
+        for shift in range(4) for p in measured.points if p.budget
+    ]  # fmt: skip
+    figure = figures.isoflop_profiles(replace(measured, points=points), HELD_OUT)
+    assert figure
+    figure.draw_without_rendering()
+    widths = [axes.bbox.width / figure.bbox.width for axes in figure.axes]
+    assert widths[0] > 0.35
+    assert min(widths) > 0.15
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        labels = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        boxes = [label.get_window_extent() for at, label in labels if low <= at <= high]
+        assert not [pair for pair in pairwise(boxes) if Bbox.intersection(*pair)], "numbers of an axis touch"
+    assert list(figures.of_study(replace(measured, metric=HELD_OUT))) == ["isoflop_loss"], "not the same figure twice"
 
 
 def test_the_page_begins_with_the_study(measured: Report, tmp_path: Path) -> None:

@@ -147,6 +147,15 @@ def test_runs_that_do_not_determine_the_law_have_none() -> None:
         assert loss_law.fit(Runs(runs.parameters, runs.images, runs.budgets, values)) is None
 
 
+def test_a_limit_of_what_is_tried_is_no_end_of_an_interval() -> None:
+    law = fit(study(3))
+    coefficients = law.coefficients.copy()
+    coefficients[1:100, 3], coefficients[1:100, 4] = loss_law.MOST_COEFFICIENTS[3], loss_law.LEAST_COEFFICIENTS[4]
+    a, b = replace(law, coefficients=coefficients).exponents
+    assert a.words(".2f").endswith("without an upper end)")
+    assert b.low == 0
+
+
 def test_a_prediction_is_compared_once_its_budget_is_measured() -> None:
     runs, budget = study(4), float(BUDGETS[-1])
     smaller = runs.of(runs.budgets < budget)

@@ -8,10 +8,11 @@ from PIL import Image
 
 from dis_scale import report as reports
 from dis_scale.evaluation.sampling import grid
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.report.points import evenly
-from dis_scale.report.samples import CELL, GAP, MOST_COUNTS, strips
+from dis_scale.report.samples import CELL, GAP, MOST_COUNTS, MOST_MODELS, strips
 from dis_scale.sweep import GRID, REAL, Sampled, Sweep
+from tests.conftest import TINY
 from tests.support.evaluations import collect, put, sweep_at
 
 
@@ -60,7 +61,7 @@ def test_the_page_of_samples_is_complete(tmp_path: Path, tiny: Recipe) -> None:
     assert "samples.html" in files
     page = sweep.report.read("samples.html").decode()
     assert "dis, 160 images" in page
-    assert page.count("data:image/png") == 1
+    assert page.count("data:image/webp") == 1
 
 
 def test_large_pictures_are_made_smaller(tmp_path: Path, tiny: Recipe) -> None:
@@ -75,6 +76,25 @@ def test_many_counts_are_thinned_out_evenly() -> None:
     shown = evenly(range(50), MOST_COUNTS)
     assert (len(shown), shown[0], shown[-1]) == (MOST_COUNTS, 0, 49)
     assert set(np.diff(shown)) == {7}
+
+
+def test_of_many_models_some_are_shown(tmp_path: Path, tiny: Recipe) -> None:
+    """Of a hundred at 256 pixels the page had 200 MB."""
+    text = tiny.model_dump(mode="json")
+    text["models"] = {f"dis-{i}": text["models"]["dis"] | {"width": 16 + 2 * i} for i in range(MOST_MODELS + 5)}
+    sweep = sweep_at(tmp_path, "tiny", Recipe.model_validate(text, strict=False))
+    for model in sweep.recipe.models:
+        show(sweep, model, 160, 20, [])
+    (every,) = strips(sweep, collect(sweep))
+    assert (every.title, len(every.parts)) == (f"{MOST_MODELS} of {MOST_MODELS + 5} models", MOST_MODELS)
+
+
+def test_a_model_whose_first_seed_is_not_measured_shows_another_ones_samples(tmp_path: Path) -> None:
+    sweep = sweep_at(tmp_path, "tiny", reading.load(TINY, ["models.dit.seeds=3"]))
+    show(sweep, "dit-seed-1", 160, 30, [])
+    show(sweep, "dit-seed-2", 160, 50, [])
+    (every,) = strips(sweep, collect(sweep))
+    assert [(part.words.split(",")[0], greys(part.picture)[1]) for part in every.parts] == [("dit", [30])]
 
 
 def test_a_damaged_picture_is_left_out_and_costs_no_page(tmp_path: Path, tiny: Recipe) -> None:

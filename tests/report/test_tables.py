@@ -1,5 +1,6 @@
 """The table of points, and its notes on what is missing or differs."""
 
+import csv
 import io
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from rich.console import Console
 
 from dis_scale import report as reports
 from dis_scale.recipe import Recipe, reading
+from dis_scale.report import tables
 from dis_scale.sweep import Sampled, Sweep
 from dis_scale.sweep.documents import Metrics
 from tests.conftest import TINY
@@ -29,6 +31,17 @@ def test_a_start_from_other_weights_is_noted_and_not_called_random(tmp_path: Pat
     text = shown(reports.table(collect(made)))
     assert "random start" not in text
     assert "dit: began with weights of h at 1,600 images of s3://b/sweeps/small, whose training its images and" in text
+
+
+def test_the_metric_precision_is_beside_the_precision_of_sampling(sweep: Sweep) -> None:
+    """One name for both lost the metric, and the CSV's header had a column more than its rows."""
+    put(sweep, Sampled("dis128", 320), 9.0, precision=0.67)
+    report = collect(sweep)
+    header, *rows = csv.reader(io.StringIO(tables.to_csv(report).decode()))
+    assert {len(header)} == {len(row) for row in rows}
+    assert len(set(header)) == len(header)
+    last = tables.records(report)[-1]
+    assert (last["precision"], last["sampling_precision"]) == (0.67, "fp32")
 
 
 def test_the_table_fits_a_terminal_of_80_characters(sweep: Sweep) -> None:
