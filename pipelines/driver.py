@@ -101,7 +101,10 @@ def stopping_jobs(driver: Driver, *, joined: bool = False) -> Iterator[None]:
         # Wait until the jobs have saved: their Ray may end with this process, and the next command would join jobs that stop. A Ray
         # job that Ray stops has no time for it, a minute at most.
         no_time = in_ray_job() and isinstance(error, Preempted | KeyboardInterrupt)
-        stop_jobs(stopped, wait_s=0.0 if no_time else driver.sweep.recipe.grace_s + 5)
+        wait_s = 0.0 if no_time else driver.sweep.recipe.grace_s + 5
+        if stopped and isinstance(error, Preempted):
+            driver.board.say(f"stopping the jobs save what they have, within {wait_s:.0f} s; a second Ctrl-C ends this at once")
+        stop_jobs(stopped, wait_s=wait_s)
         raise
 
 

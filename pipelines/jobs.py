@@ -271,8 +271,15 @@ def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> 
             unasked = still_unasked(unasked)
 
 
+class NoRay(UserError):
+    """No Ray is at an address."""
+
+
 def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], Any] = client_of) -> list[str]:
-    """Ask Ray to stop every running job of the sweep, whoever submitted it; return their ids. Unanswered if an answer is lost."""
+    """Ask Ray to stop every running job of the sweep, whoever submitted it; return their ids. Unanswered if an answer is lost.
+
+    NoRay if none is there.
+    """
     try:
         client = connect(address)
         running = [job.submission_id for job in client.list_jobs() if job.status not in ENDED and job.submission_id]
@@ -283,7 +290,7 @@ def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], 
         ) from error
     except (OSError, RuntimeError, ValueError, RayError) as error:
         where = address or ray_address() or "this machine"
-        raise UserError(f"no Ray answers at {where}: has the sweep ended already? (--address names another)") from error
+        raise NoRay(f"no Ray answers at {where}: has the sweep ended already? (--address names another)") from error
     ours = [job for job in running if job.startswith(f"{prefix_of(sweep)}-")]
     unasked = list[str]()
     for job in ours:

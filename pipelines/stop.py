@@ -16,14 +16,19 @@ def stop_sweep(url: str, address: str | None) -> list[str]:
     answers.
     """
     folder = open_folder(url)
+    last = lease.last_holding(command_lease(folder))
     command = lease.request_stop(command_lease(folder))
     asked = [f"process {command.holder}"] if command else []
     dead = command is not None and not command.works(folder.time_s())
     try:
         sweep = Sweep.open(url)
-        if address is None and ray_address() is None:
-            address = last_ray.address_of(sweep)
-        return asked + jobs.stop_all(sweep, address)
+        own = address is None and ray_address() is None
+        try:
+            return asked + jobs.stop_all(sweep, last_ray.address_of(sweep) if own else address)
+        except jobs.NoRay:
+            if own and last and last.end:
+                return []  # its Ray ended with it
+            raise
     except Unanswered as error:
         raise Unanswered(f"{error}; a request was left for {asked[0]}" if asked else str(error)) from error
     except UserError as error:

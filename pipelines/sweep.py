@@ -38,7 +38,7 @@ from dis_scale.tracking import dashboards, mlflow, mlflow_copy
 from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
 from pipelines import last_ray, nodes
-from pipelines.cluster import Cluster, open_cluster, require_root
+from pipelines.cluster import Cluster, open_cluster, ray_address, require_root
 from pipelines.driver import (
     MOST_FOLLOWED,
     Drained,
@@ -74,6 +74,8 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
     storage = recipe.storage.model_copy(update={"root": store.url})
     sweep = Sweep.below(store, recipe.model_copy(update={"storage": storage}))
     console.print(f"sweep    {sweep}", highlight=False, soft_wrap=True)
+    if store.local and store.local.exists() and not store.local.is_dir():
+        raise UserError(f"storage.root {store}: it is a file, and a sweep is a folder below it: name another one")
     await_storage(sweep.folder, console)
     shape = vae.latent_shape(recipe.vae, recipe.data.resolution)
     sweep = replace(sweep, recipe=isoflop.written_out(sweep.recipe, shape))
@@ -123,6 +125,9 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     """Run all stages that are left, on the Ray that this process runs in or on one of our own, and on another if that ends."""
     sweep = driver.sweep
     store.require_usable()
+    if not ray_address():  # a Ray of our own would be started first, for half a minute
+        with naming_stop(sweep):
+            lease.require_free_here(command_lease(sweep.folder))
     require_source(sweep.recipe.data, store)
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
@@ -277,7 +282,8 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         driver.first = True
         try:
-            held = stack.enter_context(lease.hold(command_lease(driver.sweep.folder), cluster.id))
+            with naming_stop(driver.sweep):
+                held = stack.enter_context(lease.hold(command_lease(driver.sweep.folder), cluster.id))
             obey = partial(_obey_request, held, driver, cluster)
             stack.enter_context(repeating(obey, driver.requests_polled_every_s, "stop requests"))
         except Held as error:
@@ -286,6 +292,16 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[None]:
                 raise
             driver.board.say(f"joined   process {error.process}, which runs this sweep on the same Ray")
         yield
+
+
+@contextlib.contextmanager
+def naming_stop(sweep: Sweep) -> Iterator[None]:
+    """Add to a Held what ends the other command."""
+    try:
+        yield
+    except Held as error:
+        words = f"{error}; to see it: dis-scale status {sweep}; to stop it: dis-scale stop {sweep}"
+        raise Held(words, error.cluster, error.process) from error
 
 
 def exporting(driver: Driver, cluster: Cluster) -> Callable[[], bool]:

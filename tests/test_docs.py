@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dis_scale import models, vae
-from dis_scale.cli.help import EXAMPLES, EXIT_CODES
+from dis_scale.cli.help import EXAMPLES, EXIT_CODES, INTERRUPTED
 from dis_scale.data.survey import Survey
 from dis_scale.models.cost import price_model
 from dis_scale.planning.first_recipe import Machine, propose
@@ -125,7 +125,7 @@ def test_each_variable_of_ours_is_explained() -> None:
 def test_each_kind_of_error_has_a_cause_and_a_cure() -> None:
     names = {cls.__name__ for cls in errors.classes()}
     assert names == errors.KINDS.keys()
-    assert {cls.exit_code for cls in errors.classes()} == commands.exit_codes() - {0, UNFORESEEN}
+    assert {cls.exit_code for cls in errors.classes()} == commands.exit_codes() - {0, UNFORESEEN, INTERRUPTED}
     assert f"nobody foresaw: exit code {UNFORESEEN}" in errors.page()
     assert {name for name in names if f"\n| `{name}` | " in errors.page()} == names
 

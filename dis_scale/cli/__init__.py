@@ -14,7 +14,7 @@ import typer
 
 from dis_scale import __version__
 from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampling, starting, stored
-from dis_scale.cli.help import EXAMPLES, EXIT_CODES
+from dis_scale.cli.help import EXAMPLES, EXIT_CODES, INTERRUPTED
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
 from dis_scale.process.errors import UNFORESEEN, DisScaleError, Preempted, UserError, shown, shown_below
@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         app([word for word in words if word != "--debug"], prog_name=NAME, obj=context)
         return
     except SystemExit as end:  # by Typer
+        if drives and end.code == INTERRUPTED:
+            print("ended at once; what was saved is kept, and the same command continues", file=sys.stderr)
         if not drives or end.code != UserError.exit_code:
             raise
         code = UserError.exit_code

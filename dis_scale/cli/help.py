@@ -35,6 +35,8 @@ EXAMPLES = {
     "mlflow sync": "dis-scale mlflow sync outputs/sweeps/digits --uri sqlite:///mlflow.db",
 }
 """An example of each command, by its words: in its --help and on the page of all commands."""
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ends, by Typer."""
 EXIT_CODES = {
     0: "done",
     1: "a stage, a model or a check failed; the line gives the reason. The other models continued, and the report marks the "
@@ -45,5 +47,6 @@ EXIT_CODES = {
     74: "storage did not answer for about a minute, Ray's dashboard for 15, or the node of the command is being drained: run the "
     "same command again",
     75: "stopped as requested, with all state saved; a rerun continues",
+    INTERRUPTED: "ended at once by a second Ctrl-C or SIGTERM; a rerun continues from what was saved",
 }
 """Meaning of each exit code."""

@@ -147,4 +147,4 @@ def _number(value: float) -> str:
 
 
 def _money(price: float | None) -> str:
-    return "-" if price in (None, math.inf) else f"{price:,.0f}"
+    return "-" if price in (None, math.inf) else f"{price:,.2f}" if price < 100 else f"{price:,.0f}"

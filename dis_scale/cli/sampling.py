@@ -83,6 +83,8 @@ def sample(
     opened = pictures.open_for_sampling(located, vae, heads, guide)
     for line in opened.notes:
         aside(line)
+    if chosen and opened.model.num_classes in chosen:
+        aside(f"label    {opened.model.num_classes} is that of no class: classes are 0 to {opened.model.num_classes - 1}")
     each = len(chosen or range(opened.model.num_classes or WITHOUT_CLASSES))
     images = count or (ADM_SAMPLES if npz else each if chosen else min(each, MOST_IN_A_GRID))
     if npz and chosen is None:

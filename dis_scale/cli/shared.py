@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,7 +98,18 @@ def source_images(recipe: "Recipe", given: int | None) -> tuple[int | None, str]
     try:
         return len(open_source(recipe.data, None, listing_words(say_aside))), ""
     except DisScaleError as error:
+        if isinstance(error, UserError) and _is_there(recipe):
+            raise  # a mistake in the recipe
         return None, f"{error}; {NAME_THE_NUMBER}"
+
+
+def _is_there(recipe: "Recipe") -> bool:
+    """Whether the source's folder or file can be seen from here."""
+    from dis_scale.storage.folder import open_folder
+
+    with suppress(DisScaleError):
+        return open_folder(getattr(recipe.data.source, "url", "/")).exists("")
+    return False
 
 
 @contextmanager
@@ -165,6 +176,8 @@ def require_png(out: Path) -> None:
 
 def require_new(out: Path, option: str) -> None:
     """UserError if the file exists, or has no folder to be written to."""
-    require_folder(out, option)
+    if str(out) == "-":
+        raise UserError(f"{option} -: expected the name of a file")
+    require_file(out, option)
     if out.exists():
         raise UserError(f"{option} {out}: the file exists: delete it, or give another name")

@@ -120,6 +120,8 @@ def describe(found: Survey) -> list[str]:
     classes_below = f"{found.nested} has folders of images: for these as classes, give {found.url}/{found.nested}"
     lines += [f"nested   {classes_below}"] if found.nested else []
     lines += [f"left out {found.left_out}"] if found.left_out else []
+    if not found.classes and ".csv" in found.left_out:
+        lines.append("labels   if a CSV has their classes: data.source: {kind: csv, url: FILE.csv}, and num_classes (docs/data.md)")
     tried = found.count + len(found.broken)
     lines += [f"broken   {len(found.broken):,} of {counted(tried, 'image')} cannot be decoded"] if found.broken else []
     return lines

@@ -287,7 +287,7 @@ def grid(pictures: np.ndarray, columns: int, names: Sequence[str] = ()) -> bytes
     """Return a PNG of uint8 pictures (N, H, W, 3), row by row, under their names: those of the columns or of all pictures, if any.
 
     Names that all rows repeat are above the first row only. A row of names adds a quarter of a cell to the height. The names are
-    in the PNG's text `COLUMN_NAMES`, as JSON.
+    in the PNG's text `COLUMN_NAMES`, as JSON. Of one for whose letters no font is there its place among them is drawn, from 0.
     """
     n, height, width, _ = pictures.shape
     cell = cell_pixels(height)
@@ -296,32 +296,34 @@ def grid(pictures: np.ndarray, columns: int, names: Sequence[str] = ()) -> bytes
         names = names[:columns]
     bottoms = list(accumulate(cell + header * any(names[i : i + columns]) for i in range(0, n, columns)))
     image = Image.new("RGB", (columns * wide, bottoms[-1]), "white")
-    draw = ImageDraw.Draw(image)
+    draw, distinct = ImageDraw.Draw(image), list(dict.fromkeys(names))
     for i, picture in enumerate(pictures):
         left, top = i % columns * wide, bottoms[i // columns] - cell
         image.paste(Image.fromarray(picture).resize((wide, cell), Image.Resampling.NEAREST), (left, top))
         if i < len(names):
-            _write_name(draw, names[i], (left + wide / 2, top - header / 2), wide)
+            _write_name(draw, names[i], str(distinct.index(names[i])), (left + wide / 2, top - header / 2), wide)
     buffer, words = io.BytesIO(), PngInfo()
     words.add_itxt(COLUMN_NAMES, json.dumps(list(names)))
     image.save(buffer, "PNG", pnginfo=words)
     return buffer.getvalue()
 
 
-def _font_for(name: str, pixels: int) -> ImageFont.FreeTypeFont:
-    """Return the first font that has all letters of a name; `FONT` if none has."""
+def _font_for(name: str, pixels: int) -> ImageFont.FreeTypeFont | None:
+    """Return the first font that has all letters of a name."""
     for file in (FONT, *OTHER_FONTS):
         with suppress(OSError):  # not on this machine
             font = ImageFont.truetype(file, pixels)
             no_letter = bytes(font.getmask("\U0010ffff"))
             if not any(bytes(font.getmask(letter)) == no_letter for letter in set(name)):
                 return font
-    return ImageFont.truetype(FONT, pixels)
+    return None
 
 
-def _write_name(draw: ImageDraw.ImageDraw, name: str, middle: tuple[float, float], wide: int) -> None:
-    """Write a name in a width, without the letters that have no space there."""
-    font = _font_for(name, max(SMALLEST, wide // 12))
+def _write_name(draw: ImageDraw.ImageDraw, name: str, number: str, middle: tuple[float, float], wide: int) -> None:
+    """Write a name in a width, without the letters that have no space there; its number if no font has its letters."""
+    pixels = max(SMALLEST, wide // 12)
+    if (font := _font_for(name, pixels)) is None:
+        name, font = number, ImageFont.truetype(FONT, pixels)
     while draw.textlength(name, font) > wide * 0.95:
         name = f"{name[:-2].rstrip()}…"
     draw.text(middle, name, "black", font, anchor="mm")

@@ -304,10 +304,14 @@ evaluate:
 """
 
 
+MIDDLE = 1.5
+"""Ratio from which on a count is worth an evaluation beside one before."""
+
+
 def _published(scale: Scale, steps: int) -> list[int]:
     """Return the steps after which weights are published, the first as soon as they may be worth a picture."""
     first = min(scale.first_steps or steps // 8, steps)
-    return sorted({first, max(first, steps // 2), steps})
+    return sorted({first, steps, *([steps // 2] if steps // 2 >= MIDDLE * first else [])})
 
 
 def _word(name: str) -> str:
@@ -320,7 +324,8 @@ def _other_resolutions(draft: _Draft) -> str:
         return ""
     if draft.resolution > MOST_ON_A_CPU:
         return "; without a GPU its autoencoder takes seconds for each"
-    return f"; up to {MOST_ON_A_CPU} with more time: init --resolution"
+    larger = [r for r in RESOLUTIONS if draft.resolution < r <= MOST_ON_A_CPU and draft.survey.share_of(r) >= MOSTLY]
+    return f"; up to {larger[-1]} with more time: init --resolution" if larger else ""
 
 
 def _extractor(draft: _Draft) -> tuple[str, int]:

@@ -146,11 +146,7 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
     before = last_holding(folder)
     taken_over = before is not None and before.end is None
     if before and taken_over and _living([before])[0]:
-        raise Held(
-            f"{folder}: held by process {before.holder}, which is alive: one writer at a time",
-            before.holder.cluster,
-            str(before.holder),
-        )
+        raise _held_by(before)
     lease = Lease(folder, before.number + 1 if before else 1)
     mine = Holder.here().changed(cluster=cluster, nonce=uuid.uuid4().hex, at=time.time())
     if not mine.create(folder, _name(lease.number)):
@@ -175,11 +171,23 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
             End(at=time.time(), why=why).write(folder, f"{_name(lease.number)}.end")
 
 
+def require_free_here(folder: Folder) -> None:
+    """Held if another process of this machine holds the lease: that is known at once, of other machines only heartbeats tell."""
+    before = last_holding(folder)
+    if before and before.end is None and before.alive:
+        raise _held_by(before)
+
+
+def _held_by(holding: Holding) -> Held:
+    words = f"{holding.folder}: held by process {holding.holder}, which is alive: one writer at a time"
+    return Held(words, holding.holder.cluster, str(holding.holder))
+
+
 def _why(error: BaseException) -> str:
     """Return an error in one line without secrets; of an error of Ray, what its worker raised, without the worker's traceback."""
     found = getattr(error, "cause", None)
     cause = found if isinstance(found, BaseException) else error
-    return redact(" ".join(f"{type(cause).__name__}: {cause}".split()))[:WHY_CHARACTERS]
+    return redact(": ".join([type(cause).__name__, *[" ".join(str(cause).split())] * bool(str(cause))]))[:WHY_CHARACTERS]
 
 
 def live_holders(folders: Iterable[Folder]) -> dict[Folder, Holder]:

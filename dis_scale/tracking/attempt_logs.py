@@ -187,8 +187,10 @@ def read_attempt(folder: Folder, begun: str | None) -> dict[LogName, str]:
     """Return the texts of the logs of the attempt that began then, by default of the newest; UserError if none."""
     names = listed(folder)
     wanted = of_attempt(names, begun or max((name.begun for name in names), default=""))
+    if not names:
+        raise UserError(f"{folder}: no logs yet: no attempt has begun")
     if not wanted:
-        known = ", ".join(sorted({name.begun for name in names})) or "none"
+        known = ", ".join(sorted({name.begun for name in names}))
         raise UserError(f"{folder}: no logs of the attempt {begun or ''}: expected one of: {known}")
     texts = in_order(wanted, lambda name: folder.read(str(name)).decode(errors="replace"), 16)
     return dict(zip(wanted, texts, strict=True))

@@ -8,7 +8,7 @@ import typer
 import typer.main
 
 from dis_scale.cli import app
-from dis_scale.cli.help import EXAMPLES, EXIT_CODES
+from dis_scale.cli.help import EXAMPLES, EXIT_CODES, INTERRUPTED
 from dis_scale.process.errors import UNFORESEEN, DisScaleError
 from docs.reference.markdown import code, subclasses, table
 
@@ -67,7 +67,7 @@ def commands(within: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def exit_codes() -> set[int]:
     """Return all codes with which a command ends."""
-    return {0, UNFORESEEN, DisScaleError.exit_code, *(each.exit_code for each in subclasses(DisScaleError))}
+    return {0, INTERRUPTED, UNFORESEEN, DisScaleError.exit_code, *(each.exit_code for each in subclasses(DisScaleError))}
 
 
 def _section(name: str, command: Any) -> str:
@@ -91,7 +91,7 @@ def _usage(parameter: Any, context: Any) -> str:
     if parameter.param_type_name == "argument":
         return _shown(parameter)
     flags = ", ".join(parameter.opts)
-    return flags if parameter.is_flag else f"{flags} {parameter.display_type(context)}"
+    return flags if parameter.is_flag else f"{flags} {parameter.metavar or parameter.display_type(context)}"
 
 
 def _default(parameter: Any) -> str:

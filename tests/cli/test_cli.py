@@ -146,6 +146,29 @@ def test_a_plan_without_the_images_asks_for_their_number(tmp_path: Path) -> None
     assert "data     1,000 images, " in output
 
 
+def test_a_plan_names_a_mistake_in_the_recipe_as_one(tmp_path: Path) -> None:
+    """It was priced with the advice to name the number of images, which cures no wrong column."""
+    (tmp_path / "labels.csv").write_text("path,kind\na.png,1\n")
+    source = f"data.source={{kind: csv, url: {tmp_path}/labels.csv}}"
+    code, output = invoke("plan", str(TINY), "--set", source)
+    assert (code, "no column 'label'" in " ".join(output.split())) == (2, True), output
+    assert "--images" not in output
+
+
+def test_a_file_in_place_of_the_storage_root_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("")
+    code, output = invoke("sweep", str(TINY), "--set", f"storage.root={tmp_path}/outputs")
+    assert (code, "outputs: it is a file, and a sweep is a folder below it" in " ".join(output.split())) == (2, True), output
+
+
+@pytest.mark.parametrize(
+    ("out", "words"), [(".", "this is a folder: give the name of a file"), ("-", "expected the name of a file")]
+)
+def test_a_recipe_is_written_to_a_new_file_only(tmp_path: Path, out: str, words: str) -> None:
+    code, output = invoke("init", str(tmp_path), "--out", out)
+    assert (code, words in " ".join(output.split())) == (2, True), output
+
+
 def test_a_plan_on_gpus_is_json_with_each_model_and_what_is_assumed() -> None:
     fleet = ["--gpu", "h100", "--count", "64", "--price", "2.5", "--preemptions-per-day", "4", "--images", "1281167"]
     code, output = invoke("plan", "imagenet256", *fleet, "--json")

@@ -355,6 +355,8 @@ def test_a_survey_says_what_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(picture(0))
     (tmp_path / "notes.txt").write_text("of the photographer")
     assert "left out 1 .txt (notes.txt)" in describe(take_survey(str(tmp_path), lambda _: None, lambda *_: None))
+    (tmp_path / "labels.csv").write_text("path,label\n0.png,1\n")
+    assert "labels   if a CSV has their classes" in describe(take_survey(str(tmp_path), lambda _: None, lambda *_: None))[-1]
 
 
 def test_a_survey_says_that_numbers_are_sorted_as_texts(tmp_path: Path) -> None:

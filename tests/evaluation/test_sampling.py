@@ -271,9 +271,12 @@ def test_a_name_in_letters_that_our_font_lacks_is_in_one_of_the_systems(monkeypa
     """As a name in Chinese, if a font for it is installed."""
     other = str(Path(sampling.FONT).with_name("STIXGeneral.ttf"))
     monkeypatch.setattr(sampling, "OTHER_FONTS", ("not-installed.ttf", other))
-    assert sampling._font_for("Größe 1", 12).path == sampling.FONT
-    assert sampling._font_for("\u2e3a 1", 12).path == sampling.FONT, "which no font here has"
-    assert sampling._font_for("\u1d8a", 12).path == other
+    font, second = sampling._font_for("Größe 1", 12), sampling._font_for("\u1d8a", 12)
+    assert font
+    assert second
+    assert (font.path, second.path) == (sampling.FONT, other)
+    two = np.zeros((2, 8, 8, 3), np.uint8)
+    assert grid(two, 2, ["\u2e3a a", "\u2e3a b"]) != grid(two, 2, ["\u2e3a a", "\u2e3a a"]), "of no font: their numbers"
     shown = grid(np.zeros((1, 8, 8, 3), np.uint8), 1, ["\u1d8a"])
     monkeypatch.setattr(sampling, "OTHER_FONTS", ())
     assert shown != grid(np.zeros((1, 8, 8, 3), np.uint8), 1, ["\u1d8a"])

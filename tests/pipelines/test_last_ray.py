@@ -16,11 +16,12 @@ from dis_scale.recipe import reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holding
-from dis_scale.sweep import Sweep
+from dis_scale.sweep import Sweep, command_lease
 from dis_scale.sweep.documents import LastRay
 from pipelines import last_ray
 from pipelines import sweep as pipeline
 from pipelines.cluster import Cluster
+from pipelines.stop import stop_sweep
 from tests.conftest import TINY
 
 ON_A_CLUSTER = LastRay(host="old-head", gpus=16)
@@ -174,6 +175,16 @@ def test_a_stop_names_how_to_take_a_job_out_of_its_queue(tmp_path: Path, kind: s
     """While the job only waits, no command reads the request in storage."""
     with pytest.raises(UserError, match=f"if it waits in a queue: {typed}"):
         last_ray.address_of(stored(tmp_path, ON_A_CLUSTER.changed(**{kind: "imagenet256-7"})))
+
+
+def test_nothing_is_to_stop_after_a_sweep_has_ended_on_a_ray_of_its_own(tmp_path: Path) -> None:
+    """A stop is always safe; one whose command was killed may have left jobs on a Ray that does not answer."""
+    sweep = stored(tmp_path, ON_THIS_MACHINE.changed(address="http://127.0.0.1:1"))
+    with pytest.raises(UserError, match=r"no Ray answers at http://127\.0\.0\.1:1"):
+        stop_sweep(sweep.folder.url, None)
+    with lease.hold(command_lease(sweep.folder)):
+        pass
+    assert stop_sweep(sweep.folder.url, None) == []
 
 
 def test_a_damaged_file_is_named_and_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from dis_scale import vae
 from dis_scale.data.survey import Broken, Survey
 from dis_scale.models.dis.settings import Dis
+from dis_scale.planning import first_recipe
 from dis_scale.planning.first_recipe import Machine, propose, require_resolution, resolution_of
 from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UserError
@@ -89,6 +90,7 @@ def test_on_a_cpu_the_first_pictures_come_early(count: int) -> None:
     plan = price_sweep(recipe, LatentShape(4, 8))
     smallest = next(iter(recipe.models))
     assert recipe.train.publish_images[0] == 64_000
+    assert first_recipe._published(first_recipe.CPU, 2200) == [1000, 2200], "the middle is hardly more than the first"
     assert plan.sampling_flops(smallest) < 0.25 * plan.training_flops(smallest) * recipe.train.publish_images[0]
 
 

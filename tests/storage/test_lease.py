@@ -53,6 +53,17 @@ def test_heartbeats_come_again_as_soon_as_storage_does(tmp_path: Path, monkeypat
         wait_until(lambda: folder.exists(f"{held.number:04d}.beat"), 3)
 
 
+def test_a_holder_of_this_machine_is_refused_at_once(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path / "lease")
+    lease.require_free_here(folder)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        lease.Holder.here().changed(pid=other.pid, started=lease.began(other.pid)).write(folder, "0001")
+        with pytest.raises(Held, match="which is alive"):
+            lease.require_free_here(folder)
+        other.kill()
+    lease.require_free_here(folder)
+
+
 def test_a_process_that_proc_hides_is_asked_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's, if /proc is mounted with hidepid: it is not listed, and may not be signalled."""
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:

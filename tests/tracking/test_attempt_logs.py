@@ -252,4 +252,4 @@ def test_the_command_lists_and_prints_an_attempt(tmp_path: Path, tiny: Recipe) -
         in answer("logs", str(tmp_path / "tiny"), "dit", "--json")[f"{folder}/20261121T180300-0000.log"]
     )
     code, printed = invoke("logs", str(tmp_path / "tiny"), "--stage", "prepare")
-    assert (code, "no logs of the attempt" in printed) == (2, True)
+    assert (code, "no logs yet: no attempt has begun" in printed) == (2, True)
