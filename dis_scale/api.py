@@ -124,7 +124,7 @@ class StoredSweep:
         channels, side = self._vae.latent(self.stored.recipe.data.resolution)
         if not isinstance(latents_BCHW, torch.Tensor) or _described(latents_BCHW)[1] != (channels, side, side):
             raise UserError(f"got {_got(latents_BCHW)}, expected a tensor of latents (B, {channels}, {side}, {side})")
-        return self._vae.decode(latents_BCHW)
+        return self._vae.decode(latents_BCHW.float())
 
     @cached_property
     def _vae(self) -> vae.Vae:

@@ -85,6 +85,7 @@ def test_pixels_come_back_from_latents(sweep: dis_scale.Sweep) -> None:
     latents = sweep.encode(pixels)
     assert (latents.shape, latents.dtype) == ((2, 3, 32, 32), torch.float32)
     assert np.array_equal(sweep.decode(latents), pixels)
+    assert np.array_equal(sweep.decode(latents.double()), pixels)
     floats = r"float64 of shape \(2, 32, 32, 3\)"
     for wrong, got in ((pixels / 255, floats), (pixels[:0], "uint8 of"), (pixels[:, 1:], "uint8 of"), ([1], "list")):
         with pytest.raises(UserError, match=rf"got {got}.*, expected an array of uint8 images \(B, 32, 32, 3\)"):

@@ -61,9 +61,7 @@ def sample(
     if not (given := checkpoint or named) or (checkpoint and named):
         raise UserError("sample: expected one checkpoint, such as examples/digits or SWEEP/runs/MODEL")
     aside = say_aside if as_json else say
-    if labels == "uniform" and (npz is None or classes is not None):
-        raise UserError("--labels uniform needs --npz, and draws from all classes: leave it out, or --classes")
-    require_file(npz, "--npz") if npz else require_png(out)
+    _require_outputs(out, npz, labels, classes)
     with working("sample: reading"):
         located = find_checkpoint(given)  # misspelt paths and classes are refused before PyTorch is loaded: it takes seconds
     chosen = None if classes is None else labels_in_words(located.class_names, classes)
@@ -113,6 +111,17 @@ def sample(
         "file": str(npz or out), "images": images, **how, **guided, "device": machine_name(device), "notes": opened.notes
     }  # fmt: skip
     show(found, f"{images:,} {'images' if images > 1 else 'image'} in {npz or out}", as_json=as_json)
+
+
+def _require_outputs(out: Path, npz: Path | None, labels: str, classes: str | None) -> None:
+    """UserError for a file that cannot be written or used, or labels that would not be drawn: before hours of sampling."""
+    if labels == "uniform" and (npz is None or classes is not None):
+        raise UserError("--labels uniform needs --npz, and draws from all classes: leave it out, or --classes")
+    if npz is None:
+        return require_png(out)
+    if npz.suffix.lower() != ".npz":
+        raise UserError(f"--npz {npz}: ADM's evaluator takes an .npz: give a name that ends with .npz")
+    return require_file(npz, "--npz")
 
 
 def grid_columns(classes: int, images: int) -> int:

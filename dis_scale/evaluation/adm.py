@@ -53,7 +53,7 @@ class Adm:
         if f"{IMAGES}.npy" not in self.file.namelist():
             return None
         with self._intact(), self.file.open(f"{IMAGES}.npy") as stream:
-            shape, dtype = _header(stream)
+            shape, dtype = self._header(stream)
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
             raise UserError(f"{self.url}: {IMAGES} holds {dtype} of shape {shape}, expected uint8 (N, R, R, 3)")
         if shape[1] > MOST_SIDE:  # zeros of any size are small in a file
@@ -63,10 +63,18 @@ class Adm:
     def images(self, at_once: int) -> Iterator[np.ndarray]:
         """Yield the images in order, uint8 (B, R, R, 3)."""
         with self._intact(), self.file.open(f"{IMAGES}.npy") as stream:
-            (count, *shape), _ = _header(stream)
+            (count, *shape), _ = self._header(stream)
             for first in range(0, count, at_once):
                 part = (min(at_once, count - first), *shape)
                 yield np.frombuffer(stream.read(int(np.prod(part))), np.uint8).reshape(part)
+
+    def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, column_major, dtype = read(stream)
+        if column_major:
+            raise UserError(f"{self.url}: {IMAGES} is stored by columns: save it with numpy.savez from a C-ordered array")
+        return shape, dtype
 
     def close(self) -> None:
         self.file.close()
@@ -117,12 +125,3 @@ def write_samples(path: Path, count: int, batches: Iterable[np.ndarray]) -> None
         incomplete.replace(path)
     finally:
         incomplete.unlink(missing_ok=True)
-
-
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, column_major, dtype = read(stream)
-    if column_major:
-        raise ValueError(f"{IMAGES} is stored by columns; save it with numpy.savez from a C-ordered array")
-    return shape, dtype

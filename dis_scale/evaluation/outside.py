@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from dis_scale.data import images
+from dis_scale.data.listing import Entry
 from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import READERS, open_source
 from dis_scale.evaluation import measure, parts
-from dis_scale.evaluation.adm import IMAGES, open_reference
+from dis_scale.evaluation.adm import IMAGES, Adm, open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
 from dis_scale.evaluation.inception import CLASSES
 from dis_scale.evaluation.metrics import require_samples
@@ -55,9 +56,7 @@ def opened(where: str) -> Iterator[Pictures]:
     """Open an `.npz`, a folder or a tar of pictures; UserError without pictures, or if they are not squares of one size."""
     if _is_file(where, ".npz"):
         with contextlib.closing(open_reference(where, NAME)) as adm:
-            if (found := adm.square_images()) is None:
-                raise UserError(f"{where}: no images ({IMAGES})")
-            yield Pictures(where, *found, lambda: adm.images(BATCH_IMAGES))
+            yield _pictures_of(adm)
         return
     if Path(where).is_file() and not where.lower().endswith(ENDINGS):
         raise UserError(f"{NAME}: {where}: expected an .npz, a folder of images or a .tar that is not compressed")
@@ -67,30 +66,39 @@ def opened(where: str) -> Iterator[Pictures]:
     except UserError as error:
         raise UserError(f"{NAME}: {str(error).removeprefix('data.source.url: ')}") from error
 
-    def read(i: int) -> np.ndarray:
-        (data,), name = source.read([source.listing[i]]), source.names[i]
+    def read(entry: Entry) -> np.ndarray:
+        (data,) = source.read([entry])
         try:
-            return images.exact(data or b"", name, source.in_flight)
+            return images.exact(data or b"", entry.name, source.in_flight)
         except UndecodableImage as error:
-            raise UserError(f"{NAME}: {where}: {printable(name)} cannot be read ({error.why}): repair or remove it") from error
+            raise UserError(
+                f"{NAME}: {where}: {printable(entry.name)} cannot be read ({error.why}): repair or remove it"
+            ) from error
 
-    order = sorted(range(len(source)), key=source.names.__getitem__)  # a folder is listed in a mixed order
-    first = read(order[0])
+    # A folder is listed in a mixed order, in packed parts: each entry in the order of names would unpack one.
+    entries = sorted(source.listing, key=lambda entry: entry.name)
+    first = read(entries[0])
 
-    def checked(i: int) -> np.ndarray:
-        picture = read(i)
+    def checked(entry: Entry) -> np.ndarray:
+        picture = read(entry)
         if picture.shape != first.shape or picture.shape[0] != picture.shape[1]:
             (h, w), (height, width) = picture.shape[:2], first.shape[:2]
             raise UserError(
-                f"{where}: {printable(source.names[i])} has {w} x {h} pixels, the first picture {width} x {height}: expected "
+                f"{where}: {printable(entry.name)} has {w} x {h} pixels, the first picture {width} x {height}: expected "
                 "squares of one size"
             )
         return picture
 
     def batches() -> Iterator[np.ndarray]:
-        return map(np.stack, batched(in_order(order, checked, READERS), BATCH_IMAGES))
+        return map(np.stack, batched(in_order(entries, checked, READERS), BATCH_IMAGES))
 
     yield Pictures(where, len(source), first.shape[0], batches)
+
+
+def _pictures_of(adm: Adm) -> Pictures:
+    if (found := adm.square_images()) is None:
+        raise UserError(f"{adm.url}: no images ({IMAGES})")
+    return Pictures(adm.url, *found, lambda: adm.images(BATCH_IMAGES))
 
 
 def measured(
@@ -101,12 +109,16 @@ def measured(
     The extractor is loaded once both are opened. Keeps the features of distances, 16 KB a sample: the jackknife's groups are of a
     mixed order, since samples are often sorted by class. `say` gets what differs from ADM's evaluator.
     """
-    with opened(samples) as pictures, _opened_reference(reference, pictures.side) as real_pictures:
+    with opened(samples) as pictures, _opened_reference(reference, pictures.side) as found_there:
         count, extractor = pictures.count, load()
-        real = (
-            _reference(real_pictures, extractor) if real_pictures else read_adm(reference, pictures.side, extractor, lambda _: None)
-        )
-        require_samples(count, len(real.pooled.mean), "pictures", f"{NAME}: {samples}: ", "", UserError)
+        dimensions = extractor(next(pictures.batches())).pooled.shape[1]
+        require_samples(count, dimensions, "pictures", f"{NAME}: {samples}: ", "", UserError)  # the reference may take hours
+        say(f"measure: the features of the reference {reference}, then of {count:,} pictures")
+        real_pictures = found_there if isinstance(found_there, Pictures) else None
+        if isinstance(found_there, Adm):
+            real = read_adm(found_there, pictures.side, extractor, lambda _: None)
+        else:
+            real = _reference(found_there, extractor)
         known = {"sfid": real.spatial is not None, "precision_recall": real.kept is not None}
         metrics = tuple(metric for metric in METRICS if known.get(metric, True))
         if real.kept is not None and real_pictures and real_pictures.count > len(real.kept):
@@ -144,14 +156,17 @@ def _features(pictures: Pictures, extractor: Extractor, report: ReportShare) -> 
 
 
 @contextlib.contextmanager
-def _opened_reference(where: str, side: int) -> Iterator[Pictures | None]:
-    """Open a reference of pictures of a side, None for one with ADM's statistics; UserError for another side."""
-    if _is_file(where, ".npz"):
-        with contextlib.closing(open_reference(where, NAME)) as adm:
+def _opened_reference(where: str, side: int) -> Iterator[Pictures | Adm]:
+    """Open a reference of pictures of a side, or the file of one with ADM's statistics; UserError for another side."""
+    with contextlib.ExitStack() as open_files:
+        if _is_file(where, ".npz"):
+            adm = open_files.enter_context(contextlib.closing(open_reference(where, NAME)))
             if "mu.npy" in adm.file.namelist():
-                yield None
+                yield adm
                 return
-    with opened(where) as pictures:
+            pictures = _pictures_of(adm)
+        else:
+            pictures = open_files.enter_context(opened(where))
         if pictures.side != side:
             raise UserError(f"{where}: {pictures.side} x {pictures.side} pixels, the samples have {side} x {side}")
         yield pictures

@@ -5,6 +5,7 @@ KID, precision and recall. Read next: parts.py for how they are computed, adm.py
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from dis_scale.data.sources import Source
 from dis_scale.evaluation import parts
-from dis_scale.evaluation.adm import IMAGES, open_reference
+from dis_scale.evaluation.adm import IMAGES, Adm, open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor
 from dis_scale.evaluation.inception import FEATURES, SPATIAL
 from dis_scale.evaluation.metrics import Frechet, MeanCovariance, require_infinity, require_samples
@@ -86,7 +87,8 @@ def prepare(
     of_images, references = [e for e in missing if e.name in recipe.evaluate.of_images], dict[str, Reference]()
     for extractor in missing:  # before the images are, since a wrong URL is soon known
         if url := recipe.evaluate.reference_of(extractor.name):
-            references[extractor.name] = read_adm(url, recipe.data.resolution, extractor, report)
+            with closing(open_reference(url)) as adm:
+                references[extractor.name] = read_adm(adm, recipe.data.resolution, extractor, report)
     merged = parts.merged(sweep, source, of_images, report, say) if of_images else {}
     references |= {e.name: Reference.of(e.identity, merged[e.name]) for e in of_images}
     for extractor in missing:
@@ -96,30 +98,26 @@ def prepare(
     sweep.reference_parts.delete()
 
 
-def read_adm(url: str, resolution: int, extractor: Extractor, report: ReportDone) -> Reference:
+def read_adm(adm: Adm, resolution: int, extractor: Extractor, report: ReportDone) -> Reference:
     """Read an ADM file's statistics and compute the features of its images under Inception; UserError if they do not fit."""
-    adm = open_reference(url)
-    try:
-        pooled, spatial = adm.statistics("mu", "sigma", FEATURES), adm.statistics("mu_s", "sigma_s", SPATIAL)
-        count, side = adm.square_images() or (0, resolution)
-        if side != resolution:
-            raise UserError(
-                f"{url}: {IMAGES} holds images of {side} x {side} pixels, and those that it is for have {resolution} x {resolution}"
-            )
-        if pooled is None:
-            raise StorageError(f"{url}: no mu and sigma, which every distance needs: is it an ADM reference?")
-        kept = None
-        if count:
-            chosen, features, first = set(parts.choose_kept(count).tolist()), [], 0
-            for images in adm.images(BATCH_IMAGES):
-                rows = [i for i in range(len(images)) if first + i in chosen]
-                features.append(extractor(images[rows]).pooled if rows else np.zeros((0, len(pooled.mean)), np.float32))
-                first += len(images)
-                report(first)
-            kept = np.concatenate(features)
-        return Reference(extractor.identity, pooled, spatial, kept)
-    finally:
-        adm.close()
+    pooled, spatial = adm.statistics("mu", "sigma", FEATURES), adm.statistics("mu_s", "sigma_s", SPATIAL)
+    count, side = adm.square_images() or (0, resolution)
+    if side != resolution:
+        raise UserError(
+            f"{adm.url}: {IMAGES} holds images of {side} x {side} pixels, and those that it is for have {resolution} x {resolution}"
+        )
+    if pooled is None:
+        raise StorageError(f"{adm.url}: no mu and sigma, which every distance needs: is it an ADM reference?")
+    kept = None
+    if count:
+        chosen, features, first = set(parts.choose_kept(count).tolist()), [], 0
+        for images in adm.images(BATCH_IMAGES):
+            rows = [i for i in range(len(images)) if first + i in chosen]
+            features.append(extractor(images[rows]).pooled if rows else np.zeros((0, len(pooled.mean)), np.float32))
+            first += len(images)
+            report(first)
+        kept = np.concatenate(features)
+    return Reference(extractor.identity, pooled, spatial, kept)
 
 
 def require(name: str, reference: Reference, recipe: Recipe) -> None:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from dis_scale.evaluation.sampling import SampleBlock
 
 
+AT_ONCE = 4
+"""Blocks that are read at the same time."""
+
+
 class Spent(NamedTuple):
     """Work of one evaluator: images that it sampled, its machine, and its seconds by part."""
 
@@ -140,7 +144,9 @@ class Evaluation:
 
     def _missing(self, folder: Folder, count: int, parse: Callable[[bytes, str], Any]) -> list[int]:
         """Return the numbers of the blocks that no earlier evaluation left complete; a damaged one is logged."""
-        return [number for number in range(count) if not self._kept(folder, block_name(number), parse)]
+        there = set(folder.list())
+        names = [block_name(number) for number in range(count)]
+        return [n for n, name in enumerate(names) if name not in there or not self._kept(folder, name, parse)]
 
     def _kept(self, folder: Folder, name: str, parse: Callable[[bytes, str], Any]) -> bool:
         try:
@@ -196,8 +202,8 @@ class Evaluation:
         return measure.measure_blocks(blocks, self.references, settings), pictures  # reads all blocks
 
     def _blocks(self, folder: Folder, count: int) -> Iterator["SampleBlock"]:
-        """Yield the first blocks, read one by one."""
-        return (parse_block(folder.read(name), f"{folder}/{name}") for name in map(block_name, range(count)))
+        """Yield the first blocks, of which few are in memory."""
+        return in_order(range(count), lambda n: parse_block(folder.read(name := block_name(n)), f"{folder}/{name}"), AT_ONCE)
 
 
 def stored_blocks(sweep: Sweep) -> int:

@@ -27,7 +27,7 @@ def export_checkpoint(at: str, folder: Path, vae_path: str | None = None, heads:
     opened = open_for_sampling(at, vae_path, heads)
     opened = replace(opened, model=opened.model.as_ours())
     guidance = opened.sampling.model_dump(mode="json", include={"guidance_channels", "guidance_interval"})
-    save_pipeline(folder, opened.model, opened.process, opened.decoder, guidance)
+    save_pipeline(folder, opened.model, opened.process, opened.decoder, guidance, opened.facts)
     (folder / CARD).write_text(model_card(opened))
     return opened
 

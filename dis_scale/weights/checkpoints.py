@@ -15,6 +15,8 @@ from dis_scale.storage.folder import Folder, locate, missing, open_folder
 from dis_scale.sweep import Run, Sampled, Sweep, folder_around, state
 from dis_scale.sweep.documents import WEIGHTS_FILE, LatentsManifest, PublishedManifest
 
+PIPELINE_WEIGHTS = "backbone/diffusion_pytorch_model.safetensors"
+"""Weights in an exported folder, by diffusers' name."""
 MOST_HEADER_BYTES = 100_000_000
 """Of a safetensors file, by its format."""
 
@@ -69,7 +71,7 @@ class Located:
             yield self.folder.local / self.name
             return
         with tempfile.TemporaryDirectory() as scratch:
-            copy = Path(scratch) / self.name
+            copy = Path(scratch) / Path(self.name).name
             copy.write_bytes(self.folder.read(self.name) if data is None else data)
             yield copy
 
@@ -83,13 +85,15 @@ def find_checkpoint(at: str) -> Located:
     if folder.local.is_dir() if folder.local else PublishedManifest.exists(folder) or _has_files(folder):
         manifest = PublishedManifest.find(folder)
         name = (manifest.stored_file(WEIGHTS_FILE) if manifest else None) or WEIGHTS_FILE
+        if not manifest and folder.exists(PIPELINE_WEIGHTS):
+            name = PIPELINE_WEIGHTS
     else:
         folder, name = locate(folder.url)
     around = folder_around(folder)
     if not folder.exists(name):
         raise UserError(
-            f"no checkpoint at {at}{missing(open_folder(at))}: expected a published folder, a run of a sweep, a .safetensors "
-            f"file or a public .pt{_published_in(around) if around else ''}"
+            f"no checkpoint at {at}{missing(open_folder(at))}: expected a published or exported folder, a run of a sweep, a "
+            f".safetensors file or a public .pt{_published_in(around) if around else ''}"
         )
     return Located(folder, name, Sweep.open(around.url) if around else None)
 

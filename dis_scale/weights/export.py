@@ -31,9 +31,10 @@ from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import DiffusersVae, PixelVae, Vae
 from dis_scale.vae.autoencoders import RepresentationVae
 from dis_scale.vae.scaling import Scaling
+from dis_scale.weights.checkpoints import PIPELINE_WEIGHTS
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-"""diffusers' name for a component's weights."""
+NET = "net."
+"""Beginning of the weights' names in an exported folder."""
 
 BACKBONE_PY = '''\
 """The denoiser as a diffusers model; its code is dis-scale's, its settings are in config.json."""
@@ -159,7 +160,7 @@ def load(path: str | Path) -> Backbone:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            weights = {name.removeprefix(NET): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         description = json.loads(metadata.get("dis_scale", "null"))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read weights from {path}: {error}") from None
@@ -207,12 +208,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def save_pipeline(
-    folder: str | Path, model: Backbone, process: Gaussian | Flow, vae: Vae | None = None, guidance: Mapping[str, Any] | None = None
+    folder: str | Path,
+    model: Backbone,
+    process: Gaussian | Flow,
+    vae: Vae | None = None,
+    guidance: Mapping[str, Any] | None = None,
+    facts: SamplingFacts | None = None,
 ) -> None:
     """Write a diffusers folder: model_index.json, the backbone, and the VAE unless the model works on pixels.
 
     `guidance` has `guidance_channels` and `guidance_interval` of `Sampling`, which every call of the pipeline then uses.
     `vae` is the decoder of the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
+    With its `facts`, dis-scale's own commands open the folder, too.
     """
     if not isinstance(vae, DiffusersVae | PixelVae | None) or isinstance(vae, RepresentationVae):
         raise UserError(
@@ -231,8 +238,10 @@ def save_pipeline(
         "backbone": ["backbone", "DisScaleBackbone"],
         "vae": ["diffusers", type(vae.net).__name__] if isinstance(vae, DiffusersVae) else [None, None],
     }
-    weights = {f"net.{name}": weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-    safetensors.torch.save_file(weights, backbone / WEIGHTS, {"format": "pt"})
+    weights = {f"{NET}{name}": weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    safetensors.torch.save_file(
+        weights, folder / PIPELINE_WEIGHTS, {"format": "pt", "dis_scale": json.dumps(describe(model, facts))}
+    )
     for path, text in (
         (backbone / "config.json", json.dumps(config, indent=2)),
         (backbone / "backbone.py", BACKBONE_PY),

@@ -55,6 +55,8 @@ class OpenCheckpoint:
     """Path of the model that guides it, in place of the model without labels; opened where it is used."""
     class_names: tuple[str, ...] = ()
     """Names of the classes by label; empty without names."""
+    facts: SamplingFacts | None = None
+    """What is known of how it was trained; None of a public file outside a sweep."""
 
     @cached_property
     def guide(self) -> Backbone | None:
@@ -141,7 +143,7 @@ def open_for_sampling(
     sampling = sampling.model_copy(update={"guidance": scale})
     names = (class_names(sweep) if sweep else ()) or (facts.label_names if facts else ())
     encoder, recipe = facts.vae.identity if facts else decoder.identity, sweep.recipe if sweep else None
-    return OpenCheckpoint(model, process, decoder, sampling, notes, recipe, encoder, located, guide_at, names)
+    return OpenCheckpoint(model, process, decoder, sampling, notes, recipe, encoder, located, guide_at, names, facts)
 
 
 def _averages(sweep: Sweep) -> list[str]:

@@ -3,6 +3,7 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
+from dis_scale.data import listing
 from dis_scale.evaluation import outside, parts
 from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.inception import CLASSES
@@ -143,6 +145,38 @@ def test_pictures_of_other_sizes_are_refused_by_name(pictures: Path, extractor: 
     assert (tmp_path / "large.npz").stat().st_size < 2**18
     with pytest.raises(UserError, match=r"large.npz: arr_0 holds images of side 4,096, expected at most 2,048"):
         measured(tmp_path / "large.npz", pictures / "real.npz", extractor)
+
+
+def test_too_few_samples_are_refused_before_a_reference_that_takes_hours(
+    pictures: Path, extractor: Extractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "few.npz", arr_0=blobs(8, 3))
+    monkeypatch.setattr(outside, "_reference", lambda *_: pytest.fail("the reference was measured"))
+    with pytest.raises(UserError, match=r"few.npz: 8 pictures"):
+        measured(tmp_path / "few.npz", pictures / "samples", extractor)
+
+
+def test_an_array_by_columns_is_refused_and_not_damaged(pictures: Path, extractor: Extractor, tmp_path: Path) -> None:
+    """To copy it again, as a damaged file's error says, would not help."""
+    np.savez(tmp_path / "columns.npz", arr_0=np.asfortranarray(blobs(9, 1)))
+    with pytest.raises(UserError, match=r"columns.npz: arr_0 is stored by columns: save it with numpy.savez"):
+        measured(tmp_path / "columns.npz", pictures / "real.npz", extractor)
+
+
+def test_pictures_are_read_by_name_without_unpacking_the_listing_for_each(
+    pictures: Path, extractor: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is listed in a mixed order; an entry at a time in the order of names took hours of a million pictures."""
+    monkeypatch.setattr(listing, "PART", 8)
+    unpacked, unpack = list[int](), listing.Listing._unpacked
+
+    def counted(self: listing.Listing, number: int) -> Any:
+        unpacked.append(number)
+        return unpack(self, number)
+
+    monkeypatch.setattr(listing.Listing, "_unpacked", counted)
+    measured(pictures / "samples", pictures / "real.npz", extractor)
+    assert len(unpacked) <= 2 * SAMPLES / 8, f"{len(unpacked)} times of {SAMPLES / 8:.0f} parts"
 
 
 def test_an_error_does_not_depend_on_how_the_samples_are_sorted(pictures: Path, extractor: Extractor) -> None:

@@ -41,6 +41,16 @@ def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(tmp_path
     assert np.abs(pixels[0] - pixels[1]).max() <= 1, "guided as the sweep's own samples"
 
 
+def test_an_exported_folder_is_opened_again(tmp_path: Path) -> None:
+    """With its process, its autoencoder and the names of its classes."""
+    at = str(Path(dis_scale.__file__).parents[1] / "examples/digits")
+    assert invoke("export", at, str(tmp_path / "export"))[0] == 0
+    exported, own = dis_scale.open_weights(str(tmp_path / "export")), dis_scale.open_weights(at)
+    assert (exported.opened.notes, exported.opened.class_names) == ([], own.opened.class_names)
+    first, second = (each.sample(classes=[1, 7], steps=2) for each in (exported, own))
+    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in second]
+
+
 def test_distances_of_other_averages_are_said_to_be(tmp_path: Path) -> None:
     """A sweep may measure a rebuilt average; its published weights are the exponential one."""
     sweep = published_sweep(str(tmp_path), "train.power_ema=[0.05, 0.1]", "evaluate.ema_width=0.07")
