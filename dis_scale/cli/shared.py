@@ -46,7 +46,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SourceImages = Annotated[
     int | None, typer.Option("--images", min=1, help="Images of the source, if it cannot be listed from here.")
 ]
-CHECKPOINT = "A published or exported folder, a run (its newest one), a .safetensors file, or a public .pt: a path or any fsspec URL."
+CHECKPOINT = (
+    "A published or exported folder, a run (its newest one), a .safetensors file, or a public .pt: a path or any fsspec URL."
+)
 NAME_THE_NUMBER = "to price it anyway, name the number of images: --images 1281167"
 VaeOption = Annotated[str | None, typer.Option(help="Autoencoder: folder, hub id, or `none` for pixels; default: the sweep's own.")]
 

@@ -255,7 +255,8 @@ def _prices(plan: Plan, unit: float) -> Iterator[str]:
 def _totals(draft: _Draft, plan: Plan, unit: float) -> Iterator[str]:
     """Yield the price of all models, and the time that it takes here."""
     train, machine, name = plan.recipe.train, draft.machine, draft.scale.unit[0]
-    counts, epochs = len(train.publish_images), train.images / draft.survey.count
+    own = draft.survey.count - plan.recipe.data.held_out_images
+    counts, epochs = len(train.publish_images), train.images / own
     trained, sampled = sum(map(plan.own_flops, plan.costs)), counts * sum(map(plan.sampling_flops, plan.costs))
     speed = f"{ASSUMED_MFU:.0%} of the peak, assumed" if machine.gpus else "as measured on small models"
     yield (

@@ -1,6 +1,7 @@
 """Training of one model on a fleet of GPUs, by arithmetic: memory, network, time, money, loss to preemption.
 
-Only the memory of activations and states is compared with measurements (`benchmarks/memory.py`). Read next: memory.py, plan.py.
+Only the memory of activations and states is compared with measurements: `benchmarks/memory.py`, benchmarks/results/gpu.md. Read
+next: memory.py, plan.py.
 """
 
 import math
