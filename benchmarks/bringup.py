@@ -13,6 +13,13 @@ class Options(NamedTuple):
     quick: bool
 
 
+def rounds(description: str | None, default: int) -> int:
+    """Read the command line of a benchmark whose only option is the number of its rounds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", type=int, nargs="?", default=default)
+    return int(parser.parse_args().rounds)
+
+
 def options(description: str | None) -> Options:
     """Read the command line; the device is the GPU, if any, unless one is named."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

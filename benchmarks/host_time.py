@@ -11,7 +11,6 @@ each pass, with DeepSpeed's hooks, and its `step()`; with blocks as they are, an
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks import bringup
 from benchmarks.dit_counts import Counts
 from dis_scale import models
 from dis_scale.models.dis.network import DiSBlock
@@ -146,7 +146,7 @@ def _both_passes(forward: Callable[[], Any], inputs: Any, dys: Any) -> None:
     torch.autograd.grad(forward(), inputs, dys)
 
 
-def main(rounds: str = "3000") -> None:
+def main(rounds: int) -> None:
     torch.set_num_threads(1)
     driver.set_active(none := NoLaunch())
     mock.patch("dis_scale.scan.problem", return_value=None).start()  # as if the kernels could run here
@@ -169,7 +169,7 @@ def main(rounds: str = "3000") -> None:
             with Counts() as operations:
                 job()
             counts = {"kernels": none.launches, "operations": operations.launches}
-            print(json.dumps({"name": f"{name}, {passes}", "us": round(least_us(job, int(rounds)), 1), **counts}), flush=True)
+            print(json.dumps({"name": f"{name}, {passes}", "us": round(least_us(job, rounds), 1), **counts}), flush=True)
     with process_group(torch.device("cpu")):
         for as_graphs in (False, True):
             name = "step of 49 blocks with DeepSpeed" + as_graphs * ", as graphs"
@@ -180,4 +180,4 @@ def main(rounds: str = "3000") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(bringup.rounds(__doc__, 3000))

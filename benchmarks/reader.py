@@ -28,6 +28,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
 
+from benchmarks import bringup
 from benchmarks.rows import verdict
 from dis_scale.data import shards
 from dis_scale.data.latents import SWITCH_S, Latents, micro_batch
@@ -173,7 +174,7 @@ def compared(speeds: dict[str, list[float]], ours: str, peer: str) -> tuple[floa
     return ways[best], statistics.median(a / b for a, b in zip(speeds[ours], speeds[best], strict=True))
 
 
-def main(rounds: int = 5) -> None:
+def main(rounds: int) -> None:
     at = Path(tempfile.mkdtemp(prefix="reader-"))
     try:
         with store() as bucket:
@@ -197,4 +198,4 @@ def main(rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(bringup.rounds(__doc__, 5))

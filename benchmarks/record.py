@@ -65,10 +65,14 @@ def rows(module: str) -> Iterator[dict[str, Any]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The earlier benchmarks of this machine with these versions, if the file has any."""
+    """The earlier benchmarks of this machine with these versions, if the file has any; the program ends for a file of others."""
     facts = machine()
-    before = json.loads(path.read_text()) if path.exists() else {}
-    return facts | {"benchmarks": before["benchmarks"] if facts.items() <= before.items() else {}}
+    if not path.exists():
+        return facts | {"benchmarks": {}}
+    before = json.loads(path.read_text())
+    if other := [name for name, value in facts.items() if before.get(name) != value]:
+        sys.exit(f"{path.name} has rows of another machine or other versions ({', '.join(other)}): give another name, or delete it")
+    return facts | {"benchmarks": before["benchmarks"]}
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -100,4 +104,6 @@ def main(name: str, *modules: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     sys.exit(main(*sys.argv[1:]))

@@ -6,12 +6,12 @@ On the CPU. Each row is a median of pairs (rows.py). A job that takes more than 
 import ctypes
 import functools
 import json
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import bringup
 from benchmarks.rows import Job, Row, measure, on_threads, report
 from dis_scale.scan import Direction, choose, native_build, selective_scan, two_way_conv_silu, two_way_scan
 
@@ -130,7 +130,7 @@ def peak_memory() -> float:
     return (inputs + dy.nbytes + added) / needed
 
 
-def main(rounds: int = 5) -> None:
+def main(rounds: int) -> None:
     torch.manual_seed(0)
     print(json.dumps({"scan": str(choose("auto", "cpu")), "threads": torch.get_num_threads(), "B L E N": [B, L, E, N]}))
     memory = peak_memory()
@@ -139,4 +139,4 @@ def main(rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(bringup.rounds(__doc__, 5))

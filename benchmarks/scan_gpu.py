@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import bringup
 from benchmarks.rows import Job, Row, measure, report
 from dis_scale.process.errors import DisScaleError
 from dis_scale.scan import Direction, choose, two_way_scan
@@ -76,7 +77,7 @@ def copy(size: int) -> Job:
     return repeated(lambda: into.copy_(source))
 
 
-def main(rounds: int = 5) -> None:
+def main(rounds: int) -> None:
     torch.manual_seed(0)
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "scan": str(choose("auto", DEVICE)), "B L E N": [B, L, E, N]}))
     moved = moved_bytes()
@@ -110,4 +111,4 @@ def print_rows(jobs: dict[str, Job], rows: list[Row], rounds: int) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(bringup.rounds(__doc__, 5))

@@ -6,13 +6,13 @@ that a step adds to the model and its gradients, as counted by the allocator.
 
 import itertools
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch.profiler import profile
 
+from benchmarks import bringup
 from benchmarks.rows import Job, Row, least_times, on_threads, report
 from dis_scale import models
 from dis_scale.models.cost import price_model
@@ -84,7 +84,7 @@ def peak_bytes(seen: profile) -> int:
     return int(max(itertools.accumulate(size for _, size in changes)))
 
 
-def main(rounds: int = 10) -> None:
+def main(rounds: int) -> None:
     torch.manual_seed(0)
     peak, source = peak_flops(DEVICE, PRECISION)
     print(json.dumps({
@@ -122,4 +122,4 @@ def main(rounds: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(bringup.rounds(__doc__, 10))

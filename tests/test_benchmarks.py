@@ -51,11 +51,13 @@ def test_a_later_part_keeps_the_earlier_ones(results: Path, monkeypatch: pytest.
     assert recorded(results) == {"one": [{"a": 1}], "two": [{"b": 3}], "three": [{"c": 4}]}
 
 
-def test_results_of_other_versions_are_not_kept(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_other_versions_are_not_overwritten(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_modules(monkeypatch, one=[{"a": 1}])
-    monkeypatch.setattr(record, "PACKAGES", ["numpy"])
-    run_modules(monkeypatch, two=[{"b": 2}])
-    assert recorded(results) == {"two": [{"b": 2}]}
+    with monkeypatch.context() as other:
+        other.setattr(record, "PACKAGES", ["numpy"])
+        with pytest.raises(SystemExit, match=r"name.json has rows of another machine or other versions \(versions\)"):
+            run_modules(other, two=[{"b": 2}])
+    assert recorded(results) == {"one": [{"a": 1}]}, "which nothing could make again"
 
 
 def test_rows_are_written_as_they_come(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
