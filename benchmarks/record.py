@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor(), "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "versions": {name: metadata.version(name) for name in PACKAGES if any(metadata.distributions(name=name))},
     }  # fmt: skip
 
 
@@ -40,13 +40,6 @@ def commit() -> str | None:
         ["git", "describe", "--always", "--exclude=*", "--dirty=+"], cwd=RESULTS.parent, capture_output=True, text=True
     )
     return described.stdout.strip() or None
-
-
-def installed(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def rows(module: str) -> Iterator[dict[str, Any]]:
