@@ -157,7 +157,7 @@ def distance(trained: Sweep, sweep: Sweep, sampler: str, device: torch.device) -
     sampler_on = BlockSampler(trained, decoder, load_extractors(sweep, device), None, labels_of(sweep), device)
     block = sampler_on.sample(sampler_on.model("dis", trained.recipe.train.images, settings), settings, 0)
     ((name, features),) = block.features.items()
-    return metrics.frechet(metrics.fit(features.pooled), load_all(sweep)[name].pooled)
+    return load_all(sweep)[name].frechet(metrics.Sums().plus(features.pooled).mean_covariance())
 
 
 if __name__ == "__main__":

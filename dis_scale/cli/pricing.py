@@ -133,11 +133,11 @@ def _training(forecast: "FleetForecast") -> Table:
 
 def _sizes(forecast: "FleetForecast") -> Table:
     sizes = "the sweep, by the number of GPUs"
-    table = narrow_table("GPUs", "days", "GPU hours", "largest loss", "stored", "price", title=sizes)
+    table = narrow_table("GPUs", "days", "GPU hours", "largest loss", "price", title=sizes)
     for each in forecast.by_gpus:
         table.add_row(
             f"{each.gpus:,}{'' if each.fits else ' too small'}", _number(each.days), _number(each.gpu_hours),
-            f"{each.largest_loss:.1%}", f"{each.stored_bytes / 1e9:,.1f} GB", _money(each.price),
+            f"{each.largest_loss:.1%}", _money(each.price),
         )  # fmt: skip
     return table
 

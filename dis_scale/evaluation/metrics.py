@@ -15,8 +15,6 @@ from dis_scale.recipe.evaluate import INFINITY_SAMPLES_PER_FEATURE
 
 FOLDS = 20
 """Groups in the jackknife."""
-CHUNK = 4096
-"""Rows in float64 at a time."""
 INFINITY_POINTS = 15
 """Points of the regression, as in Chong and Forsyth."""
 INFINITY_SHARE, INFINITY_RATIO = 0.1, INFINITY_SAMPLES_PER_FEATURE / 2
@@ -82,14 +80,6 @@ class Sums:
         return MeanCovariance(self.count, mean, covariance)
 
 
-def fit(features_ND: np.ndarray) -> MeanCovariance:
-    """Return mean and covariance of features; DisScaleError if they are too few or not finite."""
-    sums = Sums()
-    for first in range(0, len(features_ND), CHUNK):
-        sums = sums.plus(features_ND[first : first + CHUNK])
-    return sums.mean_covariance()
-
-
 class Frechet:
     """Frechet distance to one reference: |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2) (Heusel et al. 2017, equation 6).
 
@@ -105,11 +95,6 @@ class Frechet:
         mixed = np.sqrt(np.clip(cross, 0, None)).sum()
         traces = np.trace(mine.covariance) + np.trace(other.covariance)
         return float(((mine.mean - other.mean) ** 2).sum() + traces - 2 * mixed)
-
-
-def frechet(a: MeanCovariance, b: MeanCovariance) -> float:
-    """Return the Frechet distance of two Gaussians."""
-    return Frechet(a)(b)
 
 
 class Groups:

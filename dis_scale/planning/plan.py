@@ -200,12 +200,11 @@ class Total:
 
 @dataclass(frozen=True)
 class FleetForecast:
-    """A sweep on a fleet, and its total on other numbers of GPUs, each of which is preempted as often."""
+    """A sweep on a fleet, and in all on so many GPUs and on other numbers of them, each of which is preempted as often."""
 
     assumed: Fleet
     usable_bytes: int
     models: dict[str, Forecast]
-    total: Total
     by_gpus: list[Total]
 
 
@@ -216,7 +215,7 @@ def on_fleet(plan: Plan, fleet: Fleet) -> FleetForecast:
     per_gpu = fleet.preemptions_per_day / fleet.count
     others = [replace(fleet, count=count, preemptions_per_day=per_gpu * count) for count in sorted({*FLEETS, fleet.count})]
     return FleetForecast(
-        assumed=fleet, usable_bytes=int(USABLE * fleet.gpu_bytes), models=_on_fleet(plan, fleet), total=_total(plan, fleet),
+        assumed=fleet, usable_bytes=int(USABLE * fleet.gpu_bytes), models=_on_fleet(plan, fleet),
         by_gpus=[_total(plan, other) for other in others],
     )  # fmt: skip
 

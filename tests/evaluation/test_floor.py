@@ -17,7 +17,7 @@ from dis_scale.data.sources import open_source
 from dis_scale.evaluation import floor
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.floor import REAL, RECONSTRUCTED, FloorBlock
-from dis_scale.evaluation.metrics import Frechet, MeanCovariance, fit
+from dis_scale.evaluation.metrics import Frechet, MeanCovariance
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import BlockSampler, sample_labels
 from dis_scale.process.errors import DisScaleError, StorageError
@@ -26,6 +26,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from tests.conftest import TINY
 from tests.support.evaluations import evaluate
+from tests.support.metrics import fit
 from tests.support.programs import export, with_exported
 
 D, IMAGES, SAMPLES, DRAWS = 12, 3000, 500, 30

@@ -21,12 +21,13 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from dis_scale.evaluation import inception, metrics, score
+from dis_scale.evaluation import inception, score
 from dis_scale.evaluation import sets as whole
 from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.inception import PUBLISHED, Inception, read_weights
 from dis_scale.process.errors import UserError
 from tests.support import seeded_inception
+from tests.support.metrics import fit, frechet
 from tests.support.seeded_inception import as_tensor, blobs
 
 IMAGES, REAL_IMAGES = 205, 200
@@ -90,7 +91,7 @@ def test_the_distance_equals_calculate_metrics(sets: tuple[np.ndarray, np.ndarra
     ours.net.features_list = ["192"]  # more images than features
     with torch.no_grad():
         a, b = (torch.cat([ours.net(part)[0] for part in as_tensor(x).split(50)]).numpy() for x in sets)
-    assert metrics.frechet(metrics.fit(a), metrics.fit(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    assert frechet(fit(a), fit(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
 
 
 def test_features_equal_torch_fidelity_and_spatial_ones_a_hook(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_metrics_of_equal_features_equal_torch_fidelity() -> None:
     x, y = torch.from_numpy(a), torch.from_numpy(b)
     statistics = [fid_features_to_statistics(features) for features in (x, y)]
     distance = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    assert metrics.frechet(metrics.fit(a), metrics.fit(b)) == pytest.approx(distance, rel=1e-5)
+    assert frechet(fit(a), fit(b)) == pytest.approx(distance, rel=1e-5)
     ours = score.Score(score.shuffled_splits(1300), 64)
     for part in (a[:17] * 9, a[17:] * 9):
         ours.add(part)

@@ -9,7 +9,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dis_scale.evaluation import inception
 from dis_scale.evaluation.inception import Inception
-from dis_scale.evaluation.metrics import fit
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
@@ -17,6 +16,7 @@ from tests.conftest import TINY
 from tests.support import seeded_inception
 from tests.support.autoencoders import exported
 from tests.support.commands import invoke
+from tests.support.metrics import fit
 from tests.support.seeded_inception import as_tensor, blobs
 from tests.support.stages import ONE_MODEL, evaluate_here, make_latents, preparer, train
 

@@ -13,7 +13,7 @@ import torch
 from dis_scale.evaluation import metrics, score, sets
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.measure import measure_blocks, notes
-from dis_scale.evaluation.metrics import Frechet, fit, frechet
+from dis_scale.evaluation.metrics import Frechet
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import SampleBlock, require_finite
 from dis_scale.process.errors import DisScaleError, StorageError, UserError
@@ -23,6 +23,7 @@ from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage import npy
 from tests.conftest import TINY
 from tests.support.evaluations import evaluate
+from tests.support.metrics import fit, frechet
 
 EVERY = get_args(Metric)
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance, Sums, fit, frechet, infinity
+from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance, Sums, infinity
 from dis_scale.evaluation.sampling import GOLDEN
 from dis_scale.process.errors import DisScaleError
+from tests.support.metrics import fit, frechet
 
 
 def random_statistics(seed: int, d: int = 6) -> MeanCovariance:
