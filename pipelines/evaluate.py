@@ -4,7 +4,10 @@ Blocks of samples are the unit of work and are kept, so an evaluation that was k
 evaluators.py. PyTorch is imported where it is used: the driver starts its workers first, and all load it at the same time.
 """
 
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,6 +30,7 @@ from pipelines.worker import request_for
 
 POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
 """Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
+MEASURED_POLL_S = 1.0
 BACKLOG_EVERY_S = 600.0
 """Interval at which the backlog is counted during an evaluation."""
 GIVE_UP_S = 86_400.0
@@ -136,42 +140,97 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
     Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
     `moves` says: then others are to continue.
     """
-    sweep = job.sweep
-    _measure_again(job, evaluation, skipped)
+    todo = _Todo(job, evaluation, skipped)
+    try:
+        return _evaluate_all(todo, moves)
+    except (Held, Preempted):
+        raise
+    except DisScaleError:
+        todo.finish()  # what follows would measure it a second time
+        raise
+
+
+def _evaluate_all(todo: "_Todo", moves: Callable[[], bool]) -> bool:
+    job, sweep = todo.job, todo.job.sweep
+    _measure_again(job, todo.evaluation, todo.skipped)
     mlflow_copy.copy_earlier(sweep, job.raise_if_stopped)
-
-    backlog = state.Backlog(sweep)
     floor_due = sweep.recipe.evaluate.measures_floor and state.floor(sweep) is None
-    put_off = dict[tuple[str, str], DisScaleError]()
-
-    def left() -> list[Sampled]:
-        return [sampled for sampled in backlog.left() if sampled not in skipped]
-
-    def possible(waiting: list[Sampled]) -> list[Sampled]:
-        return [sampled for sampled in waiting if (sampled.model, sampled.variant) not in put_off]
-
     while True:
         job.raise_if_stopped()
         over = state.training_over(sweep)  # asked before the list, so that the last publication is not missed
-        waiting = left()
+        waiting = todo.left()
         job.gauge("evaluation_backlog", len(waiting))
-        if over and not waiting and not floor_due:
+        if over and not waiting and not floor_due and not todo.measured:
             return True
         if moves():
+            todo.finish()
             return False
-        if now := possible(waiting):
-            try:
-                evaluate_one(job, evaluation, now[0], skipped)
-            except (OutOfMemory, WrongKernel) as error:
-                put_off[now[0].model, now[0].variant] = error.with_traceback(None)  # that would keep lost evaluators
-                job.say(f"{now[0]}: {describe(error)}; the others are evaluated first", level="warning")
+        if now := todo.possible(waiting):
+            todo.evaluate(now[0])
+        elif todo.measured:
+            todo.finish()
         elif floor_due:
-            measure_floor(job, evaluation)
+            measure_floor(job, todo.evaluation)
             floor_due = False
         elif over:
-            raise put_off[waiting[0].model, waiting[0].variant]
+            raise todo.put_off[waiting[0].model, waiting[0].variant]
         else:
-            wait_for_training(job, lambda: bool(possible(left())) or state.training_over(sweep) or moves())
+            wait_for_training(job, lambda: bool(todo.possible(todo.left())) or state.training_over(sweep) or moves())
+
+
+class _Todo:
+    """The checkpoints that are left. One is measured in a thread while the next is sampled: 50,000 samples take minutes of CPU."""
+
+    def __init__(self, job: StageJob, evaluation: Evaluation, skipped: set[Sampled]) -> None:
+        self.job, self.evaluation, self.skipped = job, evaluation, skipped
+        self.put_off = dict[tuple[str, str], DisScaleError]()
+        """Why no checkpoint of a model and a variant can be sampled here."""
+        self.measured: Sampled | None = None
+        """What is measured now."""
+        self._backlog, self._values = state.Backlog(job.sweep), Future[dict[str, float]]()
+
+    def left(self) -> list[Sampled]:
+        """Return what is neither evaluated nor skipped nor measured now."""
+        return [sampled for sampled in self._backlog.left() if sampled not in self.skipped and sampled != self.measured]
+
+    def possible(self, waiting: list[Sampled]) -> list[Sampled]:
+        """Return those that are not put off."""
+        return [sampled for sampled in waiting if (sampled.model, sampled.variant) not in self.put_off]
+
+    def evaluate(self, sampled: Sampled) -> None:
+        """Sample a checkpoint, and begin to measure it when the one before is."""
+        measures = list[Callable[[], dict[str, float]]]()
+        try:
+            with noting(self.job, sampled, self.skipped):
+                measures.append(self.evaluation.sample(sampled))
+        except (OutOfMemory, WrongKernel) as error:
+            self.put_off[sampled.model, sampled.variant] = error.with_traceback(None)  # that would keep lost evaluators
+            self.job.say(f"{sampled}: {describe(error)}; the others are evaluated first", level="warning")
+        self.finish()
+        for measure in measures:
+            self._begin(sampled, measure)
+
+    def _begin(self, sampled: Sampled, measure: Callable[[], dict[str, float]]) -> None:
+        self.measured, self._values = sampled, (values := Future[dict[str, float]]())
+
+        def run() -> None:
+            try:
+                values.set_result(measure())
+            except BaseException as error:
+                values.set_exception(error)
+
+        threading.Thread(target=run, name=f"measure {sampled}", daemon=True).start()  # a stop does not wait for it
+
+    def finish(self) -> None:
+        """Wait until what is measured, if anything, is; log its values, or note why it cannot be measured."""
+        if (sampled := self.measured) is None:
+            return
+        while not wait([self._values], MEASURED_POLL_S).done:
+            self.job.raise_if_stopped()
+            self.job.show_idle()
+        self.measured = None
+        with noting(self.job, sampled, self.skipped):
+            self.job.say(_shown(sampled, self._values.result()))
 
 
 def _measure_again(job: StageJob, evaluation: Evaluation, skipped: set[Sampled]) -> None:
@@ -233,8 +292,16 @@ def open_evaluation(
 
 def evaluate_one(job: StageJob, evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]) -> None:
     """Evaluate one checkpoint; if it cannot be measured, log that, note it in storage and add it to `skipped`."""
+    with noting(job, sampled, skipped):
+        job.say(_shown(sampled, evaluation.evaluate(sampled)))
+        job.show_idle()  # what is measured again from its blocks samples nothing
+
+
+@contextmanager
+def noting(job: StageJob, sampled: Sampled, skipped: set[Sampled]) -> Iterator[None]:
+    """Log an error of the block that is the checkpoint's own, note it in storage, and add the checkpoint to `skipped`."""
     try:
-        values = evaluation.evaluate(sampled)
+        yield
     except (Held, NotOpened, OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure, WrongKernel):
         raise  # the checkpoint is not the cause
     except DisScaleError as error:
@@ -244,9 +311,6 @@ def evaluate_one(job: StageJob, evaluation: Evaluation, sampled: Sampled, skippe
         job.require_held()
         Skipped(why=why).write(job.sweep.evaluation(sampled))
         skipped.add(sampled)
-        return
-    job.say(_shown(sampled, values))
-    job.show_idle()  # what is measured again from its blocks samples nothing
 
 
 def measure_floor(job: StageJob, evaluation: Evaluation) -> None:

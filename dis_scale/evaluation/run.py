@@ -7,6 +7,7 @@ hands in the evaluators, which make blocks. PyTorch is imported where it is used
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -63,14 +64,24 @@ class Evaluation:
     _drawn: bool = False
 
     def evaluate(self, sampled: Sampled) -> dict[str, float]:
-        """Sample what is missing of one published checkpoint; write its grid and, last, its metrics; return them."""
-        folder, settings = self.sweep.evaluation(sampled), self.samplings[sampled.variant]
+        """Sample what is missing of one published checkpoint, and measure it."""
+        return self.sample(sampled)()
+
+    def sample(self, sampled: Sampled) -> Callable[[], dict[str, float]]:
+        """Sample what is missing of one published checkpoint; return what measures it, which needs no evaluators.
+
+        That writes its grid and, last, its metrics, and returns these. It may run in a thread, while the next one is sampled.
+        """
+        settings = self.samplings[sampled.variant]
         spent = self._sample(sampled, settings)
         values = self._held_out(sampled)
         self.raise_if_stopped()
+        return partial(self._finish, sampled, settings, spent, values)
+
+    def _finish(self, sampled: Sampled, settings: Evaluate, spent: list[Spent], values: dict[str, float]) -> dict[str, float]:
         from dis_scale.evaluation import measure
 
-        began_s = time.monotonic()
+        folder, began_s = self.sweep.evaluation(sampled), time.monotonic()
         measured, pictures = self._measure(folder, settings)
         self._draw(folder, pictures)
         sampled_on, seconds = cost_of_samples(spent, folder)
