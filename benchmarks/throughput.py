@@ -44,6 +44,7 @@ LATENTS, LATENT_SHAPE, CLASSES = 1536, LatentShape(4, 32), 1000
 SIZES = ("DiS-S/2", "DiS-B/2", "DiS-M/2", "DiS-L/2", "DiS-H/2", "DiffuSSM-XL", "DiT-L/2", "DiT-XL/2", "DiS2-L/2")
 BUDGET_S = 380.0
 """Time after which no further job starts: with the last one and the imports, less than benchmarks/gpu.sh's limit."""
+PRELOADED = ["deepspeed", "dis_scale.training.profile"]  # 16 s of imports on an H200's host, once
 JOB_S = 110.0
 """Longest time of one job: compilation and steps."""
 SAMPLER: Final = "ddim"
@@ -246,7 +247,7 @@ def in_a_process(name: str, target: Any, *arguments: Any) -> None:
     """Run a job, at most JOB_S long; a row says so if it fails."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # imports that ask for a GPU do not start CUDA, which cannot be forked
     forked = multiprocessing.get_context("forkserver")
-    forked.set_forkserver_preload(["deepspeed", "dis_scale.training.profile"])  # 16 s of imports on an H200's host, once
+    forked.set_forkserver_preload(PRELOADED)
     process = forked.Process(target=_reported, args=(name, target, *arguments))
     process.start()
     process.join(JOB_S)

@@ -176,7 +176,7 @@ def test_a_job_that_fails_is_a_row_that_says_so() -> None:
     program = (
         "import time; from benchmarks import throughput; from tests.test_benchmarks import kill_itself, raise_out_of_memory\n"
         "for name, job in {'error': raise_out_of_memory, 'killed': kill_itself, 'slow': time.sleep}.items():\n"
-        "    throughput.JOB_S = 1.0 if name == 'slow' else 60.0\n"
+        "    throughput.PRELOADED, throughput.JOB_S = [], 1.0 if name == 'slow' else 60.0\n"
         "    throughput.in_a_process(name, job, 100)\n"
     )
     command = [sys.executable, "-c", program]

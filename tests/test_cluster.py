@@ -485,7 +485,7 @@ def run_slurm(
     programs = {
         "python": python or sweep,
         "scontrol": f'echo >> {tmp_path}/lost; [ $(wc -l < {tmp_path}/lost) -gt {lost} ] && echo "$@" >> {tmp_path}/asked',
-        "sleep": "exec /bin/sleep 0.2",
+        "sleep": "exec /bin/sleep 0.02",
         "srun": srun,
         "ray": ray,
     }

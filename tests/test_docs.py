@@ -14,7 +14,6 @@ import yaml
 from dis_scale import models, vae
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES, INTERRUPTED
 from dis_scale.data.survey import Survey
-from dis_scale.models.cost import price_model
 from dis_scale.planning.first_recipe import Machine, propose
 from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UNFORESEEN
@@ -143,13 +142,12 @@ def test_the_sizes_on_the_page_are_computed() -> None:
     memory, operations = rows(page, 8), rows(page, 2)
     assert len(memory) == 7
     assert [cells[0] for cells in memory] == [cells[0] for cells in operations]
-    for name, parameters, *gib in memory:
-        cost = price_model(reading.parse(reading.dump(recipe), "", [f"models={{m: {{preset: {name}}}}}"]).models["m"], shape, 1000)
+    for (name, parameters, *gib), (_, exa) in zip(memory, operations, strict=True):
+        priced = price_sweep(reading.parse(reading.dump(recipe), "", [f"models={{m: {{preset: {name}}}}}"]), shape)
+        cost = priced.costs["m"]
         needs = [recipe.train.model_copy(update={"checkpointing": mode, "zero_stage": stage}) for mode, stage in offered]
         assert gib == [f"{worker_bytes(cost, train, 8, 16) / 2**30:.1f}" for train in needs], name
         assert parameters == f"{cost.parameters:,}"
-    for name, exa in operations:
-        priced = price_sweep(reading.parse(reading.dump(recipe), "", [f"models={{m: {{preset: {name}}}}}"]), shape)
         assert exa == f"{priced.training_flops('m') * 1e6 / 1e18:.3g}", name
 
 

@@ -41,12 +41,6 @@ def test_the_installed_command_lists_the_shipped_recipes(invoke: Invoke) -> None
     assert [line.split()[0] for line in done.stdout.splitlines()] == shipped.names(), done.stderr
 
 
-@pytest.mark.parametrize("words", [["recipe", "show"], ["plan"]], ids=" ".join)
-def test_the_installed_command_finds_a_recipe_by_its_name(invoke: Invoke, words: list[str]) -> None:
-    done = invoke(*words, "digits", "--images", "1797")
-    assert "266,848" in done.stdout, done.stderr
-
-
 def test_an_installed_sweep_starts_with_the_digits(invoke: Invoke) -> None:
     """Up to its storage, the first thing that it tries."""
     done = invoke("sweep", "digits", "--set", "storage.root=/proc/none")

@@ -23,7 +23,6 @@ from dis_scale.recipe import Reader, Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep.documents import LatentsManifest
 from ops.drills import object_store
-from tests.support.faulty_gateway import Gateway
 from tests.support.flaky_store import FlakyFileSystem, busy, bytes_read, reads
 from tests.support.small_latents import CLASSES, make, read, read_epoch
 from tests.support.waiting import wait_until
@@ -335,16 +334,3 @@ def test_a_set_deleted_during_a_run_is_named(at: Path) -> None:
     shutil.rmtree(at)
     with pytest.raises(StorageError, match="missing, though its manifest names it"):
         read(latents, 0, 1)
-
-
-@pytest.mark.parametrize("faults", [[500, 503], ["cut"], ["closed", "closed"], ["hangs"], [429] * 8], ids=str)
-def test_transient_faults_of_a_real_client_are_retried(
-    faults: list[int | str], bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Through s3fs and a real gateway, with timeouts of a second."""
-    monkeypatch.setattr("dis_scale.storage.s3.READ_TIMEOUT_S", 1)
-    latents = Latents(make(open_folder(bucket), [3]), 0)
-    gateway.concerns = lambda request: request.method == "GET" and request.path.endswith(".tar")
-    gateway.faults = list(faults)
-    assert sorted(read(latents, 0, 3)[1].tolist()) == [0, 1, 2]
-    assert not gateway.faults

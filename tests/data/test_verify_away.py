@@ -4,11 +4,11 @@ import errno
 from pathlib import Path
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 
 from dis_scale.data import maintenance
 from dis_scale.process.errors import StorageAway, StorageError
 from dis_scale.storage.folder import open_folder
+from tests.support import store_requests
 from tests.support.faulty_gateway import Gateway
 from tests.support.small_latents import make
 
@@ -31,17 +31,11 @@ def test_the_shards_of_a_set_that_is_gone_are_not_reported_as_damaged(tmp_path: 
         maintenance.verify(latents, fast=False, report=lambda *_: latents.delete("manifest.json"))
 
 
-def test_storage_that_refuses_access_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    latents, read = make(open_folder(tmp_path), [3, 3]), LocalFileSystem.cat_file
-
-    def refuse(self: LocalFileSystem, path: str, **span: int) -> bytes:
-        if path.endswith(".tar"):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        data: bytes = read(self, path, **span)
-        return data
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalFileSystem, "cat_file", refuse)
-        with pytest.raises(StorageError, match=r"cannot read .*00000\d.tar: permission denied: check the key"):
-            maintenance.verify(latents, fast=False, report=lambda *_: None)
+def test_storage_that_refuses_access_is_not_reported_as_damage(tmp_path: Path) -> None:
+    latents = make(open_folder(tmp_path), [3, 3])
+    with (
+        store_requests.failing(PermissionError(errno.EACCES, "Permission denied"), "read", ".tar"),
+        pytest.raises(StorageError, match=r"cannot read .*00000\d.tar: permission denied: check the key"),
+    ):
+        maintenance.verify(latents, fast=False, report=lambda *_: None)
     assert maintenance.verify(latents, fast=False, report=lambda *_: None) == {}

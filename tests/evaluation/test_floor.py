@@ -56,13 +56,19 @@ def blocks(kinds: dict[str, np.ndarray], weights: str = "seeded") -> Iterator[Fl
 
 
 def measured(
-    seed: int, sampled: Evaluate, blur: float = 0.0, choice: int | None = None, features: int = D, apart: float = 2
+    seed: int,
+    sampled: Evaluate,
+    blur: float = 0.0,
+    choice: int | None = None,
+    features: int = D,
+    apart: float = 2,
+    labels: np.ndarray | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the floors of one set of real images, and of ones whose features `blur` shifts.
 
     `choice` takes other images of the set, by another order of its positions.
     """
-    labels = real_labels(seed)
+    labels = real_labels(seed) if labels is None else labels
     every = images(labels, seed, features, apart)
     if choice is not None:
         order = np.random.default_rng(choice).permutation(IMAGES)
@@ -95,21 +101,19 @@ def test_real_images_have_the_distance_of_a_perfect_model(features: int, apart: 
     assert error < 0.08 * np.mean(theirs), "otherwise the test would accept two halves of the images"
 
 
-def test_a_class_with_too_few_images_for_its_share_of_the_samples_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_with_too_few_images_for_its_share_of_the_samples_has_no_floor() -> None:
     """Of 18 images a quarter of all samples: their noise is most of the distance."""
-    rare = [0.98, 0.012, 0.004, 0.004]
-    monkeypatch.setattr(f"{__name__}.real_labels", lambda seed: np.random.default_rng(seed).choice(CLASSES, IMAGES, p=rare))
-    assert measured(0, evaluate(samples=SAMPLES, labels="balanced"))
+    rare = np.random.default_rng(0).choice(CLASSES, IMAGES, p=[0.98, 0.012, 0.004, 0.004])
+    assert measured(0, evaluate(samples=SAMPLES, labels="balanced"), labels=rare)
     with pytest.raises(DisScaleError, match=r"500 real images, weighted .*, are worth \d+, and a floor of 12 features takes 24"):
-        measured(0, evaluate(samples=SAMPLES, labels="uniform"))
+        measured(0, evaluate(samples=SAMPLES, labels="uniform"), labels=rare)
 
 
-def test_a_class_of_the_samples_without_a_chosen_image_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_of_the_samples_without_a_chosen_image_has_no_floor() -> None:
     """A quarter of all samples: without them the floor would be a hundredth of a perfect model's distance."""
     rare = np.repeat([0, 1, 2, 3], [999, 999, 1000, 2])
-    monkeypatch.setattr(f"{__name__}.real_labels", lambda _: rare)
     with pytest.raises(DisScaleError, match=r"125 of 500 samples are of classes without an image among the 500 .*, such as 3"):
-        measured(0, evaluate(samples=SAMPLES, labels="uniform"))
+        measured(0, evaluate(samples=SAMPLES, labels="uniform"), labels=rare)
 
 
 @pytest.mark.parametrize("samples", [13, 17, 23])

@@ -1,7 +1,6 @@
 """The real images' statistics: computed once for all extractors, and refused if they are of other images or features."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from dis_scale.evaluation import parts, reference
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
 from dis_scale.evaluation.metrics import MeanCovariance
-from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError
+from dis_scale.process.errors import DisScaleError, StorageError, UserError
 from dis_scale.recipe import ExportedExtractor, Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of
@@ -53,40 +52,6 @@ def sweep_of(root: Path, recipe: Recipe) -> Sweep:
 @pytest.fixture(scope="module")
 def source() -> Source:
     return open_source(reading.load(TINY).data)
-
-
-class Counted:
-    """A source that counts how often an image is opened."""
-
-    def __init__(self, source: Source) -> None:
-        self._source, self.mixed, self.opened = source, source.mixed, 0
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def read_ranges(self, positions: range, most: int) -> Iterator[range]:
-        return self._source.read_ranges(positions, most)
-
-    def decoded(self, positions: range, resolution: int) -> list[np.ndarray | UndecodableImage]:
-        self.opened += len(positions)
-        return self._source.decoded(positions, resolution)
-
-
-def test_one_pass_serves_all_extractors(source: Source, tmp_path: Path) -> None:
-    a, b = export(tmp_path / "a.pt2", Pixels(0, 16)), export(tmp_path / "b.pt2", Pixels(8, 8))
-    sweep = sweep_of(tmp_path, with_exported(a=a, b=b))
-    counted, extractors = Counted(source), load_extractors(sweep, CPU)
-    seen: list[int] = []
-    reference.prepare(sweep, counted, extractors, seen.append)  # type: ignore[arg-type]
-    reference.prepare(sweep, counted, extractors, seen.append)  # type: ignore[arg-type]
-    assert (counted.opened, seen[-1]) == (1797, 1797)
-    for extractor, values in zip(extractors, (4, 6), strict=True):
-        features, loaded = (extractor(pixels(source)).pooled, reference.load(sweep, extractor.name, extractor.identity))
-        assert features.shape == (1797, values)
-        np.testing.assert_allclose(loaded.pooled.mean, features.mean(0, np.float64), rtol=1e-12)
-        np.testing.assert_allclose(loaded.pooled.covariance, np.cov(features.T), rtol=1e-9)
-        assert loaded.kept is not None
-        assert np.array_equal(loaded.kept, features)  # fewer than are kept
 
 
 def test_features_of_a_fixed_choice_of_images_are_kept(sweep: Sweep, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

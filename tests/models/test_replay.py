@@ -66,9 +66,8 @@ def test_the_graphs_of_a_model_share_memory_that_no_other_model_gets(model: Back
         pools.append(pool)
         return model
 
-    monkeypatch.setattr(replay, "captured", captured)
     for _ in range(2):
-        drawn = Replayed(model, after=0)
+        drawn = Replayed(model, after=0, capture=captured)
         for batch in (3, 6):
             drawn(*inputs(batch, 0))
     assert pools[0] == pools[1] != pools[2] == pools[3]
@@ -93,8 +92,7 @@ def test_a_pass_that_cannot_be_captured_runs_as_it_is(
 
     given = inputs(3, 0)
     for capture, reason in ((fails, "not permitted when stream is capturing"), (of_other_numbers, "other numbers")):
-        monkeypatch.setattr(replay, "captured", capture)
-        drawn = Replayed(model, after=0)
+        drawn = Replayed(model, after=0, capture=capture)
         with caplog.at_level(logging.WARNING):
             assert torch.equal(drawn(*given), model(*given))
         drawn(*given)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from dis_scale.models.diffussm import s4d
 from dis_scale.models.diffussm.s4d import S4D, convolve, initial_modes
 from dis_scale.models.diffussm.settings import DiffuSsm
 from tests.support.allocated import Allocated
@@ -63,10 +62,9 @@ def test_backward_is_inclusive(published: S4D) -> None:
     assert torch.allclose(y_BLH[0].flip(0) - (u_BLH * published.D)[0].flip(0), published.kernel(6).T)
 
 
-def test_chunked_kernel_and_its_gradients_are_the_same(published: S4D, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_kernel_and_its_gradients_are_the_same(published: S4D) -> None:
     gradients = []
-    for chunk in (2**24, 1):
-        monkeypatch.setattr(s4d, "CHUNK", chunk)
+    for published.chunk in (2**24, 1):
         published.zero_grad()
         kernel = published.kernel(40)
         kernel.square().sum().backward()
@@ -74,10 +72,10 @@ def test_chunked_kernel_and_its_gradients_are_the_same(published: S4D, monkeypat
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_kernel_in_chunks_takes_the_memory_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_in_chunks_takes_the_memory_of_few() -> None:
     """All modes of 128 channels and 4,096 taps are 128 MB, each of the 32 chunks 4 MB."""
     model = S4D(128, DiffuSsm(kind="diffussm", width=128, depth=1, state_size=64))
-    monkeypatch.setattr(s4d, "CHUNK", 128 * 4096)
+    model.chunk = 128 * 4096
     with Allocated() as allocated:
         model.kernel(4096).square().sum().backward()
     assert allocated.peak < 32 * 2**20

@@ -153,19 +153,19 @@ def test_all_given_jobs_are_stopped_also_those_of_an_earlier_command() -> None:
     assert log.stopped == ["tiny-train-1"]
 
 
-def test_a_silent_dashboard_does_not_delay_a_stop_by_each_job_of_three_weeks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_dashboard_does_not_delay_a_stop_by_each_job_of_three_weeks() -> None:
     """Each question takes its ten seconds, here a tenth; one job in three is still running."""
-    asked = []
+    asked = list[str]()
 
-    def silent(name: str) -> None:
-        asked.append(name)
-        time.sleep(0.1)
-        raise OSError("timed out")
+    class Silent(Log):
+        def stop_job(self, name: str) -> None:
+            asked.append(name)
+            time.sleep(0.1)
+            raise OSError("timed out")
 
-    every = [job_of(Log([], [], (JobStatus.RUNNING, JobStatus.FAILED, JobStatus.SUCCEEDED)[n % 3])) for n in range(30)]
+    every = [job_of(Silent([], [], (JobStatus.RUNNING, JobStatus.FAILED, JobStatus.SUCCEEDED)[n % 3])) for n in range(30)]
     for job in every:
         job.ended()
-        monkeypatch.setattr(job.cluster.client, "stop_job", silent)
     began_s = time.monotonic()
     jobs.stop_jobs(every, 0.0, asked_s=0.0)
     assert (len(asked), time.monotonic() - began_s < 0.9) == (10, True)
@@ -174,17 +174,17 @@ def test_a_silent_dashboard_does_not_delay_a_stop_by_each_job_of_three_weeks(mon
 @pytest.mark.parametrize("wait_s", [0.0, 30.0], ids=["in a Ray job, which is not waited for", "on a Ray of its own"])
 def test_a_stop_whose_answer_is_lost_is_asked_for_again(wait_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise training would go on without a command, and KubeRay would start a new cluster for what a user has stopped."""
-    lost, log = [3], Log([], [], JobStatus.RUNNING)
+    lost = [3]
 
-    def stop_job(name: str) -> None:
-        lost[0] -= 1
-        if lost[0] >= 0:
-            raise ConnectionError("lost")
-        log.stopped.append(name)
-        log.status = JobStatus.STOPPED
+    class Losing(Log):
+        def stop_job(self, name: str) -> None:
+            lost[0] -= 1
+            if lost[0] >= 0:
+                raise ConnectionError("lost")
+            self.stopped.append(name)
+            self.status = JobStatus.STOPPED
 
-    job = job_of(log)
-    monkeypatch.setattr(job.cluster.client, "stop_job", stop_job)
+    job = job_of(log := Losing([], [], JobStatus.RUNNING))
     jobs.stop_jobs([job], wait_s)
     assert log.stopped == [job.id]
     lost[0] = 3

@@ -261,10 +261,6 @@ def test_invalid_yaml_is_named(tmp_path: Path) -> None:
         reading.load(tmp_path / "r.yaml")
 
 
-def test_numbers_with_exponents_are_numbers() -> None:
-    assert reading.load(TINY, ["train.learning_rate=3e-4"]).train.learning_rate == 3e-4
-
-
 def test_a_preset_gives_the_published_size_and_can_be_changed() -> None:
     data = yaml.safe_load(TINY.read_text())
     data["models"] = {"b": {"preset": "DiS-B/2", "drop_path": 0.0}}

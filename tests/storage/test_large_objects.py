@@ -96,9 +96,8 @@ def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(data: bytes, b
         at.read("long")
 
 
-@pytest.mark.parametrize("faults", [["cut"] * 3, [500, 503], ["closed", "closed"]], ids=str)
 def test_shards_and_resume_points_of_real_length_are_read_and_verified_through_faults(
-    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway
+    data: bytes, bucket: str, gateway: Gateway
 ) -> None:
     """As training reads them and `dis-scale data verify` does: nothing is called damaged."""
     at = open_folder(bucket)
@@ -109,7 +108,7 @@ def test_shards_and_resume_points_of_real_length_are_read_and_verified_through_f
 
     def through_faults(suffix: str) -> None:
         gateway.concerns = lambda request: request.method == "GET" and request.path.endswith(suffix)
-        gateway.faults = list(faults)
+        gateway.faults = ["cut"] * 3
 
     through_faults(".tar")
     moments, labels = small_latents.read(Latents(latents, 0), 0, 16)

@@ -28,14 +28,14 @@ def losses(reader: RowReader) -> list[int]:
 def test_files_grow_to_a_segment_and_a_reader_takes_each_byte_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three weeks have as many files as segments; a later attempt repeats rows, of which the first count."""
     monkeypatch.setattr(rows, "SEGMENT_BYTES", 1000)
-    folder, reader, seen, read = open_folder(tmp_path), RowReader(open_folder(tmp_path)), list[int](), list[int]()
-    take = Folder.read
+    seen, read = list[int](), list[int]()
 
-    def counted(folder: Folder, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        read.append(len(data := take(folder, path, start, end)))
-        return data
+    class Counting(Folder):
+        def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+            read.append(len(data := super().read(path, start, end)))
+            return data
 
-    monkeypatch.setattr(Folder, "read", counted)
+    folder, reader = open_folder(tmp_path), RowReader(Counting(str(tmp_path)))
     for attempt, images in ((1, range(1, 61)), (2, range(50, 101))):
         writer = RowWriter(folder, attempt)
         for first in images[::10]:

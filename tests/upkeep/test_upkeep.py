@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 
 from dis_scale.data import listing
 from dis_scale.process.errors import StorageError, UserError, counted
@@ -23,7 +22,7 @@ from dis_scale.sweep.documents import BadStepManifest, LatentsManifest, LatentsP
 from dis_scale.sweep.extractors import reference_file, weights_identity
 from dis_scale.upkeep import removal, retention, verify
 from dis_scale.upkeep.verify import verify_sweep
-from tests.support import small_latents
+from tests.support import small_latents, store_requests
 from tests.support.commands import answer, invoke
 from tests.support.documents import WEIGHTS, put, put_classifier, put_files, put_metrics, put_published, put_resume_point
 
@@ -154,29 +153,21 @@ def test_what_was_deleted_or_lost_its_meaning_is_named_with_a_cure(
 
 
 @pytest.mark.parametrize("name", ["000000.tar", "manifest.json", "block-00000.npz"])
-def test_storage_that_refuses_access_is_not_reported_as_damage(name: str, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_refuses_access_is_not_reported_as_damage(name: str, sweep: Sweep) -> None:
     """The cures would have good files deleted or made again. What is damaged elsewhere is named."""
     published = sweep.run("dis").published_at(320)
     published.write(next(iter(PublishedManifest.require(published).files)), b"damaged")
-    read = LocalFileSystem.cat_file
-
-    def refuse(self: LocalFileSystem, path: str, **span: int) -> bytes:
-        if path.endswith(name):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        data: bytes = read(self, path, **span)
-        return data
-
-    monkeypatch.setattr(LocalFileSystem, "cat_file", refuse)
-    if name == "manifest.json":  # without these nothing is known
-        with pytest.raises(StorageError, match=rf"cannot read .*{name}: permission denied: check the key"):
-            verified(sweep)
-        return
-    damaged, refused = verify_sweep(sweep, lambda *_: None)
+    with store_requests.failing(PermissionError(errno.EACCES, "Permission denied"), "read", name):
+        if name == "manifest.json":  # without these nothing is known
+            with pytest.raises(StorageError, match=rf"cannot read .*{name}: permission denied: check the key"):
+                verified(sweep)
+            return
+        damaged, refused = verify_sweep(sweep, lambda *_: None)
+        code, output = invoke("verify", sweep.folder.url)
     assert refused
     assert all(re.fullmatch(rf"cannot read .*{name}: permission denied: check the key.*", line) for line in refused)
     (line,) = damaged
     assert "runs/dis/published/000000000320" in line
-    code, output = invoke("verify", sweep.folder.url)
     assert (code, "damaged  " in output, "refused  cannot read" in output) == (1, True, True)
     assert f"1 file damaged or missing; {counted(len(refused), 'file')} could not be read, and may be good" in output
 

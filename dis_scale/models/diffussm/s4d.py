@@ -50,6 +50,7 @@ class S4D(nn.Module):
 
     def __init__(self, channels: int, settings: DiffuSsm):
         super().__init__()
+        self.chunk = CHUNK
         H, M = channels, settings.state_size // 2
         with torch.device("cpu"):
             A_M, B_M = initial_modes(settings.init, settings.state_size)
@@ -75,7 +76,7 @@ class S4D(nn.Module):
         weights_HM = _complex(self.C) * dB_HM
         taps_L = torch.arange(length, dtype=dtA_HM.real.dtype, device=self.D.device)
         H, M = weights_HM.shape
-        size = max(1, CHUNK // (H * length))
+        size = max(1, self.chunk // (H * length))
         if size >= M:
             return _vandermonde(weights_HM, dtA_HM, taps_L)
         # All chunks kept for the backward pass would need the full memory: each is recomputed there.
