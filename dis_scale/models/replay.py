@@ -54,6 +54,8 @@ class Replayed:
             reason = "its CUDA graph computes other numbers"
         except RuntimeError as error:  # also if memory lacks
             reason = str(error.__context__ or error).partition("\n")[0]
+        if all(taken is self.model for taken in self._passes.values()):
+            self._pool = None  # no graph is left in it
         log.warning("sampling launches each kernel of a pass of %d images by itself: %s", len(inputs[0]), reason)
         return self.model
 

@@ -73,6 +73,20 @@ def test_the_graphs_of_a_model_share_memory_that_no_other_model_gets(model: Back
     assert pools[0] == pools[1] != pools[2] == pools[3]
 
 
+def test_after_a_rejected_graph_the_next_one_gets_memory_of_its_own(model: Backbone) -> None:
+    """The pool's only graph is gone with it."""
+    pools = list[tuple[int, int]]()
+
+    def captured(model: Forward, _: list[Tensor], pool: tuple[int, int]) -> Forward:
+        pools.append(pool)
+        return model if len(pools) > 1 else lambda *given: model(*given) + 1
+
+    drawn = Replayed(model, after=0, capture=captured)
+    for batch in (3, 6, 2):
+        drawn(*inputs(batch, 0))
+    assert pools[0] != pools[1] == pools[2]
+
+
 def test_a_shape_that_is_used_for_a_few_passes_only_is_not_captured(model: Backbone, shapes: list[tuple[int, ...]]) -> None:
     drawn = Replayed(model, after=2)
     for seed, batch in enumerate((3, 3, 2, 3, 2, 3)):
