@@ -102,8 +102,8 @@ def stopping_jobs(driver: Driver, *, joined: bool = False) -> Iterator[None]:
         # job that Ray stops has no time for it, a minute at most.
         no_time = in_ray_job() and isinstance(error, Preempted | KeyboardInterrupt)
         wait_s = 0.0 if no_time else driver.sweep.recipe.grace_s + 5
-        if stopped and isinstance(error, Preempted):
-            driver.board.say(f"stopping the jobs save what they have, within {wait_s:.0f} s; a second Ctrl-C ends this at once")
+        if stopped and wait_s and isinstance(error, Preempted):
+            driver.board.say(f"stopping the jobs save what they have, within {wait_s:.0f} s; a second signal ends this at once")
         stop_jobs(stopped, wait_s=wait_s)
         raise
 

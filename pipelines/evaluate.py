@@ -30,7 +30,10 @@ from pipelines.worker import request_for
 
 POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
 """Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
-MEASURED_POLL_S = 1.0
+MEASURED_POLL_S, MEASURED_S = 1.0, 3600.0
+"""Interval of looks at what is measured, and time after which that counts as a hang."""
+ENDS_S = 10.0
+"""Time at the end of the grace period in which a stage gives back its lease and stores its logs."""
 BACKLOG_EVERY_S = 600.0
 """Interval at which the backlog is counted during an evaluation."""
 GIVE_UP_S = 86_400.0
@@ -143,10 +146,13 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
     todo = _Todo(job, evaluation, skipped)
     try:
         return _evaluate_all(todo, moves)
-    except (Held, Preempted):
+    except Held:
         raise
-    except DisScaleError:
-        todo.finish()  # what follows would measure it a second time
+    except Preempted:
+        todo.stop()
+        raise
+    except Exception:
+        todo.settle()
         raise
 
 
@@ -159,7 +165,7 @@ def _evaluate_all(todo: "_Todo", moves: Callable[[], bool]) -> bool:
         job.raise_if_stopped()
         over = state.training_over(sweep)  # asked before the list, so that the last publication is not missed
         waiting = todo.left()
-        job.gauge("evaluation_backlog", len(waiting))
+        job.gauge("evaluation_backlog", len(waiting) + len(todo.measured))
         if over and not waiting and not floor_due and not todo.measured:
             return True
         if moves():
@@ -185,33 +191,32 @@ class _Todo:
         self.job, self.evaluation, self.skipped = job, evaluation, skipped
         self.put_off = dict[tuple[str, str], DisScaleError]()
         """Why no checkpoint of a model and a variant can be sampled here."""
-        self.measured: Sampled | None = None
+        self.measured = dict[Sampled, Future[dict[str, float]]]()
         """What is measured now."""
-        self._backlog, self._values = state.Backlog(job.sweep), Future[dict[str, float]]()
+        self._backlog = state.Backlog(job.sweep)
 
     def left(self) -> list[Sampled]:
         """Return what is neither evaluated nor skipped nor measured now."""
-        return [sampled for sampled in self._backlog.left() if sampled not in self.skipped and sampled != self.measured]
+        return [sampled for sampled in self._backlog.left() if sampled not in self.skipped and sampled not in self.measured]
 
     def possible(self, waiting: list[Sampled]) -> list[Sampled]:
         """Return those that are not put off."""
         return [sampled for sampled in waiting if (sampled.model, sampled.variant) not in self.put_off]
 
     def evaluate(self, sampled: Sampled) -> None:
-        """Sample a checkpoint, and begin to measure it when the one before is."""
-        measures = list[Callable[[], dict[str, float]]]()
+        """Sample a checkpoint, and begin to measure it; wait for the one before."""
+        before = [*self.measured]
         try:
             with noting(self.job, sampled, self.skipped):
-                measures.append(self.evaluation.sample(sampled))
+                self._begin(sampled, self.evaluation.sample(sampled))
         except (OutOfMemory, WrongKernel) as error:
             self.put_off[sampled.model, sampled.variant] = error.with_traceback(None)  # that would keep lost evaluators
             self.job.say(f"{sampled}: {describe(error)}; the others are evaluated first", level="warning")
-        self.finish()
-        for measure in measures:
-            self._begin(sampled, measure)
+        for each in before:
+            self._finish(each)
 
     def _begin(self, sampled: Sampled, measure: Callable[[], dict[str, float]]) -> None:
-        self.measured, self._values = sampled, (values := Future[dict[str, float]]())
+        values = self.measured[sampled] = Future[dict[str, float]]()
 
         def run() -> None:
             try:
@@ -219,18 +224,35 @@ class _Todo:
             except BaseException as error:
                 values.set_exception(error)
 
-        threading.Thread(target=run, name=f"measure {sampled}", daemon=True).start()  # a stop does not wait for it
+        threading.Thread(target=run, name=f"measure {sampled}", daemon=True).start()
 
     def finish(self) -> None:
-        """Wait until what is measured, if anything, is; log its values, or note why it cannot be measured."""
-        if (sampled := self.measured) is None:
-            return
-        while not wait([self._values], MEASURED_POLL_S).done:
+        """Wait until all is measured; log the values, or note why one cannot be measured."""
+        for sampled in [*self.measured]:
+            self._finish(sampled)
+
+    def _finish(self, sampled: Sampled) -> None:
+        began_s = self.job.now_s()
+        while not wait([self.measured[sampled]], MEASURED_POLL_S).done:
             self.job.raise_if_stopped()
-            self.job.show_idle()
-        self.measured = None
+            if self.job.now_s() - began_s < MEASURED_S:  # a longer one hangs, and is to be seen
+                self.job.show_idle()
         with noting(self.job, sampled, self.skipped):
-            self.job.say(_shown(sampled, self._values.result()))
+            self.job.say(_shown(sampled, self.measured.pop(sampled).result()))
+
+    def settle(self) -> None:
+        """Finish after an error, which is the one to raise: what follows would measure the same a second time."""
+        while self.measured:
+            try:
+                self.finish()
+            except Preempted:
+                return self.stop()
+            except Exception as error:
+                self.job.say(f"not measured: {describe(error)}", level="warning")
+
+    def stop(self) -> None:
+        """Wait for what is measured as long as the grace period allows: the time of its samples is known here only."""
+        wait(self.measured.values(), max(0.0, self.job.grace_left_s() - ENDS_S))
 
 
 def _measure_again(job: StageJob, evaluation: Evaluation, skipped: set[Sampled]) -> None:
@@ -286,7 +308,8 @@ def open_evaluation(
     from dis_scale.evaluation.sampling import labels_of
 
     references, labels = reference.load_all(sweep), labels_of(sweep)
-    evaluation = Evaluation(sweep, evaluators, references, samplings, labels, job.say, job.raise_if_stopped, job.require_held)
+    held = job.held.require_held if job.held else job.require_held  # also for a thread that outlives the stage's block
+    evaluation = Evaluation(sweep, evaluators, references, samplings, labels, job.say, job.raise_if_stopped, held)
     return evaluation, evaluators
 
 

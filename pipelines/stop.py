@@ -27,7 +27,7 @@ def stop_sweep(url: str, address: str | None) -> list[str]:
             return asked + jobs.stop_all(sweep, last_ray.address_of(sweep) if own else address)
         except jobs.NoRay:
             if own and last and last.end:
-                return []  # its Ray ended with it
+                return asked  # its Ray ended with it
             raise
     except Unanswered as error:
         raise Unanswered(f"{error}; a request was left for {asked[0]}" if asked else str(error)) from error

@@ -1,5 +1,5 @@
 """The `dis-scale` command. Exit code 0, 2 for a user's mistake, 1 for a failure, 69 if held elsewhere, 70 if
-nobody foresaw it, 74 if storage is away, 75 if stopped as requested.
+nobody foresaw it, 74 if storage is away, 75 if stopped as requested, 130 if a second signal ended it.
 
 Each command imports what it needs when it runs, so that `--help` and a mistake are answered at once.
 """
@@ -77,6 +77,13 @@ def _options(
     pass
 
 
+def _print_end(context: Context, words: str, before: str = "", *, drives: bool) -> None:
+    """Print the last line of a command; one of JSON if it drives a sweep whose lines are."""
+    as_json = drives and os.environ.get(jsonlog.VARIABLE) == "json"
+    line = jsonlog.entry(context, "error", "error", message=words) if as_json else shown_below(before + words)
+    print(line, file=sys.stderr, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; an error of ours becomes one line and its exit code, below its traceback if `--debug` is given anywhere."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -87,17 +94,14 @@ def main(arguments: list[str] | None = None) -> None:
         return
     except SystemExit as end:  # by Typer
         if drives and end.code == INTERRUPTED:
-            print("ended at once; what was saved is kept, and the same command continues", file=sys.stderr)
+            _print_end(context, "ended at once; what was saved is kept, and the same command continues", drives=drives)
         if not drives or end.code != UserError.exit_code:
             raise
         code = UserError.exit_code
     except DisScaleError as error:
         if "--debug" in words:
             print(shown(redact(traceback.format_exc())), end="", file=sys.stderr)
-        words_of_error = shown_below(str(error) if isinstance(error, Preempted) else f"error: {error}")
-        if drives and os.environ.get(jsonlog.VARIABLE) == "json":
-            words_of_error = jsonlog.entry(context, "error", "error", message=str(error))
-        print(words_of_error, file=sys.stderr, flush=True)
+        _print_end(context, str(error), "" if isinstance(error, Preempted) else "error: ", drives=drives)
         code = error.exit_code
     except Exception:
         print(shown(redact(traceback.format_exc())), end="", file=sys.stderr)

@@ -107,11 +107,11 @@ def measured(
     """Return all of `METRICS` and both Inception Scores by name, with errors; `report` gets the samples that are measured.
 
     The extractor is loaded once both are opened. Keeps the features of distances, 16 KB a sample: the jackknife's groups are of a
-    mixed order, since samples are often sorted by class. `say` gets what differs from ADM's evaluator.
+    mixed order, since samples are often sorted by class. `say` gets what is measured, and what differs from ADM's evaluator.
     """
     with opened(samples) as pictures, _opened_reference(reference, pictures.side) as found_there:
         count, extractor = pictures.count, load()
-        dimensions = extractor(next(pictures.batches())).pooled.shape[1]
+        dimensions = extractor(np.zeros((1, pictures.side, pictures.side, 3), np.uint8)).pooled.shape[1]
         require_samples(count, dimensions, "pictures", f"{NAME}: {samples}: ", "", UserError)  # the reference may take hours
         say(f"measure: the features of the reference {reference}, then of {count:,} pictures")
         real_pictures = found_there if isinstance(found_there, Pictures) else None

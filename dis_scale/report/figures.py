@@ -77,7 +77,7 @@ def drawn_counts(report: Report, *, published: bool = False) -> list[int]:
 
     All of a study, in which each model has its own.
     """
-    lasts = {p.trunk: p.images_seen for p in sorted(report.main, key=lambda p: p.images_seen)}
+    lasts = {p.model: p.images_seen for p in sorted(report.main, key=lambda p: p.images_seen)}
     wanted = {*evenly(report.counts, MOST_COUNTS), *lasts.values(), *([PUBLISHED_IMAGES] if published else [])}
     return report.counts if report.recipe.isoflop else sorted(wanted & set(report.counts))
 

@@ -120,9 +120,9 @@ class SsdKind(NamedTuple):
 
 def ssd(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
     """`duality.ssd` of checked inputs, with B and C in x's type, and all else in float32."""
+    refuse_float64("triton", x_BLHP, own_BLH, *(earlier or ()), *(later or ()))
     ways = list[Tensor]()
     for way in filter(None, (earlier, later)):
-        refuse_float64("triton", x_BLHP, own_BLH, *way)
         ways += [way.step_BLH.float(), way.A_H.float(), way.B_BLN.to(x_BLHP), way.C_BLN.to(x_BLHP)]
     present = earlier is not None, later is not None
     y_BLHP: Tensor = _Ssd.apply(present, exclusive, x_BLHP, own_BLH.float(), *ways)

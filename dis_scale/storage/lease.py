@@ -187,7 +187,7 @@ def _why(error: BaseException) -> str:
     """Return an error in one line without secrets; of an error of Ray, what its worker raised, without the worker's traceback."""
     found = getattr(error, "cause", None)
     cause = found if isinstance(found, BaseException) else error
-    return redact(": ".join([type(cause).__name__, *[" ".join(str(cause).split())] * bool(str(cause))]))[:WHY_CHARACTERS]
+    return redact(" ".join(f"{type(cause).__name__}: {cause}".split()).removesuffix(":"))[:WHY_CHARACTERS]
 
 
 def live_holders(folders: Iterable[Folder]) -> dict[Folder, Holder]:

@@ -19,7 +19,7 @@ import typer.main
 import dis_scale
 from dis_scale import cli
 from dis_scale.cli import shared
-from dis_scale.cli.help import EXAMPLES, EXIT_CODES
+from dis_scale.cli.help import EXAMPLES, EXIT_CODES, INTERRUPTED
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
 from dis_scale.recipe.shipped import EMBEDDED
@@ -82,6 +82,15 @@ def test_each_kind_of_error_has_its_exit_code(
     with pytest.raises(SystemExit):
         cli.main(["sweep", str(TINY)])
     assert capsys.readouterr() == ("", line), "an error is printed on stderr"
+
+
+def test_a_second_signal_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_sweep(monkeypatch, KeyboardInterrupt())
+    words = "ended at once; what was saved is kept, and the same command continues"
+    assert invoke("sweep", str(TINY)) == (INTERRUPTED, f"{words}\n")
+    monkeypatch.setenv("DIS_SCALE_LOG", "json")
+    code, output = invoke("sweep", str(TINY))
+    assert (code, json.loads(output)["message"]) == (INTERRUPTED, words)
 
 
 def test_the_version_is_printed() -> None:

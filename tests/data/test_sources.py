@@ -394,6 +394,16 @@ def test_a_deleted_image_is_not_reported_as_broken(kind: str, tmp_path: Path) ->
     assert not isinstance(caught.value, UndecodableImage)
 
 
+def test_a_tar_that_was_cut_after_it_was_listed_is_not_reported_as_broken_images(store_url: str) -> None:
+    """Within the first image; with `undecodable: skip` the images would be left out of the set."""
+    root = open_folder(store_url) / "images"
+    source = open_source(data(labelled_images.class_folders_in_a_tar(root)))
+    root.write("all.tar", root.read("all.tar")[:1500])
+    with pytest.raises(StorageError, match=r"all.tar: it was written again after it was listed") as caught:
+        source.decoded(range(0, len(source)), 16)
+    assert not isinstance(caught.value, UndecodableImage)
+
+
 def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
     root = open_folder(tmp_path)
     root.write("x.parquet", labelled_images.parquet([(png(0), 1)], metadata=None))

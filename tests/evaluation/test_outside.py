@@ -160,7 +160,10 @@ def test_too_few_samples_are_refused_before_a_reference_that_takes_hours(
 
     with pytest.raises(UserError, match=r"few.npz: 8 pictures"):
         measured(tmp_path / "few.npz", pictures / "samples", replace(extractor, net=net))
-    assert seen == [8]
+    assert seen == [1], "a black picture tells the number of features"
+    np.savez(tmp_path / "none.npz", arr_0=np.zeros((0, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match=r"none.npz: 0 pictures"):
+        measured(tmp_path / "none.npz", pictures / "real.npz", extractor)
 
 
 def test_an_array_by_columns_is_refused_and_not_damaged(pictures: Path, extractor: Extractor, tmp_path: Path) -> None:

@@ -402,6 +402,8 @@ def test_jobs_that_another_driver_of_the_same_ray_has_joined_are_not_stopped(dri
     with pytest.raises(Preempted), stopping_jobs(driver):
         raise Preempted("taken over")
     assert stopped == ([] if taken_over else ["dit"])
+    grace_s = driver.sweep.recipe.grace_s + 5
+    assert (f"stopping the jobs save what they have, within {grace_s:.0f} s" in logged(driver)) == (not taken_over)
 
 
 def test_a_drained_node_stops_the_sweep_as_a_failure_that_is_tried_again(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

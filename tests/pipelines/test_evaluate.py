@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from dis_scale.process.context import Context
 from dis_scale.process.errors import (
@@ -212,14 +212,52 @@ def test_a_model_that_cannot_be_sampled_here_keeps_no_other_from_it(tmp_path: Pa
     assert len(job.pauses) == 1, "while training continues it waits for others"
 
 
-def test_evaluators_sample_the_next_checkpoint_while_one_is_measured(tmp_path: Path) -> None:
-    """The metrics of 50,000 samples took five minutes, 222 times in a sweep, for which four GPUs waited. One that cannot be
-    measured is noted, and is not another one.
-    """
+@pytest.fixture
+def two(tmp_path: Path) -> RecordedJob:
+    """A job with one checkpoint of each of two models, whose training is over."""
     job = job_of(reading.load(TINY, ["evaluate.floor=false", "evaluate.variants={}"]), tmp_path)
     for model in job.recipe.models:
         put_published(job.sweep.run(model).published_at(160))
         Ended(why="it failed").write(job.sweep.run(model).folder)
+    return job
+
+
+@pytest.mark.parametrize("error", [WorkerFailure("lost"), RayActorError(), Preempted("stopped as requested"), None], ids=str)
+def test_what_is_measured_at_a_failure_a_stop_or_a_move_is_measured_once(two: RecordedJob, error: Exception | None) -> None:
+    """The next attempt would measure it a second time beside the first, and after a stop the time of its samples is not known."""
+    first, other = two.recipe.models
+    begun = threading.Event()
+
+    class Slow(Recorded):
+        def sample(self, sampled: Sampled) -> Callable[[], dict[str, float]]:
+            if sampled.model == other:
+                assert begun.wait(20)
+                assert error
+                raise error
+
+            def measure() -> dict[str, float]:
+                begun.set()
+                time.sleep(0.5)
+                return self.evaluate(sampled)
+
+            return measure
+
+    evaluation = Slow(two.sweep)
+    if error:
+        with pytest.raises(type(error)):
+            evaluate.evaluate_all(two, evaluation, set())  # type: ignore[arg-type]
+    else:
+        moves = iter([False, True])
+        assert not evaluate.evaluate_all(two, evaluation, set(), lambda: next(moves))  # type: ignore[arg-type]
+    assert state.evaluated_counts(two.sweep, first) == [160]
+    assert evaluation.evaluated == [Sampled(first, 160)]
+
+
+def test_evaluators_sample_the_next_checkpoint_while_one_is_measured(two: RecordedJob) -> None:
+    """The metrics of 50,000 samples took five minutes, 222 times in a sweep, for which four GPUs waited. One that cannot be
+    measured is noted, and is not another one.
+    """
+    job = two
     steps, second = list[str](), threading.Event()
 
     class Slow(Recorded):

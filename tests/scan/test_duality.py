@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dis_scale.process.errors import UserError
 from dis_scale.scan import duality as module
+from dis_scale.scan import triton_ssd
 from dis_scale.scan.duality import Way, chunked, recurrence, ssd
 from tests.support.ssd import inputs, outputs_and_gradients
 
@@ -59,6 +60,13 @@ MINIMAL = [
 
 flash-linear-attention's `naive_recurrent_simple_gla` (fla-core 0.6.0) returns it to 6e-8, in float32.
 """
+
+
+def test_triton_narrows_no_tensor_of_float64() -> None:
+    x, own, way, _ = inputs(4, 1, 2, 3)
+    for x_BLHP, own_BLH, earlier in ((x, own.float(), None), (x.float(), own, None), (x.float(), own.float(), way)):
+        with pytest.raises(UserError, match="the triton scan computes in float32, got float64"):
+            triton_ssd.ssd(x_BLHP, own_BLH, earlier, None, False)
 
 
 @pytest.mark.parametrize("form", [recurrence, chunked])

@@ -32,7 +32,7 @@ def answer(*arguments: str) -> Any:
     return json.loads(output.getvalue())
 
 
-def replace_sweep(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> list[Recipe]:
+def replace_sweep(monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> list[Recipe]:
     """Let the sweep end at once, or by this error; return the list of recipes that it will have got."""
     recipes = list[Recipe]()
 
