@@ -11,7 +11,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,10 @@ def write(path: Path, result: dict[str, Any]) -> None:
     new.replace(path)
 
 
-def main(name: str, *modules: str) -> int:
+def main(name: str, *modules: str, folder: Path = RESULTS, run: Callable[[str], Iterator[dict[str, Any]]] = rows) -> int:
     """Return 1 if a benchmark failed, otherwise 0; the others run anyway."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     result = read(path)
     measured = result["benchmarks"]
     for module in modules:
@@ -87,7 +87,7 @@ def main(name: str, *modules: str) -> int:
         lines: list[dict[str, Any]] = [{"date": datetime.date.today().isoformat(), "commit": commit()}]
         measured[module] = [*lines, CUT_OFF]
         write(path, result)
-        for row in rows(module):
+        for row in run(module):
             lines.append(row)
             measured[module] = [*lines, CUT_OFF]
             write(path, result)

@@ -47,7 +47,7 @@ def on_threads(count: int, job: Job) -> Job:
     return run
 
 
-def measure(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
+def measure(jobs: dict[str, Job], rounds: int, slow_s: float = SLOW_S) -> dict[str, list[float]]:
     """Times of each job in seconds, one per round. In a round a job runs for half a second, at most ten times.
 
     Each job runs once before it is timed: its first run may compile kernels for a minute.
@@ -56,7 +56,7 @@ def measure(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
     for name, job in jobs.items():
         job()
         first = _timed(job)
-        if first > SLOW_S:
+        if first > slow_s:
             times[name].append(first)
     quick = {name: job for name, job in jobs.items() if not times[name]}
     for _ in range(rounds):

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import ray
@@ -32,8 +32,15 @@ def capacity(request: Resources, nodes: Sequence[Resources]) -> int:
 class Wait:
     """One wait for capacity, polled until it ends; as a context it no longer counts as waiting after its block."""
 
-    def __init__(self, gauge: SetGauge, logged_after_s: float = LOGGED_AFTER_S, long_s: float = LONG_S) -> None:
-        self._gauge, self._logged_after_s, self._long_s = gauge, logged_after_s, long_s
+    def __init__(
+        self,
+        gauge: SetGauge,
+        logged_after_s: float = LOGGED_AFTER_S,
+        long_s: float = LONG_S,
+        nodes: Callable[[], Sequence[Resources]] = alive_nodes,
+        free: Callable[[], Resources] = ray.available_resources,
+    ) -> None:
+        self._gauge, self._logged_after_s, self._long_s, self._nodes, self._free = gauge, logged_after_s, long_s, nodes, free
         self._since_s = 0.0
         self._logged: tuple[int, Resources] | None = None
         self._exported: int | None = None
@@ -60,10 +67,10 @@ class Wait:
         waited_s = time.monotonic() - self._since_s
         if waited_s < self._logged_after_s or (count, request) == self._logged:
             return None
-        nodes = alive_nodes()
+        nodes = self._nodes()
         if waited_s < STARTS * self._logged_after_s and capacity(request, nodes) >= max(count, together):
             return None
-        text = words(count, request, nodes, ray.available_resources(), together)
+        text = words(count, request, nodes, self._free(), together)
         self._logged = count, request  # after Ray's answer, which may be lost
         return text
 

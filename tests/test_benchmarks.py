@@ -18,21 +18,19 @@ from benchmarks.bringup import Options
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_job_that_compiles_in_its_first_run_is_timed_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "SLOW_S", 0.1)
+def test_a_job_that_compiles_in_its_first_run_is_timed_without_it() -> None:
     waits = iter([0.2])
 
     def job() -> None:
         time.sleep(next(waits, 0.0))
 
-    times = rows.measure({"job": job}, rounds=3)["job"]
+    times = rows.measure({"job": job}, rounds=3, slow_s=0.1)["job"]
     assert len(times) == 3
     assert max(times) < 0.1
 
 
 @pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
+def results(tmp_path: Path) -> Path:
     return tmp_path / "name.json"
 
 
@@ -40,41 +38,38 @@ def recorded(results: Path) -> dict[str, Any]:
     return {name: lines[1:] for name, lines in json.loads(results.read_text())["benchmarks"].items()}
 
 
-def run_modules(monkeypatch: pytest.MonkeyPatch, **lines: list[dict[str, Any]]) -> int:
-    monkeypatch.setattr(record, "rows", lambda module: iter(lines[module]))
-    return record.main("name", *lines)
+def run_modules(results: Path, **lines: list[dict[str, Any]]) -> int:
+    return record.main("name", *lines, folder=results.parent, run=lambda module: iter(lines[module]))
 
 
-def test_a_later_part_keeps_the_earlier_ones(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_modules(monkeypatch, one=[{"a": 1}], two=[{"b": 2}]) == 0
-    assert run_modules(monkeypatch, two=[{"b": 3}], three=[{"c": 4}]) == 0
+def test_a_later_part_keeps_the_earlier_ones(results: Path) -> None:
+    assert run_modules(results, one=[{"a": 1}], two=[{"b": 2}]) == 0
+    assert run_modules(results, two=[{"b": 3}], three=[{"c": 4}]) == 0
     assert recorded(results) == {"one": [{"a": 1}], "two": [{"b": 3}], "three": [{"c": 4}]}
 
 
-def test_results_of_other_versions_are_not_overwritten(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_modules(monkeypatch, one=[{"a": 1}])
-    with monkeypatch.context() as other:
-        other.setattr(record, "PACKAGES", ["numpy"])
-        with pytest.raises(SystemExit, match=r"name.json has rows of another machine or other versions \(versions\)"):
-            run_modules(other, two=[{"b": 2}])
+def test_results_of_other_versions_are_not_overwritten(results: Path) -> None:
+    run_modules(results, one=[{"a": 1}])
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"versions": {"torch": "2.0"}}))
+    with pytest.raises(SystemExit, match=r"name.json has rows of another machine or other versions \(versions\)"):
+        run_modules(results, two=[{"b": 2}])
     assert recorded(results) == {"one": [{"a": 1}]}, "which nothing could make again"
 
 
-def test_rows_are_written_as_they_come(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_written_as_they_come(results: Path) -> None:
     def cut_off(module: str) -> Any:
         yield {"a": 1}
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(record, "rows", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        record.main("name", "one", "two")
+        record.main("name", "one", "two", folder=results.parent, run=cut_off)
     not_measured = {"not measured": "cut off, or not begun"}
     assert json.loads(results.read_text())["benchmarks"]["two"] == [not_measured]
     assert recorded(results)["one"] == [{"a": 1}, not_measured]
 
 
 def test_a_failed_benchmark_is_recorded_and_the_next_one_runs(results: Path) -> None:
-    assert record.main("name", "nothing", "rows") == 1
+    assert record.main("name", "nothing", "rows", folder=results.parent) == 1
     (why,) = recorded(results).pop("nothing")
     assert (why["failed"], why["last_line"].split()[-1]) == (1, "benchmarks.nothing")
     assert recorded(results)["rows"] == []

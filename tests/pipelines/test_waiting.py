@@ -4,10 +4,8 @@ import contextlib
 import time
 
 import pytest
-import ray
 
 from dis_scale.process.errors import Preempted
-from pipelines import waiting
 from pipelines.ray_private import Resources
 from pipelines.waiting import Wait, words
 
@@ -46,11 +44,9 @@ def test_workers_that_wait_are_exported_once_and_so_is_the_end() -> None:
     assert exported == [("waiting_workers", 3), ("waiting_workers", 2), ("waiting_workers", 0)]
 
 
-def test_a_wait_for_something_else_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_for_something_else_is_news() -> None:
     """Otherwise the last line asks for a node that is there already."""
-    monkeypatch.setattr(waiting, "alive_nodes", list)
-    monkeypatch.setattr(ray, "available_resources", dict[str, float])
-    wait = Wait(lambda *_: None, logged_after_s=0.0)
+    wait = Wait(lambda *_: None, logged_after_s=0.0, nodes=list, free=dict)
     said = [wait.poll(1, {name: 1.0}) for name in ("precompute", "precompute", "evaluate")]
     assert [line and line.partition(";")[0].rpartition(" ")[2] for line in said] == ["precompute", None, "evaluate"]
 
@@ -77,10 +73,8 @@ def test_a_worker_that_the_nodes_hold_may_only_have_to_start(
     monkeypatch: pytest.MonkeyPatch, cpus: float, logged_at_s: int
 ) -> None:
     clock = iter(range(1, 100))
-    monkeypatch.setattr(waiting, "alive_nodes", lambda: [{"CPU": cpus}])
-    monkeypatch.setattr(ray, "available_resources", dict)
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    wait, polls = Wait(lambda *_: None), 1
+    wait, polls = Wait(lambda *_: None, nodes=lambda: [{"CPU": cpus}], free=dict), 1
     while wait.poll(1, {"CPU": 1.0}) is None:
         polls += 1
     assert polls == logged_at_s
