@@ -4,7 +4,7 @@
     native      C++ code for CPUs
     triton      our kernels for NVIDIA GPUs
     mamba       the published kernels for NVIDIA GPUs
-    chunked     plain PyTorch, for any device
+    chunked     plain PyTorch, for any device; duality needs one with float64
 
 `auto` selects the fastest one and gives the reason: `choose`. Every backend takes any float dtype, except that native,
 triton and mamba refuse float64. The state is float32 (float64 for float64 inputs), outputs have the first input's dtype, and

@@ -10,8 +10,9 @@ A scan's first kernel brings B and C into the layout of the others. Then there i
 direction stores its y in float32; the second adds its own, applies the gate and writes the output, so nothing is flipped.
 The forward pass keeps only its inputs, and B and C in the new layout. The backward pass repeats the scan and stores the
 states of every 16th step in the memory where the gradients of u and delta will be written later, so it needs almost no
-memory of its own. Where a block is recomputed for its own backward pass, or memory is left for all (`KeepingStates`), the
-forward pass stores the states, and y before the gate, so that nothing is repeated. Then the backward
+memory of its own; with more than 16 states both directions have buffers, which no plan counts: with 64 a third of the
+activations that a recomputed DiS-L/2 keeps. Where a block is recomputed for its own backward pass, or memory is left for
+all (`KeepingStates`), the forward pass stores the states, and y before the gate, so that nothing is repeated. Then the backward
 pass computes the gradients of each direction separately. Each direction computes y's gradient before the gate again:
 storing it would move as many bytes as reading z and dy again, in bf16 twice as many. The values before SiLU of the
 convolution are computed again too.
