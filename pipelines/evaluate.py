@@ -4,9 +4,8 @@ Blocks of samples are the unit of work and are kept, so an evaluation that was k
 evaluators.py. PyTorch is imported where it is used: the driver starts its workers first, and all load it at the same time.
 """
 
-import threading
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,8 +29,8 @@ from pipelines.worker import request_for
 
 POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
 """Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
-MEASURED_POLL_S, MEASURED_S = 1.0, 3600.0
-"""Interval of looks at what is measured, and time after which that counts as a hang."""
+MEASURED_POLL_S, MEASURED_S, GIVE_UP_MEASURING_S = 1.0, 3600.0, 4 * 3600.0
+"""Interval of looks at what is measured, time after which it counts as a hang, and after which the job ends: another follows."""
 ENDS_S = 10.0
 """Time at the end of the grace period in which a stage gives back its lease and stores its logs."""
 BACKLOG_EVERY_S = 600.0
@@ -151,7 +150,9 @@ def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], m
     except Preempted:
         todo.stop()
         raise
-    except Exception:
+    except Exception as error:
+        if todo.measured:
+            job.say(f"{describe(error)}; what is measured is waited for", level="warning")
         todo.settle()
         raise
 
@@ -192,8 +193,8 @@ class _Todo:
         self.put_off = dict[tuple[str, str], DisScaleError]()
         """Why no checkpoint of a model and a variant can be sampled here."""
         self.measured = dict[Sampled, Future[dict[str, float]]]()
-        """What is measured now."""
-        self._backlog = state.Backlog(job.sweep)
+        """What is measured, one after the other: each holds gigabytes."""
+        self._backlog, self._pool = state.Backlog(job.sweep), ThreadPoolExecutor(1, "measure")
 
     def left(self) -> list[Sampled]:
         """Return what is neither evaluated nor skipped nor measured now."""
@@ -204,27 +205,16 @@ class _Todo:
         return [sampled for sampled in waiting if (sampled.model, sampled.variant) not in self.put_off]
 
     def evaluate(self, sampled: Sampled) -> None:
-        """Sample a checkpoint, and begin to measure it; wait for the one before."""
+        """Sample a checkpoint, wait for the one before, and let it be measured."""
         before = [*self.measured]
         try:
             with noting(self.job, sampled, self.skipped):
-                self._begin(sampled, self.evaluation.sample(sampled))
+                self.measured[sampled] = self._pool.submit(self.evaluation.sample(sampled))
         except (OutOfMemory, WrongKernel) as error:
             self.put_off[sampled.model, sampled.variant] = error.with_traceback(None)  # that would keep lost evaluators
             self.job.say(f"{sampled}: {describe(error)}; the others are evaluated first", level="warning")
         for each in before:
             self._finish(each)
-
-    def _begin(self, sampled: Sampled, measure: Callable[[], dict[str, float]]) -> None:
-        values = self.measured[sampled] = Future[dict[str, float]]()
-
-        def run() -> None:
-            try:
-                values.set_result(measure())
-            except BaseException as error:
-                values.set_exception(error)
-
-        threading.Thread(target=run, name=f"measure {sampled}", daemon=True).start()
 
     def finish(self) -> None:
         """Wait until all is measured; log the values, or note why one cannot be measured."""
@@ -235,8 +225,15 @@ class _Todo:
         began_s = self.job.now_s()
         while not wait([self.measured[sampled]], MEASURED_POLL_S).done:
             self.job.raise_if_stopped()
-            if self.job.now_s() - began_s < MEASURED_S:  # a longer one hangs, and is to be seen
+            waited_s = self.job.now_s() - began_s
+            if waited_s > GIVE_UP_MEASURING_S:
+                del self.measured[sampled]
+                raise DisScaleError(f"{sampled}: it is not measured after {waited_s / 3600:.0f} h: does a read of its blocks hang?")
+            if waited_s < MEASURED_S:  # a longer one is to be seen
                 self.job.show_idle()
+        self._say(sampled)
+
+    def _say(self, sampled: Sampled) -> None:
         with noting(self.job, sampled, self.skipped):
             self.job.say(_shown(sampled, self.measured.pop(sampled).result()))
 
@@ -245,6 +242,8 @@ class _Todo:
         while self.measured:
             try:
                 self.finish()
+            except Held:
+                raise
             except Preempted:
                 return self.stop()
             except Exception as error:
@@ -252,7 +251,9 @@ class _Todo:
 
     def stop(self) -> None:
         """Wait for what is measured as long as the grace period allows: the time of its samples is known here only."""
-        wait(self.measured.values(), max(0.0, self.job.grace_left_s() - ENDS_S))
+        done = wait(self.measured.values(), max(0.0, self.job.grace_left_s() - ENDS_S)).done
+        for sampled in [sampled for sampled, values in self.measured.items() if values in done and not values.exception()]:
+            self._say(sampled)
 
 
 def _measure_again(job: StageJob, evaluation: Evaluation, skipped: set[Sampled]) -> None:

@@ -6,13 +6,14 @@ hands in the evaluators, which make blocks. PyTorch is imported where it is used
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dis_scale.process.errors import StorageError
+from dis_scale.process.errors import DisScaleError, StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Evaluate
 from dis_scale.recipe.evaluate import HELD_OUT
@@ -97,7 +98,8 @@ class Evaluation:
         self.require_held()
         folder.delete(Skipped.NAME)  # before: a process may be killed between both
         metrics.write(folder)
-        mlflow_copy.copy_evaluation(self.sweep, sampled)
+        with suppress(DisScaleError, OSError):  # the metrics are stored; at the next start all are copied
+            mlflow_copy.copy_evaluation(self.sweep, sampled)
         return metrics.values
 
     def _sample(self, sampled: Sampled, settings: Evaluate) -> list[Spent]:
