@@ -53,9 +53,8 @@ class Lease:
     number: int
 
     def held(self) -> bool:
-        """Whether it was not given back, and no other process has taken over."""
-        names = self.folder.list()
-        return _highest(names) == self.number and f"{_name(self.number)}.end" not in names
+        """Whether no other process has taken over."""
+        return _highest(self.folder.list()) == self.number
 
     def require_held(self) -> None:
         """Held if another process has taken over; asked before each document that it would also write."""

@@ -141,11 +141,11 @@ class Evaluated:
     after: Callable[[], None]
     """Called after each checkpoint, while the evaluators hold the GPUs."""
 
-    def evaluate(self, sampled: Sampled) -> dict[str, float]:
+    def sample(self, sampled: Sampled) -> Callable[[], dict[str, float]]:
         watch(self.job, self.workers, [worker.where.remote() for worker in self.workers])
         put_metrics(self.job.sweep.evaluation(sampled))
         self.after()
-        return {}
+        return dict
 
     def floor(self) -> None:
         """Measure no floor."""
