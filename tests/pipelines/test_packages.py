@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from dis_scale.process.errors import NoFamily
 from dis_scale.recipe import Recipe, reading
 from pipelines import packages
 from tests.conftest import TINY
+from tests.support.clusters import RayNodes, wait_for_nodes
 from tests.support.wheels import GATED_CONV
 
 
@@ -26,10 +26,9 @@ def test_each_node_is_asked_for_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     shutil.copy(GATED_CONV / file.name, file)
     recipe = reading.load(TINY, ["models.own={kind: 'gated_conv.py:FAMILY', width: 16, depth: 1, patch: 4}"])
     (kind,) = packages.brought(recipe)
-    nodes = Cluster()
+    nodes = RayNodes(1, folder=tmp_path)
     try:
-        for _ in range(2):
-            nodes.add_node(num_cpus=1)
+        wait_for_nodes(nodes, 2, nodes.node(1))
         ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
         packages.require_on_nodes(recipe)
         file.unlink()
@@ -37,4 +36,4 @@ def test_each_node_is_asked_for_the_file(tmp_path: Path, monkeypatch: pytest.Mon
             packages.require_on_nodes(recipe)
     finally:
         ray.shutdown()
-        nodes.shutdown()
+        nodes.stop()
