@@ -109,20 +109,19 @@ def measured(
     The extractor is loaded once both are opened. Keeps the features of distances, 16 KB a sample: the jackknife's groups are of a
     mixed order, since samples are often sorted by class. `say` gets what is measured, and what differs from ADM's evaluator.
     """
-    with opened(samples) as pictures, _opened_reference(reference, pictures.side) as found_there:
+    with opened(samples) as pictures, _opened_reference(reference, pictures.side) as theirs:
         count, extractor = pictures.count, load()
         dimensions = extractor(np.zeros((1, pictures.side, pictures.side, 3), np.uint8)).pooled.shape[1]
         require_samples(count, dimensions, "pictures", f"{NAME}: {samples}: ", "", UserError)  # the reference may take hours
         say(f"measure: the features of the reference {reference}, then of {count:,} pictures")
-        real_pictures = found_there if isinstance(found_there, Pictures) else None
-        if isinstance(found_there, Adm):
-            real = read_adm(found_there, pictures.side, extractor, lambda _: None)
+        if isinstance(theirs, Adm):
+            real = read_adm(theirs, pictures.side, extractor, lambda _: None)
         else:
-            real = _reference(found_there, extractor)
+            real = _reference(theirs, extractor)
+            if real.kept is not None and theirs.count > len(real.kept):
+                say(f"precision and recall: against {len(real.kept):,} of {theirs.count:,} pictures, where ADM's takes all")
         known = {"sfid": real.spatial is not None, "precision_recall": real.kept is not None}
         metrics = tuple(metric for metric in METRICS if known.get(metric, True))
-        if real.kept is not None and real_pictures and real_pictures.count > len(real.kept):
-            say(f"precision and recall: against {len(real.kept):,} of {real_pictures.count:,} pictures, where ADM's takes all")
         mixed, scores = _features(pictures, extractor, report)
     settings = SETTINGS.model_copy(update={"samples": count, "metrics": metrics})
     block = SampleBlock({extractor.name: mixed}, np.full(count, -1), np.zeros((0, 1, 1, 3), np.uint8))
