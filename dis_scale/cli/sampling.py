@@ -8,11 +8,14 @@ import typer
 from dis_scale.cli.checkpoints import Heads
 from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_file, require_png, say, say_aside, show, working
 from dis_scale.process.errors import UserError
+from dis_scale.recipe.evaluate import Sampler
 
 ADM_SAMPLES = 50_000
 """Samples that FID is defined by."""
 MOST_IN_A_GRID, WITHOUT_CLASSES = 100, 20
 """Images in a grid unless more are asked for."""
+GRID = Path("grid.png")
+"""The file of a grid, unless another is named."""
 COLUMNS = 10
 """Most columns of a grid."""
 
@@ -31,7 +34,7 @@ def sample(
             min=1,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
+    out: Annotated[Path | None, typer.Option(help=f"The PNG to write; default: {GRID}.")] = None,
     npz: Annotated[
         Path | None, typer.Option(help="Write all images to this file instead, for ADM's evaluator; default: of all classes.")
     ] = None,
@@ -46,7 +49,7 @@ def sample(
     guidance_channels: Annotated[
         int | None, typer.Option(min=1, help="Guide so many channels, the first; default: as for the sampler, or all.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="Default: the sweep's own, or that in the checkpoint.")] = None,
+    sampler: Annotated[Sampler | None, typer.Option(help="Default: the sweep's own, or that in the checkpoint.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: as for the sampler.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Images sampled at a time; does not change them.", min=1)] = 64,
@@ -62,6 +65,7 @@ def sample(
         raise UserError("sample: expected one checkpoint, such as examples/digits or SWEEP/runs/MODEL")
     aside = say_aside if as_json else say
     _require_outputs(out, npz, labels, classes)
+    written = npz or out or GRID
     with working("sample: reading"):
         located = find_checkpoint(given)  # misspelt paths and classes are refused before PyTorch is loaded: it takes seconds
     chosen = None if classes is None else labels_in_words(located.class_names, classes)
@@ -104,21 +108,23 @@ def sample(
             adm.write_samples(npz, images, parts)
         else:
             names = pictures.image_names(opened, each_label)
-            out.write_bytes(grid(np.concatenate(list(parts)), grid_columns(each, images), names))
+            written.write_bytes(grid(np.concatenate(list(parts)), grid_columns(each, images), names))
     how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.scale, "seed": seed}
     guided = {"guide": str(by)} if by else {}
     found = {
-        "file": str(npz or out), "images": images, **how, **guided, "device": machine_name(device), "notes": opened.notes
+        "file": str(written), "images": images, **how, **guided, "device": machine_name(device), "notes": opened.notes
     }  # fmt: skip
-    show(found, f"{images:,} {'images' if images > 1 else 'image'} in {npz or out}", as_json=as_json)
+    show(found, f"{images:,} {'images' if images > 1 else 'image'} in {written}", as_json=as_json)
 
 
-def _require_outputs(out: Path, npz: Path | None, labels: str, classes: str | None) -> None:
+def _require_outputs(out: Path | None, npz: Path | None, labels: str, classes: str | None) -> None:
     """UserError for a file that cannot be written or used, or labels that would not be drawn: before hours of sampling."""
     if labels == "uniform" and (npz is None or classes is not None):
         raise UserError("--labels uniform needs --npz, and draws from all classes: leave it out, or --classes")
     if npz is None:
-        return require_png(out)
+        return require_png(out or GRID)
+    if out is not None:
+        raise UserError("--out is a grid's PNG, and --npz a file of all images: expected one of them")
     if npz.suffix.lower() != ".npz":
         raise UserError(f"--npz {npz}: ADM's evaluator takes an .npz: give a name that ends with .npz")
     return require_file(npz, "--npz")

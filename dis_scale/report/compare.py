@@ -85,7 +85,7 @@ def differences(a: Report, b: Report, pairs: Mapping[str, str]) -> list[Differen
     for name, report in [(x, a) for x in pairs] + [(y, b) for y in pairs.values()]:
         if name not in report.recipe.models:
             raise UserError(f"{report.sweep} has no model {name!r}: it has {', '.join(report.recipe.models)}")
-    theirs = {(p.group, p.variant, p.images_seen): p for p in b.means}
+    theirs = {_key(p): p for p in b.means}
     keys = ((p, (pairs.get(p.group, ""), p.variant, p.images_seen)) for p in a.means)
     found = [(p, theirs[key]) for p, key in keys if key in theirs]
     if not found:
@@ -202,10 +202,15 @@ def _notes(a: Report, b: Report, found: Sequence[Difference]) -> list[str]:
         lines.append("samples of the same noise and labels: their error is that of the difference, by the paired jackknife")
     if any(each.a.unfinished or each.b.unfinished for each in found):
         lines.append(f"{UNFINISHED.strip()} measured before the learning rate had fallen to its end")
-    taken = {(each.b.group, each.b.variant, each.b.images_seen) for each in found}
-    if alone := len(a.means) + len(b.means) - len(found) - len(taken):
+    of_a, of_b = ({_key(p) for p in report.means} for report in (a, b))
+    compared_a, compared_b = {_key(each.a) for each in found}, {_key(each.b) for each in found}
+    if alone := len(of_a - of_b - compared_a) + len(of_b - of_a - compared_b):
         lines.append(f"in one sweep only: {counted(alone, 'point')}")
     return lines + _unlike_words(a, b, found)
+
+
+def _key(p: Point) -> tuple[str, str, int]:
+    return p.group, p.variant, p.images_seen
 
 
 def _unlike_words(a: Report, b: Report, found: Sequence[Difference]) -> list[str]:

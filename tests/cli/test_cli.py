@@ -428,6 +428,10 @@ def test_no_color_keeps_a_terminal_plain(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
     code, output = invoke("sample", str(tmp_path), "--labels", "uniform")
     assert (code, "--labels uniform needs --npz" in output) == (2, True), output
+    code, output = invoke("sample", str(tmp_path), "--out", str(tmp_path / "a.png"), "--npz", str(tmp_path / "a.npz"))
+    assert (code, "expected one of them" in output) == (2, True), output
+    code, output = invoke("sample", str(tmp_path), "--sampler", "huen")
+    assert (code, "'heun'" in output) == (2, True), output
     code, output = invoke("sample", str(tmp_path), "--out", str(tmp_path))
     assert (code, "this is a folder: give the name of a file" in output) == (2, True)
     code, output = invoke("init", str(tmp_path), "--out", str(tmp_path / "x.yaml"), "--resolution", "100")
