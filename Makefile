@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Images of containers often set it; then each process would compile PyTorch, DeepSpeed and Ray again: five seconds of CPU time.
+unexport PYTHONDONTWRITEBYTECODE
 UV := uv==0.13.9
 install = { ! $(1) -m pip config list | grep -q index-url && $(BIN)/uv pip install --python $(1) $(2); } || \
 	$(1) -m pip --disable-pip-version-check install --no-compile --upgrade-strategy eager $(2)

@@ -43,6 +43,8 @@ _FOLDER = "dis-scale-ray-"
 """Start of the name of a folder of our own Ray below /tmp. It has mode 0700; Ray opens its own, `ray` below, to all users."""
 _LOCK = "lock"
 """File of that folder which its command has locked."""
+NOT_INHERITED = ("RAY_AUTH_TOKEN", "PYTHONDONTWRITEBYTECODE")
+"""The first would replace the token's file; with the second each process would compile PyTorch again, five seconds of CPU time."""
 _OURS = re.compile(r"http://(?:127\.0\.0\.1|localhost):(\d+)")
 """Dashboard of a Ray of our own; its port names the token's file."""
 
@@ -302,17 +304,14 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
     token = folder / f"token-{dashboard}"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    environment = (
-        {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}  # it would replace the file's
-        | {
-            "RAY_AUTH_MODE": "token",  # otherwise any user of this machine could submit a job, which runs as this one
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too: without it Ray replaces 127.0.0.1 by the machine's address
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its jobs have ended before it is stopped
-            "RAY_prestart_worker_first_driver": "0",  # such workers lack a job's environment: no job would use them
-            "RAY_worker_niceness": "0",  # Ray's default of 15 would leave training hardly any priority over evaluation's further 5
-        }
-    )
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED} | {
+        "RAY_AUTH_MODE": "token",  # otherwise any user of this machine could submit a job, which runs as this one
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too: without it Ray replaces 127.0.0.1 by the machine's address
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its jobs have ended before it is stopped
+        "RAY_prestart_worker_first_driver": "0",  # such workers lack a job's environment: no job would use them
+        "RAY_worker_niceness": "0",  # Ray's default of 15 would leave training hardly any priority over evaluation's further 5
+    }
     with (folder / "start.log").open("wb") as output:
         head = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=_die_with_parent,

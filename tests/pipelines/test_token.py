@@ -28,8 +28,17 @@ def ours() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_AUTH_TOKEN", NOT_OURS)  # a user's own, for a cluster
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
         with open_cluster(reading.load(TINY)) as cluster:
             yield cluster
+
+
+def test_what_its_processes_import_is_compiled_once(ours: Cluster) -> None:
+    """Images of containers often ask for no bytecode: then each process compiles PyTorch."""
+    parts = (p for p in psutil.process_iter(["name", "cmdline"]) if ours.id in " ".join(p.info["cmdline"] or []))
+    (raylet,) = [p for p in parts if p.info["name"] == "raylet"]
+    assert "PYTHONDONTWRITEBYTECODE" not in raylet.environ()
+    assert "PYTHONDONTWRITEBYTECODE" in os.environ
 
 
 def test_an_address_that_is_given_is_asked_whatever_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
