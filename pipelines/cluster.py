@@ -41,8 +41,6 @@ from pipelines.stage import keeping_handlers
 START_TIMEOUT_S = 90.0
 _FOLDER = "dis-scale-ray-"
 """Start of the name of a folder of our own Ray below /tmp. It has mode 0700; Ray opens its own, `ray` below, to all users."""
-_LOCK = "lock"
-"""File of that folder which its command has locked."""
 NOT_INHERITED = ("RAY_AUTH_TOKEN", "PYTHONDONTWRITEBYTECODE")
 """The first would replace the token's file; with the second each process would compile PyTorch again, five seconds of CPU time."""
 _OURS = re.compile(r"http://(?:127\.0\.0\.1|localhost):(\d+)")
@@ -128,19 +126,15 @@ def try_cluster(recipe: Recipe) -> str:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[Path]:
-    """Yield a new folder for a Ray of our own and remove it at the end; remove those that killed commands have left, too.
-
-    The kernel frees the lock on its file when the process ends in any way.
-    """
+    """Yield a new folder for a Ray of our own and remove it at the end; remove those that killed commands have left, too."""
     for left in Path("/tmp").glob(f"{_FOLDER}*"):
-        with contextlib.suppress(OSError):  # removed meanwhile, or in use
-            if left.lstat().st_uid == os.getuid():  # another user's may hold anything
-                _remove_unless_in_use(left)
-    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir="/tmp"))  # Ray's sockets need a short path
+        with contextlib.suppress(OSError), _locked(left):  # removed meanwhile, or in use
+            if left.lstat().st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}", dir="/tmp"))  # Ray's sockets need a short path
     try:
-        with (folder / "locking").open("w") as lock, _locked(folder):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / "locking").rename(folder / _LOCK)  # from here on another command may try it
+        with _locked(folder):
+            folder = folder.rename(folder.with_name(folder.name[1:]))  # from here on another command may try it
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,24 +142,17 @@ def _own_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder for the block: systemd cleans /tmp of files that nobody has used for ten days, but for locked folders."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Lock a folder for the block; OSError if another process has locked it, or if it is none.
+
+    The kernel frees the lock when the process ends in any way. systemd cleans /tmp of what nobody has used for ten days, but for
+    locked folders.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
-
-
-def _remove_unless_in_use(folder: Path) -> None:
-    """Remove a folder of our own Ray; BlockingIOError if its command still runs."""
-    # neither waits for a pipe nor follows a link
-    lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def client_of(address: str | None) -> JobSubmissionClient:

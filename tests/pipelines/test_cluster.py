@@ -65,15 +65,16 @@ def test_the_folder_that_a_killed_command_left_is_removed_at_the_next_start() ->
 
 
 @pytest.mark.parametrize(("user", "stays"), [(os.getuid(), False), (os.getuid() + 1, True)], ids=["ours", "another's"])
-def test_a_lock_that_is_a_pipe_holds_up_no_start(user: int, stays: bool) -> None:
+def test_only_a_users_own_folders_are_removed(user: int, stays: bool) -> None:
     left = Path(tempfile.mkdtemp(prefix=cluster._FOLDER, dir="/tmp"))
-    os.mkfifo(left / "lock")
+    os.mkfifo(pipe := left.with_name(f"{left.name}-pipe"))
     program = f"import os; os.getuid = lambda: {user}\nfrom pipelines.cluster import _own_folder\nwith _own_folder(): pass"
     try:
-        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)  # a pipe holds up no start
         assert left.exists() == stays
     finally:
         shutil.rmtree(left, ignore_errors=True)
+        pipe.unlink()
 
 
 def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
