@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -36,29 +35,21 @@ NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 """Answers of a file system to a path that is no file: a folder, below a file, too long."""
 
 
-class SourceKind(Protocol):
-    """A kind of source: how to list and read it."""
+class SourceKind(ABC):
+    """A kind of source: how to list and read it. By default it has a file for each image."""
 
     where: str
     """Its location, for messages."""
     missing: str
     """The error message if it has no entries."""
-    mixed: bool
+    mixed = True
     """Whether to list in the mixed order: reading neighbours together is no cheaper."""
 
+    @abstractmethod
     def find(self) -> Contents: ...
-    def version(self) -> str: ...
-    def read(self, entries: Sequence[Entry]) -> list[bytes | None]: ...
-    def near(self, first: Entry, entry: Entry, /) -> bool: ...
-
-
-class _OneFileEach(ABC):
-    """Base of kinds with a file for each image."""
-
-    mixed = True
 
     def version(self) -> str:
-        """Return the version of the one file with all labels; empty if each image has its own."""
+        """Return the version of the one file with all labels; empty if each image, or each file of images, has its own."""
         return ""
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
@@ -67,11 +58,11 @@ class _OneFileEach(ABC):
     def near(self, _: Entry, __: Entry, /) -> bool:
         return True
 
-    @abstractmethod
-    def read_one(self, entry: Entry) -> bytes | None: ...
+    def read_one(self, entry: Entry) -> bytes | None:
+        raise NotImplementedError
 
 
-class _Digits(_OneFileEach):
+class _Digits(SourceKind):
     """scikit-learn's handwritten digits."""
 
     where, missing = "scikit-learn's digits", ""
@@ -90,7 +81,7 @@ class _Digits(_OneFileEach):
         return buffer.getvalue()
 
 
-class _ClassFolders(_OneFileEach):
+class _ClassFolders(SourceKind):
     """A folder of images for each class; unlabelled images may also be beside these folders."""
 
     def __init__(self, settings: FolderSource, *, labelled: bool) -> None:
@@ -218,7 +209,7 @@ class _Linked:
         return path.resolve() if path.is_symlink() else path
 
 
-class _Csv(_OneFileEach):
+class _Csv(SourceKind):
     """A CSV file of paths, and of labels unless the images are unlabelled."""
 
     def __init__(self, settings: CsvSource, data: Data, *, labelled: bool) -> None:
@@ -302,7 +293,7 @@ class _Csv(_OneFileEach):
         return entry
 
 
-class _ManyInAFile:
+class _ManyInAFile(SourceKind):
     """Many images or latents in a file, which is compared with its version when it was listed."""
 
     mixed = False
@@ -310,16 +301,16 @@ class _ManyInAFile:
     def __init__(self, url: str, files: Files, layout: layouts.InFiles, missing: str, *, are_classes: bool = False) -> None:
         self.root, self._names = tars.files_of(folder := open_folder(url), files, layout.suffix, are_classes=are_classes)
         self._is_folder, self.where, self.missing = self.root == folder, self.root.url, f"{missing} {self.root}"
-        self._layout, self.near = layout, layout.near
-
-    def version(self) -> str:
-        return ""  # each entry has that of its file
+        self._layout = layout
 
     def find(self) -> Contents:
         """List the images of the files, then what is beside these."""
         contents = self._layout.find(self.root, self._names)
         beside = tars.beside(self.root, self._names) if self._is_folder else ()
         return contents._replace(entries=itertools.chain(contents.entries, beside))
+
+    def near(self, first: Entry, entry: Entry, /) -> bool:
+        return self._layout.near(first, entry)
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
         try:
@@ -353,7 +344,7 @@ class _PackedLatents(_ManyInAFile):
         return super().find()
 
 
-class _LatentFiles(_OneFileEach):
+class _LatentFiles(SourceKind):
     """Latents of another program, a file each."""
 
     def __init__(self, settings: LatentsSource, *, labelled: bool) -> None:
