@@ -88,7 +88,7 @@ def measure(data: bytes, name: str, in_flight: InFlight) -> tuple[int, int]:
 
 
 def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T], in_flight: InFlight) -> T:
-    try:
+    with undecodable(f"image {printable(name)} cannot be decoded"):
         if not data:
             raise ValueError("it is empty (0 bytes)")
         if len(data) > IMAGE_BYTES:
@@ -96,15 +96,20 @@ def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T], in_flight:
         image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the size only
         with in_flight.take(image.width * image.height):
             return use(image)
+
+
+@contextlib.contextmanager
+def undecodable(what: str) -> Iterator[None]:
+    """Raise what the block raises as UndecodableImage: on damaged bytes Pillow and `pickle` raise many kinds."""
+    try:
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # on damaged bytes Pillow raises struct.error, IndexError and many others
+    except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             why = "it is in none of the formats that are read"  # Pillow names an address in memory
-        raise UndecodableImage(
-            f"image {printable(name)} cannot be decoded: {why}; repair or remove it, or --set data.undecodable=skip", why
-        ) from error
+        raise UndecodableImage(f"{what}: {why}; repair or remove it, or --set data.undecodable=skip", why) from error
 
 
 def square(image: Image.Image, resolution: int, crop: Crop | None = None) -> np.ndarray:

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dis_scale.data import tars
-from dis_scale.data.images import ending, hidden
+from dis_scale.data.images import ending, hidden, undecodable
 from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, of_files
-from dis_scale.process.errors import StorageError, UndecodableImage, UserError, printable
+from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import LatentsSource, TarSource
 from dis_scale.storage import npy
@@ -115,7 +115,7 @@ def moments(source: LatentsSource, data: bytes, name: str, *, mirror: bool) -> n
 
     UndecodableImage if the bytes are no latent.
     """
-    try:
+    with undecodable(f"latent {printable(name)} cannot be read"):
         match source.layout:
             case "edm2" | "repa":
                 return _of_mean_and_deviation(npy.read(_unzipped(data) if source.url.endswith(".zip") else data))
@@ -123,13 +123,6 @@ def moments(source: LatentsSource, data: bytes, name: str, *, mirror: bool) -> n
                 return _of_mean_and_log_variance(_unpickled(data))
             case "safetensors":
                 return _finite(npy.read(data)[: 1 + mirror])
-    except MemoryError:
-        raise
-    except Exception as error:  # on damaged bytes `pickle` raises many kinds
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise UndecodableImage(
-            f"latent {printable(name)} cannot be read: {why}; repair or remove it, or --set data.undecodable=skip", why
-        ) from error
 
 
 def edm2_file(position: int) -> str:
