@@ -22,7 +22,7 @@ from dis_scale.storage.manifest import Digest, read_verified
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import Hardware, LatentsManifest, LatentsPointer, ShardEntry
 from dis_scale.sweep.state import require_latents, require_same_vae
-from dis_scale.vae import PixelVae, Vae
+from dis_scale.vae import Vae
 
 GRID, GRID_SHARDS = 50, 10
 """Most images in the grid of `dis-scale data show`, and most shards that they come from."""
@@ -141,20 +141,11 @@ def describe(latents: Folder) -> list[str]:
 
 
 def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae | None:
-    """Load the VAE of the latents: from `path`, else the sweep's, else `PixelVae` if they are pixels, else None.
-
-    UserError if another VAE encoded the latents.
-    """
+    """Load the VAE of the latents by `vae.decoder_of`; UserError if another VAE encoded the latents."""
     encoder = LatentsManifest.require(latents).encoding
-    theirs = encoder.identity
-    if path is None and sweep is None:
-        return PixelVae() if PixelVae().identity == theirs else None
-    if path is not None:
-        decoder = vae.from_path(path, encoder)
-    else:
-        assert sweep is not None
-        decoder = vae.load(Sweep.open(sweep.url))
-    require_same_vae(latents, theirs, decoder.identity)
+    decoder = vae.decoder_of(path, Sweep.open(sweep.url) if sweep and path is None else None, encoder)
+    if decoder:
+        require_same_vae(latents, encoder.identity, decoder.identity)
     return decoder
 
 

@@ -31,7 +31,7 @@ from dis_scale.vae.interface import PixelVae, Vae, to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
 
 __all__ = [
-    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "from_path", "has_posterior", "import_without_others",
+    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "decoder_of", "for_samples", "from_path", "has_posterior", "import_without_others",
     "latent_shape", "load", "load_exported", "load_in_stage", "load_pretrained", "new", "planned_shape", "save", "to_pixels",
     "to_unit",
 ]  # fmt: skip
@@ -111,6 +111,15 @@ def from_path(path: str, encoder: EncodedBy | None = None) -> Vae:
     # Latents of another program may have been stored without the variance that the VAE has.
     other = replace(found, settings=found.settings.model_copy(update={"posterior": not found.posterior}))
     return other if encoder and encoder.identity == other.identity else found
+
+
+def decoder_of(path: str | None, sweep: Sweep | None, encoder: EncodedBy | None) -> Vae | None:
+    """Load the decoder of latents: the VAE at `path`, else the sweep's, else `PixelVae` if these are pixels, else None."""
+    if path is not None:
+        return from_path(path, encoder)
+    if sweep is not None:
+        return load(sweep)
+    return PixelVae() if encoder and encoder.identity == PixelVae().identity else None
 
 
 def for_samples(sweep: Sweep, decoder: Vae) -> Vae:

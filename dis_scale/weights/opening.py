@@ -27,7 +27,7 @@ from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling, TrainedVae
 from dis_scale.recipe.evaluate import Autoguidance
 from dis_scale.storage.manifest import Manifest
 from dis_scale.sweep import Sweep, state
-from dis_scale.vae import PixelVae, Vae
+from dis_scale.vae import Vae
 from dis_scale.weights.checkpoints import Located, class_names, find_checkpoint
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts, trained_for
 
@@ -192,17 +192,12 @@ def _opened_guide(at: str | Path, guided: OpenCheckpoint) -> Backbone:
 
 
 def _decoder(located: Located, vae_path: str | None, facts: SamplingFacts | None) -> Vae:
-    """Load the VAE at `vae_path`, else the sweep's, else `PixelVae` if the latents are pixels, else the one in `vae/` beside the
-    weights; UserError otherwise.
-    """
-    if vae_path is not None:
-        return vae.from_path(vae_path, facts.vae if facts else None)
-    if located.sweep is not None:
-        return vae.load(located.sweep)
-    if facts and facts.vae.identity == PixelVae().identity:
-        return PixelVae()
+    """Load the VAE by `vae.decoder_of`, else the one in `vae/` beside the weights; UserError otherwise."""
+    encoder = facts.vae if facts else None
+    if decoder := vae.decoder_of(vae_path, located.sweep, encoder):
+        return decoder
     if (beside := located.folder / BESIDE).list():
-        return vae.from_path(beside.url, facts.vae if facts else None)
+        return vae.from_path(beside.url, encoder)
     raise UserError(
         f"{located} is not in a sweep, so name the VAE of its latents: --vae FOLDER, hub id, or none; or put its folder there as "
         f"{BESIDE}/"
