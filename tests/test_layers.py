@@ -56,7 +56,7 @@ DOORS = {
     "typer": "dis_scale/cli",
     "rich": "dis_scale/planning dis_scale/report dis_scale/upkeep dis_scale/process dis_scale/cli pipelines",
     "packaging": "dis_scale/upkeep/doctor.py",
-    "psutil": "dis_scale/storage/lease.py pipelines/environment.py",
+    "psutil": "dis_scale/data/memory.py dis_scale/storage/lease.py pipelines/environment.py",
     "mamba_ssm": "dis_scale/scan",
     "causal_conv1d": "dis_scale/scan",
     "triton": "dis_scale/scan",

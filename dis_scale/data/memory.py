@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+import psutil
+
 from dis_scale.data.shards import Shard
 
 LOADS_AT_ONCE = 4
@@ -62,15 +64,11 @@ class MemoryBuffer:
 
 
 def free_memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
-    """Return the free memory of this machine, container or job; 0 if unknown (not Linux). What the kernel keeps of files is free.
+    """Return the free memory of this machine, container or job. What the kernel keeps of files is free.
 
     A job of Slurm or systemd has a control group within others, and the least of their limits holds.
     """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    free = [int(psutil.virtual_memory().available)]
     for kind, path in _own_groups(own):
         for group in (path, *path.parents):
             try:
@@ -80,7 +78,7 @@ def free_memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
             if limit.strip().isdigit():
                 files = sum(map(int, re.findall(_FILES[kind], stat, re.MULTILINE)))
                 free.append(max(0, int(limit) - int(used) + files))
-    return min(free, default=0)
+    return min(free)
 
 
 def _own_groups(own: Path) -> list[tuple[str, Path]]:
