@@ -168,14 +168,14 @@ class Job:
 
     def stop(self) -> bool:
         """Ask Ray to stop the job; return whether it does."""
-        with contextlib.suppress(RuntimeError, OSError):
-            return stops(self.cluster.client, self.id)
-        return False
+        return stops(self.cluster.client, self.id)
 
 
 def stops(client: Any, job: str) -> bool:
-    """Ask Ray to stop a job; return whether it does, or the job has ended. One that is about to begin Ray does not stop."""
-    return client.stop_job(job) is not False or JobStatus(client.get_job_info(job).status) in ENDED
+    """Ask Ray to stop a job; return whether it does, or the job has ended; false for one about to begin, and without an answer."""
+    with contextlib.suppress(RuntimeError, OSError):
+        return client.stop_job(job) is not False or JobStatus(client.get_job_info(job).status) in ENDED
+    return False
 
 
 def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
@@ -292,13 +292,6 @@ def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], 
         where = address or ray_address() or "this machine"
         raise NoRay(f"no Ray answers at {where}: has the sweep ended already? (--address names another)") from error
     ours = [job for job in running if job.startswith(f"{prefix_of(sweep)}-")]
-    unasked = list[str]()
-    for job in ours:
-        try:
-            stopped = stops(client, job)
-        except (OSError, RuntimeError):
-            stopped = False
-        unasked += [job] * (not stopped)
-    if unasked:
+    if unasked := [job for job in ours if not stops(client, job)]:
         raise Unanswered(f"Ray did not answer when it was asked to stop {', '.join(unasked)}: run the command again")
     return ours
