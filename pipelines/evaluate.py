@@ -56,8 +56,10 @@ class PublishedEvaluation:
 
     job: StageJob
     device: str
-    open: Callable[[StageJob, str, int], tuple[Evaluation, RayEvaluators]] | None = None
-    """Opens the evaluation with this many GPUs; default: that of all checkpoints that the recipe publishes."""
+    open: Callable[[StageJob, str, int], tuple[Evaluation, RayEvaluators]] = lambda job, device, gpus: open_evaluation(
+        job, device, gpus, job.recipe.evaluate.samplings, _images(job.sweep)
+    )
+    """Opens the evaluation with this many GPUs."""
     skipped: set[Sampled] = field(default_factory=set)
     """Checkpoints that could not be measured."""
     _opened: tuple[Evaluation, RayEvaluators] | None = None
@@ -82,7 +84,7 @@ class PublishedEvaluation:
         if self.device == "cuda":
             self.job.progress(0, _images(self.job.sweep), "images")  # for whoever reads the status while it waits
             gpus = await_gpus(self.job, partial(free_gpus, self.job.sweep))
-        return (self.open or _open_published)(self.job, self.device, gpus)
+        return self.open(self.job, self.device, gpus)
 
 
 def show_backlog(backlog: state.Backlog, skipped: Collection[Sampled], gauge: SetGauge) -> None:
@@ -282,11 +284,6 @@ def wait_for_training(job: StageJob, news: Callable[[], bool]) -> None:
                 raise DisScaleError(f"nothing was published or saved for {GIVE_UP_S / 3600:.0f} h: is training running?")
             since_s, before = job.now_s(), now
         job.pause(min(LONGEST_POLL_S, max(POLL_EVERY_S, (job.now_s() - began_s) / 20)))
-
-
-def _open_published(job: StageJob, device: str, gpus: int) -> tuple[Evaluation, RayEvaluators]:
-    """Open the evaluation of all checkpoints that the recipe publishes."""
-    return open_evaluation(job, device, gpus, job.recipe.evaluate.samplings, _images(job.sweep))
 
 
 def _images(sweep: Sweep) -> int:
