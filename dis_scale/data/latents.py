@@ -81,10 +81,6 @@ class Latents:
             moments, labels = self._gather(Locations(np.full_like(inside, shard), inside), np.zeros_like(inside))
             yield from zip(moments, labels.tolist(), strict=True)
 
-    def scaled(self, sample: np.ndarray) -> np.ndarray:
-        """Scale float32 latents in place, as the backbone sees them."""
-        return self.scaling.apply(sample)
-
     def _gather(self, locations: Locations, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         channels, size = self.shape
         moments = np.empty((len(sides), 2 * channels, size, size), np.float16)
@@ -183,7 +179,7 @@ def micro_batch(
     if (null := latents.manifest.made_from.num_classes) is not None:
         labels[generator("label dropout").random(micro) < label_dropout] = null
         y_B = torch.from_numpy(labels)
-    return Micro(torch.from_numpy(latents.scaled(sample)), y_B, torch.from_numpy(noise.result()))
+    return Micro(torch.from_numpy(latents.scaling.apply(sample)), y_B, torch.from_numpy(noise.result()))
 
 
 def sample_posterior(moments_BCHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -18,7 +18,7 @@ LEVELS = 8
 def losses(model: Backbone, process: Process, latents: Latents, seed: int, batch: int) -> dict[str, float]:
     """Return `held_out_loss`, the mean over all levels, and one loss a level, as `held_out_loss/t0062` (time in thousandths)."""
     moments, labels = (np.stack(column) for column in zip(*latents.held_out(), strict=True))
-    x_BCHW = latents.scaled(sample_posterior(moments, seeds.generator("held-out posterior", seed)))
+    x_BCHW = latents.scaling.apply(sample_posterior(moments, seeds.generator("held-out posterior", seed)))
     noise_BCHW = seeds.generator("held-out noise", seed).standard_normal(x_BCHW.shape, np.float32)
     device = next(model.parameters()).device
     verify_kernels(model, device, batch_sizes(len(x_BCHW), batch), training=False)

@@ -96,7 +96,7 @@ def test_every_class_gives_its_latents_back(name: str, tmp_path: Path) -> None:
     sample = sample_posterior(moments, np.random.default_rng(0))
     assert (name in DETERMINISTIC) == np.array_equal(sample, mean)
     plain = to_pixels(from_class(name, decoder.net.decode(mean).sample))
-    decoded = decoder.decode(torch.from_numpy(reader.scaled(mean.numpy())))
+    decoded = decoder.decode(torch.from_numpy(reader.scaling.apply(mean.numpy())))
     assert plain.shape == (8, 32, 32, 3)
     assert np.abs(decoded.astype(int) - plain.astype(int)).max() <= 1  # one more rounding
 

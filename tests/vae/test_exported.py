@@ -68,7 +68,7 @@ def test_exported_programs_give_their_images_back(posterior: bool, tmp_path: Pat
     mean = moments[:, :12].astype(np.float32)
     sample = sample_posterior(moments, np.random.default_rng(0))
     assert np.std(sample - mean) == pytest.approx(np.exp(-2) if posterior else 0, rel=0.05)
-    images, source = decoder.decode(torch.from_numpy(reader.scaled(mean))), open_source(reading.load(TINY).data)
+    images, source = decoder.decode(torch.from_numpy(reader.scaling.apply(mean))), open_source(reading.load(TINY).data)
     originals = {source.pixels(n, 32).tobytes() for n in range(len(source))}
     assert all(image.tobytes() in originals for image in images)
 

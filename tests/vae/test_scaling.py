@@ -21,7 +21,7 @@ def test_scale_and_shift_by_channel_are_those_of_diffusers_pipelines(tmp_path: P
     settings = saved(tmp_path / "vae", 3, latents_mean=mean, latents_std=std, scaling_factor=0.5)
     decoder, reader = encode_digits(tmp_path, settings)
     moments, _ = reader.read(np.arange(8), np.zeros(8, int))
-    scaled = reader.scaled(moments[:, :4].astype(np.float32))
+    scaled = reader.scaling.apply(moments[:, :4].astype(np.float32))
     mean_C11, std_C11 = (np.array(each, np.float32)[:, None, None] for each in (mean, std))
     np.testing.assert_allclose(scaled * std_C11 / 0.5 + mean_C11, moments[:, :4], atol=1e-5)
     plain = to_pixels(decoder.net.decode(torch.from_numpy(moments[:, :4]).float()).sample)
