@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.process.progress import Board
-from dis_scale.recipe import Branch
 from dis_scale.storage import lease
 from dis_scale.sweep import STAGES, Sweep, state
 from dis_scale.sweep.documents import Ended, StageProgress
@@ -241,7 +240,10 @@ def _begin_waiting(
         go_on(driver)  # storage is asked for each
         try:
             begins = state.may_begin(driver.sweep, model)
-            in_vain = branch and not begins and (branch.of not in (*waiting, *training) or _has_passed(driver.sweep, branch))
+            in_vain = branch and not begins and (
+                # a trunk that has saved later points has not kept its one at the branch
+                branch.of not in (*waiting, *training) or state.resumable_images(driver.sweep.run(branch.of)) > branch.at
+            )  # fmt: skip
         except StorageAway:
             return  # it may be for a while, and the jobs that run wait by themselves
         if begins:
@@ -251,11 +253,6 @@ def _begin_waiting(
             waiting.remove(model)
             why = f"{branch.of} has no resume point at {branch.at} images any more, from which {model} branches"
             _fail(driver, failures, model, why)
-
-
-def _has_passed(sweep: Sweep, branch: Branch) -> bool:
-    """Whether the trunk has saved later points: its resume point at the branch was not kept and will not come."""
-    return state.resumable_images(sweep.run(branch.of)) > branch.at
 
 
 def _knows_recipe(driver: Driver, job: Job) -> bool:

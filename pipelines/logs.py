@@ -70,22 +70,20 @@ class JobLogs:
     def collect(self, workers: Sequence[Any]) -> None:
         """Let the workers of a failed attempt write the rest of their logs; store the end of the log of each that cannot."""
         with contextlib.suppress(Exception):  # the attempt's own failure is raised, not that of its logs
-            self._collect([worker for worker in workers if actor_id(worker) in self._names and has_process(worker)])
+            known = [worker for worker in workers if actor_id(worker) in self._names and has_process(worker)]
+            if not known:
+                return  # `ray.wait` refuses none
+            calls = [worker.write_log.remote(self._begun[actor_id(worker)]) for worker in known]
+            answered, _ = ray.wait(calls, num_returns=len(calls), timeout=ANSWER_S)
+            pairs = zip(known, calls, strict=True)
+            dead = [actor_id(worker) for worker, call in pairs if call not in answered or failure_of(call)]
+            with ThreadPoolExecutor(16, "dead logs") as pool:
+                list(pool.map(self._rescue, dead))
 
     def close(self) -> None:
         """Write the rest of this driver's log, which ends."""
         if self._own is not None:
             self._own.close()
-
-    def _collect(self, workers: Sequence[Any]) -> None:
-        if not workers:
-            return  # `ray.wait` refuses none
-        calls = [worker.write_log.remote(self._begun[actor_id(worker)]) for worker in workers]
-        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=ANSWER_S)
-        pairs = zip(workers, calls, strict=True)
-        dead = [actor_id(worker) for worker, call in pairs if call not in answered or failure_of(call)]
-        with ThreadPoolExecutor(16, "dead logs") as pool:
-            list(pool.map(self._rescue, dead))
 
     def _rescue(self, actor: str) -> None:
         """Store the last lines of a dead worker's output next to what it has stored itself, if its node still has them."""

@@ -88,11 +88,6 @@ class Exporter:
         with contextlib.suppress(Exception):  # a metric never stops the thread that sets it
             self._gauge(name).set(value, self._labels)
 
-    def export_gauges(self) -> None:
-        """Export all gauges again: Ray drops one that was not set for some 20 s."""
-        for name, value in list(self._gauges.items()):
-            self._gauge(name).set(value, self._labels)
-
     def export_totals(self) -> None:
         """Export what this process has counted since the last call."""
         for name, total in counts.totals().items():
@@ -112,7 +107,8 @@ class Exporter:
         while True:
             with contextlib.suppress(Exception):  # metrics never stop a process
                 self.export_totals()
-                self.export_gauges()
+                for name, value in list(self._gauges.items()):  # Ray drops one that was not set for some 20 s
+                    self._gauge(name).set(value, self._labels)
             time.sleep(EXPORT_EVERY_S)
 
 

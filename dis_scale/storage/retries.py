@@ -60,7 +60,7 @@ def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[st
             final = isinstance(error, FileNotFoundError | FileExistsError | UserError)
             if final and _s3_code(error) not in _BUSY:
                 raise
-            if _precondition_failed(error):
+            if http_status(error) == 412:  # the precondition that the object is absent
                 raise FileExistsError(what) from error
             expired = _expired_key(error, store)
             words = f"{printable(what)}: {expired}{cause_of(error)}"
@@ -131,10 +131,6 @@ def http_status(error: BaseException) -> int | None:
             if isinstance(status, int):
                 return status
     return None
-
-
-def _precondition_failed(error: Exception) -> bool:
-    return http_status(error) == 412
 
 
 def cause_of(error: BaseException) -> str:

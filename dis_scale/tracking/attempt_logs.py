@@ -13,7 +13,6 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,16 +116,14 @@ class KeptLog:
                 different = len({path.suffix for path in self._files}) == len(self._files)
                 names = [path.suffix.strip(".") if different else str(path) for path in self._files]
                 excerpts = {name: excerpt(path, self._without) for name, path in zip(names, self._files, strict=True)}
-                self.folder.write(str(self.name), to_bytes(self._facts(), excerpts))
+                facts = self._context.known() | {"host": socket.gethostname(), "pid": os.getpid(), "begun_at": self.begun_at}
+                self.folder.write(str(self.name), to_bytes(facts, excerpts))
                 self._written = seen
 
     def close(self) -> None:
         """Write the rest, if storage answers in time."""
         self._over.set()
         self._thread.join(CLOSE_S)
-
-    def _facts(self) -> dict[str, Any]:
-        return self._context.known() | {"host": socket.gethostname(), "pid": os.getpid(), "begun_at": self.begun_at}
 
     def _run(self) -> None:
         over = False
@@ -186,7 +183,9 @@ def overview(sweep: Sweep) -> list[str]:
 def read_attempt(folder: Folder, begun: str | None) -> dict[LogName, str]:
     """Return the texts of the logs of the attempt that began then, by default of the newest; UserError if none."""
     names = listed(folder)
-    wanted = of_attempt(names, begun or max((name.begun for name in names), default=""))
+    at = begun or max((name.begun for name in names), default="")
+    drivers = [name for name in names if name.process == DRIVER and name.begun <= at]  # it may have begun before
+    wanted = drivers[-1:] + [name for name in names if name.begun == at and name.process != DRIVER]
     if not names:
         raise UserError(f"{folder}: no logs yet: no attempt has begun")
     if not wanted:
@@ -194,9 +193,3 @@ def read_attempt(folder: Folder, begun: str | None) -> dict[LogName, str]:
         raise UserError(f"{folder}: no logs of the attempt {begun or ''}: expected one of: {known}")
     texts = in_order(wanted, lambda name: folder.read(str(name)).decode(errors="replace"), 16)
     return dict(zip(wanted, texts, strict=True))
-
-
-def of_attempt(names: Sequence[LogName], begun: str) -> list[LogName]:
-    """Return the logs of the attempt that began then: its driver's, which may have begun before, and those of its workers."""
-    drivers = [name for name in names if name.process == DRIVER and name.begun <= begun]
-    return drivers[-1:] + [name for name in names if name.begun == begun and name.process != DRIVER]

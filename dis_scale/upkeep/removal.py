@@ -50,7 +50,8 @@ def find(sweep: Sweep) -> Removal:
     unshared, kept = _unshared(sweep)
     tracking = TrackingIds.find_intact(sweep.folder)
     copies = [Note("mlflow", f"its runs stay in {tracking.uri}")] if tracking else []
-    links = [Note("kept", f"what {path} leads to: it is a link, which is deleted") for path in _links(sweep.folder)]
+    linked = sorted(path for path in sweep.folder.local.rglob("*") if path.is_symlink()) if sweep.folder.local else []
+    links = [Note("kept", f"what {path} leads to: it is a link, which is deleted") for path in linked]
     return Removal(sweep, _own(sweep.folder), unshared, [*kept, *_begun_from(sweep), *copies, *links])
 
 
@@ -59,10 +60,6 @@ def _is_around_us(folder: Folder) -> bool:
     with contextlib.suppress(FileNotFoundError):  # of a shell whose folder is gone
         return bool(folder.local) and Path(folder.url).resolve() in (Path.cwd(), *Path.cwd().parents)
     return False
-
-
-def _links(folder: Folder) -> list[Path]:
-    return sorted(path for path in folder.local.rglob("*") if path.is_symlink()) if folder.local else []
 
 
 def delete(removal: Removal) -> None:
