@@ -1,5 +1,6 @@
 """A published checkpoint that cannot be measured is logged, noted and skipped; an evaluation without news ends."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -281,6 +282,21 @@ def test_evaluators_sample_the_next_checkpoint_while_one_is_measured(two: Record
     assert skipped == {Sampled(first, 160)}
     assert state.skipped(job.sweep) == {Sampled(first, 160): "block-00000.npz: damaged"}
     assert state.evaluated_counts(job.sweep, other) == [160]
+
+
+def test_nothing_that_is_behind_a_hang_is_waited_for(two: RecordedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics are computed one after the other: the next ones would be waited for as long again."""
+    over, hours = threading.Event(), itertools.count(0, 2)
+    monkeypatch.setattr(two, "now_s", lambda: 3600.0 * next(hours))
+
+    class Hanging(Recorded):
+        def sample(self, _: Sampled) -> Callable[[], dict[str, float]]:
+            return lambda: {"fd": float(over.wait(20))}
+
+    with pytest.raises(DisScaleError, match="is not measured after 6 h"):
+        evaluate.evaluate_all(two, Hanging(two.sweep), set())  # type: ignore[arg-type]
+    over.set()
+    assert next(hours) == 8
 
 
 def test_what_is_measured_again_is_progress_and_what_was_skipped_is_not_tried_again(
