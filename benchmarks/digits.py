@@ -50,6 +50,7 @@ def recipe_of(root: Path, steps: int, *, quick: bool) -> Recipe:
     overrides = [
         MODELS, f"storage.root={root}", f"train.batch_images={BATCH_IMAGES}", "train.workers=1", "train.lanes=2",
         f"train.publish_images=[0, {images}]", f"train.resume_every_images={images // 3}", "train.warmup_images=640",
+        "train.learning_rate=3e-3",
         "data.held_out_images=0", "evaluate.metrics=[distance]", "evaluate.batch_images=64",
     ]  # fmt: skip
     samples, steps, extractor_steps = (80, 2, 20) if quick else (256, 10, 300)

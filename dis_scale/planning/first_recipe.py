@@ -45,7 +45,8 @@ VAE_CHANNELS, VAE_FACTOR = HUB[HUB_VAE]
 SMALL_FACTOR = 4
 """Pixels of a position's side in the latents of images up to `MOST_AS_PIXELS` on a CPU."""
 LEAST_STEPS, MOST_EPOCHS = 1600, 1000
-"""A small model samples the requested digit after 1,500 steps (configs/digits.yaml). DiS saw CIFAR-10 for 1,000 epochs."""
+"""A small model samples the requested digit after 1,000 steps at a high rate (configs/digits.yaml). DiS saw CIFAR-10 for 1,000
+epochs."""
 CORE_FLOPS = 8e9
 """Operations per second of a core that trains small models: four fifths of 4.787e12 in 484 s (benchmarks/results/digits.json)."""
 UNKNOWN_TFLOPS = 100.0
