@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dis_scale.models import build, construct, families
 from dis_scale.models.checkpointing import WORTH_KEEPING_MACS
-from dis_scale.models.cost import Cost, price_model
+from dis_scale.models.cost import price_model
 from dis_scale.models.diffussm import s4d
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis import s6
@@ -27,79 +27,62 @@ from dis_scale.recipe import LatentShape
 from dis_scale.scan import Direction
 from dis_scale.scan.duality import Way
 from dis_scale.scan.norms import by_definition
+from tests.support.prices import preset_settings, price, price_of
 
-PARAMETERS = {
-    "DiS-S368/2": 29_132_752, "DiS-S368/4": 29_115_184, "DiS-S368/8": 29_309_872,
-    "DiS-S/2": 31_606_688, "DiS-S/4": 31_588_352, "DiS-S/8": 31_791_488,
-    "DiS-B/2": 121_163_552, "DiS-B/4": 121_126_784, "DiS-B/8": 121_532_672,
-    "DiS-M/2": 231_414_560, "DiS-M/4": 231_377_792, "DiS-M/8": 231_783_680,
-    "DiS-L/2": 407_249_952, "DiS-L/4": 407_200_896, "DiS-L/8": 407_741_952,
-    "DiS-H/2": 906_966_560, "DiS-H/4": 906_892_928, "DiS-H/8": 907_704_320,
+DIS = {
+    ("DiS-S368/2", 32): (29_132_752, 7.57), ("DiS-S/2", 32): (31_606_688, 8.19), ("DiS-B/2", 32): (121_163_552, 30.58),
+    ("DiS-M/2", 32): (231_414_560, 60.07), ("DiS-L/2", 32): (407_249_952, 104.88), ("DiS-H/2", 32): (906_966_560, 231.69),
+    ("DiS-S368/4", 32): (29_115_184, 1.94), ("DiS-B/4", 32): (121_126_784, 7.83), ("DiS-M/4", 32): (231_377_792, 15.38),
+    ("DiS-L/4", 32): (407_200_896, 26.85), ("DiS-H/4", 32): (906_892_928, 59.30), ("DiS-B/8", 32): (121_532_672, 2.15),
+    ("DiS-S368/2", 64): (29_415_376, 30.1), ("DiS-B/2", 64): (121_753_376, 121.6), ("DiS-M/2", 64): (232_004_384, 238.9),
+    ("DiS-L/2", 64): (408_036_384, 417.1), ("DiS-H/2", 64): (908_146_208, 921.3),
 }  # fmt: skip
-PARAMETERS_512 = {
-    "DiS-S368/2": 29_415_376, "DiS-S/2": 31_901_600, "DiS-B/2": 121_753_376,
-    "DiS-M/2": 232_004_384, "DiS-L/2": 408_036_384, "DiS-H/2": 908_146_208,
-}  # fmt: skip
-GMACS = {
-    "DiS-S368/2": 7.57, "DiS-S/2": 8.19, "DiS-S368/4": 1.94, "DiS-B/2": 30.58, "DiS-B/4": 7.83, "DiS-B/8": 2.15,
-    "DiS-M/2": 60.07, "DiS-M/4": 15.38, "DiS-L/2": 104.88, "DiS-L/4": 26.85, "DiS-H/2": 231.69, "DiS-H/4": 59.30,
-    "DiT-S/2": 6.056, "DiT-B/2": 23.005, "DiT-L/2": 80.698, "DiT-XL/2": 118.62,
-}  # fmt: skip
-GMACS_512 = {"DiS-S368/2": 30.1, "DiS-B/2": 121.6, "DiS-M/2": 238.9, "DiS-L/2": 417.1, "DiS-H/2": 921.3}
+"""Parameters and forward gmacs of presets at sizes of latents. Other patches and sizes are the same settings in other pairs."""
+DIT = {"DiT-S/2": (32.865, 6.056), "DiT-B/2": (130.316, 23.005), "DiT-L/2": (457.841, 80.698), "DiT-XL/2": (674.835, 118.62)}
+"""Millions of parameters without the fixed table, and forward gmacs."""
 
 
-def cost_of(name: str, size: int = 32, channels: int = 4, num_classes: int | None = 1000) -> Cost:
-    return price_model(settings_of(name), LatentShape(channels, size), num_classes)
+@pytest.mark.parametrize(("name", "size"), DIS)
+def test_a_dis_has_the_parameters_and_gmacs_of_the_public_code(name: str, size: int) -> None:
+    parameters, gmacs = DIS[name, size]
+    cost = price_of(name, size)
+    assert cost.parameters == parameters
+    assert cost.gmacs_forward == pytest.approx(gmacs, rel=0.005)
 
 
-def settings_of(name: str) -> FamilySettings:
-    sizes = families.preset(name)
-    return families.find(sizes["kind"]).settings(**sizes)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_of_dis_equal_the_public_code(name: str) -> None:
-    assert cost_of(name).parameters == PARAMETERS[name]
-
-
-@pytest.mark.parametrize("name", PARAMETERS_512)
-def test_parameters_of_dis_at_512_pixels(name: str) -> None:
-    assert cost_of(name, size=64).parameters == PARAMETERS_512[name]
-
-
-@pytest.mark.parametrize(("name", "millions"), [("S", 32.865), ("B", 130.316), ("L", 457.841), ("XL", 674.835)])
-def test_parameters_of_dit_without_its_fixed_table(name: str, millions: float) -> None:
-    assert cost_of(f"DiT-{name}/2").parameters / 1e6 == pytest.approx(millions, abs=5e-4)
-
-
-@pytest.mark.parametrize("name", GMACS)
-def test_forward_gmacs(name: str) -> None:
-    assert cost_of(name).gmacs_forward == pytest.approx(GMACS[name], rel=0.005)
+@pytest.mark.parametrize("name", DIT)
+def test_a_dit_has_the_parameters_and_gmacs_of_the_public_code(name: str) -> None:
+    millions, gmacs = DIT[name]
+    assert price_of(name).parameters / 1e6 == pytest.approx(millions, abs=5e-4)
+    assert price_of(name).gmacs_forward == pytest.approx(gmacs, rel=0.005)
 
 
 def test_forward_gmacs_of_the_smallest_agree_to_two_digits() -> None:
-    assert cost_of("DiS-S368/8").gmacs_forward == pytest.approx(0.53, abs=0.005)
-
-
-@pytest.mark.parametrize("name", GMACS_512)
-def test_forward_gmacs_at_512_pixels(name: str) -> None:
-    assert cost_of(name, size=64).gmacs_forward == pytest.approx(GMACS_512[name], rel=0.005)
+    assert price_of("DiS-S368/8").parameters == 29_309_872
+    assert price_of("DiS-S368/8").gmacs_forward == pytest.approx(0.53, abs=0.005)
 
 
 @pytest.mark.parametrize(("name", "gflops"), [("S368", 0.4316), ("B", 1.8642), ("M", 3.7044), ("L", 6.5792), ("H", 14.7888)])
 def test_thop_gflops_equal_the_papers_column(name: str, gflops: float) -> None:
-    assert cost_of(f"DiS-{name}/4", channels=3, num_classes=None).thop_gflops == pytest.approx(gflops, abs=5.1e-5)
+    found = families.find("dis").thop_gflops(preset_settings(f"DiS-{name}/4"), LatentShape(3, 32), None)
+    assert found == pytest.approx(gflops, abs=5.1e-5)
+
+
+def test_a_price_has_the_thop_gflops_of_its_family() -> None:
+    cost = price_of("DiS-S368/4")
+    assert cost.thop_gflops == families.find("dis").thop_gflops(cost.settings, cost.shape, 1000)
 
 
 def test_shares_of_the_multiply_adds_of_h() -> None:
     parts = defaultdict[str, float](float)
-    for part in cost_of("DiS-H/2").parts:
+    for part in price_of("DiS-H/2").parts:
         parts[part.name.rpartition(".")[2]] += part.macs
     shares = {name: 100 * macs / sum(parts.values()) for name, macs in parts.items()}
     for name, share in {"in_proj": 51.5, "out_proj": 25.7, "skip": 12.6, "x_proj": 4.3, "dt_proj": 3.2, "scan": 2.5}.items():
         assert shares[name] == pytest.approx(share, abs=0.1)
 
 
+SMALL = LatentShape(4, 16)
 SETTINGS: dict[str, FamilySettings] = {
     "dis": Dis(kind="dis", width=64, depth=4, patch=2),
     "dit": Dit(kind="dit", width=64, depth=4, heads=4, patch=2),
@@ -149,7 +132,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> CountMacs:
 
 def _macs(settings: FamilySettings, batch: int, backward: bool) -> dict[str, float]:
     with torch.device("meta"):
-        model = construct(settings, LatentShape(4, 16), 10)
+        model = construct(settings, SMALL, 10)
         inputs = torch.empty(batch, 4, 16, 16), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         out = model(*inputs)
@@ -181,7 +164,7 @@ def _convolution(x_BLE: Tensor, w: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_forward_agrees_with_torchs_counter(name: str, counted: CountMacs) -> None:
     """Products, forward convolutions, and attention (products on the meta device). torch counts FFTs as 0."""
-    parts = price_model(SETTINGS[name], LatentShape(4, 16), 10).parts
+    parts = price(SETTINGS[name], SMALL, 10).parts
     theirs = counted(SETTINGS[name], False)
     assert theirs["product"] == sum(part.macs for part in parts if part.name not in NOT_PRODUCTS)
     assert theirs["convolution"] == sum(part.macs for part in parts if part.name == "conv")
@@ -190,7 +173,7 @@ def test_forward_agrees_with_torchs_counter(name: str, counted: CountMacs) -> No
 @pytest.mark.parametrize("name", SETTINGS)
 def test_training_agrees_with_torchs_counter(name: str, counted: CountMacs) -> None:
     """Products and attention. Of a depthwise convolution's backward pass torch counts every pair of channels."""
-    parts = price_model(SETTINGS[name], LatentShape(4, 16), 10).parts
+    parts = price(SETTINGS[name], SMALL, 10).parts
     expected = sum(part.macs * part.passes for part in parts if part.name not in NOT_PRODUCTS)
     assert counted(SETTINGS[name], True)["product"] == expected
 
@@ -219,7 +202,7 @@ def fft_macs(points: int) -> float:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_scans_gates_and_ffts_have_the_cost_of_their_formulas(name: str) -> None:
-    parts = {part.name: part.macs for part in price_model(SETTINGS[name], LatentShape(4, 16), 10).parts}
+    parts = {part.name: part.macs for part in price(SETTINGS[name], SMALL, 10).parts}
     expected = by_formula(SETTINGS[name], 16)
     assert {part: parts.get(part) for part in expected} == {part: pytest.approx(macs) for part, macs in expected.items()}
     assert parts.keys() & set(NOT_PRODUCTS) - {"conv"} == expected.keys()
@@ -232,19 +215,18 @@ def test_kernels_are_computed_once_per_forward_pass(name: str) -> None:
     assert isinstance(settings, DiffuSsm)
     kernels = settings.depth * settings.width * (2 if settings.bidirectional else 1)
     macs = kernels * (settings.state_size // 2 * L * 6 + fft_macs(2 * L))
-    assert price_model(settings, LatentShape(4, 16), 10).kernel_gmacs == pytest.approx(macs / 1e9, rel=1e-9)
+    assert price(settings, SMALL, 10).kernel_gmacs == pytest.approx(macs / 1e9, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_activation_bytes_equal_what_autograd_keeps(name: str) -> None:
-    settings, shape = SETTINGS[name], LatentShape(4, 16)
-    kept = [_kept_elements(settings, shape, batch) for batch in (2, 4)]
+    kept = [_kept_elements(SETTINGS[name], batch) for batch in (2, 4)]
     per_sample = (kept[1] - kept[0]) / 2  # removes what a micro-batch keeps once
-    assert price_model(settings, shape, 10).activation_bytes("none") / 4 == per_sample
+    assert price(SETTINGS[name], SMALL, 10).activation_bytes("none") / 4 == per_sample
 
 
-def _kept_elements(settings: FamilySettings, shape: LatentShape, batch: int) -> int:
-    model = build(settings, shape, 10)
+def _kept_elements(settings: FamilySettings, batch: int) -> int:
+    model = build(settings, SMALL, 10)
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = dict[int, Tensor]()
 
@@ -253,7 +235,7 @@ def _kept_elements(settings: FamilySettings, shape: LatentShape, batch: int) -> 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(torch.randn(batch, 4, shape.size, shape.size), torch.rand(batch), torch.arange(batch))
+        out = model(torch.randn(batch, 4, 16, 16), torch.rand(batch), torch.arange(batch))
     assert out.requires_grad
     return sum(tensor.untyped_storage().nbytes() // 4 for address, tensor in kept.items() if address not in own)
 
@@ -263,18 +245,16 @@ def test_kernels_are_kept_once_per_forward_pass(name: str, monkeypatch: pytest.M
     if name == "diffussm in chunks":
         name = "diffussm"
         monkeypatch.setattr(s4d, "CHUNK", 2**18)
-    settings, shape = SETTINGS[name], LatentShape(4, 16)
-    two, four = (_kept_elements(settings, shape, batch) for batch in (2, 4))
-    assert price_model(settings, shape, 10).kept.fixed_bytes("none") / 4 == 2 * two - four
+    two, four = (_kept_elements(SETTINGS[name], batch) for batch in (2, 4))
+    assert price_model(SETTINGS[name], SMALL, 10).kept.fixed_bytes("none") / 4 == 2 * two - four
 
 
 @pytest.mark.parametrize("mode", ["block", "every_2", "selective"])
 @pytest.mark.parametrize("name", ["dis", "dit", "diffussm"])
 def test_activation_bytes_equal_what_a_forward_pass_leaves_allocated(name: str, mode: str) -> None:
-    large = {"width": 2 * WORTH_KEEPING_MACS, "depth": 8}
-    settings, shape = SETTINGS[name].model_copy(update=large), LatentShape(4, 16)
-    left = [_left_bytes(build(settings, shape, 10, checkpointing=mode), batch) for batch in (2, 4)]
-    assert (left[1] - left[0]) / 2 == pytest.approx(price_model(settings, shape, 10).kept.left_bytes(mode), rel=0.1)
+    settings = SETTINGS[name].model_copy(update={"width": 2 * WORTH_KEEPING_MACS})
+    left = [_left_bytes(build(settings, SMALL, 10, checkpointing=mode), batch) for batch in (2, 4)]
+    assert (left[1] - left[0]) / 2 == pytest.approx(price(settings, SMALL, 10).kept.left_bytes(mode), rel=0.1)
 
 
 def _left_bytes(model: Backbone, batch: int) -> int:
@@ -287,10 +267,10 @@ def _left_bytes(model: Backbone, batch: int) -> int:
 
 def test_the_norm_behind_a_gate_keeps_its_inputs_alone_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """As its kernel does; PyTorch's operations would keep float32 copies of both, and the gate's."""
-    cost = cost_of("DiS2-S/2")
+    cost = price_of("DiS2-S/2")
     half, single = cost.activation_bytes("none", "bf16"), cost.activation_bytes()
     monkeypatch.setattr(duality, "gated_rms_norm", lambda y_BLE, z_BLE, weight_E, _: by_definition(y_BLE, z_BLE, weight_E))
-    by_operations = cost_of("DiS2-S/2")
+    by_operations = price_model(cost.settings, cost.shape, cost.num_classes)
     assert isinstance(cost.settings, Dis)
     more = by_operations.activation_bytes("none", "bf16") - half
     assert more / (cost.settings.depth + 1) > 3 * 4 * 258 * 768  # bytes of three float32 tensors in each block
@@ -298,12 +278,12 @@ def test_the_norm_behind_a_gate_keeps_its_inputs_alone_in_half_precision(monkeyp
 
 
 def test_checkpointing_keeps_one_block_and_the_boundaries() -> None:
-    h = cost_of("DiS-H/2")
+    h = price_of("DiS-H/2")
     assert h.activation_bytes("block") < h.activation_bytes("none") / 6
     assert h.gmacs_training == pytest.approx(3 * h.gmacs_forward, rel=1e-3)
 
 
 def test_parameters_by_part_of_h() -> None:
-    parts = cost_of("DiS-H/2").parameters_by_part
+    parts = price_of("DiS-H/2").parameters_by_part
     assert parts["mixer.in_proj"] == 49 * 1536 * 6144
     assert parts["skip"] == 24 * (2 * 1536 * 1536 + 1536)

@@ -15,10 +15,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from benchmarks import throughput
 from dis_scale.models import build
-from dis_scale.models.cost import Cost, price_model
-from dis_scale.models.dis.settings import Dis
+from dis_scale.models.cost import Cost
 from dis_scale.models.dit.settings import Dit
-from dis_scale.models.families import preset
 from dis_scale.planning.fleet import (
     ASSUMED_MFU,
     GPUS,
@@ -37,21 +35,17 @@ from dis_scale.planning.fleet import (
 )
 from dis_scale.planning.plan import on_fleet, price_sweep
 from dis_scale.process.machine import free_ports
-from dis_scale.recipe import LatentShape, Train, reading
+from dis_scale.recipe import LatentShape, reading
 from dis_scale.training import engine, resume
 from dis_scale.training.memory import most_images, plan_passes, worker_bytes
 from tests.support import ranks
+from tests.support.prices import price, price_of, train
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 SHAPE = LatentShape(4, 32)
-H = price_model(Dis(**preset("DiS-H/2")), SHAPE, 1000)
+H = price_of("DiS-H/2")
 WEIGHTS = 4 * H.parameters
 GIB = 2**30
-
-
-def train(**settings: object) -> Train:
-    fixed = {"publish_images": (102_400_000,), "batch_images": 1024, "lanes": 64, "workers": 8, "precision": "bf16"}
-    return Train(**fixed | settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gpu", ["h100", "h200"])
@@ -76,7 +70,7 @@ def test_memory_is_within_a_tenth_of_what_was_measured() -> None:
         )  # fmt: skip
         text = f"{{preset: {row['size']}}}"
         model = reading.load("imagenet256", [f"models={{model: {text}}}"]).models["model"]
-        computed = worker_bytes(price_model(model, SHAPE, 1000), settings, 1, row["images"])
+        computed = worker_bytes(price(model, SHAPE, 1000), settings, 1, row["images"])
         assert computed / GIB == pytest.approx(row["measured_gib"], rel=0.1), row
 
 
@@ -114,7 +108,7 @@ def test_two_ranks_send_what_the_formula_says(tmp_path: Path) -> None:
     ranks.start_server()
     start_processes(_rank, (2, port, tmp_path), 2, start_method="forkserver")
     counted = json.loads((tmp_path / "counted.json").read_text())
-    cost = price_model(SENDER, LatentShape(4, 4), 10)
+    cost = price(SENDER, LatentShape(4, 4), 10)
     for stage in (1, 2, 3):
         sent = sum(SENT[name] * elements for name, elements in counted[str(stage)].items()) * 4 / 2
         assert wire_bytes(cost, train(zero_stage=stage), 2, PASSES) == pytest.approx(sent, rel=0.1), stage
@@ -195,7 +189,7 @@ def test_more_gpus_take_less_time_up_to_the_lanes(stage: int) -> None:
 
 def test_python_sets_the_pace_of_a_small_model_on_many_gpus() -> None:
     """On 2 GPUs S/2 is paced by them, on 64 by Python: a pass of 25 blocks takes 90 ms, whatever its images."""
-    small, settings = price_model(Dis(**preset("DiS-S/2")), SHAPE, 1000), train()
+    small, settings = price_of("DiS-S/2"), train()
     few, many = (forecast(small, settings, 1024, Fleet("h200", count)) for count in (2, 64))
     assert few.steps_per_s == pytest.approx(
         1 / (512 * small.training_flops(512) / Fleet("h200", 2).flops("bf16") + optimizer(small, 2))

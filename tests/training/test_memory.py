@@ -2,20 +2,13 @@
 
 import pytest
 
-from dis_scale.models.cost import price_model
-from dis_scale.models.dis.settings import Dis
-from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import LatentShape, Train
 from dis_scale.training.lanes import forward_passes, largest_share
 from dis_scale.training.memory import BUSY_BYTES, PassPlan, lanes_at_once, plan_passes, state_bytes, worker_bytes
+from tests.support.prices import price_of, train
 
-H = price_model(Dis(**preset("DiS-H/2")), LatentShape(4, 32), 1000)
+H, L = price_of("DiS-H/2"), price_of("DiS-L/2")
 GIB = 2**30
-
-
-def train(**settings: object) -> Train:
-    return Train(**{"publish_images": (1024,), "batch_images": 1024, "lanes": 64, "workers": 8, "precision": "bf16"} | settings)  # type: ignore[arg-type]
 
 
 def test_a_gpu_computes_as_many_lanes_as_its_memory_holds() -> None:
@@ -25,9 +18,6 @@ def test_a_gpu_computes_as_many_lanes_as_its_memory_holds() -> None:
     assert 1 <= lanes[0] < lanes[2] <= 8
     assert worker_bytes(H, block, 8, 16 * lanes[0]) <= 0.85 * 16 * GIB < worker_bytes(H, block, 8, 16 * (lanes[0] + 1))
     assert lanes_at_once("dis-h", H, train(checkpointing="block", micro_images=16), 8, 141 * GIB) == 1
-
-
-L = price_model(Dis(**preset("DiS-L/2")), LatentShape(4, 32), 1000)
 
 
 def test_scans_keep_their_states_in_memory_that_is_left() -> None:
@@ -68,9 +58,12 @@ def test_passes_are_smaller_if_their_states_then_fit_and_the_gpu_stays_busy(worl
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize("gib", [24.0, 50.0, 79.1, 139.8])
-@pytest.mark.parametrize("world", range(4, 65, 3))
+@pytest.mark.parametrize("world", [4, 7, 10, 13, 16, 22, 34, 64])
 def test_after_an_out_of_memory_less_is_in_memory_until_a_pass_has_one_lane(world: int, gib: float, checkpointing: str) -> None:
-    """Without the states of scans, or with a lane less in the largest pass: lanes and passes are whole numbers."""
+    """Without the states of scans, or with a lane less in the largest pass: lanes and passes are whole numbers.
+
+    A worker of each world has another number of the 64 lanes: 16, 10, 7, 5, 4, 3, 2 and 1.
+    """
 
     def planned(short: bool) -> tuple[int, bool]:
         settings = train(checkpointing=checkpointing)
@@ -87,7 +80,7 @@ def test_after_an_out_of_memory_less_is_in_memory_until_a_pass_has_one_lane(worl
 @pytest.mark.parametrize(("size", "images"), [("S", 178), ("B", 74), ("L", 55), ("H", 31)])
 def test_a_pass_whose_states_are_large_keeps_the_gpu_busy(size: str, images: int) -> None:
     """As an H200 and its host took (benchmarks/results/kernels.md), within a factor of 1.6."""
-    cost = price_model(Dis(**preset(f"DiS-{size}/2")), LatentShape(4, 32), 1000)
+    cost = price_of(f"DiS-{size}/2")
     assert 1 / 1.6 < BUSY_BYTES * len(cost.kept.blocks) / (images * cost.kept_in("bf16").states) < 1.6
 
 
