@@ -22,10 +22,14 @@ CLOSE = 1e-3
 """Largest relative difference of a weight's gradient by graphs, or of as small a share of all: attention adds in no fixed order."""
 
 Inputs = tuple[Tensor | None, ...]
+MakeGraphs = Callable[..., tuple[Callable[..., Any], ...]]
+"""`torch.cuda.make_graphed_callables`."""
 Results = tuple[Tensor, list[Tensor]]
 
 
-def graph_blocks(model: Backbone, images: int, *, adds_up: bool) -> str:
+def graph_blocks(
+    model: Backbone, images: int, *, adds_up: bool, make_graphs: MakeGraphs = torch.cuda.make_graphed_callables
+) -> str:
     """Let the blocks of a model on a GPU run as graphs in passes of this many images; return a line that says so.
 
     `adds_up`: the gradients of several passes are added up in `.grad`. UserError if PyTorch cannot capture the blocks, or if their
@@ -39,7 +43,7 @@ def graph_blocks(model: Backbone, images: int, *, adds_up: bool) -> str:
             weight.add_(0.02 * torch.randn_like(weight))
     calls, expected = _record(blocks, model, inputs)
     try:
-        capture(blocks, calls, keeps_states=model.keeps_states, images=images)
+        capture(blocks, calls, keeps_states=model.keeps_states, images=images, make_graphs=make_graphs)
     except RuntimeError as error:
         if lack := next((each for each in (error, error.__context__) if each and lacks_memory(each)), None):
             raise torch.OutOfMemoryError(str(lack)) from error
@@ -86,7 +90,14 @@ def _record(blocks: list[nn.Module], model: Backbone, inputs: Inputs) -> tuple[l
     return [calls[block] for block in blocks], results
 
 
-def capture(blocks: list[nn.Module], calls: list[Inputs], *, keeps_states: bool, images: int) -> None:
+def capture(
+    blocks: list[nn.Module],
+    calls: list[Inputs],
+    *,
+    keeps_states: bool,
+    images: int,
+    make_graphs: MakeGraphs = torch.cuda.make_graphed_callables,
+) -> None:
     """Replace the blocks' `forward`, for training with this many images, by graphs that share memory in the order of a pass.
 
     They are captured with aliases of the weights as inputs: the weights' own nodes of autograd, which DeepSpeed holds, belong to
@@ -98,7 +109,7 @@ def capture(blocks: list[nn.Module], calls: list[Inputs], *, keeps_states: bool,
     for block, inputs in zip(blocks, calls, strict=True):
         aliases = [weight.detach().requires_grad_() for weight in block.parameters()]
         samples.append((*[x for x in inputs if x is not None], *aliases))
-    graphed = torch.cuda.make_graphed_callables(functions, tuple(samples), allow_unused_input=True)
+    graphed = make_graphs(functions, tuple(samples), allow_unused_input=True)
     for block, graph, there in zip(blocks, graphed, present, strict=True):
         block.forward = _either(graph, block.forward, list(block.parameters()), images, there)
 

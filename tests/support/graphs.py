@@ -14,7 +14,7 @@ from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
 from dis_scale.recipe import LatentShape, Train
 from dis_scale.training import engine, resume
-from dis_scale.training.graphs import graph_blocks
+from dis_scale.training.graphs import MakeGraphs, graph_blocks
 
 FAMILIES: list[dict[str, Any]] = [
     {"kind": "dis", "width": 64, "depth": 4, "patch": 2, "drop_path": 0.2},
@@ -49,21 +49,23 @@ def added_gradients(model: Backbone, images: int, passes: int) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-def trained(settings: dict[str, Any], device: torch.device, precision: Any, stage: int, *, graphs: bool) -> list[Tensor]:
-    """The weights after three steps of two passes under DeepSpeed, on this process alone."""
+def trained(
+    settings: dict[str, Any], device: torch.device, precision: Any, stage: int, make_graphs: MakeGraphs | None = None
+) -> list[Tensor]:
+    """The weights after three steps of two passes under DeepSpeed, on this process alone, of graphs or without."""
     recipe: Any = {
         "publish_images": (60,),
         "batch_images": 6,
         "lanes": 2,
         "zero_stage": stage,
         "precision": precision,
-        "graphs": graphs,
+        "graphs": make_graphs is not None,
     }
     train, model, random = Train(**recipe), made(settings, "cpu", precision), torch.Generator().manual_seed(0)
     read = resume.fresh(model)  # on the host, as in training
     state = engine.start(model.to(device), train, device, read, 0, passes=2)
-    if graphs:
-        graph_blocks(model, 3, adds_up=stage == 1)
+    if make_graphs:
+        graph_blocks(model, 3, adds_up=stage == 1, make_graphs=make_graphs)
     for _ in range(6):
         x_BCHW, t_B = torch.randn(3, 4, 8, 8, generator=random), torch.rand(3, generator=random)
         drop = torch.rand(len(model.drop_rates), 3, generator=random).to(device) if model.drop_rates else None
