@@ -2,23 +2,26 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dis_scale.models.dis import s6, ssd
 from dis_scale.models.dis.network import DiSBlock
+from dis_scale.models.dis.s6 import Mixer
 from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dis.ssd import SsdMixer
 from dis_scale.models.dis.verification import verify_block
 from dis_scale.process.errors import WrongKernel
-from dis_scale.scan import Direction, duality, two_way_scan
+from dis_scale.scan import Direction
 from dis_scale.scan.duality import Way
 from dis_scale.scan.selftest import Case, largest_error
 
 Fault = Callable[[Direction], Direction]
-RIGHT_SSD = duality.ssd
+WRONG = "native"
+"""The backend that is made wrong; a block is compared with itself by another one."""
 
 
 def without_gradient(name: str) -> Fault:
@@ -35,46 +38,56 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def verify(settings: Dis, gradients: bool) -> None:
+def verify(settings: Dis, wrong: nn.Module, gradients: bool, *, seen: bool) -> None:
+    """Compare a block whose mixer is wrong with a right one; require that it is seen, or that it is not."""
+
+    def make(scan: str) -> DiSBlock:
+        block = DiSBlock(settings, scan, skip=False)
+        block.mixer = wrong if scan == WRONG else block.mixer
+        return block
+
     case = Case(66, gradients=gradients)
-    cpu = torch.device("cpu")
-    verify_block(lambda scan: DiSBlock(settings, scan, skip=False), settings.width, "reference", cpu, torch.bfloat16, case)
+    words = rf"{WRONG} scan is wrong on cpu: .* is off by .* \(torch.bfloat16, 2 images, L66"
+    with pytest.raises(WrongKernel, match=words) if seen else nullcontext():
+        verify_block(make, settings.width, WRONG, torch.device("cpu"), torch.bfloat16, case)
+
+
+class WrongMixer(Mixer):
+    fault: Fault
+
+    def directions(self, dynamics: Tensor, *u_of: Tensor) -> list[Direction]:
+        front, back = super().directions(dynamics, *u_of)
+        return [front, self.fault(back)]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_direction_of_the_selective_scan_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(front: Direction, back: Direction, z_BLE: Tensor, backend: str) -> Tensor:
-        back = FAULTS[fault](back) if backend == "reference" else back
-        return two_way_scan(front, back, z_BLE, backend="chunked")
-
-    monkeypatch.setattr(s6, "two_way_scan", wrong)
+def test_a_wrong_direction_of_the_selective_scan_is_seen(fault: str) -> None:
     settings = Dis(kind="dis", width=96, depth=12, patch=2)
+    wrong = WrongMixer(settings, WRONG)
+    wrong.fault = FAULTS[fault]
     for gradients in (True, False):
-        if fault == "right" or (not gradients and "gradient" in fault):
-            verify(settings, gradients)
-        else:
-            with pytest.raises(WrongKernel, match="reference scan is wrong on cpu"):
-                verify(settings, gradients)
+        verify(settings, wrong, gradients, seen=fault != "right" and (gradients or "gradient" not in fault))
 
 
-@pytest.mark.parametrize("fault", ["right", "no recurrence", "no later tokens"])
+class WrongSsdMixer(SsdMixer):
+    fault = ""
+
+    def _mix(self, x_BLE: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None) -> Tensor:
+        if self.fault == "no recurrence":
+            earlier = earlier and earlier._replace(B_BLN=0 * earlier.B_BLN)
+        if self.fault:
+            later = later and later._replace(B_BLN=0 * later.B_BLN)
+        return super()._mix(x_BLE, own_BLH, earlier, later)
+
+
+@pytest.mark.parametrize("fault", ["", "no recurrence", "no later tokens"])
 @pytest.mark.parametrize("combine", ["sum", "hydra"])
-def test_a_wrong_state_space_duality_is_seen(combine: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(x: Tensor, own: Tensor, earlier: Way | None, later: Way | None, exclusive: bool, backend: str) -> Tensor:
-        if backend == "reference" and fault == "no recurrence":
-            earlier, later = (way and way._replace(B_BLN=0 * way.B_BLN) for way in (earlier, later))
-        if backend == "reference" and fault == "no later tokens" and later is not None:
-            later = later._replace(B_BLN=0 * later.B_BLN)
-        return RIGHT_SSD(x, own, earlier, later, exclusive, "chunked")
-
-    monkeypatch.setattr(ssd, "ssd", wrong)
+def test_a_wrong_state_space_duality_is_seen(combine: str, fault: str) -> None:
     settings = Dis.model_validate({"kind": "dis", "width": 96, "depth": 12, "patch": 2, "mixer": "ssd", "combine": combine})
+    wrong = WrongSsdMixer(settings, WRONG)
+    wrong.fault = fault
     for gradients in (True, False):
-        if fault == "right":
-            verify(settings, gradients)
-        else:
-            with pytest.raises(WrongKernel, match="reference scan is wrong on cpu"):
-                verify(settings, gradients)
+        verify(settings, wrong, gradients, seen=bool(fault))
 
 
 @pytest.mark.parametrize("L", [1, 2])
