@@ -30,7 +30,7 @@ def kid(generated_ND: np.ndarray, real_MD: np.ndarray, images: int = KID_SUBSET_
     return float(kid_features_to_metric(*sets, kid_subset_size=images, verbose=False)["kernel_inception_distance_mean"])
 
 
-def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[float, float]:
+def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray, rows: int = ROWS) -> tuple[float, float]:
     """Return (share of generated samples within a real one's ball, share of real samples within a generated one's).
 
     A ball reaches to the third nearest neighbour (Kynkaanniemi et al. 2019). DisScaleError if a set has fewer than four images.
@@ -41,7 +41,7 @@ def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[flo
         raise DisScaleError(f"precision_recall: {NEIGHBOURS} neighbours need at least {NEIGHBOURS + 1} images of each set")
     shares = prc_features_to_metric(
         torch.from_numpy(generated_ND), torch.from_numpy(real_MD),
-        prc_neighborhood=NEIGHBOURS, prc_batch_size=ROWS, save_cpu_ram=True, verbose=False,
+        prc_neighborhood=NEIGHBOURS, prc_batch_size=rows, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
     return shares["precision"], shares["recall"]
 

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dis_scale.process.errors import DisScaleError, UserError
@@ -68,9 +68,9 @@ def use_instruction_set(name: str) -> str:
     return chosen.decode()
 
 
-def cached_library() -> Path:
+def cached_library(flags: Sequence[str] = tuple(FLAGS)) -> Path:
     """Path of the library built from these sources, with these flags, for this processor."""
-    inputs = [path.read_text() for path in SOURCES] + [*FLAGS, platform.machine()]
+    inputs = [path.read_text() for path in SOURCES] + [*flags, platform.machine()]
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

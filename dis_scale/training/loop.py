@@ -246,7 +246,7 @@ def _first_step(attempt: Attempt) -> dict[str, float]:
 def _compare_with_grace(attempt: Attempt, saver: Saver) -> None:
     """Wait for the first resume point; warn if the grace period is too short for one."""
     saver.finish()
-    if dist.get_rank() == 0 and saver.took_s > attempt.recipe.grace_s:
+    if saver.rank == 0 and saver.took_s > attempt.recipe.grace_s:
         attempt.log(
             f"{attempt.model}: warning: a resume point takes {saver.took_s:.1f} s and grace_s is {attempt.recipe.grace_s:g} s: "
             f"a stop would lose the steps since the last one; rerun with --set grace_s={math.ceil(2 * saver.took_s)} or more"

@@ -33,17 +33,18 @@ class ThroughputMeter:
     peak_source: str
     log: Callable[[str], None] | None
     """Called once, with the first rates in words."""
+    clock: Callable[[], float] = time.monotonic
     _since: tuple[float, int] | None = None
 
     def begin(self, images_seen: int) -> None:
         """Start timing here, after the first step, which compiles and allocates."""
-        self._since = time.monotonic(), images_seen
+        self._since = self.clock(), images_seen
 
     def rates(self, images_seen: int) -> dict[str, float]:
         """Return the rates since the last call and this worker's peak memory; empty if there was no step."""
         if self._since is None or images_seen == self._since[1]:
             return {}
-        now = time.monotonic()
+        now = self.clock()
         rate = (images_seen - self._since[1]) / (now - self._since[0])
         self._since = now, images_seen
         rates = {
@@ -66,13 +67,18 @@ class ThroughputMeter:
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """Return a worker's peak FLOP/s and its source: a datasheet, or the fastest of some products timed here."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, (bf16, fp32) in DATASHEET_TFLOPS.items():
-            if known in name:
-                return 1e12 * (bf16 if precision == "bf16" else fp32), f"datasheet, {precision}"
+    if known := datasheet(machine_name(device), precision):
+        return known
     side = MATRIX_SIDES[device.type]
     return 2.0 * side**3 / _product_s(device, precision, side), f"the fastest product of {side} x {side}, {precision}"
+
+
+def datasheet(machine: str, precision: str) -> tuple[float, str] | None:
+    """Return the peak FLOP/s and the source of a GPU in DATASHEET_TFLOPS, by the machine's name."""
+    for known, (bf16, fp32) in DATASHEET_TFLOPS.items():
+        if known in machine:
+            return 1e12 * (bf16 if precision == "bf16" else fp32), f"datasheet, {precision}"
+    return None
 
 
 def _product_s(device: torch.device, precision: str, side: int) -> float:

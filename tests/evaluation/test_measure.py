@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dis_scale.evaluation import metrics, score, sets
 from dis_scale.evaluation.features import Features
@@ -218,19 +219,25 @@ def test_too_few_images_for_a_metric_say_how_many() -> None:
         sets.precision_recall(seen(3, 0).pooled, seen(9, 1).pooled)
 
 
-def test_precision_and_recall_never_have_all_distances_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+class Distances(TorchFunctionMode):
+    """Notes the rows of each matrix of distances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = list[int]()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.cdist:
+            self.rows.append(len(args[0]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_precision_and_recall_never_have_all_distances_in_memory() -> None:
     a, b = seen(90, 0, d=3).pooled, seen(70, 1, d=3, shift=0.7).pooled
     expected = sets.precision_recall(a, b)
-    cdist, rows = torch.cdist, list[int]()
-
-    def noted(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        rows.append(len(x))
-        return cdist(x, y)
-
-    monkeypatch.setattr(sets, "ROWS", 16)
-    monkeypatch.setattr(torch, "cdist", noted)
-    assert sets.precision_recall(a, b) == expected
-    assert max(rows) == 16
+    with Distances() as distances:
+        assert sets.precision_recall(a, b, rows=16) == expected
+    assert max(distances.rows) == 16
     assert 0 < expected[0] < 1
     assert 0 < expected[1] < 1
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dis_scale.models import build, replay
+from dis_scale.models import build
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.replay import Replayed, replayed
 from dis_scale.models.tokens import Backbone
@@ -21,14 +21,15 @@ def model() -> Backbone:
     return build(Dis(kind="dis", width=16, depth=2, patch=2), LatentShape(4, 8), 10).requires_grad_(False)
 
 
-@pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The captured shapes. A replay computes on the memory of the capture, as a graph does."""
-    seen = list[tuple[int, ...]]()
+class Capture:
+    """Captures that keep their shapes. A replay computes on the memory of its capture, as a graph does."""
 
-    def captured(model: Forward, given: list[Tensor], _: tuple[int, int]) -> Forward:
+    def __init__(self) -> None:
+        self.shapes = list[tuple[int, ...]]()
+
+    def __call__(self, model: Forward, given: list[Tensor], _: tuple[int, int]) -> Forward:
         static = [x.clone() for x in given]
-        seen.append(tuple(static[0].shape))
+        self.shapes.append(tuple(static[0].shape))
 
         def again(*now: Tensor) -> Tensor:
             for to, x in zip(static, now, strict=True):
@@ -37,9 +38,6 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
         return again
 
-    monkeypatch.setattr(replay, "captured", captured)
-    return seen
-
 
 def inputs(batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
@@ -47,18 +45,18 @@ def inputs(batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return x_BCHW, t_B, torch.randint(0, 11, (batch,), generator=random)
 
 
-def test_a_pass_is_captured_once_for_a_shape(model: Backbone, shapes: list[tuple[int, ...]]) -> None:
+def test_a_pass_is_captured_once_for_a_shape(model: Backbone) -> None:
     """The whole batch, a doubled one, and the last one, in turn: each output is that of its own inputs."""
-    drawn, kept = Replayed(model, after=0), list[tuple[Tensor, Tensor]]()
+    drawn, kept = Replayed(model, after=0, capture=(captured := Capture())), list[tuple[Tensor, Tensor]]()
     for seed, batch in enumerate((3, 6, 3, 2, 6)):
         given = inputs(batch, seed)
         kept.append((drawn(*given), model(*given)))
     assert all(torch.equal(got, expected) for got, expected in kept)
-    assert shapes == [(3, 4, 8, 8), (6, 4, 8, 8), (2, 4, 8, 8)]
+    assert captured.shapes == [(3, 4, 8, 8), (6, 4, 8, 8), (2, 4, 8, 8)]
     assert (drawn.num_classes, drawn.shape) == (10, LatentShape(4, 8))
 
 
-def test_the_graphs_of_a_model_share_memory_that_no_other_model_gets(model: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graphs_of_a_model_share_memory_that_no_other_model_gets(model: Backbone) -> None:
     """PyTorch refuses a pool whose graphs are gone: an evaluator's second checkpoint would have none."""
     pools = list[tuple[int, int]]()
 
@@ -87,17 +85,15 @@ def test_after_a_rejected_graph_the_next_one_gets_memory_of_its_own(model: Backb
     assert pools[0] != pools[1] == pools[2]
 
 
-def test_a_shape_that_is_used_for_a_few_passes_only_is_not_captured(model: Backbone, shapes: list[tuple[int, ...]]) -> None:
-    drawn = Replayed(model, after=2)
+def test_a_shape_that_is_used_for_a_few_passes_only_is_not_captured(model: Backbone) -> None:
+    drawn = Replayed(model, after=2, capture=(captured := Capture()))
     for seed, batch in enumerate((3, 3, 2, 3, 2, 3)):
         given = inputs(batch, seed)
         assert torch.equal(drawn(*given), model(*given))
-    assert shapes == [(3, 4, 8, 8)]
+    assert captured.shapes == [(3, 4, 8, 8)]
 
 
-def test_a_pass_that_cannot_be_captured_runs_as_it_is(
-    model: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_pass_that_cannot_be_captured_runs_as_it_is(model: Backbone, caplog: pytest.LogCaptureFixture) -> None:
     def fails(*_: object) -> Forward:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
 

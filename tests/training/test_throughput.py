@@ -1,24 +1,20 @@
 """MFU is model FLOPs over peak FLOPs; rates are those since the last call."""
 
-import time
-
 import pytest
 import torch
 
 from dis_scale.models.cost import price_model
 from dis_scale.models.diffussm.settings import DiffuSsm
-from dis_scale.models.dit.settings import Dit
-from dis_scale.models.families import preset
 from dis_scale.recipe import LatentShape
-from dis_scale.training.throughput import ThroughputMeter, peak_flops
+from dis_scale.training.throughput import ThroughputMeter, datasheet, peak_flops
+from tests.support.prices import price_of
 
 CPU = torch.device("cpu")
 
 
-def test_rates_are_of_the_time_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    price, logged, clock = price_model(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000), list[str](), [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    meter = ThroughputMeter(price, 8, 2, CPU, 1e14, "datasheet, bf16", logged.append)
+def test_rates_are_of_the_time_since_the_last_call() -> None:
+    cost, logged, clock = price_of("DiT-S/2"), list[str](), [100.0]
+    meter = ThroughputMeter(cost, 8, 2, CPU, 1e14, "datasheet, bf16", logged.append, lambda: clock[0])
     assert meter.rates(64) == {}, "no step yet"
     meter.begin(64)
     assert meter.rates(64) == {}
@@ -44,7 +40,7 @@ def test_a_device_without_a_datasheet_is_timed() -> None:
     assert source == "the fastest product of 1024 x 1024, fp32"
 
 
-def test_a_gpus_datasheet_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    assert peak_flops(torch.device("cuda"), "bf16") == (989e12, "datasheet, bf16")
-    assert peak_flops(torch.device("cuda"), "fp32")[0] == 67e12
+def test_a_gpus_datasheet_is_found_by_its_name() -> None:
+    assert datasheet("NVIDIA H200", "bf16") == (989e12, "datasheet, bf16")
+    assert datasheet("NVIDIA H200", "fp32") == (67e12, "datasheet, fp32")
+    assert datasheet("NVIDIA T4", "bf16") is None
