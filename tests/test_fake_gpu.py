@@ -35,7 +35,7 @@ from tests.support import seeded_inception
 
 SHAPE, CUDA = LatentShape(4, 8), torch.device("cuda")
 SETTINGS = {
-    "dis": Dis(kind="dis", width=32, depth=4, patch=2),
+    "dis": Dis(kind="dis", width=32, depth=2, patch=2),
     "dit": Dit(kind="dit", width=32, depth=2, heads=2, patch=2),
     "diffussm": DiffuSsm(kind="diffussm", width=32, depth=2, state_size=8),
 }
@@ -85,6 +85,7 @@ def test_a_training_step_copies_its_inputs_and_mixes_no_devices(
 
 
 def test_state_is_filled_averaged_and_stepped_on_the_gpu(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused AdamW reads Adam's step on the device and does not check where it is."""
     monkeypatch.setattr(torch, "equal", lambda a, b: a.device == b.device)  # fake tensors have no values
     flats = [torch.empty(7, device=CUDA), torch.empty(5, device=CUDA)]
     optimizer = torch.optim.AdamW([{"params": [flat]} for flat in flats], fused=True)

@@ -22,7 +22,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Run
 from dis_scale.training import devices, engine, resume
 from dis_scale.training.attempt import require_one_scan
-from dis_scale.training.engine import MOMENTS, Engine, Segment
+from dis_scale.training.engine import Engine, Segment
 from tests.conftest import TINY
 from tests.support import ranks
 from tests.support.ranks import at_each_stage, on_ranks
@@ -86,16 +86,6 @@ def checks(failing: set[int], kind: type[Exception]) -> None:
             devices.check_on_all_ranks(check)
         assert type(caught.value) is expected
     dist.barrier()
-
-
-def test_the_filled_state_is_on_the_device_of_its_flat() -> None:
-    """Fused AdamW reads Adam's step on the device and does not check where it is."""
-    flat = torch.empty(4, device="meta")
-    optimizer = torch.optim.AdamW([flat], fused=False)
-    engine = Engine(deepspeed=None, optimizer=optimizer, flats=[flat], averages={}, table=[], shapes={})
-    engine.fill(lambda *_: torch.empty(0), adam_step=3)
-    state = optimizer.state[flat]
-    assert {name: state[name].device for name in ("step", *MOMENTS)} == dict.fromkeys(("step", *MOMENTS), flat.device)
 
 
 def test_bf16_training_computes_the_scans_kernels_in_float32() -> None:

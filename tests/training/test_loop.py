@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from dis_scale.process.errors import Held, StorageAway, StorageError, UserError
@@ -29,10 +28,12 @@ from dis_scale.weights.published import load_average, load_published
 from tests.conftest import TINY
 from tests.support import ranks, store_requests
 from tests.support.documents import put_published, put_resume_point
+from tests.support.stages import ONE_MODEL
 
 LAST = 320
 LAST_ONE = Keep(1, 0, LAST, frozenset())
 BOTH = ("calm", "stopped")
+DIT = f"models={ONE_MODEL}"
 
 
 def weights(root: Path, model: str = "dis", images: int = LAST) -> dict[str, torch.Tensor]:
@@ -113,8 +114,7 @@ def test_a_model_is_trained_with_its_own_settings_and_seed(tmp_path: Path) -> No
 
 def test_a_cooldown_branch_ends_as_the_complete_training_with_that_schedule(tmp_path: Path) -> None:
     """The trunk continues at a constant rate. A branch that was stopped continues from its own resume point."""
-    model = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
-    settings = [model, "train.workers=1", "train.keep_spaced=0", "train.resume_every_images=400"]
+    settings = [DIT, "train.workers=1", "train.keep_spaced=0", "train.resume_every_images=400"]
     trunk = reading.load(TINY, [*settings, "train.cooldowns={images: [320], share: 0.3}"])
     assert (branch := trunk.models["dit-at-320"].branch)
     assert branch.at == 224
@@ -149,8 +149,7 @@ def test_a_branch_that_was_killed_in_its_first_save_begins_again(tmp_path: Path)
 
 def test_a_trunk_that_is_killed_at_its_last_resume_point_is_not_trained(tmp_path: Path) -> None:
     """Its last published count is where its last branch begins: trained without that point, it would never run again."""
-    model = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
-    settings = [model, "train.workers=1", "train.publish_images=[224]", "train.resume_every_images=400"]
+    settings = [DIT, "train.workers=1", "train.publish_images=[224]", "train.resume_every_images=400"]
     recipe = reading.load(TINY, [*settings, "train.cooldowns={images: [320], share: 0.3}"])
     plan = tmp_path / "faults"
     plan.write_text("kill at write path=resume/000000000224\n")
@@ -199,7 +198,7 @@ def test_a_lost_attempt_deletes_nothing_of_its_successor(tmp_path: Path) -> None
 
 def test_a_run_does_not_continue_on_other_latents(tmp_path: Path) -> None:
     """They were deleted and made again in another order; with the first ones back, the run continues."""
-    recipe = reading.load(TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.workers=1"])
+    recipe = reading.load(TINY, [DIT, "train.workers=1"])
     ranks.run(recipe, "dit", tmp_path, attempt=1, stop_at=100)
     latents = open_folder(tmp_path) / "latents"
     first = LatentsManifest.require(latents)
@@ -212,7 +211,7 @@ def test_a_run_does_not_continue_on_other_latents(tmp_path: Path) -> None:
 
 
 def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
-    recipe = reading.load(TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"])
+    recipe = reading.load(TINY, [DIT])
     ranks.run(recipe, "dit", tmp_path, attempt=1)
     run, logged = run_at(tmp_path, "dit"), list[str]()
     newest = resume.newest_point(run, logged.append)
@@ -234,19 +233,23 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Pa
     assert f"{name}: damaged: its sha256 differs" in logged[0]
 
 
-def test_skipped_steps_are_counted_over_attempts(tmp_path: Path) -> None:
-    model = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
-    ranks.run(reading.load(TINY, [model, "train.publish_images=[0, 160]"]), "dit", tmp_path, attempt=1)
+def test_skipped_steps_are_counted_over_attempts_and_the_last_resume_points_are_kept(tmp_path: Path) -> None:
+    """Of two attempts, none without its manifest."""
+    settings = [DIT, "train.keep_resume=2", "train.keep_spaced=0"]
+    ranks.run(reading.load(TINY, [*settings, "train.publish_images=[0, 160]"]), "dit", tmp_path, attempt=1)
     point = resume.newest_point(run_at(tmp_path, "dit"), print)
     assert point is not None
     three = point.manifest.progress.model_copy(update={"skipped": 3})
     point.manifest.changed(progress=three).write(point.folder)
-    ranks.run(reading.load(TINY, [model]), "dit", tmp_path, attempt=2)
+    ranks.run(reading.load(TINY, settings), "dit", tmp_path, attempt=2)
     rows = RowReader(run_at(tmp_path, "dit").log).new()
     assert [row.value for row in rows if row.name == "skipped"] == [0, 3]
     newest = resume.newest_point(run_at(tmp_path, "dit"), print)
     assert newest is not None
     assert (newest.manifest.images, newest.manifest.progress.skipped) == (LAST, 3)
+    points = run_at(tmp_path, "dit").resume
+    assert points.list() == ["000000000240-0002", "000000000320-0002"]
+    assert all(ResumePointManifest.find(points / name) for name in points.list())
 
 
 def test_storage_that_is_away_is_not_taken_for_damage(tmp_path: Path, no_pauses: None, inject: Callable[[str], None]) -> None:
@@ -322,14 +325,6 @@ def run_with_points(at: Path, points: dict[int, bytes]) -> Run:
     return run
 
 
-def test_only_the_last_resume_points_are_kept_and_none_without_its_manifest(tmp_path: Path) -> None:
-    recipe = reading.load(TINY, ["train.workers=1", "train.keep_resume=2", "train.keep_spaced=0"])
-    ranks.run(recipe, "dis", tmp_path, attempt=1)
-    resume = run_at(tmp_path, "dis").resume
-    assert resume.list() == ["000000000240-0001", "000000000320-0001"]
-    assert all(ResumePointManifest.find(resume / name) for name in resume.list())
-
-
 def test_what_storage_refuses_to_delete_ends_no_training(tmp_path: Path, inject: Callable[[str], None]) -> None:
     """As in a bucket whose policy keeps objects. It is said once."""
     said = list[str]()
@@ -381,9 +376,8 @@ def test_a_late_write_of_a_lost_attempt_tears_no_published_weights(tmp_path: Pat
 
 @pytest.mark.parametrize(("took_s", "warnings"), [(4.2, []), (45.5, ["45.5 s and grace_s is 30 s"])])
 def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, took_s: float, warnings: list[str]
+    tmp_path: Path, tiny: Recipe, took_s: float, warnings: list[str]
 ) -> None:
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     logged: list[str] = []
     attempt = Attempt(
         ranks.sweep_of(tmp_path, tiny), "dit", open_folder(tmp_path) / "latents", 1, torch.device("cpu"), Start(0.0),
