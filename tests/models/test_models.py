@@ -11,7 +11,6 @@ from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
 from dis_scale.models import build, check_finite
 from dis_scale.models.diffussm.settings import DiffuSsm
-from dis_scale.models.dis import network
 from dis_scale.models.dis.network import DiS
 from dis_scale.models.dis.s6 import Mixer
 from dis_scale.models.dis.settings import Dis
@@ -233,25 +232,14 @@ def test_compiled_blocks_agree_within_rounding(settings: FamilySettings) -> None
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5)
 
 
-def compared(
-    monkeypatch: pytest.MonkeyPatch, settings: Dis | DiffuSsm | Dit, images: set[int], training: bool, **options: str
-) -> list[tuple[object, ...]]:
-    """What `verify_kernels` compares on a GPU."""
-    seen = list[tuple[object, ...]]()
-    monkeypatch.setattr(network, "verify_block", lambda _make, _width, *given: seen.append((given[0], *given[2:])))
-    network._verify_once.cache_clear()
-    model = build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
-    models.verify_kernels(model, torch.device("cuda"), images, training=training)
-    return seen
-
-
-def test_a_gpus_kernels_are_compared_at_the_models_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    dis = Dis(kind="dis", width=16, depth=2, patch=2)
-    assert compared(monkeypatch, dis, {4, 8}, True, scan="chunked", precision="bf16") == [
-        ("chunked", torch.bfloat16, Case(18, 32, 16, 8))
-    ]
-    one_way = Dis(kind="dis", width=16, depth=2, patch=2, directions=1)
-    assert compared(monkeypatch, one_way, {4}, False, scan="chunked", checkpointing="block") == [
-        ("chunked", torch.float32, Case(18, 32, 16, 4, directions=1, gradients=False))
-    ]
-    assert not compared(monkeypatch, Dit(kind="dit", width=16, depth=1, heads=2, patch=2), {4}, True)
+def test_a_gpus_kernels_are_compared_at_the_models_sizes() -> None:
+    """Its precision: tests/scan/test_scan_selftest.py. A DiT has none of its own."""
+    gpu, settings = torch.device("cuda"), Dis(kind="dis", width=16, depth=2, patch=2)
+    dis = build(settings, SHAPE, 10, scan="chunked")
+    one_way = build(settings.model_copy(update={"directions": 1}), SHAPE, 10, scan="chunked", checkpointing="block")
+    assert isinstance(dis, DiS)
+    assert isinstance(one_way, DiS)
+    assert dis.kernel_cases(gpu, {4, 8}, training=True) == [("chunked", Case(18, 32, 16, 8), False)]
+    case = Case(18, 32, 16, 4, directions=1, gradients=False)
+    assert one_way.kernel_cases(gpu, {4}, training=False) == [("chunked", case, False)]
+    models.verify_kernels(build(DIT, SHAPE, 10), gpu, {4}, training=True)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from dis_scale.models import build, public
-from dis_scale.models.dis import network
 from dis_scale.models.dis.network import DiS, DiSBlock
 from dis_scale.models.dis.orders import orders_of
 from dis_scale.models.dis.settings import Dis
@@ -150,20 +149,12 @@ def test_a_model_without_memory_has_an_order_too(order: tuple[str, ...], directi
     assert [*model.buffers()]
 
 
-def test_the_self_test_has_each_kind_of_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_test_has_each_kind_of_norm() -> None:
     """Blocks in an order of their own, and those behind attention that have the stream's; a model in raster order has one kind."""
-    kinds = list[bool]()
-
-    def noted(*_: Any, ordered: bool) -> None:
-        if kinds[-1:] != [ordered]:
-            kinds.append(ordered)
-
-    monkeypatch.setattr(network, "_verify_once", noted)
     mixed = {"order": ("raster", "column"), "attention_every": 3}
     for changes, expected in (({}, [False]), ({"order": ("hilbert",)}, [True]), (mixed, [False, True])):
-        kinds.clear()
-        dis(depth=6, **changes).verify_kernels(torch.device("cpu"), [2], training=False)
-        assert kinds == expected
+        cases = dis(depth=6, **changes).kernel_cases(torch.device("cpu"), [2], training=False)
+        assert [ordered for *_, ordered in cases] == expected
 
 
 def test_the_published_order_adds_nothing_and_others_are_not_exported_as_published() -> None:

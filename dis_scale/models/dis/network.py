@@ -162,10 +162,14 @@ class DiS(Backbone):
 
     def verify_kernels(self, device: torch.device, images: Collection[int], *, training: bool) -> None:
         """A block, once for each set of compiled kernels."""
+        for name, case, ordered in self.kernel_cases(device, images, training=training):
+            _verify_once(self.settings, name, device, self.compute_dtype, case, ordered=ordered)
+
+    def kernel_cases(self, device: torch.device, images: Collection[int], *, training: bool) -> list[tuple[str, Case, bool]]:
+        """Return each set of compiled kernels: its backend, its case, and whether its norms read and write at places."""
         name = choose(self.scan, device).name
         cases = distinct(name, device, self._cases(images, training=training))
-        for case, ordered in itertools.product(cases, self._kinds_of_norms()):
-            _verify_once(self.settings, name, device, self.compute_dtype, case, ordered=ordered)
+        return [(name, *each) for each in itertools.product(cases, self._kinds_of_norms())]
 
     def _kinds_of_norms(self) -> list[bool]:
         """Whether norms read and write at places: all, none, or some. The first block's adds nothing."""
