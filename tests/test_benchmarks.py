@@ -14,6 +14,9 @@ import torch
 
 from benchmarks import dit_counts, kernels, record, rows, throughput, trace
 from benchmarks.bringup import Options
+from tests.support.scans import h200
+
+__all__ = ["h200"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,10 +104,8 @@ def test_the_kernels_part_compares_each_backend_of_a_device() -> None:
     assert all(row["right"] and 0 <= row["error"] < row["allowed"] for row in found)
 
 
-def test_the_kernels_part_covers_each_number_of_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_part_covers_each_number_of_lanes(h200: None) -> None:
     """On an H200, both in float32 and in bfloat16; the self-test of training's sizes at 512 pixels, too."""
-    pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
-    monkeypatch.setattr("dis_scale.scan.triton_launch.multiprocessors", lambda _: 132)
     cuda = torch.device("cuda")
     compared = list(kernels.comparisons("triton", Options(cuda, quick=False)))
     for dtype in (torch.float32, torch.bfloat16):

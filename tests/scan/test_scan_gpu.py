@@ -25,6 +25,7 @@ from tests.support.scans import (
     check_extreme_gates,
     check_results,
     compare,
+    fill_by,
     outputs_and_gradients,
     poison,
     random_tensors,
@@ -113,7 +114,7 @@ def test_triton_is_bit_equal_when_repeated(call: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_each_way_to_fill_a_gpu(dtype: torch.dtype, fill: Filling, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes of the other tests make few programs, which all get eight lanes per channel."""
-    monkeypatch.setattr("dis_scale.scan.triton._filling", lambda _: fill)
+    fill_by(fill, monkeypatch)
     sizes = (2, 258, 403, 16)
     tensors = moved(random_tensors(sizes, dtype))
     got = outputs_and_gradients("two-way scan", tensors, "triton")

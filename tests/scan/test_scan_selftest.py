@@ -1,7 +1,7 @@
 """The comparison of a backend with the reference at a worker's start: right backends pass, wrong ones are named."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +18,9 @@ from dis_scale.scan import Direction, _backend, _choose, chunked
 from dis_scale.scan.backend import Backend, from_one_way
 from dis_scale.scan.reference import causal_conv_silu, selective_scan
 from dis_scale.scan.selftest import TOLERANCE, Case, distinct, errors, filling_of, verify
-from tests.support.scans import SANITIZED
+from tests.support.scans import SANITIZED, h200
+
+__all__ = ["h200"]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 L2 = Case(258, 2048, 16)
@@ -45,13 +47,6 @@ def test_one_direction_is_compared_by_the_one_way_functions() -> None:
     assert {"output of forward conv", "output of scan", "gradient of forward A"} <= found.keys()
     assert not [what for what in found if "backward" in what]
     assert all(error < TOLERANCE[torch.float32] for error in found.values())
-
-
-@pytest.fixture
-def h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton sees the multiprocessors of an H200."""
-    pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
-    monkeypatch.setattr("dis_scale.scan.triton_launch.multiprocessors", lambda _: 132)
 
 
 def image_counts(name: str, case: Case, *images: int) -> list[int]:
@@ -89,18 +84,16 @@ def test_the_lanes_are_those_that_the_backend_selects(h200: None, images: int, d
     assert filling_of(CUDA, case) == selected
 
 
-def launches_of(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[tuple[object, ...]]:
+def launches_of(run: Callable[[], object]) -> set[tuple[object, ...]]:
     """Triton's launches by kernel, types and constants, which are all that it compiles for; none runs."""
-    from dis_scale.scan.triton_launch import Launch
+    from benchmarks.account import recorded
 
     seen = set[tuple[object, ...]]()
-
-    def note(launch: Launch, *tensors: Any) -> None:
+    with recorded() as launched:
+        run()
+    for launch, tensors, _ in launched:
         types = tuple(getattr(x, "dtype", None) for x in tree_leaves(tensors))
         seen.add((launch.kernel.__name__, types, *sorted((name, str(value)) for name, value in launch.numbers.items())))
-
-    monkeypatch.setattr(Launch, "__call__", note)
-    run()
     return seen
 
 
@@ -118,10 +111,10 @@ def test_a_model_compiles_nothing_after_the_self_test(
     model.keeps_states = keeps
     images, t, y = torch.randn(3, 4, 8, 8), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
     try:
-        launched = launches_of(lambda: model(images, t, y).sum().backward(), monkeypatch)
+        launched = launches_of(lambda: model(images, t, y).sum().backward())
         monkeypatch.setattr(verification, "require_small", lambda *_: None)
         network._verify_once.cache_clear()
-        compared = launches_of(lambda: model.verify_kernels(CPU, [3], training=True), monkeypatch)
+        compared = launches_of(lambda: model.verify_kernels(CPU, [3], training=True))
     finally:
         for cached in (_backend, _choose, network._verify_once):
             cached.cache_clear()

@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,11 @@ from triton.runtime import driver
 
 from benchmarks.account import recorded
 from benchmarks.instructions import FORWARD, CompileOnly, ahead, busy, code, compiled, counted, registers, work
-from dis_scale.models.cost import price_model
 from dis_scale.models.dis.network import DiSBlock
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dis.ssd import SsdMixer
 from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import LatentShape
 from dis_scale.scan import (
     Choice,
     Direction,
@@ -46,6 +45,7 @@ from dis_scale.scan.triton_fill import FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together, without_memory
 from tests.support.allocated import Allocated
 from tests.support.alone import in_its_own_process
+from tests.support.prices import price_of
 from tests.support.scans import BACKWARD_CYCLES, FORWARD_CYCLES
 
 PRODUCTS, TOUCHED = "threadsPerWarp = [32, 1], warpsPerCTA = [1, 4]", "threadsPerWarp = [8, 4], warpsPerCTA = [4, 1]"
@@ -123,7 +123,7 @@ def test_state_space_duality_compiles_ahead(capability: int) -> None:
 def test_hydras_mixer_keeps_what_is_priced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes of an image in a block of DiS2-L/2 within 3 %: by the price, and by the tensors that autograd saves."""
     settings = Dis.model_validate(preset("DiS2-L/2"))
-    kept = price_model(settings, LatentShape(4, 32), 1000).kept_in("bf16")
+    kept = price_of("DiS2-L/2").kept_in("bf16")
     monkeypatch.setattr(norms, "choose", lambda *_: Choice("triton", "by count"))
     found = list[int]()
     for images in (1, 2):
@@ -235,9 +235,12 @@ def direction_of_meta(B: int, L: int, E: int, N: int, row: int = 0) -> Direction
     return Direction(u[..., :E], *rest)
 
 
-def test_sizes_beyond_a_grid_or_32_bits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = list[str]()
-    monkeypatch.setattr(Launch, "__call__", lambda launch, *_: launched.append(launch.kernel.__name__))
+def test_sizes_beyond_a_grid_or_32_bits_are_named() -> None:
+    with recorded() as launched:
+        require_limits(launched)
+
+
+def require_limits(launched: list[Any]) -> None:
     backend, ones = scan_triton.backend, torch.ones(1, 4, device="meta")
     most = MOST_PROGRAMS
     with pytest.raises(UserError, match=r"at most 65,535 images per call, got 65,536: take smaller micro-batches"):
@@ -257,8 +260,12 @@ def test_sizes_beyond_a_grid_or_32_bits_are_named(monkeypatch: pytest.MonkeyPatc
         y.backward(torch.empty_like(y))
 
 
-def only_compile(launch: Launch, *arguments: Any) -> None:
-    launch.kernel.warmup(*arguments, grid=launch.grid, **launch.numbers)
+def compile_launches(run: Callable[[], object]) -> None:
+    """Compile what a function launches, by the path of a launch."""
+    with recorded() as launched:
+        run()
+    for launch, arguments, _ in launched:
+        launch.kernel.warmup(*arguments, grid=launch.grid, **launch.numbers)
 
 
 @pytest.fixture
@@ -300,8 +307,7 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
     compile_together(lambda: scan_triton.compile_forward(kind, z, directions, keep=False))
     assert not failed, ["".join(traceback.format_exception(error)) for error in failed]
     assert sorted(compiles) == ["by_state", "scan_forward", "scan_forward"]
-    monkeypatch.setattr(Launch, "__call__", only_compile)
-    scan_triton._forward(triton_numbers.scan_forward(kind, False), kind, z, directions, keep=False)
+    compile_launches(lambda: scan_triton._forward(triton_numbers.scan_forward(kind, False), kind, z, directions, keep=False))
     assert len(compiles) == 3
 
 
@@ -316,6 +322,6 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
     empty = without_memory((x, weights, dys, dx, gradients))
     compile_together(lambda: scan_triton._conv_backward(launches, meta, *empty))
     assert (sorted(compiles), failed) == (["conv_backward", "sum_conv"], [])
-    monkeypatch.setattr(Launch, "__call__", only_compile)
-    scan_triton._conv_backward(triton_numbers.conv_backward(kind, 8, 8, 8), kind, x, weights, dys, dx, gradients)
+    launches = triton_numbers.conv_backward(kind, 8, 8, 8)
+    compile_launches(lambda: scan_triton._conv_backward(launches, kind, x, weights, dys, dx, gradients))
     assert len(compiles) == 2

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dis_scale.scan import Direction, causal_conv_silu, selective_scan, two_way_conv_silu, two_way_scan
 from dis_scale.scan.selftest import Case
+from dis_scale.scan.triton_fill import Filling
 
 # Largest error, relative to the largest number of a tensor. float32: states and gradients are sums of up to 1,026 steps or
 # 1,500 channels and states. Each term is rounded to 6e-8 and most errors cancel; the largest error observed is 2e-6. bfloat16
@@ -121,6 +122,18 @@ def compare(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None
     for i, (x, y) in enumerate(zip(got, expected, strict=True)):
         error, largest = (x.double() - y).abs().max(), y.abs().max()
         assert error <= tolerance * largest, f"tensor {i} is off by {error:.1e}, its largest number is {largest}"
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton sees the multiprocessors of an H200."""
+    pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
+    monkeypatch.setattr("dis_scale.scan.triton_launch.multiprocessors", lambda _: 132)
+
+
+def fill_by(fill: Filling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the Triton scan fill a GPU so, whatever its programs are."""
+    monkeypatch.setattr("dis_scale.scan.triton._filling", lambda _: fill)
 
 
 @pytest.fixture(autouse=True)
