@@ -6,6 +6,7 @@ Inception's input is 299 x 299 pixels. Tests with many images use 75 x 75, its m
 import hashlib
 import threading
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,8 +41,9 @@ class Images(TensorDataset):
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
+def small() -> Iterator[None]:
+    with seeded_inception.of_small_images():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,7 @@ def extractor() -> Extractor:
 def theirs(sets: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """torch-fidelity's metrics of both sets; the distance is on 192 features, fewer than the images."""
     path, _ = seeded_inception.write(tmp_path_factory.mktemp("weights"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
+    with seeded_inception.of_small_images():
         found: dict[str, float] = calculate_metrics(
             input1=Images(as_tensor(sets[0])), input2=Images(as_tensor(sets[1])), cuda=False, verbose=False, isc=True,
             fid=True, kid=True, prc=True, feature_extractor="inception-v3-compat", feature_layer_fid="192",
@@ -185,15 +186,13 @@ def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_other_weights_are_refused_unopened(weights: tuple[Path, inception.WeightsFile], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened before it was hashed"))
+def test_other_weights_are_refused_unopened(tmp_path: Path) -> None:
+    """A file that cannot be opened, of another size and of the right one."""
+    (tmp_path / "w.pth").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"not the Inception weights that FID is defined by: .*expected 95,628,359 bytes"):
-        inception.load(str(weights[0]))
-    data = bytearray(weights[0].read_bytes())
-    data[1000] ^= 1
-    weights[0].write_bytes(data)
+        inception.load(str(tmp_path / "w.pth"))
     with pytest.raises(UserError, match="not the Inception weights that FID is defined by"):
-        read_weights(str(weights[0]), weights[1])
+        read_weights(str(tmp_path / "w.pth"), inception.WeightsFile("any", 10, "0" * 64))
 
 
 def test_the_error_for_missing_weights_names_the_download(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """A sweep whose source is latents of another program, and whose reference is ADM's file: no image is ever there."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from dis_scale.evaluation import inception
 from dis_scale.evaluation.inception import Inception
@@ -21,10 +21,15 @@ from tests.support.seeded_inception import as_tensor, blobs
 from tests.support.stages import ONE_MODEL, evaluate_here, make_latents, preparer, train
 
 
-def test_latents_give_a_curve_by_adms_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small() -> Iterator[None]:
+    with seeded_inception.of_small_images():
+        yield
+
+
+def test_latents_give_a_curve_by_adms_statistics(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Inception with seeded weights and small images."""
     monkeypatch.setattr("os.nice", lambda _: 0)  # an evaluator's process gives way; this one has further tests to run
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
     path, expected = seeded_inception.write(tmp_path)
     monkeypatch.setattr(inception, "read_weights", partial(inception.read_weights, expected=expected))
     statistics = fit(Inception(seeded_inception.state()).eval()(as_tensor(blobs(100, 3)))[0].detach().numpy())

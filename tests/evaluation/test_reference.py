@@ -54,14 +54,16 @@ def source() -> Source:
     return open_source(reading.load(TINY).data)
 
 
-def test_features_of_a_fixed_choice_of_images_are_kept(sweep: Sweep, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "KEPT", 100)
-    extractor = Extractor("a", "weights of a", lambda x: (x.float()[:, 0, ::16, ::16].flatten(1),), CPU)
-    kept = [parts.merged(sweep, source, [extractor], lambda _: None, lambda _: None)["a"].kept for _ in range(2)]
-    assert np.array_equal(kept[0], kept[1])
-    everything = {row.tobytes() for row in extractor(pixels(source)).pooled}
-    assert len(kept[0]) == 100
-    assert {row.tobytes() for row in kept[0]} <= everything
+def test_features_of_a_fixed_choice_of_images_are_kept() -> None:
+    count = parts.KEPT + 500
+    numbers = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 3), np.uint8)
+    batches = [list(enumerate(numbers[first : first + 500], first)) for first in range(0, count, 500)]
+    extractor = Extractor("a", "weights of a", lambda x: (x.float().flatten(1),), CPU)
+    kept = parts.compute(batches, count, [extractor])["a"].kept
+    chosen = parts.choose_kept(count)
+    assert np.array_equal(chosen, parts.choose_kept(count))
+    assert len(set(chosen.tolist())) == len(kept) == parts.KEPT
+    assert np.array_equal(kept, numbers[chosen].reshape(-1, 3))
 
 
 def test_a_program_is_an_extractor(recipe: Recipe, sweep: Sweep, source: Source) -> None:

@@ -4,8 +4,8 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from PIL import Image
 from dis_scale import models, vae
 from dis_scale.data.encode import tf32
 from dis_scale.data.sources import open_source
-from dis_scale.diffusion.generate import generate
 from dis_scale.evaluation import sampling
 from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.evaluation.features import store_classifier
@@ -100,31 +99,30 @@ def test_another_precision_changes_the_pictures(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_only_the_model_may_round_its_products_to_tf32(sweep: Sweep, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_model_may_round_its_products_to_tf32(sweep: Sweep, precision: str) -> None:
     seen = dict[str, bool]()
     one, settings = sampler(sweep), sweep.recipe.evaluate.model_copy(update={"precision": precision})
-    decode = type(one.vae).decode
+    assert isinstance(one.vae, vae.DiffusersVae)
+    model, decoder = one.model("dis", 160, settings), one.vae.net.get_submodule("decoder")
 
-    def noted(name: str, do: Any, *arguments: Any, **settings: Any) -> Any:
-        seen[name] = torch.backends.cuda.matmul.allow_tf32
-        assert torch.backends.cudnn.allow_tf32 == seen[name]
-        return do(*arguments, **settings)
+    def note(module: torch.nn.Module, *_: Any) -> None:
+        seen["draw" if module is model else "decode"] = torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32
 
-    monkeypatch.setattr(sampling, "generate", partial(noted, "draw", generate))
-    monkeypatch.setattr(type(one.vae), "decode", lambda *arguments: noted("decode", decode, *arguments))
+    for module in (model, decoder):
+        module.register_forward_hook(note)
     with tf32(allowed=False):  # as an evaluator
-        one.sample(one.model("dis", 160, settings), settings, 0)
+        one.sample(model, settings, 0)
     assert seen == {"draw": precision == "tf32", "decode": False}
 
 
-def test_the_kernels_of_each_size_of_batch_are_compared(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_of_each_size_of_batch_are_compared(tiny: Recipe) -> None:
     """90 samples in blocks of 40 and batches of 16, guided at some times: the last batch of a block has 8, the last block 10."""
     compared = list[tuple[set[int], bool]]()
-    monkeypatch.setattr(models, "verify_kernels", lambda _m, _d, images, training: compared.append((images, training)))
     changes = {"samples": 90, "batch_images": 16, "guidance_interval": (0.0, 500.0), "precision": "bf16"}
     settings = tiny.evaluate.model_copy(update=changes)
-    model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
-    sampling.verify_sampling(model, settings, torch.device("cpu"))
+    model: Any = SimpleNamespace(verify_kernels=lambda _, images, training: compared.append((images, training)))
+    sampling.verify_sampling(model, settings, torch.device("cuda"))
     assert compared == [({8, 10, 16, 20, 32}, False)]
     assert model.precision == "bf16"
 

@@ -6,6 +6,8 @@ calibrated on a batch, and the last layer is scaled until the Inception Score is
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -58,6 +60,13 @@ def state() -> dict[str, Tensor]:
 def _empty(outputs: list[str]) -> FeatureExtractorInceptionV3:
     with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"), mock.patch("torch.load"):
         return FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path="none")
+
+
+@contextmanager
+def of_small_images() -> Iterator[None]:
+    """Inception's input is 75 x 75 pixels, its minimum, instead of 299 x 299."""
+    with mock.patch.object(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75):
+        yield
 
 
 def write(folder: Path) -> tuple[Path, WeightsFile]:
