@@ -31,6 +31,7 @@ from tests.support.programs import export, with_exported
 
 D, IMAGES, SAMPLES, DRAWS = 12, 3000, 500, 30
 CLASSES = 4
+TINY_RECIPE = reading.load(TINY)
 
 
 def images(labels: np.ndarray, seed: int, features: int = D, apart: float = 2) -> np.ndarray:
@@ -45,8 +46,9 @@ def real_labels(seed: int) -> np.ndarray:
 
 def wanted_labels(sampled: Evaluate, labels: np.ndarray, seed: int = 0) -> np.ndarray:
     """Return the labels of a model's samples."""
-    recipe = reading.load(TINY, [f"seed={seed}"]).model_copy(update={"evaluate": sampled})
-    return sample_labels(recipe, np.bincount(labels, minlength=CLASSES).tolist())
+    return sample_labels(
+        TINY_RECIPE.model_copy(update={"seed": seed, "evaluate": sampled}), np.bincount(labels, minlength=CLASSES).tolist()
+    )
 
 
 def blocks(kinds: dict[str, np.ndarray], weights: str = "seeded") -> Iterator[FloorBlock]:
@@ -64,7 +66,7 @@ def measured(
     apart: float = 2,
     labels: np.ndarray | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the floors of one set of real images, and of ones whose features `blur` shifts.
+    """Return the floors of one set of real images, and of ones whose features `blur` shifts, if it does.
 
     `choice` takes other images of the set, by another order of its positions.
     """
@@ -75,10 +77,10 @@ def measured(
         labels, every = labels[order], every[order]
     chosen = floor.chosen_images(labels, sampled.samples)
     weights = floor.sample_weights(labels[chosen], wanted_labels(sampled, labels, seed))
-    kinds = {REAL: every[chosen], RECONSTRUCTED: every[chosen] + np.float32(blur)}
+    kinds = {REAL: every[chosen]} | ({RECONSTRUCTED: every[chosen] + np.float32(blur)} if blur else {})
     references = {"digits": Reference("seeded", fit(every))}
     values = floor.measure_floor(blocks(kinds), references, sampled, weights)
-    return values[REAL], values[RECONSTRUCTED]
+    return values[REAL], values.get(RECONSTRUCTED, {})
 
 
 @pytest.mark.parametrize("labels_setting", ["balanced", "random", "uniform"])
