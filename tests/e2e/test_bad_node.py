@@ -13,7 +13,7 @@ from dis_scale.sweep import state
 from tests.support import clusters, pods, stages, sweeps
 from tests.support.clusters import Events, Node, RayNodes
 
-SHORT = ("models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.workers=1..2")
+SHORT = (f"models={stages.ONE_MODEL}", "train.workers=1..2")
 AS_SHIPPED = [f"--{name}={value}" for name, value in pods.nodes("rayjob.yaml")[1].options.items() if "name" in name]
 AS_SHIPPED += ["--resources='{\"evaluate\": 1}'"]  # as a shell takes it
 

@@ -10,10 +10,11 @@ from ops.drills import network
 from ops.drills.network import ip, within
 from tests.support import clusters, sweeps
 from tests.support.clusters import Events, RayNodes, sweep_to_train, wait_for_end, wait_for_nodes, wait_until
+from tests.support.stages import ONE_MODEL
 
 NAMES = ("ds-head", "ds-one", "ds-two")
 SETTINGS = (
-    "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 8000]",
+    f"models={ONE_MODEL}", "train.publish_images=[0, 8000]",
     "train.workers=1..2", "train.resume_every_images=160",
 )  # fmt: skip
 

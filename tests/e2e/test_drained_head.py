@@ -12,10 +12,11 @@ from dis_scale.storage import lease
 from dis_scale.sweep import Run, state
 from dis_scale.tracking import rows
 from tests.support.clusters import RayNodes, sweep_to_train
+from tests.support.stages import ONE_MODEL
 from tests.support.sweeps import TIMEOUT_S
 
 LONG = (
-    "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 1600000]",
+    f"models={ONE_MODEL}", "train.publish_images=[0, 1600000]",
     "train.workers=1", "train.resume_every_images=160000", "precompute.workers=1",
 )  # fmt: skip
 

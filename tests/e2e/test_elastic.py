@@ -9,9 +9,10 @@ from dis_scale.process.errors import Preempted
 from dis_scale.sweep import state
 from tests.support import clusters, sweeps
 from tests.support.clusters import Events, RayNodes, driver, sweep_to_train, wait_for_end, wait_for_nodes, wait_until
+from tests.support.stages import ONE_MODEL
 
 LONG = (
-    "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 1600000]",
+    f"models={ONE_MODEL}", "train.publish_images=[0, 1600000]",
     "train.workers=1..2", "train.grow_after_s=1", "train.resume_every_images=1600", "grace_s=0.001",
 )  # fmt: skip
 """A stop request leaves no time to save; growth has all of it, and a drained node as much as its notice."""

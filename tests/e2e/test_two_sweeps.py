@@ -10,9 +10,9 @@ import pytest
 from dis_scale.sweep import state
 from tests.support import sweeps
 from tests.support.clusters import RayNodes, driver
+from tests.support.stages import ONE_MODEL
 
-ONE_MODEL = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
-LONG = (ONE_MODEL, "train.publish_images=[0, 160, 16000]", "train.resume_every_images=160")
+LONG = (f"models={ONE_MODEL}", "train.publish_images=[0, 160, 16000]", "train.resume_every_images=160")
 REFUSED = 69
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from dis_scale.storage.folder import open_folder
 from dis_scale.tracking.rows import Row, RowReader
-from tests.support import fault_plans, sweeps
+from tests.support import fault_plans, stages, sweeps
 
-SETTINGS = ("models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.hang_after_s=30")
+SETTINGS = (f"models={stages.ONE_MODEL}", "train.hang_after_s=30")
 
 
 def run(root: Path, plan: str) -> tuple[list[int], str]:
