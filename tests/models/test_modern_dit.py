@@ -84,6 +84,22 @@ def test_a_block_is_that_of_its_definition_with_its_gradients(modern: tuple[Part
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * max(1.0, b.abs().max().item()))
 
 
+def test_without_parts_a_block_is_as_before_them_to_the_bit() -> None:
+    """The operations of the block that had no parts, in their order."""
+    made = block().float()
+    x_BTD, c_BD = torch.randn(2, SIDE**2, D), torch.randn(2, D)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+        part[:, None] for part in made.modulation(functional.silu(c_BD)).chunk(6, 1)
+    )
+    h = torch.addcmul(shift_a, functional.layer_norm(x_BTD, (D,), eps=1e-6), 1 + scale_a)
+    q, k, v = made.qkv(h).reshape(2, SIDE**2, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
+    attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, SIDE**2, D)
+    by_dit = x_BTD + gate_a * made.out(attended)
+    h = torch.addcmul(shift_m, functional.layer_norm(by_dit, (D,), eps=1e-6), 1 + scale_m)
+    by_dit = by_dit + gate_m * made.down(functional.gelu(made.up(h), approximate="tanh"))
+    assert torch.equal(made(x_BTD, c_BD), by_dit)
+
+
 @pytest.mark.parametrize("modern", [("qk_norm",), ("qk_norm", "rms_norm", "rotary")])
 def test_a_model_in_half_precision_computes_about_the_same(modern: tuple[Part, ...]) -> None:
     torch.manual_seed(0)
