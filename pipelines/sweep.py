@@ -98,13 +98,14 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
             driver = Driver(sweep, board, as_json=jsonlog.wanted())
             failures = run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one
-        points = report.collect(sweep, plan)
-        if changed:  # a model that was removed, another curve
-            with lease.hold(command_lease(sweep.folder)):
-                sweep.save_recipe()
+        with board.working("report"):
+            points = report.collect(sweep, plan)
+            if changed:  # a model that was removed, another curve
+                with lease.hold(command_lease(sweep.folder)):
+                    sweep.save_recipe()
+                    _write_report(sweep, points, failures)
+            if not done:
                 _write_report(sweep, points, failures)
-        if not done:
-            _write_report(sweep, points, failures)
     _print_results(sweep, points, console)
     if words := failures.words():
         raise DisScaleError(f"{words}; {how_to_continue(sweep)}")

@@ -9,7 +9,7 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
-from dis_scale.cli.shared import AsJson, Overrides, RecipePath, SourceImages, console, load_recipe, show, source_images
+from dis_scale.cli.shared import AsJson, Overrides, RecipePath, SourceImages, console, load_recipe, show, source_images, working
 from dis_scale.process.errors import UserError, nearest
 from dis_scale.process.tables import narrow_table
 
@@ -44,9 +44,10 @@ def plan(
     from dis_scale.planning import isoflop
     from dis_scale.planning.plan import derive, on_fleet, price_reading, price_sweep, table
 
-    priced = isoflop.price(settings)
-    study = isoflop.cells(price_sweep(settings, priced.shape))
-    forecast = on_fleet(priced, fleet) if fleet else None
+    with working("plan: computing"):
+        priced = isoflop.price(settings)
+        study = isoflop.cells(price_sweep(settings, priced.shape))
+        forecast = on_fleet(priced, fleet) if fleet else None
     if not as_json:
         console().print(table(priced))
     source, unknown = source_images(settings, images)

@@ -137,7 +137,7 @@ def measure(
     def load() -> Extractor:
         return Extractor("inception", INCEPTION_SHA256, inception.load(weights).to(device), device)
 
-    with Board(console(stderr=True)) as board:
+    with Board(console(stderr=True)) as board, board.working("measure"):
         found = outside.measured(
             samples, reference, load, lambda done, total: board.update("measure", done, total, "images"), say_aside
         ).values

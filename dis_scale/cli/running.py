@@ -69,7 +69,8 @@ def stop(
     """Ask a running sweep to save and stop, from any machine; `dis-scale resume SWEEP` continues it."""
     from pipelines.stop import stop_sweep
 
-    stopped = stop_sweep(sweep, address)
+    with working("stop: asking"):
+        stopped = stop_sweep(sweep, address)
     show(
         {"stop_requested": stopped},
         f"stop requested: {', '.join(stopped)}" if stopped else "nothing to stop: no command and no job of this sweep is running",
@@ -148,7 +149,8 @@ def logs(
     if model is None and stage is None:
         if attempt is not None or raw:
             raise UserError("logs: --attempt and --raw are of one job's logs: name a model, or --stage")
-        lines = attempt_logs.overview(opened)
+        with working("logs: listing"):
+            lines = attempt_logs.overview(opened)
         return show({"attempts": lines}, *lines, as_json=as_json)
     if model in get_args(Stage) and model not in opened.recipe.models:
         model, stage = None, model
@@ -156,7 +158,8 @@ def logs(
         model = model if model in opened.recipe.models else model.removeprefix("train-")
         opened.run(model)  # refuses an unknown one
     folder = opened.logs(stage or "train", model)
-    texts = attempt_logs.read_attempt(folder, attempt)
+    with working("logs: reading"):
+        texts = attempt_logs.read_attempt(folder, attempt)
     files = {f"{folder}/{name}": text for name, text in texts.items()}
     words = {file: text if raw else readable(attempt_logs.in_words(text)) for file, text in files.items()}
     show(files, *(f"==> {file} <==\n{text}" for file, text in words.items()), as_json=as_json)
@@ -178,7 +181,8 @@ def fork(
     from dis_scale.training.fork import fork_run
 
     opened = Sweep.open(sweep)
-    run = fork_run(opened, model, at, new, settings or [])
+    with working("fork: copying"):
+        run = fork_run(opened, model, at, new, settings or [])
     changed = f", with {', '.join(settings)} of its own," if settings else ""
     show(
         {"run": run.folder.url, "model": new, "images": at},
@@ -208,6 +212,7 @@ def profile(
         os.environ.setdefault(name, value)  # what a worker has; read when the GPU is first used
     if trace is not None:
         require_file(trace, "--trace")
-    rates = profile_training(Sweep.open(sweep), model, steps, trace, say_aside if as_json else say)
+    with working("profile: at work"):
+        rates = profile_training(Sweep.open(sweep), model, steps, trace, say_aside if as_json else say)
     document = rates | {"model": model, "steps": steps, "trace": trace and str(trace)}
     show(document, *([f"trace    {trace}"] if trace else []), as_json=as_json)

@@ -99,7 +99,7 @@ def sample(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     by = opened.guide_at if sampling.scale != 1 else None
     aside(f"sampling {opened.located}: {sampling}{f' by {by}' if by else ''}, fp32 on {machine_name(device)}")
-    with Board(console(stderr=as_json)) as board:
+    with Board(console(stderr=as_json)) as board, board.working("sample"):
         parts = pictures.sample_pictures(
             opened, each_label, sampling=sampling, seed=seed, batch=batch, device=device,
             progress=lambda done, steps: board.update("sample", done, steps, "steps"),

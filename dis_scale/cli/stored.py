@@ -24,7 +24,7 @@ def verify_results(sweep: SweepUrl, *, as_json: AsJson = False) -> None:
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep.verify import verify_sweep
 
-    with Board(console(stderr=as_json)) as board:
+    with Board(console(stderr=as_json)) as board, board.working("verify"):
         found = verify_sweep(Sweep.open(sweep), lambda done, total: board.update("verify", done, total, "files"))
         for what, lines in found._asdict().items():
             for line in lines:
@@ -136,7 +136,7 @@ def data_verify(
     from dis_scale.data import maintenance
     from dis_scale.process.progress import Board
 
-    with Board(console(stderr=as_json)) as board:
+    with Board(console(stderr=as_json)) as board, board.working("verify"):
         with naming_misspelt(url):
             sweep, latents = maintenance.locate_latents(url)
         damaged = maintenance.verify(latents, fast=fast, report=lambda done, total: board.update("verify", done, total, "shards"))
@@ -156,7 +156,7 @@ def data_repair(
     from dis_scale.data import maintenance
     from dis_scale.process.progress import Board, listing_words
 
-    with naming_misspelt(sweep), Board(console(stderr=as_json)) as board:
+    with naming_misspelt(sweep), Board(console(stderr=as_json)) as board, board.working("repair"):
         repaired = maintenance.repair(
             sweep,
             lambda done, total: board.update("verify", done, total, "shards"),
@@ -182,7 +182,7 @@ def data_export(
     from dis_scale.process.progress import Board
     from dis_scale.storage.folder import open_folder
 
-    with Board(console(stderr=as_json)) as board:
+    with Board(console(stderr=as_json)) as board, board.working("export"):
         with naming_misspelt(url):
             _, latents = maintenance.locate_latents(url)
         folder = open_folder(out)
@@ -212,12 +212,14 @@ def data_show(
         return show(as_json=True, document=LatentsManifest.require(latents).to_json() | {"latents": latents.url})
     for line in maintenance.describe(latents):
         say(line)
-    decoder = maintenance.load_decoder(sweep, latents, vae)
+    with working("data show: loading the autoencoder"):
+        decoder = maintenance.load_decoder(sweep, latents, vae)
     if decoder is None:
         say("grid     none: to decode images, give the sweep's folder or --vae")
         return
     require_png(out)
-    examples = maintenance.decode_examples(latents, decoder)
+    with working("data show: decoding"):
+        examples = maintenance.decode_examples(latents, decoder)
     pictures, names = examples.decoded, examples.names
     try:
         originals = examples.originals(Sweep.open(sweep.url), listing_words(say)) if sweep else None

@@ -4,7 +4,9 @@ Rates are those of the last five minutes: a stage that slows down shows it, and 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Self
 
 from rich.console import Console
@@ -14,6 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 from dis_scale.process.errors import printable, shown_below
+from dis_scale.process.threads import repeating
 
 ReportDone = Callable[[int], None]
 """Called with the number done so far."""
@@ -21,8 +24,8 @@ ReportShare = Callable[[int, int], None]
 """Called with the number done so far and the total."""
 
 PLAIN_EVERY_S = 7.0
-QUIET_S = 9.0
-"""Time without a line after which one says that a stage works."""
+QUIET_S, OFTEN_S, RARELY_S = 9.0, 120.0, 600.0
+"""Interval of lines that say that a stage works which shows nothing else, for how long, and the interval from then on."""
 LOG_EVERY_S = 5.0
 RATE_OVER_S = 300.0
 MOST_BAR = 40
@@ -74,7 +77,7 @@ class Board:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self._clock = console, clock
         self._tasks, self._logged = dict[tuple[str, str], TaskID](), dict[TaskID, tuple[float, str]]()
-        self._shown_s = clock()
+        self._said_s = self._shown_s = clock()
         self._bars = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(None, table_column=Column(max_width=MOST_BAR)),
@@ -92,13 +95,22 @@ class Board:
 
     def say(self, line: str) -> None:
         self.console.print(shown_below(line), highlight=False, markup=False, soft_wrap=True)
-        self._shown_s = self._clock()
+        self._said_s = self._shown_s = self._clock()
 
     def at_work(self, name: str) -> None:
-        """Say once that the stage `name` works if it shows nothing for a while: processes start, or a step is the first."""
-        if self._clock() > self._shown_s + QUIET_S:
-            self.say(f"{name}: at work")
-            self._shown_s = float("inf")
+        """Say that `name` works if nothing is shown for a while: processes start, or a step is the first. After two minutes rarely:
+        it may wait for machines for days.
+        """
+        said_s, now_s = self._said_s, self._clock()
+        if now_s > self._shown_s + (QUIET_S if now_s < said_s + OFTEN_S else RARELY_S):
+            self.say(f"{name}: at work, {time_words(now_s - said_s)} so far")
+            self._said_s = said_s
+
+    @contextmanager
+    def working(self, name: str) -> Iterator[None]:
+        """Say during the block that `name` works whenever nothing is shown for a while."""
+        with repeating(partial(self.at_work, name), 1.0, "working"):
+            yield
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
         """Set the progress of the stage `name`, which never goes back; each unit has its own."""
@@ -109,7 +121,7 @@ class Board:
             self._bars.start_task(task.id)  # imports, a build or the compilation in a first step come once
         self._bars.update(task.id, completed=max(done, task.completed), total=total)
         if self.console.is_interactive:
-            self._shown_s = self._clock()
+            self._said_s = self._shown_s = self._clock()
         else:
             self._log(name, task)
 

@@ -90,8 +90,10 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected a mapping of settings, got {type(data).__name__}")
     data = json.loads(_as_json(data, where))  # what an alias (*) names is a value of its own from here on
+    _write_out_none(data)
     for override in overrides or []:
         _set(data, override)
+        _write_out_none(data)
     if data.get("format", FORMAT) != FORMAT:
         raise UserError(f"{where}: this version reads recipes of format {FORMAT}, got format {data['format']}")
     if data.get("isoflop") is not None and isinstance(train := data.get("train"), dict):
@@ -106,6 +108,15 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
         given = {override.partition("=")[0] for override in overrides or []}
         lines = [f"--set {line}" if line.partition(":")[0] in given else f"{where}: {line}" for line in _lines(error, data)]
         raise UserError("\n".join(lines)) from None
+
+
+def _write_out_none(data: dict[str, Any]) -> None:
+    """Write out `evaluate: none`: samples to look at, and the held-out loss as the curve."""
+    if data.get("evaluate") == "none":
+        diffusion = data.get("diffusion")
+        gaussian = isinstance(diffusion, dict) and diffusion.get("kind") == "gaussian"
+        sampler = {"sampler": "dpm_solver" if gaussian else "heun", "steps": 25}
+        data["evaluate"] = {"samples": 40, **sampler, "extractor": {"kind": "none"}}
 
 
 def _as_json(data: Any, where: str) -> str:

@@ -33,7 +33,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _add_short_forms(schema: dict[str, Any]) -> None:
-    """Allow what reading.py writes out: presets, seeds, cooldowns, and image counts that a study computes."""
+    """Allow what reading.py writes out: presets, seeds, cooldowns, `evaluate: none`, and image counts that a study computes."""
     parts = schema["$defs"]
     backbones = [parts[cls.__name__] for cls in model_classes()]
     for part in backbones:
@@ -53,6 +53,8 @@ def _add_short_forms(schema: dict[str, Any]) -> None:
     models |= {"patternProperties": {pattern: kinds}, "additionalProperties": False}
     parts["Train"]["properties"]["cooldowns"] = Cooldowns.model_json_schema()
     parts["Train"]["required"].remove("publish_images")
+    evaluate = schema["properties"]["evaluate"]
+    evaluate["anyOf"] = [{"$ref": evaluate.pop("$ref")}, {"const": "none"}]
 
 
 def _of_any(backbones: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from tests.conftest import TINY
 from tests.support import stages
 
 NONE = (
-    "evaluate.extractor={kind: none}", "evaluate.variants={}", "data.held_out_images=50", "precompute.shard_images=50",
+    "evaluate=none", "evaluate.steps=2", "evaluate.samples=10", "data.held_out_images=50", "precompute.shard_images=50",
     "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}", "train.publish_images=[160, 320]",
 )  # fmt: skip
 
 
-def test_a_sweep_has_samples_and_the_held_out_loss(tmp_path: Path) -> None:
-    sweep = Sweep.below(open_folder(tmp_path / "root"), reading.load(TINY, list(NONE)))
+@pytest.mark.parametrize("labels", [[], ["data.num_classes=none"]], ids=["labelled", "without labels"])
+def test_a_sweep_has_samples_and_the_held_out_loss(labels: list[str], tmp_path: Path) -> None:
+    sweep = Sweep.below(open_folder(tmp_path / "root"), reading.load(TINY, [*NONE, *labels]))
     stages.complete(sweep, tmp_path)
     assert state.all_evaluated(sweep)
     assert state.floor_settled(sweep)

@@ -21,6 +21,7 @@ from rich.console import Console
 from dis_scale.cli import shared
 from dis_scale.process.context import Context
 from dis_scale.process.progress import PLAIN_EVERY_S, RATE_OVER_S, Board, rate_words, time_words
+from tests.support import waiting
 
 
 @pytest.fixture
@@ -161,16 +162,25 @@ def read_all(terminal: int) -> str:
     return text.decode()
 
 
-def test_a_silent_stage_is_said_to_work_once_in_each_silence(clock: list[float], console: Console) -> None:
-    """Not each ten seconds: one may wait for machines for days."""
+def test_a_silent_stage_is_said_to_work_each_ten_seconds_and_after_two_minutes_rarely(clock: list[float], console: Console) -> None:
+    """One may wait for machines for days."""
     board = Board(console, lambda: clock[0])
-    for begin in (0.0, 50.0):
+    for begin in (0.0, 1000.0):
         clock[0] = begin
         board.say("a line")
-        for seconds in range(1, 40):
+        for seconds in range(1, 1000 if begin else 25):
             clock[0] = begin + seconds
             board.at_work("train dis")
-    assert console.export_text().splitlines() == ["a line", "train dis: at work"] * 2
+    often = [f"train dis: at work, {seconds} s so far" for seconds in range(10, 120, 10)]
+    lines = console.export_text().splitlines()
+    assert lines == ["a line", *often[:2], "a line", *often, "train dis: at work, 12 min so far"]
+
+
+def test_a_block_that_shows_nothing_is_said_to_work(clock: list[float], console: Console) -> None:
+    board = Board(console, lambda: clock[0])
+    with board.working("measure"):
+        clock[0] = 20.0
+        waiting.wait_until(lambda: "measure: at work, 20 s so far" in console.export_text(clear=False), 10)
 
 
 def test_progress_does_not_run_back(clock: list[float], console: Console) -> None:
