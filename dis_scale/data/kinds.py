@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -35,21 +36,29 @@ NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 """Answers of a file system to a path that is no file: a folder, below a file, too long."""
 
 
-class SourceKind(ABC):
-    """A kind of source: how to list and read it. By default it has a file for each image."""
+class SourceKind(Protocol):
+    """A kind of source: how to list and read it."""
 
     where: str
     """Its location, for messages."""
     missing: str
     """The error message if it has no entries."""
-    mixed = True
+    mixed: bool
     """Whether to list in the mixed order: reading neighbours together is no cheaper."""
 
-    @abstractmethod
     def find(self) -> Contents: ...
+    def version(self) -> str: ...
+    def read(self, entries: Sequence[Entry]) -> list[bytes | None]: ...
+    def near(self, first: Entry, entry: Entry, /) -> bool: ...
+
+
+class _OneFileEach(ABC):
+    """Base of kinds with a file for each image."""
+
+    mixed = True
 
     def version(self) -> str:
-        """Return the version of the one file with all labels; empty if each image, or each file of images, has its own."""
+        """Return the version of the one file with all labels; empty if each image has its own."""
         return ""
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
@@ -58,11 +67,11 @@ class SourceKind(ABC):
     def near(self, _: Entry, __: Entry, /) -> bool:
         return True
 
-    def read_one(self, entry: Entry) -> bytes | None:
-        raise NotImplementedError
+    @abstractmethod
+    def read_one(self, entry: Entry) -> bytes | None: ...
 
 
-class _Digits(SourceKind):
+class _Digits(_OneFileEach):
     """scikit-learn's handwritten digits."""
 
     where, missing = "scikit-learn's digits", ""
@@ -81,7 +90,7 @@ class _Digits(SourceKind):
         return buffer.getvalue()
 
 
-class _ClassFolders(SourceKind):
+class _ClassFolders(_OneFileEach):
     """A folder of images for each class; unlabelled images may also be beside these folders."""
 
     def __init__(self, settings: FolderSource, *, labelled: bool) -> None:
@@ -209,7 +218,7 @@ class _Linked:
         return path.resolve() if path.is_symlink() else path
 
 
-class _Csv(SourceKind):
+class _Csv(_OneFileEach):
     """A CSV file of paths, and of labels unless the images are unlabelled."""
 
     def __init__(self, settings: CsvSource, data: Data, *, labelled: bool) -> None:
@@ -293,7 +302,7 @@ class _Csv(SourceKind):
         return entry
 
 
-class _ManyInAFile(SourceKind):
+class _ManyInAFile:
     """Many images or latents in a file, which is compared with its version when it was listed."""
 
     mixed = False
@@ -301,16 +310,16 @@ class _ManyInAFile(SourceKind):
     def __init__(self, url: str, files: Files, layout: layouts.InFiles, missing: str, *, are_classes: bool = False) -> None:
         self.root, self._names = tars.files_of(folder := open_folder(url), files, layout.suffix, are_classes=are_classes)
         self._is_folder, self.where, self.missing = self.root == folder, self.root.url, f"{missing} {self.root}"
-        self._layout = layout
+        self._layout, self.near = layout, layout.near
+
+    def version(self) -> str:
+        return ""  # each entry has that of its file
 
     def find(self) -> Contents:
         """List the images of the files, then what is beside these."""
         contents = self._layout.find(self.root, self._names)
         beside = tars.beside(self.root, self._names) if self._is_folder else ()
         return contents._replace(entries=itertools.chain(contents.entries, beside))
-
-    def near(self, first: Entry, entry: Entry, /) -> bool:
-        return self._layout.near(first, entry)
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
         try:
@@ -344,7 +353,7 @@ class _PackedLatents(_ManyInAFile):
         return super().find()
 
 
-class _LatentFiles(SourceKind):
+class _LatentFiles(_OneFileEach):
     """Latents of another program, a file each."""
 
     def __init__(self, settings: LatentsSource, *, labelled: bool) -> None:

@@ -84,5 +84,4 @@ def _facts(sweep: Sweep, report: Report, losses: Mapping[str, Sequence[Row]]) ->
 
 def _losses(sweep: Sweep) -> dict[str, list[Row]]:
     """Return the rows of the loss of each model's training."""
-    readers = {model: RowReader(sweep.run(model).log) for model in sweep.recipe.models}
-    return {model: [row for rows in reader.batches() for row in rows if row.name == "loss"] for model, reader in readers.items()}
+    return {model: RowReader(sweep.run(model).log, only="loss").new() for model in sweep.recipe.models}

@@ -108,7 +108,7 @@ class RowWriter:
 class RowReader:
     """Reads the rows of a run as they come. Of rows of one name, those of images seen before are repeats and left out.
 
-    So if a later attempt repeats steps of an earlier one, the first one's rows count.
+    So if a later attempt repeats steps of an earlier one, the first one's rows count. With `only`, the rows of that name.
     """
 
     folder: Folder
@@ -118,6 +118,7 @@ class RowReader:
     """By name of a file: the bytes that were read of it."""
     newest: dict[str, Row] = field(default_factory=dict)
     """By name: the last row that was read, a repeat or not: what the run does now."""
+    only: str = ""
 
     def new(self) -> list[Row]:
         """Return the rows that came since the last call."""
@@ -128,7 +129,7 @@ class RowReader:
         grown = [(name, size) for name, size in _sizes(self.folder).items() if size > self._read.get(name, 0)]
         parts = in_order(grown, lambda file: self.folder.read(file[0], self._read.get(file[0], 0), file[1]), AT_ONCE)
         for (name, size), data in zip(grown, parts, strict=True):
-            yield [row for row in _parse(data, f"{self.folder}/{name}") if self._first(row)]
+            yield [row for row in _parse(data, f"{self.folder}/{name}", self.only) if self._first(row)]
             self._read[name] = size
 
     def _first(self, row: Row) -> bool:
@@ -139,8 +140,8 @@ class RowReader:
         return new
 
 
-def _parse(data: bytes, where: str) -> list[Row]:
-    """Return the rows of a file; damaged lines are left out and logged."""
+def _parse(data: bytes, where: str, only: str = "") -> list[Row]:
+    """Return the rows of a file, or those of one name; damaged lines are left out and logged."""
     rows, damaged = list[Row](), 0
     for line in data.splitlines():
         try:
@@ -148,7 +149,8 @@ def _parse(data: bytes, where: str) -> list[Row]:
         except ValidationError:
             damaged += 1
         else:
-            rows += [Row(name, value, parsed.images, parsed.time) for name, value in parsed.values.items()]
+            named = parsed.values.items() if not only else ((only, parsed.values[only]),) if only in parsed.values else ()
+            rows += [Row(name, value, parsed.images, parsed.time) for name, value in named]
     if damaged:
         log.warning("%s: damaged: %d lines are no rows and left out", where, damaged)
     return rows

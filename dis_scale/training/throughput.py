@@ -65,20 +65,14 @@ class ThroughputMeter:
         )
 
 
-def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Return a worker's peak FLOP/s and its source: a datasheet, or the fastest of some products timed here."""
-    if known := datasheet(machine_name(device), precision):
-        return known
-    side = MATRIX_SIDES[device.type]
-    return 2.0 * side**3 / _product_s(device, precision, side), f"the fastest product of {side} x {side}, {precision}"
-
-
-def datasheet(machine: str, precision: str) -> tuple[float, str] | None:
-    """Return the peak FLOP/s and the source of a GPU in DATASHEET_TFLOPS, by the machine's name."""
+def peak_flops(device: torch.device, precision: str, machine: str | None = None) -> tuple[float, str]:
+    """Return a worker's peak FLOP/s and its source: the datasheet of its `machine`, or the fastest of some products timed here."""
+    machine = machine or machine_name(device)
     for known, (bf16, fp32) in DATASHEET_TFLOPS.items():
         if known in machine:
             return 1e12 * (bf16 if precision == "bf16" else fp32), f"datasheet, {precision}"
-    return None
+    side = MATRIX_SIDES[device.type]
+    return 2.0 * side**3 / _product_s(device, precision, side), f"the fastest product of {side} x {side}, {precision}"
 
 
 def _product_s(device: torch.device, precision: str, side: int) -> float:

@@ -50,7 +50,9 @@ def load_average(run: Run, images_seen: int, train: Train, width: float) -> dict
 
 
 def _load(published: Folder, name: str) -> dict[str, torch.Tensor]:
-    manifest = PublishedManifest.require(published)
+    manifest = PublishedManifest.find(published)
+    if manifest is None:
+        raise StorageError(f"{published}: not published (no {PublishedManifest.NAME})")
     stored = manifest.stored_file(name)
     if stored is None:
         raise StorageError(f"{published}: no average {name}: power-function averages are tracked if train.power_ema is set")

@@ -233,13 +233,15 @@ def test_compiled_blocks_agree_within_rounding(settings: FamilySettings) -> None
 
 
 def test_a_gpus_kernels_are_compared_at_the_models_sizes() -> None:
-    """Its precision: tests/scan/test_scan_selftest.py. A DiT has none of its own."""
+    """And in its precision. A DiT has none of its own."""
     gpu, settings = torch.device("cuda"), Dis(kind="dis", width=16, depth=2, patch=2)
     dis = build(settings, SHAPE, 10, scan="chunked")
-    one_way = build(settings.model_copy(update={"directions": 1}), SHAPE, 10, scan="chunked", checkpointing="block")
+    one_way = build(
+        settings.model_copy(update={"directions": 1}), SHAPE, 10, scan="chunked", checkpointing="block", precision="bf16"
+    )
     assert isinstance(dis, DiS)
     assert isinstance(one_way, DiS)
-    assert dis.kernel_cases(gpu, {4, 8}, training=True) == [("chunked", Case(18, 32, 16, 8), False)]
+    assert dis.kernel_cases(gpu, {4, 8}, training=True) == [("chunked", torch.float32, Case(18, 32, 16, 8), False)]
     case = Case(18, 32, 16, 4, directions=1, gradients=False)
-    assert one_way.kernel_cases(gpu, {4}, training=False) == [("chunked", case, False)]
+    assert one_way.kernel_cases(gpu, {4}, training=False) == [("chunked", torch.bfloat16, case, False)]
     models.verify_kernels(build(DIT, SHAPE, 10), gpu, {4}, training=True)

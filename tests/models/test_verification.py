@@ -20,7 +20,7 @@ from dis_scale.scan.duality import Way
 from dis_scale.scan.selftest import Case, largest_error
 
 Fault = Callable[[Direction], Direction]
-WRONG = "native"
+WRONG = "reference"
 """The backend that is made wrong; a block is compared with itself by another one."""
 
 

@@ -6,7 +6,7 @@ import torch
 from dis_scale.models.cost import price_model
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.recipe import LatentShape
-from dis_scale.training.throughput import ThroughputMeter, datasheet, peak_flops
+from dis_scale.training.throughput import ThroughputMeter, peak_flops
 from tests.support.prices import price_of
 
 CPU = torch.device("cpu")
@@ -41,6 +41,5 @@ def test_a_device_without_a_datasheet_is_timed() -> None:
 
 
 def test_a_gpus_datasheet_is_found_by_its_name() -> None:
-    assert datasheet("NVIDIA H200", "bf16") == (989e12, "datasheet, bf16")
-    assert datasheet("NVIDIA H200", "fp32") == (67e12, "datasheet, fp32")
-    assert datasheet("NVIDIA T4", "bf16") is None
+    assert peak_flops(torch.device("cuda"), "bf16", "NVIDIA H200") == (989e12, "datasheet, bf16")
+    assert peak_flops(torch.device("cuda"), "fp32", "NVIDIA H200") == (67e12, "datasheet, fp32")

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,6 +95,15 @@ def _zero_bias(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+class _Kernels(NamedTuple):
+    """A set of compiled kernels: its backend, the type of its products, its case, and whether norms read and write at places."""
+
+    scan: str
+    dtype: torch.dtype
+    case: Case
+    ordered: bool
+
+
 class DiS(Backbone):
     """depth / 2 in-blocks, a middle block, depth / 2 out-blocks. An out-block takes in an in-block's branch: last in, first out."""
 
@@ -162,14 +172,14 @@ class DiS(Backbone):
 
     def verify_kernels(self, device: torch.device, images: Collection[int], *, training: bool) -> None:
         """A block, once for each set of compiled kernels."""
-        for name, case, ordered in self.kernel_cases(device, images, training=training):
-            _verify_once(self.settings, name, device, self.compute_dtype, case, ordered=ordered)
+        for each in self.kernel_cases(device, images, training=training):
+            _verify_once(self.settings, device, each)
 
-    def kernel_cases(self, device: torch.device, images: Collection[int], *, training: bool) -> list[tuple[str, Case, bool]]:
-        """Return each set of compiled kernels: its backend, its case, and whether its norms read and write at places."""
+    def kernel_cases(self, device: torch.device, images: Collection[int], *, training: bool) -> list[_Kernels]:
+        """Return each set of compiled kernels."""
         name = choose(self.scan, device).name
         cases = distinct(name, device, self._cases(images, training=training))
-        return [(name, *each) for each in itertools.product(cases, self._kinds_of_norms())]
+        return [_Kernels(name, self.compute_dtype, *each) for each in itertools.product(cases, self._kinds_of_norms())]
 
     def _kinds_of_norms(self) -> list[bool]:
         """Whether norms read and write at places: all, none, or some. The first block's adds nothing."""
@@ -225,7 +235,8 @@ class DiS(Backbone):
 
 
 @functools.cache
-def _verify_once(settings: Dis, scan: str, device: torch.device, dtype: torch.dtype, case: Case, *, ordered: bool) -> None:
+def _verify_once(settings: Dis, device: torch.device, kernels: _Kernels) -> None:
+    scan, dtype, case, ordered = kernels
     plain, tokens = settings.model_copy(update={"conditioning": "tokens"}), np.arange(case.L)
     orders = Orders(tokens[::-1].copy(), np.roll(tokens, 1)) if ordered else Orders()
 
