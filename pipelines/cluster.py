@@ -133,7 +133,7 @@ def _own_folder() -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}", dir="/tmp"))  # Ray's sockets need a short path
     try:
-        with _locked(folder):
+        with _locked(folder, waits=True):  # for systemd, which locks what it looks into
             folder = folder.rename(folder.with_name(folder.name[1:]))  # from here on another command may try it
             yield folder
     finally:
@@ -141,15 +141,15 @@ def _own_folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder for the block; OSError if another process has locked it, or if it is none.
+def _locked(folder: Path, *, waits: bool = False) -> Iterator[None]:
+    """Lock a folder for the block; OSError if it is none, or if another process has locked it, unless this one waits for that.
 
     The kernel frees the lock when the process ends in any way. systemd cleans /tmp of what nobody has used for ten days, but for
     locked folders.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)

@@ -229,7 +229,9 @@ class _Todo:
             self.job.raise_if_stopped()
             waited_s = self.job.now_s() - began_s
             if waited_s > GIVE_UP_MEASURING_S:
-                self.measured.clear()  # the others are behind it
+                for behind in self.measured.values():
+                    behind.cancel()
+                self.measured.clear()
                 raise DisScaleError(f"{sampled}: it is not measured after {waited_s / 3600:.0f} h: does a read of its blocks hang?")
             if waited_s < MEASURED_S:  # a longer one is to be seen
                 self.job.show_idle()

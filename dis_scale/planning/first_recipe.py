@@ -45,8 +45,7 @@ VAE_CHANNELS, VAE_FACTOR = HUB[HUB_VAE]
 SMALL_FACTOR = 4
 """Pixels of a position's side in the latents of images up to `MOST_AS_PIXELS` on a CPU."""
 LEAST_STEPS, MOST_EPOCHS = 1600, 1000
-"""A small model samples the requested digit after 1,000 steps at a high rate (configs/digits.yaml). DiS saw CIFAR-10 for 1,000
-epochs."""
+"""A small model samples the requested digit after 1,500 steps at a rate of 3e-3. DiS saw CIFAR-10 for 1,000 epochs."""
 CORE_FLOPS = 8e9
 """Operations per second of a core that trains small models: four fifths of 4.787e12 in 484 s (benchmarks/results/digits.json)."""
 UNKNOWN_TFLOPS = 100.0
@@ -64,7 +63,7 @@ class Machine:
 
     cores: int
     memory_bytes: int
-    """Free memory; 0 if unknown."""
+    """Free memory."""
     gpus: int = 0
     gpu_bytes: int = 0
     """Memory of the smallest GPU."""
@@ -214,7 +213,7 @@ class _Draft:
         train, cost = plan.recipe.train, plan.costs[model]
         if not self.machine.gpus:
             need = train.most_workers * worker_bytes(cost, train, train.most_workers, train.lane_images)
-            return not self.machine.memory_bytes or need <= USABLE * self.machine.memory_bytes
+            return need <= USABLE * self.machine.memory_bytes
         try:
             return lanes_at_once(model, cost, train, train.most_workers, self.machine.gpu_bytes) > 0
         except UserError:

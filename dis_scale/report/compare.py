@@ -204,8 +204,8 @@ def _notes(a: Report, b: Report, found: Sequence[Difference]) -> list[str]:
         lines.append(f"{UNFINISHED.strip()} measured before the learning rate had fallen to its end")
     of_a, of_b = ({_key(p) for p in report.means} for report in (a, b))
     compared_a, compared_b = {_key(each.a) for each in found}, {_key(each.b) for each in found}
-    if alone := len(of_a - of_b - compared_a) + len(of_b - of_a - compared_b):
-        lines.append(f"in one sweep only: {counted(alone, 'point')}")
+    if others := len(of_a - compared_a) + len(of_b - compared_b):
+        lines.append(f"not compared, since no pair has them in both: {counted(others, 'point')}")
     return lines + _unlike_words(a, b, found)
 
 

@@ -286,17 +286,22 @@ def test_evaluators_sample_the_next_checkpoint_while_one_is_measured(two: Record
 
 def test_nothing_that_is_behind_a_hang_is_waited_for(two: RecordedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metrics are computed one after the other: the next ones would be waited for as long again."""
-    over, hours = threading.Event(), itertools.count(0, 2)
+    over, hours, begun = threading.Event(), itertools.count(0, 2), list[Sampled]()
     monkeypatch.setattr(two, "now_s", lambda: 3600.0 * next(hours))
 
     class Hanging(Recorded):
-        def sample(self, _: Sampled) -> Callable[[], dict[str, float]]:
-            return lambda: {"fd": float(over.wait(20))}
+        def sample(self, sampled: Sampled) -> Callable[[], dict[str, float]]:
+            def measure() -> dict[str, float]:
+                begun.append(sampled)
+                return {"fd": float(over.wait(20))}
+
+            return measure
 
     with pytest.raises(DisScaleError, match="is not measured after 6 h"):
         evaluate.evaluate_all(two, Hanging(two.sweep), set())  # type: ignore[arg-type]
     over.set()
-    assert next(hours) == 8
+    time.sleep(0.2)
+    assert (next(hours), len(begun)) == (8, 1)
 
 
 def test_what_is_measured_again_is_progress_and_what_was_skipped_is_not_tried_again(
