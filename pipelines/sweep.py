@@ -415,7 +415,8 @@ def _print_results(sweep: Sweep, points: report.Report, console: Console) -> Non
 
 def mlflow_lines(tracking: TrackingIds) -> list[str]:
     """Return the address of the sweep's charts, behind the command that serves an SQLite file there."""
-    charts = f"#/experiments/{tracking.experiment}/runs?compareRunsMode=CHART"
+    by_name = "orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"  # in any other order the models are folded, without charts
+    charts = f"#/experiments/{tracking.experiment}/runs?{by_name}&compareRunsMode=CHART"
     if tracking.uri.startswith("http"):
         return [f"{tracking.uri.rstrip('/')}/{charts}"]
     command = shlex.join([str(Path(sys.executable).with_name("mlflow")), "ui", "--backend-store-uri", tracking.uri])

@@ -168,7 +168,7 @@ def test_the_python_of_the_pages_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     save(model, tmp_path / "model.safetensors")
     vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32).save_pretrained(tmp_path / "vae")
     moved = {
-        '"published/000000096000"': repr(str(tmp_path / "model.safetensors")), '"vae"': repr(str(tmp_path / "vae")),
+        '"published/000000064000"': repr(str(tmp_path / "model.safetensors")), '"vae"': repr(str(tmp_path / "vae")),
         '"model.safetensors"': repr(str(tmp_path / "model.safetensors")), '"outputs"': repr(str(tmp_path)),
         '"configs/digits.yaml"': repr(str(ROOT / "configs" / "digits.yaml")),
         "20), seed=0": "20), sampling=opened.sampling_with(steps=2)",

@@ -25,7 +25,7 @@ def test_its_cells_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows.close()
     monkeypatch.setenv("SWEEP", sweep.folder.url)
     names: dict[str, Any] = {}
-    published, doing, plan, table, best, figure, losses, model, picture, classes, above, four = (
+    published, doing, plan, table, best, shown, figure, losses, model, picture, classes, above, four = (
         displayed("".join(cell["source"]), names) for cell in CODE
     )
     assert published == {"dis": [320], "dit": []}
@@ -33,6 +33,7 @@ def test_its_cells_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {"parameters", "gmacs_forward"} <= set(plan.columns)
     assert table.columns[-1] == sweep.recipe.evaluate.metric
     assert best.values.tolist() == [[320, "dis", 4.5]]
+    assert "<table" in shown._repr_html_()
     assert figure.width > 500
     assert losses.width > 500
     assert model.startswith("dis: ")

@@ -18,7 +18,7 @@ EXAMPLES = {
     "verify": "dis-scale verify outputs/sweeps/digits",
     "gc": "dis-scale gc outputs/sweeps/digits",
     "delete": "dis-scale delete outputs/sweeps/digits",
-    "export": "dis-scale export outputs/sweeps/digits/runs/dis-m/published/000000096000 dis-m-for-diffusers",
+    "export": "dis-scale export outputs/sweeps/digits/runs/dis-m/published/000000064000 dis-m-for-diffusers",
     "import": "dis-scale import DiT-XL-2-256x256.pt imagenet256_dit --model dit-xl --images 1792000000",
     "data gc": "dis-scale data gc outputs",
     "recipe list": "dis-scale recipe list",

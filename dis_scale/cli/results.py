@@ -153,7 +153,7 @@ def guidance(
     at: At = None,
     by: Annotated[
         str | None,
-        typer.Option(help="Guide by another published model, MODEL@IMAGES, such as dis-s@24000; default: without labels."),
+        typer.Option(help="Guide by another published model, MODEL@IMAGES, such as dis-s@16000; default: without labels."),
     ] = None,
     *,
     as_json: AsJson = False,
@@ -164,7 +164,7 @@ def guidance(
 
     name, _, images = (by or "").rpartition("@")
     if by and not (name and images.isdecimal()):
-        raise UserError(f"--by: got {by!r}, expected MODEL@IMAGES, such as dis-s@24000")
+        raise UserError(f"--by: got {by!r}, expected MODEL@IMAGES, such as dis-s@16000")
     _ablate(
         sweep, model, at, GUIDANCE, _numbers("--scales", scales), as_json=as_json, by=Sampled(name, int(images)) if by else None
     )

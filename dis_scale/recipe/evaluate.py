@@ -129,7 +129,7 @@ class Sampling(Settings):
     """Steps of the sampler."""
     guidance: Guidance = 1.0
     """Scale of classifier-free guidance; 1 is without. Other values need classes and `train.label_dropout`. Or the model that
-    guides, which needs neither: `{by: dis-s, images: 24000, scale: 2}`."""
+    guides, which needs neither: `{by: dis-s, images: 16000, scale: 2}`."""
     guidance_interval: Interval | None = None
     """Guide only between these times (Kynkaanniemi et al. 2024); default: at all times."""
     guidance_channels: Literal[3] | None = None

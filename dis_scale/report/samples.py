@@ -14,10 +14,11 @@ from PIL import Image
 from dis_scale.evaluation.sampling import COLUMN_NAMES, cell_pixels
 from dis_scale.process.errors import StorageError
 from dis_scale.process.threads import in_order
+from dis_scale.recipe import MAIN
 from dis_scale.report.points import Point, Report, evenly
 from dis_scale.report.tables import with_error
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import GRID, REAL, Sampled, Sweep
+from dis_scale.sweep import GRID, REAL, Sampled, Sweep, state
 
 SHOWN_ROWS = 2
 """Rows of each grid."""
@@ -27,6 +28,8 @@ CELL = 64
 """Largest picture, in pixels: the page stays small, and samples.png has the picture itself."""
 AT_ONCE = 16
 """Pictures that are read at the same time."""
+AT_WORK = 2
+"""Checkpoints that evaluation has at work: one is measured while the next is sampled."""
 QUALITY = 90
 """Of the pictures, from 0 to 100: they take a fifth of a PNG's bytes."""
 GAP = 3
@@ -56,8 +59,18 @@ def real(sweep: Sweep) -> list[Picture]:
 
 def of_point(sweep: Sweep, point: Point) -> list[Picture]:
     """Return the samples of a point, if they are stored."""
-    folder = sweep.evaluation(Sampled(point.sampled_from, point.images_seen))
-    return _read(f"{point.model} after {point.images_seen:,} images", folder, GRID, sweep.recipe.data.resolution)
+    return _of(sweep, Sampled(point.sampled_from, point.images_seen), point.model)
+
+
+def of_unmeasured(sweep: Sweep) -> list[Picture]:
+    """Return the samples of the checkpoint that is sampled or measured now, if they are drawn."""
+    now = [sampled for sampled in state.Backlog(sweep).left()[:AT_WORK] if sampled.variant == MAIN]
+    return next(filter(None, (_of(sweep, sampled, sampled.model) for sampled in reversed(now))), [])
+
+
+def _of(sweep: Sweep, sampled: Sampled, model: str) -> list[Picture]:
+    words = f"{model} after {sampled.images_seen:,} images"
+    return _read(words, sweep.evaluation(sampled), GRID, sweep.recipe.data.resolution)
 
 
 def strips(sweep: Sweep, report: Report) -> list[Strip]:

@@ -324,6 +324,16 @@ def test_where_nothing_has_begun_status_says_so(tmp_path: Path, monkeypatch: pyt
     assert invoke("status", "--check")[0] == 2, "a timer may run in another folder"
 
 
+def test_status_without_an_argument_lists_the_sweeps_below_outputs(
+    elsewhere: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/outputs").symlink_to(Path(elsewhere.store.url.removeprefix("file://")))
+    monkeypatch.chdir(tmp_path / "here")
+    code, output = invoke("status")
+    assert (code, elsewhere.folder.name in output) == (0, True), output
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

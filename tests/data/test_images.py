@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dis_scale.data.images import InFlight, decode, measure, square
+from dis_scale.data.images import SUFFIXES, InFlight, decode, measure, square
 from dis_scale.process.errors import UndecodableImage
 
 
@@ -50,6 +50,12 @@ def test_cmyk_jpegs_keep_their_colours() -> None:
     pixels = decode(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), "x", 16)
     assert pixels[8, 8, 0] > 240
     assert pixels[8, 8, 1] < 15
+
+
+def test_an_avif_is_an_image() -> None:
+    assert ".avif" in SUFFIXES
+    red, green, _ = decode(saved(Image.new("RGB", (16, 16), "red"), "AVIF"), "x", 16)[8, 8].tolist()
+    assert red > 240 > 15 > green
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])

@@ -199,8 +199,8 @@ def test_an_unreachable_mlflow_is_logged_and_stops_nothing(tiny: Recipe, tmp_pat
 
 
 def test_the_address_of_the_charts_is_printed() -> None:
-    """MLflow's own form; seen in its version 3.17."""
-    charts = "#/experiments/7/runs?compareRunsMode=CHART"
+    """MLflow's own form, with the models' charts; seen in its version 3.17."""
+    charts = "#/experiments/7/runs?orderByKey=tags.%60mlflow.runName%60&orderByAsc=true&compareRunsMode=CHART"
     assert pipeline.mlflow_lines(TrackingIds(uri="http://mlflow:5000/", experiment="7", sweep="a")) == [
         f"http://mlflow:5000/{charts}"
     ]

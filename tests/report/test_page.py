@@ -15,15 +15,17 @@ import pytest
 
 from dis_scale import report as reports
 from dis_scale.cli import results
+from dis_scale.evaluation.sampling import grid
 from dis_scale.recipe import Recipe
 from dis_scale.report import drawing, figures
 from dis_scale.report.serving import serve
 from dis_scale.storage import lease
-from dis_scale.sweep import Sampled, Sweep, command_lease
+from dis_scale.sweep import GRID, Sampled, Sweep, command_lease
 from dis_scale.sweep.documents import Metrics
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.upkeep import retention
 from tests.support.commands import invoke
+from tests.support.documents import put_published
 from tests.support.evaluations import collect, put, sweep_at, two_with_seeds
 from tests.support.waiting import wait_until
 
@@ -139,6 +141,17 @@ def test_a_running_sweep_has_a_page_before_anything_is_evaluated(tmp_path: Path,
     assert "Training loss over images seen" in page.words
     assert "no model is measured" in page.words
     assert "from the first command to now" in page.words
+
+
+def test_a_running_sweep_shows_the_samples_that_are_not_measured_yet(sweep: Sweep) -> None:
+    """At a sixtieth of a busy CPU, or with 50,000 samples, the metrics come minutes later."""
+    sampled, size = Sampled("dit", 320), sweep.recipe.data.resolution
+    sweep.evaluation(sampled).delete()
+    sweep.evaluation(sampled).write(GRID, grid(np.zeros((4, size, size, 3), np.uint8), 2, []))
+    put_published(sweep.run("dit").published_at(320))
+    with lease.hold(command_lease(sweep.folder), "a cluster"):
+        reports.write(sweep, collect(sweep), running=True)
+    assert "dit after 320 images" in Page(sweep.report.read(reports.PAGE)).words
 
 
 def test_untrained_weights_alone_are_in_the_table_and_in_no_figure(tmp_path: Path, recipe: Recipe) -> None:

@@ -62,6 +62,11 @@ def test_the_page_of_samples_is_complete(tmp_path: Path, tiny: Recipe) -> None:
     page = sweep.report.read("samples.html").decode()
     assert "dis, 160 images" in page
     assert page.count("data:image/webp") == 1
+    assert "type='range'" not in page, "one count has no slider"
+    show(sweep, "dis", 320, 30, [])
+    reports.write(sweep, collect(sweep))
+    page = sweep.report.read("samples.html").decode()
+    assert (page.count("type='range' max='1'"), page.count("<figure data-turn")) == (1, 2)
 
 
 def test_large_pictures_are_made_smaller(tmp_path: Path, tiny: Recipe) -> None:

@@ -18,6 +18,18 @@ def test_groups_of_a_trained_autoencoder_divide_its_widths() -> None:
         TrainedVae(kind="trained", widths=(8, 12))
 
 
+def test_no_two_threads_share_a_layer_and_their_number_is_restored() -> None:
+    """Beside one busy core two threads that wait for each other took ten times as long."""
+    settings = TrainedVae(kind="trained", widths=(4, 8), norm_groups=1, steps=2, batch_images=4)
+    before, seen = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(2)
+    try:
+        small.train_vae(settings, drawings(8, 16), 0, lambda _: seen.append(torch.get_num_threads()))
+        assert (seen, torch.get_num_threads()) == ([1, 1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.faults  # three minutes
 def test_the_autoencoder_that_init_chooses_without_a_gpu_keeps_the_colours_of_drawings() -> None:
     """Of any colour: after three fifths of the steps the mean colour of an image is off by 8 of 255."""
