@@ -358,7 +358,7 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
             driver.board.say(f"  {line.text}")
     go_on(driver)
     if not driver.as_json:
-        driver.board.at_work(name)
+        driver.board.at_work(name, waits=True)
     if progress and name in STAGES:
         with suppress(DisScaleError):  # only people read it: a sweep's patience of minutes would keep a stop request waiting
             StageProgress(stage=name, at=time.time(), **progress).write(replace(driver.sweep.folder, tries=1))

@@ -77,10 +77,11 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
     if store.local and store.local.exists() and not store.local.is_dir():
         raise UserError(f"storage.root {store}: it is a file, and a sweep is a folder below it: name another one")
     await_storage(sweep.folder, console)
-    shape = vae.latent_shape(recipe.vae, recipe.data.resolution)
-    sweep = replace(sweep, recipe=isoflop.written_out(sweep.recipe, shape))
-    _require_same_identity(sweep)
-    plan = price_sweep(sweep.recipe, shape)
+    with Board(console).working("plan"):
+        shape = vae.latent_shape(recipe.vae, recipe.data.resolution)
+        sweep = replace(sweep, recipe=isoflop.written_out(sweep.recipe, shape))
+        _require_same_identity(sweep)
+        plan = price_sweep(sweep.recipe, shape)
     console.print(table(plan))
     failures = Failures()
     with Board(console) as board:
@@ -96,7 +97,8 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
             if not here:
                 last_ray.refuse_local_after_cluster(sweep, overrides)
             driver = Driver(sweep, board, as_json=jsonlog.wanted())
-            failures = run_stages(driver, plan, store)
+            with contextlib.nullcontext() if driver.as_json else board.working("sweep", waits=True):
+                failures = run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one
         with board.working("report"):
             points = report.collect(sweep, plan)

@@ -82,7 +82,8 @@ def sample(
 
     if vae is None and pictures.has_sweeps_vae(located):
         import_without_others()
-    opened = pictures.open_for_sampling(located, vae, heads, guide)
+    with working("sample: loading"):
+        opened = pictures.open_for_sampling(located, vae, heads, guide)
     for line in opened.notes:
         aside(line)
     if chosen and opened.model.num_classes in chosen:

@@ -24,8 +24,10 @@ ReportShare = Callable[[int, int], None]
 """Called with the number done so far and the total."""
 
 PLAIN_EVERY_S = 7.0
-QUIET_S, OFTEN_S, RARELY_S = 9.0, 120.0, 600.0
-"""Interval of lines that say that a stage works which shows nothing else, for how long, and the interval from then on."""
+QUIET_S = 9.0
+"""Interval of lines that say that something works which shows nothing else."""
+OFTEN_S, RARELY_S = 120.0, 600.0
+"""How long they are as frequent for what may wait for machines for days, and their interval from then on."""
 LOG_EVERY_S = 5.0
 RATE_OVER_S = 300.0
 MOST_BAR = 40
@@ -97,19 +99,20 @@ class Board:
         self.console.print(shown_below(line), highlight=False, markup=False, soft_wrap=True)
         self._said_s = self._shown_s = self._clock()
 
-    def at_work(self, name: str) -> None:
-        """Say that `name` works if nothing is shown for a while: processes start, or a step is the first. After two minutes rarely:
-        it may wait for machines for days.
+    def at_work(self, name: str, *, waits: bool = False) -> None:
+        """Say that `name` works if nothing is shown for a while: processes start, or a step is the first.
+
+        `waits`: after two minutes rarely, as it may wait for machines for days.
         """
         said_s, now_s = self._said_s, self._clock()
-        if now_s > self._shown_s + (QUIET_S if now_s < said_s + OFTEN_S else RARELY_S):
+        if now_s > self._shown_s + (RARELY_S if waits and now_s >= said_s + OFTEN_S else QUIET_S):
             self.say(f"{name}: at work, {time_words(now_s - said_s)} so far")
             self._said_s = said_s
 
     @contextmanager
-    def working(self, name: str) -> Iterator[None]:
+    def working(self, name: str, *, waits: bool = False) -> Iterator[None]:
         """Say during the block that `name` works whenever nothing is shown for a while."""
-        with repeating(partial(self.at_work, name), 1.0, "working"):
+        with repeating(partial(self.at_work, name, waits=waits), 1.0, "working"):
             yield
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:

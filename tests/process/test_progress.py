@@ -170,10 +170,18 @@ def test_a_silent_stage_is_said_to_work_each_ten_seconds_and_after_two_minutes_r
         board.say("a line")
         for seconds in range(1, 1000 if begin else 25):
             clock[0] = begin + seconds
-            board.at_work("train dis")
+            board.at_work("train dis", waits=True)
     often = [f"train dis: at work, {seconds} s so far" for seconds in range(10, 120, 10)]
     lines = console.export_text().splitlines()
     assert lines == ["a line", *often[:2], "a line", *often, "train dis: at work, 12 min so far"]
+
+
+def test_what_waits_for_no_machine_is_said_to_work_each_ten_seconds(clock: list[float], console: Console) -> None:
+    board = Board(console, lambda: clock[0])
+    for seconds in range(1, 1000):
+        clock[0] = float(seconds)
+        board.at_work("measure")
+    assert len(console.export_text().splitlines()) == 99
 
 
 def test_a_block_that_shows_nothing_is_said_to_work(clock: list[float], console: Console) -> None:

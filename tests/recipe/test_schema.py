@@ -23,6 +23,7 @@ models:
   b: {preset: DiffuSSM-S, init: legs}
 train: {batch_images: 8, lanes: 2, workers: 2..8, checkpointing: every_2, cooldowns: {images: [64]}}
 data: {source: {kind: digits}, resolution: 32, num_classes: none}
+evaluate: none
 """
 
 
@@ -54,7 +55,7 @@ def test_what_a_sweep_stores_is_valid(tiny: Recipe) -> None:
 
 
 def test_short_forms_are_valid() -> None:
-    assert mistakes(SHORT_FORMS, ("models", "train", "data")) == []
+    assert mistakes(SHORT_FORMS, ("models", "train", "data", "evaluate")) == []
 
 
 @pytest.mark.parametrize(
@@ -67,12 +68,13 @@ def test_short_forms_are_valid() -> None:
         ("workers: 2..8", "workers: many"),
         ("every_2", "every_1"),
         ("num_classes: none", "num_classes: null"),
+        ("evaluate: none", "evaluate: nothing"),
         ("kind: digits", "kind: digit"),
         ("lanes: 2, ", ""),
     ],
 )
 def test_a_mistake_is_found(right: str, wrong: str) -> None:
-    assert mistakes(SHORT_FORMS.replace(right, wrong), ("models", "train", "data"))
+    assert mistakes(SHORT_FORMS.replace(right, wrong), ("models", "train", "data", "evaluate"))
 
 
 def described(schema: dict[str, Any], *path: str) -> str:

@@ -29,7 +29,7 @@ def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(tmp_path
     for words in (
         "# tiny-dis", "12.5", "80 samples, euler, 2 steps, guidance 1.5 on 3 channels between times 100 and 600",
         "320 images seen", '"kind": "digits"',
-        "## Licence", "*To fill in.*",
+        "## Licence", "*To fill in.*", "`pip install -c constraints.txt .` in its repository",
     ):  # fmt: skip
         assert words in card
     guidance = json.loads((folder / "backbone/config.json").read_text())["guidance"]
