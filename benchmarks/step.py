@@ -22,7 +22,7 @@ from dis_scale.models.families import preset
 from dis_scale.models.tokens import Backbone
 from dis_scale.recipe import LatentShape, Precision
 from dis_scale.scan import choose
-from dis_scale.training.throughput import peak_flops, synchronize
+from dis_scale.training.throughput import machine_name, peak_flops, synchronize
 
 SHAPE, CLASSES = LatentShape(4, 32), 1000
 KINDS = ("none", "block", "every_2", "selective")
@@ -86,7 +86,7 @@ def peak_bytes(seen: profile) -> int:
 
 def main(rounds: int) -> None:
     torch.manual_seed(0)
-    peak, source = peak_flops(DEVICE, PRECISION)
+    peak, source = peak_flops(DEVICE, PRECISION, machine_name(DEVICE))
     print(json.dumps({
         "device": str(DEVICE), "size": SIZE, "scan": str(choose("auto", DEVICE)), "images": BATCH, "precision": PRECISION,
         "threads": torch.get_num_threads(), "peak_tflops": peak / 1e12, "peak": source,

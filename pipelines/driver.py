@@ -103,7 +103,8 @@ def stopping_jobs(driver: Driver, *, joined: bool = False) -> Iterator[None]:
         wait_s = 0.0 if no_time else driver.sweep.recipe.grace_s + 5
         if stopped and wait_s and isinstance(error, Preempted):
             driver.board.say(f"stopping the jobs save what they have, within {wait_s:.0f} s; a second signal ends this at once")
-        stop_jobs(stopped, wait_s=wait_s)
+        with driver.board.working("stopping"):
+            stop_jobs(stopped, wait_s=wait_s)
         raise
 
 
@@ -358,7 +359,7 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
             driver.board.say(f"  {line.text}")
     go_on(driver)
     if not driver.as_json:
-        driver.board.at_work(name, waits=True)
+        driver.board.at_work(name)
     if progress and name in STAGES:
         with suppress(DisScaleError):  # only people read it: a sweep's patience of minutes would keep a stop request waiting
             StageProgress(stage=name, at=time.time(), **progress).write(replace(driver.sweep.folder, tries=1))

@@ -97,8 +97,7 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
             if not here:
                 last_ray.refuse_local_after_cluster(sweep, overrides)
             driver = Driver(sweep, board, as_json=jsonlog.wanted())
-            with contextlib.nullcontext() if driver.as_json else board.working("sweep", waits=True):
-                failures = run_stages(driver, plan, store)
+            failures = run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one
         with board.working("report"):
             points = report.collect(sweep, plan)
@@ -156,8 +155,15 @@ def on_rays(driver: Driver, once: Callable[[], Failures]) -> Failures:
 
 def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:
     sweep, board = driver.sweep, driver.board
+    with contextlib.ExitStack() as opened:
+        with board.working("Ray starts, or is asked"):
+            cluster = opened.enter_context(open_cluster(sweep.recipe, board.say, partial(go_on, driver)))
+        return _on_this_ray(driver, plan, store, cluster)
+
+
+def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) -> Failures:
+    sweep, board = driver.sweep, driver.board
     with (
-        open_cluster(sweep.recipe, board.say, partial(go_on, driver)) as cluster,
         showing_a_stop(driver, plan),  # while Ray still shows the gauges of this process
         one_at_a_time(driver, cluster),
         seen_alive(driver, exporting(driver, cluster)),
@@ -165,11 +171,13 @@ def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:
         board.say(f"cluster  {cluster.description}")
         list_images(driver, plan, store)
         driver.sweep = sweep = store_recipe(driver)
-        begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
+        with board.working("MLflow is asked"):
+            begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         with contextlib.ExitStack() as ends:
             if driver.first:
                 ends.enter_context(writing_page(driver, plan))
-                last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
+                with board.working("jobs of an earlier command end"):
+                    last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
             last_ray.record(sweep, cluster)
             require_device(driver, cluster)
             require_fits(plan, cluster)

@@ -3,10 +3,10 @@
 Rates are those of the last five minutes: a stage that slows down shows it, and start-up does not count for ever.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Self
 
 from rich.console import Console
@@ -26,8 +26,8 @@ ReportShare = Callable[[int, int], None]
 PLAIN_EVERY_S = 7.0
 QUIET_S = 9.0
 """Interval of lines that say that something works which shows nothing else."""
-OFTEN_S, RARELY_S = 120.0, 600.0
-"""How long they are as frequent for what may wait for machines for days, and their interval from then on."""
+STARTS_S = 120.0
+"""How long a stage without progress is said to work: later it may wait for machines, for days."""
 LOG_EVERY_S = 5.0
 RATE_OVER_S = 300.0
 MOST_BAR = 40
@@ -79,7 +79,8 @@ class Board:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self._clock = console, clock
         self._tasks, self._logged = dict[tuple[str, str], TaskID](), dict[TaskID, tuple[float, str]]()
-        self._said_s = self._shown_s = clock()
+        self._news_s = self._shown_s = clock()
+        """When something was said or became more, and when anything was shown."""
         self._bars = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(None, table_column=Column(max_width=MOST_BAR)),
@@ -96,23 +97,34 @@ class Board:
         self._bars.stop()
 
     def say(self, line: str) -> None:
+        self._print(line)
+        self._news_s = self._shown_s
+
+    def _print(self, line: str) -> None:
         self.console.print(shown_below(line), highlight=False, markup=False, soft_wrap=True)
-        self._said_s = self._shown_s = self._clock()
+        self._shown_s = self._clock()
 
-    def at_work(self, name: str, *, waits: bool = False) -> None:
-        """Say that `name` works if nothing is shown for a while: processes start, or a step is the first.
+    def at_work(self, name: str) -> None:
+        """Say that the stage `name` works if nothing is shown for a while: processes start, or a step is the first.
 
-        `waits`: after two minutes rarely, as it may wait for machines for days.
+        Once in each silence; each time before its first progress, which may take minutes.
         """
-        said_s, now_s = self._said_s, self._clock()
-        if now_s > self._shown_s + (RARELY_S if waits and now_s >= said_s + OFTEN_S else QUIET_S):
-            self.say(f"{name}: at work, {time_words(now_s - said_s)} so far")
-            self._said_s = said_s
+        if (now_s := self._clock()) > self._shown_s + QUIET_S:
+            self._print(f"{name}: at work")
+            begun = any(self._bars.tasks[task].completed for (stage, _), task in self._tasks.items() if stage == name)
+            if begun or now_s > self._news_s + STARTS_S:
+                self._shown_s = math.inf
 
     @contextmanager
-    def working(self, name: str, *, waits: bool = False) -> Iterator[None]:
-        """Say during the block that `name` works whenever nothing is shown for a while."""
-        with repeating(partial(self.at_work, name, waits=waits), 1.0, "working"):
+    def working(self, name: str) -> Iterator[None]:
+        """Say during the block, whenever nothing is shown for a while, that `name` works, and since when."""
+        began_s = self._shown_s = self._clock()
+
+        def say_so() -> None:
+            if (now_s := self._clock()) > self._shown_s + QUIET_S:
+                self._print(f"{name}, {time_words(now_s - began_s)} so far")
+
+        with repeating(say_so, 1.0, "working", ends_s=1.0):
             yield
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
@@ -122,9 +134,11 @@ class Board:
         task = self._bars.tasks[self._bars.task_ids.index(self._tasks[name, unit])]
         if done and not task.started:
             self._bars.start_task(task.id)  # imports, a build or the compilation in a first step come once
+        if done > task.completed:
+            self._news_s = self._clock()
         self._bars.update(task.id, completed=max(done, task.completed), total=total)
         if self.console.is_interactive:
-            self._said_s = self._shown_s = self._clock()
+            self._shown_s = self._clock()
         else:
             self._log(name, task)
 
@@ -135,7 +149,7 @@ class Board:
         count = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}"
         if task.finished and count == logged:
             return
-        self.say(f"{name}: {', '.join(filter(None, (count, *_words(task))))}")
+        self._print(f"{name}: {', '.join(filter(None, (count, *_words(task))))}")
         self._logged[task.id] = now_s, count
 
 

@@ -94,6 +94,7 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
     for override in overrides or []:
         _set(data, override)
         _write_out_none(data)
+    _choose_sampler(data)
     if data.get("format", FORMAT) != FORMAT:
         raise UserError(f"{where}: this version reads recipes of format {FORMAT}, got format {data['format']}")
     if data.get("isoflop") is not None and isinstance(train := data.get("train"), dict):
@@ -113,10 +114,15 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
 def _write_out_none(data: dict[str, Any]) -> None:
     """Write out `evaluate: none`: samples to look at, and the held-out loss as the curve."""
     if data.get("evaluate") == "none":
-        diffusion = data.get("diffusion")
+        data["evaluate"] = {"samples": 40, "sampler": "none", "steps": 25, "extractor": {"kind": "none"}}
+
+
+def _choose_sampler(data: dict[str, Any]) -> None:
+    """Choose that of `evaluate: none` by the process, which an override may have set."""
+    evaluate, diffusion = data.get("evaluate"), data.get("diffusion")
+    if isinstance(evaluate, dict) and evaluate.get("sampler") == "none":
         gaussian = isinstance(diffusion, dict) and diffusion.get("kind") == "gaussian"
-        sampler = {"sampler": "dpm_solver" if gaussian else "heun", "steps": 25}
-        data["evaluate"] = {"samples": 40, **sampler, "extractor": {"kind": "none"}}
+        evaluate["sampler"] = "dpm_solver" if gaussian else "heun"
 
 
 def _as_json(data: Any, where: str) -> str:

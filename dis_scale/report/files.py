@@ -44,8 +44,7 @@ def write(sweep: Sweep, report: Report, *, published: bool = False, running: boo
     newest = max(report.main, key=lambda p: p.evaluation.time, default=None)
     shown = newest if facts.status.at_work else page.best_point(report) or newest
     pictures, strips = samples.real(sweep), samples.strips(sweep, report)
-    unmeasured = samples.of_unmeasured(sweep) if facts.status.at_work else []
-    pictures += unmeasured or (samples.of_point(sweep, shown) if shown else [])
+    pictures += samples.of_point(sweep, shown) if shown else samples.of_unmeasured(sweep, report)
     files = {SAMPLES: page.render_samples(report, strips)} if strips else {}
     files[PAGE] = page.render_page(report, facts, plots, pictures, SAMPLES if strips else "")
     if not running:

@@ -62,14 +62,15 @@ def of_point(sweep: Sweep, point: Point) -> list[Picture]:
     return _of(sweep, Sampled(point.sampled_from, point.images_seen), point.model)
 
 
-def of_unmeasured(sweep: Sweep) -> list[Picture]:
-    """Return the samples of the checkpoint that is sampled or measured now, if they are drawn."""
-    now = [sampled for sampled in state.Backlog(sweep).left()[:AT_WORK] if sampled.variant == MAIN]
-    return next(filter(None, (_of(sweep, sampled, sampled.model) for sampled in reversed(now))), [])
+def of_unmeasured(sweep: Sweep, report: Report) -> list[Picture]:
+    """Return the first samples of a sweep, which are drawn before they are measured."""
+    due = [each for each in state.Backlog(sweep).left() if each.variant == MAIN and each not in report.skipped]
+    drawn = filter(None, (_of(sweep, sampled, sampled.model, ", not measured yet") for sampled in due[:AT_WORK]))
+    return next(drawn, [])
 
 
-def _of(sweep: Sweep, sampled: Sampled, model: str) -> list[Picture]:
-    words = f"{model} after {sampled.images_seen:,} images"
+def _of(sweep: Sweep, sampled: Sampled, model: str, more: str = "") -> list[Picture]:
+    words = f"{model} after {sampled.images_seen:,} images{more}"
     return _read(words, sweep.evaluation(sampled), GRID, sweep.recipe.data.resolution)
 
 

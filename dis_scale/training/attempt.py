@@ -33,7 +33,7 @@ from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, 
 from dis_scale.training.memory import plan_passes
 from dis_scale.training.resume import ResumePoint
 from dis_scale.training.schedule import learning_rate
-from dis_scale.training.throughput import ThroughputMeter, gpu_bytes, peak_flops
+from dis_scale.training.throughput import ThroughputMeter, gpu_bytes, machine_name, peak_flops
 from dis_scale.weights import warm_start
 
 
@@ -123,7 +123,7 @@ def open_training(attempt: Attempt, log_rates: Callable[[str], None] | None) -> 
         attempt.log(
             f"{attempt.model}: {counted(count, 'forward pass')} of up to {counted(max(images), 'image')} a worker and step{kept}"
         )
-    peak = peak_flops(attempt.device, settings.precision)
+    peak = peak_flops(attempt.device, settings.precision, machine_name(attempt.device))
     meter = ThroughputMeter(price, max(images), world, attempt.device, *peak, log_rates)
     process = diffusion.build(recipe.diffusion, latents.shape)
     return Opened(latents, process, state, model, passes, meter, images_seen, resumed, earlier)

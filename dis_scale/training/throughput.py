@@ -65,9 +65,8 @@ class ThroughputMeter:
         )
 
 
-def peak_flops(device: torch.device, precision: str, machine: str | None = None) -> tuple[float, str]:
+def peak_flops(device: torch.device, precision: str, machine: str) -> tuple[float, str]:
     """Return a worker's peak FLOP/s and its source: the datasheet of its `machine`, or the fastest of some products timed here."""
-    machine = machine or machine_name(device)
     for known, (bf16, fp32) in DATASHEET_TFLOPS.items():
         if known in machine:
             return 1e12 * (bf16 if precision == "bf16" else fp32), f"datasheet, {precision}"

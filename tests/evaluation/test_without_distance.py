@@ -31,6 +31,19 @@ def test_a_sweep_has_samples_and_the_held_out_loss(labels: list[str], tmp_path: 
     assert "held_out_loss is the loss on 50 images that training never sees: lower is better" in page
 
 
+FLOW = "diffusion={kind: flow}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampler"),
+    [(["evaluate=none"], "dpm_solver"), ([FLOW, "evaluate=none"], "heun"), (["evaluate=none", FLOW], "heun")],
+    ids=["gaussian", "a flow", "a flow, afterwards"],
+)
+def test_the_short_form_takes_a_sampler_of_the_process(settings: list[str], sampler: str) -> None:
+    recipe = reading.load(TINY, [*settings, "data.held_out_images=50", "precompute.shard_images=50"])
+    assert (recipe.evaluate.sampler, recipe.evaluate.samples, recipe.evaluate.extractors) == (sampler, 40, ())
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -162,33 +163,41 @@ def read_all(terminal: int) -> str:
     return text.decode()
 
 
-def test_a_silent_stage_is_said_to_work_each_ten_seconds_and_after_two_minutes_rarely(clock: list[float], console: Console) -> None:
-    """One may wait for machines for days."""
+def test_a_stage_that_starts_is_said_to_work_each_ten_seconds_for_two_minutes(clock: list[float], console: Console) -> None:
+    """It may wait for machines for days, and repeats each ten minutes that it has done nothing yet."""
     board = Board(console, lambda: clock[0])
-    for begin in (0.0, 1000.0):
-        clock[0] = begin
-        board.say("a line")
-        for seconds in range(1, 1000 if begin else 25):
-            clock[0] = begin + seconds
-            board.at_work("train dis", waits=True)
-    often = [f"train dis: at work, {seconds} s so far" for seconds in range(10, 120, 10)]
-    lines = console.export_text().splitlines()
-    assert lines == ["a line", *often[:2], "a line", *often, "train dis: at work, 12 min so far"]
-
-
-def test_what_waits_for_no_machine_is_said_to_work_each_ten_seconds(clock: list[float], console: Console) -> None:
-    board = Board(console, lambda: clock[0])
-    for seconds in range(1, 1000):
+    board.say("a line")
+    for seconds in range(1, 7200):
         clock[0] = float(seconds)
-        board.at_work("measure")
-    assert len(console.export_text().splitlines()) == 99
+        board.at_work("train dis")
+        if seconds % 600 == 0:
+            board.update("train dis", 0, 400, "images")
+    lines = console.export_text().splitlines()
+    assert lines[:14] == ["a line", *["train dis: at work"] * 13]
+    assert Counter(lines[14:]) == {"train dis: 0/400 images": 11, "train dis: at work": 11}
 
 
-def test_a_block_that_shows_nothing_is_said_to_work(clock: list[float], console: Console) -> None:
+def test_a_stage_with_progress_is_said_to_work_once_in_each_silence(clock: list[float], console: Console) -> None:
     board = Board(console, lambda: clock[0])
+    for begin in (0.0, 50.0):
+        clock[0] = begin
+        board.update("train dis", 10 + int(begin), 400, "images")
+        for seconds in range(1, 40):
+            clock[0] = begin + seconds
+            board.at_work("train dis")
+    assert console.export_text().count("train dis: at work") == 2
+
+
+def test_a_block_that_shows_nothing_is_said_to_work_until_its_end(clock: list[float], console: Console) -> None:
+    board = Board(console, lambda: clock[0])
+    clock[0] = 1000.0  # what was silent before is not the block
     with board.working("measure"):
-        clock[0] = 20.0
-        waiting.wait_until(lambda: "measure: at work, 20 s so far" in console.export_text(clear=False), 10)
+        for past_s in (20, 200):
+            clock[0] = 1000.0 + past_s
+            waiting.wait_until(lambda: f"measure, {time_words(past_s)} so far" in console.export_text(clear=False), 10)  # noqa: B023
+    clock[0] = 2000.0
+    time.sleep(1.5)
+    assert len(console.export_text().splitlines()) == 2
 
 
 def test_progress_does_not_run_back(clock: list[float], console: Console) -> None:

@@ -35,7 +35,7 @@ def test_kernels_of_a_micro_batch_are_shared_by_its_images() -> None:
 
 
 def test_a_device_without_a_datasheet_is_timed() -> None:
-    flops, source = peak_flops(CPU, "fp32")
+    flops, source = peak_flops(CPU, "fp32", "NVIDIA T4")
     assert 1e9 < flops < 1e14
     assert source == "the fastest product of 1024 x 1024, fp32"
 

@@ -1,9 +1,12 @@
 """The autoencoder that a sweep trains itself."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch.nn.modules.module import register_module_forward_hook
 
 from dis_scale import vae
 from dis_scale.planning.first_recipe import SMALL_VAE
@@ -21,11 +24,12 @@ def test_groups_of_a_trained_autoencoder_divide_its_widths() -> None:
 def test_no_two_threads_share_a_layer_and_their_number_is_restored() -> None:
     """Beside one busy core two threads that wait for each other took ten times as long."""
     settings = TrainedVae(kind="trained", widths=(4, 8), norm_groups=1, steps=2, batch_images=4)
-    before, seen = torch.get_num_threads(), list[int]()
+    before, seen = torch.get_num_threads(), set[tuple[str, int]]()
     torch.set_num_threads(2)
+    note = register_module_forward_hook(lambda *_: seen.add((threading.current_thread().name[:4], torch.get_num_threads())))
     try:
-        small.train_vae(settings, drawings(8, 16), 0, lambda _: seen.append(torch.get_num_threads()))
-        assert (seen, torch.get_num_threads()) == ([1, 1], 2)
+        small.train_vae(settings, drawings(8, 16), 0, lambda _: note.remove())
+        assert (seen, torch.get_num_threads()) == ({("Thre", 1)}, 2)
     finally:
         torch.set_num_threads(before)
 

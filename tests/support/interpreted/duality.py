@@ -31,7 +31,9 @@ def test_the_self_test_of_state_space_duality_passes(
     assert taken == ([width == 128] if combine == "hydra" else [])
 
 
-@pytest.mark.parametrize(("combine", "width", "conditioning"), [("sum", 64, "adaln_zero"), ("hydra", 128, "tokens")])
+@pytest.mark.parametrize(
+    ("combine", "width", "conditioning"), [("sum", 64, "adaln_zero"), ("hydra", 128, "tokens"), ("hydra", 128, "adaln_zero")]
+)
 def test_a_recomputed_block_has_the_same_gradients(combine: str, width: int, conditioning: str) -> None:
     """It keeps states only when it is computed again. Two chunks of 20 tokens, also behind a modulation and before a gate."""
     given = {"mixer": "ssd", "combine": combine, "state_size": 16, "conditioning": conditioning}
