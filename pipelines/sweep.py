@@ -156,7 +156,7 @@ def on_rays(driver: Driver, once: Callable[[], Failures]) -> Failures:
 def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:
     sweep, board = driver.sweep, driver.board
     with contextlib.ExitStack() as opened:
-        with board.working("Ray starts, or is asked"):
+        with board.working("asking Ray" if ray_address() else "starting Ray"):
             cluster = opened.enter_context(open_cluster(sweep.recipe, board.say, partial(go_on, driver)))
         return _on_this_ray(driver, plan, store, cluster)
 

@@ -27,7 +27,7 @@ PLAIN_EVERY_S = 7.0
 QUIET_S = 9.0
 """Interval of lines that say that something works which shows nothing else."""
 STARTS_S = 120.0
-"""How long a stage without progress is said to work: later it may wait for machines, for days."""
+"""How long a stage is said to work each time: later it may wait for machines, for days."""
 LOG_EVERY_S = 5.0
 RATE_OVER_S = 300.0
 MOST_BAR = 40
@@ -79,8 +79,7 @@ class Board:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self._clock = console, clock
         self._tasks, self._logged = dict[tuple[str, str], TaskID](), dict[TaskID, tuple[float, str]]()
-        self._news_s = self._shown_s = clock()
-        """When something was said or became more, and when anything was shown."""
+        self._shown_s, self._began_s = clock(), dict[str, float]()
         self._bars = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(None, table_column=Column(max_width=MOST_BAR)),
@@ -97,22 +96,19 @@ class Board:
         self._bars.stop()
 
     def say(self, line: str) -> None:
-        self._print(line)
-        self._news_s = self._shown_s
-
-    def _print(self, line: str) -> None:
         self.console.print(shown_below(line), highlight=False, markup=False, soft_wrap=True)
         self._shown_s = self._clock()
 
     def at_work(self, name: str) -> None:
         """Say that the stage `name` works if nothing is shown for a while: processes start, or a step is the first.
 
-        Once in each silence; each time before its first progress, which may take minutes.
+        Each time in its first two minutes, in which its first attempt begins, later once in each silence.
         """
-        if (now_s := self._clock()) > self._shown_s + QUIET_S:
-            self._print(f"{name}: at work")
-            begun = any(self._bars.tasks[task].completed for (stage, _), task in self._tasks.items() if stage == name)
-            if begun or now_s > self._news_s + STARTS_S:
+        now_s = self._clock()
+        began_s = self._began_s.setdefault(name, now_s)
+        if now_s > self._shown_s + QUIET_S:
+            self.say(f"{name}: at work")
+            if now_s > began_s + STARTS_S:
                 self._shown_s = math.inf
 
     @contextmanager
@@ -122,7 +118,7 @@ class Board:
 
         def say_so() -> None:
             if (now_s := self._clock()) > self._shown_s + QUIET_S:
-                self._print(f"{name}, {time_words(now_s - began_s)} so far")
+                self.say(f"{name}, {time_words(now_s - began_s)} so far")
 
         with repeating(say_so, 1.0, "working", ends_s=1.0):
             yield
@@ -134,8 +130,6 @@ class Board:
         task = self._bars.tasks[self._bars.task_ids.index(self._tasks[name, unit])]
         if done and not task.started:
             self._bars.start_task(task.id)  # imports, a build or the compilation in a first step come once
-        if done > task.completed:
-            self._news_s = self._clock()
         self._bars.update(task.id, completed=max(done, task.completed), total=total)
         if self.console.is_interactive:
             self._shown_s = self._clock()
@@ -149,7 +143,7 @@ class Board:
         count = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}"
         if task.finished and count == logged:
             return
-        self._print(f"{name}: {', '.join(filter(None, (count, *_words(task))))}")
+        self.say(f"{name}: {', '.join(filter(None, (count, *_words(task))))}")
         self._logged[task.id] = now_s, count
 
 

@@ -90,11 +90,12 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected a mapping of settings, got {type(data).__name__}")
     data = json.loads(_as_json(data, where))  # what an alias (*) names is a value of its own from here on
-    _write_out_none(data)
+    short = _write_out_none(data)
     for override in overrides or []:
         _set(data, override)
-        _write_out_none(data)
-    _choose_sampler(data)
+        short = _write_out_none(data) or short
+    if data.get("evaluate") is short:
+        _choose_sampler(short, data.get("diffusion"))
     if data.get("format", FORMAT) != FORMAT:
         raise UserError(f"{where}: this version reads recipes of format {FORMAT}, got format {data['format']}")
     if data.get("isoflop") is not None and isinstance(train := data.get("train"), dict):
@@ -111,18 +112,19 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
         raise UserError("\n".join(lines)) from None
 
 
-def _write_out_none(data: dict[str, Any]) -> None:
-    """Write out `evaluate: none`: samples to look at, and the held-out loss as the curve."""
-    if data.get("evaluate") == "none":
-        data["evaluate"] = {"samples": 40, "sampler": "none", "steps": 25, "extractor": {"kind": "none"}}
+def _write_out_none(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Write out `evaluate: none`, if it is there: samples to look at, and the held-out loss as the curve."""
+    if data.get("evaluate") != "none":
+        return None
+    data["evaluate"] = short = {"samples": 40, "steps": 25, "extractor": {"kind": "none"}}
+    return short
 
 
-def _choose_sampler(data: dict[str, Any]) -> None:
-    """Choose that of `evaluate: none` by the process, which an override may have set."""
-    evaluate, diffusion = data.get("evaluate"), data.get("diffusion")
-    if isinstance(evaluate, dict) and evaluate.get("sampler") == "none":
+def _choose_sampler(evaluate: dict[str, Any] | None, diffusion: Any) -> None:
+    """Choose the sampler of `evaluate: none`, unless one is set, by the process, which an override may have set."""
+    if evaluate:
         gaussian = isinstance(diffusion, dict) and diffusion.get("kind") == "gaussian"
-        evaluate["sampler"] = "dpm_solver" if gaussian else "heun"
+        evaluate.setdefault("sampler", "dpm_solver" if gaussian else "heun")
 
 
 def _as_json(data: Any, where: str) -> str:

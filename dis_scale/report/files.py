@@ -24,7 +24,7 @@ def write(sweep: Sweep, report: Report, *, published: bool = False, running: boo
     """Write the figures, the pages and, last, the CSV below `report/`, of a `running` sweep the pages only; return them by name.
 
     `published` adds published results to the plot; UserError if the sweep measures another quantity. Beside the real images are
-    samples of the best point, of the newest while the sweep is at work.
+    samples of the best point, of the newest while the sweep is at work, or its first ones if none is measured yet.
     """
     if published:
         require_published_protocol(report)
@@ -44,7 +44,8 @@ def write(sweep: Sweep, report: Report, *, published: bool = False, running: boo
     newest = max(report.main, key=lambda p: p.evaluation.time, default=None)
     shown = newest if facts.status.at_work else page.best_point(report) or newest
     pictures, strips = samples.real(sweep), samples.strips(sweep, report)
-    pictures += samples.of_point(sweep, shown) if shown else samples.of_unmeasured(sweep, report)
+    trained = shown and shown.images_seen
+    pictures += (not trained and samples.of_unmeasured(sweep, report)) or (samples.of_point(sweep, shown) if shown else [])
     files = {SAMPLES: page.render_samples(report, strips)} if strips else {}
     files[PAGE] = page.render_page(report, facts, plots, pictures, SAMPLES if strips else "")
     if not running:

@@ -48,6 +48,7 @@ def test_the_short_form_takes_a_sampler_of_the_process(settings: list[str], samp
     ("settings", "words"),
     [
         (["data.held_out_images=0"], "the curve is of the held-out loss: set data.held_out_images"),
+        (["evaluate.sampler=none"], "evaluate.sampler: got 'none'"),
         (["evaluate.metrics=[distance, kid]"], "extractor: none measures no distance: leave out also and metrics"),
         (["evaluate.also=[{kind: inception}]"], "extractor: none measures no distance: leave out also and metrics"),
     ],
