@@ -142,7 +142,7 @@ def _own_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, waits: bool = False) -> Iterator[None]:
-    """Lock a folder for the block; OSError if it is none, or if another process has locked it, unless this one waits for that.
+    """Lock a folder for the block; OSError if it is no folder, or if another process has locked it, unless this one waits for that.
 
     The kernel frees the lock when the process ends in any way. systemd cleans /tmp of what nobody has used for ten days, but for
     locked folders.

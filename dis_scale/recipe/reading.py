@@ -94,7 +94,7 @@ def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: 
     for override in overrides or []:
         _set(data, override)
         short = _write_out_none(data) or short
-    if data.get("evaluate") is short:
+    if short and data["evaluate"] is short:
         _choose_sampler(short, data.get("diffusion"))
     if data.get("format", FORMAT) != FORMAT:
         raise UserError(f"{where}: this version reads recipes of format {FORMAT}, got format {data['format']}")
@@ -120,11 +120,10 @@ def _write_out_none(data: dict[str, Any]) -> dict[str, Any] | None:
     return short
 
 
-def _choose_sampler(evaluate: dict[str, Any] | None, diffusion: Any) -> None:
+def _choose_sampler(evaluate: dict[str, Any], diffusion: Any) -> None:
     """Choose the sampler of `evaluate: none`, unless one is set, by the process, which an override may have set."""
-    if evaluate:
-        gaussian = isinstance(diffusion, dict) and diffusion.get("kind") == "gaussian"
-        evaluate.setdefault("sampler", "dpm_solver" if gaussian else "heun")
+    gaussian = isinstance(diffusion, dict) and diffusion.get("kind") == "gaussian"
+    evaluate.setdefault("sampler", "dpm_solver" if gaussian else "heun")
 
 
 def _as_json(data: Any, where: str) -> str:

@@ -44,8 +44,8 @@ def write(sweep: Sweep, report: Report, *, published: bool = False, running: boo
     newest = max(report.main, key=lambda p: p.evaluation.time, default=None)
     shown = newest if facts.status.at_work else page.best_point(report) or newest
     pictures, strips = samples.real(sweep), samples.strips(sweep, report)
-    trained = shown and shown.images_seen
-    pictures += (not trained and samples.of_unmeasured(sweep, report)) or (samples.of_point(sweep, shown) if shown else [])
+    unmeasured = [] if shown and shown.images_seen else samples.of_unmeasured(sweep, report)
+    pictures += unmeasured or (samples.of_point(sweep, shown) if shown else [])
     files = {SAMPLES: page.render_samples(report, strips)} if strips else {}
     files[PAGE] = page.render_page(report, facts, plots, pictures, SAMPLES if strips else "")
     if not running:

@@ -25,7 +25,7 @@ The column *may change* is about a sweep that has begun. A change that is not al
 | may be added | may be set once, and may not change after that |
 
 A list of sections (`evaluate.also`) is compared as one value. Short forms that a recipe may have: `preset`, `seeds` and
-`train.cooldowns`; see [the backbones](models.md#a-models-own-training). `evaluate: none` stands for 40
+`train.cooldowns`; see [the backbones](models.md#a-models-own-training). `evaluate: none` is short for 40
 samples of each checkpoint to look at, in 25 steps of DPM-Solver++ or, of a flow, of Heun, with the loss on
 `data.held_out_images`, which must be set, as the curve.
 """
