@@ -119,6 +119,7 @@ def test_the_page_of_a_sweep_tells_what_was_found_and_loads_nothing(sweep: Sweep
     assert all(value.startswith("data:") for value in loaded)
     assert "prefers-color-scheme: dark" in text.decode()
     assert page.of("details"), "the notes are folded"
+    assert all(each in text.decode() for each in ("@media print", '"beforeprint"')), "on paper nothing is folded"
     assert not [meta for meta in page.of("meta") if meta.get("http-equiv") == "refresh"], "no command runs"
     shown = [image["alt"] for image in page.of("img")]
     assert "dis128 after 160 images" in shown, "the best, as nothing newer comes"
