@@ -92,7 +92,7 @@ def open_cluster(recipe: Recipe, say: Callable[[str], None] = print, go_on: Call
         try:
             gpus, fault = usable_gpus()
             require_gpus(recipe, gpus, fault)
-            head, dashboard = _start_head(recipe, folder, gpus)
+            head, dashboard = _start_head(recipe, folder, gpus, go_on)
             yield Cluster(
                 client_of(dashboard), {}, f"a local Ray that this command started ({dashboard})",
                 ours=True, at_once=lambda: 1, gpus=lambda: gpus, gpu_fault=fault, id=folder.name, address=dashboard,
@@ -268,7 +268,7 @@ def largest_gpu_bytes(client: JobSubmissionClient, silence: Silence, go_on: Call
     return max((gpu["memoryTotal"] * 2**20 for gpus in nodes for gpu in gpus), default=None)
 
 
-def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Popen, str]:
+def _start_head(recipe: Recipe, folder: Path, gpus: int, go_on: Callable[[], None]) -> tuple[subprocess.Popen, str]:
     """Start a Ray head on loopback with free ports and a token of its own, which dies with this process.
 
     Returns it and the dashboard's URL.
@@ -305,9 +305,14 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
             start_new_session=True,
         )  # fmt: skip
     url = f"http://127.0.0.1:{dashboard}"
-    if answers(head, lambda: client_of(url).list_jobs()):
+    started = False
+    try:
+        started = answers(head, lambda: client_of(url).list_jobs(), go_on)
+    finally:
+        if not started:
+            head.kill()
+    if started:
         return head, url
-    head.kill()
     raise NotStarted(
         f"a local Ray did not start within {START_TIMEOUT_S:.0f} s (ports {port}, {dashboard}, {agent}): {_last_words(folder)}"
     )
@@ -323,13 +328,19 @@ def _last_words(folder: Path) -> str:
     return " ".join((folder / "start.log").read_text(errors="replace").split())[-300:]
 
 
-def answers(head: subprocess.Popen, ask: Callable[[], object], time_s: float = START_TIMEOUT_S) -> bool:
-    """Ask the dashboard of a head that has just started until it answers; return whether it has, before the head ends."""
+def answers(
+    head: subprocess.Popen, ask: Callable[[], object], between: Callable[[], None], time_s: float = START_TIMEOUT_S
+) -> bool:
+    """Ask the dashboard of a head that has just started until it answers; return whether it has, before the head ends.
+
+    What `between` raises ends the asking.
+    """
     deadline = time.monotonic() + time_s
     while head.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError, RuntimeError):  # requests' errors are of OSError
             ask()
             return True
+        between()
         time.sleep(0.3)
     return False
 

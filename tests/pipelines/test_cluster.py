@@ -113,10 +113,10 @@ def test_a_dashboard_that_needs_long_for_its_first_answer_is_asked_again() -> No
             raise error
 
     with subprocess.Popen(["sleep", "60"]) as head:
-        assert cluster.answers(head, ask)
-        assert not cluster.answers(head, lambda: 1 / 0, time_s=0)
+        assert cluster.answers(head, ask, lambda: None)
+        assert not cluster.answers(head, lambda: 1 / 0, lambda: None, time_s=0)
         head.kill()
-    assert not cluster.answers(head, lambda: 1 / 0)
+    assert not cluster.answers(head, lambda: 1 / 0, lambda: None)
 
 
 def test_a_ray_of_our_own_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:

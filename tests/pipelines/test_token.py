@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import Preempted, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
@@ -39,6 +39,21 @@ def test_what_its_processes_import_is_compiled_once(ours: Cluster) -> None:
     (server,) = [p for p in every if p.info["name"] == "gcs_server" and ours.id in " ".join(p.info["cmdline"] or [])]
     assert "PYTHONDONTWRITEBYTECODE" not in server.environ()  # as in what the raylet starts, which forks
     assert "PYTHONDONTWRITEBYTECODE" in os.environ
+
+
+def test_a_stop_while_it_starts_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start takes up to half a minute."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    others, started = set(psutil.Process().children(recursive=True)), set[psutil.Process]()
+
+    def stop() -> None:
+        started.update(set(psutil.Process().children(recursive=True)) - others)
+        if any(process.name() == "gcs_server" for process in started):
+            raise Preempted("stopped as requested")
+
+    with pytest.raises(Preempted), open_cluster(reading.load(TINY), go_on=stop):
+        pytest.fail("it started")
+    assert not psutil.wait_procs(started, timeout=30)[1]
 
 
 def test_an_address_that_is_given_is_asked_whatever_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
