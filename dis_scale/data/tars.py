@@ -327,6 +327,8 @@ def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
     with tarfile.open(fileobj=file, mode="r:", tarinfo=type("_Member", (_Member,), {"where": where})) as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
+            if member.size < 0:  # of a global header, beside one of its own
+                raise tarfile.ReadError(f"a member of {member.size:,} bytes")
             if member.isdir():
                 continue
             if member.issparse():  # in a form that is not known yet

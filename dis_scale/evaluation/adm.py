@@ -4,7 +4,6 @@ Images are read in parts: 10,000 of 256 x 256 would take 2 GB of memory.
 """
 
 import contextlib
-import io
 import os
 import zipfile
 import zlib
@@ -25,6 +24,8 @@ ARRAY_BYTES = 256 * 2**20
 """Most bytes of an array of statistics, unpacked; a covariance of Inception's 2,048 features has 32 MiB."""
 MOST_SIDE = 2048
 """Most pixels of an image's side: as many images as are measured together are in memory."""
+READ_BYTES = 16 * 2**20
+"""Bytes of a request for a file that is not on a disk."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Adm:
         """Return the number of images and their side, None without images; UserError if they are not squares of bytes."""
         if f"{IMAGES}.npy" not in self.file.namelist():
             return None
-        with self._intact(), self.file.open(f"{IMAGES}.npy") as stream:
+        with self._intact(), npy.open_member(self.file, f"{IMAGES}.npy") as stream:
             shape, dtype = self._header(stream)
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
             raise UserError(f"{self.url}: {IMAGES} holds {dtype} of shape {shape}, expected uint8 (N, R, R, 3)")
@@ -62,16 +63,16 @@ class Adm:
 
     def images(self, at_once: int) -> Iterator[np.ndarray]:
         """Yield the images in order, uint8 (B, R, R, 3)."""
-        with self._intact(), self.file.open(f"{IMAGES}.npy") as stream:
+        with self._intact(), npy.open_member(self.file, f"{IMAGES}.npy") as stream:
             (count, *shape), _ = self._header(stream)
             for first in range(0, count, at_once):
                 part = (min(at_once, count - first), *shape)
                 yield np.frombuffer(stream.read(int(np.prod(part))), np.uint8).reshape(part)
 
     def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, column_major, dtype = read(stream)
+        if (version := np.lib.format.read_magic(stream)) != (1, 0):  # others state up to 4 GiB of header
+            raise ValueError(f"{IMAGES} is an array of version {version}, expected (1, 0)")
+        shape, column_major, dtype = np.lib.format.read_array_header_1_0(stream)
         if column_major:
             raise UserError(f"{self.url}: {IMAGES} is stored by columns: save it with numpy.savez from a C-ordered array")
         return shape, dtype
@@ -99,7 +100,7 @@ def open_reference(url: str, what: str = "evaluate.reference") -> Adm:
     """Open the file at a path or URL; UserError that names `what` if it is missing or not an `.npz`."""
     parent, name = locate(url)
     try:
-        source = parent.local / name if parent.local else io.BytesIO(parent.read(name))
+        source = parent.local / name if parent.local else parent.open(name, READ_BYTES)
         return Adm(url, zipfile.ZipFile(source))
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file {url}") from error

@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from mmap import mmap
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -78,13 +78,18 @@ def member(file: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
 
     `ZipFile.read` unpacks up to 2 GiB before it compares them with the size that the zip states, which may be false.
     """
+    if (size := file.getinfo(name).file_size) > most_bytes:
+        raise ValueError(f"{name}: unpacked it has {size:,} bytes, and at most {most_bytes:,} are read")
+    with open_member(file, name) as stream:
+        return stream.read(size)
+
+
+def open_member(file: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """Open a file of a zip; ValueError if it is packed by a method of which `read` unpacks more than it was asked for."""
     info = file.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name}: packed by a method that is not read: expected stored or deflated")
-    if info.file_size > most_bytes:
-        raise ValueError(f"{name}: unpacked it has {info.file_size:,} bytes, and at most {most_bytes:,} are read")
-    with file.open(info) as stream:
-        return stream.read(info.file_size)
+    return file.open(info)
 
 
 def sealed(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -196,6 +196,16 @@ def test_an_extended_header_gives_no_size_below_zero(tmp_path: Path) -> None:
         open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
 
 
+def test_a_global_header_gives_no_size_below_zero(tmp_path: Path) -> None:
+    """It counts for the members after one that has its own: a label of -1 bytes is the rest of the tar."""
+    own, label = tarfile.TarInfo("0.png"), tarfile.TarInfo("1.cls")
+    own.pax_headers = {"size": "0"}
+    headers = tarfile.TarInfo.create_pax_global_header({"size": "-1"}) + own.tobuf(tarfile.PAX_FORMAT)
+    (tmp_path / "a.tar").write_bytes(headers + label.tobuf(tarfile.USTAR_FORMAT) + bytes(10240))
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: a member of -1 bytes"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}))
+
+
 def test_global_headers_are_bounded_in_sum(tmp_path: Path) -> None:
     """They are for all members after them, so `tarfile` keeps them all."""
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as out:
@@ -276,6 +286,31 @@ def test_statistics_that_unpack_to_more_than_there_are_are_refused(tmp_path: Pat
         adm.open_reference(str(tmp_path / "x.npz")).statistics("mu", "sigma", 4)
 
 
+def images_of_version(version: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.zeros((2, 8, 8, 3), np.uint8), version=version)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("method", "version", "why"),
+    [
+        (zipfile.ZIP_LZMA, (1, 0), "arr_0.npy: packed by a method that is not read"),
+        (zipfile.ZIP_BZIP2, (1, 0), "arr_0.npy: packed by a method that is not read"),
+        (zipfile.ZIP_DEFLATED, (2, 0), r"arr_0 is an array of version \(2, 0\), expected \(1, 0\)"),
+    ],
+)
+def test_images_that_may_unpack_to_any_size_are_refused(tmp_path: Path, method: int, version: tuple[int, int], why: str) -> None:
+    """These methods unpack all that they have read, and a header of a later version states up to 4 GiB."""
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as file:
+        file.writestr("arr_0.npy", images_of_version(version))
+    reference = adm.open_reference(str(tmp_path / "x.npz"))
+    with pytest.raises(StorageError, match=f"x.npz: damaged: {why}"):
+        reference.square_images()
+    with pytest.raises(StorageError, match=f"x.npz: damaged: {why}"):
+        next(reference.images(1))
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -284,6 +319,7 @@ def test_statistics_that_unpack_to_more_than_there_are_are_refused(tmp_path: Pat
         "SMTP_PASS_ROOT",
         "PGPASS",
         "SSH_PASSPHRASE",
+        "HTTP_BASIC_AUTH",
         "HTTP_AUTHORIZATION",
         "HTTP_AUTHENTICATION",
         "GH_PAT",

@@ -1,6 +1,8 @@
 """The real images' statistics: computed once for all extractors, and refused if they are of other images or features."""
 
 import hashlib
+import io
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,6 +246,26 @@ def test_an_invalid_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(UserError, match=r"text.npz is not an .npz: File is not a zip file"):
         open_reference(str(tmp_path / "text.npz"))
+
+
+def test_a_file_of_a_store_is_not_read_whole_for_its_statistics(bucket: str) -> None:
+    """Beside them ADM's have images, of which 10,000 of 256 x 256 take 2 GB."""
+    buffer, parts = io.BytesIO(), {"arr_0": np.zeros((500, 256, 256, 3), np.uint8), "mu": np.ones(4), "sigma": np.eye(4)}
+    np.savez(buffer, **parts)  # type: ignore[arg-type]
+    open_folder(bucket).write("adm.npz", buffer.getvalue())
+    tracemalloc.start()
+    try:
+        adm = open_reference(f"{bucket}/adm.npz")
+        statistics = adm.statistics("mu", "sigma", 4)
+        assert statistics is not None
+        assert (statistics.mean.tolist(), adm.square_images()) == ([1.0] * 4, (500, 256))
+        assert sum(len(part) for part in adm.images(20)) == 500
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 80 * 10**6 < len(buffer.getvalue())
+    with pytest.raises(UserError, match=r"evaluate.reference: no file .*none.npz"):
+        open_reference(f"{bucket}/none.npz")
 
 
 def test_metrics_that_cannot_be_measured_are_refused_before_sampling(recipe: Recipe) -> None:
