@@ -27,7 +27,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from pipelines import jobs
 from tests.conftest import TINY
-from tests.support.commands import invoke, replace_sweep
+from tests.support.commands import answer, invoke, replace_sweep
 from tests.support.documents import put_latents
 
 
@@ -48,8 +48,13 @@ def test_every_error_ends_the_job_of_the_sweep(
     """Otherwise KubeRay would start further clusters for a typing mistake."""
 
     ended: list[int] = []
+
+    def end_own_job(code: int) -> int:
+        ended.append(code)
+        return code
+
     replace_sweep(monkeypatch, error)
-    monkeypatch.setattr(jobs, "end_own_job", ended.append)
+    monkeypatch.setattr(jobs, "end_own_job", end_own_job)
     code, _ = invoke(*words)
     assert ended == ([] if expected is None else [expected])
     assert code == (expected or (2 if words[0] == "status" else 0))
@@ -180,9 +185,7 @@ def test_a_recipe_is_written_to_a_new_file_only(tmp_path: Path, out: str, words:
 
 def test_a_plan_on_gpus_is_json_with_each_model_and_what_is_assumed() -> None:
     fleet = ["--gpu", "h100", "--count", "64", "--price", "2.5", "--preemptions-per-day", "4", "--images", "1281167"]
-    code, output = invoke("plan", "imagenet256", *fleet, "--json")
-    assert code == 0, output
-    found = json.loads(output)
+    found = answer("plan", "imagenet256", *fleet, "--json")
     largest = found["fleet"]["models"]["dis-h"]
     assert (largest["gpus"], largest["fits"], found["plan"]["models"]["dis-h"]["parameters"]) == (64, True, 906_966_560)
     hours = largest["training_gpu_hours"] + largest["evaluation_gpu_hours"]
@@ -201,8 +204,8 @@ def test_a_plan_on_gpus_states_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_fleet_that_is_always_preempted_never_ends() -> None:
     fleet = ["--gpu", "h100", "--preemptions-per-day", "1e6", "--price", "2"]
-    code, output = invoke("plan", str(TINY), "--images", "100", *fleet, "--json")
-    assert (code, {each["days"] for each in json.loads(output)["fleet"]["by_gpus"]}) == (0, {None})
+    found = answer("plan", str(TINY), "--images", "100", *fleet, "--json")
+    assert {each["days"] for each in found["fleet"]["by_gpus"]} == {None}
     assert "never" in invoke("plan", str(TINY), "--images", "100", *fleet)[1]
 
 

@@ -1,6 +1,5 @@
 """One family against another's curve: known ratios are found as often as their errors say, and what cannot be known is said."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from dis_scale.report.families import Comparison, Gap, Size
 from dis_scale.report.figures import gflops_distance
 from dis_scale.sweep import Sampled
 from dis_scale.sweep.documents import Metrics, RunCost
-from tests.support.commands import invoke
+from tests.support.commands import answer, invoke
 from tests.support.evaluations import collect, put, sweep_at
 
 COSTS = np.array([6.0, 23.0, 80.0, 118.0])
@@ -208,8 +207,7 @@ def test_the_command_shows_every_size_beside_the_curve(sweep: Any) -> None:
     code, output = invoke("compare", str(sweep), "--families", "dit", "dis")
     assert code == 0, output
     assert "dit against dis" in output
-    code, output = invoke("compare", str(sweep), "--families", "dit", "dis", "--json")
-    assert set(json.loads(output)) == {"comparisons", "not_compared"}
+    assert set(answer("compare", str(sweep), "--families", "dit", "dis", "--json")) == {"comparisons", "not_compared"}
     code, output = invoke("compare", str(sweep))
     assert code == 2
     assert "expected two sweeps, or one with --families A B" in output

@@ -9,7 +9,7 @@ import pytest
 import dis_scale
 from dis_scale.sweep import Sampled
 from dis_scale.weights.opening import open_for_sampling
-from tests.support.commands import invoke
+from tests.support.commands import answer, invoke
 from tests.support.documents import put_metrics
 from tests.support.published import published_sweep
 
@@ -68,5 +68,4 @@ def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "export/mine").write_text("mine")
     code, output = invoke("export", published, str(tmp_path / "export"))
     assert (code, "export exists: delete it, or name another folder" in output) == (2, True), output
-    code, output = invoke("export", published, str(tmp_path / "new"), "--json")
-    assert json.loads(output)["checkpoint"] == f"{published}/weights-0001.safetensors"
+    assert answer("export", published, str(tmp_path / "new"), "--json")["checkpoint"] == f"{published}/weights-0001.safetensors"
