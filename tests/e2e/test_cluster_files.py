@@ -103,6 +103,7 @@ def test_the_files_command_runs_on_the_files_nodes(name: str, ceph: ObjectStore,
     try:
         for path in ("api/jobs/", "api/version"):
             assert not _answers(f"{nodes.url}/{path}"), "without the token"
+        assert _answers(f"{nodes.url}/api/gcs_healthz"), "which the head's probe asks"
         client = [clusters.RAY, "job", "submit", "--address", nodes.url, "--", *shlex.split(entry)]
         secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
         done = subprocess.run(client, env=os.environ | secret, capture_output=True, text=True, timeout=1200)
