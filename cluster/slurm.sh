@@ -1,8 +1,8 @@
 #!/bin/bash
 # A sweep on Slurm: starts Ray on all nodes of the job, runs the sweep, forwards signals, and puts the job back into the queue.
 #
-#   sbatch cluster/slurm.sh configs/imagenet256.yaml --set storage.root=s3://bucket/prefix --set train.workers=32 --set device=cuda \
-#       --set train.restarts=100 --set reader.cache_gib=45 --set evaluate.gpu_share=0.2  # or it is evaluated after training
+#   sbatch cluster/slurm.sh configs/imagenet256.yaml --set storage.root=s3://bucket/prefix --set train.workers=8..32 \
+#       --set device=cuda --set train.restarts=100 --set reader.cache_gib=45 --set evaluate.gpu_share=0.2  # or it is evaluated after training
 #   sbatch cluster/slurm.sh resume s3://bucket/prefix/sweeps/imagenet256  # with the recipe and overrides that it has stored
 #
 # Submit it from the repository, on a file system that all nodes mount, with the environment of dis-scale active. Storage may be an

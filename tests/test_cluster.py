@@ -463,6 +463,9 @@ def test_each_shipped_command_fits_its_recipe(file: str) -> None:
     command = (ROOT / "cluster" / file).read_text().partition("configs/imagenet256.yaml")[2][:600]
     assert "--set train.restarts=100" in command
     assert "--set reader.cache_gib=45" in command
+    workers = {"slurm.sh": (8, 32), "ray-cluster.yaml": (4, 8), "raycluster-4x8.yaml": (8, 32)}.get(file)
+    found = re.search(r"--set train\.workers=(\d+)\.\.(\d+)", command)
+    assert (found and (int(found[1]), int(found[2]))) == workers, "an excluded node is used if they fit nowhere else"
 
 
 def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "") -> bool:

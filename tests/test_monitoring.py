@@ -24,6 +24,7 @@ EXPORTED = {f"ray_dis_scale_{name}" for name in [*metrics.GAUGES, *(f"{total}_to
 OTHERS = {
     "kuberay_job_deployment_status",
     "kuberay_cluster_info",
+    "kube_pod_container_status_restarts_total",
     "kube_cronjob_status_last_successful_time",
     "kube_cronjob_created",
     "kube_cronjob_spec_suspend",
