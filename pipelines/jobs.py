@@ -233,8 +233,10 @@ def prefix_of(sweep: Sweep) -> str:
 
 def end_own_job(
     exit_code: int, connect: Callable[[None], Any] = client_of, wait_s: float = STOP_WAIT_S, silent_s: float = SILENT_S
-) -> None:
+) -> int:
     """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
+
+    Returns the exit code that is left to this process: 0 after a stop request, since a dashboard that is silent stops no job.
 
     KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
     is never a failure; if `FINAL` is set, nor are a user's mistake and a finished failure. Storage that is away may be back for the
@@ -244,12 +246,13 @@ def end_own_job(
     own, stopped = own_job(), exit_code == Preempted.exit_code
     final = FINAL in os.environ and exit_code not in (StorageAway.exit_code, Held.exit_code, UNFORESEEN)
     if own is None or not (stopped or final):
-        return
+        return exit_code
     ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time
     # Nothing else waits. A process that Ray stops has a minute.
     with contextlib.suppress(Unanswered):
         Silence(lambda _: None, silent_s, ASK_AGAIN_S).insist(lambda: connect(None).stop_job(own) or True, lambda: None)
         time.sleep(wait_s)  # Ray ends this process; if it ended by itself, its job would have failed
+    return 0 if stopped else exit_code
 
 
 def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> None:

@@ -109,5 +109,5 @@ def main(arguments: list[str] | None = None) -> None:
     if drives:
         from pipelines.jobs import end_own_job
 
-        end_own_job(code)
+        code = end_own_job(code)
     raise SystemExit(code)

@@ -258,5 +258,5 @@ def test_a_sweep_and_its_job_end_beside_a_dashboard_that_falls_silent(
     threading.Timer(0.5, driver.stop_requested.set).start()
     with pytest.raises(Preempted), stopping_jobs(driver):
         train_and_evaluate(driver, here)
-    end_own_job(Preempted.exit_code, wait_s=0.0, silent_s=0.0)
+    assert end_own_job(Preempted.exit_code, wait_s=0.0, silent_s=0.0) == 0, "a failed job would be submitted again"
     assert time.monotonic() - began_s < 30

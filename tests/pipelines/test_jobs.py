@@ -139,10 +139,10 @@ def test_what_a_new_cluster_would_only_repeat_ends_as_stopped(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "the-sweep"}}))
     if final:
         monkeypatch.setenv(jobs.FINAL, "1")
-    jobs.end_own_job(code, lambda _: Client(), wait_s=0.0)
-    assert asked == (["the-sweep"] if stopped else [])
+    left = jobs.end_own_job(code, lambda _: Client(), wait_s=0.0)
+    assert (asked, left) == (["the-sweep"] if stopped else [], 0 if code == 75 else code)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    jobs.end_own_job(code, lambda _: Client(), wait_s=0.0)
+    assert jobs.end_own_job(code, lambda _: Client(), wait_s=0.0) == code
     assert len(asked) <= 1, "outside a Ray job nothing is asked"
 
 

@@ -389,7 +389,7 @@ class Weeks:
                     raise DisScaleError(words)
         except DisScaleError as error:
             code, self.last_words = error.exit_code, str(error)
-            jobs.end_own_job(code, connect=lambda _: self.ray, wait_s=1.0, silent_s=1.0)
+            code = jobs.end_own_job(code, connect=lambda _: self.ray, wait_s=1.0, silent_s=1.0)
         return code
 
     def _submit(self, *arguments: Any) -> jobs.Job:
