@@ -18,7 +18,7 @@ from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
 from pipelines.jobs import Job, stop_jobs, submit
 from pipelines.metrics import SetGauge
-from pipelines.silence import RayEnded, Silence
+from pipelines.silence import RayEnded, Silence, Unanswered
 from pipelines.stage import insist
 
 T = TypeVar("T")
@@ -209,7 +209,10 @@ class _Evaluation:
         return self._over
 
     def _goes_on_after(self, job: Job) -> bool:
-        """Note why a job failed; return whether another is submitted: not after a mistake."""
+        """Note why a job failed; return whether another is submitted: after a mistake only beside trainings, if there are results.
+
+        One in the recipe leaves none. A file that one node lacks looks like one while the other nodes are away.
+        """
         if _goes_on_again(self._driver, job, "evaluate"):
             self._job = None
             return True
@@ -217,7 +220,8 @@ class _Evaluation:
         self._driver.gauge("evaluation_failed", 1)
         results = _insist(self._driver, self._measured)
         self._failed, self._results = 1 if results > self._results else self._failed + 1, results
-        if isinstance(job.error(""), UserError) or (self._trained and self._failed >= MOST_EVALUATIONS):
+        mistaken = isinstance(job.error(""), UserError)
+        if (mistaken and (self._trained or not results)) or (self._trained and self._failed >= MOST_EVALUATIONS):
             return False
         wait_s = min(self._driver.evaluate_again_s, FIRST_AGAIN_S * 4.0 ** min(self._failed - 1, 9))
         self._driver.board.say(f"another evaluation job follows in {wait_s:.0f} s")
@@ -297,11 +301,11 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
         _insist(driver, driver.sweep.store.require_usable)  # it may answer, and refuse to write
         what = f"storage or a node was away ({why})"
     driver.board.say(f"{name}: {what}, and another job continues")
-    _pause_before_next(driver, name)
+    pause_before_next(driver, name)
     return True
 
 
-def _pause_before_next(driver: Driver, name: str) -> None:
+def pause_before_next(driver: Driver, name: str) -> None:
     """Wait before what follows, but for the first of the day: a machine that is short of memory is so for minutes."""
     again_s = time.monotonic() + min(LONGEST_PAUSE_S, driver.poll_every_s * 2 ** len(driver.followed_s[name]))
     while len(driver.followed_s[name]) > 1 and time.monotonic() < again_s:
@@ -325,7 +329,8 @@ def how_to_continue(sweep: Sweep) -> str:
 
 def silence_of(driver: Driver, cluster: Cluster) -> Silence:
     """Return a silence of the cluster's Ray that the driver's board tells."""
-    return Silence(driver.board.say, pause_s=driver.poll_every_s, require_alive=cluster.require_alive)
+    error = RayEnded if cluster.ours else Unanswered
+    return Silence(driver.board.say, pause_s=driver.poll_every_s, require_alive=cluster.require_alive, error=error)
 
 
 def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:

@@ -21,7 +21,7 @@ class Unanswered(DisScaleError):
 
 
 class RayEnded(Unanswered):
-    """The Ray that this command started for itself has ended. Another one can take its place."""
+    """The Ray that this command started for itself has ended, or answers no more. Another one can take its place."""
 
 
 class NotStarted(DisScaleError):
@@ -39,6 +39,8 @@ class Silence:
     now_s: Callable[[], float] = time.monotonic
     require_alive: Callable[[], None] = lambda: None
     """Raises `RayEnded` if no answer can come."""
+    error: type[Unanswered] = Unanswered
+    """What is raised in the end."""
     _since_s: float | None = None
     _lost_s: float = 0.0
     """When the last answer was lost."""
@@ -69,4 +71,4 @@ class Silence:
             self._since_s = self._lost_s
             self.say(f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}")
         if (silent_s := self._lost_s - self._since_s) > self.most_s:
-            raise Unanswered(f"Ray's dashboard has not answered for {silent_s:.0f} s: {why}")
+            raise self.error(f"Ray's dashboard has not answered for {silent_s:.0f} s: {why}")

@@ -47,6 +47,7 @@ from pipelines.driver import (
     go_on,
     how_to_continue,
     may_follow,
+    pause_before_next,
     run_stage,
     stopping_jobs,
     train_and_evaluate,
@@ -151,6 +152,7 @@ def on_rays(driver: Driver, once: Callable[[], Failures]) -> Failures:
                 raise Unanswered(f"{error}; as {MOST_FOLLOWED} others within a day") from error
             driver.board.say(f"ray      {error}; another one is started, and the sweep continues")
             driver.jobs.clear()
+            pause_before_next(driver, "ray")
 
 
 def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:

@@ -16,7 +16,7 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines.cluster import Cluster
 from pipelines.driver import (
@@ -28,6 +28,7 @@ from pipelines.driver import (
     Failures,
     go_on,
     run_stage,
+    silence_of,
     stopping_jobs,
     train_and_evaluate,
 )
@@ -35,7 +36,7 @@ from pipelines.lines import Log
 from pipelines.silence import NotStarted, RayEnded, Unanswered
 from pipelines.sweep import on_rays, seen_alive
 from tests.conftest import TINY
-from tests.support.documents import put_published
+from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import cluster, driver_of, logged
 
 
@@ -199,6 +200,25 @@ def test_another_ray_may_be_slow_to_start_but_the_first_must(driver: Driver) -> 
     assert run(RayEnded("lost"), NotStarted("busy"), NotStarted("busy"), None) == Failures()
     with pytest.raises(Unanswered, match="busy; as 10 others within a day"):
         run(*[NotStarted("busy")] * 9)
+    driver.followed_s.clear()
+    driver.poll_every_s = 10.0
+    driver.stop_requested.set()
+    with pytest.raises(Preempted):
+        run(RayEnded("lost"), NotStarted("busy"), None)
+
+
+@pytest.mark.parametrize(("ours", "error"), [(True, RayEnded), (False, Unanswered)])
+def test_a_ray_of_our_own_that_answers_no_more_has_ended(driver: Driver, ours: bool, error: type[Unanswered]) -> None:
+    """Another one follows. Whoever started the command on a workstation would have to do it again."""
+
+    def hang() -> None:
+        raise TimeoutError("10 s")
+
+    silence = silence_of(driver, replace(cluster("here"), ours=ours))
+    silence.most_s = -1.0
+    with pytest.raises(Unanswered, match="Ray's dashboard has not answered") as caught:
+        silence.ask(hang)
+    assert caught.type is error
 
 
 def test_a_job_whose_process_was_killed_is_followed_by_another_ten_times(driver: Driver) -> None:
@@ -353,7 +373,7 @@ def test_a_job_that_was_stopped_is_held_elsewhere_or_lost_storage_is_no_failure(
 
 
 def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Driver) -> None:
-    """While models are trained and after that; a mistake is not."""
+    """While models are trained and after that; a mistake is not, unless there are results and models are trained."""
     gauges = list[tuple[str, float]]()
     driver.gauge = lambda *gauge: gauges.append(gauge)
     submitted = list[str]()
@@ -361,15 +381,20 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
 
     def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
         submitted.append(words[0])
-        return jobs["evaluate"].pop(0) if words[0] == "evaluate" else FakeJob([JobStatus.RUNNING] * 20 + [JobStatus.SUCCEEDED])
+        return jobs["evaluate"].pop(0) if words[0] == "evaluate" else FakeJob([JobStatus.RUNNING] * polls + [JobStatus.SUCCEEDED])
 
-    driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
+    driver.poll_every_s, driver.submit, polls = 0.0, submit, 20  # type: ignore[assignment]
     assert train_and_evaluate(driver, cluster("here")) == Failures()
     assert submitted.count("evaluate") == 3
     assert [value for name, value in gauges if name == "evaluation_failed"] == [1, 0, 1, 0]
     mistake = FakeJob([JobStatus.FAILED], UserError("no such extractor"))
     jobs["evaluate"] = [mistake]
     assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor")
+    put_metrics(driver.sweep.evaluation(Sampled("dit", 16)))
+    jobs["evaluate"] = [mistake, SUCCEEDED]
+    assert train_and_evaluate(driver, cluster("here")) == Failures()
+    jobs["evaluate"], polls = [mistake] * 20, 0
+    assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor"), "all are trained"
 
 
 @pytest.mark.parametrize(("results", "jobs"), [([0], MOST_EVALUATIONS), ([0, 0, 0, 4, 4, 9, 9], 5 + MOST_EVALUATIONS)])
