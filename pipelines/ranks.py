@@ -45,6 +45,8 @@ class RankPlaces:
     """That of one worker on the nodes that the current attempt began with."""
     wrong: set[str] = field(default_factory=set)
     """Ids of the nodes on which a kernel was wrong for a rank that was alone: another node says whether it is the kernel."""
+    left: set[str] = field(default_factory=set)
+    """Ids of the nodes that are left while others do: processes died there before a step, or all hang, maybe for one of them."""
     living: Callable[[], list[Node]] = nodes.living
 
     @property
@@ -60,6 +62,8 @@ class RankPlaces:
             living = self.living()
             excluded = nodes.excluded(self.job, living, lambda bad: self.fits_without({*bad, *self.wrong}))
             avoided = {*excluded, *self.wrong}
+            if self.fits_without({*avoided, *self.left}):
+                avoided |= self.left
             world = self._world_size(avoided)
             labels = [nodes.avoiding(avoided)] * world if avoided else None
             group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from dis_scale.process.errors import OutOfMemory, WrongKernel
+from dis_scale.process.errors import DisScaleError, OutOfMemory, WrongKernel
 from dis_scale.recipe import Recipe, reading
 from dis_scale.sweep import state
 from dis_scale.sweep.documents import TrackingIds
@@ -144,6 +144,74 @@ def test_a_connection_that_fails_in_the_check_has_passed_no_step(
     with pytest.raises(WorkerFailure) as error:
         Connecting(job, "dit", OnePlace(job, "dit", "cuda")).attempts(None)
     assert error.value.done == done
+
+
+@dataclass
+class TwoOf(RankPlaces):
+    """Places without Ray for two ranks, on the first two of four nodes that are not left."""
+
+    def choose(self) -> tuple[int, Any, set[str]]:
+        free = [node for node in "abcd" if node not in self.left]
+        return 2, free[:2], set()
+
+    def free(self, group: Any) -> None: ...
+
+
+@dataclass
+class OnABadNode(TrainingRun):
+    """Attempts of two ranks without Ray, which fail while they are on the node `bad`."""
+
+    bad: str = ""
+    failure: WorkerFailure = field(default_factory=lambda: WorkerFailure("hanging"))
+    tried: list[str] = field(default_factory=list)
+
+    def _start(self, group: Any, world: int) -> Ranks:
+        self.tried.append("".join(group))
+        return Ranks([None] * 2, [Place("ip", node, [], 1, "") for node in group])
+
+    def _check(self, ranks: Ranks) -> None: ...
+
+    def _train(self, ranks: Ranks, *_: object) -> int:
+        on = [place.node for place in ranks.places]
+        if self.bad not in on:
+            return self.settings.images
+        if not self.failure.silent_s:
+            self.failure.worker = on.index(self.bad)
+        raise self.failure
+
+
+@pytest.mark.parametrize("done", [0, 48])
+@pytest.mark.parametrize(("bad", "tried"), [("a", ["ab", "ab", "bc"]), ("b", ["ab", "ab", "bc", "ac"])])
+def test_after_two_hangs_in_a_row_each_node_is_left_in_turn(
+    tiny: Recipe, tmp_path: Path, bad: str, tried: list[str], done: int
+) -> None:
+    """A GPU that hangs in training hangs all ranks: a hundred attempts of 15 minutes ended the model, and then the next one."""
+    job = job_of(tiny, tmp_path)
+    run = OnABadNode(job, "dit", TwoOf(job, "dit", "cuda"), bad=bad, failure=WorkerFailure("hanging", done, silent_s=1e6))
+    assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
+    assert run.tried == tried
+
+
+def test_hangs_that_are_far_apart_leave_no_node(tiny: Recipe, tmp_path: Path) -> None:
+    """It would lack until the end, after weeks."""
+    job = job_of(tiny, tmp_path)
+    run = OnABadNode(job, "dit", TwoOf(job, "dit", "cuda"), bad="a")
+    for done in range(0, 10**6, run.settings.resume_every_images):
+        run.failure = WorkerFailure("hanging", done, silent_s=1e6)
+        with pytest.raises(WorkerFailure):
+            run.attempts(None)
+    assert run.places.left == set()
+
+
+@pytest.mark.parametrize(("done", "tried"), [(0, ["ab", "ab", "ac"]), (48, ["ab"] * 4)])
+def test_a_node_where_processes_die_before_a_step_is_left(tiny: Recipe, tmp_path: Path, done: int, tried: list[str]) -> None:
+    """Ten such deaths end a model as deterministic, though the other nodes train it. Later ones are of the model or the machine."""
+    job = job_of(tiny, tmp_path)
+    run = OnABadNode(job, "dit", TwoOf(job, "dit", "cuda"), bad="b", failure=WorkerFailure("a worker was lost", done))
+    with contextlib.nullcontext() if not done else pytest.raises(DisScaleError):
+        assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
+    assert run.tried == tried
+    assert not state.node_failures(job.sweep)
 
 
 @dataclass
