@@ -233,6 +233,19 @@ def test_a_run_whose_head_was_lost_waits_for_capacity_under_the_next_command(swe
     assert run.doing == "stopped", "it died under this command"
 
 
+@pytest.mark.parametrize(("excluded", "later_s", "wrong"), [(True, 6000, True), (True, 60, False), (False, 6000, False)])
+def test_a_failing_gpu_on_the_only_node_is_wrong_after_a_while(sweep: Sweep, excluded: bool, later_s: float, wrong: bool) -> None:
+    """A hundred attempts half an hour apart take two days, then the next model's begin."""
+    train(sweep, "dis", 160)
+    die(sweep.run("dis").lease, time.time() - 60)
+    for _ in range(2 * excluded):
+        state.record_node_failure(sweep.failed_nodes("train", "dis"), "node-7", "ECC")
+    with lease.hold(command := sweep.lease("sweep")):
+        command.write("0001.beat", f"200 {time.time() + later_s:.0f}".encode())
+        found, _ = of(sweep, "dis", later_s)
+    assert [line[:21] for line in found.wrong] == ["no step for 100 min, "] * wrong
+
+
 def test_dead_processes_are_named_with_what_to_type(sweep: Sweep) -> None:
     train(sweep, "dis", 160)
     for folder in (sweep.lease("sweep"), sweep.run("dis").lease):
