@@ -79,11 +79,15 @@ def _seconds(part: str, variant: str) -> str:
 
 
 def copy_report(sweep: Sweep, status: str | None) -> bool:
-    """Copy the report's files and, if the sweep has ended, its status; return whether MLflow has them."""
+    """Copy the report's files and, if the sweep has ended, its status; return whether MLflow has them.
+
+    The status first: an MLflow that hangs takes half a minute to say no, and a report has twenty files.
+    """
     copy = RunCopy(sweep, None)
+    if status and not copy.finish(status):
+        return False
     sent = [_send_file(copy, name, sweep.report.read(name), "report") for name in sweep.report.list()]
-    ended = not status or copy.finish(status)
-    return ended and all(sent)
+    return all(sent)
 
 
 def copy_everything(sweep: Sweep, parameters: dict[str, dict[str, object]], uri: str) -> int:

@@ -20,6 +20,7 @@ from tests.conftest import TINY
 from tests.support.commands import answer, invoke
 from tests.support.documents import put_metrics, put_published
 from tests.support.leases import run_elsewhere
+from tests.support.store_requests import noted
 
 
 @pytest.fixture
@@ -178,6 +179,15 @@ def test_files_that_are_refused_keep_back_no_number(
     assert content(sweep, uri)["dis"][0]["fd_digits_80"] == [(160, 9.0, 7250)]
     copy_earlier(sweep)
     assert "samples/samples-000000000160.png" in content(sweep, uri)["dis"][2]
+
+
+def test_an_mlflow_that_is_away_is_not_asked_for_each_file_of_a_report(sweep: Sweep, plan: Plan, tmp_path: Path) -> None:
+    """One that hangs takes half a minute each time, and its sweep's machines are held meanwhile."""
+    create_runs(sweep, f"sqlite:///{tmp_path}/mlflow.db", plan.parameters())
+    (tmp_path / "mlflow.db").unlink()
+    with noted() as requests:
+        assert not copy_report(sweep, "FINISHED")
+    assert not [path for _, path in requests if path.endswith("index.html")]
 
 
 def test_a_model_that_failed_is_marked(sweep: Sweep, plan: Plan, tmp_path: Path) -> None:
