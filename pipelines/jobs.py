@@ -194,7 +194,7 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
         name = f"{prefix}-{last}"
         return Job(cluster, name, ours=name in cluster.unanswered)
     command = [sys.executable, "-m", "pipelines", stage, sweep.folder.url, *arguments]
-    context = Context(sweep.folder.name, stage, arguments[0] if arguments else None)
+    context = Context(sweep.folder.name, stage, arguments[0] if arguments else None, folder=prefix_of(sweep))
     return submit_new(cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep) | context.variable())
 
 

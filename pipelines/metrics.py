@@ -66,13 +66,10 @@ SetGauge = Callable[[str, float], None]
 
 
 class Exporter:
-    """Exports a process's gauges and totals through its node's agent, with the sweep and the model of its context.
+    """Exports a process's gauges and totals through its node's agent, with the labels of its context."""
 
-    `folder` tells sweeps of one name in different folders apart.
-    """
-
-    def __init__(self, context: Context, folder: str = "") -> None:
-        self._labels = {"sweep": context.sweep or "", "model": context.model or "", "folder": folder}
+    def __init__(self, context: Context) -> None:
+        self._labels = {label: getattr(context, label) or "" for label in LABELS}
         self._made: dict[str, Counter | Gauge] = {}
         self._gauges: dict[str, float] = {}
         """Last value of each gauge."""

@@ -321,7 +321,7 @@ def exporting(driver: Driver, cluster: Cluster) -> Callable[[], bool]:
     """Export the driver's gauges; return a function that tells whether its node is being drained. Neither on a Ray of our own."""
     if cluster.ours:
         return lambda: False
-    exporter = Exporter(Context(sweep=driver.sweep.recipe.name), prefix_of(driver.sweep))
+    exporter = Exporter(Context(sweep=driver.sweep.recipe.name, folder=prefix_of(driver.sweep)))
     exporter.start()
     driver.gauge = exporter.gauge
     return nodes.own_node_drains

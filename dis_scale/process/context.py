@@ -18,6 +18,8 @@ class Context:
     attempt: int | None = None
     rank: int | None = None
     images: int | None = None
+    folder: str | None = None
+    """Name and hash of the sweep's folder, which tell sweeps of one name apart."""
 
     @classmethod
     def from_environment(cls) -> "Context":

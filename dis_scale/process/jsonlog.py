@@ -1,6 +1,6 @@
 """Logs as JSON, one line for each event: always between a job and its sweep, and at the terminal with `DIS_SCALE_LOG=json`.
 
-Each line has kind, time (UTC), level, sweep, stage, model, attempt, rank and images seen, null where that is not known.
+Each line has kind, time (UTC), level, sweep with its folder, stage, model, attempt, rank, images seen: null where one is not known.
 """
 
 import io
