@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from ray.job_submission import JobDetails, JobStatus
@@ -44,6 +44,7 @@ from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import driver_of
 from tests.support.stage_jobs import RecordedJob
 
+T = TypeVar("T")
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 STEP_S = 40 * MINUTE
 POLL_S, ASK_S = 60.0, 60.0
@@ -181,23 +182,34 @@ class Ray:
             job.process.kill()
         self.jobs.clear()
 
-    def _answer(self) -> None:
+    def _answer(self, act: Callable[[], T]) -> T:
+        """Do what is asked for; of the answers that are lost, half are of what was done."""
         self.weeks.happened["question"] += 1
-        if not self.up or self.weeks.chance.random() < LOST_ANSWERS:
-            self.weeks.happened["answer lost"] += 1
+        if not self.up:
+            self.weeks.happened["head silent"] += 1
             raise ConnectionError("no answer")
+        lost = self.weeks.chance.random() < LOST_ANSWERS
+        if lost:
+            self.weeks.happened["answer lost"] += 1
+        if not (lost and self.weeks.happened["answer lost"] % 2):
+            answer = act()
+        if lost:
+            raise ConnectionError("no answer")
+        return answer
 
     def list_jobs(self) -> list[JobDetails]:
-        self._answer()
-        return [self._details(name) for name in self.jobs]
+        return self._answer(lambda: [self._details(name) for name in self.jobs])
 
     def submit_job(self, entrypoint: str, submission_id: str, **_: Any) -> None:
-        self._answer()
-        self.begin(submission_id, self.weeks.stage(entrypoint.split()))
+        self._answer(lambda: self._submit(entrypoint, submission_id))
+
+    def _submit(self, entrypoint: str, name: str) -> None:
+        if name in self.jobs:
+            raise RuntimeError(f"Job with submission_id {name} already exists. Please use a different submission_id.")
+        self.begin(name, self.weeks.stage(entrypoint.split()))
 
     def get_job_info(self, name: str) -> JobDetails:
-        self._answer()
-        return self._details(name)
+        return self._answer(lambda: self._details(name))
 
     def _details(self, name: str) -> JobDetails:
         if name not in self.jobs:
@@ -206,16 +218,17 @@ class Ray:
         return JobDetails(type="SUBMISSION", submission_id=name, status=job.status, entrypoint="", driver_exit_code=job.exit_code)
 
     def get_job_logs(self, name: str) -> str:
-        self._answer()
-        return "".join(f"{line}\n" for line in self.jobs[name].lines)
+        return self._answer(lambda: "".join(f"{line}\n" for line in self.jobs[name].lines))
 
     async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
         yield ""
 
     def stop_job(self, name: str) -> None:
-        self._answer()
-        self.jobs[name].status = JobStatus.STOPPED
-        self.jobs[name].process.kill()
+        self._answer(lambda: self._stop(self.jobs[name]))
+
+    def _stop(self, job: Job) -> None:
+        job.status = JobStatus.STOPPED
+        job.process.kill()
 
 
 @dataclass(frozen=True)
