@@ -54,8 +54,14 @@ class WorkerFailure(DisScaleError):
         self.cause, self.worker = cause, worker
         self.nodes = frozenset[str]()
         """Names of the nodes that the attempt ran on, as far as they are known."""
+        self.node = ""
+        """Name of the node of the worker to blame, if it is known."""
         self.node_gone = False
         """Whether one of these is gone, as a node of spare capacity may be at any time."""
+
+
+class Hang(WorkerFailure):
+    """No step ended for a while: all workers wait, and nothing tells for which of them."""
 
 
 def failure_to_raise(failures: Sequence[tuple[int, Exception]], done: int, silent_s: float) -> Exception:

@@ -45,8 +45,6 @@ class RankPlaces:
     """That of one worker on the nodes that the current attempt began with."""
     wrong: set[str] = field(default_factory=set)
     """Ids of the nodes on which a kernel was wrong for a rank that was alone: another node says whether it is the kernel."""
-    left: set[str] = field(default_factory=set)
-    """Ids of the nodes that are left while others do: processes died there before a step, or all hang, maybe for one of them."""
     living: Callable[[], list[Node]] = nodes.living
 
     @property
@@ -62,18 +60,25 @@ class RankPlaces:
             living = self.living()
             excluded = nodes.excluded(self.job, living, lambda bad: self.fits_without({*bad, *self.wrong}))
             avoided = {*excluded, *self.wrong}
-            if self.fits_without({*avoided, *self.left}):
-                avoided |= self.left
-            world = self._world_size(avoided)
-            labels = [nodes.avoiding(avoided)] * world if avoided else None
+            without = avoided | self.left_out(avoided, living)
+            world = self._world_size(without)
+            labels = [nodes.avoiding(without)] * world if without else None
             group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
             try:
-                if placed(self.job, group, world, self.bundle, partial(self.outdated, world, avoided, living)):
+                if placed(self.job, group, world, self.bundle, partial(self.outdated, world, without, living)):
                     return world, group, avoided
             except BaseException:
                 self.free(group)
                 raise
             self.free(group)
+
+    def left_out(self, avoided: Collection[str], living: Sequence[Node]) -> set[str]:
+        """Return the ids of the nodes that the attempt does without: none unless the others have places now."""
+        suspects = {node.id for node in living if node.name in self.job.left_out}
+        if not suspects or not self.fits_without(without := {*avoided, *suspects}):
+            return set()
+        self._world_size(without)  # which waits for places that the attempt before has not freed yet
+        return suspects if largest_fitting(self.job.recipe.train.world_sizes, self._free(without)) else set()
 
     def free(self, group: Any) -> None:
         """Give back the places of an attempt."""

@@ -1,6 +1,7 @@
 """Restarts of failed attempts: how many, how long apart, and the message after the last."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -10,7 +11,9 @@ import ray
 
 from dis_scale.process import counts
 from dis_scale.process.errors import DisScaleError, StorageAway
-from pipelines.failures import WorkerFailure, blame, describe, may_pass
+from dis_scale.sweep import state
+from pipelines import nodes
+from pipelines.failures import Hang, WorkerFailure, blame, describe, may_pass
 from pipelines.stage import STORAGE_AWAY_S, StageJob
 
 T = TypeVar("T")
@@ -25,8 +28,10 @@ REPLACED_S = 3600.0
 """Time for which failures of an excluded node do not count while another is gone: a new one starts later than attempts fail."""
 NEAR_STEPS = 2
 """Most steps between crashes at the same place: progress is asked for each second, and a process that dies tells no more."""
+HANGS = 2
+"""Hangs in a row after which nodes are left out in turn: one GPU that hangs lets all ranks wait."""
 SAME, ALWAYS = 5, 10
-"""Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any.
+"""Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any, as hangs.
 
 Twice and three times `ALWAYS` if all are connections that broke before a first step: a network may be away for a while.
 """
@@ -42,9 +47,12 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
     """
     record, before = _Record(job, name, _stored_or(0, stored)), None
     while True:
-        began_s, job.placed = job.now_s(), frozenset()
+        began_s, job.placed, job.left_out = job.now_s(), frozenset(), record.suspects
         try:
-            return attempt(before)
+            done = attempt(before)
+            if record.suspects and _stored_or(record.stored, stored) != record.stored:
+                record.blame_suspects(job.placed)
+            return done
         except (WorkerFailure, StorageAway, ray.exceptions.RayError) as error:
             if isinstance(error, ray.exceptions.RayError) and not may_pass(error):
                 raise
@@ -55,6 +63,9 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
         wait_s, left = record.wait_s(failure), job.recipe.train.restarts - len(record.counted)
         counts.add(counts.RESTARTS)
         job.emit("restart", job=name, done=failure.done, left=left)
+        if record.suspects:
+            where = ", ".join(sorted(record.suspects))
+            job.say(f"{name}: attempts with node {where} hung, or died before a step: the next one does without, if it can")
         job.say(
             f"{name}: {failure}; restart from the stored state in {wait_s:.0f} s, {left} more attempts without progress",
             level="warning",
@@ -79,6 +90,8 @@ class _Record:
     """When storage went away, if the last attempt ended by that."""
     reused_since_s: float = math.inf
     """When an excluded node was first used in place of a gone one, if the last attempt's device failed on it."""
+    suspects: frozenset[str] = frozenset()
+    """Names of the nodes that the next attempt does without if it can."""
 
     def add(self, failure: WorkerFailure, stored: int, *, worked: bool) -> None:
         """Take in a failure of an attempt that left so much stored; DisScaleError or StorageAway if it was the last.
@@ -89,6 +102,7 @@ class _Record:
         self.stored, self.nodes = stored, self.nodes | failure.nodes
         self._note_gone([*self.counted, failure])
         if progress:
+            self.blame_suspects(failure.nodes)
             self.counted, self.in_a_row = [], 0
         if progress or worked:
             self.away_since_s = self.reused_since_s = math.inf
@@ -107,6 +121,12 @@ class _Record:
             near = NEAR_STEPS * train.batch_images
             if len(self.counted) > train.restarts or _deterministic(self.counted, near):
                 raise DisScaleError(_last_words(self.name, self.counted, near)) from failure
+        self.suspects = _suspects(self.counted)
+
+    def blame_suspects(self, used: frozenset[str]) -> None:
+        """Count a failed device against the suspects that are not among the nodes of an attempt that made progress."""
+        for node in sorted(self.suspects - used):
+            nodes.record_failure(self.job, node, "attempts with it hung, or died before a step, and one without it made progress")
 
     @property
     def awaits_node(self) -> bool:
@@ -155,7 +175,25 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
         return last.done > 0 and len(sets) >= SAME and not frozenset.intersection(*sets)
     only_connections = last.done == 0 and all(each.cause == "connection" for each in alike)
     on_two, on_any = (2 * ALWAYS, 3 * ALWAYS) if only_connections else (SAME, ALWAYS)
+    if isinstance(last, Hang):  # which each node is left out of in turn
+        on_two = on_any
     return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
+
+
+def _suspects(failures: Sequence[WorkerFailure]) -> frozenset[str]:
+    """Return the nodes to do without: where two processes died before a step; after two hangs in a row, of all nodes each in turn.
+
+    Of many nodes several at a time: all have been left out before hangs end a job as deterministic.
+    """
+    crashes = _crashes(failures)
+    deaths = Counter(crash.node for crash in crashes if crash.node and crash.cause == "lost" and not crash.done)
+    suspects = {node for node, times in deaths.items() if times >= state.MOST_NODE_FAILURES}
+    hangs = list(takewhile(lambda crash: isinstance(crash, Hang), reversed(crashes)))
+    if len(hangs) >= HANGS and (used := sorted(hangs[-1].nodes)):
+        at_once = math.ceil(len(used) / (ALWAYS - HANGS))
+        first = (len(hangs) - HANGS) * at_once % len(used)
+        suspects.update(used[first : first + at_once])
+    return frozenset(suspects)
 
 
 def _crashes(failures: Sequence[WorkerFailure]) -> list[WorkerFailure]:

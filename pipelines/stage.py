@@ -69,6 +69,8 @@ class StageJob:
     """Names of the nodes that the current attempt runs on."""
     reuses_excluded: bool = False
     """Whether it uses nodes whose devices failed, since the others have no capacity."""
+    left_out: frozenset[str] = frozenset()
+    """Names of the nodes that the current attempt does without if it can: attempts with them hung, or died before a step."""
     held: Lease | None = None
     """The stage's lease, while this job holds it."""
     dealer: Any = None

@@ -8,9 +8,8 @@ import math
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -152,12 +151,6 @@ class TrainingRun:
     places: RankPlaces
     short: tuple[int, int] = (0, 0)
     """The most workers with which a GPU's memory was too small for the planned forward passes, and how often it was with these."""
-    deaths: Counter[str] = field(default_factory=Counter)
-    """Processes that died before the first step of their attempt, by the id of their node."""
-    hangs: int = 0
-    """Hangs in a row, as far as resume points are apart."""
-    hung_at: int = 0
-    """Images seen at the last of them."""
 
     @property
     def settings(self) -> Train:
@@ -171,6 +164,7 @@ class TrainingRun:
         """Return the images seen after attempts that follow each other without a failure: to grow, or to leave a node."""
         images_seen = self._attempt(failure)
         while images_seen < self.settings.images and not self.job.stop_requested():
+            self.job.left_out = frozenset()
             images_seen = self._attempt(None)
         return images_seen
 
@@ -199,26 +193,12 @@ class TrainingRun:
             words = f"{error}; forward passes are smaller from now on, if they have several lanes"
             raise WorkerFailure(words, error.done, error.silent_s) from error
         except WorkerFailure as failure:
-            if ranks:
-                self._leave(failure, [place.node for place in ranks.places])
+            if ranks and failure.worker is not None:
+                names = {node.id: node.name for node in self.places.living()}
+                failure.node = names.get(ranks.places[failure.worker].node, "")
             raise
         finally:
             self.places.free(group)
-
-    def _leave(self, failure: WorkerFailure, used: Sequence[str]) -> None:
-        """Try other nodes next, if they do: than one where two processes died before a step; after two hangs than each in turn.
-
-        A node that is gone comes back with another id. Neither counts as a failed device: a program may be to blame.
-        """
-        left = self.places.left
-        if failure.cause == "lost" and failure.worker is not None and not failure.done:
-            self.deaths[used[failure.worker]] += 1
-            self.places.left = left | {node for node, times in self.deaths.items() if times >= state.MOST_NODE_FAILURES}
-        elif failure.worker is None and failure.silent_s >= self.settings.hang_after_s:
-            near = failure.done < self.hung_at + self.settings.resume_every_images
-            self.hangs, self.hung_at = self.hangs + 1 if near else 1, failure.done
-            if self.hangs > 1:
-                self.places.left = {min(used, key=lambda node: (node <= max(left, default=""), node))}
 
     def _short(self, world: int) -> int:
         """Return how often memory was too small with this many workers or more, which have fewer lanes each."""

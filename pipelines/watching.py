@@ -13,7 +13,7 @@ import ray
 from dis_scale.process import faults
 from dis_scale.process.errors import OutOfMemory, StorageAway
 from pipelines import nodes
-from pipelines.failures import WorkerFailure, blame, describe, failure_of, failure_to_raise, may_pass
+from pipelines.failures import Hang, WorkerFailure, blame, describe, failure_of, failure_to_raise, may_pass
 from pipelines.ray_private import actor_id, has_process
 from pipelines.stage import StageJob
 from pipelines.waiting import LOGGED_AFTER_S, Wait
@@ -214,7 +214,7 @@ class _Loop:
             if len(names := {_node(self._policy, self._workers, number) for number in behind}) == 1:
                 words = f"{words}; all others wait for the workers of node {names.pop()}"
                 raise WorkerFailure(words, silent_s=silent_s, cause="device", worker=behind[0])
-            raise WorkerFailure(words, max(done), silent_s)
+            raise Hang(words, max(done), silent_s)
         if self._hanging:
             self._log_stacks(self._hanging)
         for number in self._hanging:

@@ -1,14 +1,20 @@
 """Restarts: which failures lead to another attempt, how many there are, how long they wait, and the error after the last."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import count, repeat
+from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 import ray
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import ModelTrain, Recipe
-from pipelines.failures import Cause, WorkerFailure
-from pipelines.restarts import with_restarts
+from dis_scale.sweep import state
+from pipelines.failures import Cause, Hang, WorkerFailure
+from pipelines.restarts import ALWAYS, with_restarts
 from tests.support.stage_jobs import RecordedJob, job_of
 
 
@@ -183,6 +189,95 @@ def test_a_deterministic_crash_does_not_burn_all_restarts(
     with pytest.raises(DisScaleError):
         with_restarts(job, "dis", attempt, lambda: 80)
     assert made == attempts
+
+
+@dataclass
+class OnNodes:
+    """Attempts on all nodes but those that are left out, which fail while they are on the bad one, and end well without it."""
+
+    job: RecordedJob
+    nodes: str
+    bad: str
+    done: Iterator[int]
+    hangs: bool = True
+    tried: list[str] = field(default_factory=list)
+    stored: int = 80
+
+    def __call__(self, _: WorkerFailure | None) -> int:
+        self.job.placed = frozenset(self.nodes) - self.job.left_out
+        self.tried.append("".join(sorted(self.job.placed)))
+        if self.bad in self.job.placed:
+            failure = Hang("hanging", next(self.done)) if self.hangs else WorkerFailure("killed", next(self.done))
+            failure.node = "" if self.hangs else self.bad
+            raise failure
+        self.stored += 80
+        return self.stored
+
+    def run(self) -> int:
+        return with_restarts(self.job, "dis", self, lambda: self.stored)
+
+
+def job_with(recipe: Recipe, root: object, restarts: int) -> RecordedJob:
+    return job_of(recipe.model_copy(update={"train": recipe.train.model_copy(update={"restarts": restarts})}), root)
+
+
+@pytest.mark.parametrize("done", [repeat(0), count(100, 100)], ids=["before a step", "anywhere"])
+@pytest.mark.parametrize(("nodes", "bad"), [("abcd", "a"), ("abcd", "d"), (ascii_lowercase, "z"), ("a", "")])
+def test_after_two_hangs_in_a_row_each_node_is_left_out_in_turn(
+    tiny: Recipe, tmp_path: Path, nodes: str, bad: str, done: Iterator[int]
+) -> None:
+    """One GPU that hangs lets all ranks wait: a hundred attempts of 15 minutes ended the model, and then the next one."""
+    made = OnNodes(job_with(tiny, tmp_path, 100), nodes, bad, done)
+    assert made.run() == 160
+    assert made.tried[:2] == [nodes] * 2 if bad else [nodes]
+    assert len(made.tried) <= ALWAYS
+    failed = state.node_failures(made.job.sweep)
+    assert set(failed) == made.job.left_out
+    assert bad in {*failed, ""}
+    assert not state.excluded_nodes(made.job.sweep), "once may be the file system of all"
+
+
+def test_a_program_that_hangs_on_all_nodes_ends_as_deterministic(tiny: Recipe, tmp_path: Path) -> None:
+    made = OnNodes(job_with(tiny, tmp_path, 100), "a", "a", repeat(0))
+    made.job.left_out = frozenset()
+
+    def attempt(failure: WorkerFailure | None) -> int:
+        made.job.left_out = frozenset()  # the others have no places
+        return made(failure)
+
+    with pytest.raises(DisScaleError, match="crashed 10 times in a row"):
+        with_restarts(made.job, "dis", attempt, lambda: 80)
+    assert not state.node_failures(made.job.sweep)
+
+
+def test_a_node_that_hangs_weeks_apart_is_excluded_and_one_after_progress_used_again(tiny: Recipe, tmp_path: Path) -> None:
+    """Hangs before and after a resume point are not in a row."""
+    job, stored, tried = job_with(tiny, tmp_path, 3), [0], list[str]()
+    plan = iter([("b", 0), ("b", 0), ("", 80), ("b", 0), ("b", 0), ("", 80)] * 2)  # which node hangs, and what is stored
+
+    def attempt(_: WorkerFailure | None) -> int:
+        placed = "".join(sorted(set("ab") - job.left_out))
+        job.placed = frozenset(placed)
+        tried.append(placed)
+        if state.excluded_nodes(job.sweep):
+            return 0
+        bad, more = next(plan)
+        stored[0] += more
+        raise Hang("hanging") if bad else WorkerFailure("lost", stored[0])
+
+    with_restarts(job, "dis", attempt, lambda: stored[0])
+    assert tried == ["ab", "ab", "b", "ab", "ab", "b", "ab"]
+    assert state.excluded_nodes(job.sweep) == ["a"]
+
+
+@pytest.mark.parametrize(("done", "tried"), [(0, ["abc", "abc", "ac"]), (48, ["abc"] * 4)])
+def test_a_node_where_processes_die_before_a_step_is_left_out(tiny: Recipe, tmp_path: Path, done: int, tried: list[str]) -> None:
+    """Ten such deaths end a model as deterministic, though the other nodes train it. Later ones are of the model or the machine."""
+    made = OnNodes(job_with(tiny, tmp_path, 3), "abc", "b", repeat(done), hangs=False)
+    with nullcontext() if not done else pytest.raises(DisScaleError):
+        assert made.run() == 160
+    assert made.tried == tried
+    assert state.node_failures(made.job.sweep) == ({} if done else {"b": 1})
 
 
 @pytest.mark.parametrize("done", [0, 5_000_032], ids=["before a step", "a step after a resume point"])

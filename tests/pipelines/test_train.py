@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from dis_scale.process.errors import DisScaleError, OutOfMemory, WrongKernel
+from dis_scale.process.errors import OutOfMemory, WrongKernel
 from dis_scale.recipe import Recipe, reading
 from dis_scale.sweep import state
 from dis_scale.sweep.documents import TrackingIds
@@ -147,71 +147,39 @@ def test_a_connection_that_fails_in_the_check_has_passed_no_step(
 
 
 @dataclass
-class TwoOf(RankPlaces):
-    """Places without Ray for two ranks, on the first two of four nodes that are not left."""
+class RoomOn(RankPlaces):
+    """Places without Ray for two workers: `room` are the nodes with a free place for one."""
 
-    def choose(self) -> tuple[int, Any, set[str]]:
-        free = [node for node in "abcd" if node not in self.left]
-        return 2, free[:2], set()
+    room: str = ""
+    living: Callable[[], list[Node]] = lambda: [Node(name, name.upper(), {}) for name in "abc"]
 
-    def free(self, group: Any) -> None: ...
+    def _free(self, avoided: Collection[str]) -> int:
+        return len({*self.room} - {*avoided})
 
-
-@dataclass
-class OnABadNode(TrainingRun):
-    """Attempts of two ranks without Ray, which fail while they are on the node `bad`."""
-
-    bad: str = ""
-    failure: WorkerFailure = field(default_factory=lambda: WorkerFailure("hanging"))
-    tried: list[str] = field(default_factory=list)
-
-    def _start(self, group: Any, world: int) -> Ranks:
-        self.tried.append("".join(group))
-        return Ranks([None] * 2, [Place("ip", node, [], 1, "") for node in group])
-
-    def _check(self, ranks: Ranks) -> None: ...
-
-    def _train(self, ranks: Ranks, *_: object) -> int:
-        on = [place.node for place in ranks.places]
-        if self.bad not in on:
-            return self.settings.images
-        if not self.failure.silent_s:
-            self.failure.worker = on.index(self.bad)
-        raise self.failure
+    def _possible(self, avoided: Collection[str]) -> int:
+        return len({*"abc"} - {*avoided})
 
 
-@pytest.mark.parametrize("done", [0, 48])
-@pytest.mark.parametrize(("bad", "tried"), [("a", ["ab", "ab", "bc"]), ("b", ["ab", "ab", "bc", "ac"])])
-def test_after_two_hangs_in_a_row_each_node_is_left_in_turn(
-    tiny: Recipe, tmp_path: Path, bad: str, tried: list[str], done: int
-) -> None:
-    """A GPU that hangs in training hangs all ranks: a hundred attempts of 15 minutes ended the model, and then the next one."""
+@pytest.mark.parametrize(("room", "left_out"), [("abc", {"b"}), ("ab", set()), ("ac", {"b"})])
+def test_a_node_is_left_out_only_if_the_others_have_places_now(tiny: Recipe, tmp_path: Path, room: str, left_out: set[str]) -> None:
+    """Another model's may have them for weeks, and the node would wait."""
     job = job_of(tiny, tmp_path)
-    run = OnABadNode(job, "dit", TwoOf(job, "dit", "cuda"), bad=bad, failure=WorkerFailure("hanging", done, silent_s=1e6))
-    assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
-    assert run.tried == tried
+    job.left_out = frozenset({"B"})
+    places = RoomOn(job, "dit", "cuda", room=room)
+    assert places.left_out(set(), places.living()) == left_out
+    assert places.left_out({"a"}, places.living()) == set(), "not enough in all"
 
 
-def test_hangs_that_are_far_apart_leave_no_node(tiny: Recipe, tmp_path: Path) -> None:
-    """It would lack until the end, after weeks."""
+def test_the_node_of_a_process_that_died_is_known(tiny: Recipe, tmp_path: Path) -> None:
+    class Dying(OneRank):
+        def _train(self, ranks: Ranks, *_: object) -> int:
+            raise WorkerFailure("killed", worker=0)
+
     job = job_of(tiny, tmp_path)
-    run = OnABadNode(job, "dit", TwoOf(job, "dit", "cuda"), bad="a")
-    for done in range(0, 10**6, run.settings.resume_every_images):
-        run.failure = WorkerFailure("hanging", done, silent_s=1e6)
-        with pytest.raises(WorkerFailure):
-            run.attempts(None)
-    assert run.places.left == set()
-
-
-@pytest.mark.parametrize(("done", "tried"), [(0, ["ab", "ab", "ac"]), (48, ["ab"] * 4)])
-def test_a_node_where_processes_die_before_a_step_is_left(tiny: Recipe, tmp_path: Path, done: int, tried: list[str]) -> None:
-    """Ten such deaths end a model as deterministic, though the other nodes train it. Later ones are of the model or the machine."""
-    job = job_of(tiny, tmp_path)
-    run = OnABadNode(job, "dit", TwoOf(job, "dit", "cuda"), bad="b", failure=WorkerFailure("a worker was lost", done))
-    with contextlib.nullcontext() if not done else pytest.raises(DisScaleError):
-        assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
-    assert run.tried == tried
-    assert not state.node_failures(job.sweep)
+    places = OnePlace(job, "dit", "cuda", living=lambda: [Node("a", "machine-a", {})])
+    with pytest.raises(WorkerFailure) as error:
+        Dying(job, "dit", places).attempts(None)
+    assert error.value.node == "machine-a"
 
 
 @dataclass
