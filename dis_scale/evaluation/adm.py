@@ -85,7 +85,7 @@ class Adm:
         try:
             yield
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-            raise StorageError(f"{self.url}: damaged: {error}; copy it again") from error
+            raise StorageError(f"{self.url}: cannot be read: {error}; copy it again, or write it again by numpy.savez") from error
 
     def _array(self, name: str) -> np.ndarray | None:
         if f"{name}.npy" not in self.file.namelist():
@@ -105,7 +105,7 @@ def open_reference(url: str, what: str = "evaluate.reference") -> Adm:
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file {url}") from error
     except (zipfile.BadZipFile, StorageError) as error:
-        raise UserError(f"{what}: {url} is not an .npz: {error}") from error
+        raise UserError(f"{what}: {url} cannot be read as an .npz: {error}") from error
 
 
 def write_samples(path: Path, count: int, batches: Iterable[np.ndarray]) -> None:

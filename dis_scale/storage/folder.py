@@ -138,7 +138,10 @@ class Folder:
 
     def size(self, path: str) -> int:
         """Return the object's size in bytes."""
-        return int(self._do("look up", path, lambda fs, full: fs.size(full)))
+        size = self._do("look up", path, lambda fs, full: fs.size(full))
+        if size is None:  # some web servers
+            raise StorageError(f"cannot read {self}/{path}: the server tells no size: copy it to a disk or a store")
+        return int(size)
 
     def version(self, path: str) -> str:
         """Return words that change when the object is written again: its size with its ETag or time."""

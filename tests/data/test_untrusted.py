@@ -241,7 +241,7 @@ def test_statistics_of_a_stated_size_are_not_allocated(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as out:
         out.writestr("mu.npy", header.getvalue())
         out.writestr("sigma.npy", header.getvalue())
-    with pytest.raises(StorageError, match=r"x.npz: damaged: "):
+    with pytest.raises(StorageError, match=r"x.npz: cannot be read: "):
         adm.open_reference(str(tmp_path / "x.npz")).statistics("mu", "sigma", 4)
 
 
@@ -265,7 +265,7 @@ def test_a_zip_that_states_a_false_size_fills_no_memory(tmp_path: Path) -> None:
     try:
         with pytest.raises(zipfile.BadZipFile, match="CRC"):
             npy.read_all(own, 256 * 2**20)
-        with pytest.raises(StorageError, match=r"x.npz: damaged: Bad CRC"):
+        with pytest.raises(StorageError, match=r"x.npz: cannot be read: Bad CRC"):
             adm.open_reference(str(tmp_path / "x.npz")).statistics("mu", "sigma", 4)
         source = {"kind": "latents", "layout": "edm2", "url": str(tmp_path / "set.zip")}
         with pytest.raises(StorageError, match=r"set.zip: not a complete zip: Bad CRC"):
@@ -305,9 +305,9 @@ def test_images_that_may_unpack_to_any_size_are_refused(tmp_path: Path, method: 
     with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as file:
         file.writestr("arr_0.npy", images_of_version(version))
     reference = adm.open_reference(str(tmp_path / "x.npz"))
-    with pytest.raises(StorageError, match=f"x.npz: damaged: {why}"):
+    with pytest.raises(StorageError, match=f"x.npz: cannot be read: {why}"):
         reference.square_images()
-    with pytest.raises(StorageError, match=f"x.npz: damaged: {why}"):
+    with pytest.raises(StorageError, match=f"x.npz: cannot be read: {why}"):
         next(reference.images(1))
 
 

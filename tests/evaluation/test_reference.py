@@ -244,7 +244,7 @@ def test_an_invalid_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate.reference: no file .*none.npz"):
         open_reference(str(tmp_path / "none.npz"))
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(UserError, match=r"text.npz is not an .npz: File is not a zip file"):
+    with pytest.raises(UserError, match=r"text.npz cannot be read as an .npz: File is not a zip file"):
         open_reference(str(tmp_path / "text.npz"))
 
 
