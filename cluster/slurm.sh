@@ -49,7 +49,7 @@ trap 'stop no' INT
 passes() { # whether the end with $code may have passed in the next run
     [ "$code" = 74 ] || { { [ "$code" = 69 ] || [ "$code" -ge 128 ]; } && [ "$restarts" -lt 100 ]; } ||
         { [ "$code" = 70 ] && [ "$restarts" -lt 20 ]; } ||
-        ! timeout 300 ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
+        ! timeout "$([ -n "$requested" ] && echo 30 || echo 300)" ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
 }
 run() { # a command, whose exit code is then in $code; a signal to this script reaches it
     "$@" &

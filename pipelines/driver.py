@@ -133,7 +133,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
         elif failed := _insist(driver, partial(Ended.find_intact, sweep.run(model).folder)):
             waiting.remove(model)  # under the command that was joined
             failures.models[model] = failed.why
-    evaluation = _Evaluation(driver, cluster, failures)
+    evaluation = _Evaluation(driver, cluster, failures, trained=not waiting)
     training: dict[str, Job] = {}
     evaluated, asked_s = False, float("-inf")
     while waiting or training or not evaluated:
@@ -182,11 +182,11 @@ def _insist(driver: Driver, ask: Callable[[], T]) -> T:
 class _Evaluation:
     """The evaluation job beside the trainings. One that failed by an accident is submitted again: both may go on for weeks."""
 
-    def __init__(self, driver: Driver, cluster: Cluster, failures: Failures) -> None:
+    def __init__(self, driver: Driver, cluster: Cluster, failures: Failures, *, trained: bool) -> None:
         self._driver, self._failures = driver, failures
         self._submit = partial(_submit, driver, cluster, "evaluate")
         self._job: Job | None = self._submit()
-        self._again_s, self._trained, self._over = 0.0, False, False
+        self._again_s, self._trained, self._over = 0.0, trained, False
         self._failed, self._results = 0, 0
 
     def over(self, *, trained: bool) -> bool:
@@ -211,7 +211,7 @@ class _Evaluation:
     def _goes_on_after(self, job: Job) -> bool:
         """Note why a job failed; return whether another is submitted: after a mistake only beside trainings, if there are results.
 
-        One in the recipe leaves none. A file that one node lacks looks like one while the other nodes are away.
+        A file that one node lacks looks like a mistake while the other nodes are away.
         """
         if _goes_on_again(self._driver, job, "evaluate"):
             self._job = None

@@ -411,8 +411,8 @@ def begin_tracking(driver: Driver, plan: Plan, uri: str) -> None:
 def _write_report(sweep: Sweep, points: report.Report, failures: Failures) -> None:
     """Write the report; copy it and the end of each failed run to MLflow."""
     report.write(sweep, points)
-    mlflow_copy.copy_report(sweep, "FAILED" if failures.models or failures.evaluation is not None else "FINISHED")
-    for model in failures.models:
+    taken = mlflow_copy.copy_report(sweep, "FAILED" if failures.models or failures.evaluation is not None else "FINISHED")
+    for model in failures.models if taken else ():  # else each would wait again for an MLflow that hangs
         mlflow.RunCopy(sweep, model).finish("FAILED")
 
 

@@ -103,6 +103,15 @@ def test_a_sweep_has_rights_on_its_own_experiment_only(
     for refused in refusals:
         with pytest.raises(MlflowException, match=r"(?i)permission denied"):
             refused()
+    another = {"MLFLOW_TRACKING_USERNAME": "another", "MLFLOW_TRACKING_PASSWORD": "yet another password"}
+    log_in(servers.ADMIN, monkeypatch)
+    servers.make_user(server, another)
+    log_in(another, monkeypatch)
+    of_another = mlflow.MlflowClient(server)
+    assert of_another.search_experiments() == []
+    with pytest.raises(MlflowException, match=r"(?i)permission denied"):
+        of_another.log_metric(ids.models["dit"], "loss", 0.0)
+    log_in(servers.LOGIN, monkeypatch)
     changed = servers.LOGIN | {"MLFLOW_TRACKING_PASSWORD": "a rotated password"}
     servers.make_user(server, changed)
     copy.send([Row("loss", 0.4, 320, 2.0)])

@@ -1,5 +1,6 @@
 """The Ray that a command starts on this machine: who has its token may submit jobs, nobody else, and the token is in one file."""
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -44,12 +45,14 @@ def test_what_its_processes_import_is_compiled_once(ours: Cluster) -> None:
 def test_a_stop_while_it_starts_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A start takes up to half a minute."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    others, started = set(psutil.Process().children(recursive=True)), set[psutil.Process]()
+    others, started = set(psutil.Process().children()), set[psutil.Process]()
 
     def stop() -> None:
-        started.update(set(psutil.Process().children(recursive=True)) - others)
-        if any(process.name() == "gcs_server" for process in started):
-            raise Preempted("stopped as requested")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for head in set(psutil.Process().children()) - others:
+                started.update([head, *head.children(recursive=True)])
+            if any(process.name() == "gcs_server" for process in started):
+                raise Preempted("stopped as requested")
 
     with pytest.raises(Preempted), open_cluster(reading.load(TINY), go_on=stop):
         pytest.fail("it started")
