@@ -192,12 +192,12 @@ def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None
     """
     import torch
 
-    cuda = cuda or torch.cuda
+    cuda = cuda or (torch.cuda if device.type == "cuda" else None)
     try:
         yield
     except RuntimeError as raised:
         error: Exception = getattr(raised, "inner_exception", raised)
-        if lacks_memory(error):
+        if cuda and lacks_memory(error):
             free, total = cuda.mem_get_info(device)
             others = total - free - cuda.memory_reserved(device)
             if others > (shared + FOREIGN) * total:
