@@ -60,13 +60,15 @@ class RankPlaces:
             living = self.living()
             excluded = nodes.excluded(self.job, living, lambda bad: self.fits_without({*bad, *self.wrong}))
             avoided = {*excluded, *self.wrong}
-            without = avoided | self.left_out(avoided, living)
+            left_out = self.left_out(avoided, living)
+            without = avoided | left_out
             world = self._world_size(without)
             labels = [nodes.avoiding(without)] * world if without else None
             group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
             try:
-                if placed(self.job, group, world, self.bundle, partial(self.outdated, world, without, living)):
-                    return world, group, avoided
+                if placed(self.job, group, world, self.bundle, partial(self.outdated, world, without, living, left_out)):
+                    self._note_left_out({node.name for node in living if node.id in left_out})
+                    return world, group, without
             except BaseException:
                 self.free(group)
                 raise
@@ -80,6 +82,13 @@ class RankPlaces:
         self._world_size(without)  # which waits for places that the attempt before has not freed yet
         return suspects if largest_fitting(self.job.recipe.train.world_sizes, self._free(without)) else set()
 
+    def _note_left_out(self, names: set[str]) -> None:
+        """Log the nodes that are left out, and keep which."""
+        self.job.left_out = frozenset(names)
+        if names:
+            where = ", ".join(sorted(names))
+            self.job.say(f"{self.model}: node {where} is left out: attempts with it hung, or died before a step")
+
     def free(self, group: Any) -> None:
         """Give back the places of an attempt."""
         remove_placement_group(group)
@@ -90,9 +99,16 @@ class RankPlaces:
             return 0.0
         return Places.now(self.job.recipe).avoiding_failed(self.job.sweep, self.device).shared
 
-    def outdated(self, world: int, avoided: Collection[str], living: Sequence[Node]) -> bool:
-        """Whether only fewer workers fit now, as after the loss of a node, or other nodes live: an avoided one may be needed."""
-        fewer = 0 < largest_fitting(self.job.recipe.train.world_sizes, self._free(avoided)) < world
+    def outdated(self, world: int, avoided: Collection[str], living: Sequence[Node], left_out: Collection[str] = ()) -> bool:
+        """Whether only fewer workers fit now, as after the loss of a node, or other nodes live: an avoided one may be needed.
+
+        Also if none fit, while those of the avoided nodes that are only `left_out` have places.
+        """
+        fitting = partial(largest_fitting, self.job.recipe.train.world_sizes)
+        free = fitting(self._free(avoided))
+        if left_out and not free and fitting(self._free({*avoided}.difference(left_out))):
+            return True
+        fewer = 0 < free < world
         return fewer or (bool(avoided) and {node.id for node in self.living()} != {node.id for node in living})
 
     def _world_size(self, avoided: Collection[str]) -> int:

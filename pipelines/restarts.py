@@ -31,7 +31,9 @@ NEAR_STEPS = 2
 HANGS = 2
 """Hangs in a row after which nodes are left out in turn: one GPU that hangs lets all ranks wait."""
 SAME, ALWAYS = 5, 10
-"""Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any, as hangs.
+"""Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any.
+
+With hangs among them `ALWAYS`, since these change the nodes.
 
 Twice and three times `ALWAYS` if all are connections that broke before a first step: a network may be away for a while.
 """
@@ -50,8 +52,8 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
         began_s, job.placed, job.left_out = job.now_s(), frozenset(), record.suspects
         try:
             done = attempt(before)
-            if record.suspects and _stored_or(record.stored, stored) != record.stored:
-                record.blame_suspects(job.placed)
+            if job.left_out and _stored_or(record.stored, stored) != record.stored:
+                record.blame_suspect()
             return done
         except (WorkerFailure, StorageAway, ray.exceptions.RayError) as error:
             if isinstance(error, ray.exceptions.RayError) and not may_pass(error):
@@ -63,9 +65,6 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
         wait_s, left = record.wait_s(failure), job.recipe.train.restarts - len(record.counted)
         counts.add(counts.RESTARTS)
         job.emit("restart", job=name, done=failure.done, left=left)
-        if record.suspects:
-            where = ", ".join(sorted(record.suspects))
-            job.say(f"{name}: attempts with node {where} hung, or died before a step: the next one does without, if it can")
         job.say(
             f"{name}: {failure}; restart from the stored state in {wait_s:.0f} s, {left} more attempts without progress",
             level="warning",
@@ -102,7 +101,8 @@ class _Record:
         self.stored, self.nodes = stored, self.nodes | failure.nodes
         self._note_gone([*self.counted, failure])
         if progress:
-            self.blame_suspects(failure.nodes)
+            if not isinstance(failure, Hang):  # which acquits it
+                self.blame_suspect()
             self.counted, self.in_a_row = [], 0
         if progress or worked:
             self.away_since_s = self.reused_since_s = math.inf
@@ -110,23 +110,26 @@ class _Record:
         reused = failure.cause == "device" and self.job.reuses_excluded and len(self.nodes) > 1
         self.away_since_s = min(self.away_since_s, now_s) if failure.cause == "storage" else math.inf
         self.reused_since_s = min(self.reused_since_s, now_s) if reused else math.inf
-        if failure.cause == "storage":
-            if now_s - self.away_since_s > STORAGE_AWAY_S:
-                minutes = f"{STORAGE_AWAY_S / 60:.0f} minutes"
-                raise StorageAway(f"{self.name}: storage has been away for {minutes}: {failure}") from failure
-        elif not self.awaits_node:
+        if failure.cause == "storage" and now_s - self.away_since_s > STORAGE_AWAY_S:
+            minutes = f"{STORAGE_AWAY_S / 60:.0f} minutes"
+            raise StorageAway(f"{self.name}: storage has been away for {minutes}: {failure}") from failure
+        model = self.job.context.model
+        train = self.job.recipe.train_of(model) if model else self.job.recipe.train
+        if failure.cause != "storage" and not self.awaits_node:
             self.counted.append(failure)
-            model = self.job.context.model
-            train = self.job.recipe.train_of(model) if model else self.job.recipe.train
             near = NEAR_STEPS * train.batch_images
             if len(self.counted) > train.restarts or _deterministic(self.counted, near):
                 raise DisScaleError(_last_words(self.name, self.counted, near)) from failure
-        self.suspects = _suspects(self.counted)
+        self.suspects = _suspects(self.counted, min(train.restarts + 1, ALWAYS), self._failures_of)
 
-    def blame_suspects(self, used: frozenset[str]) -> None:
-        """Count a failed device against the suspects that are not among the nodes of an attempt that made progress."""
-        for node in sorted(self.suspects - used):
+    def blame_suspect(self) -> None:
+        """Count a failed device against the only node without which an attempt made progress."""
+        if len(self.job.left_out) == 1:
+            (node,) = self.job.left_out
             nodes.record_failure(self.job, node, "attempts with it hung, or died before a step, and one without it made progress")
+
+    def _failures_of(self, node: str) -> int:
+        return _stored_or(0, lambda: state.node_failures(self.job.sweep).get(node, 0))
 
     @property
     def awaits_node(self) -> bool:
@@ -175,22 +178,23 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
         return last.done > 0 and len(sets) >= SAME and not frozenset.intersection(*sets)
     only_connections = last.done == 0 and all(each.cause == "connection" for each in alike)
     on_two, on_any = (2 * ALWAYS, 3 * ALWAYS) if only_connections else (SAME, ALWAYS)
-    if isinstance(last, Hang):  # which each node is left out of in turn
+    if any(isinstance(each, Hang) for each in alike):  # nodes are left out in turn
         on_two = on_any
     return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
 
 
-def _suspects(failures: Sequence[WorkerFailure]) -> frozenset[str]:
+def _suspects(failures: Sequence[WorkerFailure], attempts: int, failures_of: Callable[[str], int]) -> frozenset[str]:
     """Return the nodes to do without: where two processes died before a step; after two hangs in a row, of all nodes each in turn.
 
-    Of many nodes several at a time: all have been left out before hangs end a job as deterministic.
+    First those that have failed least, so that stalls of what all share exclude none. Of many nodes several at a time: all have
+    been left out before so many `attempts` end the job.
     """
     crashes = _crashes(failures)
     deaths = Counter(crash.node for crash in crashes if crash.node and crash.cause == "lost" and not crash.done)
     suspects = {node for node, times in deaths.items() if times >= state.MOST_NODE_FAILURES}
     hangs = list(takewhile(lambda crash: isinstance(crash, Hang), reversed(crashes)))
-    if len(hangs) >= HANGS and (used := sorted(hangs[-1].nodes)):
-        at_once = math.ceil(len(used) / (ALWAYS - HANGS))
+    if len(hangs) >= HANGS and (used := sorted(hangs[-1].nodes, key=lambda node: (failures_of(node), node))):
+        at_once = math.ceil(len(used) / max(1, attempts - HANGS))
         first = (len(hangs) - HANGS) * at_once % len(used)
         suspects.update(used[first : first + at_once])
     return frozenset(suspects)

@@ -164,7 +164,6 @@ class TrainingRun:
         """Return the images seen after attempts that follow each other without a failure: to grow, or to leave a node."""
         images_seen = self._attempt(failure)
         while images_seen < self.settings.images and not self.job.stop_requested():
-            self.job.left_out = frozenset()
             images_seen = self._attempt(None)
         return images_seen
 

@@ -159,6 +159,9 @@ class RoomOn(RankPlaces):
     def _possible(self, avoided: Collection[str]) -> int:
         return len({*"abc"} - {*avoided})
 
+    def _world_size(self, avoided: Collection[str]) -> int:
+        return 2
+
 
 @pytest.mark.parametrize(("room", "left_out"), [("abc", {"b"}), ("ab", set()), ("ac", {"b"})])
 def test_a_node_is_left_out_only_if_the_others_have_places_now(tiny: Recipe, tmp_path: Path, room: str, left_out: set[str]) -> None:
@@ -168,6 +171,12 @@ def test_a_node_is_left_out_only_if_the_others_have_places_now(tiny: Recipe, tmp
     places = RoomOn(job, "dit", "cuda", room=room)
     assert places.left_out(set(), places.living()) == left_out
     assert places.left_out({"a"}, places.living()) == set(), "not enough in all"
+
+
+@pytest.mark.parametrize(("room", "outdated"), [("abc", False), ("b", False), ("bc", True), ("ac", False)])
+def test_a_wait_ends_if_only_a_node_that_is_left_out_has_places(tiny: Recipe, tmp_path: Path, room: str, outdated: bool) -> None:
+    places = RoomOn(job_of(tiny, tmp_path), "dit", "cuda", room=room)
+    assert places.outdated(2, {"b"}, places.living(), {"b"}) == outdated
 
 
 def test_the_node_of_a_process_that_died_is_known(tiny: Recipe, tmp_path: Path) -> None:
