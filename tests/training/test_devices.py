@@ -50,10 +50,9 @@ def test_a_wrong_sum_is_a_broken_connection_of_no_node() -> None:
 
 def test_a_process_sees_one_of_the_gpus_that_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
     for before, after in [(None, "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b")]:
-        if before:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-        else:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")  # which is undone
+        if before is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         devices.hide_others(1)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == after
     for before in ("", "0"):
