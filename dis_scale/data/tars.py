@@ -327,7 +327,7 @@ def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
     with tarfile.open(fileobj=file, mode="r:", tarinfo=type("_Member", (_Member,), {"where": where})) as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
-            if member.size < 0:  # of a global header, beside one of its own
+            if member.size < 0:  # by a global header: `tarfile` takes its size after `frombuf` has looked
                 raise tarfile.ReadError(f"a member of {member.size:,} bytes")
             if member.isdir():
                 continue
