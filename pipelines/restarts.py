@@ -120,7 +120,7 @@ class _Record:
             near = NEAR_STEPS * train.batch_images
             if len(self.counted) > train.restarts or _deterministic(self.counted, near):
                 raise DisScaleError(_last_words(self.name, self.counted, near)) from failure
-        self.suspects = _suspects(self.counted, min(train.restarts + 1, ALWAYS), self._failures_of)
+        self.suspects = _suspects(self.counted, min(train.restarts + 1, ALWAYS), self._node_failures)
 
     def blame_suspect(self) -> None:
         """Count a failed device against the only node without which an attempt made progress."""
@@ -128,8 +128,8 @@ class _Record:
             (node,) = self.job.left_out
             nodes.record_failure(self.job, node, "attempts with it hung, or died before a step, and one without it made progress")
 
-    def _failures_of(self, node: str) -> int:
-        return _stored_or(0, lambda: state.node_failures(self.job.sweep).get(node, 0))
+    def _node_failures(self) -> dict[str, int]:
+        return _stored_or({}, lambda: state.node_failures(self.job.sweep))
 
     @property
     def awaits_node(self) -> bool:
@@ -148,8 +148,8 @@ class _Record:
             failure.node_gone = failure.node_gone or not gone.isdisjoint(failure.nodes)
 
 
-def _stored_or(before: int, stored: Callable[[], int]) -> int:
-    """Return the number that is stored now, or `before` if storage does not answer."""
+def _stored_or(before: T, stored: Callable[[], T]) -> T:
+    """Return what is stored now, or `before` if storage does not answer."""
     try:
         return stored()
     except DisScaleError:
@@ -183,7 +183,7 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
 
 
-def _suspects(failures: Sequence[WorkerFailure], attempts: int, failures_of: Callable[[str], int]) -> frozenset[str]:
+def _suspects(failures: Sequence[WorkerFailure], attempts: int, failed: Callable[[], dict[str, int]]) -> frozenset[str]:
     """Return the nodes to do without: where two processes died before a step; after two hangs in a row, of all nodes each in turn.
 
     First those that have failed least, so that stalls of what all share exclude none. Of many nodes several at a time: all have
@@ -191,9 +191,11 @@ def _suspects(failures: Sequence[WorkerFailure], attempts: int, failures_of: Cal
     """
     crashes = _crashes(failures)
     deaths = Counter(crash.node for crash in crashes if crash.node and crash.cause == "lost" and not crash.done)
-    suspects = {node for node, times in deaths.items() if times >= state.MOST_NODE_FAILURES}
+    suspects = {node for node, count in deaths.items() if count >= state.MOST_NODE_FAILURES}
     hangs = list(takewhile(lambda crash: isinstance(crash, Hang), reversed(crashes)))
-    if len(hangs) >= HANGS and (used := sorted(hangs[-1].nodes, key=lambda node: (failures_of(node), node))):
+    if len(hangs) >= HANGS and hangs[-1].nodes:
+        times = failed()
+        used = sorted(hangs[-1].nodes, key=lambda node: (times.get(node, 0), node))
         at_once = math.ceil(len(used) / max(1, attempts - HANGS))
         first = (len(hangs) - HANGS) * at_once % len(used)
         suspects.update(used[first : first + at_once])

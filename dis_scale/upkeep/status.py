@@ -164,7 +164,7 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
     excluded = reader.read("the failures of nodes", lambda: state.excluded_nodes(sweep)) or []
     known = [f"{node}: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md" for node in excluded]
     ages_s = [run.row_age_s for run in runs if run.row_age_s is not None]
-    before = progress.at if progress and progress.stage != "evaluate" else 0.0  # which goes on beside training
+    before = progress.at if progress and progress.stage != "evaluate" else 0.0  # which continues beside training
     idle_s = min([now - (since or now), now - before, *ages_s])
     trains = doing in ("training", "ready to train") and any(run.doing not in ("trained", "failed") for run in runs)
     if excluded and trains and idle_s > STAGE_QUIET_S:

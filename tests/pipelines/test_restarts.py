@@ -269,7 +269,7 @@ def ends(plan: str, job: RecordedJob) -> list[str]:
 
 
 def test_stalls_of_what_all_nodes_share_exclude_none(tiny: Recipe, tmp_path: Path) -> None:
-    """Each costs two hangs, and the next attempt goes on, whichever node it is without; that is used again afterwards."""
+    """Each costs two hangs, and the next attempt continues, whichever node it is without; that is used again afterwards."""
     job = job_with(tiny, tmp_path, 100)
     assert ends("hhlhhl", job) == ["ab", "ab", "b", "ab", "ab", "a", "ab"]
     assert state.node_failures(job.sweep) == {"a": 1, "b": 1}
