@@ -57,8 +57,8 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what takes longest first, the drills, then complete sweeps: others take the rest meanwhile."""
-    items.sort(key=lambda item: (item.path.name != "test_drills.py", "e2e" not in item.path.parts))
+    """Run what takes longest first, the drills, then complete sweeps and autoencoders: others take the rest meanwhile."""
+    items.sort(key=lambda item: (item.path.name != "test_drills.py", not {"e2e", "vae"} & set(item.path.parts)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -71,6 +71,8 @@ def test_a_signal_queues_the_job_again_and_a_request_does_not(cluster: Slurm, tm
     assert asked_as_the_runbook_says(cluster, job, log.read_text()).count("ALIVE") == 2
     cluster.run("scancel", "--batch", "--signal=TERM", job)  # as Slurm does before the time limit and at a preemption
     wait_until(lambda: "queued again" in log.read_text(), 120)
+    wait_until(lambda: cluster.state(job).startswith("PENDING"))
+    cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm lets it wait for three minutes
     wait_until(
         lambda: "Ray runtime started" in log.read_text().partition("queued again")[2], 400
     )  # the script runs, not only the job
