@@ -18,8 +18,15 @@ from dis_scale.recipe import LatentShape
 SHAPE = LatentShape(2, 4)
 HILBERT = [0, 4, 5, 1, 2, 3, 7, 6, 10, 11, 15, 14, 13, 9, 8, 12]
 """ZigMa's `gilbert_zigzag_path(4)`: its positions in their order."""
-ZIGZAG8 = {4: "a7a0754137618819", 16: "dfe51cdf56197994"}
-"""Beginning of the sha256 of ZigMa's and DiMSUM's eight paths, one after the other, as int64, by the grid's side."""
+EIGHT = {
+    ("sweep8", 4): "483ea19d0980c9c0",
+    ("sweep8", 16): "250d1c0a9a7fed45",
+    ("zigzag8", 4): "a7a0754137618819",
+    ("zigzag8", 16): "dfe51cdf56197994",
+    ("jpeg8", 4): "b9571359e1dc26b0",
+    ("jpeg8", 16): "a7b5aa963198bac1",
+}
+"""Beginning of the sha256 of DiMSUM's eight paths (ZigMa's for `zigzag8`), one after the other, as int64, by the grid's side."""
 
 
 def dis(**changed: Any) -> DiS:
@@ -40,21 +47,23 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_lists_are_the_public_ones() -> None:
     assert orders_of(("raster", "column"), 3, alternate=False)[1].tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8]
     assert orders_of(("hilbert",), 4, alternate=False)[0].tolist() == HILBERT
-    for side, known in ZIGZAG8.items():
-        paths = np.concatenate(orders_of(("zigzag8",), side, alternate=False)).astype("<i8")
+    for (name, side), known in EIGHT.items():
+        paths = np.concatenate(orders_of((name,), side, alternate=False)).astype("<i8")
         assert hashlib.sha256(paths.tobytes()).hexdigest().startswith(known)
 
 
 @pytest.mark.parametrize("side", [1, 2, 8, 16])
 @pytest.mark.parametrize("alternate", [False, True])
 def test_each_order_visits_each_patch_once_and_curves_go_to_neighbours(side: int, alternate: bool) -> None:
-    rounds = orders_of(("raster", "column", "zigzag", "zigzag8", "hilbert"), side, alternate=alternate)
-    assert len(rounds) == (24 if alternate else 12)
+    rounds = orders_of(("raster", "column", "zigzag", "zigzag8", "hilbert", "jpeg8", "sweep8"), side, alternate=alternate)
+    assert len(rounds) == (56 if alternate else 28)
     for number, order in enumerate(rounds):
         assert sorted(order.tolist()) == list(range(side * side))
-        if number % 12 > 1:
-            rows, columns = np.divmod(order, side)
-            assert (np.abs(np.diff(rows)) + np.abs(np.diff(columns)) == 1).all()
+        rows, columns = (np.abs(np.diff(place)) for place in np.divmod(order, side))
+        if 2 <= number % 28 < 12:
+            assert (rows + columns == 1).all()
+        elif 12 <= number % 28 < 20:
+            assert (np.maximum(rows, columns) == 1).all()
 
 
 def test_a_curve_that_does_not_fit_the_grid_is_refused() -> None:
@@ -116,7 +125,7 @@ class Restoring(torch.nn.Module):
         {"order": ("hilbert",)},
         {"order": ("raster", "column")},
         {"order": ("zigzag8",), "skip": "add", "conditioning": "adaln_zero"},
-        {"order": ("column", "hilbert"), "directions": "alternate", "skip": "none"},
+        {"order": ("jpeg8", "hilbert"), "directions": "alternate", "skip": "none"},
         {"order": ("column", "zigzag"), "attention_every": 3, "drop_path": 0.5},
     ],
     ids=str,

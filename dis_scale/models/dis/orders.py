@@ -3,6 +3,7 @@
 Neighbouring rows are a whole row apart for a scan by rows. Blocks that scan by turns in other orders make them neighbours too.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -59,9 +60,10 @@ def _paths(name: str, grid: np.ndarray) -> list[np.ndarray]:
             return [grid.T.ravel()]
         case "zigzag":
             return [_zigzag(grid)]
-        case "zigzag8":
+        case "sweep8" | "zigzag8" | "jpeg8":
+            path: Callable[[np.ndarray], np.ndarray] = {"sweep8": np.ravel, "zigzag8": _zigzag, "jpeg8": _diagonals}[name]
             corners = (grid, grid[:, ::-1], grid[::-1], grid[::-1, ::-1])
-            return [_zigzag(each) for corner in corners for each in (corner, corner.T)]
+            return [path(each) for corner in corners for each in (corner, corner.T)]
         case "hilbert":
             side = len(grid)
             if side & (side - 1):
@@ -75,6 +77,13 @@ def _zigzag(grid: np.ndarray) -> np.ndarray:
     turned = grid.copy()
     turned[1::2] = turned[1::2, ::-1]
     return turned.ravel()
+
+
+def _diagonals(grid: np.ndarray) -> np.ndarray:
+    """Diagonal after diagonal, up and down by turns, as JPEG orders its coefficients (DiMSUM, arXiv 2411.04168)."""
+    side = len(grid)
+    rising = [grid[::-1].diagonal(place) for place in range(1 - side, side)]
+    return np.concatenate([diagonal[:: -1 if number % 2 else 1] for number, diagonal in enumerate(rising)])
 
 
 def _hilbert(side: int) -> np.ndarray:

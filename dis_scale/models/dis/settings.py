@@ -25,7 +25,7 @@ PUBLISHED: dict[str, Any] = {
     "attention_every": None,
 }
 """Options of the public code."""
-Order = Literal["raster", "column", "zigzag", "zigzag8", "hilbert"]
+Order = Literal["raster", "column", "zigzag", "sweep8", "zigzag8", "jpeg8", "hilbert"]
 
 
 class Dis(FamilySettings):
@@ -63,8 +63,8 @@ class Dis(FamilySettings):
     """1: blocks scan from the first token to the last only; with one order, a patch sees label and time but no later patch.
     `alternate`: one direction, but of the patches the other one in every second round of `order`."""
     order: Annotated[tuple[Order, ...], Field(min_length=1, strict=False)] = ("raster",)
-    """Orders in which the blocks scan the patches, in turn: `[raster, column]` scans by rows and by columns. `zigzag8` are ZigMa's
-    eight, from each corner."""
+    """Orders in which the blocks scan the patches, in turn: `[raster, column]` scans by rows and by columns. `sweep8`, `zigzag8`
+    and `jpeg8` are eight each, two from each corner, as in ZigMa and DiMSUM."""
     position: Literal["learned", "none"] = "learned"
     """Learned embeddings of the positions, or none."""
 
