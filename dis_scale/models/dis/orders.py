@@ -3,7 +3,6 @@
 Neighbouring rows are a whole row apart for a scan by rows. Blocks that scan by turns in other orders make them neighbours too.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -55,13 +54,13 @@ def orders_of(names: tuple[str, ...], side: int, *, alternate: bool) -> list[np.
 def _paths(name: str, grid: np.ndarray) -> list[np.ndarray]:
     match name:
         case "raster":
-            return [grid.ravel()]
+            return [_rows(grid)]
         case "column":
-            return [grid.T.ravel()]
+            return [_rows(grid.T)]
         case "zigzag":
             return [_zigzag(grid)]
         case "sweep8" | "zigzag8" | "jpeg8":
-            path: Callable[[np.ndarray], np.ndarray] = {"sweep8": np.ravel, "zigzag8": _zigzag, "jpeg8": _diagonals}[name]
+            path = {"sweep8": _rows, "zigzag8": _zigzag, "jpeg8": _diagonals}[name]
             corners = (grid, grid[:, ::-1], grid[::-1], grid[::-1, ::-1])
             return [path(each) for corner in corners for each in (corner, corner.T)]
         case "hilbert":
@@ -70,6 +69,10 @@ def _paths(name: str, grid: np.ndarray) -> list[np.ndarray]:
                 raise UserError(f"order hilbert needs a power of two patches on a side, got {side}: choose zigzag8")
             return [np.argsort(_hilbert(side).ravel())]
     raise AssertionError(name)
+
+
+def _rows(grid: np.ndarray) -> np.ndarray:
+    return grid.ravel()
 
 
 def _zigzag(grid: np.ndarray) -> np.ndarray:
