@@ -56,6 +56,8 @@ memstore device bytes = 4294967296
 bluestore block size = 4294967296
 osd class load list = *
 osd class default list = *
+osd class update on start = false
+osd crush update on start = false
 [client.rgw.a]
 rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw data = {folder}/rgw
