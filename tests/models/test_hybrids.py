@@ -11,6 +11,7 @@ from dis_scale.models.dis.attention import Attention
 from dis_scale.models.dis.network import DiS
 from dis_scale.models.dis.s6 import Mixer
 from dis_scale.models.dis.settings import Dis, head_size
+from dis_scale.models.dis.ssd import SsdMixer
 from dis_scale.models.tokens import axial_angles
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, reading
@@ -70,9 +71,16 @@ def test_scores_know_the_distance_of_two_patches_alone() -> None:
 
 
 @pytest.mark.parametrize(("every", "where"), [(None, []), (6, []), (5, [4]), (2, [1, 3]), (1, [0, 1, 2, 3, 4])])
-def test_attention_stands_in_every_kth_block(every: int | None, where: list[int]) -> None:
-    model = dis(every)
-    assert [i for i, block in enumerate(model.blocks) if not isinstance(block.mixer, Mixer)] == where
+@pytest.mark.parametrize("mixer", ["s6", "ssd"])
+def test_attention_stands_in_every_kth_block(mixer: Literal["s6", "ssd"], every: int | None, where: list[int]) -> None:
+    if (mixer, every) == ("ssd", 1):
+        return  # refused: no scan is left
+    model = dis(every, mixer)
+    assert [i for i, block in enumerate(model.blocks) if isinstance(block.mixer, Attention)] == where
+    assert sum(isinstance(block.mixer, Mixer if mixer == "s6" else SsdMixer) for block in model.blocks) == 5 - len(where)
+    x, t, y = torch.randn(2, 2, 4, 4), torch.tensor([3.0, 900.0]), torch.tensor([1, 10])
+    model(x, t, y).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("mixer", ["s6", "ssd"])
@@ -80,7 +88,7 @@ def test_more_blocks_than_there_are_change_no_bit(mixer: Literal["s6", "ssd"]) -
     x, t, y = torch.randn(2, 2, 4, 4), torch.tensor([3.0, 900.0]), torch.tensor([1, 10])
     assert dis(6, mixer).state_dict().keys() == dis(None, mixer).state_dict().keys()
     assert torch.equal(dis(6, mixer)(x, t, y), dis(None, mixer)(x, t, y))
-    assert [dis(every).settings.curve for every in (6, 5)] == ["dis", "dis + attention 5"]
+    assert [dis(every).settings.curve for every in (6, 5)] == ["dis", "dis + attention every 5"]
 
 
 def test_the_cost_of_attention_is_counted() -> None:

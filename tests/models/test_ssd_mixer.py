@@ -18,12 +18,12 @@ from dis_scale.scan.selftest import Case
 from tests.conftest import TINY
 from tests.support.prices import price_of
 
-E, N, H = 32, 8, 1
+D, E, N, H, P = 64, 128, 8, 2, 64
 
 
 def mixer(**options: Any) -> SsdMixer:
     torch.manual_seed(0)
-    settings = Dis(kind="dis", mixer="ssd", width=16, depth=2, patch=2, state_size=N, **options)
+    settings = Dis(kind="dis", mixer="ssd", width=D, depth=2, patch=2, state_size=N, **options)
     made = SsdMixer(settings, "chunked").double()
     with torch.no_grad():
         made.norm.uniform_(0.5, 2)
@@ -37,14 +37,22 @@ def convolved(x_BLX: Tensor, rows_XE: Tensor, before: int, after: int) -> Tensor
     return F.silu(F.conv1d(padded, weight[:, None], bias, groups=len(bias))).transpose(1, 2)
 
 
-def one_way(x_BLE: Tensor, step_BL1: Tensor, A: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
-    """Mamba-2's recurrence of one head: S = a S + step B x, and y = C S (arXiv 2405.21060, equation 2)."""
-    S, ys = x_BLE.new_zeros(len(x_BLE), N, E), []
-    for i in range(x_BLE.shape[1]):
-        S = (step_BL1[:, i] * A).exp()[..., None] * S
-        S = S + step_BL1[:, i, :, None] * B_BLN[:, i, :, None] * x_BLE[:, i, None]
-        ys.append((C_BLN[:, i, :, None] * S).sum(1))
-    return torch.stack(ys, 1)
+def each_head(value_H: Tensor, x_BLE: Tensor) -> Tensor:
+    """Multiply the channels of each head by its number, one for all tokens or for each."""
+    return value_H.repeat_interleave(P, -1) * x_BLE
+
+
+def one_way(x_BLE: Tensor, step_BLH: Tensor, A_H: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
+    """Mamba-2's recurrence, one head after the other: S = a S + step B x, and y = C S (arXiv 2405.21060, equation 2)."""
+    heads = []
+    for x_BLP, step_BL, A in zip(x_BLE.split(P, -1), step_BLH.unbind(-1), A_H, strict=True):
+        S, ys = x_BLE.new_zeros(len(x_BLE), N, P), []
+        for i in range(x_BLE.shape[1]):
+            step = step_BL[:, i, None, None]
+            S = (step * A).exp() * S + step * B_BLN[:, i, :, None] * x_BLP[:, i, None]
+            ys.append((C_BLN[:, i, :, None] * S).sum(1))
+        heads.append(torch.stack(ys, 1))
+    return torch.cat(heads, -1)
 
 
 def finished(made: SsdMixer, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
@@ -52,39 +60,42 @@ def finished(made: SsdMixer, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
     return gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt() * made.norm @ made.out_proj.T
 
 
-def sizes(made: SsdMixer, h_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, B and C; z; the steps; and A."""
-    mixed, z, raw = (h_BLD @ made.in_proj.T).split([4 * N + E, E, 2], dim=-1)
-    return mixed, z, F.softplus(raw + made.dt_bias), -made.A_log.exp()
+def inputs(made: SsdMixer, h_BLD: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """x, B and C; z; the steps and A of each direction."""
+    mixed, z, raw = (h_BLD @ made.in_proj.T).split([2 * made.ways * N + E, E, made.ways * H], dim=-1)
+    return mixed, z, F.softplus(raw + made.dt_bias).split(H, -1), (-made.A_log.exp()).split(H)
 
 
 def by_sum(made: SsdMixer, h_BLD: Tensor) -> Tensor:
-    mixed, z, step, A = sizes(made, h_BLD)
+    mixed, z, steps, A = inputs(made, h_BLD)
     B, C, x = convolved(mixed[..., : 2 * N + E], made.conv[0], 3, 0).split([N, N, E], -1)
-    y = one_way(x, step[..., :1], A[0], B, C) + made.D[0] * x
-    turned = mixed[..., 2 * N :].flip(1)
-    x, B, C = convolved(turned, made.conv[1], 3, 0).split([E, N, N], -1)
-    y = y + (one_way(x, step[..., 1:].flip(1), A[1], B, C) + made.D[1] * x).flip(1)
+    y = one_way(x, steps[0], A[0], B, C) + each_head(made.D[:H], x)
+    if made.ways == 2:
+        x, B, C = convolved(mixed[..., 2 * N :].flip(1), made.conv[1], 3, 0).split([E, N, N], -1)
+        y = y + (one_way(x, steps[1].flip(1), A[1], B, C) + each_head(made.D[H:], x)).flip(1)
     return finished(made, y, z)
 
 
 def by_hydra(made: SsdMixer, h_BLD: Tensor) -> Tensor:
     """shift(SS(x)) + flip(shift(SS(flip x))) + (W x + D) x (arXiv 2407.09941, equation 8)."""
-    mixed, z, step, A = sizes(made, h_BLD)
-    Bf, Cf, x, Bb, Cb = convolved(mixed, made.conv[0], 3, 3).split([N, N, E, N, N], -1)
+    mixed, z, steps, A = inputs(made, h_BLD)
+    Bf, Cf, x, *back = convolved(mixed, made.conv[0], *((3, 3) if made.ahead else (6, 0))).split(made.mixed, -1)
     assert made.own_proj is not None
-    y = (x @ made.own_proj.T + made.D) * x
-    for i, (B, C) in enumerate(((Bf, Cf), (Bb, Cb))):
-        turned = [t.flip(1) if i else t for t in (x, step[..., i : i + 1], B, C)]
+    y = each_head(x @ made.own_proj.T + made.D, x)
+    for i, (B, C) in enumerate([(Bf, Cf), tuple(back)][: made.ways]):
+        turned = [t.flip(1) if i else t for t in (x, steps[i], B, C)]
         shifted = F.pad(one_way(turned[0], turned[1], A[i], *turned[2:])[:, :-1], (0, 0, 1, 0))
         y = y + (shifted.flip(1) if i else shifted)
     return finished(made, y, z)
 
 
+@pytest.mark.parametrize("directions", [2, 1, "alternate"])
 @pytest.mark.parametrize(("combine", "definition"), [("sum", by_sum), ("hydra", by_hydra)])
-def test_a_mixer_is_that_of_its_definition_with_its_gradients(combine: str, definition: object) -> None:
-    made = mixer(combine=combine)
-    h = torch.randn(2, 11, 16, dtype=torch.float64, requires_grad=True)
+def test_a_mixer_is_that_of_its_definition_with_its_gradients(combine: str, definition: object, directions: object) -> None:
+    """Of two heads. A direction that alternates may look ahead by its convolution."""
+    made = mixer(combine=combine, directions=directions)
+    assert made.ahead == (0 if directions == 1 else 3)
+    h = torch.randn(2, 11, D, dtype=torch.float64, requires_grad=True)
     ours, theirs = made(h), definition(made, h)  # type: ignore[operator]
     assert torch.allclose(ours, theirs, atol=1e-12)
     weights = torch.randn_like(ours)
@@ -95,7 +106,7 @@ def test_a_mixer_is_that_of_its_definition_with_its_gradients(combine: str, defi
 @pytest.mark.parametrize("combine", ["sum", "hydra"])
 def test_one_direction_sees_no_later_token(combine: str) -> None:
     """Hydra's convolution is not centred then."""
-    made, h = mixer(combine=combine, directions=1), torch.randn(1, 12, 16, dtype=torch.float64)
+    made, h = mixer(combine=combine, directions=1), torch.randn(1, 12, D, dtype=torch.float64)
     changed = h.clone()
     changed[:, 8:] += 1
     same = (made(h) == made(changed)).all(-1)[0]
@@ -113,10 +124,12 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     for option, message in {
         "width: 17": "mixer ssd needs an even width, got 17",
         "width: 62": "width 62 gives heads of 4 channels, expected at least 16",
-        "width: 16, init: official": "init: official is of the mixer s6",
+        "width: 16, init: official": "init: official is of the mixer s6 in two directions, got mixer: ssd, directions: 2",
+        "width: 16, mixer: s6, directions: 1, init: official": "got mixer: s6, directions: 1: leave it out",
         "width: 16, spectrum: tied": "spectrum: tied is of the mixer s6",
         "width: 16, order: [column, column]": r"order: column in each block is \[column\]",
-        "width: 16, attention_every: 1": "attention_every: 1 leaves no scan: leave mixer, order, spectrum and directions out",
+        "width: 16, attention_every: 1": "attention_every: 1 leaves no scan: leave mixer, state_size, order, spectrum, directions",
+        "width: 16, mixer: s6, attention_every: 1, state_size: 8": "attention_every: 1 leaves no scan",
         "width: 16, mixer: s6, combine: hydra": "combine: hydra is of the mixer ssd, got mixer: s6",
     }.items():
         with pytest.raises(UserError, match=message):

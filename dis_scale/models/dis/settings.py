@@ -84,23 +84,25 @@ class Dis(FamilySettings):
             )
         if self.mixer == "s6" and self.combine != "sum":
             raise ValueError(f"combine: {self.combine} is of the mixer ssd, got mixer: s6: set mixer: ssd")
-        if self.mixer == "ssd" and self.init == "official":
-            raise ValueError("init: official is of the mixer s6, got mixer: ssd: leave it out")
+        if self.init == "official" and (self.mixer, self.directions) != ("s6", 2):
+            raise ValueError(
+                "init: official is of the mixer s6 in two directions, "
+                f"got mixer: {self.mixer}, directions: {self.directions}: leave it out"
+            )
         if self.mixer == "ssd" and self.spectrum == "tied":
             raise ValueError("spectrum: tied is of the mixer s6, whose channels have many rates, got mixer: ssd: leave it out")
         if len(self.order) > 1 and len(set(self.order)) == 1:
             raise ValueError(f"order: {self.order[0]} in each block is [{self.order[0]}]")
-        if self.attention_every == 1 and (self.mixer, self.order, self.spectrum, self.directions) != (
-            "s6", ("raster",), "free", 2,
-        ):  # fmt: skip
-            raise ValueError("attention_every: 1 leaves no scan: leave mixer, order, spectrum and directions out")
+        of_scans = self.mixer, self.state_size, self.order, self.spectrum, self.directions, self.init
+        if self.attention_every == 1 and of_scans != ("s6", 16, ("raster",), "free", 2, "ours"):
+            raise ValueError("attention_every: 1 leaves no scan: leave mixer, state_size, order, spectrum, directions and init out")
         return self
 
     def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:
         """Rates transfer between attentions whose heads have one size, and nobody knows how they do with `ssd`."""
         del others
         if self.mixer == "ssd":
-            return "how rates of the mixer ssd follow from a width is not known: set train.learning_rate for each model"
+            return "how rates of the mixer ssd follow from a width is not known: give base_width to the other models only"
         if not self._attends:
             return None
         ours, base = head_size(self.width), head_size(base_width) if base_width % 4 == 0 else 0
@@ -110,10 +112,10 @@ class Dis(FamilySettings):
 
     @property
     def curve(self) -> str:
-        """Other mixers, attention, orders and directions: `dis + ssd hydra`, `dis + attention 4`, `dis + raster column`."""
+        """Other mixers, attention, orders and directions: `dis + ssd hydra`, `dis + attention every 4`, `dis + raster column`."""
         options = [f"ssd {self.combine}"] if self.mixer == "ssd" else []
         if self._attends:
-            options.append(f"attention {self.attention_every}")
+            options.append(f"attention every {self.attention_every}")
         options += [" ".join(self.order)] if self.order != PUBLISHED["order"] else []
         options += ["tied"] if self.spectrum == "tied" else []
         options += [f"directions {self.directions}"] if self.directions != 2 else []
