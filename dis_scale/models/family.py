@@ -58,8 +58,6 @@ class Family:
     """matplotlib's style of its lines."""
     scans: frozenset[str] = frozenset()
     """Values of `train.scan` under which it runs the backend that they select."""
-    transfers: bool = False
-    """Whether theory covers the transfer of its learning rates over widths."""
     thop_gflops: Callable[[Any, LatentShape, int | None], float | None] = lambda *_: None
     """Returns Gflops as the DiS paper counts them for settings, latent shape and number of classes: thop x 2, which leaves out the
     mixers. Of any size, also of those that the paper has not; None for a family that is not counted so."""

@@ -44,6 +44,11 @@ class FamilySettings(Settings):
         return None
 
     @property
+    def transfers(self) -> bool:
+        """Whether theory covers the transfer of its learning rates over widths."""
+        return False
+
+    @property
     def heads_in_file(self) -> int | None:
         """Heads of a public file of these settings, which its weights do not determine."""
         return None

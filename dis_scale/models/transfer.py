@@ -4,7 +4,8 @@ A rate that is best at `train.base_width` stays near the best at other widths. O
 change: the network computes what it computes without it, so its weights need no further setting. Depth, batch and length of
 training are not covered.
 
-DiT: as in Zheng et al. (arXiv 2505.15270): fixed size of a head, modulations as products within the width.
+DiT: as in Zheng et al. (arXiv 2505.15270): fixed size of a head, modulations as products within the width. Theirs has no modern
+parts, with which it is experimental.
 
 DiS (S6) and DiffuSSM (S4D) are experimental. Each channel of a scan is a function of that channel's input, step and rates, and in
 S6 of 2 N averages over the width, B and C, whose number does not grow with it. So B and C start and learn as outputs, the step's
@@ -17,7 +18,7 @@ nor compared. `mixer: ssd` is refused. benchmarks/results/training.md has the ou
 import torch
 from torch import Tensor
 
-from dis_scale.models import construct, families
+from dis_scale.models import construct
 from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
 
@@ -59,7 +60,7 @@ def adam_eps(settings: FamilySettings, base_width: int | None) -> float:
 
 def words(settings: FamilySettings, base_width: int) -> str:
     """Return the factor of the rates in a line, and whether it is experimental."""
-    experimental = "" if families.find(settings.kind).transfers else f", experimental for {settings.kind}"
+    experimental = "" if settings.transfers else f", experimental for {settings.curve}"
     factor = base_width / settings.width
     return f"learning rate of sums over the width x {factor:.4g} (width {settings.width}, base_width {base_width}{experimental})"
 

@@ -84,6 +84,34 @@ def test_a_block_is_that_of_its_definition_with_its_gradients(modern: tuple[Part
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * max(1.0, b.abs().max().item()))
 
 
+def test_a_model_hands_its_blocks_what_they_need_and_ends_by_its_norm() -> None:
+    """Patches and their table, blocks that turn by row and column, and the last norm with weights."""
+    torch.manual_seed(1)
+    settings = Dit(kind="dit", width=D, depth=2, heads=HEADS, patch=1, modern=MODERN)
+    model = build(settings, LatentShape(2, SIDE), 10).double()
+    assert isinstance(model, DiT)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    image, t, label = torch.randn(2, 2, SIDE, SIDE, dtype=torch.float64), torch.tensor([3.0, 900.0]).double(), torch.tensor([1, 10])
+    c = model.condition(t, label)
+    x = image.flatten(2).transpose(1, 2) @ model.patches.weight.T + model.patches.bias + model.get_buffer("position")
+    for each in model.blocks:
+        assert isinstance(each, DiTBlock)
+        x = by_definition(each, MODERN, x, c)
+    shift, scale = (functional.silu(c) @ model.modulation.weight.T + model.modulation.bias)[:, None].split(D, -1)
+    out = (normal(x, True, 1e-6) * model.get_parameter("norm") * (1 + scale) + shift) @ model.final.weight.T + model.final.bias
+    assert torch.allclose(model(image, t, label), out.transpose(1, 2).unflatten(2, (SIDE, SIDE)), rtol=1e-6, atol=1e-6)
+
+
+def test_parts_in_another_order_are_the_same_network() -> None:
+    one, other = (
+        reading.load(TINY, [f"models={{a: {{kind: dit, width: 16, depth: 2, heads: 2, patch: 2, modern: [{parts}]}}}}"]).models["a"]
+        for parts in ("rotary, qk_norm", "qk_norm, rotary")
+    )
+    assert one == other
+
+
 def test_without_parts_a_block_is_as_before_them_to_the_bit() -> None:
     """The operations of the block that had no parts, in their order."""
     made = block().float()

@@ -32,6 +32,5 @@ FAMILY = Family(
     },
     marker="s",
     line="--",
-    transfers=True,
     public=_public,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dis_scale.models.settings import FamilySettings
 from dis_scale.process.settings import Count
@@ -35,6 +35,12 @@ class Dit(FamilySettings):
     """Parts of later models, as in LightningDiT: `rms_norm` with weights, `qk_norm` of queries and keys, `rotary` positions of rows
     and columns besides the table, `swiglu` in the MLP, and blocks with `no_shift`."""
 
+    @field_validator("modern")
+    @classmethod
+    def _in_one_order(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """Whose parts are named in another order is the same network."""
+        return tuple(sorted(parts, key=MODERN.index))
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
@@ -52,6 +58,10 @@ class Dit(FamilySettings):
         """`dit + modern` with all parts, else with the parts' names."""
         parts = "modern" if set(self.modern) == set(MODERN) else " ".join(sorted(self.modern))
         return " + ".join([self.kind, parts] if parts else [self.kind])
+
+    @property
+    def transfers(self) -> bool:
+        return not self.modern
 
     @property
     def head_size(self) -> int:
