@@ -6,9 +6,9 @@ instructions and the programs of the busiest multiprocessor; the convolution by 
 that they read and write at 4.8 TB/s, counted on tensors without memory. The MFU is of the whole model, with these times for its
 blocks.
 
-State-space duality, of the presets DiS2: its launches, with those of the norm behind its gate, are compiled ahead, and each takes
-the longest of its instructions, its products at 790 TFLOP/s, and its bytes. Last, the sum of two directions, and fewer images
-with more tokens.
+State-space duality, of the presets DiS2: its launches, with those of Hydra's convolution and of the norm behind its gate, are
+compiled ahead, and each takes the longest of its instructions, its products at 790 TFLOP/s, and its bytes. Last, the sum of two
+directions, whose convolutions count as S6's, and fewer images with more tokens.
 
 The presets DiT+, and DiT-L/2 beside them: a block's attention counts as products, of 3.5 forward passes in both.
 
@@ -63,12 +63,13 @@ CONV_KERNELS = 3
 
 
 class Work(NamedTuple):
-    """A block's operations, without scan and convolution; and the launches of state-space duality."""
+    """A block's operations, without scan and convolution; and the launches of state-space duality and of its convolution."""
 
     launches: int
     products_s: float
     bytes: float
     scan: list["Least"]
+    conv: list["Least"]
 
 
 class Products(Counts):
@@ -94,12 +95,14 @@ class Least(NamedTuple):
 
 
 def least(launch: Launch, arguments: tuple[Any, ...], program: Any) -> Least:
-    """Count a launch: a loop in its kernel is over the heads of a program, over chunks, or over the norm's rows.
+    """Count a launch: a loop in its kernel is over the heads of a program, over chunks, over a segment, or over the norm's rows.
 
     Each tensor moves once. A group of four warps shares a product's instruction.
     """
-    numbers, groups = launch.numbers, math.prod(launch.grid) * launch.numbers["num_warps"] / WARPS
+    numbers, groups = launch.numbers, math.prod(launch.grid) * launch.numbers.get("num_warps", WARPS) / WARPS
     rounds = numbers.get("HEADS") or numbers.get("K") or numbers.get("ROWS", 1)
+    if "SEGMENT" in numbers:
+        rounds = -(-numbers["SEGMENT"] // numbers["ROWS"])
     times = [(op, rounds if depth else 1) for op, depth in code(program)]
     issued = WARPS * groups * sum(count for _, count in times)
     flops = groups * sum(count for op, count in times if op == "HGMMA")
@@ -150,9 +153,11 @@ def operations(settings: Dis, *, skip: bool, images: int, T: int, orders: Orders
             torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
     named = [(launch.kernel.fn.__name__, launch, arguments, program) for launch, arguments, program in launched]
     moved = sum(moved_bytes(arguments) for name, _, arguments, _ in named if name.startswith("added_norm"))
+    hydra = (settings.mixer, settings.combine) == ("ssd", "hydra")
     scan = [least(*each) for name, *each in named if name.startswith(("ssd_", "gated_norm"))]
+    conv_ = [least(*each) for name, *each in named if hydra and "conv" in name]
     replaced = CONV_KERNELS * settings.ways if (settings.mixer, settings.combine) == ("ssd", "sum") else 0
-    return Work(counts.launches + len(launched) + replaced, counts.seconds, counts.bytes + moved, scan)
+    return Work(counts.launches + len(launched) + replaced, counts.seconds, counts.bytes + moved, scan, conv_)
 
 
 def tokens(settings: Dis, size: int) -> int:
@@ -169,11 +174,8 @@ def scan_ns(fill: Filling, images: int, channels: int, length: int) -> float:
 
 
 def conv_ns(settings: Dis) -> float:
-    """Per token. Hydra's convolution has 7 taps instead of 4, and one direction."""
-    E, N = s6.inner_width(settings.width), settings.state_size
-    if settings.mixer == "s6":
-        return CONV_NS * E
-    return CONV_NS * (7 / 8 * (E + 4 * N) if settings.combine == "hydra" else E + 2 * N)
+    """Per token, of two directions with 4 taps each."""
+    return CONV_NS * (s6.inner_width(settings.width) + (2 * settings.state_size if settings.mixer == "ssd" else 0))
 
 
 def row(name: str, settings: Dis, images: int, size: int) -> None:
@@ -187,7 +189,8 @@ def row(name: str, settings: Dis, images: int, size: int) -> None:
     else:
         fill = filling(programs, settings.state_size, 2, SMS)
         ns, waved = scan_ns(fill, images, E, length), (waves(programs), waves(programs * fill.backward))
-    times = 1e9 * products_s / count, ns, conv_ns(settings), 1e9 * moved / BYTES_PER_S / count
+    conv = 1e9 * sum(map(max, both[0].conv)) / count or conv_ns(settings)
+    times = 1e9 * products_s / count, ns, conv, 1e9 * moved / BYTES_PER_S / count
     seconds = 1e-9 * sum(times) * length * (settings.depth + 1)
     cost = price_model(settings, shape, CLASSES)
     mfu = cost.training_flops(images) / seconds / PEAK
