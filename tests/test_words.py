@@ -268,5 +268,15 @@ def test_each_recipe_states_its_own_price() -> None:
     assert {path.stem: rows for path in PRICED if (rows := unpriced(path))} == {}
 
 
+@pytest.mark.parametrize("name", ["digits-hybrids", "digits-tokens"])
+def test_a_study_gives_each_model_the_same_multiply_adds(name: str) -> None:
+    """As nearly as whole batches allow."""
+    recipe = reading.load(ROOT / "configs" / f"{name}.yaml")
+    priced = price_sweep(recipe, LatentShape(3, recipe.data.resolution))
+    flops = {model: priced.own_flops(model) for model in priced.costs}
+    mean = sum(flops.values()) / len(flops)
+    assert {model: share for model, each in flops.items() if abs((share := each / mean) - 1) > 0.015} == {}
+
+
 def test_no_file_names_a_path_of_one_machine() -> None:
     assert {str(p.relative_to(ROOT)): found for p in FILES if (found := MACHINE_PATHS.findall(p.read_bytes()))} == {}
