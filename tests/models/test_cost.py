@@ -90,6 +90,7 @@ SETTINGS: dict[str, FamilySettings] = {
     "diffussm": DiffuSsm(kind="diffussm", width=64, depth=4),
     "diffussm-4": DiffuSsm(kind="diffussm", width=64, depth=4, hourglass=4),
     "hybrid": Dis(kind="dis", width=64, depth=4, patch=2, attention_every=2),
+    "hybrid with hydra": Dis(kind="dis", width=64, depth=4, patch=2, attention_every=2, mixer="ssd", combine="hydra"),
     "dis without skips": Dis(kind="dis", width=64, depth=4, patch=2, skip="none"),
     "dis with added skips": Dis(kind="dis", width=64, depth=4, patch=2, skip="add", position="none"),
     "dis in one direction": Dis(kind="dis", width=64, depth=4, patch=2, directions=1),
