@@ -1,5 +1,6 @@
 """Price of a sweep before it starts: counts and arithmetic, nothing measured."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,17 +49,14 @@ class Plan:
         """FLOPs of the samples of one evaluation, by default under the main settings: guidance adds a pass, its own or that
         of the model that guides, and some samplers evaluate the model twice a step."""
         settings = settings or self.recipe.evaluate
-        guided = float(settings.scale != 1)
-        if guided and settings.guidance_interval:
-            low, high = settings.guidance_interval
-            times_K = diffusion.build(self.recipe.diffusion, self.shape).times(settings.steps)
-            if settings.sampler in TWO_PASS_SAMPLERS:  # the second pass is at the step's end
-                times_K = np.concatenate([times_K, times_K[1:], [0.0]])
-            guided = float(((low <= times_K) & (times_K <= high)).mean())
+        times_K = diffusion.build(self.recipe.diffusion, self.shape).times(settings.steps)
+        if settings.sampler in TWO_PASS_SAMPLERS:  # the second pass is at the step's end, where an image has no velocity at 0
+            ends = [] if self.recipe.diffusion.kind == "flow" and self.recipe.diffusion.predicts == "image" else [0.0]
+            times_K = np.concatenate([times_K, times_K[1:], ends])
+        low, high = settings.guidance_interval or (-math.inf, math.inf)
+        guided = ((low <= times_K) & (times_K <= high)).sum() if settings.scale != 1 else 0
         guide = self.costs[settings.guide.by if settings.guide else model].gmacs_forward
-        gmacs = self.costs[model].gmacs_forward + guided * guide
-        passes = 2 if settings.sampler in TWO_PASS_SAMPLERS else 1
-        return 2e9 * gmacs * passes * settings.steps * settings.samples
+        return 2e9 * float(len(times_K) * self.costs[model].gmacs_forward + guided * guide) * settings.samples
 
     def evaluation_s(self, model: str, fleet: Fleet) -> float:
         """Seconds of one GPU for the samples of all evaluations of a model."""

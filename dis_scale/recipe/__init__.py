@@ -266,7 +266,10 @@ class Recipe(Settings):
         if scale == 1 or (self.data.num_classes is not None and self.train.label_dropout > 0):
             return None
         if self.data.num_classes is None:
-            return f"got {scale:g}, expected 1: data.num_classes is none, and guidance needs labels: set it to 1"
+            return (
+                f"got {scale:g}, expected 1: data.num_classes is none, and guidance needs labels, or a model that guides: "
+                "set it to 1, or to {by: MODEL, images: COUNT, scale: 2}"
+            )
         return (
             f"got {scale:g}, expected 1: train.label_dropout is 0, so no model learns to do without labels: set it to 1, or "
             "train.label_dropout to 0.1"
@@ -274,6 +277,8 @@ class Recipe(Settings):
 
     def _guide_refusal(self, guide: Autoguidance) -> str | None:
         if guide.by not in self.models:
+            if self.uncounted:
+                return None  # maybe a branch of a study, which is checked when they are written out
             return f"no model {guide.by!r}{nearest(guide.by, self.models)}: expected one of {', '.join(self.models)}"
         if not (counts := self.train_of(guide.by).publish_images):
             return f"{guide.by} is a size of a study and publishes nothing: expected one of its branches"

@@ -93,7 +93,7 @@ class Autoguidance(Settings):
 
     by: str
     """Name of the model that guides."""
-    images: Count
+    images: Annotated[int, Field(ge=0)]
     """A count at which it is published."""
     scale: float = Field(ge=0)
     """1 is without."""
@@ -255,7 +255,7 @@ class Evaluate(Sampling):
         if taken := [name for name in self.variants if name in TAKEN or ("." in name and name.rpartition(".")[2] in FILES)]:
             raise ValueError(f"variants.{taken[0]}: the name is taken by something else of an evaluation: choose another")
         first = dict[tuple[Any, ...], str]()
-        unguided = {"guidance_interval": None, "guidance_channels": None}
+        unguided = {"guidance": 1.0, "guidance_interval": None, "guidance_channels": None}
         for name, settings in self.samplings.items():
             facts = {field: getattr(settings, field) for field in Variant.model_fields} | (unguided if settings.scale == 1 else {})
             how = tuple(facts.values())

@@ -86,6 +86,8 @@ class OpenCheckpoint:
             raise UserError(f"guidance: got {guidance!r}, expected a number from 0 on")
         changes = {"sampler": sampler, "steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
         sampling = self.sampling.model_copy(update={name: value for name, value in changes.items() if value is not None})
+        if self.guide_at is not None and guidance is None and sampling.scale == 1:
+            raise UserError("guide: at guidance 1 nothing guides: set guidance, such as 2")
         if self.guide_at is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")
         return sampling
@@ -133,7 +135,7 @@ def open_for_sampling(
         notes += _averages(sweep)
     elif facts:
         sampling = facts.sampling
-    if sampling.guide and sweep and guide_at is None:
+    if sampling.guide and sampling.scale != 1 and sweep and guide_at is None:
         guide_at = sweep.run(sampling.guide.by).published_at(sampling.guide.images).url
     if sampling.guide and guide_at is None:
         notes.append(

@@ -49,6 +49,16 @@ def test_a_written_out_study_is_read_back_and_stays_as_it_is() -> None:
     assert isoflop.written_out(stored, SHAPE) == stored == recipe
 
 
+def test_a_branch_of_a_study_may_guide() -> None:
+    """It is not there before the study is written out, and then its count is checked."""
+    name = next(name for name in written_out().recipe.models if name.startswith("dis-at-"))
+    count = written_out().recipe.train_of(name).images
+    guided = written_out(f"evaluate.guidance={{by: {name}, images: {count}, scale: 2}}").recipe
+    assert guided.evaluate.guide is not None
+    with pytest.raises(UserError, match=f"evaluate.guidance: {name} is not published at 7 images: expected {count:,}"):
+        written_out(f"evaluate.guidance={{by: {name}, images: 7, scale: 2}}")
+
+
 def test_a_branch_keeps_its_budget_and_a_fork_has_none() -> None:
     """Whatever a later version counts as operations; and a fork's training is another."""
     recipe = written_out().recipe

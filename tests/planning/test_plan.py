@@ -43,6 +43,7 @@ class Counting:
         ("{kind: flow}", "euler"),
         ("{kind: flow}", "heun"),
         ("{kind: flow, shift: 3}", "euler"),
+        ("{kind: flow, predicts: image}", "heun"),
         ("{kind: gaussian, steps: 100, betas: cosine}", "ddim"),
     ],
 )
@@ -56,6 +57,12 @@ def test_guidance_costs_a_pass_of_each_step_that_it_guides(process: str, sampler
     sample(guided(model, label, recipe.evaluate), diffusion.build(recipe.diffusion, SHAPE), sampler, 20, noise)
     of_one_image = 2e9 * plan.costs["dit"].gmacs_forward * recipe.evaluate.samples
     assert plan.sampling_flops("dit") == pytest.approx(model.images * of_one_image)
+
+
+def test_a_model_that_guides_costs_its_own_pass() -> None:
+    plan = price_sweep(reading.load(TINY, ["evaluate.guidance={by: dis, images: 0, scale: 2}", "evaluate.steps=20"]), SHAPE)
+    each = plan.costs["dit"].gmacs_forward + plan.costs["dis"].gmacs_forward
+    assert plan.sampling_flops("dit") == pytest.approx(2e9 * each * 20 * plan.recipe.evaluate.samples)
 
 
 @pytest.mark.parametrize(

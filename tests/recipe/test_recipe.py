@@ -153,6 +153,10 @@ def test_a_cooldown_begins_at_a_complete_step_also_if_its_share_is_rounded() -> 
         ("evaluate.variants={metrics.json: {steps: 7}}", "variants.metrics.json: the name is taken by something else"),
         ("evaluate.variants={main: {steps: 7}}", "variants.main: the name is taken by something else"),
         ("evaluate.variants={few: {}}", "variants.few: it samples as the main settings"),
+        (
+            "evaluate.variants={a: {guidance: 1, steps: 7}, b: {guidance: {by: dit, images: 160, scale: 1}, steps: 7}}",
+            "variants.b: it samples as a, and would cost the same again",
+        ),
         ("evaluate.variants={a: {steps: 7}, b: {steps: 7}}", "variants.b: it samples as a, and would cost the same again"),
         ("data.source={kind: folder, url: ~no-such-user/x}", "data.source.url: ~no-such-user/x: "),
         ("vae={kind: trained, learning_rate: 0}", "vae.learning_rate: got 0, expected: greater than 0"),
@@ -364,7 +368,8 @@ def test_longer_training_is_refused_if_the_schedule_has_an_end() -> None:
         (["evaluate.guidance=-1"], "evaluate.guidance"),
         (
             [*UNCONDITIONAL, "evaluate.guidance=2"],
-            "evaluate.guidance: got 2, expected 1: data.num_classes is none, and guidance needs labels: set it to 1",
+            "evaluate.guidance: got 2, expected 1: data.num_classes is none, and guidance needs labels, or a model that guides: "
+            "set it to 1, or to {by: MODEL, images: COUNT, scale: 2}",
         ),
     ],
 )
