@@ -93,6 +93,9 @@ SETTINGS: dict[str, FamilySettings] = {
     "hybrid with hydra": Dis(kind="dis", width=64, depth=4, patch=2, attention_every=2, mixer="ssd", combine="hydra"),
     "dis without skips": Dis(kind="dis", width=64, depth=4, patch=2, skip="none"),
     "dis with added skips": Dis(kind="dis", width=64, depth=4, patch=2, skip="add", position="none"),
+    "dis by turns": Dis(
+        kind="dis", width=64, depth=4, patch=2, order=("raster", "column"), directions="alternate", spectrum="tied"
+    ),
     "dis in one direction": Dis(kind="dis", width=64, depth=4, patch=2, directions=1),
     "dis by norms alone": Dis(kind="dis", width=64, depth=4, patch=2, conditioning="adaln_zero_alone"),
     "ssd": Dis(kind="dis", width=64, depth=4, patch=2, mixer="ssd"),
@@ -183,10 +186,9 @@ def by_formula(settings: FamilySettings, size: int) -> dict[str, float]:
     """Multiply-adds that torch counts as 0: a scan has 4.5 for each channel, state and token, an FFT of n points 1.25 n log2 n."""
     L, D = (size // settings.patch) ** 2, settings.width
     if isinstance(settings, Dis):
-        assert settings.directions != "alternate"
         L += settings.extra_tokens(10)
         mixers = settings.depth + 1 - (settings.depth + 1) // (settings.attention_every or settings.depth + 2)
-        channels = mixers * settings.directions * s6.inner_width(D)
+        channels = mixers * settings.ways * s6.inner_width(D)
         if settings.mixer == "ssd":
             own = 1 if settings.combine == "hydra" else 2
             return {"ssd": (2.5 * settings.state_size + own / 2) * channels * L}

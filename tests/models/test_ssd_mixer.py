@@ -130,6 +130,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         "width: 16, order: [column, column]": r"order: column in each block is \[column\]",
         "width: 16, attention_every: 1": "attention_every: 1 leaves no scan: leave mixer, state_size, order, spectrum, directions",
         "width: 16, mixer: s6, attention_every: 1, state_size: 8": "attention_every: 1 leaves no scan",
+        "width: 16, mixer: s6, order: [zigzag8], directions: alternate": "turns back after 8 blocks with scans, got 3",
         "width: 16, mixer: s6, combine: hydra": "combine: hydra is of the mixer ssd, got mixer: s6",
     }.items():
         with pytest.raises(UserError, match=message):
