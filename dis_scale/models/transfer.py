@@ -11,8 +11,8 @@ DiS (S6) and DiffuSSM (S4D) are experimental. Each channel of a scan is a functi
 S6 of 2 N averages over the width, B and C, whose number does not grow with it. So B and C start and learn as outputs, the step's
 two products lie within the width, and rates, D and biases are vectors. We know of no theorem for this: in the limit B and C start
 at zero, where neither has a gradient before the other has moved. Vankadara et al. (NeurIPS 2024, openreview aQv5AbN1wF) state that
-this parametrisation fails for Mamba as its width grows, and derive another; we had their abstract only, so theirs is neither built
-nor compared. `mixer: ssd` is refused. benchmarks/results/training.md has the outcome.
+maximal-update parametrisation fails for Mamba as its width grows, and derive another; we had their abstract only, so theirs is
+neither built nor compared. `mixer: ssd` is refused. benchmarks/results/training.md has the outcome.
 """
 
 import torch

@@ -33,8 +33,8 @@ class Flow(Settings):
     shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     """Time shift: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024). `auto`: the root of the latents' values over 4,096."""
     predicts: Prediction = "velocity"
-    """What the network's output is. Of patches with more values than the network has channels only `image` can be learned (JiT,
-    arXiv 2511.13720)."""
+    """What the network's output is. Of patches with more values than the network has channels only `image` can be learned, with its
+    own or velocity's loss (JiT, arXiv 2511.13720)."""
     loss: Prediction = "velocity"
     """What the squared error is of; the output is converted to it, with a divisor of at least 0.05."""
 
