@@ -9,7 +9,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -187,7 +187,8 @@ def encode_mixed(
                 except StorageError as error:
                     lost |= dict.fromkeys(due, error)
                 else:
-                    samples |= {sample.position: sample for sample in made if sample.position in due}
+                    # a copy: a view would keep its whole batch
+                    samples |= {x.position: replace(x, moments=x.moments.copy()) for x in made if x.position in due}
             report(done := done + 1, sum(map(len, work)))
         for number, places in group.items():
             there, others = ([n for n in places if (n in samples) is known] for known in (True, False))

@@ -262,6 +262,7 @@ def test_a_mixed_shard_is_repaired_to_the_same_bytes(small: Sweep) -> None:
     setup = Setup(open_source(small.recipe.data, small.store), vae.load(small), small.recipe)
     for shard in encode_mixed(setup, range(10), set(LatentsManifest.require(latents).refused), lambda *_: None):
         assert isinstance(shard, EncodedShard)
+        assert all(sample.moments.base is None for sample in shard.samples), "a view keeps its whole batch"
         assert shards.pack(shard.samples) == latents.read(f"{shard.number:06d}.tar")
         assert shard.refused == list(ShardSidecar.read(latents, f"{shard.number:06d}.json").refused)
 
