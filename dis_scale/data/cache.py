@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import re
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,8 @@ class Cache:
     def __init__(self, folder: Path, bound_bytes: int, say: Callable[[str], None]) -> None:
         self.folder, self.bound_bytes, self._say = folder, bound_bytes, say
         self._disabled = self._said = False
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))  # a mapped file keeps a descriptor: one for each shard
         self._checked: dict[str, tuple[int, int]] = {}
         """Inode and time of the last change of the files whose bytes this process has checked, by sha256."""
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ class Storage:
             return SHARDS[i]
 
         return cache.get(Digest.of(SHARDS[i]), fetch)
+
+
+def test_as_many_files_as_allowed_may_be_mapped(tmp_path: Path) -> None:
+    """Each mapped shard keeps a descriptor, and a shell's usual limit is 1,024: ImageNet has 1,252 shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        Cache(tmp_path, 10**6, print)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def files(at: Path) -> set[str]:
