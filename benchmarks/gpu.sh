@@ -22,6 +22,7 @@ settings | trace | step | smoke | throughput) modules=$part limit=530 ;;
     ;;
 esac
 "$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "error: no GPU here that PyTorch sees")' || exit 1
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # as a job's workers have it
 failed=0
 # shellcheck disable=SC2086
 timeout $limit "$python" -m benchmarks.record "$name" $modules || failed=1

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import dit_counts, kernels, record, rows, throughput, trace
 from benchmarks.bringup import Options
+from pipelines.environment import EXPANDABLE_SEGMENTS
 from tests.support.scans import h200
 
 __all__ = ["h200"]
@@ -192,6 +193,8 @@ def kill_itself(_: int) -> None:
 
 def test_every_part_of_the_bring_up_exists() -> None:
     script = (ROOT / "benchmarks/gpu.sh").read_text()
+    ((variable, value),) = EXPANDABLE_SEGMENTS.items()
+    assert f'export {variable}="${{{variable}:-{value}}}"' in script, "the allocator of a job's workers"
     for name in ["kernels", "scan_gpu", "settings", "trace", "step", "smoke", "throughput"]:
         assert name in script
         assert (ROOT / "benchmarks" / f"{name}.py").exists()
