@@ -153,11 +153,10 @@ def operations(settings: Dis, *, skip: bool, images: int, T: int, orders: Orders
             torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
     named = [(launch.kernel.fn.__name__, launch, arguments, program) for launch, arguments, program in launched]
     moved = sum(moved_bytes(arguments) for name, _, arguments, _ in named if name.startswith("added_norm"))
-    hydra = (settings.mixer, settings.combine) == ("ssd", "hydra")
     scan = [least(*each) for name, *each in named if name.startswith(("ssd_", "gated_norm"))]
-    conv_ = [least(*each) for name, *each in named if hydra and "conv" in name]
+    convolution = [least(*each) for name, *each in named if settings.mixer == "ssd" and "conv" in name]
     replaced = CONV_KERNELS * settings.ways if (settings.mixer, settings.combine) == ("ssd", "sum") else 0
-    return Work(counts.launches + len(launched) + replaced, counts.seconds, counts.bytes + moved, scan, conv_)
+    return Work(counts.launches + len(launched) + replaced, counts.seconds, counts.bytes + moved, scan, convolution)
 
 
 def tokens(settings: Dis, size: int) -> int:

@@ -96,7 +96,7 @@ def sample(
         each_label = pictures.labels_in_turn(opened, chosen, images)
     sampling = opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance, guidance_channels=guidance_channels)
     if guide and sampling.scale == 1:
-        raise UserError("--guide: at guidance 1 nothing guides: set --guidance, such as 2")
+        raise UserError(pictures.NOTHING_GUIDES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     by = opened.guide_at if sampling.scale != 1 else None
     aside(f"sampling {opened.located}: {sampling}{f' by {by}' if by else ''}, fp32 on {machine_name(device)}")

@@ -268,7 +268,7 @@ class Recipe(Settings):
         if self.data.num_classes is None:
             return (
                 f"got {scale:g}, expected 1: data.num_classes is none, and guidance needs labels, or a model that guides: "
-                "set it to 1, or to {by: MODEL, images: COUNT, scale: 2}"
+                "set it to 1"
             )
         return (
             f"got {scale:g}, expected 1: train.label_dropout is 0, so no model learns to do without labels: set it to 1, or "

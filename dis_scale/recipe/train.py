@@ -114,7 +114,7 @@ class Train(Settings):
     """Rate of AdamW after the warm-up."""
     base_width: Count | None = None
     """Width at which the learning rate was found. Rates and initial weights of other widths follow by maximal-update
-    parametrisation (models/transfer.py); experimental for DiS and DiffuSSM. Default: every width as it is."""
+    parametrisation (models/transfer.py); experimental but for a DiT without `modern`. Default: every width as it is."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
     weight_decay: float = Field(0.0, ge=0)

@@ -13,7 +13,7 @@ from dis_scale.models import build, construct, transfer
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.s6 import Mixer, taps_and_bias
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dit.settings import Dit
+from dis_scale.models.dit.settings import MODERN, Dit
 from dis_scale.models.tokens import product
 from dis_scale.recipe import Flow, LatentShape, Train
 from dis_scale.scan import causal_conv_silu
@@ -181,3 +181,6 @@ def test_the_model_says_its_factor(settings: Dit | Dis | DiffuSsm) -> None:
     line = transfer.words(settings, 32)
     assert line.startswith("learning rate of sums over the width x 0.5 (width 64, base_width 32")
     assert ("experimental" in line) == (settings.kind != "dit")
+    if isinstance(settings, Dit):
+        modern = settings.model_copy(update={"modern": MODERN})
+        assert transfer.words(modern, 32).endswith("experimental for dit + modern)")

@@ -38,7 +38,7 @@ class Dit(FamilySettings):
     @field_validator("modern")
     @classmethod
     def _in_one_order(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        """Whose parts are named in another order is the same network."""
+        """Sort the parts: their order changes nothing."""
         return tuple(sorted(parts, key=MODERN.index))
 
     @model_validator(mode="after")
@@ -56,7 +56,7 @@ class Dit(FamilySettings):
     @property
     def curve(self) -> str:
         """`dit + modern` with all parts, else with the parts' names."""
-        parts = "modern" if set(self.modern) == set(MODERN) else " ".join(sorted(self.modern))
+        parts = "modern" if self.modern == MODERN else " ".join(self.modern)
         return " + ".join([self.kind, parts] if parts else [self.kind])
 
     @property
