@@ -100,9 +100,8 @@ def least(launch: Launch, arguments: tuple[Any, ...], program: Any) -> Least:
     Each tensor moves once. A group of four warps shares a product's instruction.
     """
     numbers, groups = launch.numbers, math.prod(launch.grid) * launch.numbers.get("num_warps", WARPS) / WARPS
-    rounds = numbers.get("HEADS") or numbers.get("K") or numbers.get("ROWS", 1)
-    if "SEGMENT" in numbers:
-        rounds = -(-numbers["SEGMENT"] // numbers["ROWS"])
+    rows = numbers.get("ROWS", 1)
+    rounds = numbers.get("HEADS") or numbers.get("K") or -(-numbers.get("SEGMENT", 0) // rows) or rows
     times = [(op, rounds if depth else 1) for op, depth in code(program)]
     issued = WARPS * groups * sum(count for _, count in times)
     flops = groups * sum(count for op, count in times if op == "HGMMA")

@@ -189,7 +189,7 @@ class TrainingRun:
             if times >= (2 if share > 1 else 1):  # passes have one lane
                 raise
             self.short = max(world, self.short[0]), times + 1
-            words = f"{error}; forward passes are smaller from now on, if they have several lanes"
+            words = f"{error}; from now on states of scans are not kept, or passes are smaller, and graphs are off"
             raise WorkerFailure(words, error.done, error.silent_s) from error
         except WorkerFailure as failure:
             if ranks and failure.worker is not None:

@@ -36,7 +36,8 @@ class Watch:
     """A hang: no worker has made progress for this long, or, before the first progress and of work that reports none, for `FIRST`
     times as long. Of independent workers each is watched by itself, and one that hangs is killed."""
     last: float = float("inf")
-    """Progress of all after which they do not hang: they only write, and storage has a patience of its own."""
+    """Progress of all after which they are not watched: they write, and storage has a patience of its own. What they still do
+    together ends by the time limit of their group."""
     stop_early: Callable[[], float | None] = lambda: None
     """Asked once a poll for the seconds that the workers have to save; they are requested to stop when it first returns a number,
     and again when that leaves them less time."""

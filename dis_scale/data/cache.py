@@ -25,6 +25,8 @@ from dis_scale.storage.manifest import Digest
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
 """The cache's own files. Other files in its folder are neither counted nor touched."""
+MOST_FILES = 2**16
+"""Open files of a process with a cache, if the system allows so many."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -49,8 +51,9 @@ class Cache:
     def __init__(self, folder: Path, bound_bytes: int, say: Callable[[str], None]) -> None:
         self.folder, self.bound_bytes, self._say = folder, bound_bytes, say
         self._disabled = self._said = False
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))  # a mapped file keeps a descriptor: one for each shard
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):  # a mapped file keeps a descriptor: one for each shard
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
         self._checked: dict[str, tuple[int, int]] = {}
         """Inode and time of the last change of the files whose bytes this process has checked, by sha256."""
 

@@ -181,7 +181,8 @@ def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
     """NotFinite names the samples that are not finite: as pixels they would be black."""
     bad = [numbers[i] for i in (~latents_BCHW.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()]
     if bad:
-        raise NotFinite(f"samples that are not finite: {len(bad)}, the first number {bad[0]}: did this model's training diverge?")
+        what = f"samples that are not finite: {len(bad)}, the first number {bad[0]}"
+        raise NotFinite(f"{what}: did this model's training diverge, or that of a model that guides it?")
 
 
 def verify_sampling(model: Backbone, settings: Evaluate, device: torch.device) -> None:

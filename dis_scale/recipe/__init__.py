@@ -266,10 +266,7 @@ class Recipe(Settings):
         if scale == 1 or (self.data.num_classes is not None and self.train.label_dropout > 0):
             return None
         if self.data.num_classes is None:
-            return (
-                f"got {scale:g}, expected 1: data.num_classes is none, and guidance needs labels, or a model that guides: "
-                "set it to 1"
-            )
+            return f"got {scale:g}, expected 1: data.num_classes is none: guidance needs labels or a model that guides: set it to 1"
         return (
             f"got {scale:g}, expected 1: train.label_dropout is 0, so no model learns to do without labels: set it to 1, or "
             "train.label_dropout to 0.1"

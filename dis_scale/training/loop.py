@@ -57,6 +57,7 @@ def train_model(attempt: Attempt) -> int:
             inputs = list(islice(batches, len(opened.passes)))
             losses = train_step(state, opened.process, settings, inputs, images_seen)
             images_seen += settings.batch_images
+            attempt.report(images_seen)
 
             # Stop if gradients stay not finite.
             training.skipped += bool(state.skipped)
@@ -86,7 +87,6 @@ def train_model(attempt: Attempt) -> int:
                 training.save(images_seen)
             if publish_due:
                 training.publish(images_seen)
-            attempt.report(images_seen)  # after what all ranks do together: behind the last report only storage is waited for
     end(training, images_seen, agreement)
     return images_seen
 

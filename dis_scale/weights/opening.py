@@ -31,7 +31,7 @@ from dis_scale.vae import Vae
 from dis_scale.weights.checkpoints import Located, class_names, find_checkpoint
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts, trained_for
 
-NOTHING_GUIDES = "--guide: at guidance 1 nothing guides: set --guidance, such as 2"
+NOTHING_GUIDES = "guide: at guidance 1 nothing guides: give a scale of guidance, such as 2"
 BESIDE = "vae"
 """Folder beside a copied file of weights, with the autoencoder of its latents."""
 
@@ -87,7 +87,7 @@ class OpenCheckpoint:
             raise UserError(f"guidance: got {guidance!r}, expected a number from 0 on")
         changes = {"sampler": sampler, "steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
         sampling = self.sampling.model_copy(update={name: value for name, value in changes.items() if value is not None})
-        if self.guide_at is not None and self.sampling.scale == sampling.scale == 1:
+        if self.guide_at is not None and guidance is None and sampling.scale == 1:
             raise UserError(NOTHING_GUIDES)
         if self.guide_at is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")

@@ -80,7 +80,7 @@ def test_pictures_without_labels_pass_all_stages(
     code, output = invoke("sample", published, "--count", "3", "--npz", npz)
     assert (code, np.load(npz)["arr_0"].shape) == (0, (3, 16, 16, 3)), output
     for arguments, words in (
-        (["--guidance", "1.5"], "--guidance: got 1.5, expected 1: data.num_classes is none, and guidance needs labels"),
+        (["--guidance", "1.5"], "--guidance: got 1.5, expected 1: data.num_classes is none: guidance needs labels"),
         (["--classes", "1"], "--classes: the model has no classes: omit it"),
     ):
         code, output = invoke("sample", published, "--out", out, *arguments)

@@ -169,7 +169,7 @@ def test_the_model_that_guides_a_sweep_guides_its_samples(tmp_path: Path) -> Non
     by_path = dis_scale.open_weights(published, guide=other).sample(classes=[1], steps=2, guidance=3)
     assert np.array_equal(np.asarray(by_path[0]), np.asarray(own[0]))
     unguided = published_sweep(str(tmp_path / "unguided"), "evaluate.guidance=1")
-    with pytest.raises(UserError, match="--guide: at guidance 1 nothing guides: set --guidance, such as 2"):
+    with pytest.raises(UserError, match="guide: at guidance 1 nothing guides: give a scale of guidance, such as 2"):
         dis_scale.open_weights(unguided.run("dis").published_at(320).url, guide=other).sample(classes=[1], steps=2)
     code, output = invoke("sample", published, "--guide", other, "--guidance", "1", "--out", f"{tmp_path}/x.png")
     assert (code, "nothing guides" in output) == (2, True), output
