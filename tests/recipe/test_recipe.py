@@ -368,7 +368,8 @@ def test_longer_training_is_refused_if_the_schedule_has_an_end() -> None:
         (["evaluate.guidance=-1"], "evaluate.guidance"),
         (
             [*UNCONDITIONAL, "evaluate.guidance=2"],
-            "got 2, expected 1: data.num_classes is none: guidance needs labels or a model that guides: set it to 1",
+            "evaluate.guidance: got 2, expected 1: data.num_classes is none: guidance needs labels or a model that guides: "
+            "set it to 1",
         ),
     ],
 )
