@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dis_scale.diffusion.flow import FlowMatching
@@ -64,6 +65,12 @@ def sample(
             return _flow(model_fn, process, steps, name, x_T, noise, progress)
         chain = process.respaced(steps) if isinstance(steps, int) else steps
         return _gaussian(model_fn, chain, name, x_T, noise, progress, eta)
+
+
+def pass_times(process: GaussianDiffusion | FlowMatching, name: str, steps: int) -> NDArray[np.floating]:
+    """Return the model's time of each pass of a sampler, those at the steps' ends after the others."""
+    times_K = process.times(steps)
+    return np.array([*times_K, *(end for end in (*times_K[1:], 0.0) if _has_second_pass(process, name, end))])
 
 
 def _no_noise(step: int, shape: Sequence[int]) -> Tensor:
@@ -139,7 +146,7 @@ def _flow(
         v_BCHW = velocity(x_BCHW, now_B)
         if name == "euler_maruyama":
             x_BCHW = _euler_maruyama(x_BCHW, v_BCHW, now, after, noise, step)
-        elif name == "heun" and (after > 0 or process.settings.predicts != "image"):  # at 0 an image has no velocity
+        elif _has_second_pass(process, name, after):
             guess_BCHW = x_BCHW + (after - now) * v_BCHW
             x_BCHW = x_BCHW + (after - now) / 2 * (v_BCHW + velocity(guess_BCHW, after_B))
         elif name in ("euler", "heun"):
@@ -149,6 +156,11 @@ def _flow(
         if progress is not None:
             progress(step + 1, steps)
     return x_BCHW
+
+
+def _has_second_pass(process: GaussianDiffusion | FlowMatching, name: str, after: float) -> bool:
+    """Whether the model is evaluated at a step's end, too: an image has no velocity at 0."""
+    return name == "heun" and isinstance(process, FlowMatching) and (after > 0 or process.settings.predicts != "image")
 
 
 def _euler_maruyama(x: Tensor, v: Tensor, now: float, after: float, noise: NoiseSource, step: int) -> Tensor:

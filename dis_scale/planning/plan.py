@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-import numpy as np
 from rich.table import Table
 
 from dis_scale import diffusion
@@ -14,13 +13,13 @@ from dis_scale.data.cache import share_read
 from dis_scale.data.latents import GIB
 from dis_scale.data.order import require_some_to_train
 from dis_scale.data.shards import sample_bytes
+from dis_scale.diffusion.samplers import pass_times
 from dis_scale.models import transfer
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.planning.fleet import MOST_GPUS, Fleet, Forecast, forecast, pass_images
 from dis_scale.process.errors import UserError, counted
 from dis_scale.process.tables import narrow_table
 from dis_scale.recipe import Evaluate, LatentShape, Model, ModelTrain, Recipe
-from dis_scale.recipe.evaluate import TWO_PASS_SAMPLERS
 from dis_scale.training.engine import kinds
 from dis_scale.training.lanes import largest_share
 from dis_scale.training.memory import USABLE, worker_bytes
@@ -49,10 +48,7 @@ class Plan:
         """FLOPs of the samples of one evaluation, by default under the main settings: guidance adds a pass, its own or that
         of the model that guides, and some samplers evaluate the model twice a step."""
         settings = settings or self.recipe.evaluate
-        times_K = diffusion.build(self.recipe.diffusion, self.shape).times(settings.steps)
-        if settings.sampler in TWO_PASS_SAMPLERS:  # the second pass is at the step's end, where an image has no velocity at 0
-            ends = [] if self.recipe.diffusion.kind == "flow" and self.recipe.diffusion.predicts == "image" else [0.0]
-            times_K = np.concatenate([times_K, times_K[1:], ends])
+        times_K = pass_times(diffusion.build(self.recipe.diffusion, self.shape), settings.sampler, settings.steps)
         low, high = settings.guidance_interval or (-math.inf, math.inf)
         guided = ((low <= times_K) & (times_K <= high)).sum() if settings.scale != 1 else 0
         guide = self.costs[settings.guide.by if settings.guide else model].gmacs_forward

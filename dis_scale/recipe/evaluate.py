@@ -24,8 +24,6 @@ Sampler = Literal[GaussianSampler, FlowSampler]
 GAUSSIAN_SAMPLERS, FLOW_SAMPLERS = get_args(GaussianSampler), get_args(FlowSampler)
 STOCHASTIC_SAMPLERS = ("ddpm", "euler_maruyama")
 """Samplers that draw noise in each step."""
-TWO_PASS_SAMPLERS = ("heun",)
-"""Samplers that evaluate the model twice a step."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,39}$")]
 TAKEN, FILES = ("main", "vary"), ("json", "png", "npz")
 """What no variant may be called: the main settings, the folder of ablations, and the ends of names of files beside it."""
