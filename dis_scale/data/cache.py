@@ -45,15 +45,29 @@ def share_read(cached: float) -> float:
     return missing - missing * math.log(missing) if missing else 0.0
 
 
+def _require_own(folder: Path) -> None:
+    """Make a folder for this user alone; PermissionError if another one has made it, who could change what is trained on."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise PermissionError(errno.EACCES, f"{folder} is another user's")
+    folder.chmod(0o700)
+
+
 class Cache:
     """Shards in `folder`, at most `bound_bytes` together. If it is disabled or its disk is full, `say` gets the reason, once."""
 
     def __init__(self, folder: Path, bound_bytes: int, say: Callable[[str], None]) -> None:
         self.folder, self.bound_bytes, self._say = folder, bound_bytes, say
-        self._disabled = self._said = False
+        self._disabled = self._said = self._foreign = False
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with suppress(ValueError, OSError):  # a mapped file keeps a descriptor: one for each shard
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
+        try:
+            if folder == default_folder():
+                _require_own(folder.parent)
+        except OSError as error:
+            self._foreign = True
+            self._note(error)
         self._checked: dict[str, tuple[int, int]] = {}
         """Inode and time of the last change of the files whose bytes this process has checked, by sha256."""
 
@@ -78,6 +92,8 @@ class Cache:
     def _cached(self, shard: Digest) -> mmap.mmap | None:
         """Map the file and update the time of its last use; None if it is missing or damaged. A damaged file is deleted."""
         path = self.folder / shard.sha256
+        if self._foreign:
+            return None
         try:
             with path.open("rb") as file:
                 stat = os.fstat(file.fileno())

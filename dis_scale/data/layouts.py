@@ -284,7 +284,9 @@ def _in_zip(root: Folder, name: str, *, labelled: bool) -> Iterator[Entry | Left
             labels = _labels(lambda: npy.member(opened, LABELS, LARGEST_BYTES), f"{where}/{LABELS}") if labelled else None
             members = sorted((m for m in opened.infolist() if not m.is_dir()), key=lambda m: m.header_offset)
             end = opened.start_dir
-    except zipfile.BadZipFile as error:
+            if members and members[-1].header_offset >= end:
+                raise zipfile.BadZipFile(f"{printable(members[-1].filename)} would begin behind the list of its files")
+    except npy.MALFORMED as error:
         raise StorageError(f"{where}: not a complete zip: {error}") from error
     if packed := next((m.filename for m in members if m.compress_type and m.filename.endswith(".npy")), None):
         raise UserError(f"{where}: {printable(packed)} is compressed, and single latents are read: write it with zip -0")

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import unicodedata
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -160,7 +159,7 @@ class Listing(Sequence[Entry]):
     def _unpacked(self, number: int) -> "_Part":
         try:
             return _Part.from_bytes(self._load(number))
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (*npy.MALFORMED, KeyError, OSError) as error:
             raise StorageError(f"{self.where}: part {number} is damaged: {error}") from error
 
 

@@ -7,6 +7,7 @@ the schema's `huggingface` metadata, if any.
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -105,7 +106,7 @@ def _entries(root: Folder, name: str, settings: ParquetSource, classes: list[str
         row = 0
         for group in range(file.num_row_groups):
             if labelled:
-                labels = _read(file, group, settings.label, where).column(0).to_pylist()
+                labels = _listed(_read(file, group, settings.label, where), f"{where}: row group {group}")
             else:
                 labels = [0] * file.metadata.row_group(group).num_rows
             for i, label in enumerate(labels):
@@ -114,6 +115,14 @@ def _entries(root: Folder, name: str, settings: ParquetSource, classes: list[str
                 kind = number_or_name(label) if isinstance(label, str) else label
                 yield Entry(f"{name}#{row + i}", kind, name, (group, i))
             row += len(labels)
+
+
+def _listed(labels: pa.Table, where: str) -> list[Any]:
+    """Return the values of the only column; StorageError if one is not what its type says, such as text that is not UTF-8."""
+    try:
+        return list(labels.column(0).to_pylist())
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise StorageError(f"{where}: a label cannot be read: {error}") from error
 
 
 def _class_names(file: pq.ParquetFile, settings: ParquetSource) -> list[str] | None:

@@ -36,6 +36,10 @@ FEW_ZEROS = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
 LONG_END = "tars with over 10 KiB of zeros at the end: was one not downloaded to its end?"
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
+GLOBAL_BYTES = 64 * 2**10
+"""Most bytes of headers for all members, which `tarfile` sets again for each. Git writes 52, a commit's hash."""
+NAME_CHARACTERS = 4096
+"""Most of a member's name, as of a path."""
 JOINED = "files that their tar has again: two sets with the same keys? If so, write the second with other keys"
 """Reason to leave out files of a tar of which half are there again: keys often begin at 0, and `tar --update` replaces few."""
 _AGAIN = re.compile(r"(?: \(\d+\)| - Copy)(?=\.[^.]+$)")
@@ -200,7 +204,8 @@ def _entries(root: Folder, name: str, settings: TarSource, *, labelled: bool) ->
             else:
                 final = _without_masks(_last(members), where) if masks else _last(members)
             yield from _images(final, name, where, settings, labelled=labelled)
-    except (tarfile.TarError, EOFError, RecursionError) as error:  # the last for a chain of extended headers
+    except (tarfile.TarError, EOFError, RecursionError, ValueError, OverflowError) as error:
+        # recursion in a chain of extended headers, values that are no numbers, sizes of 2^63 bytes
         first = root.read(name, 0, max(map(len, COMPRESSED)))
         if unpack := next((program for magic, program in COMPRESSED.items() if first.startswith(magic)), None):
             raise StorageError(f"{where}: it is compressed, and images are read by byte range: {unpack} it") from error
@@ -240,6 +245,8 @@ class _Member(tarfile.TarInfo):
             cls.extended_bytes = cls.extended_bytes + member.size if member.type in EXTENDED else 0
         if (held := cls.extended_bytes + cls.global_bytes) > LABEL_BYTES:
             raise tarfile.ReadError(f"extended headers of {held:,} bytes, and at most {LABEL_BYTES:,} are read")
+        if cls.global_bytes > GLOBAL_BYTES:
+            raise tarfile.ReadError(f"global headers of {cls.global_bytes:,} bytes, and at most {GLOBAL_BYTES:,} are read")
         return member
 
     def _proc_pax(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
@@ -327,8 +334,7 @@ def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
     with tarfile.open(fileobj=file, mode="r:", tarinfo=type("_Member", (_Member,), {"where": where})) as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
-            if member.size < 0:  # by a global header: `tarfile` takes its size after `frombuf` has looked
-                raise tarfile.ReadError(f"a member of {member.size:,} bytes")
+            _require_possible(member)
             if member.isdir():
                 continue
             if member.issparse():  # in a form that is not known yet
@@ -349,6 +355,14 @@ def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
             yield _InTar(name, member.offset_data, member.size, data)
         if _zeros_at_the_end(tar, file) > FEW_ZEROS:
             yield _InTar("its end", 0, 0, why=LONG_END)
+
+
+def _require_possible(member: tarfile.TarInfo) -> None:
+    """ReadError for a size or a name of the extended headers, which `tarfile` takes after `frombuf` has looked."""
+    if member.size < 0:
+        raise tarfile.ReadError(f"a member of {member.size:,} bytes")
+    if len(member.name) > NAME_CHARACTERS:
+        raise tarfile.ReadError(f"a name of {len(member.name):,} characters, and at most {NAME_CHARACTERS:,} are read")
 
 
 def _zeros_at_the_end(tar: tarfile.TarFile, file: BinaryIO) -> int:

@@ -4,9 +4,9 @@ Images are read in parts: 10,000 of 256 x 256 would take 2 GB of memory.
 """
 
 import contextlib
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ ARRAY_BYTES = 256 * 2**20
 """Most bytes of an array of statistics, unpacked; a covariance of Inception's 2,048 features has 32 MiB."""
 MOST_SIDE = 2048
 """Most pixels of an image's side: as many images as are measured together are in memory."""
+MOST_PACKED = 1032
+"""Times that `deflate` can shorten bytes."""
 READ_BYTES = 16 * 2**20
 """Bytes of a request for a file that is not on a disk."""
 
@@ -59,6 +61,10 @@ class Adm:
             raise UserError(f"{self.url}: {IMAGES} holds {dtype} of shape {shape}, expected uint8 (N, R, R, 3)")
         if shape[1] > MOST_SIDE:  # zeros of any size are small in a file
             raise UserError(f"{self.url}: {IMAGES} holds images of side {shape[1]:,}, expected at most {MOST_SIDE:,}")
+        info = self.file.getinfo(f"{IMAGES}.npy")
+        most_bytes = min(info.file_size, MOST_PACKED * min(info.compress_size, self.file.start_dir))
+        if not 0 <= math.prod(shape) <= most_bytes:
+            raise StorageError(f"{self.url}: {IMAGES} is said to have {shape[0]:,} images, more than its bytes: copy it again")
         return shape[0], shape[1]
 
     def images(self, at_once: int) -> Iterator[np.ndarray]:
@@ -84,7 +90,7 @@ class Adm:
     def _intact(self) -> Iterator[None]:
         try:
             yield
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        except npy.MALFORMED as error:
             raise StorageError(f"{self.url}: cannot be read: {error}; copy it again, or write it again by numpy.savez") from error
 
     def _array(self, name: str) -> np.ndarray | None:
@@ -104,7 +110,7 @@ def open_reference(url: str, what: str = "evaluate.reference") -> Adm:
         return Adm(url, zipfile.ZipFile(source))
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file {url}") from error
-    except (zipfile.BadZipFile, StorageError) as error:
+    except (*npy.MALFORMED, StorageError) as error:
         raise UserError(f"{what}: {url} cannot be read as an .npz: {error}") from error
 
 

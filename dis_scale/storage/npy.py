@@ -7,7 +7,9 @@ import hashlib
 import io
 import math
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from mmap import mmap
 from typing import IO, Any, Literal, NamedTuple
@@ -21,6 +23,8 @@ _TYPE = re.compile(rb"'descr': *'([<>|][biufU]\d+)'")
 _SHAPE = re.compile(rb"'shape': *\(([\d, ]*)\)")
 _BY_COLUMNS = re.compile(rb"'fortran_order': *True")
 _DIGEST_BYTES = 32
+MALFORMED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, RuntimeError)
+"""What `zipfile` raises for a file that is no zip, is damaged, or is of a version, a method or a name that it cannot read."""
 
 
 class Header(NamedTuple):
@@ -107,5 +111,5 @@ def unsealed(data: bytes, where: str) -> dict[str, np.ndarray]:
         raise Damaged(f"{where}: damaged: its sha256 differs from the one at its end")
     try:
         return read_all(body, len(body))  # ours are not compressed
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (*MALFORMED, OSError) as error:
         raise Damaged(f"{where}: damaged: {error}") from error

@@ -200,6 +200,8 @@ def _decoder(located: Located, vae_path: str | None, facts: SamplingFacts | None
     if decoder := vae.decoder_of(vae_path, located.sweep, encoder):
         return decoder
     if (beside := located.folder / BESIDE).list():
+        if beside.exists("encode.pt2"):
+            raise UserError(f"{beside} has programs, which may do anything: if you trust it, name it: --vae {beside}")
         return vae.from_path(beside.url, encoder)
     raise UserError(
         f"{located} is not in a sweep, so name the VAE of its latents: --vae FOLDER, hub id, or none; or put its folder there as "

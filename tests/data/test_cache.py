@@ -5,6 +5,7 @@ import fcntl
 import mmap
 import os
 import resource
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,21 @@ def test_errors_of_storage_pass_through(tmp_path: Path) -> None:
 
 def test_the_default_folder_is_per_user() -> None:
     assert str(os.getuid()) in str(default_folder())
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives a folder away")
+def test_a_folder_that_another_user_has_made_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who could change what is trained on, or put links there to files that shards would replace."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lines, data, own = list[str](), b"y" * 500, default_folder()
+    own.mkdir(parents=True)
+    (own / Digest.of(data).sha256).write_bytes(data)
+    os.chown(own.parent, 12_345, 12_345)
+    assert bytes(Cache(own, 10_000, lines.append).get(Digest.of(data), lambda: b"fetched")) == b"fetched"
+    assert lines == [f"cache {own}: {own.parent} is another user's: training continues without it"]
+    os.chown(own.parent, os.getuid(), 0)
+    assert bytes(Cache(own, 10_000, pytest.fail).get(Digest.of(data), pytest.fail)) == data
+    assert own.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_other_files_are_neither_counted_nor_touched(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -211,10 +213,57 @@ def test_global_headers_are_bounded_in_sum(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as out:
         for number in range(5):
             assert out.fileobj is not None
-            out.fileobj.write(out.tarinfo.create_pax_global_header({f"{number}": "x" * 4 * 2**20}))
+            out.fileobj.write(out.tarinfo.create_pax_global_header({f"{number}": "x" * 15 * 2**10}))
             out.addfile(tarfile.TarInfo(f"{number}.png"), io.BytesIO())
-    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: extended headers of 16,7\d\d,\d\d\d bytes"):
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: global headers of 7\d,\d\d\d bytes, and at most 65,536"):
         open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "why"),
+    [
+        ({"GNU.sparse.realsize": "abc"}, "invalid literal for int"),
+        ({"size": str(2**63)}, ""),
+        ({"path": "x" * 5000}, "a name of 5,000 characters, and at most 4,096 are read"),
+    ],
+    ids=["no number", "no offset", "a long name"],
+)
+def test_an_extended_header_with_a_wrong_value_is_refused(tmp_path: Path, headers: dict[str, str], why: str) -> None:
+    """A traceback's exit code is tried again on twenty clusters, and a listing of long names cannot be read."""
+    info = tarfile.TarInfo("0.png")
+    info.pax_headers = headers
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as out:
+        out.addfile(info, io.BytesIO())
+        out.addfile(tarfile.TarInfo("1.png"), io.BytesIO())
+    with pytest.raises(StorageError, match=f"a.tar: not a complete tar: .*{why}"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
+@pytest.mark.parametrize(
+    ("at", "wrong"),
+    [(6, b"\x63"), (9, b"\x08"), (8, b"\1"), (42, b"\xff\xff\xff\x7f")],
+    ids=["a later version", "a name that is no text", "encrypted", "a member behind the end"],
+)
+def test_a_zip_that_python_cannot_read_is_refused(tmp_path: Path, at: int, wrong: bytes) -> None:
+    """`zipfile` raises four kinds of errors for them."""
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as out:
+        out.writestr("dataset.json", b'{"labels": []}')
+        out.writestr("00000/\u00fc.npy", b"")
+    raw = bytearray((tmp_path / "set.zip").read_bytes())
+    entry = raw.index(b"PK\1\2")
+    raw[entry + at : entry + at + len(wrong)] = wrong
+    raw[entry + 46] = 0xFF if at == 9 else raw[entry + 46]
+    (tmp_path / "set.zip").write_bytes(raw)
+    source = {"kind": "latents", "layout": "edm2", "url": str(tmp_path / "set.zip")}
+    with pytest.raises(StorageError, match=r"set.zip: not a complete zip: "):
+        open_source(data(source, 10, mirror=False))
+
+
+def test_a_label_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xff"))
+    pq.write_table(pa.table({"image": [b""], "label": broken}), tmp_path / "x.parquet")
+    with pytest.raises(StorageError, match=r"x.parquet: row group 0: a label cannot be read: 'utf-8' codec"):
+        open_source(data({"kind": "parquet", "url": str(tmp_path)}))
 
 
 def test_an_extended_header_of_digits_is_refused_at_once(tmp_path: Path) -> None:
@@ -290,6 +339,16 @@ def images_of_version(version: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.zeros((2, 8, 8, 3), np.uint8), version=version)
     return buffer.getvalue()
+
+
+def test_a_stated_number_of_images_is_not_believed(tmp_path: Path) -> None:
+    """Their order alone would have 240 GB."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (3 * 10**10, 8, 8, 3)})
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        file.writestr("arr_0.npy", header.getvalue())
+    with pytest.raises(StorageError, match=r"x.npz: arr_0 is said to have 30,000,000,000 images, more than its bytes"):
+        adm.open_reference(str(tmp_path / "x.npz")).square_images()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -420,6 +421,16 @@ def test_weights_outside_a_sweep_need_a_vae(files: tuple[Path, Path]) -> None:
     files[1].rename(files[1].with_name("elsewhere"))
     code, output = invoke("sample", str(files[0]), "--classes", "1")
     assert (code, "is not in a sweep, so name the VAE of its latents" in output) == (2, True)
+
+
+def test_programs_beside_weights_are_not_run(files: tuple[Path, Path]) -> None:
+    """Loading one may run anything: whoever hands weights over must not decide that."""
+    shutil.rmtree(files[1])
+    files[1].mkdir()
+    for name in ("encode.pt2", "decode.pt2"):
+        (files[1] / name).write_bytes(b"a program")
+    code, output = invoke("sample", str(files[0]), "--classes", "1")
+    assert (code, f"has programs, which may do anything: if you trust it, name it: --vae {files[1]}" in output) == (2, True)
 
 
 def test_the_examples_weights_draw_the_digits_that_are_asked_for() -> None:
