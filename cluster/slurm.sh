@@ -14,6 +14,8 @@
 # have passed by then is, until the job has been queued 1,000 times for any reason: storage or a node that is away (74), Ray's head
 # that has died. Also, up to 100 times, a process that was killed (128 and more), which may do the same again, and a sweep that
 # another process holds (69): Slurm may take a node for lost whose processes live on; up to 20 times what nobody foresaw (70).
+# These two limits are for runs of less than an hour, one after the other; one that works for longer begins the count again. Nodes
+# that do not join Ray within ten minutes are done without in the third run in a row; if none joins, the 20th fails.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -39,16 +41,22 @@ set -euo pipefail
 
 again=no requested='' child='' restarts=${SLURM_RESTART_COUNT:-0} deadline=''
 # shellcheck disable=SC2317 # called by a trap
-stop() { # whether to queue the job again
-    again=$1 requested=yes
-    [ "$1" = no ] || deadline=${deadline:-$((SECONDS + ${STOP_WAIT_S:-240}))} # a second TERM gives no more time
-    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+stop() { # whether to queue the job again: not if one of several signals says so; the later ones give no more time
+    [ "$1" = no ] || deadline=${deadline:-$((SECONDS + ${STOP_WAIT_S:-240}))}
+    [ "$1" = yes ] && [ -n "$requested" ] || again=$1
+    [ -n "$requested" ] || [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true # twice would end it at once
+    requested=yes
 }
 trap 'stop yes' TERM
 trap 'stop no' INT
+mkdir -p "$HOME/.dis-scale"
+ends=$HOME/.dis-scale/ends-$SLURM_JOB_ID # how the last short runs of this job have ended, a word in a line
+lately() { # how often
+    grep -csx "$1" "$ends" || [ -e "$ends" ] || echo 0
+}
 passes() { # whether the end with $code may have passed in the next run
-    [ "$code" = 74 ] || { { [ "$code" = 69 ] || [ "$code" -ge 128 ]; } && [ "$restarts" -lt 100 ]; } ||
-        { [ "$code" = 70 ] && [ "$restarts" -lt 20 ]; } ||
+    [ "$code" = 74 ] || { { [ "$code" = 69 ] || [ "$code" -ge 128 ]; } && [ "$(lately "$code")" -lt 100 ]; } ||
+        { [ "$code" = 70 ] && [ "$(lately 70)" -lt 20 ]; } ||
         ! timeout "$([ -n "$requested" ] && echo 30 || echo 300)" ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
 }
 run() { # a command, whose exit code is then in $code; a signal to this script reaches it
@@ -73,7 +81,6 @@ run() { # a command, whose exit code is then in $code; a signal to this script r
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 token=$HOME/.dis-scale/ray-$SLURM_JOB_ID.token # for you: ops/runbooks/README.md, "On Slurm"
-mkdir -p "$HOME/.dis-scale"
 (umask 077 && echo "$RAY_AUTH_TOKEN" > "$token")
 trap 'rm -f "$token"' EXIT
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
@@ -106,13 +113,20 @@ def nodes():
     done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True)
     return int(done.stdout) if done.returncode == 0 else 0
 
-wanted, deadline = int(os.environ["SLURM_NNODES"]), time.monotonic() + 600
+wanted, before, deadline = int(os.environ["SLURM_NNODES"]), int(sys.argv[1]), time.monotonic() + 600
 while (joined := nodes()) < wanted:
     if time.monotonic() > deadline:
         print(f"only {joined} of {wanted} nodes joined Ray within 10 minutes: see the lines of srun above", file=sys.stderr)
-        sys.exit(74)
+        if joined < 2 or before < 2:
+            sys.exit(74)
+        print("as in the runs before: the sweep begins with these", file=sys.stderr)
+        break
     time.sleep(5)
-'
+' "$(lately join)"
+if [ "$code" = 74 ] && [ -z "$requested" ]; then
+    echo join >> "$ends"
+    [ "$(lately join)" -lt 20 ] || exit 1 # no accident: another environment on its nodes, for example
+fi
 [ "$code" = 0 ] || [ "$code" = 74 ] || [ "$code" -ge 128 ] || [ -n "$requested" ] || exit "$code"
 
 if [ "$code" = 0 ] && [ -z "$requested" ]; then
@@ -122,9 +136,11 @@ if [ "$code" = 0 ] && [ -z "$requested" ]; then
 elif [ -n "$requested" ]; then
     code=75
 fi
+[ "$SECONDS" -lt 3600 ] || rm -f "$ends"
 if [ "$code" != 75 ]; then # which is a stop: a signal has said whether it continues
+    echo "$code" >> "$ends"
     [ -n "$requested" ] || [ "$restarts" -ge 1000 ] || again=yes
-    [ "$code" != 0 ] && passes || again=no
+    [ "$code" != 0 ] && { passes || { [ -n "$requested" ] && [ "$code" -ge 128 ]; }; } || again=no # a stop that took too long
 fi
 if [ "$again" = yes ]; then
     for _ in {1..40}; do # ten minutes, in which Slurm's controller may restart

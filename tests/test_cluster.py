@@ -293,7 +293,7 @@ def test_each_secret_that_a_job_needs_is_named_at_its_top() -> None:
     top, _, rest = text.partition("apiVersion:")
     files = rest + (pods.CLUSTER / "mlflow.yaml").read_text().partition("apiVersion:")[2]
     secrets = set(re.findall(r"(?:secretRef: \{|secretKeyRef: \{|imagePullSecrets: .*\[\{)name: ([\w-]+)", files))
-    assert secrets >= {"registry", "object-storage", "mlflow-login", "mlflow-server"}
+    assert secrets >= {"registry", "object-storage", "mlflow-login", "mlflow-server", "mlflow-storage"}
     assert [name for name in secrets if not re.search(rf"kubectl create secret \S+ {name}\b", top)] == []
 
 
@@ -416,14 +416,53 @@ def test_prometheus_selects_the_metrics_of_kuberays_operator_as_those_of_our_pod
         (0, 0, "", False), (1, 0, "", False), (2, 0, "", False), (74, 0, "", True), (74, 999, "", True), (74, 1000, "", False),
         (69, 0, "", True), (69, 100, "", False), (70, 0, "", True), (70, 20, "", False),
         (75, 0, "", False), (75, 0, "TERM", True), (75, 5000, "TERM", True), (74, 0, "TERM", True), (75, 0, "INT", False),
-        (74, 0, "INT", False), (137, 0, "", True), (137, 100, "", False), (137, 0, "TERM", True), (1, 0, "TERM", False),
+        (74, 0, "INT", False), (137, 0, "", True), (137, 100, "", False), (137, 100, "TERM", True), (1, 0, "TERM", False),
     ],
 )  # fmt: skip
 def test_slurm_queues_again_what_may_continue(tmp_path: Path, code: int, restarts: int, signal: str, queued: bool) -> None:
     """A time limit or a preemption (TERM), storage that is away, a killed process; not an error, and not after a request to stop
     (INT), which is no failure for Slurm.
     """
+    ends_of_slurm(tmp_path).write_text(f"{code}\n" * restarts)
     assert slurm_queues_again(tmp_path, code, restarts, signal) is queued
+
+
+def test_nodes_of_slurm_that_never_join_end_the_job(tmp_path: Path) -> None:
+    """Another environment on a node would keep all of them for a week, ten minutes at a time."""
+    ends_of_slurm(tmp_path).write_text("join\n74\n" * 18)
+    assert [run_slurm(tmp_path, 0, 0, python="exit 74").returncode for _ in range(2)] == [74, 1]
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(("before", "begins"), [(1, False), (2, True)])
+def test_a_node_of_slurm_that_does_not_join_is_done_without(tmp_path: Path, before: int, begins: bool) -> None:
+    """One of four whose disk is full would let a sweep of 8 to 32 workers wait for nine days."""
+    (tmp_path / "ray.py").write_text("init = lambda **_: None\nnodes = lambda: [{'Alive': True}] * 3\n")
+    clock = "import itertools, time; time.monotonic = itertools.count(0, 400).__next__; time.sleep = lambda _: None"
+    (tmp_path / "sitecustomize.py").write_text(clock)
+    ends_of_slurm(tmp_path).write_text("join\n" * before)
+    python = f'[ "$1" = -c ] || exit 1; exec env SLURM_NNODES=4 PYTHONPATH={tmp_path} {sys.executable} "$@"'
+    done = run_slurm(tmp_path, 0, 0, python=python)
+    assert "only 3 of 4 nodes joined Ray" in done.stderr
+    assert (done.returncode, "the sweep begins with these" in done.stderr) == ((1, True) if begins else (74, False))
+
+
+def test_slurms_limits_are_of_short_runs_in_a_row(tmp_path: Path) -> None:
+    """Time limits and preemptions of three weeks are no crashes, and neither is one of last week."""
+    assert slurm_queues_again(tmp_path, 70, 500)
+    (tmp_path / "asked").unlink()
+    ends_of_slurm(tmp_path).write_text("70\n" * 20)
+    assert slurm_queues_again(tmp_path, 70, 500, seconds=3600)
+    assert ends_of_slurm(tmp_path).read_text() == "70\n"
+
+
+def test_a_request_to_stop_a_job_of_slurm_outlasts_its_time_limit(tmp_path: Path) -> None:
+    """Its TERM comes while the sweep still saves."""
+    signals = "kill -INT $PPID; /bin/sleep 0.5; kill -TERM $PPID; /bin/sleep 0.5"
+    sweep = f'[ "$1" = -c ] && exit 0; trap "echo >> $HOME/terms" TERM; {signals}; exit 75'
+    assert run_slurm(tmp_path, 75, 0, python=sweep).returncode == 0
+    assert not (tmp_path / "asked").exists()
+    assert (tmp_path / "terms").read_text() == "\n", "a second one would end it before it has saved"
 
 
 def test_slurm_queues_an_error_again_if_rays_head_has_died(tmp_path: Path) -> None:
@@ -468,9 +507,15 @@ def test_each_shipped_command_fits_its_recipe(file: str) -> None:
     assert (found and (int(found[1]), int(found[2]))) == workers, "an excluded node is used if they fit nowhere else"
 
 
-def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "") -> bool:
+def ends_of_slurm(tmp_path: Path) -> Path:
+    """The file of the ends of the job's short runs."""
+    (tmp_path / ".dis-scale").mkdir(exist_ok=True)
+    return tmp_path / ".dis-scale/ends-7"
+
+
+def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "", seconds: int = 0) -> bool:
     """Run the script with a sweep that ends so; return whether the job is queued again."""
-    done = run_slurm(tmp_path, code, restarts, signal, ray)
+    done = run_slurm(tmp_path, code, restarts, signal, ray, seconds=seconds)
     assert done.returncode == (0 if code == 75 else code)
     assert (tmp_path / "token").read_text() == "600 65\n"
     assert not (tmp_path / ".dis-scale/ray-7.token").exists()
@@ -480,7 +525,15 @@ def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "
 
 
 def run_slurm(
-    tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "", lost: int = 2, python: str = "", srun: str = ""
+    tmp_path: Path,
+    code: int,
+    restarts: int,
+    signal: str = "",
+    ray: str = "",
+    lost: int = 2,
+    python: str = "",
+    srun: str = "",
+    seconds: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Run the script with a sweep that ends so. Slurm's controller restarts: the first `lost` requests to it are lost."""
     look = 'stat -c "%a %s" "$HOME/.dis-scale/ray-7.token" > "$HOME/token"'
@@ -501,6 +554,7 @@ def run_slurm(
         "SLURM_RESTART_COUNT": str(restarts),
         "RAY_IP": "127.0.0.1",
         "STOP_WAIT_S": "2",
+        "SECONDS": str(seconds),
     }
     slurm |= {"HOME": str(tmp_path)}
     script = ["env", "--default-signal=INT", "bash", str(ROOT / "cluster/slurm.sh"), "recipe.yaml"]
