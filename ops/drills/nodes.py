@@ -82,7 +82,8 @@ class RayNodes:
         listed = subprocess.run(
             [*within, sys.executable, "-c", LIST, self.address], env=os.environ | ENVIRONMENT, capture_output=True, check=True
         )
-        return {node["NodeID"] for node in json.loads(listed.stdout.splitlines()[-1]) if node["Alive"]}
+        (found,) = [line for line in listed.stdout.splitlines() if line.startswith(b"[{")]  # Ray tells of lost nodes there, too
+        return {node["NodeID"] for node in json.loads(found) if node["Alive"]}
 
     def _start(self, place: list[str], cpus: int, ip: str, within: Sequence[str], **environment: str) -> Node:
         agent, environments = free_ports(2)

@@ -8,6 +8,7 @@ A start sometimes hangs on a busy machine; `start` and `resume` then try again.
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -104,6 +105,13 @@ class ObjectStore:
     def kill(self) -> None:
         """End all daemons at once, as a power cut does."""
         self._halt()
+
+    def until_missed(self, tries: int) -> None:
+        """Wait until programs have tried this often to reach the gateway, which is away."""
+        with socket.create_server(("127.0.0.1", self.port)) as server:
+            server.settimeout(120)
+            for _ in range(tries):
+                server.accept()[0].close()
 
     def resume(self) -> None:
         """Start again, at the same port with the same objects."""

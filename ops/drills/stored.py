@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 from dis_scale.sweep import RECIPE as STORED_RECIPE
@@ -31,13 +30,13 @@ def damaged_resume_point(drill: Drill) -> None:
 
 
 def storage_down(drill: Drill) -> None:
-    """A real S3 server is killed: for 20 s while training writes to it, then while the sweep is stopped."""
+    """A real S3 server is killed: until six requests of training have failed, then while the sweep is stopped."""
     store = drill.object_store()
     sweep = drill.start(faults=held(304) + slowed(320))
     drill.until_held(sweep)
     store.kill()
     drill.go_on()
-    time.sleep(20)
+    store.until_missed(6)
     store.resume()
     drill.until_saved(sweep, 320)
     sweep.terminate()
