@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from dis_scale.process import faults
 from dis_scale.recipe import Recipe, reading
+from dis_scale.storage import lease
 from ops.drills import object_store
 from tests.support import faulty_gateway, wheels
 from tests.support.faulty_gateway import Gateway
@@ -113,6 +114,19 @@ def whole_machine() -> Iterator[None]:
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage retries at once."""
     monkeypatch.setattr("dis_scale.storage.retries._FIRST_PAUSE_S", 0.0)
+
+
+@pytest.fixture
+def fast_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holders of leases show in each 20 ms that they live, and without a sign are dead after half a second."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.02)
+    monkeypatch.setattr(lease, "STILL_S", 0.5)
+
+
+@pytest.fixture
+def same_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluator's process gives way to others; this one has further tests to run."""
+    monkeypatch.setattr("os.nice", lambda _: 0)
 
 
 @pytest.fixture

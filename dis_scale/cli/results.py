@@ -215,12 +215,14 @@ def sync(
         raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
     if (scheme := urlsplit(into).scheme.partition("+")[0]) and scheme not in MLFLOWS:  # MLflow says so after a minute, at length
         raise UserError(f"--uri {into}: expected a URL of {', '.join(MLFLOWS)}{nearest(scheme, MLFLOWS)}")
-    if tracking and into != tracking.uri and into.startswith(SQLITE):
+    another = tracking is not None and into != tracking.uri
+    if tracking and into.startswith(SQLITE) and (another or not Path(into.removeprefix(SQLITE)).exists()):
         try:
             require_stopped(opened)
         except Held as error:
-            where = f"--uri {into}: its jobs would go on there, in a file of this machine"
-            raise Held(f"{where}: leave --uri out, or wait: {error}") from None
+            there = "its jobs would go on there, in a file of this machine: leave --uri out, or wait"
+            why = there if another else "it is gone, and its jobs would open a part: wait"
+            raise Held(f"--uri {into}: {why}: {error}") from None
     with working(f"mlflow sync: copying to {into}"):
         rows = copy_everything(opened, plan_of(opened).parameters(), into)
     show({"uri": into, "rows": rows}, f"{rows:,} rows of training and all evaluations are in {into}", as_json=as_json)

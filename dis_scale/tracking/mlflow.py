@@ -182,9 +182,9 @@ class RunCopy:
     def send(self, rows: Iterable[Row]) -> bool:
         """Send rows, and those that wait; return whether none waits any more."""
         self._waiting += rows
-        if self._waiting and self._try(lambda client, run: self._send(client, run, self._waiting)):
+        if sent := not self._waiting or self._try(lambda client, run: self._send(client, run, self._waiting)):
             self._waiting = []
-        return not self._waiting
+        return sent
 
     def images_of(self, metric: str) -> set[int]:
         """Return the image counts at which MLflow has a metric, by one request; none if it is away."""
@@ -203,7 +203,7 @@ class RunCopy:
     def _try(self, action: Any) -> bool:
         try:
             if (ids := TrackingIds.find(self.sweep.folder)) is None:  # MLflow was away when the sweep began, which said so
-                self.away = True
+                self.away, self._waiting = True, []  # `dis-scale mlflow sync` takes them from storage
                 return False
             action(open_client(_existing(ids.uri)), ids.models[self.model] if self.model else ids.sweep)
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy

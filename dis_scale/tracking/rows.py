@@ -20,6 +20,8 @@ from dis_scale.process.threads import in_order
 from dis_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
+EVERY_STEPS = 10
+"""Steps between two rows of training."""
 FLUSH_EVERY_S = 10.0
 SEGMENT_BYTES = 2**20
 """Size of a file from which on the next rows are in another one; the newest is written again every ten seconds."""

@@ -25,7 +25,7 @@ from dis_scale.recipe import Train
 from dis_scale.sweep import PointName
 from dis_scale.sweep.documents import RunCost, RunState
 from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput
-from dis_scale.tracking.rows import RowWriter
+from dis_scale.tracking.rows import EVERY_STEPS, RowWriter
 from dis_scale.training.attempt import Attempt, Opened, open_training
 from dis_scale.training.bad_step import dump_step
 from dis_scale.training.engine import Engine
@@ -36,8 +36,6 @@ from dis_scale.training.stop import StopAgreement
 from dis_scale.training.throughput import machine_name, peak_memory_bytes
 from dis_scale.weights import ema
 from dis_scale.weights.export import SamplingFacts, describe
-
-ROWS_EVERY_STEPS = 10
 
 
 def train_model(attempt: Attempt) -> int:
@@ -70,7 +68,7 @@ def train_model(attempt: Attempt) -> int:
             if images_seen == opened.images_seen + settings.batch_images:
                 opened.meter.begin(images_seen)
                 row |= _first_step(attempt)
-            if images_seen // settings.batch_images % ROWS_EVERY_STEPS == 0:
+            if images_seen // settings.batch_images % EVERY_STEPS == 0:
                 row |= _step_row(state, inputs, losses) | opened.meter.rates(images_seen)
                 row |= {"skipped": float(training.skipped), "paused": training.paused_share()}
             records.add(images_seen, row)

@@ -29,7 +29,7 @@ Doing = Literal["waiting", "training", "silent", "stopped", "failed", "trained"]
 IN_STAGES = ("preparing", "encoding latents", "evaluating")
 """What a sweep is doing while a stage runs alone, other than training."""
 QUIET_S = 300.0
-"""Time without a new metric row after which a run counts as silent."""
+"""Least time without a new metric row after which a run counts as silent; with steps of over 15 s, the time of 20 of them."""
 STAGE_QUIET_S = 5400.0
 """Time without progress after which another stage does, as in the alert: its own watch has not helped."""
 ENDS = 3
@@ -224,18 +224,19 @@ def _run(reader: _Reader, model: str, since: float | None) -> tuple[RunStatus, l
     holding = holdings[0] if holdings else None
     last = max(newest.values(), key=lambda row: row.time, default=None)
     quiet_s = now - max(last.time if last else 0.0, holding.holder.at or 0.0) if holding else 0.0
+    rate = newest["images_per_s"].value if "images_per_s" in newest else None
+    quiet_after_s = max(QUIET_S, 2 * rows.EVERY_STEPS * settings.batch_images / rate if rate else 0.0)
     doing: Doing
     if images in published:
         doing = "trained"
     elif ended:
         doing = "failed"
     elif holding and holding.works(now):
-        doing = "training" if quiet_s < QUIET_S else "silent"
+        doing = "training" if quiet_s < quiet_after_s else "silent"
     else:
         before = since is not None and holding is not None and (holding.end is not None or (holding.holder.at or 0.0) < since)
         doing = "waiting" if holding is None or before else "stopped"
     seen = max(last.images if last else 0, point.images_seen if point else 0, *published, 0)
-    rate = newest["images_per_s"].value if "images_per_s" in newest else None
     status = RunStatus(
         model=model, doing=doing, images_seen=seen, images=images, images_per_s=rate,
         left_s=(images - seen) / rate if rate and doing == "training" else None, row_age_s=now - last.time if last else None,

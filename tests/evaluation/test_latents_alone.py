@@ -27,9 +27,10 @@ def small() -> Iterator[None]:
         yield
 
 
-def test_latents_give_a_curve_by_adms_statistics(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_give_a_curve_by_adms_statistics(
+    small: None, same_priority: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By Inception with seeded weights and small images."""
-    monkeypatch.setattr("os.nice", lambda _: 0)  # an evaluator's process gives way; this one has further tests to run
     path, expected = seeded_inception.write(tmp_path)
     monkeypatch.setattr(inception, "read_weights", partial(inception.read_weights, expected=expected))
     statistics = fit(Inception(seeded_inception.state()).eval()(as_tensor(blobs(100, 3)))[0].detach().numpy())

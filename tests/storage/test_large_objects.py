@@ -138,7 +138,7 @@ def test_one_range_that_fails_is_read_again_alone(data: bytes, bucket: str, gate
 
 
 @pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> Iterator[list[socket.socket]]:
+def silent(monkeypatch: pytest.MonkeyPatch, short_reads: None, no_pauses: None) -> Iterator[list[socket.socket]]:
     """A store that accepts connections and never answers, not even to `Expect: 100-continue`; the connections that came."""
     import s3fs
 
@@ -153,7 +153,6 @@ def silent(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> Iterator[list[so
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1)
     s3fs.S3FileSystem.clear_instance_cache()
     yield came
     s3fs.S3FileSystem.clear_instance_cache()

@@ -1,11 +1,13 @@
 """Stored documents with the fields that a test names, and plain values for the others."""
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, TypeVar
 
 from dis_scale.recipe import LatentShape, Sampling
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest, Manifest
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import (
     Encoding,
     LatentsManifest,
@@ -14,8 +16,10 @@ from dis_scale.sweep.documents import (
     PublishedManifest,
     ResumePointManifest,
     RunState,
+    Skipped,
     StoredClassifier,
 )
+from dis_scale.sweep.extractors import reference_file, weights_identity
 
 SAMPLING = Sampling(sampler="ddpm", steps=10)
 M = TypeVar("M", bound=Manifest)
@@ -61,6 +65,25 @@ def put_metrics(
     written = Metrics(values=dict(values or {}), metrics=metrics, **({"sampling": SAMPLING} | more))
     written.write(folder)
     return written
+
+
+def put_prepared(sweep: Sweep, statistics: bytes = b"statistics") -> None:
+    """Write all that the prepare stage makes."""
+    put_files(sweep.vae)
+    for name, _ in state.classifiers(sweep):
+        put_classifier(sweep.extractor(name))
+    for extractor in sweep.recipe.evaluate.extractors:
+        identity = weights_identity(sweep, extractor)
+        sweep.references.write(reference_file(sweep, extractor.name, identity), statistics)
+
+
+def put_evaluated(sweep: Sweep) -> None:
+    """Write the metrics of all evaluations, and why there is no floor."""
+    settings = sweep.recipe.evaluate
+    for model, variant in product(sweep.recipe.models, settings.samplings):
+        for count in sweep.recipe.train_of(model).publish_images:
+            put_metrics(sweep.evaluation(Sampled(model, count, variant)), {settings.metric: 9.0}, settings.metrics)
+    Skipped(why="too few images").write(sweep.floor)
 
 
 def made_from(vae: str = "v", latent: tuple[int, int] = (4, 8), **more: Any) -> MadeFrom:

@@ -181,6 +181,7 @@ def test_a_sweep_that_began_without_mlflow_says_so_once(tmp_path: Path, tiny: Re
         assert [copy.send([Row("loss", 0.5, 10, 1.0)]) for copy in copies] == [False] * 3
     assert all(copy.away for copy in copies)
     assert caplog.records == []
+    assert [copy._waiting for copy in copies] == [[]] * 3, "`mlflow sync` takes them from storage; rows of weeks are a gigabyte"
 
 
 def test_mlflow_away_is_logged_once_and_the_rows_wait(

@@ -86,6 +86,10 @@ def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Sweep, plan: Plan, 
     code, output = invoke("mlflow", "sync", sweep.folder.url, "--uri", first)
     assert (code, "in a file of this machine" in output, TrackingIds.read(sweep.folder).uri) == (Held.exit_code, True, second)
     assert answer("mlflow", "sync", sweep.folder.url, "--json")["rows"] == 8, "into its own"
+    (tmp_path / "second.db").unlink()
+    code, output = invoke("mlflow", "sync", sweep.folder.url)
+    assert (code, "it is gone, and its jobs would open a part: wait" in output) == (Held.exit_code, True)
+    assert not (tmp_path / "second.db").exists()
 
 
 @pytest.fixture

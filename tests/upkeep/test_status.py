@@ -28,7 +28,7 @@ from dis_scale.upkeep.status import RunStatus, Status
 from tests.conftest import TINY
 from tests.support import store_requests
 from tests.support.commands import answer, invoke
-from tests.support.documents import put_metrics, put_published, put_resume_point
+from tests.support.documents import put_latents, put_metrics, put_prepared, put_published, put_resume_point
 
 NOW = 2e9
 
@@ -100,12 +100,12 @@ def test_a_stage_before_training_tells_how_far_it_is(sweep: Sweep) -> None:
     [(7200, None, True), (7200, 6000, True), (7200, 60, False), (60, None, False), (60, 6000, False)],
 )
 @pytest.mark.parametrize("stage", ["prepare", "precompute", "evaluate"])
-def test_a_stage_that_hangs_is_named(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, stage: str, began_s: float, progress_s: float | None, silent: bool
-) -> None:
+def test_a_stage_that_hangs_is_named(sweep: Sweep, stage: str, began_s: float, progress_s: float | None, silent: bool) -> None:
     """Its process lives, and its own watch has not helped. Evaluation that has nothing to do does not hang."""
-    monkeypatch.setattr(state, "prepared", lambda _: stage != "prepare")
-    monkeypatch.setattr(state, "find_latents", lambda _: stage == "evaluate")
+    if stage != "prepare":
+        put_prepared(sweep)
+    if stage == "evaluate":
+        state.use_latents(sweep, latents := sweep.store / "latents/made", put_latents(latents).encoding.identity)
     now = time.time()
     for name in ("sweep", stage):
         Holder(host="there", pid=7, at=now - began_s).write(sweep.lease(name), "0001")
@@ -119,9 +119,9 @@ def test_a_stage_that_hangs_is_named(
     assert [bool(re.match(line, wrong)) for wrong in of(sweep, "dis")[0].wrong] == [True] * silent
 
 
-def test_a_command_that_waits_for_the_nodes_of_its_encoders_is_not_silent(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_waits_for_the_nodes_of_its_encoders_is_not_silent(sweep: Sweep) -> None:
     """For hours, where capacity is scarce."""
-    monkeypatch.setattr(state, "prepared", lambda _: True)
+    put_prepared(sweep)
     now = time.time()
     for name in ("sweep", "precompute"):
         Holder(host="there", pid=7, at=now - 9000).write(sweep.lease(name), "0001")
@@ -193,6 +193,15 @@ def test_a_run_that_says_nothing_is_named(sweep: Sweep, held: None) -> None:
     found, run = of(sweep, "dis", later_s=1000)
     assert run.doing == "silent"
     assert found.wrong[0].startswith("dis: no metric row for 17 min, and process")
+
+
+def test_a_run_of_slow_steps_is_not_silent(sweep: Sweep, held: None) -> None:
+    """Rows come after ten steps: with one in 32 s each check of an hour would fail now and then, and page."""
+    train(sweep, "dis", 160, rate=0.5)
+    lease_, now = sweep.run("dis").lease, time.time()
+    for folder in (lease_, sweep.lease("sweep")):
+        folder.write("0001.beat", f"200 {now + 1000:.0f}".encode())
+    assert [of(sweep, "dis", later_s=later_s)[1].doing for later_s in (600, 700)] == ["training", "silent"]
 
 
 def test_why_the_last_attempt_ended_is_told(sweep: Sweep) -> None:

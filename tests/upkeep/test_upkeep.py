@@ -19,12 +19,11 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import RECIPE, PointName, Sampled, Sweep, state
 from dis_scale.sweep.documents import BadStepManifest, LatentsManifest, LatentsPointer, Metrics, PublishedManifest
-from dis_scale.sweep.extractors import reference_file, weights_identity
 from dis_scale.upkeep import removal, retention, verify
 from dis_scale.upkeep.verify import verify_sweep
 from tests.support import small_latents, store_requests
 from tests.support.commands import answer, invoke
-from tests.support.documents import WEIGHTS, put, put_classifier, put_files, put_metrics, put_published, put_resume_point
+from tests.support.documents import WEIGHTS, put, put_files, put_metrics, put_prepared, put_published, put_resume_point
 
 COUNTS = (0, 160, 320)
 
@@ -36,12 +35,7 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
     made.save_recipe()
     latents = small_latents.make(made.store / "latents/used", [4, 4])
     state.use_latents(made, latents, LatentsManifest.require(latents).encoding.identity)
-    put_files(made.vae)
-    for name, _ in state.classifiers(made):
-        put_classifier(made.extractor(name))
-    for extractor in tiny.evaluate.extractors:
-        identity = weights_identity(made, extractor)
-        made.references.write(reference_file(made, extractor.name, identity), block())
+    put_prepared(made, block())
     for model in tiny.models:
         run = made.run(model)
         for attempt in (1, 2):
@@ -248,7 +242,9 @@ def test_samples_of_an_ablation_with_damaged_metrics_stay(sweep: Sweep) -> None:
     assert folder not in [each.folder for each in retention.find_unneeded(sweep)]
 
 
-def test_dead_leases_of_other_machines_are_polled_together(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_leases_of_other_machines_are_polled_together(
+    sweep: Sweep, fast_leases: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     holder = Holder(host="elsewhere", boot="x", pid=1, started=0.0)
     for number in range(70):
         other = Sweep.below(sweep.store, sweep.recipe.model_copy(update={"name": f"other-{number}"}))
@@ -262,7 +258,6 @@ def test_dead_leases_of_other_machines_are_polled_together(sweep: Sweep, monkeyp
             pauses.append(seconds)
         pause(seconds)
 
-    monkeypatch.setattr(lease, "STILL_S", 0.5)
     monkeypatch.setattr(time, "sleep", counted)
     assert retention.find_unused(sweep.store) == []
     assert pauses == [1]
@@ -303,9 +298,10 @@ def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
             retention.find_unused(sweep.store)
 
 
-def test_latents_that_a_sweep_adopts_while_dead_leases_are_polled_stay(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_that_a_sweep_adopts_while_dead_leases_are_polled_stay(
+    sweep: Sweep, fast_leases: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A preempted neighbour is polled for 20 s: long enough to begin another sweep."""
-    monkeypatch.setattr(lease, "STILL_S", 0.5)
     small_latents.make(sweep.store / "latents/finished", [4])
     Holder(host="elsewhere", pid=7).write(sweep.lease("sweep"), "0001")
     other = Sweep.below(sweep.store, sweep.recipe.model_copy(update={"name": "other"}))

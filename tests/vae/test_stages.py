@@ -79,9 +79,8 @@ def test_a_stage_that_lost_its_lease_names_no_latents(complete: bool, tmp_path: 
     assert LatentsPointer.find(other.folder) is None
 
 
-def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_stages_normalised_by_channel(tmp_path: Path, same_priority: None) -> None:
     """Training and the held-out loss see normalised latents, and evaluation and `dis-scale sample` decode them to the images."""
-    monkeypatch.setattr("os.nice", lambda _: 0)  # an evaluator's process gives way; this one has further tests to run
     settings = exported(tmp_path / "vae", posterior=False, scale=0.25)
     stages = ["data.normalise=channels", "train.workers=1", "train.publish_images=[0, 16]", "precompute.shard_images=900"]
     recipe = reading.load(TINY, [f"vae={settings.model_dump_json()}", *stages])
