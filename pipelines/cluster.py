@@ -234,7 +234,8 @@ def _connect() -> None:
         except ValueError as error:
             raise UserError(f"RAY_ADDRESS={ray_address()}: {str(error).splitlines()[0]}") from error
         except ConnectionError as error:
-            kind = Unanswered if in_ray_job() else UserError  # the Ray of a job was there a moment ago
+            there = in_ray_job() or "SLURM_JOB_ID" in os.environ  # a moment ago, and may be busy
+            kind = Unanswered if there else UserError
             raise kind(f"no Ray answers at RAY_ADDRESS={ray_address()}: start it, or unset the variable to run here") from error
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.process.progress import Board
 from dis_scale.storage import lease
+from dis_scale.storage.folder import Folder
 from dis_scale.sweep import STAGES, Sweep, state
 from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines import lines
@@ -30,8 +31,8 @@ class Drained(DisScaleError):
     exit_code = StorageAway.exit_code
 
 
-LONGEST_PAUSE_S = 60.0
-"""Before a job that follows another one of the day; the pause doubles from one to the next."""
+LONGEST_PAUSE_S = 300.0
+"""Before a job that follows another one of the day; the pause doubles from one to the next, so that ten outlast ten minutes."""
 MOST_FOLLOWED, FOLLOWED_IN_S = 10, 24 * 3600.0
 """How often in this time another job follows one of a stage that was killed, or stopped for an earlier command."""
 MOST_EVALUATIONS, FIRST_AGAIN_S = 6, 10.0
@@ -196,6 +197,7 @@ class _Evaluation:
         if self._job is None:
             if time.monotonic() < self._again_s:
                 return False
+            self._failed = self._failed if trained == self._trained else 0
             self._job, self._trained = self._submit(), trained
             self._driver.gauge("evaluation_failed", 0)
         ended = self._job.ended()  # asked before its log, so that its end is handled completely
@@ -298,11 +300,19 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
     if stopped:
         what = "it was stopped for an earlier command"
     elif away:
-        _insist(driver, driver.sweep.store.require_usable)  # it may answer, and refuse to write
+        _insist(driver, partial(_require_usable, driver.sweep.store))
         what = f"storage or a node was away ({why})"
     driver.board.say(f"{name}: {what}, and another job continues")
     pause_before_next(driver, name)
     return True
+
+
+def _require_usable(store: Folder) -> None:
+    """StorageAway unless storage takes writes: it may answer, and still refuse them or list wrongly after an outage."""
+    try:
+        store.require_usable()
+    except UserError as error:
+        raise StorageAway(str(error)) from error
 
 
 def pause_before_next(driver: Driver, name: str) -> None:

@@ -337,16 +337,20 @@ def noting(job: StageJob, sampled: Sampled, skipped: set[Sampled]) -> Iterator[N
 
 
 def measure_floor(job: StageJob, evaluation: Evaluation) -> None:
-    """Measure the floor; log and note why if it cannot be measured: no model needs it. A run that evaluates more tries again."""
+    """Measure the floor; log and note why if it cannot be measured: no model needs it. A run that evaluates more tries again.
+
+    So does another command if storage was away: the sweep's own, which is back, or that of the images.
+    """
     try:
         evaluation.floor()
     except (Held, NotOpened, Preempted, StorageFull, WorkerFailure):
         raise
-    except DisScaleError as error:  # also StorageAway: it may be the images' storage
+    except DisScaleError as error:
         why = str(cause_of(error))
         job.say(f"floor: not measured: {why}", level="warning")
         job.require_held()
-        Skipped(why=why).write(job.sweep.floor)
+        if not isinstance(error, StorageAway):
+            Skipped(why=why).write(job.sweep.floor)
 
 
 def _shown(sampled: Sampled, values: dict[str, float]) -> str:

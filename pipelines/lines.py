@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import shown, shown_below
+from dis_scale.process.errors import losing_lines, shown, shown_below
 from dis_scale.process.redaction import redact
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 8.0, 600.0
@@ -81,7 +81,8 @@ def _words(line: Line) -> str:
 
 def write(line: str) -> None:
     """Write a line to the output in one call, so that two threads' lines do not mix."""
-    print(f"{line}\n", end="", flush=True)
+    with losing_lines():
+        print(f"{line}\n", end="", flush=True)
 
 
 @dataclass

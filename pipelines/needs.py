@@ -46,6 +46,11 @@ def name_needs(driver: Driver, cluster: Cluster) -> None:
     silence_of(driver, cluster).insist(say, partial(go_on, driver))
 
 
+def holds(driver: Driver, cluster: Cluster, stage: str) -> bool:
+    """Whether the nodes that are there now can hold the workers of a stage."""
+    return cluster.ours or silence_of(driver, cluster).insist(lambda: not _lacking(driver, [stage]), partial(go_on, driver))
+
+
 def await_nodes(driver: Driver, cluster: Cluster) -> None:
     """Wait until the nodes can hold the workers of each stage after prepare: better now than after days.
 
@@ -92,15 +97,9 @@ def require_fits(plan: Plan, cluster: Cluster) -> None:
     recipe, gpus = plan.recipe, cluster.gpus()
     if gpus < recipe.train.world_sizes[-1] or devices.device_of(recipe, gpus)[0] == "cpu":
         return
-    share = recipe.evaluate.gpu_share
-    shared = recipe.evaluate.shared(gpus, gpus - cluster.at_once() * recipe.train.most_workers)
-    if share is not None and shared >= 1:
-        raise UserError(
-            f"evaluate.gpu_share: {shared / share:.0f} evaluators with {share:g} of each GPU's memory leave training none: "
-            f"expected less than {share / shared:.2g}, or fewer evaluate.workers"
-        )
     if (gpu_bytes := cluster.gpu_bytes()) is None:
         return
+    shared = recipe.evaluate.shared(gpus - cluster.at_once() * recipe.train.most_workers)
     for model, cost in plan.costs.items():
         settings = recipe.train_of(model)
         for world in settings.world_sizes:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
 
 from dis_scale.recipe import Recipe, TrainedExtractor
 from dis_scale.sweep import Sweep, state
@@ -107,7 +106,7 @@ class Places:
         """Return (number of the GPU that it shares, if any, on its node; request) of each evaluator.
 
         On GPUs, `gpus` evaluators get one of their own, as many as possible of them on nodes where training never runs:
-        elsewhere they could keep a GPU for which training waits. With `evaluate.gpu_share` the others share training's.
+        elsewhere they could keep a GPU for which training waits. With `evaluate.gpu_share` others share training's, one on each.
         """
         settings, request = self.recipe.evaluate, self.request("evaluate", device, 0)
         if self.avoided:
@@ -125,19 +124,18 @@ class Places:
     @property
     def shared(self) -> float:
         """Fraction of a GPU's memory that evaluators may take beside training."""
-        gpus = sum(int(node.resources.get("GPU", 0)) for node in self._left)
-        return self.recipe.evaluate.shared(gpus, self.spare_gpus(len(self.recipe.models)))
+        return self.recipe.evaluate.shared(self.spare_gpus(len(self.recipe.models)))
 
     def _sharing(self, count: int) -> list[tuple[int, Request]]:
-        """Return evaluators that share training's GPUs, spread over nodes and devices by their number.
+        """Return up to `count` evaluators that share training's GPUs, one on each: of a GPU in turns, two would be no faster.
 
-        From the last device on, since training's first rank has most to do.
+        From each node's last device on, since training's first rank has most to do.
         """
         devices = [(-index, node.id) for node in self._left for index in range(int(node.resources.get("GPU", 0)))]
         return [
             # it reserves nothing and sees all GPUs of its node
             (-index, Request({}).on(scheduling_strategy=nodes.only(node), runtime_env={"env_vars": ALL_GPUS_VISIBLE}))
-            for index, node in islice(cycle(sorted(devices)), count)
+            for index, node in sorted(devices)[:count]
         ]
 
     @property

@@ -25,6 +25,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sweep
+from pipelines import lines
 from pipelines.failures import cause_of, may_pass
 from pipelines.lines import Log
 from pipelines.logs import JobLogs
@@ -234,7 +235,7 @@ def _exit_with(error: Exception, log: Log, logs: JobLogs) -> NoReturn:
         log.fail(str(cause))
     else:
         # Indented: what a library quotes, such as a name with the end of a line in it, is no line of the protocol.
-        print(indent(shown(redact("".join(traceback.format_exception(error)))), "  "), end="", flush=True)
+        lines.write(indent(shown(redact("".join(traceback.format_exception(error)))), "  ").rstrip("\n"))
         log.fail(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}")
     logs.close()
     if isinstance(cause, DisScaleError):

@@ -54,7 +54,7 @@ from pipelines.driver import (
 )
 from pipelines.jobs import prefix_of
 from pipelines.metrics import EXPORT_EVERY_S, Exporter
-from pipelines.needs import await_nodes, name_needs, require_device, require_fits
+from pipelines.needs import await_nodes, holds, name_needs, require_device, require_fits
 from pipelines.signals import obeying_signals
 from pipelines.silence import NotStarted, RayEnded, Unanswered
 
@@ -79,7 +79,12 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
         raise UserError(f"storage.root {store}: it is a file, and a sweep is a folder below it: name another one")
     await_storage(sweep.folder, console)
     with Board(console).working("plan"):
-        shape = vae.latent_shape(recipe.vae, recipe.data.resolution)
+        try:
+            shape = vae.latent_shape(recipe.vae, recipe.data.resolution)
+        except UserError:  # its autoencoder may be in a folder of the cluster
+            if not here:
+                last_ray.refuse_local_after_cluster(sweep, overrides)
+            raise
         sweep = replace(sweep, recipe=isoflop.written_out(sweep.recipe, shape))
         _require_same_identity(sweep)
         plan = price_sweep(sweep.recipe, shape)
@@ -182,7 +187,8 @@ def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) ->
                     last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
             last_ray.record(sweep, cluster)
             require_device(driver, cluster)
-            require_fits(plan, cluster)
+            if holds(driver, cluster, "train"):  # the GPUs of other stages may be smaller
+                require_fits(plan, cluster)
             if driver.first:
                 ends.enter_context(dashboards.copying(sweep, store, board.say))
             ends.enter_context(stopping_jobs(driver, joined=driver.first))  # the first also stops jobs that a killed one left

@@ -177,7 +177,7 @@ class TrainingRun:
             self._check(ranks)
             return self._train(ranks, avoided, start)
         except WrongKernel as error:
-            if not ranks or len(ranks.places) > 1:
+            if not ranks or len({place.node for place in ranks.places}) > 1:
                 raise
             self.places.wrong.add(ranks.places[0].node)
             if not self.places.fits_without({*avoided, *self.places.wrong}):

@@ -17,7 +17,7 @@ from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampl
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES, INTERRUPTED
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import UNFORESEEN, DisScaleError, Preempted, UserError, shown, shown_below
+from dis_scale.process.errors import UNFORESEEN, DisScaleError, Preempted, UserError, losing_lines, shown, shown_below
 from dis_scale.process.redaction import redact
 
 NAME = "dis-scale"
@@ -81,7 +81,8 @@ def _print_end(context: Context, words: str, before: str = "", *, drives: bool) 
     """Print the last line of a command; one of JSON if it drives a sweep whose lines are."""
     as_json = drives and os.environ.get(jsonlog.VARIABLE) == "json"
     line = jsonlog.entry(context, "error", "error", message=words) if as_json else shown_below(before + words)
-    print(line, file=sys.stderr, flush=True)
+    with losing_lines():
+        print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,7 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
         _print_end(context, str(error), "" if isinstance(error, Preempted) else "error: ", drives=drives)
         code = error.exit_code
     except Exception:
-        print(shown(redact(traceback.format_exc())), end="", file=sys.stderr)
+        with losing_lines():
+            print(shown(redact(traceback.format_exc())), end="", file=sys.stderr)
         code = UNFORESEEN
     if drives:
         from pipelines.jobs import end_own_job

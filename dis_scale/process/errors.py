@@ -3,14 +3,26 @@
 `UserError` is a mistake in the input (exit code 2); most other errors are failures (exit code 1).
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
 
 from dis_scale.process.redaction import redact
 
 UNFORESEEN = 70
 """Exit code of an error of no class below (EX_SOFTWARE of sysexits.h): a mistake of ours, or an accident that nobody thought of.
 Schedulers try it again, a limited number of times."""
+
+
+@contextlib.contextmanager
+def losing_lines() -> Iterator[None]:
+    """Lose what is printed to a log on a full disk: for want of a line nothing that runs for weeks may end."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 class DisScaleError(Exception):

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
-from dis_scale.process.errors import printable, shown_below
+from dis_scale.process.errors import losing_lines, printable, shown_below
 from dis_scale.process.threads import repeating
 
 ReportDone = Callable[[int], None]
@@ -96,7 +96,8 @@ class Board:
         self._bars.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(shown_below(line), highlight=False, markup=False, soft_wrap=True)
+        with losing_lines():
+            self.console.print(shown_below(line), highlight=False, markup=False, soft_wrap=True)
         self._shown_s = self._clock()
 
     def at_work(self, name: str) -> None:

@@ -188,16 +188,16 @@ class Evaluate(Sampling):
     workers: Count = runtime(1)
     """Most evaluators that work at the same time."""
     gpu_share: Annotated[float, Field(gt=0, lt=1)] | None = runtime(None)
-    """Fraction of a GPU's memory for an evaluator beside training, if training leaves it no GPU; default: evaluation waits."""
+    """Fraction of a GPU's memory for an evaluator beside training, one a GPU, if training leaves it none; default: it waits."""
 
     @property
     def sampling(self) -> Sampling:
         """The settings of one sample."""
         return Sampling.model_construct(**{name: getattr(self, name) for name in Sampling.model_fields})
 
-    def shared(self, gpus: int, own: int) -> float:
-        """Return the fraction of a GPU's memory that its evaluators may take, of `gpus`, if `own` evaluators may have one each."""
-        return (self.gpu_share or 0.0) * -(-max(0, self.workers - max(0, own)) // max(1, gpus))
+    def shared(self, own: int) -> float:
+        """Return the fraction of a GPU's memory that an evaluator may take beside training, if `own` have a GPU each."""
+        return self.gpu_share if self.gpu_share is not None and self.workers > own else 0.0
 
     @property
     def extractors(self) -> tuple[ExtractorSettings, ...]:

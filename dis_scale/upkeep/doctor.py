@@ -227,7 +227,7 @@ def _verify_on_gpu(needs: Needs, model: str) -> None:
     recipe, device = needs.recipe.for_model(model), torch.device("cuda")
     train, settings, world = recipe.train, recipe.models[model], recipe.train.most_workers
     sizes = settings, vae.planned_shape(recipe.vae, recipe.data.resolution), recipe.data.num_classes
-    memory = needs.here.gpu_bytes(), recipe.evaluate.shared(needs.gpus[0], needs.gpus[0] - world)
+    memory = needs.here.gpu_bytes(), recipe.evaluate.shared(needs.gpus[0] - world)
     cost = price_model(*sizes)
     count, keeps = plan_passes(model, cost, train, world, *memory)
     passes = [one for rank in range(world) for one in forward_passes(train.lanes, rank, world, count)]

@@ -318,9 +318,10 @@ def test_another_job_follows_one_that_gave_up_storage_once_that_answers(
     jobs[stage].insert(0, lost)
 
     def away(folder: Folder) -> None:
+        """It answers, then takes no writes yet, which is a mistake at the start of a sweep only."""
         asked.append(folder)
         if len(asked) < 3:
-            raise StorageAway("503")
+            raise (StorageAway("503"), UserError("it cannot be used: the quota is used up"))[len(asked) - 1]
 
     monkeypatch.setattr(Folder, "require_usable", away)
     driver.poll_every_s, driver.submit = 0.0, lambda _, __, *words: jobs[words[0]].pop(0)  # type: ignore[assignment]
@@ -397,11 +398,14 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
     assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor"), "all are trained"
 
 
-@pytest.mark.parametrize(("results", "jobs"), [([0], MOST_EVALUATIONS), ([0, 0, 0, 4, 4, 9, 9], 5 + MOST_EVALUATIONS)])
+@pytest.mark.parametrize(("results", "jobs"), [([0], 1 + MOST_EVALUATIONS), ([0, 0, 0, 4, 4, 9, 9], 5 + MOST_EVALUATIONS)])
 def test_evaluation_after_training_ends_by_failures_in_a_row_without_a_result(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, results: list[int], jobs: int
 ) -> None:
-    """It may take days, in which the disk is full three times; a crash at its begin ends within the hour."""
+    """It may take days, in which the disk is full three times; a crash at its begin ends within the hour.
+
+    The first job began before the end of training.
+    """
     clock, submitted, driver.evaluate_again_s = iter(range(10**6)), list[float](), 600.0
     monkeypatch.setattr("pipelines.driver.time.monotonic", lambda: float(next(clock)))
     counts = iter(results + [results[-1]] * MOST_EVALUATIONS)

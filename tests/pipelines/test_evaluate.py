@@ -127,7 +127,16 @@ def test_training_plans_with_what_evaluators_take_beside_it_once_a_node_has_fail
         state.record_node_failure(sweep.failed_nodes("evaluate"), "b", "uncorrectable ECC error")
     places = places.avoiding_failed(sweep, "cuda")
     assert own_gpus(sweep, places) == 0
-    assert places.shared == pytest.approx(0.1)
+    assert places.shared == 0.1
+
+
+def test_evaluators_that_share_fit_however_few_gpus_are_left() -> None:
+    """Four on the last GPU, with half of its memory each, would leave training none and end its model."""
+    recipe = reading.load(TINY, ["evaluate.workers=4", "evaluate.gpu_share=0.5", "train.workers=1..8", "train.lanes=8"])
+    for gpus in (8, 4, 2, 1):
+        places = Places(recipe, [Node("0" * 56, "a", {"GPU": float(gpus), "CPU": 16.0})])
+        assert places.shared == 0.5
+        assert [number for number, _ in places.evaluators("cuda", 0)] == [*reversed(range(gpus))][:4]
 
 
 OTHERS = [
@@ -304,12 +313,11 @@ def test_nothing_that_is_behind_a_hang_is_waited_for(two: RecordedJob, monkeypat
     assert (next(hours), len(begun)) == (8, 1)
 
 
-def test_what_is_measured_again_is_progress_and_what_was_skipped_is_not_tried_again(
-    job: RecordedJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_measured_again_is_progress_and_what_was_skipped_is_not_tried_again(job: RecordedJob) -> None:
     """A thousand of them sample nothing for hours, and would count as a hang."""
     every = [Sampled("dis", images) for images in (16, 32, 48)]
-    monkeypatch.setattr(state, "outdated", lambda _: dict.fromkeys(every, "the recipe has added kid"))
+    for sampled in every:  # before the recipe added metrics
+        put_metrics(job.sweep.evaluation(sampled), metrics=())
     evaluation = Recorded(job.sweep)
     evaluate._measure_again(job, evaluation, {every[1]})  # type: ignore[arg-type]
     assert evaluation.evaluated == [every[0], every[2]]
@@ -325,9 +333,8 @@ def test_gpus_that_the_last_models_leave_are_for_evaluation(tmp_path: Path) -> N
     assert own_gpus(sweep, places) == 8
 
 
-def test_an_evaluator_that_cannot_open_its_networks_says_why(job: RecordedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluator_that_cannot_open_its_networks_says_why(job: RecordedJob, same_priority: None) -> None:
     """Ray says of what a constructor raises that the worker was lost, in a text whose end has the reason."""
-    monkeypatch.setattr("os.nice", lambda _: 0)
     with pytest.raises(NotOpened, match=r"vae.*\(on node "):
         Evaluator(job.sweep, "cpu").held_out(Sampled("dis", 0))
 
@@ -351,6 +358,13 @@ def test_a_floor_that_cannot_be_measured_is_logged_and_stops_nothing(job: Record
     assert state.floor_settled(job.sweep)
     assert state.floor_skipped(job.sweep) == why
     assert job.said == [f"floor: not measured: {why}"]
+
+
+def test_a_floor_is_measured_by_the_next_command_if_storage_was_away(job: RecordedJob) -> None:
+    """The sweep's own, for two minutes: it would end as done without one."""
+    evaluate.measure_floor(job, Failing(StorageAway("503")))  # type: ignore[arg-type]
+    assert job.said == ["floor: not measured: 503"]
+    assert not state.floor_settled(job.sweep)
 
 
 @pytest.mark.parametrize("error", [e for e in OTHERS if not isinstance(e, StorageAway)], ids=str)

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import reading
+from dis_scale.recipe import PretrainedVae, reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holding
@@ -105,7 +105,8 @@ def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(tmp_pa
     sweep = stored(tmp_path, ON_A_CLUSTER)
     monkeypatch.setenv("RAY_ADDRESS", "")  # as good as none
     before = sweep.folder.list()
-    for recipe in (pipeline.resumed_recipe(sweep, []), sweep.recipe):
+    there = sweep.recipe.model_copy(update={"vae": PretrainedVae(kind="pretrained", path="/models/of-the-cluster")})
+    for recipe in (pipeline.resumed_recipe(sweep, []), sweep.recipe, there):
         with pytest.raises(UserError, match=r"16 GPUs .*old-head.*: nothing was started here") as raised:
             pipeline.run_sweep(recipe, quiet())
         submit = "ray job submit --address http://old-head:8265 --working-dir . -- python -m dis_scale resume"

@@ -94,12 +94,13 @@ class OnePlace(RankPlaces):
 
 
 class OneRank(TrainingRun):
-    """Attempts of one rank without Ray; `right` are the nodes whose kernels are right."""
+    """Attempts of one rank, or of two on one node, without Ray; `right` are the nodes whose kernels are right."""
 
     right = frozenset[str]()
+    ranks = 1
 
     def _start(self, group: Any, world: int) -> Ranks:
-        return Ranks([None], [Place("ip", group, [], 1, "")])
+        return Ranks([None] * self.ranks, [Place("ip", group, [], 1, "")] * self.ranks)
 
     def _check(self, ranks: Ranks) -> None: ...
 
@@ -109,15 +110,16 @@ class OneRank(TrainingRun):
         return self.settings.images
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("right", "failed"), [("c", ["a", "b"]), ("a", []), ("", ["a", "b"])])
-def test_a_kernel_that_is_wrong_for_one_rank_alone_is_tried_on_other_nodes(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, failed: list[str]
+def test_a_kernel_that_is_wrong_on_one_node_alone_is_tried_on_others(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, failed: list[str], ranks: int
 ) -> None:
-    """One wrong GPU would end model after model. Only if it is wrong on all nodes it is a mistake."""
+    """One wrong GPU, or machine, would end model after model. Only if it is wrong on all nodes it is a mistake."""
     monkeypatch.setattr(nodes, "name_of", str)
     job = job_of(tiny, tmp_path)
     run = OneRank(job, "dit", OnePlace(job, "dit", "cuda"))
-    run.right = frozenset(right)
+    run.right, run.ranks = frozenset(right), ranks
     with contextlib.nullcontext() if right else pytest.raises(WrongKernel):
         assert with_restarts(job, "dit", run.attempts, lambda: 0) == tiny.train.images
     assert sorted(state.node_failures(job.sweep)) == failed

@@ -14,6 +14,7 @@ import sys
 import termios
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from rich.console import Console
 from dis_scale.cli import shared
 from dis_scale.process.context import Context
 from dis_scale.process.progress import PLAIN_EVERY_S, RATE_OVER_S, Board, rate_words, time_words
+from pipelines import lines
 from tests.support import waiting
 
 
@@ -98,6 +100,16 @@ def test_a_terminal_without_a_cursor_gets_lines(settings: dict[str, Any]) -> Non
     with Board(console) as board:
         board.update("train dis", 400, 400, "images")
     assert out.getvalue() == "train dis: 400/400 images\n"
+
+
+def test_a_full_disk_under_the_log_ends_nothing() -> None:
+    """A job whose line cannot be written would count as failed, and so would the next model's."""
+    full = Path("/dev/full").open("w")  # noqa: SIM115  # closing it writes what it has kept
+    Board(Console(file=full)).say("train dis")
+    with contextlib.redirect_stdout(full):
+        lines.write("{}")
+    with pytest.raises(OSError, match="No space left on device"):
+        full.close()
 
 
 @pytest.mark.parametrize("json", [False, True], ids=["lines", "json"])
