@@ -14,8 +14,8 @@
 # have passed by then is, until the job has been queued 1,000 times for any reason: storage or a node that is away (74), Ray's head
 # that has died. Also, up to 100 times, a process that was killed (128 and more), which may do the same again, and a sweep that
 # another process holds (69): Slurm may take a node for lost whose processes live on; up to 20 times what nobody foresaw (70).
-# These two limits are for runs of less than an hour, one after the other; one that works for longer begins the count again. Nodes
-# that do not join Ray within ten minutes are done without in the third run in a row; if none joins, the 20th fails.
+# These two limits are for runs between two stops: one that comes to its time limit or a preemption begins the count again. Nodes
+# that do not join Ray within ten minutes are done without once two runs have lacked some; if only the head joins, the 20th fails.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -41,27 +41,41 @@ set -euo pipefail
 
 again=no requested='' child='' restarts=${SLURM_RESTART_COUNT:-0} deadline=''
 # shellcheck disable=SC2317 # called by a trap
-stop() { # whether to queue the job again: not if one of several signals says so; the later ones give no more time
-    [ "$1" = no ] || deadline=${deadline:-$((SECONDS + ${STOP_WAIT_S:-240}))}
-    [ "$1" = yes ] && [ -n "$requested" ] || again=$1
-    [ -n "$requested" ] || [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true # twice would end it at once
-    requested=yes
+stop() { # by TERM or INT
+    [ "$1" = INT ] || deadline=${deadline:-$((SECONDS + ${STOP_WAIT_S:-240}))} # a second TERM gives no more time
+    case "$requested,$1" in
+        ,TERM) again=yes ;;
+        *INT) again=no ;;
+    esac
+    case "$requested,$1" in
+        ,* | INT,INT) tell ;; # a second signal ends the sweep at once
+    esac
+    requested=${requested:-$1}
 }
-trap 'stop yes' TERM
-trap 'stop no' INT
+tell() {
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
+trap 'stop TERM' TERM
+trap 'stop INT' INT
 mkdir -p "$HOME/.dis-scale"
-ends=$HOME/.dis-scale/ends-$SLURM_JOB_ID # how the last short runs of this job have ended, a word in a line
+ends=$HOME/.dis-scale/ends-$SLURM_JOB_ID # how the runs of this job since the last stop have ended, a word in a line
 lately() { # how often
-    grep -csx "$1" "$ends" || [ -e "$ends" ] || echo 0
+    local count
+    count=$(grep -csx "$1" "$ends") || true
+    echo "${count:-0}"
+}
+note() { # a full home ends nothing
+    { echo "$1" >> "$ends"; } 2>/dev/null || true
 }
 passes() { # whether the end with $code may have passed in the next run
-    [ "$code" = 74 ] || { { [ "$code" = 69 ] || [ "$code" -ge 128 ]; } && [ "$(lately "$code")" -lt 100 ]; } ||
-        { [ "$code" = 70 ] && [ "$(lately 70)" -lt 20 ]; } ||
+    [ "$code" = 74 ] || { { [ "$code" = 69 ] || [ "$code" -ge 128 ]; } && [ "$(lately "$code")" -le 100 ]; } ||
+        { [ "$code" = 70 ] && [ "$(lately 70)" -le 20 ]; } ||
         ! timeout "$([ -n "$requested" ] && echo 30 || echo 300)" ray health-check --address "$RAY_IP:$RAY_PORT" > /dev/null 2>&1
 }
 run() { # a command, whose exit code is then in $code; a signal to this script reaches it
     "$@" &
     child=$!
+    [ -z "$requested" ] || tell # meanwhile
     while kill -0 $child 2>/dev/null; do
         if [ -z "$deadline" ]; then
             wait $child || true # ends early when a signal was trapped
@@ -124,8 +138,8 @@ while (joined := nodes()) < wanted:
     time.sleep(5)
 ' "$(lately join)"
 if [ "$code" = 74 ] && [ -z "$requested" ]; then
-    echo join >> "$ends"
-    [ "$(lately join)" -lt 20 ] || exit 1 # no accident: another environment on its nodes, for example
+    note join
+    [ "$(lately join)" -lt 20 ] || { rm -f "$ends" && exit 1; } # no accident: another environment on its nodes, for example
 fi
 [ "$code" = 0 ] || [ "$code" = 74 ] || [ "$code" -ge 128 ] || [ -n "$requested" ] || exit "$code"
 
@@ -136,9 +150,10 @@ if [ "$code" = 0 ] && [ -z "$requested" ]; then
 elif [ -n "$requested" ]; then
     code=75
 fi
-[ "$SECONDS" -lt 3600 ] || rm -f "$ends"
-if [ "$code" != 75 ]; then # which is a stop: a signal has said whether it continues
-    echo "$code" >> "$ends"
+if [ "$code" = 75 ]; then # a stop: a signal has said whether it continues
+    rm -f "$ends" || true
+else
+    note "$code"
     [ -n "$requested" ] || [ "$restarts" -ge 1000 ] || again=yes
     [ "$code" != 0 ] && { passes || { [ -n "$requested" ] && [ "$code" -ge 128 ]; }; } || again=no # a stop that took too long
 fi
@@ -155,5 +170,6 @@ if [ "$again" = yes ]; then
         [ "$code" != 75 ] || code=1
     fi
 fi
+[ "$again" = done ] || rm -f "$ends" || true
 [ "$code" != 75 ] || exit 0 # stopped as requested: a job that FAILED would page
 exit "$code"
