@@ -12,7 +12,6 @@ from typing import TypeVar
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.process.progress import Board
 from dis_scale.storage import lease
-from dis_scale.storage.folder import Folder
 from dis_scale.sweep import STAGES, Sweep, state
 from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines import lines
@@ -33,6 +32,8 @@ class Drained(DisScaleError):
 
 LONGEST_PAUSE_S = 300.0
 """Before a job that follows another one of the day; the pause doubles from one to the next, so that ten outlast ten minutes."""
+PROBE_POLLS = 20
+"""Polls between two probes of a storage that answers and takes no writes: each has eight requests."""
 MOST_FOLLOWED, FOLLOWED_IN_S = 10, 24 * 3600.0
 """How often in this time another job follows one of a stage that was killed, or stopped for an earlier command."""
 MOST_EVALUATIONS, FIRST_AGAIN_S = 6, 10.0
@@ -300,27 +301,33 @@ def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
     if stopped:
         what = "it was stopped for an earlier command"
     elif away:
-        _insist(driver, partial(_require_usable, driver.sweep.store))
+        _insist(driver, partial(_require_usable, driver))
         what = f"storage or a node was away ({why})"
     driver.board.say(f"{name}: {what}, and another job continues")
     pause_before_next(driver, name)
     return True
 
 
-def _require_usable(store: Folder) -> None:
+def _require_usable(driver: Driver) -> None:
     """StorageAway unless storage takes writes: it may answer, and still refuse them or list wrongly after an outage."""
     try:
-        store.require_usable()
+        driver.sweep.store.require_usable()
     except UserError as error:
+        _pause(driver, PROBE_POLLS * driver.poll_every_s)
         raise StorageAway(str(error)) from error
+
+
+def _pause(driver: Driver, seconds: float) -> None:
+    until_s = time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        go_on(driver)
+        time.sleep(driver.poll_every_s)
 
 
 def pause_before_next(driver: Driver, name: str) -> None:
     """Wait before what follows, but for the first of the day: a machine that is short of memory is so for minutes."""
-    again_s = time.monotonic() + min(LONGEST_PAUSE_S, driver.poll_every_s * 2 ** len(driver.followed_s[name]))
-    while len(driver.followed_s[name]) > 1 and time.monotonic() < again_s:
-        go_on(driver)
-        time.sleep(driver.poll_every_s)
+    if len(driver.followed_s[name]) > 1:
+        _pause(driver, min(LONGEST_PAUSE_S, driver.poll_every_s * 2 ** len(driver.followed_s[name])))
 
 
 def may_follow(driver: Driver, name: str) -> bool:

@@ -23,7 +23,7 @@ from pipelines.metrics import SetGauge
 from pipelines.nodes import choose_device, total_gpus
 from pipelines.places import Places, own_gpus
 from pipelines.restarts import with_restarts
-from pipelines.stage import StageJob
+from pipelines.stage import StageJob, insist
 from pipelines.waiting import Wait
 from pipelines.worker import request_for
 
@@ -339,18 +339,22 @@ def noting(job: StageJob, sampled: Sampled, skipped: set[Sampled]) -> Iterator[N
 def measure_floor(job: StageJob, evaluation: Evaluation) -> None:
     """Measure the floor; log and note why if it cannot be measured: no model needs it. A run that evaluates more tries again.
 
-    So does another command if storage was away: the sweep's own, which is back, or that of the images.
+    Storage that is away, the sweep's own or that of the images, is asked again for an hour.
     """
+
+    def pause() -> None:
+        job.pause(POLL_EVERY_S)
+        job.raise_if_stopped()
+
     try:
-        evaluation.floor()
+        insist(evaluation.floor, job.say, pause)
     except (Held, NotOpened, Preempted, StorageFull, WorkerFailure):
         raise
     except DisScaleError as error:
         why = str(cause_of(error))
         job.say(f"floor: not measured: {why}", level="warning")
         job.require_held()
-        if not isinstance(error, StorageAway):
-            Skipped(why=why).write(job.sweep.floor)
+        Skipped(why=why).write(job.sweep.floor)
 
 
 def _shown(sampled: Sampled, values: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import ray
 
-from dis_scale.process.errors import BrokenDevice, DisScaleError, OutOfMemory, StorageAway
+from dis_scale.process.errors import FULL, BrokenDevice, DisScaleError, OutOfMemory, StorageAway
 from dis_scale.storage.retries import PASSING
 from dis_scale.training.devices import NODE, REJECTED, lacks_memory
 
@@ -24,7 +24,7 @@ CONNECTION = re.compile(
 """Parts of the errors of a process group that lost a member, or whose port another process has taken."""
 AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instruction")
 """Parts of the errors of a program or of a device: worth another attempt, but no reason to exclude a node."""
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+DISK = (*FULL, errno.EIO, errno.EROFS)
 """Errors of a node's own disk, in the cache of kernels or a temporary file. Storage raises its own class."""
 SHORT = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
 """Errors of a node that is short of memory, processes or files."""

@@ -114,28 +114,29 @@ class Places:
         own = settings.workers if device == "cpu" else min(settings.workers, gpus)
         every: list[tuple[int | None, Request]] = [(None, request)] * own
         training = [node.id for node in self.nodes if self._trains(node)]
-        if device == "cuda" and training:
-            apart = min(own, self.evaluators_on(self._apart))
+        apart = min(own, self.evaluators_on(self._apart)) if device == "cuda" and training else 0
+        if apart:
             every[:apart] = [(None, request.on(label_selector=nodes.avoiding([*training, *self.avoided])))] * apart
         if own == settings.workers or settings.gpu_share is None:
             return every
-        return every + self._sharing(settings.workers - own)
+        return every + self._sharing(settings.workers - own, own - apart)
 
     @property
     def shared(self) -> float:
         """Fraction of a GPU's memory that evaluators may take beside training."""
         return self.recipe.evaluate.shared(self.spare_gpus(len(self.recipe.models)))
 
-    def _sharing(self, count: int) -> list[tuple[int, Request]]:
+    def _sharing(self, count: int, taken: int) -> list[tuple[int, Request]]:
         """Return up to `count` evaluators that share training's GPUs, one on each: of a GPU in turns, two would be no faster.
 
-        From each node's last device on, since training's first rank has most to do.
+        From each node's last device on, since training's first rank has most to do; `taken` are those of evaluators alone.
         """
-        devices = [(-index, node.id) for node in self._left for index in range(int(node.resources.get("GPU", 0)))]
+        trains = [node for node in self._left if self._trains(node)]
+        devices = [(-index, node.id) for node in trains for index in range(int(node.resources["GPU"]))]
         return [
             # it reserves nothing and sees all GPUs of its node
             (-index, Request({}).on(scheduling_strategy=nodes.only(node), runtime_env={"env_vars": ALL_GPUS_VISIBLE}))
-            for index, node in sorted(devices)[:count]
+            for index, node in sorted(devices)[: min(count, max(0, len(devices) - taken))]
         ]
 
     @property

@@ -117,9 +117,14 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fast_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holders of leases show in each 20 ms that they live, and without a sign are dead after half a second."""
+def fast_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holders of leases show in each 20 ms that they live."""
     monkeypatch.setattr(lease, "BEAT_S", 0.02)
+
+
+@pytest.fixture
+def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holders of leases without a sign of life are dead after half a second."""
     monkeypatch.setattr(lease, "STILL_S", 0.5)
 
 

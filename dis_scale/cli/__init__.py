@@ -17,7 +17,16 @@ from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampl
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES, INTERRUPTED
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import UNFORESEEN, DisScaleError, Preempted, UserError, losing_lines, shown, shown_below
+from dis_scale.process.errors import (
+    UNFORESEEN,
+    DisScaleError,
+    Preempted,
+    UserError,
+    drop_unwritten,
+    losing_lines,
+    shown,
+    shown_below,
+)
 from dis_scale.process.redaction import redact
 
 NAME = "dis-scale"
@@ -89,6 +98,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; an error of ours becomes one line and its exit code, below its traceback if `--debug` is given anywhere."""
     words = sys.argv[1:] if arguments is None else arguments
     drives = [word for word in words if word != "--debug"][:1] in (["sweep"], ["resume"])
+    try:
+        _run(words, drives=drives)
+    finally:
+        if drives:  # of other commands the output is what they are for
+            drop_unwritten()
+
+
+def _run(words: list[str], *, drives: bool) -> None:
     context = Context()
     try:
         app([word for word in words if word != "--debug"], prog_name=NAME, obj=context)

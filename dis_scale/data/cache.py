@@ -21,18 +21,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dis_scale.process import counts
+from dis_scale.process.errors import FULL
 from dis_scale.storage.manifest import Digest
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
 """The cache's own files. Other files in its folder are neither counted nor touched."""
 MOST_FILES = 2**16
 """Open files of a process with a cache, if the system allows so many."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def default_folder() -> Path:
-    """Return this user's folder in the system's temporary folder."""
-    return Path(tempfile.gettempdir()) / f"dis-scale-{os.getuid()}" / "shards"
+def own_folder() -> Path:
+    """Return this user's folder in the system's temporary folder.
+
+    PermissionError if another user has made it, who could change what is trained on, or put links there to files to overwrite.
+    """
+    folder, user = Path(tempfile.gettempdir()) / f"dis-scale-{os.getuid()}", os.getuid()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if {folder.lstat().st_uid, folder.stat().st_uid} != {user}:
+        raise PermissionError(errno.EACCES, f"{folder} is another user's")
+    return folder / "shards"
 
 
 def share_read(cached: float) -> float:
@@ -45,29 +52,15 @@ def share_read(cached: float) -> float:
     return missing - missing * math.log(missing) if missing else 0.0
 
 
-def _require_own(folder: Path) -> None:
-    """Make a folder for this user alone; PermissionError if another one has made it, who could change what is trained on."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise PermissionError(errno.EACCES, f"{folder} is another user's")
-    folder.chmod(0o700)
-
-
 class Cache:
     """Shards in `folder`, at most `bound_bytes` together. If it is disabled or its disk is full, `say` gets the reason, once."""
 
     def __init__(self, folder: Path, bound_bytes: int, say: Callable[[str], None]) -> None:
         self.folder, self.bound_bytes, self._say = folder, bound_bytes, say
-        self._disabled = self._said = self._foreign = False
+        self._disabled = self._said = False
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with suppress(ValueError, OSError):  # a mapped file keeps a descriptor: one for each shard
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
-        try:
-            if folder == default_folder():
-                _require_own(folder.parent)
-        except OSError as error:
-            self._foreign = True
-            self._note(error)
         self._checked: dict[str, tuple[int, int]] = {}
         """Inode and time of the last change of the files whose bytes this process has checked, by sha256."""
 
@@ -92,8 +85,6 @@ class Cache:
     def _cached(self, shard: Digest) -> mmap.mmap | None:
         """Map the file and update the time of its last use; None if it is missing or damaged. A damaged file is deleted."""
         path = self.folder / shard.sha256
-        if self._foreign:
-            return None
         try:
             with path.open("rb") as file:
                 stat = os.fstat(file.fileno())
@@ -174,7 +165,7 @@ class Cache:
 
     def _note(self, error: OSError) -> None:
         """Use the cache no more after this error, but if the disk is full, which may be emptied."""
-        full = error.errno in _FULL
+        full = error.errno in FULL
         if not (self._said if full else self._disabled):
             self._said = True
             continues = "with what fits" if full else "without it"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dis_scale.data import mixing
-from dis_scale.data.cache import Cache, default_folder
+from dis_scale.data.cache import Cache, own_folder
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
 from dis_scale.data.mixing import BLOCK_SHARDS
 from dis_scale.data.order import Locations, Order
@@ -121,8 +121,11 @@ def open_latents(
     cache = None
     if folder.local is None and recipe.reader.cache_gib:
         where = recipe.reader.cache_folder
-        cache = Cache(Path(where).expanduser() if where else default_folder(), int(recipe.reader.cache_gib * GIB), say)
-        how += f"; cache {cache.folder}, up to {recipe.reader.cache_gib:g} GiB"
+        try:
+            cache = Cache(Path(where).expanduser() if where else own_folder(), int(recipe.reader.cache_gib * GIB), say)
+            how += f"; cache {cache.folder}, up to {recipe.reader.cache_gib:g} GiB"
+        except OSError as error:
+            say(f"cache: {error.strerror or error}: training continues without it")
     data = recipe.data
     latents = Latents(
         folder, recipe.seed, data.held_out_images, normalise=data.normalise, cache=cache, keep_all=keep_all,

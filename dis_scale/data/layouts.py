@@ -18,7 +18,6 @@ import pickle
 import pickletools
 import re
 import struct
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -280,12 +279,10 @@ def _in_zip(root: Folder, name: str, *, labelled: bool) -> Iterator[Entry | Left
     """Yield the latents of a zip; each is stored as it is, between its own header and the next member's."""
     where = f"{root}/{name}"
     try:
-        with root.open(name) as file, zipfile.ZipFile(file) as opened:
+        with root.open(name) as file, npy.open_zip(file) as opened:
             labels = _labels(lambda: npy.member(opened, LABELS, LARGEST_BYTES), f"{where}/{LABELS}") if labelled else None
             members = sorted((m for m in opened.infolist() if not m.is_dir()), key=lambda m: m.header_offset)
             end = opened.start_dir
-            if members and members[-1].header_offset >= end:
-                raise zipfile.BadZipFile(f"{printable(members[-1].filename)} would begin behind the list of its files")
     except npy.MALFORMED as error:
         raise StorageError(f"{where}: not a complete zip: {error}") from error
     if packed := next((m.filename for m in members if m.compress_type and m.filename.endswith(".npy")), None):

@@ -107,7 +107,7 @@ def open_reference(url: str, what: str = "evaluate.reference") -> Adm:
     parent, name = locate(url)
     try:
         source = parent.local / name if parent.local else parent.open(name, READ_BYTES)
-        return Adm(url, zipfile.ZipFile(source))
+        return Adm(url, npy.open_zip(source))
     except FileNotFoundError as error:
         raise UserError(f"{what}: no file {url}") from error
     except (*npy.MALFORMED, StorageError) as error:

@@ -6,6 +6,8 @@
 import contextlib
 import difflib
 import errno
+import os
+import sys
 from collections.abc import Iterable, Iterator
 
 from dis_scale.process.redaction import redact
@@ -15,14 +17,28 @@ UNFORESEEN = 70
 Schedulers try it again, a limited number of times."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a full disk, or of a used up quota."""
+
+
 @contextlib.contextmanager
 def losing_lines() -> Iterator[None]:
     """Lose what is printed to a log on a full disk: for want of a line nothing that runs for weeks may end."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
+
+
+def drop_unwritten() -> None:
+    """Drop what a full disk has not taken of the output: Python would end with 120 instead of the command's exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if error.errno in FULL:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class DisScaleError(Exception):

@@ -33,7 +33,7 @@ from fsspec.core import has_magic
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from dis_scale.process import faults
-from dis_scale.process.errors import StorageError, UserError, nearest
+from dis_scale.process.errors import DisScaleError, StorageError, UserError, nearest
 from dis_scale.process.settings import absolute
 from dis_scale.process.threads import in_order
 from dis_scale.storage import local, s3
@@ -348,6 +348,8 @@ class Folder:
             after = self.list(probe)
             self.delete(probe)
         except (StorageError, UserError, OSError, ValueError, TypeError) as error:
+            with contextlib.suppress(DisScaleError, OSError):
+                self.delete(probe)
             raise UserError(f"storage {self.url} cannot be used: {cause_of(error)}") from error
         # fsspec's own `create` looks first and writes then, so that two processes may both have written.
         own = getattr(_client(self.url)[0].pipe_file, "__func__", None)

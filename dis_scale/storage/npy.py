@@ -16,7 +16,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
-from dis_scale.process.errors import Damaged
+from dis_scale.process.errors import Damaged, printable
 
 _MAGIC = b"\x93NUMPY"
 _TYPE = re.compile(rb"'descr': *'([<>|][biufU]\d+)'")
@@ -86,6 +86,14 @@ def member(file: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
         raise ValueError(f"{name}: unpacked it has {size:,} bytes, and at most {most_bytes:,} are read")
     with open_member(file, name) as stream:
         return stream.read(size)
+
+
+def open_zip(file: Any) -> zipfile.ZipFile:
+    """Open a zip; one of `MALFORMED` if it is none, or lists files that are not before its list, as without its first bytes."""
+    opened = zipfile.ZipFile(file)
+    if outside := next((m for m in opened.infolist() if not 0 <= m.header_offset < opened.start_dir), None):
+        raise zipfile.BadZipFile(f"{printable(outside.filename)} would begin outside of it")
+    return opened
 
 
 def open_member(file: zipfile.ZipFile, name: str) -> IO[bytes]:

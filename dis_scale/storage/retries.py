@@ -15,7 +15,7 @@ from typing import TypeVar
 import fsspec
 
 from dis_scale.process import context, counts
-from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError, printable
+from dis_scale.process.errors import FULL, DisScaleError, StorageAway, StorageError, StorageFull, UserError, printable
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[st
             expired = _expired_key(error, store)
             words = f"{printable(what)}: {expired}{cause_of(error)}"
             if not (expired or _may_pass(error)):
-                kind = StorageFull if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else StorageError
+                kind = StorageFull if getattr(error, "errno", None) in FULL else StorageError
                 raise kind(words) from error
             if attempt == tries - 1:
                 raise StorageAway(words) from error
@@ -139,7 +139,7 @@ def cause_of(error: BaseException) -> str:
         return str(error)
     if isinstance(error, FileNotFoundError) or http_status(error) == 404:
         return "there is no such bucket or folder, and it cannot be created"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         return "no space left on the device: free some, then run the same command again"
     if isinstance(error, PermissionError) or http_status(error) in (401, 403):
         return f"permission denied: check the key and its rights ({' '.join(str(error).split())})"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dis_scale.data.cache import Cache, default_folder, share_read
+from dis_scale.data.cache import Cache, own_folder, share_read
 from dis_scale.process.errors import StorageError
 from dis_scale.storage.manifest import Digest
 
@@ -188,23 +188,24 @@ def test_errors_of_storage_pass_through(tmp_path: Path) -> None:
     assert files(tmp_path) == set()
 
 
-def test_the_default_folder_is_per_user() -> None:
-    assert str(os.getuid()) in str(default_folder())
+def test_the_default_folder_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert own_folder() == tmp_path / f"dis-scale-{os.getuid()}" / "shards"
+    assert own_folder().parent.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives a folder away")
-def test_a_folder_that_another_user_has_made_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who could change what is trained on, or put links there to files that shards would replace."""
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_that_another_user_has_made_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    lines, data, own = list[str](), b"y" * 500, default_folder()
-    own.mkdir(parents=True)
-    (own / Digest.of(data).sha256).write_bytes(data)
-    os.chown(own.parent, 12_345, 12_345)
-    assert bytes(Cache(own, 10_000, lines.append).get(Digest.of(data), lambda: b"fetched")) == b"fetched"
-    assert lines == [f"cache {own}: {own.parent} is another user's: training continues without it"]
-    os.chown(own.parent, os.getuid(), 0)
-    assert bytes(Cache(own, 10_000, pytest.fail).get(Digest.of(data), pytest.fail)) == data
-    assert own.parent.stat().st_mode & 0o777 == 0o700
+    (theirs := tmp_path / f"dis-scale-{os.getuid()}").mkdir()
+    if link:
+        theirs.rename(tmp_path / "elsewhere")
+        theirs.symlink_to(tmp_path / "elsewhere")
+    assert own_folder().parent == theirs, "a link of one's own to a larger disk"
+    os.chown(theirs, 12_345, 12_345, follow_symlinks=False)
+    with pytest.raises(PermissionError, match="is another user's"):
+        own_folder()
 
 
 def test_other_files_are_neither_counted_nor_touched(tmp_path: Path) -> None:

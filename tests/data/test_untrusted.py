@@ -241,8 +241,8 @@ def test_an_extended_header_with_a_wrong_value_is_refused(tmp_path: Path, header
 
 @pytest.mark.parametrize(
     ("at", "wrong"),
-    [(6, b"\x63"), (9, b"\x08"), (8, b"\1"), (42, b"\xff\xff\xff\x7f")],
-    ids=["a later version", "a name that is no text", "encrypted", "a member behind the end"],
+    [(6, b"\x63"), (9, b"\x08"), (8, b"\1"), (42, b"\xff\xff\xff\x7f"), (0, b"")],
+    ids=["a later version", "a name that is no text", "encrypted", "a member behind the end", "without its first bytes"],
 )
 def test_a_zip_that_python_cannot_read_is_refused(tmp_path: Path, at: int, wrong: bytes) -> None:
     """`zipfile` raises four kinds of errors for them."""
@@ -253,7 +253,7 @@ def test_a_zip_that_python_cannot_read_is_refused(tmp_path: Path, at: int, wrong
     entry = raw.index(b"PK\1\2")
     raw[entry + at : entry + at + len(wrong)] = wrong
     raw[entry + 46] = 0xFF if at == 9 else raw[entry + 46]
-    (tmp_path / "set.zip").write_bytes(raw)
+    (tmp_path / "set.zip").write_bytes(raw[3:] if at == 0 else raw)
     source = {"kind": "latents", "layout": "edm2", "url": str(tmp_path / "set.zip")}
     with pytest.raises(StorageError, match=r"set.zip: not a complete zip: "):
         open_source(data(source, 10, mirror=False))

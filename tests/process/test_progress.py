@@ -112,6 +112,14 @@ def test_a_full_disk_under_the_log_ends_nothing() -> None:
         full.close()
 
 
+@pytest.mark.parametrize(("command", "code"), [(["resume", "/none"], 2), (["recipe", "list"], 70)], ids=["a sweep", "another"])
+def test_a_full_disk_under_the_log_changes_no_exit_code_of_a_sweep(command: list[str], code: int) -> None:
+    """Python would end with 120, which no scheduler tries again. Of another command the output is what it is for."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "dis_scale", *command], stdout=full, stderr=full, check=False)
+    assert done.returncode == code
+
+
 @pytest.mark.parametrize("json", [False, True], ids=["lines", "json"])
 def test_forced_colours_move_no_cursor_in_a_file(monkeypatch: pytest.MonkeyPatch, json: bool) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -43,7 +43,7 @@ def test_a_killed_holder_that_nobody_reaps_frees_the_lease_at_once(tmp_path: Pat
         assert time.monotonic() - began_s < lease.STILL_S
 
 
-def test_heartbeats_come_again_as_soon_as_storage_does(tmp_path: Path, fast_leases: None) -> None:
+def test_heartbeats_come_again_as_soon_as_storage_does(tmp_path: Path, fast_beats: None) -> None:
     """After an outage of 25 s a patient folder pauses up to 38 s between two tries: others would take a live holder for dead."""
     folder = open_folder(tmp_path / "lease").patient
     away = ConnectionError("storage is away")
@@ -119,7 +119,7 @@ CONTAINER = lease.Holder.here().changed(processes="pid:[1]", pid=2**22 + 1)
 )
 @pytest.mark.parametrize("beating", [True, False])
 def test_a_holder_whose_process_is_not_listed_here_is_alive_while_its_heartbeat_changes(
-    tmp_path: Path, fast_leases: None, holder: bytes, named: str, beating: bool
+    tmp_path: Path, short_leases: None, holder: bytes, named: str, beating: bool
 ) -> None:
     folder = open_folder(tmp_path)
     folder.write("0001", holder)
@@ -229,7 +229,7 @@ def test_a_stop_request_reaches_a_holder_whose_clock_differs(tmp_path: Path) -> 
 
 
 def test_a_holder_whose_clock_is_an_hour_late_works_by_the_stores_clock(
-    tmp_path: Path, fast_leases: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fast_beats: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`status`, on a third machine, compares its heartbeats with the store's time."""
     monkeypatch.setattr(Folder, "time_s", lambda _: time.time() + 3600)
@@ -244,7 +244,7 @@ def test_a_holder_whose_clock_is_an_hour_late_works_by_the_stores_clock(
 
 
 def test_a_holder_whose_clock_is_set_while_it_works_is_not_reported_dead(
-    tmp_path: Path, fast_leases: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fast_beats: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The store's clock is another machine's: it is not set."""
     began_s, began_at, set_by = time.monotonic(), time.time(), [0.0]

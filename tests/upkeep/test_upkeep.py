@@ -243,7 +243,7 @@ def test_samples_of_an_ablation_with_damaged_metrics_stay(sweep: Sweep) -> None:
 
 
 def test_dead_leases_of_other_machines_are_polled_together(
-    sweep: Sweep, fast_leases: None, monkeypatch: pytest.MonkeyPatch
+    sweep: Sweep, short_leases: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     holder = Holder(host="elsewhere", boot="x", pid=1, started=0.0)
     for number in range(70):
@@ -299,7 +299,7 @@ def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
 
 
 def test_latents_that_a_sweep_adopts_while_dead_leases_are_polled_stay(
-    sweep: Sweep, fast_leases: None, monkeypatch: pytest.MonkeyPatch
+    sweep: Sweep, short_leases: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A preempted neighbour is polled for 20 s: long enough to begin another sweep."""
     small_latents.make(sweep.store / "latents/finished", [4])
