@@ -43,12 +43,10 @@ again=no requested='' child='' restarts=${SLURM_RESTART_COUNT:-0} deadline=''
 # shellcheck disable=SC2317 # called by a trap
 stop() { # by TERM or INT
     [ "$1" = INT ] || deadline=${deadline:-$((SECONDS + ${STOP_WAIT_S:-240}))} # a second TERM gives no more time
-    case "$requested,$1" in
-        ,TERM) again=yes ;;
-        *INT) again=no ;;
-    esac
-    case "$requested,$1" in
-        ,* | INT,INT) tell ;; # a second signal ends the sweep at once
+    case "$requested,$1" in # a second signal ends the sweep at once: only a second INT asks for that
+        ,TERM) again=yes && tell ;;
+        ,INT | INT,INT) again=no && tell ;;
+        TERM,INT) again=no ;;
     esac
     requested=${requested:-$1}
 }

@@ -198,7 +198,8 @@ class _Evaluation:
         if self._job is None:
             if time.monotonic() < self._again_s:
                 return False
-            self._failed = self._failed if trained == self._trained else 0
+            if trained and not self._trained:
+                self._failed = 0
             self._job, self._trained = self._submit(), trained
             self._driver.gauge("evaluation_failed", 0)
         ended = self._job.ended()  # asked before its log, so that its end is handled completely

@@ -1,13 +1,13 @@
 """Signals to the command: each of SIGTERM, SIGINT and SIGHUP requests a stop."""
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from threading import Event
 from types import FrameType
-from typing import TextIO
+
+from dis_scale.process.errors import write_nowhere
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def obeying_signals(stop_requested: Event) -> Iterator[None]:
     def request(number: int, _: FrameType | None) -> None:
         nonlocal asked
         if number == signal.SIGHUP:
-            _write_nowhere(terminals)
+            write_nowhere(*terminals)  # each write to a closed one would fail
         elif asked:
             signal.default_int_handler(number, None)
         asked = True
@@ -39,11 +39,3 @@ def obeying_signals(stop_requested: Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _write_nowhere(streams: list[TextIO]) -> None:
-    """Discard what is written to these streams from now on; each write to a closed terminal would fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in streams:
-        os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)

@@ -35,7 +35,8 @@ def own_folder() -> Path:
 
     PermissionError if another user has made it, who could change what is trained on, or put links there to files to overwrite.
     """
-    folder, user = Path(tempfile.gettempdir()) / f"dis-scale-{os.getuid()}", os.getuid()
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"dis-scale-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if {folder.lstat().st_uid, folder.stat().st_uid} != {user}:
         raise PermissionError(errno.EACCES, f"{folder} is another user's")

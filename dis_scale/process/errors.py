@@ -9,14 +9,13 @@ import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from typing import TextIO
 
 from dis_scale.process.redaction import redact
 
 UNFORESEEN = 70
 """Exit code of an error of no class below (EX_SOFTWARE of sysexits.h): a mistake of ours, or an accident that nobody thought of.
 Schedulers try it again, a limited number of times."""
-
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a full disk, or of a used up quota."""
 
@@ -38,7 +37,15 @@ def drop_unwritten() -> None:
             stream.flush()
         except OSError as error:
             if error.errno in FULL:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                write_nowhere(stream)
+
+
+def write_nowhere(*streams: TextIO) -> None:
+    """Discard what is written to these streams from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class DisScaleError(Exception):

@@ -89,7 +89,7 @@ def member(file: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
 
 
 def open_zip(file: Any) -> zipfile.ZipFile:
-    """Open a zip; one of `MALFORMED` if it is none, or lists files that are not before its list, as without its first bytes."""
+    """Open a zip; one of `MALFORMED` if it is invalid, or lists files that are not before its list, as without its first bytes."""
     opened = zipfile.ZipFile(file)
     if outside := next((m for m in opened.infolist() if not 0 <= m.header_offset < opened.start_dir), None):
         raise zipfile.BadZipFile(f"{printable(outside.filename)} would begin outside of it")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from dis_scale.recipe import ExportedVae, LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
-from dis_scale.storage.folder import open_folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import Manifest
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, state
@@ -91,6 +91,11 @@ def load(sweep: Sweep) -> Vae:
     return load_stored(sweep.vae)
 
 
+def has_programs(folder: Folder) -> bool:
+    """Whether a folder holds an autoencoder's programs."""
+    return folder.exists("encode.pt2")
+
+
 def from_path(path: str, encoder: EncodedBy | None = None) -> Vae:
     """Load the VAE that a command's option names: `none` for pixels, a sweep's `vae/`, a folder or hub id.
 
@@ -102,7 +107,7 @@ def from_path(path: str, encoder: EncodedBy | None = None) -> Vae:
     there = "://" in path or Path(path).is_dir()
     if there and Manifest.exists(folder):
         return load_stored(folder)
-    if not (there and folder.exists("encode.pt2")):
+    if not (there and has_programs(folder)):
         return load_pretrained(PretrainedVae(kind="pretrained", path=path))
     known = encoder.model_dump(include={"posterior", "shift", "scale"}) if encoder else {}
     own = {"posterior": True, "sha256": hash_of(program_paths(path), "--vae")}

@@ -200,7 +200,7 @@ def _decoder(located: Located, vae_path: str | None, facts: SamplingFacts | None
     if decoder := vae.decoder_of(vae_path, located.sweep, encoder):
         return decoder
     if (beside := located.folder / BESIDE).list():
-        if beside.exists("encode.pt2"):
+        if vae.has_programs(beside):
             raise UserError(f"{beside} has programs, which may do anything: if you trust it, name it: --vae {beside}")
         return vae.from_path(beside.url, encoder)
     raise UserError(
