@@ -16,6 +16,7 @@ import yaml
 
 from dis_scale.process import counts
 from pipelines import metrics
+from tests.support.stand_ins import stand_in
 
 ROOT = Path(__file__).parent.parent
 PROMETHEUS = ROOT / "ops" / "prometheus"
@@ -59,8 +60,7 @@ def test_states_of_slurm_jobs_are_exported(tmp_path: Path) -> None:
     reasons += ["QOSUsageThreshold"]
     queue = "".join(f"{job}|{reason}\\n" for job, reason in enumerate(reasons, 9))
     for command, answer in (("sacct", "7|FAILED\\n8|CANCELLED by 1000\\n"), ("squeue", queue)):
-        (tmp_path / command).write_text(f"#!/bin/sh\nprintf '{answer}'\n")
-        (tmp_path / command).chmod(0o755)
+        stand_in(tmp_path, command, f"printf '{answer}'")
     script, out = PROMETHEUS / "slurm-jobs.sh", tmp_path / "jobs.prom"
     subprocess.run([script, out], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True)
     lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]

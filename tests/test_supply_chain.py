@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.stand_ins import stand_in
+
 ROOT = Path(__file__).parent.parent
 LOCK = (ROOT / "cluster/requirements.lock").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
@@ -45,9 +47,7 @@ def test_hosted_checks_install_the_programs_that_any_machine_installs() -> None:
 
 def test_the_image_is_installed_from_the_lock(tmp_path: Path) -> None:
     """Its commands, with a pip that records them: the lock with hashes, and then the package alone; another index has no lock."""
-    pip = tmp_path / "pip"
-    pip.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
-    pip.chmod(0o755)
+    stand_in(tmp_path, "pip", f'echo "$@" >> {tmp_path}/calls')
     (run,) = re.findall(r"^RUN (if \[ -z .*?\n    fi)$", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE | re.DOTALL)
     for index in ("", "https://index"):
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH_INDEX": index}
@@ -68,9 +68,7 @@ def test_the_image_is_installed_from_the_lock(tmp_path: Path) -> None:
     ],
 )
 def test_the_audit_tells_its_three_outcomes_apart(tmp_path: Path, output: str, status: int, succeeds: bool, words: str) -> None:
-    auditor = tmp_path / "pip-audit"
-    auditor.write_text(f"#!/bin/sh\necho '{output}' >&2\nexit {status}\n")
-    auditor.chmod(0o755)
+    stand_in(tmp_path, "pip-audit", f"echo '{output}' >&2; exit {status}")
     (tmp_path / "installed").touch()
     done = subprocess.run(["make", "audit", f"SUPPLY={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode == 0, output in done.stdout, words in done.stderr) == (succeeds, True, True), done

@@ -11,6 +11,7 @@ import pytest
 from dis_scale.storage.folder import open_folder
 from tests.support import slurm, stages, sweeps
 from tests.support.slurm import Slurm
+from tests.support.stand_ins import stand_in
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.faults
@@ -54,8 +55,7 @@ def test_jobs_that_slurm_holds_are_exported_and_no_others(cluster: Slurm, tmp_pa
     wait_until(lambda: [cluster.state(job) for job in (held, runs)] == ["RUNNING 0 0:0"] * 2)
     cluster.run("scontrol", "requeuehold", held)
     wait_until(lambda: "held" in cluster.run("squeue", "--noheader", f"--jobs={held}", "--format=%r"))
-    (tmp_path / "sacct").write_text("#!/bin/sh\n")
-    (tmp_path / "sacct").chmod(0o755)
+    stand_in(tmp_path, "sacct")
     script, out = sweeps.ROOT / "ops/prometheus/slurm-jobs.sh", tmp_path / "jobs.prom"
     cluster.run("env", f"PATH={tmp_path}:{cluster.environment['PATH']}", str(script), str(out))
     lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]

@@ -9,10 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +30,23 @@ from pipelines.ranks import largest_fitting
 from pipelines.waiting import capacity
 from tests.support import pods
 from tests.support.pages import require_shape
-from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
+
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 IMAGE = f"registry.example.com/dis-scale:{PROJECT['version']}"
+
+
 OPERATOR = pods.CLUSTER / "kuberay-operator.yaml"
 """Values of KubeRay's Helm chart: no object of Kubernetes, and no image of ours."""
+
+
 FILES = (*pods.JOBS, pods.LAUNCHER)
+
+
 PLAIN = (*pods.JOBS, "mlflow.yaml", "check.yaml")
 """Files for kubectl."""
 
@@ -410,96 +417,6 @@ def test_prometheus_selects_the_metrics_of_kuberays_operator_as_those_of_our_pod
     assert operator == {"enabled": True, "additionalLabels": monitor["metadata"]["labels"]}
 
 
-@pytest.mark.parametrize(
-    ("code", "restarts", "signal", "queued"),
-    [
-        (0, 0, "", False), (1, 0, "", False), (2, 0, "", False), (74, 0, "", True), (74, 999, "", True), (74, 1000, "", False),
-        (69, 99, "", True), (69, 100, "", False), (70, 19, "", True), (70, 20, "", False),
-        (75, 0, "", False), (75, 0, "TERM", True), (75, 5000, "TERM", True), (74, 0, "TERM", True), (75, 0, "INT", False),
-        (74, 0, "INT", False), (137, 99, "", True), (137, 100, "", False), (137, 100, "TERM", True), (1, 0, "TERM", False),
-    ],
-)  # fmt: skip
-def test_slurm_queues_again_what_may_continue(tmp_path: Path, code: int, restarts: int, signal: str, queued: bool) -> None:
-    """A time limit or a preemption (TERM), storage that is away, a killed process; not an error, and not after a request to stop
-    (INT), which is no failure for Slurm.
-    """
-    ends_of_slurm(tmp_path).write_text(f"{code}\n" * restarts)
-    assert slurm_queues_again(tmp_path, code, restarts, signal) is queued
-
-
-def test_nodes_of_slurm_that_never_join_end_the_job(tmp_path: Path) -> None:
-    """Another environment on a node would keep all of them for a week, ten minutes at a time."""
-    ends_of_slurm(tmp_path).write_text("join\n74\n" * 18)
-    assert [run_slurm(tmp_path, 0, 0, python="exit 74").returncode for _ in range(2)] == [74, 1]
-    assert not ends_of_slurm(tmp_path).exists()
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
-
-
-@pytest.mark.parametrize(("before", "begins"), [(1, False), (2, True)])
-def test_a_node_of_slurm_that_does_not_join_is_done_without(tmp_path: Path, before: int, begins: bool) -> None:
-    """One of four whose disk is full would let a sweep of 8 to 32 workers wait for nine days."""
-    (tmp_path / "ray.py").write_text("init = lambda **_: None\nnodes = lambda: [{'Alive': True}] * 3\n")
-    clock = "import itertools, time; time.monotonic = itertools.count(0, 400).__next__; time.sleep = lambda _: None"
-    (tmp_path / "sitecustomize.py").write_text(clock)
-    ends_of_slurm(tmp_path).write_text("join\n" * before)
-    python = f'[ "$1" = -c ] || exit 1; exec env SLURM_NNODES=4 PYTHONPATH={tmp_path} {sys.executable} "$@"'
-    done = run_slurm(tmp_path, 0, 0, python=python)
-    assert "only 3 of 4 nodes joined Ray" in done.stderr
-    assert (done.returncode, "the sweep begins with these" in done.stderr) == ((1, True) if begins else (74, False))
-
-
-def test_slurms_limits_are_of_runs_since_a_stop(tmp_path: Path) -> None:
-    """Time limits and preemptions of three weeks are no crashes, and neither is one of last week. A full home ends nothing."""
-    assert slurm_queues_again(tmp_path, 70, 500)
-    assert ends_of_slurm(tmp_path).read_text() == "70\n"
-    (tmp_path / "asked").unlink()
-    assert slurm_queues_again(tmp_path, 75, 500, "TERM")
-    assert not ends_of_slurm(tmp_path).exists()
-    (tmp_path / "asked").unlink()
-    ends_of_slurm(tmp_path).mkdir()  # to which nothing can be written, as on a full disk
-    assert slurm_queues_again(tmp_path, 70, 500)
-
-
-def test_a_request_to_stop_a_job_of_slurm_outlasts_its_time_limit(tmp_path: Path) -> None:
-    """Its TERM comes while the sweep still saves."""
-    signals = "kill -INT $PPID; until [ -e $HOME/terms ]; do /bin/sleep 0.05; done; kill -TERM $PPID; /bin/sleep 0.5"
-    sweep = f'[ "$1" = -c ] && exit 0; trap "echo >> $HOME/terms" TERM; {signals}; exit 75'
-    assert run_slurm(tmp_path, 75, 0, python=sweep).returncode == 0
-    assert not (tmp_path / "asked").exists()
-    assert (tmp_path / "terms").read_text() == "\n", "a second one would end it before it has saved"
-
-
-def test_slurm_queues_an_error_again_if_rays_head_has_died(tmp_path: Path) -> None:
-    """Ray ends processes that lose it, with code 1."""
-    assert slurm_queues_again(tmp_path, 1, 0, ray="exit 1")
-
-
-def test_slurm_says_if_it_cannot_queue_a_job_again(tmp_path: Path) -> None:
-    """A job that ends as completed would page nobody."""
-    done = run_slurm(tmp_path, 75, 0, signal="TERM", lost=100)
-    assert (done.returncode, "not queued again: scontrol requeue failed" in done.stderr) == (1, True)
-
-
-def test_slurm_queues_a_job_again_whose_sweep_does_not_end_in_time(tmp_path: Path) -> None:
-    """Such as one that asks a storage which hangs: Slurm would kill the script with it, and nothing would follow."""
-    sweep = '[ "$1" = -c ] && exit 0; trap "" TERM; kill -TERM $PPID; exec /bin/sleep 50'
-    began_s = time.monotonic()
-    done = run_slurm(tmp_path, 75, 0, python=sweep)
-    assert (done.returncode, (tmp_path / "asked").read_text()) == (137, "requeue 7\n")
-    assert time.monotonic() - began_s < 30
-    found = re.search(r"STOP_WAIT_S:-(\d+)", (ROOT / "cluster/slurm.sh").read_text())
-    assert found
-    assert reading.load(ROOT / "configs/imagenet256.yaml").grace_s + 60 < int(found[1]) < 300
-
-
-def test_a_node_of_slurm_whose_raylet_has_ended_joins_again(tmp_path: Path) -> None:
-    """Ray takes a node for lost whose network is silent for 30 s, and its raylet ends; its GPUs would wait for the time limit."""
-    run_slurm(
-        tmp_path, 0, 0, ray=f'[ "$1" = start ] && echo >> {tmp_path}/started; exit 0', srun='SLURM_NODEID=1 exec timeout 3 "$@"'
-    )
-    wait_until(lambda: len((tmp_path / "started").read_text()) > 2)
-
-
 @pytest.mark.parametrize("file", ["slurm.sh", "ray-cluster.yaml", "rayjob.yaml", "raycluster-4x8.yaml"])
 def test_each_shipped_command_fits_its_recipe(file: str) -> None:
     """Three attempts in a minute would end model after model, where no node is spare; the cache holds ImageNet's latents."""
@@ -509,169 +426,6 @@ def test_each_shipped_command_fits_its_recipe(file: str) -> None:
     workers = {"slurm.sh": (8, 32), "ray-cluster.yaml": (4, 8), "raycluster-4x8.yaml": (8, 32)}.get(file)
     found = re.search(r"--set train\.workers=(\d+)\.\.(\d+)", command)
     assert (found and (int(found[1]), int(found[2]))) == workers, "an excluded node is used if they fit nowhere else"
-
-
-def ends_of_slurm(tmp_path: Path) -> Path:
-    """The file of the ends of the job's runs."""
-    (tmp_path / ".dis-scale").mkdir(exist_ok=True)
-    return tmp_path / ".dis-scale/ends-7"
-
-
-def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "") -> bool:
-    """Run the script with a sweep that ends so; return whether the job is queued again."""
-    done = run_slurm(tmp_path, code, restarts, signal, ray)
-    assert done.returncode == (0 if code == 75 else code)
-    assert (tmp_path / "token").read_text() == "600 65\n"
-    assert not (tmp_path / ".dis-scale/ray-7.token").exists()
-    asked = tmp_path / "asked"
-    assert not asked.exists() or asked.read_text() == "requeue 7\n"
-    return asked.exists()
-
-
-def run_slurm(
-    tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "", lost: int = 2, python: str = "", srun: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """Run the script with a sweep that ends so. Slurm's controller restarts: the first `lost` requests to it are lost."""
-    look = 'stat -c "%a %s" "$HOME/.dis-scale/ray-7.token" > "$HOME/token"'
-    sweep = f'[ "$1" = -c ] && exit 0; {look}; {f"trap : TERM; kill -{signal} $PPID; sleep 1;" if signal else ""} exit {code}'
-    programs = {
-        "python": python or sweep,
-        "scontrol": f'echo >> {tmp_path}/lost; [ $(wc -l < {tmp_path}/lost) -gt {lost} ] && echo "$@" >> {tmp_path}/asked',
-        "sleep": "exec /bin/sleep 0.02",
-        "srun": srun,
-        "ray": ray,
-    }
-    for name, body in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    slurm = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_NNODES": "1",
-        "SLURM_RESTART_COUNT": str(restarts),
-        "RAY_IP": "127.0.0.1",
-        "STOP_WAIT_S": "5",
-    }
-    slurm |= {"HOME": str(tmp_path)}
-    script = ["env", "--default-signal=INT", "bash", str(ROOT / "cluster/slurm.sh"), "recipe.yaml"]
-    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    return subprocess.run(script, env=environment, timeout=60, stderr=subprocess.PIPE, text=True, check=False)
-
-
-RUNS = "Status for job 'j': RUNNING"
-
-
-@pytest.mark.parametrize(
-    ("states", "code", "asked"),
-    [
-        (["", "", RUNS, "Job 'j' succeeded"], 0, ["submit sweep-u-1", "logs sweep-u-1"]),
-        (["Job 'j' failed", "", "", "Job 'j' failed"], 1, ["submit sweep-u-2", "logs sweep-u-2"]),
-        ([RUNS, RUNS, RUNS, "Job 'j' was stopped"], 0, ["logs sweep-u-1"]),
-        (["Job 'j' was stopped", "Job 'j' was stopped", "Job 'j' was stopped"], 0, ["logs sweep-u-1"]),
-        ([RUNS, RUNS, RUNS, ""], 1, ["logs sweep-u-1"]),
-    ],
-    ids=["succeeds", "fails again", "a second pod", "a second pod after a stop", "the head is lost"],
-)
-def test_the_job_beside_a_cluster_follows_its_sweep_and_begins_a_failed_one_again(
-    tmp_path: Path, states: list[str], code: int, asked: list[str]
-) -> None:
-    """Its pod may be replaced ten times: each sweep that joined the first would stay in the head's memory."""
-    job = {document["kind"]: document["spec"] for document in pods.documents(pods.JOBS[1])}["Job"]
-    (container,) = job["template"]["spec"]["containers"]
-    assert job["template"]["spec"]["restartPolicy"] == "OnFailure"
-    done, calls = submitted(tmp_path, container["command"], states, JOB_UID="u")
-    assert done == code
-    assert [f"{call[1]} {''.join(re.findall('sweep-u-[0-9]', ' '.join(call[:5])))}" for call in calls] == asked
-    for call in calls:
-        if call[1] == "submit":
-            assert call[call.index("--") + 1 :] == shlex.split(container["command"][-1])
-
-
-def submitted(
-    tmp_path: Path, command: list[str], states: list[str], logs: str = "", **environment: str
-) -> tuple[int, list[list[str]]]:
-    """Run a submitter with a `ray` that answers so when asked for a job's state; return its exit code and its other calls.
-
-    Its calls for the log are returned once, however often it asks again; `logs` is what these do.
-    """
-    (answers := tmp_path / "answers").write_text("".join(f"{state}\n" for state in states))
-    answer = f'line=$(head -1 {answers}); sed -i 1d {answers}; [ -n "$line" ] && echo "$line"'
-    written = f"printf '%s|' \"$@\" >> {tmp_path}/asked; echo >> {tmp_path}/asked"
-    logged = f'case "$2" in submit) {written};; logs) {written}; {logs or ":"};; status) {answer};; esac'
-    for name, body in {"ray": logged, "sleep": ""}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(command, env=os.environ | environment | path, timeout=60, check=False)
-    asked = groupby((tmp_path / "asked").read_text().splitlines())
-    return done.returncode, [call.split("|")[:-1] for call, _ in asked]
-
-
-@pytest.mark.parametrize(
-    ("known", "states", "code", "asked"),
-    [
-        (False, [RUNS, "Job 'j' succeeded"], 0, ["submit", "logs"]),
-        (False, ["Job 'j' failed"], 0, ["submit", "logs"]),
-        (True, [RUNS, RUNS, "Job 'j' was stopped"], 0, ["logs"]),
-        (False, [RUNS], 1, ["submit", "logs"]),
-    ],
-    ids=["succeeds", "fails", "a second pod", "the head is lost"],
-)
-def test_the_submitter_follows_the_job_to_its_end(
-    tmp_path: Path, known: bool, states: list[str], code: int, asked: list[str]
-) -> None:
-    """KubeRay counts a job as failed 30 s after a complete submitter; one whose head is lost is to be submitted by another pod."""
-    rayjob = pods.rayjob("rayjob.yaml")
-    (container,) = rayjob["submitterPodTemplate"]["spec"]["containers"]
-    *command, entrypoint = container["command"]
-    assert entrypoint == rayjob["entrypoint"]
-    entrypoint += " --set 'train.publish_images=[0, 160]'"
-    done, calls = submitted(
-        tmp_path, [*command, entrypoint], ["known" if known else "", *states],
-        RAY_DASHBOARD_ADDRESS="head:8265", RAY_JOB_SUBMISSION_ID="j",
-    )  # fmt: skip
-    assert done == code
-    assert [call[1] for call in calls] == asked
-    if not known:
-        assert calls[0][calls[0].index("--") + 1 :] == shlex.split(entrypoint)
-
-
-@pytest.mark.parametrize("name", pods.JOBS)
-def test_a_submitter_notices_a_head_that_vanished_while_its_log_is_silent(tmp_path: Path, name: str) -> None:
-    """The log's connection to it stays open for ever, and nothing would submit the command to the next head."""
-    every = {document["kind"]: document["spec"] for document in pods.documents(name)}
-    template = every["RayJob"]["submitterPodTemplate"] if "RayJob" in every else every["Job"]["template"]
-    (container,) = template["spec"]["containers"]
-    (tmp_path / "timeout").write_text('#!/bin/bash\nshift; [ "$1" = tail ] || "$@"\n')
-    (tmp_path / "timeout").chmod(0o755)
-    began_s = time.monotonic()
-    known = {"RAY_DASHBOARD_ADDRESS": "head:8265", "RAY_JOB_SUBMISSION_ID": "j", "JOB_UID": "u"}
-    done, _ = submitted(tmp_path, container["command"], [RUNS, RUNS, RUNS, ""], logs="exec /bin/sleep 30", **known)
-    assert done == 1
-    assert time.monotonic() - began_s < 20
-
-
-def test_a_submitter_without_a_token_says_so(tmp_path: Path) -> None:
-    """Its pod's log is where the runbook looks, and its exit is what KubeRay counts."""
-    (container,) = pods.rayjob("rayjob.yaml")["submitterPodTemplate"]["spec"]["containers"]
-    for name, body in {"ray": "echo token refused >&2; exit 1", "sleep": ""}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    job = {"RAY_DASHBOARD_ADDRESS": "h", "RAY_JOB_SUBMISSION_ID": "j", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = [word.replace("$SECONDS -gt 900", "$SECONDS -gt 1") for word in container["command"]]
-    assert command != container["command"]
-    done = subprocess.run(command, env=os.environ | job, timeout=60, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[0] == "token refused"
-
-
-def test_the_submitted_job_finds_the_head_and_its_token() -> None:
-    """By the names that KubeRay gives them: those of the cluster."""
-    parts = {document["kind"]: document for document in pods.documents(pods.JOBS[1])}
-    cluster, pod_ = parts["RayCluster"]["metadata"]["name"], parts["Job"]["spec"]["template"]["spec"]
-    (container,) = pod_["containers"]
-    assert f"RAY_API_SERVER_ADDRESS=http://{cluster}-head-svc:8265\n" in container["command"][2]
-    token = {"secretKeyRef": {"name": cluster, "key": "auth_token"}}
-    assert {"name": "RAY_AUTH_TOKEN", "valueFrom": token} in container["env"]
 
 
 def test_the_linter_finds_nothing_in_the_image() -> None:
