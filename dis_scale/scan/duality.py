@@ -127,13 +127,13 @@ def ways_of(tensors: Sequence[Tensor]) -> list[Way]:
     return [Way(*each) for each in zip(*[iter(tensors)] * len(Way._fields), strict=True)]
 
 
-def chunked(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
-    """Products within chunks of equal length, and a state from chunk to chunk.
+def chunked(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool, most: int = CHUNK) -> Tensor:
+    """Products within chunks of equal length, at most `most` tokens, and a state from chunk to chunk.
 
     Exponents are differences of sums over tokens, which have float64: those of large sums would lose their digits.
     """
     L = x_BLHP.shape[1]
-    K = math.ceil(L / CHUNK)
+    K = math.ceil(L / most)
     parts = functools.partial(cut, K=K, Q=math.ceil(L / K))
     x_BKQHP = parts(x_BLHP)
     token = torch.arange(x_BKQHP.shape[2], device=x_BLHP.device)

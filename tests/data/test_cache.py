@@ -188,20 +188,25 @@ def test_errors_of_storage_pass_through(tmp_path: Path) -> None:
     assert files(tmp_path) == set()
 
 
-def test_the_default_folder_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that is this machine's /tmp."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert own_folder() == tmp_path / f"dis-scale-{os.getuid()}" / "shards"
+    return tmp_path
+
+
+def test_the_default_folder_is_this_users_alone(temporary: Path) -> None:
+    assert own_folder() == temporary / f"dis-scale-{os.getuid()}" / "shards"
     assert own_folder().parent.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives a folder away")
 @pytest.mark.parametrize("link", [False, True])
-def test_a_folder_that_another_user_has_made_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (theirs := tmp_path / f"dis-scale-{os.getuid()}").mkdir()
+def test_a_folder_that_another_user_has_made_is_not_used(temporary: Path, link: bool) -> None:
+    (theirs := temporary / f"dis-scale-{os.getuid()}").mkdir()
     if link:
-        theirs.rename(tmp_path / "elsewhere")
-        theirs.symlink_to(tmp_path / "elsewhere")
+        theirs.rename(temporary / "elsewhere")
+        theirs.symlink_to(temporary / "elsewhere")
     assert own_folder().parent == theirs, "a link of one's own to a larger disk"
     os.chown(theirs, 12_345, 12_345, follow_symlinks=False)
     with pytest.raises(PermissionError, match="is another user's"):

@@ -329,9 +329,8 @@ def test_two_sets_with_the_same_keys_in_one_tar_are_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("again", ["1.png", "./1.png"])
-def test_a_file_that_a_large_tar_has_twice_is_refused(again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_a_large_tar_has_twice_is_refused(again: str, tmp_path: Path, large_tars: None) -> None:
     """Its members are not kept: there may be ten million."""
-    monkeypatch.setattr("dis_scale.data.tars.LARGE_BYTES", 1)
     once = {"1.png": picture(1), "1.cls": b"0"}
     (tmp_path / "a.tar").write_bytes(tar(once))
     source = data({"kind": "tar", "url": str(tmp_path)})

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from dis_scale.data import tars
 from dis_scale.data.csv_rows import EMPTY, TAKEN_IN
 from dis_scale.data.sources import open_source, require_source
 from dis_scale.data.survey import describe, take_survey
@@ -244,8 +243,7 @@ def test_a_mask_anywhere_in_a_tar_of_folders_is_refused(tmp_path: Path) -> None:
             open_source(data({"kind": "tar", "url": str(tmp_path), **source}, classes))
 
 
-def test_a_mask_in_a_tar_that_is_streamed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tars, "LARGE_BYTES", 1)
+def test_a_mask_in_a_tar_that_is_streamed_is_refused(tmp_path: Path, large_tars: None) -> None:
     source = {"kind": "tar", "url": str(tmp_path), "label": "folder"}
     for names, refused in ((("c/0.jpg", "c/0.2.jpg", "c/0.JPG", "c/._0.png"), False), (("c/0.jpg", "c/1.jpg", "c/0.PNG"), True)):
         (tmp_path / "a.tar").write_bytes(tar({name: picture(1) for name in names}))

@@ -359,9 +359,8 @@ def test_mistakes_in_a_source_are_named(tmp_path: Path, name: str, content: byte
         open_source(data({"kind": kind, "url": f"{tmp_path}/{name}" if kind == "csv" else str(tmp_path), **settings}))
 
 
-def test_the_recipe_selects_one_of_several_images_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_selects_one_of_several_images_of_a_sample(tmp_path: Path, large_tars: None) -> None:
     """Also in a large tar, which is indexed as it is read."""
-    monkeypatch.setattr(tars, "LARGE_BYTES", 0)
     members = {f"{i}.{kind}": png(i) for i in range(2) for kind in ("jpg", "seg.png")} | {"0.cls": b"0", "1.cls": b"1"}
     open_folder(tmp_path).write("a.tar", labelled_images.tar(dict(sorted(members.items()))))
     source = open_source(data({"kind": "tar", "url": str(tmp_path), "image": "jpg"}))

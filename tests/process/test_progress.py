@@ -124,8 +124,7 @@ def test_a_full_disk_under_the_log_changes_no_exit_code_of_a_sweep(command: list
 def test_forced_colours_move_no_cursor_in_a_file(monkeypatch: pytest.MonkeyPatch, json: bool) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("DIS_SCALE_LOG", "json" if json else "lines")
-    monkeypatch.setattr(sys, "stdout", out := io.StringIO())
-    with Board(shared.driver_console(Context())) as board:
+    with contextlib.redirect_stdout(io.StringIO()) as out, Board(shared.driver_console(Context())) as board:
         board.update("train dis", 400, 400, "images")
     assert "\x1b" not in out.getvalue()
     assert "train dis: 400/400 images" in out.getvalue()

@@ -1,6 +1,7 @@
 """State-space duality: three forms of one function, its gradients, and what it refuses."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -39,15 +40,12 @@ def results(form: module.Form, x_and_own: Sequence[Tensor], ways: Sequence[Way |
 
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 1, 4, 16), (7, 2, 3, 16), (35, 1, 8, 128)])
-def test_recurrence_and_chunks_are_the_quadratic_form(
-    sizes: tuple[int, int, int, int], exclusive: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recurrence_and_chunks_are_the_quadratic_form(sizes: tuple[int, int, int, int], exclusive: bool) -> None:
     """Outputs and gradients, also of one direction, and of a length that chunks do not divide."""
-    monkeypatch.setattr(module, "CHUNK", 8)
     given = inputs(*sizes)
     for ways in (given[2:], (given[2], None), (None, given[3])):
         expected = results(dense, given[:2], ways, exclusive)
-        for form in (recurrence, chunked):
+        for form in (recurrence, partial(chunked, most=8)):
             for got, exact in zip(results(form, given[:2], ways, exclusive), expected, strict=True):
                 assert (got - exact).abs().max() <= 1e-9 * max(1.0, exact.detach().abs().max().item())
 
@@ -95,14 +93,13 @@ def test_chunks_in_float32_have_the_definitions_outputs_and_gradients(sizes: tup
 
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("L", [1, 3, 5, 8])
-def test_gradients_are_those_of_differences(L: int, exclusive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_those_of_differences(L: int, exclusive: bool) -> None:
     """Of one chunk, of two, and of three: one that takes a state and passes one on."""
-    monkeypatch.setattr(module, "CHUNK", 3)
     x, own, *ways = inputs(L, 2, 2, 3)
     leaves = [t.requires_grad_() for t in (x, own, *ways[0], *ways[1])]
 
     def function(x: Tensor, own: Tensor, *ways: Tensor) -> Tensor:
-        return ssd(x, own, Way(*ways[:4]), Way(*ways[4:]), exclusive, backend="chunked")
+        return chunked(x, own, Way(*ways[:4]), Way(*ways[4:]), exclusive, most=3)
 
     assert torch.autograd.gradcheck(function, leaves)
 

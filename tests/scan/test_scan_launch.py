@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds fo
 
 from triton.runtime import driver
 
+from benchmarks.account import recorded
 from benchmarks.host_time import NoLaunch, conv
 from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers
 from dis_scale.scan import triton as scan_triton
@@ -128,16 +129,13 @@ def test_a_launch_always_gets_tensors_of_one_kind(
     tensors = [unaligned(*each) for each in zip(shapes, types, offsets, strict=True)]
     z, dy = tensors[14] if gated else None, tensors[15].detach()
 
-    def check(launch: Launch, *arguments: Any) -> None:
-        tensors = tree_leaves(arguments)
-        got = [(x.dtype, x.data_ptr() % ALIGNMENT) for x in tensors]
-        first = 4 if launch.kernel is triton_layout.by_state else 0
-        assert not any(remainder for _, remainder in got[first:])
-        assert SEEN.setdefault(launch, [dtype for dtype, _ in got]) == [dtype for dtype, _ in got]
-
-    with pytest.MonkeyPatch.context() as patch, KeepingStates() if keep else nullcontext():
-        patch.setattr(Launch, "__call__", check)
+    with recorded() as launched, KeepingStates() if keep else nullcontext():
         y = scan_triton._Scan.apply(False, z, *tensors[: 14 if two else 7])
         y.backward(dy.to(y.dtype))
         weights = [unaligned(shape, types[0], offset) for shape in ((E, 4), (E,))]
         sum(scan_triton._Conv.apply(tensors[0], *weights, *weights)).backward(dy.to(types[0]))
+    for launch, arguments, _ in launched:
+        got = [(x.dtype, x.data_ptr() % ALIGNMENT) for x in tree_leaves(arguments)]
+        first = 4 if launch.kernel is triton_layout.by_state else 0
+        assert not any(remainder for _, remainder in got[first:])
+        assert SEEN.setdefault(launch, [dtype for dtype, _ in got]) == [dtype for dtype, _ in got]

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -19,6 +20,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support import store_requests
+from tests.support.clocks import UseClock
 from tests.support.faulty_gateway import Gateway
 from tests.support.waiting import wait_until
 
@@ -131,9 +133,11 @@ def test_a_holder_whose_process_is_not_listed_here_is_alive_while_its_heartbeat_
             assert ours.number == 2
 
 
-def test_a_holder_is_alive_though_storage_answers_the_first_question_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_is_alive_though_storage_answers_the_first_question_late(
+    use_clock: UseClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A connection that breaks is tried again after a minute: one reading would be left. And dead only after all of the time."""
-    now_s, beats = [0.0], iter(range(100))
+    now_s, beats = [0.0], itertools.count()
 
     def sleep(seconds: float) -> None:
         now_s[0] += seconds
@@ -141,15 +145,15 @@ def test_a_holder_is_alive_though_storage_answers_the_first_question_late(monkey
     def slow(_: lease.Holding) -> bytes:
         beat = next(beats)
         now_s[0] += 90.0 if beat == 0 else 0.1
-        return str(beat // 8).encode()
+        return str(beat // 8 if now_s[0] < died_s else -1).encode()
 
-    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    died_s = math.inf
+    use_clock(lambda: now_s[0])
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(lease, "_heartbeat", slow)
     elsewhere = lease.Holding(Folder("unused"), 1, lease.Holder(), None, None)
     assert lease._living([elsewhere]) == [True]
-    monkeypatch.setattr(lease, "_heartbeat", lambda _: b"7")
-    began_s = now_s[0]
+    began_s = died_s = now_s[0]
     assert lease._living([elsewhere]) == [False]
     assert now_s[0] - began_s == pytest.approx(lease.STILL_S, abs=2)
 

@@ -14,6 +14,7 @@ from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import mlflow
 from dis_scale.tracking.mlflow import RunCopy, create_runs
 from dis_scale.tracking.rows import Row, RowReader, RowWriter
+from tests.support.mlflow_calls import before_each_call
 
 
 @pytest.fixture(scope="module")
@@ -184,15 +185,12 @@ def test_a_sweep_that_began_without_mlflow_says_so_once(tmp_path: Path, tiny: Re
     assert [copy._waiting for copy in copies] == [[]] * 3, "`mlflow sync` takes them from storage; rows of weeks are a gigabyte"
 
 
-def test_mlflow_away_is_logged_once_and_the_rows_wait(
-    sweep: Sweep, uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def away(_: str) -> Any:
+def test_mlflow_away_is_logged_once_and_the_rows_wait(sweep: Sweep, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    def away(_: str) -> None:
         raise ConnectionError("no MLflow here")
 
     copy = RunCopy(sweep, "dis")
-    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(mlflow, "open_client", away)
+    with before_each_call(away), caplog.at_level(logging.WARNING):
         copy.send([Row("loss", 0.5, 10, 1.0)])
         copy.send([Row("loss", 0.4, 20, 2.0)])
     assert [r.message for r in caplog.records] == ["MLflow cannot be reached, rows wait in storage: no MLflow here"]

@@ -1,5 +1,6 @@
 """An empty MLflow that is filled from storage equals the first one: rows with their times, parameters, files, statuses."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from dis_scale.recipe import LatentShape, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import GRID, Sampled, Sweep
 from dis_scale.sweep.documents import Ended, Metrics, TrackingIds
-from dis_scale.tracking import mlflow
 from dis_scale.tracking.goodput import ATTEMPT
 from dis_scale.tracking.mlflow import RunCopy, create_runs, open_client
 from dis_scale.tracking.mlflow_copy import copy_earlier, copy_evaluation, copy_everything, copy_report
@@ -20,6 +20,7 @@ from tests.conftest import TINY
 from tests.support.commands import answer, invoke
 from tests.support.documents import put_metrics, put_published
 from tests.support.leases import run_elsewhere
+from tests.support.mlflow_calls import before_each_call
 from tests.support.store_requests import noted
 
 
@@ -93,20 +94,11 @@ def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Sweep, plan: Plan, 
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def calls() -> Iterator[list[str]]:
     """Names of the calls of MLflow's clients, as they come."""
     made = list[str]()
-
-    class Counting:
-        def __init__(self, client: Any) -> None:
-            self.client = client
-
-        def __getattr__(self, name: str) -> Any:
-            made.append(name)
-            return getattr(self.client, name)
-
-    monkeypatch.setattr(mlflow, "open_client", lambda uri: Counting(open_client(uri)))
-    return made
+    with before_each_call(made.append):
+        yield made
 
 
 def test_an_attempt_sends_what_mlflow_lacks_and_nothing_again(sweep: Sweep, plan: Plan, tmp_path: Path, calls: list[str]) -> None:
@@ -146,27 +138,18 @@ def test_an_evaluation_without_a_grid_or_with_damaged_metrics_ends_no_copy(
     assert "MLflow does not get this evaluation" in caplog.text
 
 
-def test_a_sync_says_what_was_not_taken_though_later_requests_were(
-    sweep: Sweep, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sync_says_what_was_not_taken_though_later_requests_were(sweep: Sweep, plan: Plan, tmp_path: Path) -> None:
     uri, refused = f"sqlite:///{tmp_path}/mlflow.db", list[str]()
 
-    class Refusing:
-        def __init__(self, client: Any) -> None:
-            self.client = client
-
-        def __getattr__(self, name: str) -> Any:
-            if name in refused:
-                refused.remove(name)
-                raise ConnectionError("503")
-            return getattr(self.client, name)
+    def refuse(call: str) -> None:
+        if call in refused:
+            refused.remove(call)
+            raise ConnectionError("503")
 
     create_runs(sweep, uri, plan.parameters())
-    open_whole = mlflow.open_client
-    monkeypatch.setattr(mlflow, "open_client", lambda uri: Refusing(open_whole(uri)))
     for request in ("log_batch", "log_artifact", "set_terminated"):
         refused.append(request)
-        with pytest.raises(DisScaleError, match="did not take everything: run the same command again"):
+        with before_each_call(refuse), pytest.raises(DisScaleError, match="did not take everything: run the same command again"):
             copy_everything(sweep, plan.parameters(), uri)
         assert refused == []
     copy_everything(sweep, plan.parameters(), uri)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 import dis_scale
 from dis_scale.sweep import Sampled
@@ -14,11 +13,9 @@ from tests.support.documents import put_metrics
 from tests.support.published import published_sweep
 
 
-def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers.utils.dynamic_modules_utils as dynamic
+def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(tmp_path: Path, own_modules: None) -> None:
     from diffusers import DiffusionPipeline
 
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     guided = ("evaluate.guidance_channels=3", "evaluate.guidance_interval=[100, 600]")
     sweep, folder = published_sweep(str(tmp_path), *guided), tmp_path / "export"
     put_metrics(sweep.evaluation(Sampled("dis", 320)), {"fd_digits_80": 12.5})

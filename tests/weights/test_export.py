@@ -119,16 +119,10 @@ def pixels_by_channel() -> PixelVae:
     ids=["dis", "dit-flow", "tiny-by-channel", "diffussm-pixels", "dit-pixels-by-channel"],
 )
 def test_diffusers_samples_from_the_folder(
-    settings: FamilySettings,
-    diffusion: Gaussian | Flow,
-    make_vae: Callable[[], Vae] | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    settings: FamilySettings, diffusion: Gaussian | Flow, make_vae: Callable[[], Vae] | None, tmp_path: Path, own_modules: None
 ) -> None:
-    import diffusers.utils.dynamic_modules_utils as dynamic
     from diffusers import DiffusionPipeline
 
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     vae: Any = make_vae and make_vae()
     pixels = make_vae in (None, pixels_by_channel)
     shape = LatentShape(3 if pixels else 4, 8)
