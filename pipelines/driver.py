@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Event
 from typing import TypeVar
 
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
@@ -18,6 +17,7 @@ from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
 from pipelines.jobs import Job, stop_jobs, submit
 from pipelines.metrics import SetGauge
+from pipelines.signals import Stop
 from pipelines.silence import RayEnded, Silence, Unanswered
 from pipelines.stage import insist
 
@@ -53,7 +53,7 @@ class Driver:
     followed_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """When another job followed one that was killed, was stopped or had lost storage, by its stage and model; and another Ray of
     our own."""
-    stop_requested: Event = field(default_factory=Event)
+    stop_requested: Stop = field(default_factory=Stop)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
     evaluate_again_s: float = 600.0

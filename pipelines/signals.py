@@ -1,20 +1,41 @@
-"""Signals to the command: each of SIGTERM, SIGINT and SIGHUP requests a stop."""
+"""Requests to stop. Each of SIGTERM, SIGINT and SIGHUP is one for the command."""
 
 import contextlib
+import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from threading import Event
 from types import FrameType
 
 from dis_scale.process.errors import write_nowhere
 
 
+class Stop:
+    """A stop request, and when it came, by a clock that never jumps.
+
+    Without the lock of an Event: a second signal, while the first one holds it, would wait for it for ever.
+    """
+
+    at_s = math.inf
+
+    def set(self) -> None:
+        self.at_s = min(self.at_s, time.monotonic())
+
+    def is_set(self) -> bool:
+        return self.at_s < math.inf
+
+    def pause(self, seconds: float) -> None:
+        """Sleep until it is requested."""
+        deadline_s = time.monotonic() + seconds
+        while time.monotonic() < deadline_s and not self.is_set():
+            time.sleep(0.1)
+
+
 @contextlib.contextmanager
-def obeying_signals(stop_requested: Event) -> Iterator[None]:
+def obeying_signals(stop_requested: Stop) -> Iterator[None]:
     """Let a signal set `stop_requested`; a SIGTERM or SIGINT that is the second signal ends this process at once.
 
-    To be polled by `is_set`: a signal that comes while the main thread begins to `wait` would block for ever.
     SIGHUP says that the terminal was closed: nothing is written to it any more. Under `nohup` it stays ignored.
     """
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]

@@ -2,11 +2,9 @@
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -31,28 +29,13 @@ from pipelines.lines import Log
 from pipelines.logs import JobLogs
 from pipelines.metrics import Exporter
 from pipelines.ray_private import Resources
+from pipelines.signals import Stop
 
 T = TypeVar("T")
 STORAGE_AWAY_S = 3600.0
 """Time for which a stage waits for storage that is away."""
 ASK_STORAGE_EVERY_S = 60.0
 """Between two openings of the sweep, each of which asks for about a minute."""
-
-
-class Stop(threading.Event):
-    """A stop request, and when it came, by a clock that never jumps."""
-
-    at_s = math.inf
-
-    def set(self) -> None:
-        self.at_s = min(self.at_s, time.monotonic())
-        super().set()
-
-    def pause(self, seconds: float) -> None:
-        """Sleep until it is requested: a signal that comes while the main thread begins `wait` would block for ever."""
-        deadline_s = time.monotonic() + seconds
-        while time.monotonic() < deadline_s and not self.is_set():
-            time.sleep(0.1)
 
 
 @dataclass

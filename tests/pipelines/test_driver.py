@@ -443,7 +443,7 @@ def test_a_drained_node_stops_the_sweep_as_a_failure_that_is_tried_again(driver:
     job.stop = lambda: True  # type: ignore[attr-defined]
     driver.jobs = [job]  # type: ignore[list-item]
     with pytest.raises(Drained) as error, stopping_jobs(driver), seen_alive(driver, lambda: True):
-        driver.stop_requested.wait(60)
+        driver.stop_requested.pause(60)
         go_on(driver)
     assert (error.value.exit_code, job.status) == (StorageAway.exit_code, JobStatus.FAILED)
     assert "the node of this command is being drained: its jobs save, and it ends" in logged(driver)
@@ -454,7 +454,7 @@ def test_a_stop_while_the_jobs_of_a_drained_node_save_is_final(driver: Driver) -
     driver.gauge = lambda *gauge: gauges.append(gauge)
     gauges = list[tuple[str, float]]()
     with pytest.raises(Preempted), seen_alive(driver, lambda: True):
-        driver.stop_requested.wait(60)
+        driver.stop_requested.pause(60)
         try:
             go_on(driver)
         finally:

@@ -8,20 +8,18 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from threading import Event
 
 import pytest
 
-from pipelines.signals import obeying_signals
+from pipelines.signals import Stop, obeying_signals
 from tests.support import sweeps
 
 PROGRAM = textwrap.dedent("""
     import sys, time
     from pathlib import Path
-    from threading import Event
-    from pipelines.signals import obeying_signals
+    from pipelines.signals import Stop, obeying_signals
 
-    stop_requested = Event()
+    stop_requested = Stop()
     with obeying_signals(stop_requested):
         print("ready", flush=True)
         deadline = time.monotonic() + float(sys.argv[2])
@@ -65,12 +63,28 @@ def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("signals", [1, 2])
 def test_only_a_second_signal_ends_the_process_at_once(signals: int) -> None:
     """Not the first after a stop that was requested through storage, while jobs save."""
-    stop_requested = Event()
+    stop_requested = Stop()
     stop_requested.set()
     ended = contextlib.nullcontext() if signals == 1 else pytest.raises(KeyboardInterrupt)
     with ended, obeying_signals(stop_requested):
         for _ in range(signals):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_signals_that_come_while_others_are_obeyed_block_nothing() -> None:
+    """A lock that one of them holds would be waited for by the next one, in the same thread, for ever."""
+    program = """
+        import signal, time
+        from pipelines.signals import Stop
+
+        stop, until_s = Stop(), time.monotonic() + 0.5
+        signal.signal(signal.SIGALRM, lambda *_: stop.set())
+        signal.setitimer(signal.ITIMER_REAL, 2e-4, 2e-4)
+        while time.monotonic() < until_s:
+            stop.set()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=sweeps.ROOT, timeout=60, check=True)
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])

@@ -15,6 +15,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep
 from pipelines import lines, stage
 from pipelines.lines import Log
+from pipelines.signals import Stop
 from tests.support.evaluations import sweep_at
 
 
@@ -68,12 +69,19 @@ def test_what_is_left_of_the_grace_period_counts_from_the_signal(tiny: Recipe, t
     assert tiny.grace_s - 20 < job.grace_left_s() <= tiny.grace_s - 0.2
 
 
+class Hurried(Stop):
+    """Its pauses take no time."""
+
+    def pause(self, seconds: float) -> None:
+        pass
+
+
 def test_a_stage_that_begins_while_storage_is_away_waits_for_it(
     tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For as long as a stage that has begun: a job that ended by it would end all others. A stop request ends the wait."""
     sweep, answers = (sweep_at(tmp_path, "tiny", tiny), [StorageAway("503"), StorageAway("503"), None, *[StorageAway("503")] * 9])
-    said, stop = list[str](), stage.Stop()
+    said, stop = list[str](), Hurried()
 
     def opened(url: str, patient: bool) -> Sweep:
         if answer := answers.pop(0):
@@ -81,7 +89,6 @@ def test_a_stage_that_begins_while_storage_is_away_waits_for_it(
         return sweep
 
     monkeypatch.setattr(Sweep, "open", opened)
-    monkeypatch.setattr(stage, "ASK_STORAGE_EVERY_S", 0.01)
     log = Log(Context(), said.append)
     assert stage._opened(sweep.folder.url, log, stop) is sweep
     assert len(said) == 1
@@ -90,4 +97,4 @@ def test_a_stage_that_begins_while_storage_is_away_waits_for_it(
         stage._opened(sweep.folder.url, log, stop)
     monkeypatch.setattr(stage, "STORAGE_AWAY_S", 0.0)
     with pytest.raises(StorageAway):
-        stage._opened(sweep.folder.url, log, stage.Stop())
+        stage._opened(sweep.folder.url, log, Hurried())

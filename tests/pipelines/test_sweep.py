@@ -65,7 +65,7 @@ def test_a_driver_whose_lease_has_a_successor_stops_and_leaves_jobs_that_the_oth
     driver.requests_polled_every_s = 0.05
     with pipeline.one_at_a_time(driver, cluster("here")):
         Holder.read(leases, "0001").changed(cluster=where, pid=1).write(leases, "0002")
-        assert driver.stop_requested.wait(30)
+        wait_until(driver.stop_requested.is_set)
         assert driver.taken_over == (where == "here")
     assert "taken    another process has taken over this sweep: this one stops" in logged(driver)
 
@@ -168,7 +168,7 @@ def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
     driver.requests_polled_every_s = 0.05
     with pipeline.one_at_a_time(driver, cluster("here")):
         assert stop_sweep(str(driver.sweep), None) == [f"process {os.getpid()} on {socket.gethostname()}"]
-        assert driver.stop_requested.wait(30)
+        wait_until(driver.stop_requested.is_set)
         with pytest.raises(Preempted, match="stopped as requested"):
             pipeline.list_images(driver, price_sweep(tiny, LatentShape(4, 8)), driver.sweep.store)
     with pytest.raises(UserError, match="no sweep at"):
