@@ -202,6 +202,11 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def in_job() -> bool:
+    """Whether this process is part of a job of Ray or of Slurm, which may continue what another one began."""
+    return in_ray_job() or "SLURM_JOB_ID" in os.environ
+
+
 def own_job() -> str | None:
     """Return the submission id of the Ray job whose driver this process is, None outside one."""
     facts = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
@@ -234,8 +239,7 @@ def _connect() -> None:
         except ValueError as error:
             raise UserError(f"RAY_ADDRESS={ray_address()}: {str(error).splitlines()[0]}") from error
         except ConnectionError as error:
-            there = in_ray_job() or "SLURM_JOB_ID" in os.environ  # a moment ago, and may be busy
-            kind = Unanswered if there else UserError
+            kind = Unanswered if in_job() else UserError  # it was there a moment ago, and may be busy
             raise kind(f"no Ray answers at RAY_ADDRESS={ray_address()}: start it, or unset the variable to run here") from error
 
 

@@ -32,13 +32,14 @@ from dis_scale.process.threads import repeating
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.retries import forget_clients
 from dis_scale.sweep import REAL, RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import dashboards, mlflow, mlflow_copy
 from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
 from pipelines import last_ray, nodes
-from pipelines.cluster import Cluster, open_cluster, ray_address, require_root
+from pipelines.cluster import Cluster, in_job, open_cluster, ray_address, require_root
 from pipelines.driver import (
     MOST_FOLLOWED,
     Drained,
@@ -60,6 +61,8 @@ from pipelines.silence import NotStarted, RayEnded, Unanswered
 
 PAGE_EVERY_S, PAGE_SHARE, PAGE_AT_LEAST_EVERY_S, PAGE_ENDS_S = 30.0, 0.03, 3600.0, 10.0
 """Least interval at which the page of a running sweep is written, most of the time that this takes, and time for one at a stop."""
+REFUSED_S, ASK_REFUSED_EVERY_S = 600.0, 10.0
+"""Time for which a job asks storage that refuses what it is asked for at the start, and between two questions."""
 ENDED = "sweep_ended_timestamp_seconds"
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
@@ -120,19 +123,42 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
 
 def await_storage(sweep: Folder, console: Console) -> None:
     """Wait for storage that is away for about a minute, since a person may sit at the terminal; StorageAway after that."""
-    try:
-        open_folder(sweep.url).exists(RECIPE)
-    except StorageAway as error:
-        console.print(f"waiting  storage does not answer, retried for about a minute: {error}")
-        sweep.patient.exists(RECIPE)
-    except StorageError as error:
-        raise UserError(f"storage cannot be used: {error}") from error
+
+    def ask() -> None:
+        try:
+            open_folder(sweep.url).exists(RECIPE)
+        except StorageAway as error:
+            console.print(f"waiting  storage does not answer, retried for about a minute: {error}")
+            sweep.patient.exists(RECIPE)
+        except StorageError as error:
+            raise UserError(f"storage cannot be used: {error}") from error
+
+    _admitted(ask, sweep, console.print)
+
+
+def _admitted(ask: Callable[[], None], folder: Folder, say: Callable[[str], None]) -> None:
+    """Ask storage, which raises UserError if it refuses: a mistake, but in a job only after `REFUSED_S`.
+
+    It may continue a sweep of weeks, and its key comes from a service that may be away for moments.
+    """
+    until_s, said = time.monotonic() + REFUSED_S * in_job(), False
+    while True:
+        try:
+            return ask()
+        except UserError as error:
+            if time.monotonic() >= until_s:
+                raise
+            if not said:
+                say(f"waiting  a job asks storage that refuses for {REFUSED_S / 60:.0f} minutes: {error}")
+            said = True
+            time.sleep(ASK_REFUSED_EVERY_S)
+            forget_clients(folder.url)
 
 
 def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     """Run all stages that are left, on the Ray that this process runs in or on one of our own, and on another if that ends."""
     sweep = driver.sweep
-    store.require_usable()
+    _admitted(store.require_usable, store, driver.board.say)
     if not ray_address():  # a Ray of our own would be started first, for half a minute
         with naming_stop(sweep):
             lease.require_free_here(command_lease(sweep.folder))

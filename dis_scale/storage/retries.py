@@ -96,10 +96,16 @@ def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
     """Say so if a store refuses what it allowed before, and forget its clients, so that the next one reads its key; else empty."""
     if store is None or not (store in _allowed_at or context.VARIABLE in os.environ) or not _denied(error):
         return ""
-    fsspec.get_filesystem_class(store[0].split("://")[0]).clear_instance_cache()
+    forget_clients(store[0])
     at_s = _allowed_at.get(store)
     before = "at the sweep's start" if at_s is None else f"{time.monotonic() - at_s:.0f} s ago"
     return f"refused, but allowed {before}: the key has expired, was replaced or lost its rights; "
+
+
+def forget_clients(url: str) -> None:
+    """Let the next request to a store read its key again."""
+    protocol, _ = fsspec.core.split_protocol(url)
+    fsspec.get_filesystem_class(protocol or "file").clear_instance_cache()
 
 
 def _denied(error: Exception) -> bool:

@@ -359,6 +359,24 @@ def test_a_stop_keeps_its_reason_though_storage_is_away(tiny: Recipe, error: Dis
         raise error
 
 
+@pytest.mark.parametrize("job", [True, False])
+def test_a_job_waits_for_storage_that_refuses_and_a_person_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: bool
+) -> None:
+    """A service that hands out keys may be away while a new head begins: that ended a sweep of weeks as a mistake."""
+    monkeypatch.setattr(pipeline, "ASK_REFUSED_EVERY_S", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7") if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    console = Console(file=io.StringIO(), width=200, record=True)
+    with store_requests.failing(PermissionError("no key yet"), times=4) as refused:
+        if job:
+            pipeline.await_storage(open_folder(tmp_path), console)
+            assert len(refused) == 4
+        else:
+            with pytest.raises(UserError, match=r"storage cannot be used: .*permission denied"):
+                pipeline.await_storage(open_folder(tmp_path), console)
+    assert console.export_text().count("a job asks storage that refuses for 10 minutes") == job
+
+
 def test_a_run_on_gpus_continues_on_the_cpu_only_if_asked(tiny: Recipe, tmp_path: Path) -> None:
     driver, model = driver_of(tiny, tmp_path), next(iter(tiny.models))
     needs.require_device(driver, cluster("here"))
