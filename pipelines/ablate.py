@@ -20,6 +20,7 @@ from dis_scale.weights.published import snapshots
 from pipelines import last_ray
 from pipelines.cluster import open_cluster
 from pipelines.driver import Driver, go_on, run_stage, stopping_jobs
+from pipelines.needs import require_device
 from pipelines.signals import obeying_signals
 
 GUIDANCE, WIDTH = "guidance", "ema_width"
@@ -48,6 +49,7 @@ def run_ablation(
         driver = Driver(sweep, board)
         opened = open_cluster(sweep.recipe, board.say, partial(go_on, driver))
         with obeying_signals(driver.stop_requested), opened as cluster:
+            require_device(driver, cluster)
             words = [f"{value:g}" for value in values]
             with stopping_jobs(driver):
                 run_stage(driver, cluster, "ablate", model, str(images_seen), state.ablation_name(setting, by), *words)
