@@ -60,6 +60,9 @@ class Job:
     ours: bool
     silence: Silence = field(default_factory=Silence)
     reconnect_every_s: float = 2.0
+    log_silent_s: float = 1200.0
+    """A log without a new line for so long is asked for again: stages log more often, and a connection to a node that is gone stays
+    open for ever."""
     _info: JobDetails | None = None
     """Ray's last answer about the job."""
     _returned: int = 0
@@ -119,7 +122,8 @@ class Job:
         """
         now_s = time.monotonic()
         if not (self._follower and self._follower.is_alive()) and now_s >= self._followed_s:
-            self._heard, self._in_vain = self._received, self._in_vain + 1 if self._heard == self._received else 0
+            self._in_vain = self._in_vain + 1 if self._heard == self._received else 0
+            self._heard = self._received
             self._followed_s = now_s + self.reconnect_every_s * 2 ** min(max(0, self._in_vain - 5), 5)
             self._follower = threading.Thread(target=self._follow, daemon=True, name=f"log of {self.id}")
             self._follower.start()
@@ -131,8 +135,8 @@ class Job:
 
     async def _receive(self) -> None:
         """Receive the log from its beginning, and keep what no follower before had received."""
-        position = 0
-        async for chunk in self.cluster.client.tail_job_logs(self.id):
+        position, chunks = 0, aiter(self.cluster.client.tail_job_logs(self.id))
+        while (chunk := await asyncio.wait_for(anext(chunks, None), self.log_silent_s)) is not None:
             new = chunk[max(0, self._received - position) :]
             position += len(chunk)
             if new:

@@ -1,5 +1,7 @@
 """The lines of a job's log, as its sweep follows them; and how a sweep's own job ends."""
 
+import asyncio
+import contextlib
 import itertools
 import json
 import time
@@ -101,6 +103,21 @@ def test_the_last_words_that_came_are_kept_though_the_agent_is_gone() -> None:
     assert job.ended()
     assert before + job.lines() == ["one", "last words"]
     assert job.lines() == []
+
+
+def test_a_connection_on_which_nothing_comes_is_replaced() -> None:
+    """One to a node that is gone stays open: the sweep would show no progress until its end, and an alert would page."""
+
+    class Silent(Log):
+        async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+            with contextlib.suppress(RuntimeError):
+                async for chunk in super().tail_job_logs(name):
+                    yield chunk
+            await asyncio.sleep(3600)
+
+    job = job_of(Silent(["one\n", "two\n"], breaks=[1, *[2] * 1000]))
+    job.log_silent_s = 0.2
+    assert read(job, 2) == ["one", "two"]
 
 
 def test_a_running_log_is_never_read_as_a_whole() -> None:
