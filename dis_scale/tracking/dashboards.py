@@ -4,7 +4,6 @@ A copy lies on the command's machine and holds, in one file, how far it has come
 all are written again. The copy of a sweep that was deleted is set aside when another one of its name begins.
 """
 
-import json
 import secrets
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,16 +13,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from dis_scale.process.errors import Damaged, StorageAway, UserError
 from dis_scale.process.threads import repeating
-from dis_scale.storage.folder import Folder
+from dis_scale.storage.document import Document
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.mlflow_copy import rows_of_evaluation
 from dis_scale.tracking.rows import Row, RowReader
 
 Dashboard = Literal["tensorboard", "wandb"]
 Send = Callable[[list[Row]], None]
-PROGRESS = "copied.json"
 EVERY_S = 60.0
 WAIT_S = 60.0
 """Most time that Weights & Biases is waited for, at the start and at the end."""
@@ -41,7 +42,8 @@ def require_installed(dashboards: Iterable[Dashboard]) -> None:
 
 @contextmanager
 def copying(sweep: Sweep, root: Folder, say: Callable[[str], None]) -> Iterator[None]:
-    """Write the copies of `tracking.also` during the block, and what is left at its end. One that fails stops alone."""
+    """Write the copies of `tracking.also` during the block, and what is left when it ends, also by a stop. One that fails stops
+    alone; UserError at the start if Weights & Biases has no login."""
     with ExitStack() as ends:
         for name in sweep.recipe.tracking.also:
             ends.enter_context(_copying(Copy(name, folder_of(name, root, sweep.folder.name), sweep), say))
@@ -50,35 +52,49 @@ def copying(sweep: Sweep, root: Folder, say: Callable[[str], None]) -> Iterator[
 
 @contextmanager
 def _copying(copy: "Copy", say: Callable[[str], None]) -> Iterator[None]:
-    failed = False
+    failed = complete = False
 
-    def attempt(action: Callable[[], object], *, last: bool = False) -> None:
+    def attempt(action: Callable[[], object], *, first: bool = False, last: bool = False) -> None:
         nonlocal failed
         try:
             if not failed:
                 action()
-        except UserError:
-            raise
         except StorageAway as error:
             if last:
                 say(f"tracking {copy.name} lacks the last rows until the next start: {error}")
         except Exception as error:  # whatever they raise: results are in storage, this is only their copy
+            if first and isinstance(error, UserError):
+                raise
             failed = True
             say(f"tracking {copy.name} gets no more rows until the next start: {type(error).__name__}: {error}")
 
     say(f"tracking {copy.name}, in {copy.folder}")
-    attempt(copy.open)
-    with repeating(partial(attempt, copy.update), EVERY_S, copy.name) as thread:
-        yield
-    thread.join()
-    attempt(partial(copy.update, last=True), last=True)
-    with suppress(Exception):
-        copy.ends.close()
+    attempt(copy.open, first=True)
+    try:
+        with repeating(partial(attempt, copy.update), EVERY_S, copy.name) as thread:
+            yield
+        complete = True
+    finally:
+        thread.join()
+        attempt(partial(copy.update, again=complete), last=True)  # a stop has no time to read all evaluations again
+        with suppress(Exception):
+            copy.ends.close()
 
 
 def folder_of(name: Dashboard, root: Folder, sweep: str) -> Path:
     """Return the local folder of a copy: next to the sweeps; below the home folder if they are in an object store."""
     return (root.local or Path.home() / "dis-scale") / name / sweep
+
+
+class Copied(Document):
+    """How far a copy has come."""
+
+    NAME = "copied.json"
+    id: str = Field(default_factory=lambda: secrets.token_hex(4))
+    images: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """By model and name of a row of training: the images seen of the last one that is copied."""
+    evaluations: dict[str, dict[str, list[str]]] = Field(default_factory=dict)
+    """By model and evaluation: the names of the values that are copied, to which metrics may be added."""
 
 
 @dataclass
@@ -88,11 +104,7 @@ class Copy:
     name: Dashboard
     folder: Path
     sweep: Sweep
-    _id: str = field(default_factory=lambda: secrets.token_hex(4))
-    _images: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By model and name of a row of training: the images seen of the last one that is copied."""
-    _evaluations: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    """By model and evaluation: the names of the values that are copied, to which metrics may be added."""
+    _copied: Copied = field(default_factory=Copied)
     _readers: dict[str, RowReader] = field(default_factory=dict)
     _sends: dict[str, Send] = field(default_factory=dict)
     ends: ExitStack = field(default_factory=ExitStack)
@@ -100,46 +112,44 @@ class Copy:
 
     def open(self) -> None:
         """Open what is there, or begin. UserError if Weights & Biases has no login."""
-        if (self.folder / PROGRESS).exists():
-            stored = json.loads((self.folder / PROGRESS).read_text())
-            if not isinstance(stored["evaluations"], dict) or self._lost(stored["images"], stored["evaluations"]):
-                self.folder.rename(self.folder.with_name(f"{self.folder.name}.{stored['id']}"))
-            else:
-                self._id, self._images, self._evaluations = stored["id"], stored["images"], stored["evaluations"]
+        earlier = Copied.find_intact(open_folder(self.folder))
+        if earlier and not self._lost(earlier):
+            self._copied = earlier
+        elif self.folder.exists():
+            self.folder.rename(self.folder.with_name(f"{self.folder.name}.{(earlier or self._copied).id}"))
         self.folder.mkdir(parents=True, exist_ok=True)
         for model in self.sweep.recipe.models:
             self._sends[model] = (
                 _tensorboard(self.folder / model, self.ends)
                 if self.name == "tensorboard"
-                else _wandb(self.folder, self.sweep.folder.name, model, f"{self._id}-{model}", self.ends)
+                else _wandb(self.folder, self.sweep.folder.name, model, f"{self._copied.id}-{model}", self.ends)
             )
-            self._readers[model] = RowReader(self.sweep.run(model).log, self._images.setdefault(model, {}))
+            self._readers[model] = RowReader(self.sweep.run(model).log, self._copied.images.setdefault(model, {}))
 
-    def _lost(self, images: dict[str, dict[str, int]], evaluations: dict[str, dict[str, list[str]]]) -> bool:
+    def _lost(self, earlier: Copied) -> bool:
         """Whether storage has nothing of what was copied: a sweep of this name was deleted, and this is another one."""
-        copied = [model for model in self.sweep.recipe.models if images.get(model) or evaluations.get(model)]
+        values = earlier.evaluations
+        copied = [model for model in self.sweep.recipe.models if earlier.images.get(model) or values.get(model)]
         return bool(copied) and not any(
-            self.sweep.run(model).log.list() or evaluations.get(model, {}).keys() & set(map(str, state.measured(self.sweep, model)))
+            self.sweep.run(model).log.list() or values.get(model, {}).keys() & set(map(str, state.measured(self.sweep, model)))
             for model in copied
         )
 
-    def update(self, *, last: bool = False) -> None:
-        """Copy the rows and evaluations that storage has and the copy has not; the `last` time also values that were added."""
+    def update(self, *, again: bool = False) -> None:
+        """Copy the rows and evaluations that storage has and the copy has not; `again` also values that were added to those."""
         if not self._sends:  # storage was away
             self.open()
         for model, send in self._sends.items():
             for rows in self._readers[model].batches():
                 send(rows)
-            copied = self._evaluations.setdefault(model, {})
-            for sampled in state.measured(self.sweep, model) if last else self._new(model, copied):
-                if last or str(sampled) not in copied:
+            copied = self._copied.evaluations.setdefault(model, {})
+            for sampled in state.measured(self.sweep, model) if again else self._new(model, copied):
+                if again or str(sampled) not in copied:
                     with suppress(Damaged):  # `verify` and the report name it
                         known, values = copied.get(str(sampled), []), rows_of_evaluation(self.sweep, sampled)
                         send([row for row in values if row.name not in known])
                         copied[str(sampled)] = sorted(row.name for row in values)
-        stored = {"id": self._id, "images": self._images, "evaluations": self._evaluations}
-        (self.folder / f"{PROGRESS}.new").write_text(json.dumps(stored))
-        (self.folder / f"{PROGRESS}.new").replace(self.folder / PROGRESS)
+        self._copied.write(open_folder(self.folder))
 
     def _new(self, model: str, copied: Container[str]) -> Iterator[Sampled]:
         """Yield the model's evaluations that are not copied, without ablations: each pass would ask for thousands again."""

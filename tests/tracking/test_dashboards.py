@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from dis_scale.process.errors import StorageAway, UserError
+from dis_scale.process.errors import Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking import dashboards
-from dis_scale.tracking.dashboards import Copy, copying, folder_of
+from dis_scale.tracking.dashboards import Copied, Copy, copying, folder_of
 from dis_scale.tracking.rows import RowWriter
 from tests.conftest import TINY
 from tests.support.documents import put_metrics, put_published
+from tests.support.store_requests import failing
 from tests.support.waiting import wait_until
 
 
@@ -111,7 +112,7 @@ def test_a_variant_that_is_removed_sets_no_copy_aside(sweep: Sweep) -> None:
 def test_a_copy_of_another_form_is_made_again(sweep: Sweep) -> None:
     folder = folder_of("tensorboard", store(sweep), sweep.folder.name)
     folder.mkdir(parents=True)
-    (folder / dashboards.PROGRESS).write_text('{"id": "a1", "images": {}, "evaluations": ["dis at 80 images"]}')
+    (folder / Copied.NAME).write_text('{"format": 1, "id": "a1", "evaluations": ["dis at 80 images"]}')
     evaluate(sweep, 80)
     update(Copy("tensorboard", folder, sweep))
     assert ("fd_digits_80", 80, 4.0, 7.25) in in_tensorboard(folder / "dis")
@@ -145,11 +146,9 @@ def test_the_copy_of_a_deleted_sweep_is_set_aside(sweep: Sweep) -> None:
 def test_a_copy_that_fails_misses_nothing_after_the_next_start(sweep: Sweep, tmp_path: Path) -> None:
     folder, said = folder_of("tensorboard", store(sweep), sweep.folder.name), list[str]()
     train(sweep, 80)
-    (folder / f"{dashboards.PROGRESS}.new").mkdir(parents=True)  # so that its progress cannot be kept
-    with copying(sweep, store(sweep), said.append):
+    with failing(PermissionError("read only"), "write", Copied.NAME), copying(sweep, store(sweep), said.append):
         pass
-    assert "tracking tensorboard gets no more rows until the next start: IsADirectoryError" in said[-1]
-    (folder / f"{dashboards.PROGRESS}.new").rmdir()
+    assert "tracking tensorboard gets no more rows until the next start: StorageError" in said[-1]
     with copying(sweep, store(sweep), said.append):
         pass
     assert ("loss", 80) in {each[:2] for each in in_tensorboard(folder / "dis")}
@@ -178,6 +177,31 @@ def test_storage_that_is_away_for_a_while_ends_no_copy(sweep: Sweep, monkeypatch
         wait_until(lambda: bool(asked))
     assert said == [f"tracking tensorboard, in {folder}"]
     assert ("fd_digits_80", 80, 4.0) in {each[:3] for each in in_tensorboard(folder / "dis")}
+
+
+def test_a_stop_loses_no_row(sweep: Sweep) -> None:
+    folder = folder_of("tensorboard", store(sweep), sweep.folder.name)
+    with pytest.raises(Preempted), copying(sweep, store(sweep), print):
+        wait_until((folder / Copied.NAME).exists)
+        train(sweep, 80)
+        raise Preempted("stopped")
+    assert ("loss", 80) in {each[:2] for each in in_tensorboard(folder / "dis")}
+
+
+def test_a_login_that_is_refused_later_ends_no_sweep(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is asked for only when storage, which was away at the start, answers."""
+
+    def refuse(*_: object) -> None:
+        raise UserError("no login")
+
+    evaluate(sweep, 80)
+    folder, said = folder_of("tensorboard", store(sweep), sweep.folder.name), list[str]()
+    update(Copy("tensorboard", folder, sweep))
+    away_once(monkeypatch)
+    monkeypatch.setattr(dashboards, "_tensorboard", refuse)
+    with copying(sweep, store(sweep), said.append):
+        pass
+    assert "gets no more rows until the next start: UserError: no login" in said[-1]
 
 
 def test_a_package_that_is_missing_is_named_before_anything_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
