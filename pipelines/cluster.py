@@ -7,6 +7,7 @@ handler of SIGTERM. We never run `ray stop`: it ends all Rays of the machine.
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ from dis_scale.process.machine import free_ports
 from dis_scale.recipe import Recipe
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
-from pipelines.ray_private import DashboardClient, Resources, gpus_by_node, known_nodes
+from pipelines.ray_private import DashboardClient, Resources, gpu_bytes_by_node, known_nodes
 from pipelines.shared_folder import require_shared
 from pipelines.silence import NotStarted, RayEnded, Silence, Unanswered
 from pipelines.stage import keeping_handlers
@@ -269,8 +270,8 @@ def largest_gpu_bytes(client: JobSubmissionClient, silence: Silence, go_on: Call
 
     The largest, since the smaller ones of a mixed cluster may be there for evaluation.
     """
-    nodes = silence.insist(lambda: gpus_by_node(client), go_on)
-    return max((gpu["memoryTotal"] * 2**20 for gpus in nodes for gpu in gpus), default=None)
+    nodes = silence.insist(lambda: gpu_bytes_by_node(client), go_on)
+    return max(itertools.chain(*nodes), default=None)
 
 
 def _start_head(recipe: Recipe, folder: Path, gpus: int, go_on: Callable[[], None]) -> tuple[subprocess.Popen, str]:

@@ -34,7 +34,7 @@ class JobLogs:
         self._folder, self._context = folder, context
         self._names: dict[str, LogName] = {}
         """The log of each worker by its actor's id."""
-        self._begun: dict[str, Any] = {}
+        self._begun: dict[str, ray.ObjectRef[None]] = {}
         """The call by which each worker begins its log: calls of one worker run in several threads, in any order."""
         self._own: KeptLog | None = None
 

@@ -59,11 +59,11 @@ def draining_nodes() -> dict[str, float]:
     return {node: ms / 1000 - time.time() if ms else math.inf for node, ms in at_ms.items()}
 
 
-def gpus_by_node(client: JobSubmissionClient) -> list[list[dict[str, Any]]]:
-    """Return the GPUs of each node as its agent reports them, with `memoryTotal` in MiB. OSError if no answer comes."""
+def gpu_bytes_by_node(client: JobSubmissionClient) -> list[list[int]]:
+    """Return the memory of each GPU of each node, as its agent reports it. OSError if no answer comes."""
     answer = client._do_request("GET", "/nodes?view=summary")
     answer.raise_for_status()
-    return [node.get("gpus") or [] for node in answer.json()["data"]["summary"]]
+    return [[gpu["memoryTotal"] * 2**20 for gpu in node.get("gpus") or []] for node in answer.json()["data"]["summary"]]
 
 
 def count_from_zero(counter: Counter, labels: dict[str, str]) -> None:

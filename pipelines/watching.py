@@ -167,16 +167,20 @@ class _Loop:
         self._ended += finished
         self._forward_stop()  # before workers that hang are waited for
         self._polls.ask({number for number, result in enumerate(self._results) if result not in self._running})
+        unplaced = self._without_capacity(wait)
+        running = {n for n, result in enumerate(self._results) if result in self._running} - self._killed
+        self._hanging = self._pace.note(self._polls.answers, running, unplaced, time.monotonic())
+        return finished
+
+    def _without_capacity(self, wait: Wait) -> list[int]:
+        """Return the workers that no node holds yet, and log for how many the work waits: beside others, more only join later."""
         unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running and not self._policy.held]
         request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
         alone = len(unplaced) == len(self._running)
         if alone and self._policy.independent and self._ended:
             unplaced = self._running = []  # the others have done all the work, or failed and hold what these wait for
-        waits = alone or not self._policy.independent  # beside others that work, more of them join when nodes do
-        wait.log(self._job, len(unplaced) if waits else 0, request, alone=alone)
-        running = {n for n, result in enumerate(self._results) if result in self._running} - self._killed
-        self._hanging = self._pace.note(self._polls.answers, running, unplaced, time.monotonic())
-        return finished
+        wait.log(self._job, len(unplaced) if alone or not self._policy.independent else 0, request, alone=alone)
+        return unplaced
 
     def _note_failures(self, finished: Sequence[Any]) -> None:
         """Log the accidents of independent workers; raise all other failures, and when all have ended also these."""

@@ -195,8 +195,7 @@ class Evaluation:
         from dis_scale.weights.published import snapshots
 
         train = self.sweep.recipe.train_of(sampled.model)
-        known = snapshots(self.sweep.run(sampled.model), sampled.images_seen, train)
-        if settings.ema_width is None or not known:
+        if settings.ema_width is None or not (known := snapshots(self.sweep.run(sampled.model), sampled.images_seen, train)):
             return []
         misfit = ema.misfit(known, ema.Snapshot(sampled.images_seen, settings.ema_width))
         return [f"{sampled}: the average of width {settings.ema_width:g} was rebuilt to within {misfit:.0%}"]

@@ -229,11 +229,14 @@ def save_pipeline(
     folder = Path(folder)
     backbone = folder / "backbone"
     backbone.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {"_class_name": "DisScaleBackbone", "description": describe(model)}
-    config["diffusion"] = process.model_dump(mode="json")
-    config["scaling"] = None if vae is None else asdict(vae.scaling)
-    config["guidance"] = dict(guidance or {})
-    index: dict[str, Any] = {
+    config = {
+        "_class_name": "DisScaleBackbone",
+        "description": describe(model),
+        "diffusion": process.model_dump(mode="json"),
+        "scaling": None if vae is None else asdict(vae.scaling),
+        "guidance": dict(guidance or {}),
+    }
+    index = {
         "_class_name": ["pipeline", "DisScalePipeline"],
         "backbone": ["backbone", "DisScaleBackbone"],
         "vae": ["diffusers", type(vae.net).__name__] if isinstance(vae, DiffusersVae) else [None, None],

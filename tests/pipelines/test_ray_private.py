@@ -74,7 +74,7 @@ def test_no_node_drains_until_one_does() -> None:
 
 def test_the_dashboard_lists_each_nodes_gpus(cluster: Any) -> None:
     client = JobSubmissionClient(f"http://{cluster.dashboard_url}")
-    wait_until(lambda: ray_private.gpus_by_node(client) == [[]])
+    wait_until(lambda: ray_private.gpu_bytes_by_node(client) == [[]])
 
 
 def test_a_counter_is_exported_as_0(cluster: Any) -> None:
