@@ -246,7 +246,7 @@ def require_device(sweep: Sweep, device: str, why: str) -> None:
     if sweep.recipe.device == "auto" and device == "cpu" and "cuda" in map(last_device, map(sweep.run, sweep.recipe.models)):
         raise UserError(
             f"{sweep}: last trained on GPUs, and would continue on the CPU ({why}): "
-            "bring the GPUs back, or choose: --set device=cuda waits for them, --set device=cpu continues"
+            "bring the GPUs back, or choose by dis-scale resume: --set device=cuda waits for them, --set device=cpu continues"
         )
 
 
