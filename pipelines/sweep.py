@@ -32,7 +32,7 @@ from dis_scale.process.threads import repeating
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.storage.retries import forget_clients
+from dis_scale.storage.retries import forget_clients, refused
 from dis_scale.sweep import REAL, RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import dashboards, mlflow, mlflow_copy
@@ -56,13 +56,13 @@ from pipelines.driver import (
 from pipelines.jobs import prefix_of
 from pipelines.metrics import EXPORT_EVERY_S, Exporter
 from pipelines.needs import await_nodes, holds, name_needs, require_device, require_fits
-from pipelines.signals import obeying_signals
+from pipelines.signals import Stop, obeying_signals
 from pipelines.silence import NotStarted, RayEnded, Unanswered
 
 PAGE_EVERY_S, PAGE_SHARE, PAGE_AT_LEAST_EVERY_S, PAGE_ENDS_S = 30.0, 0.03, 3600.0, 10.0
 """Least interval at which the page of a running sweep is written, most of the time that this takes, and time for one at a stop."""
 REFUSED_S, ASK_REFUSED_EVERY_S = 600.0, 10.0
-"""Time for which a job asks storage that refuses what it is asked for at the start, and between two questions."""
+"""Time for which a job that begins asks storage that refuses its key, and the interval."""
 ENDED = "sweep_ended_timestamp_seconds"
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
@@ -96,9 +96,7 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
     with Board(console) as board:
         _name_deleted_weights(sweep, board)
         measured = state.all_evaluated(sweep) and not state.outdated(sweep) and state.floor_settled(sweep)
-        done = measured and sweep.report.exists(report.CSV)
-        changed = done and Sweep.open(sweep.folder.url, patient=True).recipe != sweep.recipe
-        if done:
+        if done := measured and sweep.report.exists(report.CSV):
             board.say("nothing to do: every model is trained and evaluated at every published count")
             with dashboards.copying(sweep, store, board.say):
                 pass
@@ -110,12 +108,12 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
             sweep = driver.sweep  # of the running sweep, if it joined one
         with board.working("report"):
             points = report.collect(sweep, plan)
-            if changed:  # a model that was removed, another curve
+            if not done:
+                _write_report(sweep, points, failures)
+            elif Sweep.open(sweep.folder.url, patient=True).recipe != sweep.recipe:  # a model that was removed, another curve
                 with lease.hold(command_lease(sweep.folder)):
                     sweep.save_recipe()
                     _write_report(sweep, points, failures)
-            if not done:
-                _write_report(sweep, points, failures)
     _print_results(sweep, points, console)
     if words := failures.words():
         raise DisScaleError(f"{words}; {how_to_continue(sweep)}")
@@ -126,39 +124,47 @@ def await_storage(sweep: Folder, console: Console) -> None:
 
     def ask() -> None:
         try:
-            open_folder(sweep.url).exists(RECIPE)
-        except StorageAway as error:
-            console.print(f"waiting  storage does not answer, retried for about a minute: {error}")
-            sweep.patient.exists(RECIPE)
+            try:
+                open_folder(sweep.url).exists(RECIPE)
+            except StorageAway as error:
+                console.print(f"waiting  storage does not answer, retried for about a minute: {error}")
+                sweep.patient.exists(RECIPE)
         except StorageError as error:
             raise UserError(f"storage cannot be used: {error}") from error
 
-    _admitted(ask, sweep, console.print)
+    _ask_storage(ask, sweep, console.print)
 
 
-def _admitted(ask: Callable[[], None], folder: Folder, say: Callable[[str], None]) -> None:
-    """Ask storage, which raises UserError if it refuses: a mistake, but in a job only after `REFUSED_S`.
+def _ask_storage(ask: Callable[[], None], folder: Folder, say: Callable[[str], None]) -> None:
+    """Ask an object store; a job asks one that refuses its key for `REFUSED_S`. UserError then, Preempted after a stop request.
 
-    It may continue a sweep of weeks, and its key comes from a service that may be away for moments.
+    A job may continue a sweep of weeks, and its key comes from a service that may be away for moments.
     """
-    until_s, said = time.monotonic() + REFUSED_S * in_job(), False
-    while True:
-        try:
-            return ask()
-        except UserError as error:
-            if time.monotonic() >= until_s:
-                raise
-            if not said:
-                say(f"waiting  a job asks storage that refuses for {REFUSED_S / 60:.0f} minutes: {error}")
-            said = True
-            time.sleep(ASK_REFUSED_EVERY_S)
-            forget_clients(folder.url)
+    if folder.local or not in_job():
+        return ask()
+    until_s, waits, stop = time.monotonic() + REFUSED_S, False, Stop()
+    with obeying_signals(stop):
+        while not stop.is_set():
+            try:
+                ask()
+            except UserError as error:
+                if not refused(error) or time.monotonic() >= until_s:
+                    raise
+                if not waits:
+                    say(f"waiting  storage refuses the key, asked again for {REFUSED_S / 60:.0f} minutes: {error}")
+                waits = True
+                stop.pause(ASK_REFUSED_EVERY_S)
+                forget_clients(folder.url)
+            else:
+                if not stop.is_set():
+                    return None
+    raise Preempted("stopped as requested, before the sweep began")
 
 
 def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     """Run all stages that are left, on the Ray that this process runs in or on one of our own, and on another if that ends."""
     sweep = driver.sweep
-    _admitted(store.require_usable, store, driver.board.say)
+    _ask_storage(store.require_usable, store, driver.board.say)
     if not ray_address():  # a Ray of our own would be started first, for half a minute
         with naming_stop(sweep):
             lease.require_free_here(command_lease(sweep.folder))

@@ -7,11 +7,9 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,6 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import lease
 from ops.drills import object_store
 from tests.support import faulty_gateway, wheels
-from tests.support.clocks import UseClock
 from tests.support.faulty_gateway import Gateway
 from tests.support.flaky_store import FlakyFileSystem
 
@@ -30,6 +27,9 @@ from tests.support.flaky_store import FlakyFileSystem
 # of CPU in each.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# Tests may run in a job of Slurm; a sweep would take it for its own.
+os.environ.pop("SLURM_JOB_ID", None)
 
 # As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -117,12 +117,6 @@ def whole_machine() -> Iterator[None]:
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage retries at once."""
     monkeypatch.setattr("dis_scale.storage.retries._FIRST_PAUSE_S", 0.0)
-
-
-@pytest.fixture
-def use_clock(monkeypatch: pytest.MonkeyPatch) -> UseClock:
-    """Called with a function that returns seconds: it is `time.monotonic` then."""
-    return partial(monkeypatch.setattr, time, "monotonic")
 
 
 @pytest.fixture

@@ -102,6 +102,13 @@ def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
     return f"refused, but allowed {before}: the key has expired, was replaced or lost its rights; "
 
 
+def refused(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that a store refused the key, or that no key is found."""
+    while error and not (isinstance(error, Exception) and _denied(error)):
+        error = error.__cause__
+    return error is not None
+
+
 def forget_clients(url: str) -> None:
     """Let the next request to a store read its key again."""
     protocol, _ = fsspec.core.split_protocol(url)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import socket
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import LatentShape, Recipe, Storage, reading
 from dis_scale.storage import lease
-from dis_scale.storage.folder import open_folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import PointName, Sampled, Sweep, state
 from dis_scale.sweep.documents import TrackingIds
@@ -359,22 +360,51 @@ def test_a_stop_keeps_its_reason_though_storage_is_away(tiny: Recipe, error: Dis
         raise error
 
 
-@pytest.mark.parametrize("job", [True, False])
-def test_a_job_waits_for_storage_that_refuses_and_a_person_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: bool
+@pytest.fixture
+def refusing(tmp_path: Path) -> Folder:
+    """A folder in a store that has allowed nothing before."""
+    return open_folder(f"memory://{tmp_path.name}")
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "asked"),
+    [(True, PermissionError("no key yet"), 4), (True, OSError("no such bucket"), 1), (False, PermissionError("wrong key"), 1)],
+)
+def test_a_job_waits_for_its_key_and_for_no_other_mistake(
+    refusing: Folder, monkeypatch: pytest.MonkeyPatch, job: bool, error: Exception, asked: int
 ) -> None:
     """A service that hands out keys may be away while a new head begins: that ended a sweep of weeks as a mistake."""
     monkeypatch.setattr(pipeline, "ASK_REFUSED_EVERY_S", 0.0)
-    monkeypatch.setenv("SLURM_JOB_ID", "7") if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
     console = Console(file=io.StringIO(), width=200, record=True)
-    with store_requests.failing(PermissionError("no key yet"), times=4) as refused:
-        if job:
-            pipeline.await_storage(open_folder(tmp_path), console)
-            assert len(refused) == 4
+    with store_requests.failing(error, times=4) as failed:
+        if asked == 4:
+            pipeline.await_storage(refusing, console)
         else:
-            with pytest.raises(UserError, match=r"storage cannot be used: .*permission denied"):
-                pipeline.await_storage(open_folder(tmp_path), console)
-    assert console.export_text().count("a job asks storage that refuses for 10 minutes") == job
+            with pytest.raises(UserError, match="storage cannot be used"):
+                pipeline.await_storage(refusing, console)
+    assert len(failed) == asked
+    assert console.export_text().count("storage refuses the key, asked again for 10 minutes") == (asked == 4)
+
+
+def test_a_job_whose_key_does_not_come_ends_as_a_mistake(refusing: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "REFUSED_S", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with store_requests.failing(PermissionError("no key")) as failed, pytest.raises(UserError, match="permission denied"):
+        pipeline.await_storage(refusing, Console(file=io.StringIO()))
+    assert len(failed) == 1
+
+
+def test_a_stop_ends_the_wait_for_a_key(refusing: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def refuse(_: str, __: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise PermissionError("no key yet")
+
+    with store_requests.before_each(refuse), pytest.raises(Preempted, match="stopped as requested, before the sweep began"):
+        pipeline.await_storage(refusing, Console(file=io.StringIO()))
 
 
 def test_a_run_on_gpus_continues_on_the_cpu_only_if_asked(tiny: Recipe, tmp_path: Path) -> None:
