@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 from pydantic import Field
@@ -27,7 +28,9 @@ Dashboard = Literal["tensorboard", "wandb"]
 Send = Callable[[list[Row]], None]
 EVERY_S = 60.0
 WAIT_S = 60.0
-"""Most time that Weights & Biases is waited for, at the start and at the end."""
+"""Most time that Weights & Biases is waited for, at the start and at the end of each model's run."""
+ENDS_S = 10.0
+"""Time for the last rows at a stop, which has other things to do."""
 
 
 def require_installed(dashboards: Iterable[Dashboard]) -> None:
@@ -52,33 +55,37 @@ def copying(sweep: Sweep, root: Folder, say: Callable[[str], None]) -> Iterator[
 
 @contextmanager
 def _copying(copy: "Copy", say: Callable[[str], None]) -> Iterator[None]:
-    failed = complete = False
+    failed = False
 
-    def attempt(action: Callable[[], object], *, first: bool = False, last: bool = False) -> None:
+    def attempt(action: Callable[[], object], at: Literal["start", "meanwhile", "end"] = "meanwhile") -> None:
         nonlocal failed
         try:
             if not failed:
                 action()
         except StorageAway as error:
-            if last:
+            if at == "end":
                 say(f"tracking {copy.name} lacks the last rows until the next start: {error}")
         except Exception as error:  # whatever they raise: results are in storage, this is only their copy
-            if first and isinstance(error, UserError):
+            if at == "start" and isinstance(error, UserError):
                 raise
             failed = True
             say(f"tracking {copy.name} gets no more rows until the next start: {type(error).__name__}: {error}")
 
     say(f"tracking {copy.name}, in {copy.folder}")
-    attempt(copy.open, first=True)
+    attempt(copy.open, "start")
     try:
-        with repeating(partial(attempt, copy.update), EVERY_S, copy.name) as thread:
+        with repeating(partial(attempt, copy.update), EVERY_S, copy.name, ENDS_S) as thread:
             yield
-        complete = True
-    finally:
-        thread.join()
-        attempt(partial(copy.update, again=complete), last=True)  # a stop has no time to read all evaluations again
-        with suppress(Exception):
-            copy.ends.close()
+    except BaseException as error:
+        if not isinstance(error, StorageAway) and not thread.is_alive():
+            last = Thread(target=attempt, args=(copy.update,), daemon=True)
+            last.start()
+            last.join(ENDS_S)
+        raise
+    thread.join()
+    attempt(partial(copy.update, again=True), "end")
+    with suppress(Exception):
+        copy.ends.close()
 
 
 def folder_of(name: Dashboard, root: Folder, sweep: str) -> Path:
@@ -115,9 +122,10 @@ class Copy:
         earlier = Copied.find_intact(open_folder(self.folder))
         if earlier and not self._lost(earlier):
             self._copied = earlier
-        elif self.folder.exists():
-            self.folder.rename(self.folder.with_name(f"{self.folder.name}.{(earlier or self._copied).id}"))
+        elif (self.folder / Copied.NAME).exists():
+            self.folder.rename(self.folder.with_name(f"{self.folder.name}.{(earlier or Copied()).id}"))
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._copied.write(open_folder(self.folder))
         for model in self.sweep.recipe.models:
             self._sends[model] = (
                 _tensorboard(self.folder / model, self.ends)

@@ -4,6 +4,8 @@ import json
 import shutil
 import struct
 import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -109,13 +111,14 @@ def test_a_variant_that_is_removed_sets_no_copy_aside(sweep: Sweep) -> None:
     assert set(in_tensorboard(folder / "dis").values()) == {1}
 
 
-def test_a_copy_of_another_form_is_made_again(sweep: Sweep) -> None:
+def test_a_copy_whose_progress_is_damaged_is_set_aside(sweep: Sweep) -> None:
     folder = folder_of("tensorboard", store(sweep), sweep.folder.name)
-    folder.mkdir(parents=True)
-    (folder / Copied.NAME).write_text('{"format": 1, "id": "a1", "evaluations": ["dis at 80 images"]}')
     evaluate(sweep, 80)
-    update(Copy("tensorboard", folder, sweep))
-    assert ("fd_digits_80", 80, 4.0, 7.25) in in_tensorboard(folder / "dis")
+    for _ in range(2):
+        update(Copy("tensorboard", folder, sweep))
+        assert in_tensorboard(folder / "dis")["fd_digits_80", 80, 4.0, 7.25] == 1
+        (folder / Copied.NAME).write_text('{"id": "a1", "evaluations": ["dis at 80 images"]}')
+    assert len(list(folder.parent.glob(f"{folder.name}.*"))) == 1
 
 
 def test_storage_that_is_away_at_the_start_loses_no_progress(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +151,7 @@ def test_a_copy_that_fails_misses_nothing_after_the_next_start(sweep: Sweep, tmp
     train(sweep, 80)
     with failing(PermissionError("read only"), "write", Copied.NAME), copying(sweep, store(sweep), said.append):
         pass
+    assert not in_tensorboard(folder / "dis")
     assert "tracking tensorboard gets no more rows until the next start: StorageError" in said[-1]
     with copying(sweep, store(sweep), said.append):
         pass
@@ -182,10 +186,23 @@ def test_storage_that_is_away_for_a_while_ends_no_copy(sweep: Sweep, monkeypatch
 def test_a_stop_loses_no_row(sweep: Sweep) -> None:
     folder = folder_of("tensorboard", store(sweep), sweep.folder.name)
     with pytest.raises(Preempted), copying(sweep, store(sweep), print):
-        wait_until((folder / Copied.NAME).exists)
+        wait_until((folder / "dis").exists)
         train(sweep, 80)
         raise Preempted("stopped")
     assert ("loss", 80) in {each[:2] for each in in_tensorboard(folder / "dis")}
+
+
+def test_a_dashboard_that_hangs_does_not_delay_a_stop(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has to save, to mark its page and to tell Prometheus, within a minute."""
+    answers = threading.Event()
+    monkeypatch.setattr(dashboards, "ENDS_S", 0.1)
+    monkeypatch.setattr(dashboards, "_tensorboard", lambda *_: lambda _: answers.wait(60))
+    train(sweep, 80)
+    began_s = time.monotonic()
+    with pytest.raises(Preempted), copying(sweep, store(sweep), print):
+        raise Preempted("stopped")
+    answers.set()
+    assert time.monotonic() - began_s < 30
 
 
 def test_a_login_that_is_refused_later_ends_no_sweep(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
