@@ -204,9 +204,9 @@ def _minima(sizes: Axes, values: Axes, profiles: list[isoflop.Profile], kind: st
         return
     family, law, lowest = families.of_curve(kind), isoflop.laws(profiles), isoflop.lowest(profiles)
     label = kind
-    if law and law.parameters.interval:
-        least, most = law.parameters.interval
-        label += f": compute^{law.parameters.exponent:.2f} ({least:.2f} to {most:.2f})"
+    if law:
+        exponent, least, most = law.parameters.exponent
+        label += f": compute^{exponent:.2f} ({least:.2f} to {most:.2f})"
     sizes.plot(list(best), list(best.values()), family.marker, color="black", label=label)
     if law:
         budgets = np.array(list(best))
@@ -292,10 +292,10 @@ def correlations(report: Report) -> list[str]:
                 early = " (before the learning rate has fallen)" if any(p.unfinished for p in points) else ""
                 lines.append(f"{kind} at {images:,} images: r = {r:.2f} on log Gflops, n = {len(points)}{few}{early}")
     for kind, law in _laws(report):
-        floor = f"{law.limit:.3g} (floor) + " if law.limit else ""
+        floor = f"{law.limit.value:.3g} (floor) + " if law.limit.value else ""
         lines.append(
             f"{kind} at {report.counts[-1]:,} images, over these sizes and not beyond: {report.metric} = {floor}{law.factor:.3g} x "
-            f"Gflops^{law.exponent_words}" + ("" if floor else ", no floor subtracted")
+            f"Gflops^{law.exponent.words('.2f')}" + ("" if floor else ", no floor subtracted")
         )
     return lines
 

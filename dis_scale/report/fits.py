@@ -26,34 +26,34 @@ def pearson(gmacs: Sequence[float], distances: Sequence[float]) -> float | None:
     return float(np.corrcoef(np.log(gmacs), distances)[0, 1])
 
 
+class Interval(NamedTuple):
+    """A value of a fit and its interval at 95 %, whose ends are NaN if the values leave the law."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def known(self) -> bool:
+        return not math.isnan(self.low)
+
+    def words(self, form: str) -> str:
+        if not self.known:
+            return f"{self.value:{form}} (no interval: the values leave the law)"
+        high = f"to {self.high:{form}}" if math.isfinite(self.high) else "without an upper end"
+        return f"{self.value:{form}} (95 % interval {self.low:{form}} {high})"
+
+
 @dataclass(frozen=True)
 class PowerLaw:
-    """value = limit + factor x cost^exponent, with intervals at 95 % of exponent and limit: none if the values leave the law."""
+    """value = limit + factor x cost^exponent."""
 
     factor: float
-    exponent: float
-    interval: tuple[float, float] | None = None
-    limit: float = 0.0
-    limit_interval: tuple[float, float] | None = None
+    exponent: Interval
+    limit: Interval
 
     def at(self, cost: np.ndarray) -> np.ndarray:
-        return self.limit + self.factor * cost**self.exponent
-
-    @property
-    def exponent_words(self) -> str:
-        """The exponent and its interval."""
-        return f"{self.exponent:.2f} ({_words(self.interval)})"
-
-    @property
-    def limit_words(self) -> str:
-        """The limit and its interval."""
-        return f"{self.limit:.3g} ({_words(self.limit_interval)})"
-
-
-def _words(interval: tuple[float, float] | None) -> str:
-    if interval is None:
-        return "no interval: the values leave the law"
-    return f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"
+        return self.limit.value + self.factor * cost**self.exponent.value
 
 
 def power_law(costs: Sequence[float], distances: Sequence[float], floor: float = 0.0) -> PowerLaw | None:
@@ -69,8 +69,8 @@ def power_law(costs: Sequence[float], distances: Sequence[float], floor: float =
     x, y = np.log(costs), np.log(np.subtract(distances, floor))
     fit = linregress(x, y)
     margin = stdtrit(len(costs) - 2, (1 + CONFIDENCE) / 2) * fit.stderr
-    interval = None if _bends(x, y) else (float(fit.slope - margin), float(fit.slope + margin))
-    return PowerLaw(float(np.exp(fit.intercept)), float(fit.slope), interval, floor)
+    slope = Interval(*map(float, (fit.slope, fit.slope - margin, fit.slope + margin)))
+    return PowerLaw(float(np.exp(fit.intercept)), Interval(slope.value) if _bends(x, y) else slope, Interval(floor))
 
 
 def _bends(x: np.ndarray, y: np.ndarray) -> bool:
@@ -85,18 +85,11 @@ def _bends(x: np.ndarray, y: np.ndarray) -> bool:
     return bool(abs(bend) > stdtrit(freedom, (1 + CONFIDENCE) / 2) * error)
 
 
-class LimitedLaw(NamedTuple):
-    """limit + factor / cost^exponent; each has the shape (samples,)."""
-
-    limit: np.ndarray
-    factor: np.ndarray
-    exponent: np.ndarray
-
-
-def limited_law(costs_C: np.ndarray, values_CS: np.ndarray) -> LimitedLaw:
+def limited_law(costs_C: np.ndarray, values_CS: np.ndarray) -> np.ndarray:
     """Fit a power law that falls to a limit, which is not negative, by least squares of the relative residuals.
 
     With a given exponent the law is linear in limit and factor, whose normal equations are solved; the best exponent is taken.
+    Returns limit, factor and exponent of limit + factor / cost^exponent, shape (3, samples).
     """
     samples, least = values_CS.shape[1], costs_C.min()
     ones_CS = 1 / values_CS
@@ -110,7 +103,8 @@ def limited_law(costs_C: np.ndarray, values_CS: np.ndarray) -> LimitedLaw:
         misfit = ((1 - limit * ones_CS - factor * powers_CS) ** 2).sum(0)
         law = np.stack([misfit, limit, factor * least**exponent, np.full(samples, exponent)])
         best = np.where(misfit < best[0], law, best)
-    return LimitedLaw(*best[1:])
+    laws: np.ndarray = best[1:]
+    return laws
 
 
 def lack_of_fit(residuals: np.ndarray, coefficients: int, variance: float, freedom: int) -> bool:

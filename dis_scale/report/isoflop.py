@@ -15,7 +15,7 @@ import numpy as np
 from dis_scale.recipe import MAIN
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.report import loss_law
-from dis_scale.report.fits import EXPONENTS, PowerLaw, bootstrap_tail, lack_of_fit, limited_law, student_margin
+from dis_scale.report.fits import EXPONENTS, Interval, PowerLaw, bootstrap_tail, lack_of_fit, limited_law, student_margin
 from dis_scale.report.loss_law import LossLaw, Runs
 from dis_scale.report.points import Error, Findings, Report
 
@@ -226,9 +226,10 @@ class _Minima:
         """
         x = np.log(self.budgets)
         exponent, factor = (float(each) for each in np.polyfit(x, self.logs, 1))
-        low, high = self._quantiles(np.polyfit(x, self.resampled, 1)[0])
+        _, low, high = self._interval(np.append(exponent, np.polyfit(x, self.resampled, 1)[0]))
         margin = student_margin(x, self.logs - exponent * x - factor)
-        return PowerLaw(float(np.exp(factor)), exponent, (min(low, exponent - margin), max(high, exponent + margin)))
+        held = Interval(exponent, min(low, exponent - margin), max(high, exponent + margin))
+        return PowerLaw(float(np.exp(factor)), held, Interval(0.0))
 
     def law_with_limit(self) -> PowerLaw | None:
         """Fit a law that falls to a limit. It has no intervals if its own residuals are larger than the parabolas'.
@@ -236,19 +237,19 @@ class _Minima:
         None if the values do not determine it: they rise, or its exponent is one of the ends that are tried.
         """
         every = limited_law(self.budgets, np.exp(np.column_stack([self.logs, self.resampled])))
-        limit, factor, exponent = (float(each[0]) for each in every)
+        limit, factor, exponent = every[:, 0].tolist()
         if factor <= 0 or not EXPONENTS[0] < exponent < EXPONENTS[-1]:
             return None
-        law = PowerLaw(factor, -exponent, limit=limit)
+        law = PowerLaw(factor, Interval(-exponent), Interval(limit))
         residuals, variance = self.logs - np.log(law.at(self.budgets)), float(self.resampled.var(1).mean())
         if lack_of_fit(residuals, 3, variance, self.freedom):
             return law
-        return replace(law, interval=self._quantiles(-every.exponent[1:]), limit_interval=self._quantiles(every.limit[1:]))
+        return replace(law, exponent=self._interval(-every[2]), limit=self._interval(every[0]))
 
-    def _quantiles(self, resampled: np.ndarray) -> tuple[float, float]:
+    def _interval(self, samples: np.ndarray) -> Interval:
+        """Return the first of the samples, and the interval of the others."""
         tail = bootstrap_tail(self.freedom)
-        low, high = np.quantile(resampled, [tail, 1 - tail]).tolist()
-        return low, high
+        return Interval(float(samples[0]), *np.quantile(samples[1:], [tail, 1 - tail]).tolist())
 
 
 def found(report: Report) -> Findings:
@@ -299,14 +300,14 @@ def _minimum_words(profile: Profile) -> str:
 def _law_words(fitted: Laws | None, metric: str) -> list[str]:
     if fitted is None:
         return [f"no law, which needs {LEAST_BUDGETS} budgets with a minimum"]
-    local = ", ".join(law.exponent_words for law in fitted.local)
+    local = ", ".join(law.exponent.words(".2f") for law in fitted.local)
     words = [
-        f"best size ~ compute^{fitted.parameters.exponent_words}",
-        f"its images ~ compute^{fitted.images.exponent_words}",
+        f"best size ~ compute^{fitted.parameters.exponent.words('.2f')}",
+        f"its images ~ compute^{fitted.images.exponent.words('.2f')}",
         f"{metric} ~ compute^{local} from budget to budget",
     ]
     if law := fitted.value:
-        words.append(f"{metric} = {law.limit_words} + {law.factor:.3g} x compute^{law.exponent_words}")
+        words.append(f"{metric} = {law.limit.words('.3g')} + {law.factor:.3g} x compute^{law.exponent.words('.2f')}")
     edge = f"{fitted.at_edge:.0%} of the resamples have a minimum at an end of the sizes, which bounds the intervals"
     return [*words, edge] if fitted.at_edge >= 0.005 else words
 
@@ -332,30 +333,28 @@ def loss_law_words(runs: Runs, law: LossLaw) -> list[str]:
 
 def refuted(law: LossLaw, parabolas: Laws) -> str:
     """Return why neither law of the best size is a result: their intervals exclude each other; empty if they do not."""
-    size, other = law.size_exponent, parabolas.parameters.interval
-    if not size or not other or (size.low <= other[1] and other[0] <= size.high):
+    size, other = law.size_exponent, parabolas.parameters.exponent
+    if not size or not other.known or (size.low <= other.high and other.low <= size.high):
         return ""
     return (
-        f"best size ~ compute^{size.words('.2f')} by one law of all runs, compute^{parabolas.parameters.exponent_words} by the "
-        "parabolas: they disagree, so neither is a result"
+        f"best size ~ compute^{size.words('.2f')} by one law of all runs, compute^{other.words('.2f')} by the parabolas: they "
+        "disagree, so neither is a result"
     )
 
 
 def prediction_words(runs: Runs, family: list[Profile], budget: float) -> list[str]:
     """Return what smaller budgets predict of one, beside what was measured there."""
-    predicted = loss_law.predict(runs, budget)
-    if predicted is None:
+    if not (law := loss_law.fit(runs.of(runs.budgets < budget))):
         return []
-    start = f"{budget:g} FLOPs, predicted by the law of the smaller budgets:"
-    if predicted.at_end:
+    best, start = law.lowest(budget), f"{budget:g} FLOPs, predicted by the law of the smaller budgets:"
+    if best.at_end:
         return [f"{start} the best size is beyond those of the runs: list larger or smaller models"]
-    words = f"{start} lowest {predicted.loss.words('.4g')} at {predicted.size.words(',.0f')} parameters"
+    lowest = law.estimate(best.losses)
+    words = f"{start} lowest {lowest.words('.4g')} at {law.estimate(best.sizes).words(',.0f')} parameters"
     measured = next((profile.best for profile in family if profile.budget == budget), None)
     if measured is None:
         return [f"{words}; not measured yet, or without a minimum within the sizes"]
     size, _, value = measured
-    inside = "inside" if predicted.loss.low <= value <= predicted.loss.high else "outside"
-    return [
-        f"{words}; measured {value:.4g} at {size:,.0f}: the loss is missed by {predicted.loss.value / value - 1:+.1%}, {inside} "
-        "its interval"
-    ]
+    inside = "inside" if lowest.low <= value <= lowest.high else "outside"
+    missed = f"the loss is missed by {lowest.value / value - 1:+.1%}, {inside} its interval"
+    return [f"{words}; measured {value:.4g} at {size:,.0f}: {missed}"]

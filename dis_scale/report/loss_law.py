@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from scipy.special import huber
 
-from dis_scale.report.fits import bootstrap_tail
+from dis_scale.report.fits import Interval, bootstrap_tail
 
 LEAST_RUNS = 10
 """Runs that a fit needs: two for each coefficient."""
@@ -33,18 +33,6 @@ LEAST_COEFFICIENTS, MOST_COEFFICIENTS = np.array([-30, -30, -30, 0.01, 0.01]), n
 NOTHING = 1e-6
 """A smaller limit is zero: the term of the sum has vanished."""
 TINY = 1e-12
-
-
-class Interval(NamedTuple):
-    """A value of the fit, and its interval at 95 %."""
-
-    value: float
-    low: float
-    high: float
-
-    def words(self, form: str) -> str:
-        high = f"to {self.high:{form}}" if np.isfinite(self.high) else "without an upper end"
-        return f"{self.value:{form}} (95 % interval {self.low:{form}} {high})"
 
 
 @dataclass(frozen=True)
@@ -158,22 +146,6 @@ class Best(NamedTuple):
     sizes: np.ndarray
     losses: np.ndarray
     at_end: bool
-
-
-class Prediction(NamedTuple):
-    """Best size of a budget, and its loss, by the law of smaller budgets only; `at_end` as in `Best`."""
-
-    size: Interval
-    loss: Interval
-    at_end: bool
-
-
-def predict(runs: Runs, budget: float) -> Prediction | None:
-    """Predict a budget without its own runs; None without a law of the smaller ones."""
-    if not (law := fit(runs.of(runs.budgets < budget))):
-        return None
-    best = law.lowest(budget)
-    return Prediction(law.estimate(best.sizes), law.estimate(best.losses), best.at_end)
 
 
 def fit(runs: Runs, resamples: int = RESAMPLES) -> LossLaw | None:

@@ -19,8 +19,7 @@ def test_a_power_law_is_found_with_its_interval() -> None:
     costs = np.array([1.0, 3, 10, 30, 100])
     exact = power_law(list(costs), list(7 * costs**-0.4))
     assert exact is not None
-    assert (exact.factor, exact.exponent) == pytest.approx((7, -0.4))
-    assert exact.interval == pytest.approx((-0.4, -0.4))
+    assert (exact.factor, *exact.exponent) == pytest.approx((7, -0.4, -0.4, -0.4))
     assert power_law(list(costs[:3]), [3.0, 2.0, 1.0]) is None
 
 
@@ -28,8 +27,7 @@ def test_two_different_costs_cannot_tell_whether_a_law_bends() -> None:
     """Two sizes, each with two rates."""
     found = power_law([1, 1, 2, 2], [100, 104, 50, 52])
     assert found
-    assert found.interval
-    assert found.interval[0] < -1 < found.interval[1]
+    assert found.exponent.low < -1 < found.exponent.high
 
 
 def test_the_law_is_that_of_what_is_above_the_floor() -> None:
@@ -37,7 +35,7 @@ def test_the_law_is_that_of_what_is_above_the_floor() -> None:
     distances = 5 + 7 * costs**-0.4
     above = power_law(list(costs), list(distances), floor=5)
     assert above is not None
-    assert above.exponent == pytest.approx(-0.4)
+    assert above.exponent.value == pytest.approx(-0.4)
     assert above.at(costs) == pytest.approx(distances)
     assert power_law(list(costs), list(distances), floor=6.5) is None, "a distance is below the floor"
 
@@ -47,8 +45,8 @@ def test_the_interval_covers_the_exponent_in_95_percent() -> None:
     for _ in range(400):
         law = power_law(list(costs), list(7 * costs**-0.4 * np.exp(0.1 * rng.standard_normal(6))))
         assert law is not None
-        if law.interval:
-            held.append(law.interval[0] <= -0.4 <= law.interval[1])
+        if law.exponent.known:
+            held.append(law.exponent.low <= -0.4 <= law.exponent.high)
     assert 0.92 < np.mean(held) < 0.98  # 95 % within three binomial errors of 400 tries
     assert len(held) > 0.9 * 400, "5 % of straight lines are taken for bent ones"
 
@@ -62,8 +60,8 @@ def test_the_interval_holds_the_mean_slope_over_the_sizes(limit: float) -> None:
     for _ in range(400):
         law = power_law(list(costs), list(true * np.exp(0.02 * rng.standard_normal(4))))
         assert law is not None
-        if law.interval:
-            held.append(law.interval[0] <= slope <= law.interval[1])
+        if law.exponent.known:
+            held.append(law.exponent.low <= slope <= law.exponent.high)
     assert np.mean(held) > 0.92
 
 
@@ -82,9 +80,9 @@ def test_models_that_have_a_limit_above_the_floor_have_no_exponent_with_an_inter
         law, straight = (power_law(list(costs), list(1.8 + values * noise), 1.8) for values in (bent, 130 * costs**-0.6))
         assert law
         assert straight
-        refused += law.interval is None
-        assert law.interval or "no interval" in law.exponent_words
-        assert straight.exponent == pytest.approx(-0.6, abs=0.02)
+        refused += not law.exponent.known
+        assert law.exponent.known or "no interval" in law.exponent.words(".2f")
+        assert straight.exponent.value == pytest.approx(-0.6, abs=0.02)
     assert refused > 170
 
 

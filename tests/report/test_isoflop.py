@@ -48,13 +48,11 @@ def test_known_laws_are_recovered() -> None:
     fitted = laws(family())
     assert fitted
     assert fitted.value
-    assert fitted.parameters.interval
-    assert fitted.parameters.exponent == pytest.approx(SIZE_EXPONENT)
-    assert fitted.images.exponent == pytest.approx(1 - SIZE_EXPONENT), "compute is 6 x parameters x images here"
-    assert [each.exponent for each in fitted.local] == pytest.approx([VALUE_EXPONENT] * 3)
+    assert fitted.parameters.exponent == pytest.approx((SIZE_EXPONENT,) * 3)
+    assert fitted.images.exponent.value == pytest.approx(1 - SIZE_EXPONENT), "compute is 6 x parameters x images here"
+    assert [each.exponent.value for each in fitted.local] == pytest.approx([VALUE_EXPONENT] * 3)
     assert fitted.parameters.at(BUDGETS) == pytest.approx(0.1 * BUDGETS**SIZE_EXPONENT)
     assert fitted.value.at(BUDGETS) == pytest.approx(90 * BUDGETS**VALUE_EXPONENT, rel=1e-3)
-    assert fitted.parameters.interval == pytest.approx((SIZE_EXPONENT, SIZE_EXPONENT))
     assert fitted.at_edge == 0
 
 
@@ -68,8 +66,8 @@ def test_the_intervals_cover_the_exponents_in_about_95_percent() -> None:
     """Within three binomial errors of 400 tries; the three budgets have no law with a limit, which would take seconds."""
     tries = [laws(family(noise=0.01, seed=1 + seed)[:3], resamples=400) for seed in range(400)]
     for name, truth in (("parameters", SIZE_EXPONENT), ("images", 1 - SIZE_EXPONENT)):
-        intervals = [getattr(each, name).interval for each in tries]
-        assert np.mean([low <= truth <= high for low, high in intervals]) > 0.917, name
+        exponents = [getattr(each, name).exponent for each in tries]
+        assert np.mean([each.low <= truth <= each.high for each in exponents]) > 0.917, name
 
 
 @pytest.mark.parametrize("scatter", [0.05, 0.2])
@@ -84,8 +82,7 @@ def test_the_intervals_hold_the_exponent_also_if_the_minima_scatter_about_the_la
         ]
         fitted = laws(made, resamples=300)
         assert fitted
-        assert fitted.parameters.interval
-        low, high = fitted.parameters.interval
+        _, low, high = fitted.parameters.exponent
         held.append(low <= SIZE_EXPONENT <= high)
     assert np.mean(held) > 0.9
 
@@ -117,9 +114,9 @@ def test_a_loss_that_falls_to_a_limit_is_recovered_with_its_intervals() -> None:
         fitted = laws(made, resamples=200)
         assert fitted
         assert fitted.value
-        intervals = [(each.interval, true) for each, true in zip(fitted.local, local, strict=True)]
-        intervals += [(fitted.value.limit_interval, 1.69), (fitted.value.interval, exponent)]
-        held.append([interval is None or interval[0] <= true <= interval[1] for interval, true in intervals])
+        found = [(each.exponent, true) for each, true in zip(fitted.local, local, strict=True)]
+        found += [(fitted.value.limit, 1.69), (fitted.value.exponent, exponent)]
+        held.append([not each.known or each.low <= true <= each.high for each, true in found])
         assert local[0] < 1.2 * local[-1], "the exponents differ by far more than their intervals"
     assert np.mean(held, axis=0) == pytest.approx(0.95, abs=0.085)  # within three binomial errors of 60 tries
 
@@ -130,18 +127,16 @@ def test_a_loss_that_leaves_its_law_has_no_interval() -> None:
     fitted = laws([replace(p, values=p.values * factor) for p, factor in moved])
     assert fitted
     assert fitted.value
-    assert fitted.value.interval is None
-    assert fitted.parameters.interval
-    assert fitted.value.exponent_words.endswith("(no interval: the values leave the law)")
+    assert not fitted.value.exponent.known
+    assert fitted.parameters.exponent.known
+    assert fitted.value.exponent.words(".2f").endswith("(no interval: the values leave the law)")
 
 
 def test_more_noise_widens_the_interval() -> None:
     quiet, loud = (laws(family(noise)) for noise in (0.002, 0.02))
     assert quiet
     assert loud
-    assert quiet.parameters.interval
-    assert loud.parameters.interval
-    assert np.ptp(loud.parameters.interval) > 4 * np.ptp(quiet.parameters.interval)
+    assert np.ptp(loud.parameters.exponent) > 4 * np.ptp(quiet.parameters.exponent)
 
 
 def test_a_minimum_at_an_end_of_the_sizes_is_left_out_of_the_law() -> None:
@@ -150,7 +145,7 @@ def test_a_minimum_at_an_end_of_the_sizes_is_left_out_of_the_law() -> None:
     assert rising.best is None
     fitted = laws([rising, *others])
     assert fitted
-    assert fitted.parameters.exponent == pytest.approx(SIZE_EXPONENT)
+    assert fitted.parameters.exponent.value == pytest.approx(SIZE_EXPONENT)
     assert laws([rising, *others[:2]]) is None, "two budgets give no law"
 
 

@@ -46,14 +46,15 @@ def test_the_law_and_a_budget_that_was_not_run_are_inside_their_intervals() -> N
     held = []
     for seed in range(15):
         runs = study(seed)
-        law, predicted = fit(runs), loss_law.predict(runs, float(BUDGETS[-1]))
-        assert predicted
+        law, smaller = fit(runs), fit(runs.of(runs.budgets < BUDGETS[-1]))
+        best = smaller.lowest(float(BUDGETS[-1]))
+        predicted = smaller.estimate(best.losses)
         known = [LIMIT, SIZE, IMAGES, IMAGES / (SIZE + IMAGES), lowest]
         assert law.size_exponent
-        assert not predicted.at_end
-        found = [law.limit, *law.exponents, law.size_exponent, predicted.loss]
+        assert not best.at_end
+        found = [law.limit, *law.exponents, law.size_exponent, predicted]
         held.append([each.low <= true <= each.high for each, true in zip(found, known, strict=True)])
-        assert predicted.loss.high / predicted.loss.low < 1.15
+        assert predicted.high / predicted.low < 1.15
     assert np.mean(held, 0).min() > 0.8
 
 
@@ -109,7 +110,6 @@ def test_too_few_runs_have_no_law() -> None:
     runs = study(0)
     assert loss_law.fit(runs.of(runs.budgets < BUDGETS[2])) is None, "two budgets"
     assert loss_law.fit(runs.of(runs.parameters < SIZES[2])) is None, "two sizes"
-    assert loss_law.predict(runs, float(BUDGETS[2])) is None
 
 
 def test_a_law_that_the_parabolas_refute_is_no_result() -> None:
