@@ -60,9 +60,8 @@ class Job:
     ours: bool
     silence: Silence = field(default_factory=Silence)
     reconnect_every_s: float = 2.0
-    log_silent_s: float = 1200.0
-    """A log without a new line for so long is asked for again: stages log more often, and a connection to a node that is gone stays
-    open for ever."""
+    log_silent_s: float = 2 * lines.IDLE_EVERY_S
+    """Time without a new line after which the log is asked for again: a connection to a node that is gone stays open for ever."""
     _info: JobDetails | None = None
     """Ray's last answer about the job."""
     _returned: int = 0
@@ -135,13 +134,15 @@ class Job:
 
     async def _receive(self) -> None:
         """Receive the log from its beginning, and keep what no follower before had received."""
-        position, chunks = 0, aiter(self.cluster.client.tail_job_logs(self.id))
-        while (chunk := await asyncio.wait_for(anext(chunks, None), self.log_silent_s)) is not None:
-            new = chunk[max(0, self._received - position) :]
-            position += len(chunk)
-            if new:
-                self._received += len(new)
-                self._chunks.put(new)
+        position, now_s = 0, asyncio.get_running_loop().time
+        async with asyncio.timeout(self.log_silent_s) as silence:
+            async for chunk in self.cluster.client.tail_job_logs(self.id):
+                silence.reschedule(now_s() + self.log_silent_s)
+                new = chunk[max(0, self._received - position) :]
+                position += len(chunk)
+                if new:
+                    self._received += len(new)
+                    self._chunks.put(new)
 
     def reason(self) -> str:
         """Return why a job ended: its own error line, otherwise Ray's message."""

@@ -91,6 +91,7 @@ class Log:
 
     context: Context
     write: Callable[[str], None] = write
+    now_s: Callable[[], float] = time.monotonic
     _progress: tuple[int, int, str] | None = None
     _progress_s: float = float("-inf")
 
@@ -108,16 +109,16 @@ class Log:
 
     def repeat_progress(self, every_s: float = IDLE_EVERY_S) -> None:
         """Log the last progress again while there is no work, so that readers see that the process does not hang."""
-        if self._progress and time.monotonic() >= self._progress_s + every_s:
+        if self._progress and self.now_s() >= self._progress_s + every_s:
             self._log_progress(*self._progress)
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: 40 MB of lines in two weeks."""
-        now_s = time.monotonic()
+        now_s = self.now_s()
         if (done, total, unit) == self._progress or (done < total and now_s < self._progress_s + PROGRESS_EVERY_S):
             return
         self._log_progress(done, total, unit)
 
     def _log_progress(self, done: int, total: int, unit: str) -> None:
-        self._progress, self._progress_s = (done, total, unit), time.monotonic()
+        self._progress, self._progress_s = (done, total, unit), self.now_s()
         self.write(jsonlog.entry(self.context, "progress", "info", done=done, total=total, unit=unit))

@@ -12,10 +12,7 @@ from dis_scale.process.errors import write_nowhere
 
 
 class Stop:
-    """A stop request, and when it came, by a clock that never jumps.
-
-    Without the lock of an Event: a second signal, while the first one holds it, would wait for it for ever.
-    """
+    """A stop request and its time, by a clock that never jumps. `set` takes no lock, since a second signal may interrupt it."""
 
     at_s = math.inf
 
@@ -26,7 +23,7 @@ class Stop:
         return self.at_s < math.inf
 
     def pause(self, seconds: float) -> None:
-        """Sleep until it is requested."""
+        """Sleep so long, or until a stop is requested."""
         deadline_s = time.monotonic() + seconds
         while time.monotonic() < deadline_s and not self.is_set():
             time.sleep(0.1)

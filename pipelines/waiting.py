@@ -39,7 +39,9 @@ class Wait:
         long_s: float = LONG_S,
         nodes: Callable[[], Sequence[Resources]] = alive_nodes,
         free: Callable[[], Resources] = ray.available_resources,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._now_s = now_s
         self._gauge, self._logged_after_s, self._long_s, self._nodes, self._free = gauge, logged_after_s, long_s, nodes, free
         self._since_s = 0.0
         self._logged: tuple[int, Resources] | None = None
@@ -53,7 +55,7 @@ class Wait:
 
     def _end(self) -> None:
         self._export(0)
-        if self._since_s and time.monotonic() - self._since_s > self._long_s:
+        if self._since_s and self._now_s() - self._since_s > self._long_s:
             self._gauge("waited_timestamp_seconds", time.time())
         self._since_s, self._logged = 0.0, None
 
@@ -63,8 +65,8 @@ class Wait:
             self._end()
             return None
         self._export(count)
-        self._since_s = self._since_s or time.monotonic()
-        waited_s = time.monotonic() - self._since_s
+        self._since_s = self._since_s or self._now_s()
+        waited_s = self._now_s() - self._since_s
         if waited_s < self._logged_after_s or (count, request) == self._logged:
             return None
         nodes = self._nodes()

@@ -173,13 +173,14 @@ class _Loop:
         return finished
 
     def _without_capacity(self, wait: Wait) -> list[int]:
-        """Return the workers that no node holds yet, and log for how many the work waits: beside others, more only join later."""
+        """Return the workers that no node holds yet, and log them; if only they are left of independent ones, the work is over."""
         unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running and not self._policy.held]
         request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
         alone = len(unplaced) == len(self._running)
         if alone and self._policy.independent and self._ended:
             unplaced = self._running = []  # the others have done all the work, or failed and hold what these wait for
-        wait.log(self._job, len(unplaced) if alone or not self._policy.independent else 0, request, alone=alone)
+        waits = alone or not self._policy.independent  # beside others that work, more of them join when nodes do
+        wait.log(self._job, len(unplaced) if waits else 0, request, alone=alone)
         return unplaced
 
     def _note_failures(self, finished: Sequence[Any]) -> None:

@@ -32,21 +32,11 @@ from tests.support import pods
 from tests.support.pages import require_shape
 
 ROOT = Path(__file__).parent.parent.parent
-
-
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
 IMAGE = f"registry.example.com/dis-scale:{PROJECT['version']}"
-
-
 OPERATOR = pods.CLUSTER / "kuberay-operator.yaml"
 """Values of KubeRay's Helm chart: no object of Kubernetes, and no image of ours."""
-
-
 FILES = (*pods.JOBS, pods.LAUNCHER)
-
-
 PLAIN = (*pods.JOBS, "mlflow.yaml", "check.yaml")
 """Files for kubectl."""
 

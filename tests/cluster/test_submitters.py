@@ -13,9 +13,6 @@ import pytest
 from tests.support import pods
 from tests.support.stand_ins import stand_in
 
-ROOT = Path(__file__).parent.parent.parent
-
-
 RUNS = "Status for job 'j': RUNNING"
 
 

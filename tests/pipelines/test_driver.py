@@ -36,7 +36,6 @@ from pipelines.lines import Log
 from pipelines.silence import NotStarted, RayEnded, Unanswered
 from pipelines.sweep import on_rays, seen_alive
 from tests.conftest import TINY
-from tests.support.clocks import UseClock
 from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import cluster, driver_of, logged
 
@@ -401,14 +400,14 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
 
 @pytest.mark.parametrize(("results", "jobs"), [([0], 1 + MOST_EVALUATIONS), ([0, 0, 0, 4, 4, 9, 9], 5 + MOST_EVALUATIONS)])
 def test_evaluation_after_training_ends_by_failures_in_a_row_without_a_result(
-    driver: Driver, use_clock: UseClock, monkeypatch: pytest.MonkeyPatch, results: list[int], jobs: int
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, results: list[int], jobs: int
 ) -> None:
     """It may take days, in which the disk is full three times; a crash at its begin ends within the hour.
 
     The first job began before the end of training.
     """
     clock, submitted, driver.evaluate_again_s = iter(range(10**6)), list[float](), 600.0
-    use_clock(lambda: float(next(clock)))
+    monkeypatch.setattr("pipelines.driver.time.monotonic", lambda: float(next(clock)))
     counts = iter(results + [results[-1]] * MOST_EVALUATIONS)
     monkeypatch.setattr(state, "measured", lambda _, model: range(next(counts) if model == "dit" else 0))
 

@@ -38,7 +38,6 @@ from pipelines.lines import Log, parse
 from pipelines.nodes import Node
 from pipelines.places import Places, own_gpus
 from tests.conftest import TINY
-from tests.support.clocks import UseClock
 from tests.support.documents import put_metrics, put_published
 from tests.support.stage_jobs import RecordedJob, job_of
 
@@ -395,11 +394,10 @@ def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path) -> N
     assert 24 * 3600 < job.now_s() < 25 * 3600
 
 
-def test_a_wait_for_training_shows_that_it_lives(job: RecordedJob, use_clock: UseClock) -> None:
+def test_a_wait_for_training_shows_that_it_lives(job: RecordedJob) -> None:
     """Training may use all GPUs for days: status would say that evaluation hangs, and its check would page somebody."""
-    use_clock(job.now_s)
     logged = list[str]()
-    job.log = Log(Context(), logged.append)
+    job.log = Log(Context(), logged.append, job.now_s)
     job.progress(0, 90, "images")
     evaluate.wait_for_training(job, lambda: job.now_s() > 6 * 3600)
     progress = [line.facts["done"] for line in map(parse, logged) if line and line.kind == "progress"]

@@ -7,7 +7,6 @@ import pytest
 from dis_scale.process.errors import Preempted
 from pipelines.ray_private import Resources
 from pipelines.waiting import Wait, words
-from tests.support.clocks import UseClock
 
 HEAD, NODE = {"CPU": 8.0, "prepare": 1.0}, {"CPU": 8.0, "GPU": 8.0, "memory": 5e9, "node:10.0.0.1": 1.0}
 REQUEST: Resources = {"CPU": 1, "GPU": 1, "prepare": 1}
@@ -69,10 +68,10 @@ def test_workers_that_ask_for_nothing_wait_for_their_processes_only() -> None:
 
 
 @pytest.mark.parametrize(("cpus", "logged_at_s"), [(1.0, 15), (0.0, 5)])
-def test_a_worker_that_the_nodes_hold_may_only_have_to_start(use_clock: UseClock, cpus: float, logged_at_s: int) -> None:
+def test_a_worker_that_the_nodes_hold_may_only_have_to_start(cpus: float, logged_at_s: int) -> None:
     clock = iter(range(1, 100))
-    use_clock(lambda: float(next(clock)))
-    wait, polls = Wait(lambda *_: None, nodes=lambda: [{"CPU": cpus}], free=dict), 1
+    wait = Wait(lambda *_: None, nodes=lambda: [{"CPU": cpus}], free=dict, now_s=lambda: float(next(clock)))
+    polls = 1
     while wait.poll(1, {"CPU": 1.0}) is None:
         polls += 1
     assert polls == logged_at_s

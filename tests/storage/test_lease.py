@@ -20,7 +20,6 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support import store_requests
-from tests.support.clocks import UseClock
 from tests.support.faulty_gateway import Gateway
 from tests.support.waiting import wait_until
 
@@ -133,9 +132,7 @@ def test_a_holder_whose_process_is_not_listed_here_is_alive_while_its_heartbeat_
             assert ours.number == 2
 
 
-def test_a_holder_is_alive_though_storage_answers_the_first_question_late(
-    use_clock: UseClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_holder_is_alive_though_storage_answers_the_first_question_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that breaks is tried again after a minute: one reading would be left. And dead only after all of the time."""
     now_s, beats = [0.0], itertools.count()
 
@@ -148,7 +145,7 @@ def test_a_holder_is_alive_though_storage_answers_the_first_question_late(
         return str(beat // 8 if now_s[0] < died_s else -1).encode()
 
     died_s = math.inf
-    use_clock(lambda: now_s[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(lease, "_heartbeat", slow)
     elsewhere = lease.Holding(Folder("unused"), 1, lease.Holder(), None, None)
