@@ -17,7 +17,7 @@ from dis_scale.diffusion.flow import FlowMatching
 from dis_scale.diffusion.gaussian import Chain, Coefficients, GaussianDiffusion, learned_log_variance, predict_x0
 from dis_scale.diffusion.process import ModelFn
 from dis_scale.process.errors import UserError, nearest
-from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS, STOCHASTIC_SAMPLERS
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 
 NoiseSource = Callable[[int, Sequence[int]], Tensor]
 """(step, shape) to standard normal noise; step 0 is the noisiest."""
@@ -42,29 +42,24 @@ def sample(
     name: str,
     steps: int | Chain,
     x_T: Tensor,
-    noise: NoiseSource | None = None,
+    noise: NoiseSource,
     progress: Progress | None = None,
-    eta: float = 0.0,
 ) -> Tensor:
     """Sample latents (B, C, H, W) from the noise `x_T`, in its dtype and on its device; the model function gets times on the host.
 
-    `steps` is a number of steps, or for a Gaussian process the caller's chain. `eta` is DDIM's share of noise. UserError for
-    a sampler that does not fit, a wrong number of steps, or missing noise, before any computation.
+    `steps` is a number of steps, or for a Gaussian process the caller's chain. UserError for a sampler that does not fit, or a
+    wrong number of steps, before any computation.
     """
     check_sampler(name, process)
     if isinstance(steps, int) and steps < 1:
         raise UserError(f"steps {steps}: expected 1 or more")
-    if noise is None:
-        if name in STOCHASTIC_SAMPLERS or (name == "ddim" and eta):
-            raise UserError(f"sampler {name} is stochastic: give it a noise source")
-        noise = _no_noise
     with torch.no_grad():
         if isinstance(process, FlowMatching):
             if not isinstance(steps, int):
                 raise UserError("a chain does not fit the process flow: give a number of steps")
             return _flow(model_fn, process, steps, name, x_T, noise, progress)
         chain = process.respaced(steps) if isinstance(steps, int) else steps
-        return _gaussian(model_fn, chain, name, x_T, noise, progress, eta)
+        return _gaussian(model_fn, chain, name, x_T, noise, progress)
 
 
 def pass_times(process: GaussianDiffusion | FlowMatching, name: str, steps: int) -> NDArray[np.floating]:
@@ -73,13 +68,7 @@ def pass_times(process: GaussianDiffusion | FlowMatching, name: str, steps: int)
     return np.array([*times_K, *(end for end in (*times_K[1:], 0.0) if _has_second_pass(process, name, end))])
 
 
-def _no_noise(step: int, shape: Sequence[int]) -> Tensor:
-    raise AssertionError(f"a deterministic sampler asked for noise at step {step}, shape {tuple(shape)}")
-
-
-def _gaussian(
-    model_fn: ModelFn, chain: Chain, name: str, x_T: Tensor, noise: NoiseSource, progress: Progress | None, eta: float
-) -> Tensor:
+def _gaussian(model_fn: ModelFn, chain: Chain, name: str, x_T: Tensor, noise: NoiseSource, progress: Progress | None) -> Tensor:
     x_BCHW, x0_before = x_T, None
     for step, k in enumerate(reversed(range(len(chain)))):
         c = chain.at(torch.full((1,), k, device=x_T.device), x_T)  # filled there: a copy would wait for the GPU
@@ -89,7 +78,8 @@ def _gaussian(
         if name == "ddpm":
             x_BCHW = _ddpm(c, x_BCHW, x0_BCHW, v_BCHW, noise, step, last=k == 0)
         elif name == "ddim":
-            x_BCHW = _ddim(chain, k, x0_BCHW, eps_BCHW, noise, step, eta)
+            after = float(chain.before_K[k])  # Song, Meng and Ermon 2020, equation 12 without noise
+            x_BCHW = after**0.5 * x0_BCHW + (1 - after) ** 0.5 * eps_BCHW
         elif name == "dpm_solver":
             x_BCHW = _dpm_solver(chain, k, x_BCHW, x0_BCHW, x0_before)
         else:
@@ -106,14 +96,6 @@ def _ddpm(c: Coefficients, x: Tensor, x0: Tensor, v: Tensor, noise: NoiseSource,
     if last:
         return mean
     return mean + (0.5 * learned_log_variance(c, v)).exp() * noise(step, x.shape).to(x)
-
-
-def _ddim(chain: Chain, k: int, x0: Tensor, eps: Tensor, noise: NoiseSource, step: int, eta: float) -> Tensor:
-    """Song, Meng and Ermon 2020, equations 12 and 16."""
-    after = float(chain.before_K[k])
-    sigma = eta * float(chain.posterior_variance_K[k]) ** 0.5
-    x: Tensor = after**0.5 * x0 + (1 - after - sigma**2) ** 0.5 * eps
-    return x + sigma * noise(step, x.shape).to(x) if sigma else x
 
 
 def _dpm_solver(chain: Chain, k: int, x: Tensor, x0: Tensor, x0_before: Tensor | None) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from dis_scale.diffusion import Process
 from dis_scale.diffusion.generate import SampleNoise, batch_sizes, generate
 from dis_scale.diffusion.guidance import Labelled, forward_images, guided
-from dis_scale.diffusion.samplers import sample
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS, Autoguidance, Sampler
@@ -165,8 +164,6 @@ def test_bad_input_is_one_clear_line_before_any_work() -> None:
         settings = sampling(kwargs.pop("sampler"), steps=kwargs.pop("steps", 2))
         with pytest.raises(UserError, match=message):
             generate(model, PROCESSES["gaussian"], **({"labels": [1], "numbers": [0]} | kwargs), sampling=settings)
-    with pytest.raises(UserError, match="sampler ddpm is stochastic: give it a noise source"):
-        sample(model, PROCESSES["gaussian"], "ddpm", 2, torch.randn(1, 4, 3, 3))
     assert model.calls == 0
 
 

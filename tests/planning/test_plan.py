@@ -53,8 +53,9 @@ def test_guidance_costs_a_pass_of_each_step_that_it_guides(process: str, sampler
     how = [f"diffusion={process}", f"evaluate.sampler={sampler}", "evaluate.steps=20", "evaluate.guidance=1.5"]
     recipe = reading.load(TINY, how if interval == "null" else [*how, f"evaluate.guidance_interval={interval}"])
     plan, model, label = price_sweep(recipe, SHAPE), Counting(), torch.zeros(1, dtype=torch.long)
-    noise = torch.zeros(1, SHAPE.channels, SHAPE.size, SHAPE.size)
-    sample(guided(model, label, recipe.evaluate), diffusion.build(recipe.diffusion, SHAPE), sampler, 20, noise)
+    x_T = torch.zeros(1, SHAPE.channels, SHAPE.size, SHAPE.size)
+    built = diffusion.build(recipe.diffusion, SHAPE)
+    sample(guided(model, label, recipe.evaluate), built, sampler, 20, x_T, lambda _, shape: torch.zeros(*shape))
     of_one_image = 2e9 * plan.costs["dit"].gmacs_forward * recipe.evaluate.samples
     assert plan.sampling_flops("dit") == pytest.approx(model.images * of_one_image)
 
