@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from dis_scale.process import counts
-from dis_scale.process.errors import DisScaleError, Held
+from dis_scale.process.errors import DisScaleError, Held, UserError
 from dis_scale.process.redaction import redact
 from dis_scale.process.threads import in_order
 from dis_scale.storage.document import Document
@@ -141,8 +141,11 @@ class Holding:
 
 
 @contextlib.contextmanager
-def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
-    """Hold the lease, with a heartbeat, for the block; Held names the other holder and its cluster."""
+def hold(folder: Folder, cluster: str = "", *, aside: bool = False) -> Iterator[Lease]:
+    """Hold the lease, with a heartbeat, for the block; Held names the other holder and its cluster.
+
+    `aside` is for a command beside the work that the lease is for: what it refuses is no failure of that work.
+    """
     before = last_holding(folder)
     taken_over = before is not None and before.end is None
     if before and taken_over and _living([before])[0]:
@@ -158,16 +161,16 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
     ended = threading.Event()
     heartbeats = threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease")
     heartbeats.start()
-    why = ""
+    failed, why = False, ""
     try:
         yield lease
     except BaseException as error:
-        why = _why(error)
+        failed, why = True, "" if aside and isinstance(error, UserError | Held) else _why(error)
         raise
     finally:
         ended.set()
         heartbeats.join(JOINED_S)  # one on its way would come after the end, also into a folder that is deleted then
-        with contextlib.suppress(*[DisScaleError] if why else []):  # the error that ended the block is the one to raise
+        with contextlib.suppress(*[DisScaleError] if failed else []):  # the error that ended the block is the one to raise
             End(at=time.time(), why=why).write(folder, f"{_name(lease.number)}.end")
 
 

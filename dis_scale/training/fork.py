@@ -24,12 +24,9 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     rerun does only what is left. UserError if it cannot be done; Held while a command runs the sweep, whose recipe would change
     under it.
     """
-    with lease.hold(command_lease(sweep.folder)) as held:
-        try:  # another may have forked meanwhile
-            return _fork(Sweep.open(sweep.folder.url), model, images_seen, new, settings, held)
-        except UserError as error:
-            refusal = error
-    raise refusal  # behind the lease, of which it would be the end: the sweep itself has not failed
+    with lease.hold(command_lease(sweep.folder), aside=True) as held:
+        # opened now, since another may have forked meanwhile
+        return _fork(Sweep.open(sweep.folder.url), model, images_seen, new, settings, held)
 
 
 def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequence[str], held: Lease) -> Run:

@@ -65,7 +65,7 @@ def _is_around_us(folder: Folder) -> bool:
 def delete(removal: Removal) -> None:
     """Delete it while holding the sweep's lease; Held if it was started meanwhile. A rerun continues an interrupted one."""
     sweep = removal.sweep
-    with lease.hold(command_lease(sweep.folder)) as held:
+    with lease.hold(command_lease(sweep.folder), aside=True) as held:
         require_stopped(sweep, but=command_lease(sweep.folder))
         retention.delete(removal.unshared)
         manifests = [part for part in walk(sweep.folder) if MANIFEST in part.sizes]

@@ -64,7 +64,7 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
     description = describe(empty, SamplingFacts.of_sweep(sweep))
     data = safetensors.torch.save(fitted.weights, {"dis_scale": json.dumps(description)})
     folder, evaluation = sweep.run(model).published_at(train.images), sweep.evaluation(Sampled(model, train.images))
-    with lease.hold(command_lease(sweep.folder)):
+    with lease.hold(command_lease(sweep.folder), aside=True):
         if not sweep.folder.exists(RECIPE):
             sweep.save_recipe()
         _publish(folder, data, train.images, ImportedFrom(name=path.rpartition("/")[2], sha256=start.sha256), evaluation)
