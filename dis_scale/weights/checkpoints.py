@@ -1,13 +1,14 @@
 """Location of one checkpoint: a published folder, or a file with weights, on this machine or in an object store; its classes."""
 
 import csv
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel
 
 from dis_scale.process.errors import StorageError, UserError, nearest
 from dis_scale.process.progress import some
@@ -21,20 +22,8 @@ MOST_HEADER_BYTES = 100_000_000
 """Of a safetensors file, by its format."""
 
 
-class _Header(BaseModel):
-    """Of a safetensors file."""
-
-    metadata: dict[str, str] = Field({}, alias="__metadata__")
-
-
 class _Names(BaseModel):
     label_names: tuple[str, ...] = ()
-
-
-class _Description(BaseModel):
-    """What is read here of that of weights/export.py, which needs PyTorch."""
-
-    sampling: _Names = _Names()
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class Located:
             yield self.folder.local / self.name
             return
         with tempfile.TemporaryDirectory() as scratch:
-            copy = Path(scratch) / Path(self.name).name
+            copy = Path(scratch) / Path(_without_query(self.name)).name
             copy.write_bytes(self.folder.read(self.name) if data is None else data)
             yield copy
 
@@ -79,10 +68,10 @@ class Located:
 def find_checkpoint(at: str) -> Located:
     """Return the checkpoint at a path or URL, the newest of a run's folder; UserError if there is none."""
     folder = open_folder(at)
-    a_file = folder.local and not folder.local.is_dir()
+    a_file = not folder.local.is_dir() if folder.local else "?" in at  # a server answers also for what is behind a query
     if not a_file and (counts := state.published_counts(Run(folder))):
         folder = Run(folder).published_at(counts[-1])
-    if folder.local.is_dir() if folder.local else PublishedManifest.exists(folder) or _has_files(folder):
+    if not a_file and (folder.local or PublishedManifest.exists(folder) or _has_files(folder)):
         manifest = PublishedManifest.find(folder)
         name = (manifest.stored_file(WEIGHTS_FILE) if manifest else None) or WEIGHTS_FILE
         if not manifest and folder.exists(PIPELINE_WEIGHTS):
@@ -96,6 +85,10 @@ def find_checkpoint(at: str) -> Located:
             f".safetensors file or a public .pt{_published_in(around) if around else ''}"
         )
     return Located(folder, name, Sweep.open(around.url) if around else None)
+
+
+def _without_query(name: str) -> str:
+    return name.partition("?")[0]
 
 
 def _has_files(folder: Folder) -> bool:
@@ -113,12 +106,13 @@ def _published_in(folder: Folder) -> str:
 
 def _names_in(folder: Folder, name: str) -> tuple[str, ...]:
     """Return the names of the classes in a safetensors file, from its header alone: eight bytes of its length, then JSON."""
-    if not name.endswith(".safetensors"):
+    if not _without_query(name).endswith(".safetensors"):
         return ()
-    with suppress(StorageError, ValidationError):  # what is wrong is said when it is opened; a server may give no ranges
+    # What is wrong is said when it is opened; a server may give no ranges.
+    with suppress(StorageError, ValueError, LookupError, TypeError, RecursionError):
         length = min(int.from_bytes(folder.read(name, 0, 8), "little"), MOST_HEADER_BYTES)
-        header = _Header.model_validate_json(folder.read(name, 8, 8 + length))
-        return _Description.model_validate_json(header.metadata.get("dis_scale", "{}")).sampling.label_names
+        description = json.loads(json.loads(folder.read(name, 8, 8 + length))["__metadata__"]["dis_scale"])
+        return _Names.model_validate(description["sampling"]).label_names
     return ()
 
 

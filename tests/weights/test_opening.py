@@ -3,8 +3,11 @@
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -236,6 +239,24 @@ def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_p
         exported = sweep.store / "exported"
         exported.write("weights.safetensors", b"a file")
         assert str(find_checkpoint(exported.url)) == f"{exported}/weights.safetensors"
+
+
+def test_a_file_is_opened_by_a_url_with_a_query(files: tuple[Path, Path]) -> None:
+    """As hubs give them. A server answers the same with more behind the query, such as a manifest's name."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(files[0].parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/{files[0].name}?download=true"
+        there, here = (open_for_sampling(at, str(files[1])) for at in (url, files[0]))
+    finally:
+        server.shutdown()
+    found, expected = (next(sample_pictures(each, [1])) for each in (there, here))
+    assert np.array_equal(found, expected)
 
 
 def test_a_gpu_samples_if_there_is_one(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
