@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_serializer
 
+from dis_scale.process.errors import UserError
 from dis_scale.process.redaction import has_credentials
 
 NARROWEST_EMA, WIDEST_EMA = 0.005, 0.28
@@ -58,6 +59,12 @@ def pin(**limits: Any) -> Any:
 def extent(**limits: Any) -> Any:
     """Declare a field that may grow between two starts of a sweep."""
     return Field(json_schema_extra={"role": "extent"}, **limits)
+
+
+def require_no_credentials(url: str, what: str) -> None:
+    """UserError for a URL that a command would store or print with its credentials."""
+    if has_credentials(url):
+        raise UserError(f"{what}: a URL with credentials: download the file, or set them in the environment and leave them out")
 
 
 class Settings(BaseModel):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
+from dis_scale.process.settings import require_no_credentials
 from dis_scale.recipe import ExportedVae, LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import Manifest
@@ -103,6 +104,7 @@ def from_path(path: str, encoder: EncodedBy | None = None) -> Vae:
     """
     if path == "none":
         return PixelVae()
+    require_no_credentials(path, "--vae")
     folder = open_folder(path)
     there = "://" in path or Path(path).is_dir()
     if there and Manifest.exists(folder):

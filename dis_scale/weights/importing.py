@@ -12,6 +12,7 @@ import torch
 
 from dis_scale.models import construct
 from dis_scale.process.errors import UserError
+from dis_scale.process.settings import require_no_credentials
 from dis_scale.recipe import FileStart, LatentShape
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
@@ -40,6 +41,7 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
     for other pixels, classes or latents; Held if the sweep runs.
     """
     _require_possible(sweep, model)
+    require_no_credentials(path, "import")
     settings, train = sweep.recipe.models[model], sweep.recipe.train_of(model)
     start = FileStart(kind="file", path=path, sha256=hash_of([path], "import"))
     source = from_file(start, settings, sweep.recipe.diffusion, "import")

@@ -10,6 +10,7 @@ from dis_scale.models import build
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.public import read_public, to_official
 from dis_scale.recipe import Gaussian, LatentShape, Sampling, reading
+from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import EncodedBy, PublishedManifest
@@ -176,6 +177,9 @@ def test_other_weights_or_a_running_sweep_are_refused(tmp_path: Path, file: Path
     torch.save(to_official(build(sweep.recipe.models["dis"], LatentShape(3, 32), 10, seed=1)), file)
     code, output = invoke(*words(tmp_path, file))
     assert (code, "already holds other weights" in output) == (2, True), output
+    (holding,) = lease.last_holdings(sweep.lease("sweep"), 1)
+    assert holding.end
+    assert holding.end.why == "", "the sweep itself has not failed"
     published = sweep.run("dis").published_at(1024)
     assert PublishedManifest.require(published).imported.name == "dis.pt"  # type: ignore[union-attr]
     evaluation = sweep.evaluation(Sampled("dis", 1024))
@@ -186,6 +190,15 @@ def test_other_weights_or_a_running_sweep_are_refused(tmp_path: Path, file: Path
     evaluation.delete()
     assert invoke(*words(tmp_path, file))[0] == 0
     assert state.Backlog(sweep).left() == [Sampled("dis", 1024)]
+
+
+def test_a_url_with_credentials_is_refused_before_it_is_read(tmp_path: Path, file: Path) -> None:
+    command, secret = words(tmp_path, file), "memory://me:pa55word@hub/dis.pt"
+    open_folder("memory://me:pa55word@hub").write("dis.pt", file.read_bytes())
+    command[1] = secret
+    for each in (command, ["sample", str(file), "--vae", secret]):
+        code, output = invoke(*each)
+        assert (code, "a URL with credentials" in output, "pa55word" in output) == (2, True, False), output
 
 
 def test_public_weights_fit_latents_by_the_autoencoders_own_scale_alone(tmp_path: Path, file: Path) -> None:
