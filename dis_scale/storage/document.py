@@ -71,11 +71,17 @@ class Document(BaseModel):
         return folder.exists(cls.NAME)
 
     def write(self, folder: Folder, name: str = "") -> None:
-        folder.write(name or self.NAME, self.to_bytes())
+        """Write the document; StorageError if it is larger than what is read."""
+        folder.write(name or self.NAME, self._readable(folder))
 
     def create(self, folder: Folder, name: str = "") -> bool:
-        """Write the document unless it exists; return False if another process was first."""
-        return folder.create(name or self.NAME, self.to_bytes())
+        """As `write`, unless it exists; return False if another process was first."""
+        return folder.create(name or self.NAME, self._readable(folder))
+
+    def _readable(self, folder: Folder) -> bytes:
+        if len(data := self.to_bytes()) > LARGEST_BYTES:
+            raise StorageError(f"{folder}: a document would have {len(data):,} bytes, and over {LARGEST_BYTES:,} are not read")
+        return data
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON's types, without those that are None."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 
 from dis_scale.process.errors import Damaged, StorageError
+from dis_scale.storage import document
 from dis_scale.storage.document import Document
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import Digest, Manifest
@@ -21,6 +22,15 @@ class Note(Document):
     NAME: ClassVar[str] = "note.json"
     text: str
     share: float | None = None
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resume points whose manifests are too large would be found by none."""
+    monkeypatch.setattr(document, "LARGEST_BYTES", 100)
+    for write in (Note(text="x" * 100).write, Note(text="x" * 100).create):
+        with pytest.raises(StorageError, match="a document would have 130 bytes, and over 100 are not read"):
+            write(open_folder(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
