@@ -21,7 +21,7 @@ from dis_scale.recipe import LatentShape, reading
 from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS, JUDGE
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from dis_scale.training.memory import USABLE, lanes_at_once, worker_bytes
-from dis_scale.training.throughput import DATASHEET_TFLOPS
+from dis_scale.training.throughput import datasheet_tflops
 from dis_scale.vae import HUB
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
@@ -88,8 +88,8 @@ class Machine:
     @property
     def flops(self) -> float:
         """Operations per second of training."""
-        peaks = [bf16 for part, (bf16, _) in DATASHEET_TFLOPS.items() if part in self.gpu_name]
-        gpu = ASSUMED_MFU * 1e12 * (peaks[0] if peaks else UNKNOWN_TFLOPS)
+        peaks = datasheet_tflops(self.gpu_name) or (UNKNOWN_TFLOPS,)
+        gpu = ASSUMED_MFU * 1e12 * peaks[0]
         return self.gpus * gpu if self.gpus else self.cores * CORE_FLOPS
 
 

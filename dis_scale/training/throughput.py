@@ -67,11 +67,16 @@ class ThroughputMeter:
 
 def peak_flops(device: torch.device, precision: str, machine: str) -> tuple[float, str]:
     """Return a worker's peak FLOP/s and its source: the datasheet of its `machine`, or the fastest of some products timed here."""
-    for known, (bf16, fp32) in DATASHEET_TFLOPS.items():
-        if known in machine:
-            return 1e12 * (bf16 if precision == "bf16" else fp32), f"datasheet, {precision}"
+    if peaks := datasheet_tflops(machine):
+        return 1e12 * peaks[precision != "bf16"], f"datasheet, {precision}"
     side = MATRIX_SIDES[device.type]
     return 2.0 * side**3 / _product_s(device, precision, side), f"the fastest product of {side} x {side}, {precision}"
+
+
+def datasheet_tflops(machine: str) -> tuple[float, float] | None:
+    """Return a GPU's peaks in `DATASHEET_TFLOPS`; None for another one, a slice of one (MIG), or one of less power (NVL)."""
+    whole = "MIG" not in machine and "NVL" not in machine
+    return next((peaks for known, peaks in DATASHEET_TFLOPS.items() if whole and known in machine), None)
 
 
 def _product_s(device: torch.device, precision: str, side: int) -> float:

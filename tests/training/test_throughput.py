@@ -40,6 +40,11 @@ def test_a_device_without_a_datasheet_is_timed() -> None:
     assert source == "the fastest product of 1024 x 1024, fp32"
 
 
+@pytest.mark.parametrize("part", ["NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H200 NVL"])
+def test_a_part_of_a_gpu_has_not_the_whole_ones_peak(part: str) -> None:
+    assert peak_flops(CPU, "fp32", part)[1].startswith("the fastest product")
+
+
 def test_a_gpus_datasheet_is_found_by_its_name() -> None:
     assert peak_flops(torch.device("cuda"), "bf16", "NVIDIA H200") == (989e12, "datasheet, bf16")
     assert peak_flops(torch.device("cuda"), "fp32", "NVIDIA H200") == (67e12, "datasheet, fp32")
