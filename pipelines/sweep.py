@@ -111,7 +111,7 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
             if not done:
                 _write_report(sweep, points, failures)
             elif Sweep.open(sweep.folder.url, patient=True).recipe != sweep.recipe:  # a model that was removed, another curve
-                with lease.hold(command_lease(sweep.folder)):
+                with lease.hold(command_lease(sweep.folder), aside=True):
                     sweep.save_recipe()
                     _write_report(sweep, points, failures)
     _print_results(sweep, points, console)
@@ -128,7 +128,7 @@ def await_storage(sweep: Folder, console: Console) -> None:
                 open_folder(sweep.url).exists(RECIPE)
             except StorageAway as error:
                 console.print(f"waiting  storage does not answer, retried for about a minute: {error}")
-                sweep.patient.exists(RECIPE)
+            sweep.patient.list()  # of a bucket that is missing, too, there is nothing
         except StorageError as error:
             raise UserError(f"storage cannot be used: {error}") from error
 

@@ -247,7 +247,8 @@ class Folder:
         except FileNotFoundError as error:
             if not above:
                 return
-            raise StorageError(f"{self.url}/{root}{below}: it was there, and is gone while it is listed: list it again") from error
+            gone = "/".join(filter(None, (self.url, root, below)))
+            raise StorageError(f"{gone}: it was there, and is gone while it is listed: list it again") from error
         for name, here, is_link in sorted(entries, key=lambda found: os.fsencode(found[0] + "/" * bool(found[1]))):
             if here is None or here in above:
                 yield below + name, is_link
@@ -284,6 +285,8 @@ class Folder:
         """
         if self.local:
             return dict(self._sizes_below("", frozenset(), behind_links=behind_links))
+        if self.url.startswith("s3://"):  # by pages: s3fs would keep some kB for each, and begin again after an error
+            return {name: size for page in self._pages("") for name, size in s3.sizes(page)}
 
         def find(fs: Any, full: str) -> dict[str, int]:
             found = fs.find(full, detail=True).values()

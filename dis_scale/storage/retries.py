@@ -58,7 +58,7 @@ def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[st
             return done
         except Exception as error:
             final = isinstance(error, FileNotFoundError | FileExistsError | UserError)
-            if final and _s3_code(error) not in _BUSY:
+            if final and _s3_code(error) not in {*_BUSY, "NoSuchBucket"}:
                 raise
             if http_status(error) == 412:  # the precondition that the object is absent
                 raise FileExistsError(what) from error

@@ -57,6 +57,12 @@ def keys(page: Page) -> list[str]:
     return [each["Key"] for each in page.get("Contents", ())]
 
 
+def sizes(page: Page) -> Iterator[tuple[str, int]]:
+    """Yield the objects of a page, named from its folder on, with their sizes in bytes; a folder's marker is none."""
+    found = ((each["Key"].removeprefix(page["Prefix"]), each["Size"]) for each in page.get("Contents", ()))
+    yield from ((name, size) for name, size in found if name and not name.endswith("/"))
+
+
 def children(pages: Iterator[Page]) -> Iterator[tuple[str, bool]]:
     """Yield the keys directly below a folder, of pages with the delimiter "/", and whether each is a folder's."""
     for one in pages:

@@ -24,6 +24,8 @@ from dis_scale.process.errors import Damaged, StorageAway, StorageError, UserErr
 from dis_scale.storage.document import Document
 from dis_scale.storage.folder import locate, open_folder
 from ops.drills import object_store
+from tests.conftest import TINY
+from tests.support.commands import invoke
 from tests.support.faulty_gateway import Gateway
 from tests.support.flaky_store import FlakyFileSystem
 
@@ -450,6 +452,16 @@ def test_links_to_files_and_folders_are_followed_and_broken_ones_are_files(tmp_p
     assert (folder / "set").folders() == ["class", "linked"]
 
 
+def test_a_bucket_that_is_missing_is_no_empty_folder(bucket: str) -> None:
+    """A mistyped one was a traceback, whose code schedulers try again."""
+    root = open_folder("s3://no-such-bucket-here/root")
+    for ask in (root.list, root.folders, lambda: list(root.walk()), root.tree):
+        with pytest.raises(StorageError, match="there is no such bucket"):
+            ask()
+    code, output = invoke("sweep", str(TINY), "--set", f"storage.root={root}")
+    assert (code, "storage cannot be used: " in output, "there is no such bucket" in output) == (2, True, True), output
+
+
 def test_a_large_folder_is_listed_page_by_page(bucket: str, gateway: Gateway) -> None:
     """A page that failed is requested again."""
     names = [f"{i:04d}.png" for i in range(1001)]
@@ -462,6 +474,11 @@ def test_a_large_folder_is_listed_page_by_page(bucket: str, gateway: Gateway) ->
     assert next(listed) == "0000.png"
     assert len(gateway.seen) == 2, "the page that failed and the first"
     assert list(listed) == names[1:]
+    assert len(gateway.seen) == 3
+    store.write("class/empty/", b"")
+    gateway.seen.clear()
+    gateway.faults = [503]
+    assert (store / "class").tree() == dict.fromkeys(names, 1), "without a folder's marker"
     assert len(gateway.seen) == 3
 
 
