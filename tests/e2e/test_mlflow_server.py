@@ -49,7 +49,7 @@ def test_it_asks_for_a_login_and_keeps_artifacts_in_the_bucket(
     client.log_metric(run, "loss", 0.5)
     client.log_text(run, "some words", "words.txt")
     assert [file.path for file in client.list_artifacts(run)] == ["words.txt"]
-    stored = s3fs.S3FileSystem(skip_instance_cache=True).find(f"{bucket}/mlflow".removeprefix("s3://"))
+    stored = s3fs.S3FileSystem(skip_instance_cache=True).find(f"{bucket}/artifacts".removeprefix("s3://"))
     assert any(path.endswith("words.txt") for path in stored)
 
     parts = {(each["kind"], each["metadata"]["name"]): each for each in pods.documents("mlflow.yaml")}
@@ -57,7 +57,7 @@ def test_it_asks_for_a_login_and_keeps_artifacts_in_the_bucket(
     dump, upload = pod["initContainers"][0]["command"], pod["containers"][0]["command"]
     at = [f"--file={tmp_path}/mlflow.dump" if word.startswith("--file=") else word for word in dump[1:]]
     servers.ask_database("pg_dump", database, *[word for word in at if not word.startswith(("--host", "--username"))])
-    program = upload[2].replace('"/backup/', f'"{tmp_path}/').replace('"bucket/', f'"{bucket.removeprefix("s3://")}/')
+    program = upload[2].replace('"/backup/', f'"{tmp_path}/').replace('"mlflow-bucket/', f'"{bucket.removeprefix("s3://")}/')
     subprocess.run([sys.executable, *upload[1:2], program], check=True)
     (kept,) = s3fs.S3FileSystem(skip_instance_cache=True).find(f"{bucket}/backup".removeprefix("s3://"))
     s3fs.S3FileSystem().get(kept, str(tmp_path / "again.dump"))
