@@ -125,10 +125,10 @@ def await_storage(sweep: Folder, console: Console) -> None:
     def ask() -> None:
         try:
             try:
-                open_folder(sweep.url).exists(RECIPE)
+                open_folder(sweep.url).list()  # an object of a bucket that is missing is only not there
             except StorageAway as error:
                 console.print(f"waiting  storage does not answer, retried for about a minute: {error}")
-            sweep.patient.list()  # of a bucket that is missing, too, there is nothing
+                sweep.patient.list()
         except StorageError as error:
             raise UserError(f"storage cannot be used: {error}") from error
 
@@ -140,7 +140,7 @@ def _ask_storage(ask: Callable[[], None], folder: Folder, say: Callable[[str], N
 
     A job may continue a sweep of weeks, and its key comes from a service that may be away for moments.
     """
-    if folder.local or not in_job():
+    if folder.local or not in_job() or sys.stdin.isatty():
         return ask()
     until_s, waits, stop = time.monotonic() + REFUSED_S, False, Stop()
     with obeying_signals(stop):
@@ -155,6 +155,9 @@ def _ask_storage(ask: Callable[[], None], folder: Folder, say: Callable[[str], N
                 waits = True
                 stop.pause(ASK_REFUSED_EVERY_S)
                 forget_clients(folder.url)
+            except StorageAway:
+                if not stop.is_set():
+                    raise
             else:
                 if not stop.is_set():
                     return None

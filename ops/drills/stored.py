@@ -45,7 +45,7 @@ def storage_down(drill: Drill) -> None:
     drill.dis_scale("resume", str(drill.sweep), ends=AWAY)
     drill.expect("waiting  storage does not answer.*")
     drill.run_sweep(ends=AWAY)
-    drill.expect("error: cannot (read|look up) .*")
+    drill.expect("error: cannot list .*")
     store.resume()
     drill.resume()
 

@@ -284,7 +284,7 @@ def test_storage_that_stays_away_is_not_a_mistake(tmp_path: Path, no_pauses: Non
     with store_requests.failing(AWAY) as failed:
         code, output = invoke(*(sweep if command == "sweep" else where))
     assert code == StorageAway.exit_code
-    assert "error: cannot look up" in output
+    assert "error: cannot list" in output
     assert len(failed) == 5 + 9, "the tries of a command, then those of a stage"
 
 
@@ -404,6 +404,20 @@ def test_a_stop_ends_the_wait_for_a_key(refusing: Folder, monkeypatch: pytest.Mo
         raise PermissionError("no key yet")
 
     with store_requests.before_each(refuse), pytest.raises(Preempted, match="stopped as requested, before the sweep began"):
+        pipeline.await_storage(refusing, Console(file=io.StringIO()))
+
+
+def test_a_stop_while_storage_is_away_is_a_stop(refusing: Folder, monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+    """Slurm would queue the job again, or count it as failed."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    signals = iter([signal.SIGTERM])
+
+    def away(_: str, __: str) -> None:
+        if number := next(signals, None):
+            signal.raise_signal(number)
+        raise AWAY
+
+    with store_requests.before_each(away), pytest.raises(Preempted):
         pipeline.await_storage(refusing, Console(file=io.StringIO()))
 
 
