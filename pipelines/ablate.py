@@ -49,8 +49,7 @@ def run_ablation(
         driver = Driver(sweep, board)
         opened = open_cluster(sweep.recipe, board.say, partial(go_on, driver))
         with obeying_signals(driver.stop_requested), opened as cluster:
-            if cluster.ours:  # on another one its job waits for GPUs
-                require_device(driver, cluster)
+            require_device(driver, cluster)
             words = [f"{value:g}" for value in values]
             with stopping_jobs(driver):
                 run_stage(driver, cluster, "ablate", model, str(images_seen), state.ablation_name(setting, by), *words)

@@ -246,7 +246,8 @@ class _Csv(_OneFileEach):
         except FileNotFoundError:
             return None
         except StorageError as error:
-            if getattr(error.__cause__, "errno", None) in NO_FILE:
+            cause = error.__cause__  # a FileNotFoundError is that of a bucket
+            if isinstance(cause, FileNotFoundError) or getattr(cause, "errno", None) in NO_FILE:
                 return None
             raise
 

@@ -72,15 +72,15 @@ class Document(BaseModel):
 
     def write(self, folder: Folder, name: str = "") -> None:
         """Write the document; StorageError if it is larger than what is read."""
-        folder.write(name or self.NAME, self._readable(folder))
+        folder.write(name or self.NAME, self._readable(f"{folder}/{name or self.NAME}"))
 
     def create(self, folder: Folder, name: str = "") -> bool:
         """As `write`, unless it exists; return False if another process was first."""
-        return folder.create(name or self.NAME, self._readable(folder))
+        return folder.create(name or self.NAME, self._readable(f"{folder}/{name or self.NAME}"))
 
-    def _readable(self, folder: Folder) -> bytes:
+    def _readable(self, where: str) -> bytes:
         if len(data := self.to_bytes()) > LARGEST_BYTES:
-            raise StorageError(f"{folder}: a document would have {len(data):,} bytes, and over {LARGEST_BYTES:,} are not read")
+            raise StorageError(f"{where}: it would have {len(data):,} bytes, and over {LARGEST_BYTES:,} are not read")
         return data
 
     def to_json(self) -> dict[str, Any]:

@@ -168,13 +168,18 @@ class Folder:
         return True
 
     def exists(self, path: str) -> bool:
-        """Whether there is an object, or a folder. On a disk fsspec would take any error for a no, and a resume point for none."""
+        """Whether there is an object, or a folder.
+
+        By `info`, since `exists` of most file systems takes any error for a no, and a resume point would count as none. S3's tells
+        them apart, and a web server may refuse what is not there.
+        """
+        asks = self.url.startswith(("s3://", "http://", "https://"))
 
         def look(fs: Any, full: str) -> bool:
             try:
-                return bool(Path(full).stat() if self.local else fs.exists(full))
+                return bool(Path(full).stat() if self.local else fs.exists(full) if asks else fs.info(full))
             except OSError as error:
-                if error.errno in _NOT_THERE:
+                if error.errno in _NOT_THERE or isinstance(error, FileNotFoundError):
                     return False
                 raise
 
@@ -437,10 +442,11 @@ def missing(folder: Folder) -> str:
 
 def locate(url: str) -> tuple[Folder, str]:
     """Return the folder and the name of one file at a URL or local path."""
-    parent, slash, name = url.rpartition("/")
+    path, mark, query = url.partition("?") if url.startswith(("http://", "https://")) else (url, "", "")
+    parent, slash, name = path.rpartition("/")
     if parent.endswith(":/"):
         raise UserError(f"{url}: expected a file in it, got the name of a bucket or a server")
-    return open_folder(parent or slash or "."), name
+    return open_folder(parent or slash or "."), name + mark + query
 
 
 def _base(entry: str) -> str:

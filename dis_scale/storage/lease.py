@@ -144,7 +144,7 @@ class Holding:
 def hold(folder: Folder, cluster: str = "", *, aside: bool = False) -> Iterator[Lease]:
     """Hold the lease, with a heartbeat, for the block; Held names the other holder and its cluster.
 
-    `aside` is for a command beside the work that the lease is for: what it refuses is no failure of that work.
+    `aside` is for a command beside the work that the lease is for: what it refuses is no failure of that work, whose own end stays.
     """
     before = last_holding(folder)
     taken_over = before is not None and before.end is None
@@ -161,11 +161,13 @@ def hold(folder: Folder, cluster: str = "", *, aside: bool = False) -> Iterator[
     ended = threading.Event()
     heartbeats = threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease")
     heartbeats.start()
-    failed, why = False, ""
+    failed, why = False, before.end.why if aside and before and before.end else ""
     try:
         yield lease
     except BaseException as error:
-        failed, why = True, "" if aside and isinstance(error, UserError | Held) else _why(error)
+        failed = True
+        if not (aside and isinstance(error, UserError | Held)):
+            why = _why(error)
         raise
     finally:
         ended.set()

@@ -151,7 +151,7 @@ def cause_of(error: BaseException) -> str:
     if isinstance(error, DisScaleError):
         return str(error)
     if isinstance(error, FileNotFoundError) or http_status(error) == 404:
-        return "there is no such bucket or folder, and it cannot be created"
+        return "there is no such bucket or folder"
     if isinstance(error, OSError) and error.errno in FULL:
         return "no space left on the device: free some, then run the same command again"
     if isinstance(error, PermissionError) or http_status(error) in (401, 403):

@@ -54,7 +54,7 @@ class Located:
     @contextmanager
     def fetched(self) -> Iterator[Path]:
         """Give the file as a local path: itself, or a temporary copy; Damaged if it differs from the folder's manifest."""
-        manifest = PublishedManifest.find(self.folder)
+        manifest = None if _has_query(str(self)) else PublishedManifest.find(self.folder)
         data = manifest.read_file(self.folder, self.name) if manifest and self.name in manifest.files else None
         if self.folder.local:
             yield self.folder.local / self.name
@@ -68,7 +68,7 @@ class Located:
 def find_checkpoint(at: str) -> Located:
     """Return the checkpoint at a path or URL, the newest of a run's folder; UserError if there is none."""
     folder = open_folder(at)
-    a_file = not folder.local.is_dir() if folder.local else "?" in at  # a server answers also for what is behind a query
+    a_file = not folder.local.is_dir() if folder.local else _has_query(at)  # a server answers also for what is behind it
     if not a_file and (counts := state.published_counts(Run(folder))):
         folder = Run(folder).published_at(counts[-1])
     if not a_file and (folder.local or PublishedManifest.exists(folder) or _has_files(folder)):
@@ -79,7 +79,7 @@ def find_checkpoint(at: str) -> Located:
     else:
         folder, name = locate(folder.url)
     around = folder_around(folder)
-    if not folder.exists(name):
+    if not _without_query(name) or not folder.exists(name):
         raise UserError(
             f"no checkpoint at {at}{missing(open_folder(at))}: expected a published or exported folder, a run of a sweep, a "
             f".safetensors file or a public .pt{_published_in(around) if around else ''}"
@@ -89,6 +89,10 @@ def find_checkpoint(at: str) -> Located:
 
 def _without_query(name: str) -> str:
     return name.partition("?")[0]
+
+
+def _has_query(url: str) -> bool:
+    return "?" in url and url.startswith(("http://", "https://"))
 
 
 def _has_files(folder: Folder) -> bool:

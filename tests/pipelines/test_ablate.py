@@ -2,7 +2,6 @@
 
 import io
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,6 @@ def test_a_sweep_of_gpus_is_not_sampled_on_the_cpu(tiny: Recipe, tmp_path: Path,
     sweep = Sweep.below(open_folder(tmp_path), tiny)
     put_published(sweep.run("dis").published_at(160), images=160)
     state.record_device(sweep.run("dis"), "cuda")
-    monkeypatch.setattr(ablate, "open_cluster", lambda *_: nullcontext(replace(cluster("here"), ours=True)))
+    monkeypatch.setattr(ablate, "open_cluster", lambda *_: nullcontext(cluster("here")))
     with pytest.raises(UserError, match="last trained on GPUs, and would continue on the CPU"):
         ablate.run_ablation(sweep, "dis", 160, "guidance", [2.0], Console(file=io.StringIO()))

@@ -493,6 +493,23 @@ def test_a_large_object_is_read_by_ranges_and_a_failed_range_is_retried(bucket: 
     assert ranges == {f"bytes={first}-{end - 1}" for first, end in itertools.pairwise(ends)}
 
 
+class AwayFileSystem(MemoryFileSystem):  # type: ignore[misc]
+    """A store that does not answer."""
+
+    protocol = "away"
+
+    def info(self, path: str, **_: Any) -> Any:
+        raise ConnectionError(path)
+
+
+def test_a_store_that_does_not_answer_has_not_lost_an_object(no_pauses: None) -> None:
+    """fsspec's own `exists` says that it has."""
+    fsspec.register_implementation("away", AwayFileSystem, clobber=True)
+    with pytest.raises(StorageAway):
+        open_folder("away://store").exists("manifest.json")
+    assert not open_folder("memory://nothing").exists("manifest.json")
+
+
 class FreshFileSystem(MemoryFileSystem):  # type: ignore[misc]
     """An object store whose clients remember nothing."""
 

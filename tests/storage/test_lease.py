@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support import store_requests
@@ -130,6 +130,25 @@ def test_a_holder_whose_process_is_not_listed_here_is_alive_while_its_heartbeat_
     else:
         with lease.hold(folder) as ours:
             assert ours.number == 2
+
+
+def test_a_command_aside_leaves_the_reason_of_the_end(tmp_path: Path) -> None:
+    """Of a sweep that failed, before a fork that succeeded and one that was refused; not before one that failed itself."""
+    folder = open_folder(tmp_path)
+
+    def end_by(error: Exception | None, *, aside: bool) -> str:
+        with contextlib.suppress(DisScaleError, RuntimeError), lease.hold(folder, aside=aside):
+            if error:
+                raise error
+        (holding,) = lease.last_holdings(folder, 1)
+        assert holding.end
+        return holding.end.why
+
+    assert end_by(UserError("no such folder"), aside=True) == ""
+    assert end_by(RuntimeError("lost"), aside=False) == "RuntimeError: lost"
+    assert end_by(None, aside=True) == end_by(UserError("no such model"), aside=True) == "RuntimeError: lost"
+    assert end_by(RuntimeError("broken"), aside=True) == "RuntimeError: broken"
+    assert end_by(None, aside=False) == ""
 
 
 def test_a_holder_is_alive_though_storage_answers_the_first_question_late(monkeypatch: pytest.MonkeyPatch) -> None:

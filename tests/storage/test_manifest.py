@@ -28,7 +28,7 @@ def test_what_would_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pyte
     """Resume points whose manifests are too large would be found by none."""
     monkeypatch.setattr(document, "LARGEST_BYTES", 100)
     for write in (Note(text="x" * 100).write, Note(text="x" * 100).create):
-        with pytest.raises(StorageError, match="a document would have 130 bytes, and over 100 are not read"):
+        with pytest.raises(StorageError, match=r"note\.json: it would have 130 bytes, and over 100 are not read"):
             write(open_folder(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

@@ -242,16 +242,22 @@ def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_p
 
 
 def test_a_file_is_opened_by_a_url_with_a_query(files: tuple[Path, Path]) -> None:
-    """As hubs give them. A server answers the same with more behind the query, such as a manifest's name."""
+    """As hubs give them and stores sign them: for this file, and not for a manifest beside it."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
+        def do_GET(self) -> None:
+            if self.path.endswith("?signature=a/b"):
+                super().do_GET()
+            else:  # S3's answer to what is not signed
+                self.send_error(403)
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(files[0].parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        url = f"http://127.0.0.1:{server.server_port}/{files[0].name}?download=true"
+        url = f"http://127.0.0.1:{server.server_port}/{files[0].name}?signature=a/b"
         there, here = (open_for_sampling(at, str(files[1])) for at in (url, files[0]))
     finally:
         server.shutdown()
