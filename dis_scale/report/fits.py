@@ -70,7 +70,7 @@ def power_law(costs: Sequence[float], distances: Sequence[float], floor: float =
     fit = linregress(x, y)
     margin = stdtrit(len(costs) - 2, (1 + CONFIDENCE) / 2) * fit.stderr
     slope = Interval(*map(float, (fit.slope, fit.slope - margin, fit.slope + margin)))
-    return PowerLaw(float(np.exp(fit.intercept)), Interval(slope.value) if _bends(x, y) else slope, Interval(floor))
+    return PowerLaw(float(np.exp(fit.intercept)), Interval(slope.value) if _bends(x, y) else slope, Interval(floor, floor, floor))
 
 
 def _bends(x: np.ndarray, y: np.ndarray) -> bool:

@@ -229,7 +229,7 @@ class _Minima:
         _, low, high = self._interval(np.append(exponent, np.polyfit(x, self.resampled, 1)[0]))
         margin = student_margin(x, self.logs - exponent * x - factor)
         held = Interval(exponent, min(low, exponent - margin), max(high, exponent + margin))
-        return PowerLaw(float(np.exp(factor)), held, Interval(0.0))
+        return PowerLaw(float(np.exp(factor)), held, Interval(0.0, 0.0, 0.0))
 
     def law_with_limit(self) -> PowerLaw | None:
         """Fit a law that falls to a limit. It has no intervals if its own residuals are larger than the parabolas'.
@@ -263,6 +263,8 @@ def found(report: Report) -> Findings:
             law_missed, words = _laws_words(report, runs, family) if metric == HELD_OUT else ([], _law_words(laws(family), metric))
             missed += [f"{metric}, {kind}: {line}" for line in law_missed]
             out += [f"{metric}, {kind}: {line}" for line in words]
+    if report.images is None and report.recipe.isoflop:
+        out.append("the laws take each image for a new one: how many there are went with the latents, which were deleted")
     out.append(
         "the intervals hold the spread of runs about the parabolas and of the minima about their law; not what runs share: "
         "the trunk of a size's branches, learning rate, held-out images, a seed's order of images, the range of sizes"

@@ -207,11 +207,13 @@ class Report:
     def family(self, kind: str, images_seen: int) -> list[Point]:
         """Return a family's points at one count of images seen, by rising cost.
 
-        Of a model with a branch that ends there the branch's, measured or not: at a constant rate the trunk's is no match.
+        Of a model at a constant rate with a branch that ends there at a falling one, the branch's, measured or not: the trunk's is
+        no match.
         """
         recipe, points = self.recipe, [p for p in self.main if (p.kind, p.images_seen) == (kind, images_seen)]
         ending = [name for name in recipe.models if recipe.train_of(name).images == images_seen]
-        annealed = {self.groups[branch.of] for name in ending if (branch := recipe.models[name].branch)}
+        branches = [(name, branch.of) for name in ending if (branch := recipe.models[name].branch)]
+        annealed = {self.groups[of] for name, of in branches if recipe.train_of(of).decay == "none" != recipe.train_of(name).decay}
         return sorted((p for p in points if p.group not in annealed), key=lambda p: p.gmacs)
 
 
@@ -335,9 +337,8 @@ def _floors(sweep: Sweep) -> tuple[list[Floor], str | None]:
     if not floor:
         return [], skipped
     outside = settings.reference_of(settings.extractor.name) is not None
-    images = floor.images if outside else settings.samples
-    which = "of the source" if outside else "held out of the reference"
-    words = {"real": f"{images:,} real images {which}", "reconstructed": "their reconstructions by the VAE"}
+    which = "of the source" if outside else f"held out of the reference, scaled to {settings.samples:,}"
+    words = {"real": f"{floor.images:,} real images {which}", "reconstructed": "their reconstructions by the VAE"}
     every = [(words[kind], floor.values[kind], settings.metric) for kind in words if kind in floor.values]
     floors = [Floor(text, v[metric], v.get(f"{metric}_error")) for text, v, metric in every if metric in v]
     other = None if floors else f"the floors are those of the distance at {settings.samples:,} samples"

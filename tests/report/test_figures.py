@@ -267,6 +267,16 @@ def test_a_branch_takes_its_trunks_place_in_the_curve(tmp_path: Path) -> None:
     assert "dit" not in named, "its point has no match in this figure"
 
 
+def test_a_trunk_that_decays_by_itself_keeps_its_place(tmp_path: Path) -> None:
+    """Beside a branch of its own to the same count, by another schedule."""
+    branch = "{kind: dit, width: 16, depth: 1, heads: 2, patch: 4, branch: {of: dit, at: 160}, train: {publish_images: [320]}}"
+    recipe = reading.load(TINY, ["train.decay=linear", f"models.slower={branch}"])
+    made = sweep_at(tmp_path, "tiny", recipe)
+    for model, distance in (("dit", 8.0), ("slower", 7.0)):
+        put(made, Sampled(model, 320), distance)
+    assert {p.model for p in collect(made).family("dit", 320)} == {"dit", "slower"}
+
+
 def test_the_held_out_loss_is_drawn_where_it_is_measured(tmp_path: Path) -> None:
     made = sweep_at(tmp_path, "tiny", reading.load(TINY))
     for images, loss in [(160, 0.5), (320, 0.4)]:
