@@ -417,7 +417,7 @@ def _sample_entries(
     if len(images) > 1:
         if latents:
             raise UserError(f"{where}: {printable(images[0].name)} is there twice: write the tar again with one of them")
-        _refuse_two(images[:2] if settings.label in BESIDE else _mask_beside(images), where)
+        _refuse_two(images[:2] if labelled and settings.label in BESIDE else _mask_beside(images), where)
     for image in images:
         if not labelled:
             image_label: int | str | None = 0

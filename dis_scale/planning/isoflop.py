@@ -76,6 +76,8 @@ def written_out(recipe: Recipe, shape: LatentShape) -> Recipe:
                 f"isoflop.flops: two budgets give {size} the same number of images, one of {sorted(counts)}: they are less than "
                 "a step apart"
             )
+        if clash := sorted(branches.keys() & data["models"].keys()):
+            raise UserError(f"isoflop: models.{clash[0]} is also the name of a branch of {size}: give it another name")
         longest = max(branch["branch"]["at"] for branch in branches.values())
         data["models"][size] = model | {"train": model["train"] | {"publish_images": [longest]}}
         data["models"] |= branches

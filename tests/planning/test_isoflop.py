@@ -49,6 +49,13 @@ def test_a_written_out_study_is_read_back_and_stays_as_it_is() -> None:
     assert isoflop.written_out(stored, SHAPE) == stored == recipe
 
 
+def test_a_model_with_a_branchs_name_is_not_replaced() -> None:
+    name = next(name for name in written_out().recipe.models if name.startswith("dis-at-"))
+    other = "{kind: dit, width: 16, depth: 1, heads: 2, patch: 4, train: {publish_images: [160]}}"
+    with pytest.raises(UserError, match=f"models.{name} is also the name of a branch of dis: give it another name"):
+        written_out(f"models.{name}={other}")
+
+
 def test_a_branch_of_a_study_may_guide() -> None:
     """It is not there before the study is written out, and then its count is checked."""
     name = next(name for name in written_out().recipe.models if name.startswith("dis-at-"))
