@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, root: Path, device: torch.device) -> Sweep:
     sweep = Sweep.below(open_folder(root), recipe)
     sweep.save_recipe()
     source = open_source(recipe.data, sweep.store)
-    pixels, labels = load_subset(source, recipe.data.resolution, recipe.data.undecodable)
+    pixels, labels = load_subset(source, recipe.data)
     if isinstance(recipe.vae, TrainedVae):
         vae.save(sweep.vae, small.train_vae(recipe.vae, pixels, recipe.seed, _ignore))
     trained = recipe.evaluate.trained

@@ -114,8 +114,7 @@ class Preparer(Worker):
 
     def _pixels(self, sweep: Sweep) -> Any:
         if self._images is None:
-            data = sweep.recipe.data
-            self._images = load_subset(_source(sweep), data.resolution, data.undecodable)
+            self._images = load_subset(_source(sweep), sweep.recipe.data)
         return self._images
 
     def _progress(self) -> Callable[[int], None]:

@@ -6,7 +6,6 @@ processes, Ray tasks and Ray Data. Read next: shards.py, making.py, pipelines/pr
 """
 
 import contextlib
-import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,9 +18,9 @@ import torch
 
 from dis_scale.data import shards, staging
 from dis_scale.data.shards import EncodedShard, Sample, shard_positions
-from dis_scale.data.sources import NOT_THERE, Source, select_decodable
+from dis_scale.data.sources import Source, on_this_node, select_decodable
 from dis_scale.data.staging import MixedOrder
-from dis_scale.process.errors import BrokenDevice, DisScaleError, StorageError, UndecodableImage, UserError, printable
+from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError, printable
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import batched, in_order, one_ahead
 from dis_scale.recipe import Data, Precompute, Recipe
@@ -31,8 +30,6 @@ from dis_scale.vae import Vae
 
 READ_IMAGES = 16
 """Most images that one thread reads and decodes at a time."""
-FEW = 8
-"""Images of a shard that may be missing whatever their share."""
 DECODERS = 16
 """Threads that read and decode ahead of the VAE: more than cores, since each waits for its reads."""
 
@@ -134,30 +131,7 @@ def put_shards(setup: Setup, latents: Folder, numbers: Iterable[int], report: Ca
 def encode_shards(setup: Setup, numbers: Iterable[int], report: Callable[[int], None]) -> Iterator[EncodedShard]:
     """Yield the shards of these numbers, in their order; `report` as for `put_shards`."""
     for number, ranges in groupby(_decoded(setup, numbers), key=lambda part: part.number):
-        yield EncodedShard(number, *_encode_shard(setup, _with_their_mount(setup, ranges), report))
-
-
-def _with_their_mount(setup: Setup, ranges: Iterable[_DecodedRange]) -> Iterator[_DecodedRange]:
-    """Yield a shard's images; BrokenDevice at the end if more than half are not there: this node lacks what their links lead to.
-
-    What is not at its URL is there for no node.
-    """
-    count, lost, folder = 0, 0, getattr(setup.recipe.data.source, "url", "")
-
-    def is_here(position: int) -> bool:
-        path = setup.source.names[position]
-        return "://" not in (path if "://" in path or path.startswith("/") else folder).removeprefix("file://")
-
-    for part in ranges:
-        count += len(part.images)
-        missing = (n for n, image in zip(part.positions, part.images, strict=True) if getattr(image, "why", "") == NOT_THERE)
-        lost += sum(map(is_here, missing))
-        yield part
-    if lost > max(count // 2, FEW):
-        raise BrokenDevice(
-            f"{lost} of {count} images of a shard are not there on {socket.gethostname()}: mount what the links or the CSV name; "
-            "if they are gone for good, remove these links or lines"
-        )
+        yield EncodedShard(number, *_encode_shard(setup, ranges, report))
 
 
 def encode_mixed(
@@ -232,8 +206,8 @@ def _encode_shard(setup: Setup, ranges: Iterable[_DecodedRange], report: Callabl
     settings, samples, refused = setup.recipe.precompute, list[Sample](), list[str]()
 
     def decodable() -> Iterator[tuple[int, np.ndarray]]:
-        for part in ranges:
-            images, skipped = select_decodable(part.positions, part.images, setup.recipe.data.undecodable)
+        decoded = ((part.positions, part.images) for part in ranges)
+        for _, images, skipped in on_this_node(setup.source, setup.recipe.data, decoded, "a shard"):
             if skipped:
                 refused.extend(printable(setup.source.names[position]) for position in skipped)
                 report(len(skipped))

@@ -4,6 +4,7 @@ A source is a listing (listing.py) and a way to read its entries (kinds.py). Ima
 shards.py and latents.py.
 """
 
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ from dis_scale.data.kinds import SourceKind, gone, open_kind, require_version
 from dis_scale.data.listing import Column, Contents, Entry, Listing
 from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.data.parts import of_one_set
-from dis_scale.process.errors import UndecodableImage, UserError, counted, printable
+from dis_scale.process.errors import BrokenDevice, UndecodableImage, UserError, counted, printable
 from dis_scale.process.progress import ReportDone, some
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data, LatentsSource, ParquetSource, SourceSettings, TarSource
@@ -25,6 +26,8 @@ from dis_scale.storage.folder import Folder
 from dis_scale.sweep.documents import LeftOutByReason
 
 NOT_THERE = "there is no such file; correct the link or the CSV that names it, or --set data.undecodable=skip"
+FEW = 8
+"""Images of a shard that may be missing whatever their share."""
 READERS = 16
 """Threads that read and decode images one by one: more than cores, since each waits for its reads."""
 MOST_IMAGES = 8192
@@ -128,14 +131,61 @@ def select_decodable(
     return decodable, skipped
 
 
-def load_subset(source: Source, resolution: int, undecodable: Literal["refuse", "skip"]) -> tuple[np.ndarray, np.ndarray]:
-    """Return up to `MOST_IMAGES` images, uint8 (N, R, R, 3), and their labels, int64 (N)."""
-    positions = range(0, len(source), -(-len(source) // MOST_IMAGES))
-    images = in_order(positions, lambda i: source.decoded(range(i, i + 1), resolution)[0], READERS)
-    decodable, _ = select_decodable(positions, images, undecodable)
+def on_this_node(
+    source: Source, data: Data, ranges: Iterable[tuple[Sequence[int], Sequence[np.ndarray | UndecodableImage]]], what: str
+) -> Iterator[tuple[Sequence[int], list[tuple[int, np.ndarray]], list[int]]]:
+    """Yield the positions of each range with those that `select_decodable` tells apart.
+
+    BrokenDevice at the end if more than half of all images are not there: this node lacks what their links or lines lead to. What
+    is not at its URL is there for no node.
+    """
+    count, lost, folder, ranges = 0, 0, getattr(data.source, "url", ""), iter(ranges)
+
+    def is_here(position: int) -> bool:
+        path = source.names[position]
+        return "://" not in (path if "://" in path or path.startswith("/") else folder).removeprefix("file://")
+
+    def look(positions: Sequence[int], read: Sequence[np.ndarray | UndecodableImage]) -> None:
+        nonlocal count, lost
+        count += len(read)
+        missing = (n for n, image in zip(positions, read, strict=True) if getattr(image, "why", "") == NOT_THERE)
+        lost += sum(map(is_here, missing))
+
+    def require() -> None:
+        if lost > max(count // 2, FEW):
+            raise BrokenDevice(
+                f"{lost} of {count} images of {what} are not there on {socket.gethostname()}: mount what the links or the CSV "
+                "name; if they are gone for good, remove these links or lines"
+            )
+
+    for positions, read in ranges:
+        look(positions, read)
+        try:
+            yield (positions, *select_decodable(positions, read, data.undecodable))
+        except UndecodableImage as error:
+            if error.why == NOT_THERE:  # the first of how many?
+                for rest in ranges:
+                    look(*rest)
+                require()
+            raise
+    require()
+
+
+def load_subset(source: Source, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """Return up to `MOST_IMAGES` images, uint8 (N, R, R, 3), and their labels, int64 (N), in an order that the source's has no part
+    in: every sixth may be held out."""
+    if source.mixed:
+        order: Sequence[int] = range(0, len(source), -(-len(source) // MOST_IMAGES))
+    else:
+        order = permutation(len(source))[:MOST_IMAGES].tolist()
+    positions = sorted(order)  # as they are stored
+    images = list(in_order(positions, lambda i: source.decoded(range(i, i + 1), data.resolution)[0], READERS))
+    ((_, decodable, _),) = on_this_node(source, data, [(positions, images)], "a sample of them")
     if not decodable:
         raise UserError(f"{source.listing.where}: none of {len(positions):,} images can be decoded")
-    return np.stack([pixels for _, pixels in decodable]), np.array([source.labels[i] for i, _ in decodable], dtype=np.int64)
+    found = dict(decodable)
+    kept = [position for position in order if position in found]
+    return np.stack([found[n] for n in kept]), np.array([source.labels[n] for n in kept], dtype=np.int64)
 
 
 def open_source(data: Data, store: Folder | None = None, report: ReportDone = lambda _: None) -> Source:

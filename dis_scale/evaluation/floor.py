@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dis_scale.data.latents import sample_posterior
-from dis_scale.data.sources import Source, select_decodable
+from dis_scale.data.sources import Source, on_this_node
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance, Sums, jackknife_error, require_samples
 from dis_scale.evaluation.reference import Reference
@@ -76,11 +76,11 @@ def chosen_images(labels_M: np.ndarray, samples: int) -> np.ndarray:
 def sample_weights(classes_N: np.ndarray, labels_S: np.ndarray) -> np.ndarray:
     """Return the weight (N) of each chosen image, with which the classes have their shares of the samples' labels; 1 on average.
 
-    DisScaleError if classes of the samples have none.
+    DisScaleError if classes of the samples have none. Without classes all labels are 0.
     """
     wanted = np.bincount(labels_S, minlength=classes_N.max() + 1)
     lacking = np.bincount(classes_N, minlength=len(wanted)) == 0
-    if classes_N.any() and wanted[lacking].sum() > LOST * len(labels_S):
+    if wanted[lacking].sum() > LOST * len(labels_S):
         raise DisScaleError(
             f"{wanted[lacking].sum():,} of {len(labels_S):,} samples are of classes without an image among the {len(classes_N):,} "
             f"of a floor, such as {int((lacking & (wanted > 0)).nonzero()[0][0])}: add images of these classes"
@@ -114,8 +114,8 @@ def make_block(sampler: BlockSampler, source: Source, chosen: np.ndarray, number
     numbers = np.argsort(chosen)[number * settings.block_images : (number + 1) * settings.block_images]
     positions = chosen[numbers].tolist()
     threads = PARQUET_READERS if data.source.kind == "parquet" else READERS
-    read = in_order(positions, lambda i: source.decoded(range(i, i + 1), data.resolution)[0], threads)
-    decodable, refused = select_decodable(positions, read, data.undecodable)
+    images = list(in_order(positions, lambda i: source.decoded(range(i, i + 1), data.resolution)[0], threads))
+    ((_, decodable, refused),) = on_this_node(source, data, [(positions, images)], "a floor's block")
     numbers = numbers[~np.isin(positions, refused)]
     if not decodable:
         return FloorBlock(numbers, {})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dis_scale.data.sources import Source, select_decodable
+from dis_scale.data.sources import Source, on_this_node
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
 from dis_scale.evaluation.metrics import Sums
 from dis_scale.process import seeds
@@ -152,6 +152,7 @@ def _images(source: Source, data: Data, positions: range, report: ReportDone) ->
     """
     most, threads = FILES if data.source.kind in ("folder", "csv") else SPANS
     ranges = source.read_ranges(positions, most)
-    for part, images in in_order(ranges, lambda p: (p, source.decoded(p, data.resolution)), threads):
-        yield from select_decodable(part, images, data.undecodable)[0]
-        report(part.stop - positions.start)
+    decoded = in_order(ranges, lambda p: (p, source.decoded(p, data.resolution)), threads)
+    for part, images, _ in on_this_node(source, data, decoded, "a part of the reference"):
+        yield from images
+        report(part[-1] + 1 - positions.start)

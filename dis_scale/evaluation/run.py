@@ -137,7 +137,8 @@ class Evaluation:
         classes = every[floor.chosen_images(every, recipe.evaluate.samples)]
         images = len(classes)
         floor.require_enough(images, self.references)
-        weights = floor.sample_weights(classes, self.labels)
+        labels = self.labels if recipe.data.num_classes else np.zeros_like(self.labels)
+        weights = floor.sample_weights(classes, labels)
         count = -(-images // recipe.evaluate.block_images)
         self.evaluators.floor(self._missing(folder, count, floor.FloorBlock.from_bytes))
         self.raise_if_stopped()
@@ -148,7 +149,7 @@ class Evaluation:
         if recipe.data.undecodable == "skip":  # then the blocks may lack some, of some classes more than of others
             decoded = np.concatenate([block.numbers for block in blocks()])
             weights = np.zeros(images)
-            weights[decoded] = floor.sample_weights(classes[decoded], self.labels)
+            weights[decoded] = floor.sample_weights(classes[decoded], labels)
         values = floor.measure_floor(blocks(), self.references, recipe.evaluate, weights)
         self.require_held()
         folder.delete(Skipped.NAME)

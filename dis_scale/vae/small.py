@@ -35,7 +35,7 @@ def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: Repor
     with torch.random.fork_rng():
         torch.manual_seed(seeds.seed("vae", seed) % 2**63)
         net = vae.new(settings, images.shape[1])
-    unit, parameters = to_unit(images), list(net.parameters())
+    parameters = list(net.parameters())
     optimizer = adamw()(parameters, settings.learning_rate)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / settings.steps)))
 
@@ -48,14 +48,14 @@ def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: Repor
 
     with _one_thread_each(), ThreadPoolExecutor(HALVES) as pool:
         for step in range(settings.steps):
-            halves = pool.map(gradients, _halves(unit, settings.batch_images, "vae batch", seed, step))
+            halves = pool.map(gradients, _halves(images, settings.batch_images, "vae batch", seed, step))
             for parameter, *parts in zip(parameters, *halves, strict=True):
                 parameter.grad = sum(parts)
             optimizer.step()
             rates.step()
             report(step + 1)
     with torch.no_grad():
-        means = torch.cat([net.encode(part).latent_dist.mode() for part in unit.split(256)])
+        means = torch.cat([net.encode(part).latent_dist.mode() for part in _parts(images)])
     net.register_to_config(scaling_factor=float(1 / means.std()))
     return net
 
@@ -74,15 +74,17 @@ def _one_thread_each() -> Iterator[None]:
 def reconstruction_error(net: "AutoencoderKL", images: np.ndarray) -> float:
     """Return the mean squared error of decode(encode(x)) in [-1, 1]."""
     with torch.no_grad():
-        errors = [
-            (net.decode(net.encode(x).latent_dist.mode()).sample - x).square().mean((1, 2, 3)) for x in to_unit(images).split(256)
-        ]
+        errors = [(net.decode(net.encode(x).latent_dist.mode()).sample - x).square().mean((1, 2, 3)) for x in _parts(images)]
     return float(torch.cat(errors).mean())
 
 
-def _halves(unit: Tensor, size: int, *where: int | str) -> Iterator[tuple[Tensor, torch.Generator]]:
+def _parts(images: np.ndarray) -> Iterator[Tensor]:
+    """Yield 256 images at a time in [-1, 1]: as floats all of them would take four times their bytes."""
+    return (to_unit(images[first : first + 256]) for first in range(0, len(images), 256))
+
+
+def _halves(images: np.ndarray, size: int, *where: int | str) -> Iterator[tuple[Tensor, torch.Generator]]:
     """Yield the halves of a batch, each with the generator of its noise."""
     rng = seeds.generator(*where)  # type: ignore[arg-type]
-    rows = torch.from_numpy(rng.integers(0, len(unit), size))
-    for half in unit[rows].chunk(HALVES):
+    for half in to_unit(images[rng.integers(0, len(images), size)]).chunk(HALVES):
         yield half, torch.Generator().manual_seed(int(rng.integers(2**63)))

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from dis_scale.data import images, shards, tars
 from dis_scale.data.mixing import permutation
-from dis_scale.data.sources import Source, open_source
+from dis_scale.data.sources import Source, load_subset, open_source
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
@@ -357,6 +358,22 @@ def test_mistakes_in_a_source_are_named(tmp_path: Path, name: str, content: byte
     kind = name.rpartition(".")[2]
     with pytest.raises(DisScaleError, match=words):
         open_source(data({"kind": kind, "url": f"{tmp_path}/{name}" if kind == "csv" else str(tmp_path), **settings}))
+
+
+def test_a_subset_has_no_period_of_the_sources_order(tmp_path: Path) -> None:
+    """Of six classes in turn every sixth image, which classifiers hold out, was all of one class."""
+    open_folder(tmp_path).write("x.parquet", labelled_images.parquet([(png(i), i % 6) for i in range(60)], metadata=None))
+    settings = data({"kind": "parquet", "url": str(tmp_path)}, 6)
+    pictures, labels = load_subset(open_source(settings), settings)
+    assert Counter(labels.tolist()) == dict.fromkeys(range(6), 10)
+    assert len({*labels[::6].tolist()}) > 3
+    assert pictures.shape == (60, settings.resolution, settings.resolution, 3)
+
+
+def test_frames_with_numbers_behind_a_dot_are_images(tmp_path: Path) -> None:
+    """Without labels no two images are of one sample."""
+    open_folder(tmp_path).write("a.tar", labelled_images.tar({f"frame.{i:04d}.png": png(i) for i in range(3)}))
+    assert len(open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))) == 3
 
 
 def test_the_recipe_selects_one_of_several_images_of_a_sample(tmp_path: Path, large_tars: None) -> None:

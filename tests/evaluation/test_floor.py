@@ -183,7 +183,9 @@ def test_each_class_has_its_share_of_the_chosen_images(labels: list[int], sample
 def test_the_weights_have_the_shares_of_the_samples() -> None:
     weights = floor.sample_weights(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1, 2, 2]))
     assert weights == pytest.approx([1 / 3, 1 / 3, 2, 4 / 3])
-    assert floor.sample_weights(np.zeros(4, int), np.arange(9)).tolist() == [1] * 4
+    assert floor.sample_weights(np.zeros(4, int), np.zeros(9, int)).tolist() == [1] * 4
+    with pytest.raises(DisScaleError, match="250 of 500 samples are of classes without an image among the 500"):
+        floor.sample_weights(np.zeros(500, int), np.repeat([0, 1], 250))  # though it looks like a set without classes
 
 
 def test_without_classes_the_chosen_images_are_random() -> None:

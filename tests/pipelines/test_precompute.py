@@ -22,7 +22,8 @@ from dis_scale.data import shards
 from dis_scale.data.encode import Setup, begin_encoding, encode_shards, require_same_hardware
 from dis_scale.data.latents import open_latents
 from dis_scale.data.making import require_one_kind
-from dis_scale.data.sources import Source, open_source
+from dis_scale.data.sources import Source, load_subset, open_source
+from dis_scale.evaluation import parts
 from dis_scale.process.errors import BrokenDevice, Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import CsvSource, Precompute, Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
@@ -124,8 +125,14 @@ def test_images_whose_mount_is_lost_are_not_skipped(sweep: Sweep, tmp_path: Path
     (tmp_path / "mount/a/00.png").unlink()
     made(skipping(sweep))
     (tmp_path / "mount").rename(tmp_path / "elsewhere")
-    with pytest.raises(BrokenDevice, match=r"10 of 10 images of a shard are not there on .*: mount what the links"):
-        encode_with(1, skipping(sweep), open_folder(tmp_path) / "one")
+    for of, at in ((skipping(sweep), "skip"), (sweep, "refuse")):
+        with pytest.raises(BrokenDevice, match=r"10 of 10 images of a shard are not there on .*: mount what the links"):
+            encode_with(1, of, open_folder(tmp_path) / at)
+        source, data = open_source(of.recipe.data), of.recipe.data
+        with pytest.raises(BrokenDevice, match="26 of 26 images of a part of the reference are not there on"):
+            list(parts._images(source, data, range(26), print))
+        with pytest.raises(BrokenDevice, match="26 of 26 images of a sample of them are not there on"):
+            load_subset(source, data)
 
 
 def test_images_that_are_gone_at_their_urls_are_skipped_and_blame_no_node(sweep: Sweep, tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def deployed(database: int, ceph: ObjectStore, bucket: str, folder: Path) -> Ite
     (container,) = parts["Deployment", "mlflow"]["spec"]["template"]["spec"]["containers"]
     (port,) = free_ports(1)
     replaced = {
-        "mlflow@mlflow-database/": f"mlflow@127.0.0.1:{database}/", "s3://mlflow-bucket": bucket, "--host=0.0.0.0": "--host=127.0.0.1",
-        "5000": str(port), "localhost": "127.0.0.1", "/etc/mlflow": str(folder),
+        "mlflow@mlflow-database/": f"mlflow@127.0.0.1:{database}/", "s3://mlflow-bucket": bucket,
+        "--host=0.0.0.0": "--host=127.0.0.1", "5000": str(port), "localhost": "127.0.0.1", "/etc/mlflow": str(folder),
     }  # fmt: skip
 
     def here(text: str) -> str:
