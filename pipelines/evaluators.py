@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from dis_scale.evaluation.run import Spent, block_name
-from dis_scale.process.errors import DisScaleError, NotFinite, OutOfMemory, UserError, WrongKernel
+from dis_scale.process.errors import BrokenDevice, DisScaleError, NotFinite, OutOfMemory, StorageError, UserError, WrongKernel
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import LatentsPointer
@@ -163,7 +163,10 @@ class Evaluator(Worker):
             for number in iter(deal, None):
                 if self.stop_requested():
                     break
-                block = floor.make_block(self.sampler, source, chosen, number)
+                try:
+                    block = floor.make_block(self.sampler, source, chosen, number)
+                except BrokenDevice as error:  # images that are not there, of which other work needs none
+                    raise StorageError(str(error)) from None
                 self.sweep.floor.write(block_name(number), block.to_bytes())
                 self._count(len(block.numbers))
 

@@ -246,10 +246,9 @@ class _Csv(_OneFileEach):
         except FileNotFoundError:
             return None
         except StorageError as error:
-            cause = error.__cause__  # a FileNotFoundError is that of a bucket
-            if isinstance(cause, FileNotFoundError) or getattr(cause, "errno", None) in NO_FILE:
+            if getattr(error.__cause__, "errno", None) in NO_FILE:
                 return None
-            raise
+            raise  # also for a bucket that is missing: a mistyped one would leave out all of its images
 
     def _each_once(self) -> Iterator[Entry | LeftOut]:
         """Yield the CSV's images; UserError at the end if two lines name one. Hashes: there may be a hundred million."""

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -27,11 +28,14 @@ from dis_scale.sweep.documents import LeftOutByReason
 
 NOT_THERE = "there is no such file; correct the link or the CSV that names it, or --set data.undecodable=skip"
 FEW = 8
-"""Images of a shard that may be missing whatever their share."""
+"""Images that may be missing of a shard, or of others that are read together, whatever their share."""
+LOOKED_AT = 32
+"""Further reads, of several images each, that tell whether the first missing image is one of many."""
 READERS = 16
 """Threads that read and decode images one by one: more than cores, since each waits for its reads."""
 MOST_IMAGES = 8192
-"""Most images that a sweep's small networks, its autoencoder and its classifiers, are trained on, taken evenly from the source."""
+"""Most images that a sweep's small networks, its autoencoder and its classifiers, are trained on: evenly from the source, or at
+random if it is not in the mixed order."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,8 @@ def on_this_node(
         try:
             yield (positions, *select_decodable(positions, read, data.undecodable))
         except UndecodableImage as error:
-            if error.why == NOT_THERE:  # the first of how many?
-                for rest in ranges:
+            if error.why == NOT_THERE and lost:  # the first of how many?
+                for rest in islice(ranges, LOOKED_AT):
                     look(*rest)
                 require()
             raise
@@ -180,7 +184,7 @@ def load_subset(source: Source, data: Data) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(len(source))[:MOST_IMAGES].tolist()
     positions = sorted(order)  # as they are stored
     images = list(in_order(positions, lambda i: source.decoded(range(i, i + 1), data.resolution)[0], READERS))
-    ((_, decodable, _),) = on_this_node(source, data, [(positions, images)], "a sample of them")
+    ((_, decodable, _),) = on_this_node(source, data, [(positions, images)], "the sample for the small networks")
     if not decodable:
         raise UserError(f"{source.listing.where}: none of {len(positions):,} images can be decoded")
     found = dict(decodable)

@@ -148,7 +148,7 @@ class Evaluation:
 
         if recipe.data.undecodable == "skip":  # then the blocks may lack some, of some classes more than of others
             decoded = np.concatenate([block.numbers for block in blocks()])
-            weights = np.zeros(images)
+            weights, images = np.zeros(images), len(decoded)
             weights[decoded] = floor.sample_weights(classes[decoded], labels)
         values = floor.measure_floor(blocks(), self.references, recipe.evaluate, weights)
         self.require_held()

@@ -1,5 +1,6 @@
 """A published checkpoint that cannot be measured is logged, noted and skipped; an evaluation without news ends."""
 
+import contextlib
 import itertools
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
+from dis_scale.data.sources import open_source
 from dis_scale.process.context import Context
 from dis_scale.process.errors import (
     DisScaleError,
@@ -27,6 +29,7 @@ from dis_scale.process.errors import (
     WrongKernel,
 )
 from dis_scale.recipe import Recipe, reading
+from dis_scale.storage.folder import open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended
@@ -39,7 +42,8 @@ from pipelines.nodes import Node
 from pipelines.places import Places, own_gpus
 from tests.conftest import TINY
 from tests.support.documents import put_metrics, put_published
-from tests.support.stage_jobs import RecordedJob, job_of
+from tests.support.labelled_images import png
+from tests.support.stage_jobs import RecordedJob, deal_of, job_of
 
 
 @dataclass
@@ -337,6 +341,35 @@ def test_an_evaluator_that_cannot_open_its_networks_says_why(job: RecordedJob, s
     """Ray says of what a constructor raises that the worker was lost, in a text whose end has the reason."""
     with pytest.raises(NotOpened, match=r"vae.*\(on node "):
         Evaluator(job.sweep, "cpu").held_out(Sampled("dis", 0))
+
+
+class Unmounted(Evaluator):
+    """An evaluator on a node that lacks what the images' links lead to."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep, self.sampler = sweep, SimpleNamespace(recipe=sweep.recipe)  # type: ignore[assignment]
+
+    def _working(self) -> Any:
+        return contextlib.nullcontext()
+
+    def stop_requested(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("undecodable", ["refuse", "skip"])
+def test_a_floor_without_its_images_is_no_fault_of_the_node(tmp_path: Path, undecodable: str) -> None:
+    """It would be left out, also by training, which needs no images."""
+    for n in range(40):
+        open_folder(tmp_path / "mount").write(f"{n}.png", png(n))
+        (link := tmp_path / f"photos/{n % 2}/{n}.png").parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(tmp_path / f"mount/{n}.png")
+    source = f"data.source={{kind: folder, url: '{tmp_path}/photos'}}"
+    recipe = reading.load(TINY, [source, "data.num_classes=2", f"data.undecodable={undecodable}"])
+    sweep = job_of(recipe, tmp_path).sweep
+    open_source(recipe.data, sweep.store)
+    (tmp_path / "mount").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="images of a floor's block are not there on"):
+        Unmounted(sweep).floor(deal_of([0]))
 
 
 def test_an_evaluation_that_another_process_has_taken_over_notes_nothing(job: RecordedJob) -> None:

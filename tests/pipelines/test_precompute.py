@@ -131,7 +131,7 @@ def test_images_whose_mount_is_lost_are_not_skipped(sweep: Sweep, tmp_path: Path
         source, data = open_source(of.recipe.data), of.recipe.data
         with pytest.raises(BrokenDevice, match="26 of 26 images of a part of the reference are not there on"):
             list(parts._images(source, data, range(26), print))
-        with pytest.raises(BrokenDevice, match="26 of 26 images of a sample of them are not there on"):
+        with pytest.raises(BrokenDevice, match="26 of 26 images of the sample for the small networks are not there on"):
             load_subset(source, data)
 
 
