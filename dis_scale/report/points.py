@@ -207,13 +207,17 @@ class Report:
     def family(self, kind: str, images_seen: int) -> list[Point]:
         """Return a family's points at one count of images seen, by rising cost.
 
-        Of a model at a constant rate with a branch that ends there at a falling one, the branch's, measured or not: the trunk's is
-        no match.
+        Of a model whose rate has not fallen there, with a branch that ends there at a fallen one, the branch's, measured or not:
+        the trunk's is no match.
         """
         recipe, points = self.recipe, [p for p in self.main if (p.kind, p.images_seen) == (kind, images_seen)]
         ending = [name for name in recipe.models if recipe.train_of(name).images == images_seen]
-        branches = [(name, branch.of) for name in ending if (branch := recipe.models[name].branch)]
-        annealed = {self.groups[of] for name, of in branches if recipe.train_of(of).decay == "none" != recipe.train_of(name).decay}
+        branches = [(recipe.train_of(name), branch.of) for name in ending if (branch := recipe.models[name].branch)]
+        annealed = set[str]()
+        for own, of in branches:
+            its = recipe.train_of(of)
+            if its.decay == "none" != own.decay or (its.decay != "none" and images_seen < its.images):
+                annealed.add(self.groups[of])
         return sorted((p for p in points if p.group not in annealed), key=lambda p: p.gmacs)
 
 

@@ -275,6 +275,11 @@ def test_a_trunk_that_decays_by_itself_keeps_its_place(tmp_path: Path) -> None:
     for model, distance in (("dit", 8.0), ("slower", 7.0)):
         put(made, Sampled(model, 320), distance)
     assert {p.model for p in collect(made).family("dit", 320)} == {"dit", "slower"}
+    longer = reading.load(TINY, ["train.decay=linear", "train.publish_images=[320, 640]", f"models.slower={branch}"])
+    made = sweep_at(tmp_path, "longer", longer)
+    for model, distance in (("dit", 8.0), ("slower", 7.0)):
+        put(made, Sampled(model, 320), distance)
+    assert {p.model for p in collect(made).family("dit", 320)} == {"slower"}, "its rate has not fallen there"
 
 
 def test_the_held_out_loss_is_drawn_where_it_is_measured(tmp_path: Path) -> None:
