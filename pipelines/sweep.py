@@ -111,7 +111,7 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
             if not done:
                 _write_report(sweep, points, failures)
             elif Sweep.open(sweep.folder.url, patient=True).recipe != sweep.recipe:  # a model that was removed, another curve
-                with lease.hold(command_lease(sweep.folder), aside=True):
+                with lease.hold(command_lease(sweep.folder)):
                     sweep.save_recipe()
                     _write_report(sweep, points, failures)
     _print_results(sweep, points, console)
@@ -138,7 +138,8 @@ def await_storage(sweep: Folder, console: Console) -> None:
 def _ask_storage(ask: Callable[[], None], folder: Folder, say: Callable[[str], None]) -> None:
     """Ask an object store; a job asks one that refuses its key for `REFUSED_S`. UserError then, Preempted after a stop request.
 
-    A job may continue a sweep of weeks, and its key comes from a service that may be away for moments.
+    But not if a person is at its terminal. A job may continue a sweep of weeks, and its key comes from a service that may be away
+    for moments.
     """
     if folder.local or not in_job() or sys.stdin.isatty():
         return ask()

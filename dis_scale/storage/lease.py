@@ -144,7 +144,8 @@ class Holding:
 def hold(folder: Folder, cluster: str = "", *, aside: bool = False) -> Iterator[Lease]:
     """Hold the lease, with a heartbeat, for the block; Held names the other holder and its cluster.
 
-    `aside` is for a command beside the work that the lease is for: what it refuses is no failure of that work, whose own end stays.
+    `aside` is for a command beside the work that the lease is for: what it refuses is no failure of that work, and the reason of an
+    end before it stays.
     """
     before = last_holding(folder)
     taken_over = before is not None and before.end is None
