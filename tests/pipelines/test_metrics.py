@@ -15,6 +15,7 @@ from dis_scale.storage.manifest import Digest
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.rows import Row, RowReader, RowWriter
 from pipelines import evaluate, metrics
+from tests.support.alone import in_its_own_process
 from tests.support.documents import put_metrics, put_published
 
 
@@ -22,7 +23,9 @@ def counted(name: str, before: dict[str, float]) -> float:
     return counts.totals()[name] - before[name]
 
 
+@in_its_own_process
 def test_retries_and_the_time_away_are_counted(tmp_path: Path, inject: Callable[[str], None]) -> None:
+    """In its own process: a thread of a test with a simulated clock may end its wait meanwhile, weeks before it began."""
     inject("fail at write times=5")
     before = counts.totals()
     with pytest.raises(StorageAway):
