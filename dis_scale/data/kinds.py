@@ -26,12 +26,10 @@ from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
 from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import CsvSource, Data, DigitsSource, Files, FolderSource, LatentsSource, ParquetSource, TarSource
-from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.folder import WEB, Folder, open_folder
 
 FOLDERS_AT_ONCE = 4096
 """Images whose folders are listed at the same time."""
-UNLISTED = ("http://", "https://")
-"""Beginnings of URLs whose folders cannot be listed: what is not there is found when it is read."""
 NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 """Answers of a file system to a path that is no file: a folder, below a file, too long."""
 
@@ -277,7 +275,7 @@ class _Csv(_OneFileEach):
         hashes, missing, first = dict[Folder, Sequence[int]](), list[str](), list[tuple[Folder, str]]()
         for some_entries in batched(entries, FOLDERS_AT_ONCE):
             named = [(entry, *_place(self._root, entry.name)) for entry in some_entries if isinstance(entry, Entry)]
-            named = [each for each in named if not each[1].url.startswith(UNLISTED)]
+            named = [each for each in named if not each[1].url.startswith(WEB)]  # what is not there is found when it is read
             new = list(dict.fromkeys(folder for _, folder, _ in named if folder not in hashes))
             hashes |= zip(new, in_order(new, _hashes), strict=True)
             for entry, folder, name in named:

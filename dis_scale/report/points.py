@@ -216,7 +216,7 @@ class Report:
         annealed = set[str]()
         for own, of in branches:
             its = recipe.train_of(of)
-            if its.decay == "none" != own.decay or (its.decay != "none" and images_seen < its.images):
+            if own.decay != "none" if its.decay == "none" else images_seen < its.images:
                 annealed.add(self.groups[of])
         return sorted((p for p in points if p.group not in annealed), key=lambda p: p.gmacs)
 

@@ -46,6 +46,8 @@ ABANDONED_S = 86_400.0
 """Time after which nobody writes an incomplete file any more."""
 _INCOMPLETE = re.compile(re.escape(local.TEMPORARY) + "[0-9a-f]{32}$")
 """End of the name of a file that is being written, or that a killed process has left."""
+WEB = ("http://", "https://")
+"""Beginnings of URLs of web servers, which list no folders."""
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """Errors of a path at which nothing is, or of a link that leads nowhere."""
 _VERSIONS = (
@@ -173,11 +175,12 @@ class Folder:
         By `info`, since `exists` of most file systems takes any error for a no, and a resume point would count as none. S3's tells
         them apart, and a web server may refuse what is not there.
         """
-        asks = self.url.startswith(("s3://", "http://", "https://"))
 
         def look(fs: Any, full: str) -> bool:
             try:
-                return bool(Path(full).stat() if self.local else fs.exists(full) if asks else fs.info(full))
+                if self.url.startswith(("s3://", *WEB)):
+                    return bool(fs.exists(full))
+                return bool(Path(full).stat() if self.local else fs.info(full))
             except OSError as error:
                 if error.errno in _NOT_THERE or isinstance(error, FileNotFoundError):
                     return False
@@ -442,7 +445,7 @@ def missing(folder: Folder) -> str:
 
 def locate(url: str) -> tuple[Folder, str]:
     """Return the folder and the name of one file at a URL or local path."""
-    path, mark, query = url.partition("?") if url.startswith(("http://", "https://")) else (url, "", "")
+    path, mark, query = url.partition("?") if url.startswith(WEB) else (url, "", "")
     parent, slash, name = path.rpartition("/")
     if parent.endswith(":/"):
         raise UserError(f"{url}: expected a file in it, got the name of a bucket or a server")

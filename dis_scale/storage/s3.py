@@ -58,7 +58,7 @@ def keys(page: Page) -> list[str]:
 
 
 def sizes(page: Page) -> Iterator[tuple[str, int]]:
-    """Yield the objects of a page, named from its folder on, with their sizes in bytes; a folder's marker is none."""
+    """Yield the objects of a page, named from its folder on, with their sizes in bytes; without folders' markers."""
     found = ((each["Key"].removeprefix(page["Prefix"]), each["Size"]) for each in page.get("Contents", ()))
     yield from ((name, size) for name, size in found if name and not name.endswith("/"))
 

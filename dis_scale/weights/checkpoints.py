@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from dis_scale.process.errors import StorageError, UserError, nearest
 from dis_scale.process.progress import some
-from dis_scale.storage.folder import Folder, locate, missing, open_folder
+from dis_scale.storage.folder import WEB, Folder, locate, missing, open_folder
 from dis_scale.sweep import Run, Sampled, Sweep, folder_around, state
 from dis_scale.sweep.documents import WEIGHTS_FILE, LatentsManifest, PublishedManifest
 
@@ -92,7 +92,7 @@ def _without_query(name: str) -> str:
 
 
 def _has_query(url: str) -> bool:
-    return "?" in url and url.startswith(("http://", "https://"))
+    return "?" in url and url.startswith(WEB)
 
 
 def _has_files(folder: Folder) -> bool:
