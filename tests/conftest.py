@@ -11,6 +11,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import lease
 from ops.drills import object_store
 from tests.support import faulty_gateway, wheels
+from tests.support.clock_store import ClockFileSystem
 from tests.support.faulty_gateway import Gateway
 from tests.support.flaky_store import FlakyFileSystem
 
@@ -45,6 +47,7 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 TINY = Path(__file__).parent / "support/tiny.yaml"
+Scanning = Callable[[str, Callable[[str], Any]], Any]
 ANOTHER_STORE = os.environ.get("TEST_STORE_URL", "")
 """A store beside the disk and Ceph in which to run the tests of storage, for example `az://container` in Azurite."""
 
@@ -135,6 +138,21 @@ def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
 def same_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluator's process gives way to others; this one has further tests to run."""
     monkeypatch.setattr("os.nice", lambda _: 0)
+
+
+@pytest.fixture
+def scanning(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scanning], None]:
+    """Replace how a disk lists its folders: by a function of a folder's path and of the real listing."""
+    real = os.scandir
+    return lambda by: monkeypatch.setattr(os, "scandir", lambda path: by(str(path), real))
+
+
+@pytest.fixture
+def clock_store() -> Iterator[type[ClockFileSystem]]:
+    """Storage at `clock://`, whose clock a test sets."""
+    yield ClockFileSystem
+    ClockFileSystem.store.clear()
+    ClockFileSystem.ahead_s = 0.0
 
 
 @pytest.fixture

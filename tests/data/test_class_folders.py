@@ -2,12 +2,14 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, UserError
+from tests.conftest import Scanning
 from tests.support.labelled_images import data, png
 
 
@@ -38,19 +40,17 @@ def test_a_folder_around_the_classes_is_offered(folders: Path) -> None:
         open_source(data(source(folders), num_classes=3))
 
 
-def test_a_class_that_vanishes_while_it_is_listed_is_no_empty_one(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scan = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: scan(f"{path}-gone" if str(path).endswith("/b") else path))
+def test_a_class_that_vanishes_while_it_is_listed_is_no_empty_one(folders: Path, scanning: Callable[[Scanning], None]) -> None:
+    scanning(lambda path, real: real(f"{path}-gone" if path.endswith("/b") else path))
     with pytest.raises(StorageError, match="/b/: it was there, and is gone while it is listed: list it again"):
         open_source(data(source(folders), num_classes=3))
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.EHOSTDOWN, StorageAway), (errno.EACCES, StorageError)])
 def test_a_class_that_cannot_be_asked_for_is_no_file(
-    folders: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None, number: int, kind: type[DisScaleError]
+    folders: Path, scanning: Callable[[Scanning], None], no_pauses: None, number: int, kind: type[DisScaleError]
 ) -> None:
     (folders / "d").symlink_to(folders / "a")
-    scan = os.scandir
 
     class Entry:
         name, path = "d", str(folders / "d")
@@ -58,6 +58,6 @@ def test_a_class_that_cannot_be_asked_for_is_no_file(
         def is_dir(self) -> bool:
             raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "scandir", lambda path: [*scan(path), Entry()] if str(path) == str(folders) else scan(path))
+    scanning(lambda path, real: [*real(path), Entry()] if path == str(folders) else real(path))
     with pytest.raises(kind, match=os.strerror(number)):
         open_source(data(source(folders), num_classes=4))

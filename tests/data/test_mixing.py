@@ -20,15 +20,14 @@ from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import Source, open_source
 from dis_scale.data.staging import STAGED, MixedOrder, Mixing, parts_left
 from dis_scale.process.errors import StorageAway, StorageError, UndecodableImage, UserError
-from dis_scale.recipe import LatentShape, Precompute, reading
+from dis_scale.recipe import LatentShape, Precompute
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import Encoding, LatentsManifest, ShardSidecar
 from pipelines.precompute import Encoder
-from tests.conftest import TINY
 from tests.support import store_requests
 from tests.support.autoencoders import exported
-from tests.support.labelled_images import parquet, png, tar
+from tests.support.labelled_images import parquet, png, sweep_on, tar
 from tests.support.stage_jobs import deal_of
 from tests.support.stages import OneEncoder, make_latents
 
@@ -64,11 +63,6 @@ def parquet_of(root: Folder) -> dict[str, Any]:
     return {"kind": "parquet", "url": root.url}
 
 
-def sweep_of(root: Path, source: dict[str, Any], *more: str, classes: int = 100) -> Sweep:
-    settings = [f"data.source={source}".replace("'", ""), "vae={kind: none}", "data.resolution=8", f"data.num_classes={classes}"]
-    return Sweep.below(open_folder(root) / "store", reading.load(TINY, [*settings, *more]))
-
-
 def epoch_labels(latents: Folder) -> np.ndarray:
     """The labels of the first epoch, in training's order."""
     reader = Latents(latents, seed=3)
@@ -79,7 +73,7 @@ def epoch_labels(latents: Folder) -> np.ndarray:
 def test_batches_hold_labels_like_independent_draws(source: Callable[[Folder], Any], tmp_path: Path) -> None:
     """Over an epoch of training; and the labels of consecutive steps are not correlated."""
     sizes = ["precompute.shard_images=64", "precompute.encode_images=64", "train.lanes=4"]
-    latents = make_latents(sweep_of(tmp_path, source(open_folder(tmp_path) / "images"), *sizes))
+    latents = make_latents(sweep_on(tmp_path, source(open_folder(tmp_path) / "images"), *sizes))
     labels = epoch_labels(latents)
     assert sorted(labels.tolist()) == LABELS
     shares = np.bincount(labels) / len(labels)
@@ -142,7 +136,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
         open_folder(tmp_path / "images").write(f"{n}.tar", tar(members))
     source = {"kind": "tar", "url": f"{tmp_path}/images", "label": "tar"}
     sizes = ["precompute.shard_images=4", "precompute.encode_images=3", "data.undecodable=skip"]
-    return sweep_of(tmp_path, source, *sizes, classes=10)
+    return sweep_on(tmp_path, source, *sizes, classes=10)
 
 
 def content(latents: Folder) -> dict[str, bytes]:
@@ -190,7 +184,7 @@ def test_a_set_begun_in_another_mixed_order_is_not_continued(small: Sweep, tmp_p
     folders = {"kind": "folder", "url": f"{tmp_path}/folders"}
     for label in range(10):
         open_folder(tmp_path / "folders").write(f"{label}/0.png", png(label))
-    for sweep in (small, sweep_of(tmp_path / "other", folders, "precompute.shard_images=4", classes=10)):
+    for sweep in (small, sweep_on(tmp_path / "other", folders, "precompute.shard_images=4", classes=10)):
         with monkeypatch.context() as other:
             for module in (mixing, listing, sources):
                 other.setattr(module, "permutation", lambda count: permutation(count)[::-1].copy())

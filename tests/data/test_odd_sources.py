@@ -13,9 +13,8 @@ from dis_scale.data.survey import describe, take_survey
 from dis_scale.data.tars import LONG_END, UNMATCHED
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.storage.folder import Folder, open_folder
-from tests.data.test_every_image import picture
 from tests.support import store_requests
-from tests.support.labelled_images import data, parquet, tar
+from tests.support.labelled_images import data, parquet, picture, tar
 
 
 def csv_of(folder: Path, *lines: str) -> dict[str, Any]:

@@ -202,10 +202,9 @@ def test_the_error_for_missing_weights_names_the_download(tmp_path: Path) -> Non
 
 def test_the_error_for_a_failed_download_names_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError, match=f"cannot be downloaded .no route to host.; get {PUBLISHED.url} and give its path as"):
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(UserError, match=f"cannot be downloaded .*Connection refused.*; get {PUBLISHED.url} and give its path as"):
         inception.load(None)

@@ -20,6 +20,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support import store_requests
+from tests.support.clock_store import ClockFileSystem
 from tests.support.faulty_gateway import Gateway
 from tests.support.waiting import wait_until
 
@@ -249,11 +250,11 @@ def test_a_stop_request_reaches_a_holder_whose_clock_differs(tmp_path: Path) -> 
 
 
 def test_a_holder_whose_clock_is_an_hour_late_works_by_the_stores_clock(
-    tmp_path: Path, fast_beats: None, monkeypatch: pytest.MonkeyPatch
+    fast_beats: None, clock_store: type[ClockFileSystem]
 ) -> None:
     """`status`, on a third machine, compares its heartbeats with the store's time."""
-    monkeypatch.setattr(Folder, "time_s", lambda _: time.time() + 3600)
-    folder = open_folder(tmp_path)
+    clock_store.ahead_s = 3600.0
+    folder = open_folder("clock://sweep")
     with lease.hold(folder):
         deadline_s = time.monotonic() + 10
         while not folder.exists("0001.beat") and time.monotonic() < deadline_s:
@@ -264,13 +265,12 @@ def test_a_holder_whose_clock_is_an_hour_late_works_by_the_stores_clock(
 
 
 def test_a_holder_whose_clock_is_set_while_it_works_is_not_reported_dead(
-    tmp_path: Path, fast_beats: None, monkeypatch: pytest.MonkeyPatch
+    fast_beats: None, clock_store: type[ClockFileSystem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The store's clock is another machine's: it is not set."""
     began_s, began_at, set_by = time.monotonic(), time.time(), [0.0]
-    monkeypatch.setattr(Folder, "time_s", lambda _: began_at + time.monotonic() - began_s)
     monkeypatch.setattr(time, "time", lambda: began_at + time.monotonic() - began_s + set_by[0])
-    folder = open_folder(tmp_path)
+    folder = open_folder("clock://sweep")
     with lease.hold(folder):
         wait_until(lambda: folder.exists("0001.beat"))
         for set_by[0] in (-7200.0, 7200.0):

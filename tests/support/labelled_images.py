@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from dis_scale.recipe import Data
-from dis_scale.storage.folder import Folder
+from dis_scale.recipe import Data, LatentsSource, reading
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sweep
+from tests.conftest import TINY
 
 CLASSES = ["cat", "dog"]
 LABELS = [0, 0, 0, 1, 1, 1, 1]
 FEATURES = {"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}}}}
+
+LARGE = np.random.default_rng(0).bytes(2 * 10**6)
+"""Long enough that a hole or a second tar lies beyond one window of the listing."""
 
 
 def png(i: int) -> bytes:
@@ -23,6 +30,27 @@ def png(i: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def picture(number: int) -> bytes:
+    """An image whose colour is its number."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def in_shards(latents: Folder) -> Counter[tuple[int, int]]:
+    """The (number of the picture, label) of all samples."""
+    found = Counter[tuple[int, int]]()
+    for name in latents.list():
+        if name.endswith(".tar"):
+            with tarfile.open(fileobj=io.BytesIO(latents.read(name))) as shard:
+                files = {member.name: shard.extractfile(member).read() for member in shard}  # type: ignore[union-attr]
+            for key in {name.partition(".")[0] for name in files}:
+                pixels = np.load(io.BytesIO(files[f"{key}.moments.npy"]))[0, :2, 0, 0].astype(float)
+                red, green = np.round((pixels + 1) * 127.5).astype(int).tolist()
+                found[red + 256 * green, json.loads(files[f"{key}.json"])["label"]] += 1
+    return found
 
 
 def tar(members: dict[str, bytes]) -> bytes:
@@ -109,3 +137,13 @@ KINDS = {
 
 def data(source: dict[str, Any], num_classes: int | str = 2, **more: Any) -> Data:
     return Data.model_validate({"source": source, "resolution": 16, "num_classes": num_classes, **more})
+
+
+def latents_source(layout: str, url: Path | str = "/latents") -> LatentsSource:
+    return LatentsSource.model_validate({"kind": "latents", "layout": layout, "url": str(url)})
+
+
+def sweep_on(root: Path, source: dict[str, Any], *more: str, classes: int = 100) -> Sweep:
+    """A sweep of the tiny recipe whose images are a source."""
+    settings = [f"data.source={source}".replace("'", ""), "vae={kind: none}", "data.resolution=8", f"data.num_classes={classes}"]
+    return Sweep.below(open_folder(root) / "store", reading.load(TINY, [*settings, *more]))
