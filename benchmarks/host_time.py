@@ -113,21 +113,21 @@ def block(settings: Dis, *, as_graphs: bool = False) -> tuple[Callable[[], Seque
 def training_steps(*, as_graphs: bool, steps: int = 40) -> dict[str, float]:
     """Median ms of the parts of a step."""
     device = torch.device("cpu")
-    model = models.build(Dis(kind="dis", width=E, depth=48, patch=2), LatentShape(4, 8), 10, seed=0, scan="chunked")
+    model = models.build(Dis(kind="dis", width=16, depth=48, patch=2), LatentShape(4, 8), 10, seed=0, scan="chunked")
     train = Train(publish_images=(B,), batch_images=B, lanes=1, workers=1)
-    deepspeed = engine.start(model, train, device, resume.fresh(model), 0).deepspeed
+    state = engine.start(model, train, device, resume.fresh(model), 0)
     if as_graphs:
         with capturing_nothing(), mock.patch("dis_scale.training.graphs._difference", return_value=None):
-            graphs.graph_blocks(model, B, adds_up=False)
+            graphs.graph_blocks(model, state.weights, B, adds_up=False)
     inputs = torch.randn(B, 4, 8, 8), torch.rand(B), torch.arange(B), torch.ones(len(model.drop_rates), B)
     times: dict[str, list[float]] = {"forward": [], "backward": [], "step()": []}
     for _ in range(steps):
         began = time.perf_counter()
-        loss = deepspeed(*inputs).square().mean()
+        loss = state.deepspeed(*inputs).square().mean()
         forward = time.perf_counter()
-        deepspeed.backward(loss)
+        state.deepspeed.backward(loss)
         backward = time.perf_counter()
-        deepspeed.step()
+        state.deepspeed.step()
         for name, seconds in zip(times, (forward - began, backward - forward, time.perf_counter() - backward), strict=True):
             times[name].append(seconds)
     return {name: round(1e3 * statistics.median(seconds), 2) for name, seconds in times.items()}

@@ -26,7 +26,8 @@ class Backbone(nn.Module):
     """Interface of every backbone: `model(x_BCHW, t_B, y_B=None, drop=None) -> (B, 2C, H, W)`, C noise and C variance channels.
 
     `drop_rates` are the rates of drop path. `drop` has a multiplier (0 or 1 / keep) for each branch and sample, sampled by
-    the caller. `forward` uses no random numbers, so it is the same function in training and in evaluation.
+    the caller. `forward` uses no random numbers, so it is the same function in training and in evaluation. A block
+    of a built-in family reads its weights in its own `forward` only (training/joined.py).
     """
 
     __call__: Callable[..., Tensor]

@@ -29,6 +29,7 @@ from dis_scale.training import engine, resume
 from dis_scale.training.devices import check_on_all_ranks
 from dis_scale.training.engine import Engine
 from dis_scale.training.graphs import graph_blocks
+from dis_scale.training.joined import Weights
 from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, image_counts_of_all, largest_share
 from dis_scale.training.memory import plan_passes
 from dis_scale.training.resume import ResumePoint
@@ -171,7 +172,7 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tu
     check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, every, training=True))
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
-    blocks = _graphed(attempt, model, every, passes) if settings.graphs else None
+    blocks = _graphed(attempt, model, state.weights, every, passes) if settings.graphs else None
     if dist.get_rank() == 0:
         origin = f"{before.model}'s " if before and not resumed else ""
         scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
@@ -204,7 +205,7 @@ def _load_weights(model: Backbone, read: engine.Read) -> None:
         p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
 
 
-def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -> str:
+def _graphed(attempt: Attempt, model: Backbone, weights: Weights, images: set[int], passes: int) -> str:
     """Let the model's blocks run as CUDA graphs where that is possible; return what came of it. Collective.
 
     `images` are those of all ranks' passes: all ranks decide alike, or a rank that need not try would blame another's device.
@@ -216,7 +217,7 @@ def _graphed(attempt: Attempt, model: Backbone, images: set[int], passes: int) -
     if len(images) > 1:
         return "no CUDA graphs: forward passes differ in images"
     lines, adds_up = list[str](), passes > 1 and attempt.recipe.train.zero_stage == 1
-    check_on_all_ranks(lambda: lines.append(graph_blocks(model, min(images), adds_up=adds_up)))
+    check_on_all_ranks(lambda: lines.append(graph_blocks(model, weights, min(images), adds_up=adds_up)))
     return lines[0]
 
 

@@ -14,9 +14,9 @@ Pitfalls:
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import DisScaleError
 from dis_scale.process.imports import adamw, hidden
 from dis_scale.recipe import Train
+from dis_scale.training.joined import Weights, join_blocks, weights_of
 from dis_scale.weights import ema
 
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
@@ -70,6 +71,7 @@ class Engine:
     shapes: dict[str, torch.Size]
     hosts: Any = None
     """Process group between the hosts (gloo), for what must not go through a GPU's memory."""
+    weights: Weights = field(default_factory=dict)
 
     def micro_step(self, loss: torch.Tensor) -> None:
         """Run the backward pass of one micro-batch; after the last one of a step, also the optimizer."""
@@ -185,22 +187,24 @@ def start(model: Backbone, settings: Train, device: torch.device, read: Read, ad
 
     A step accumulates the gradients of `passes` forward passes.
     """
-    optimizer = adamw()(parameter_groups(model, settings), settings.learning_rate, settings.betas, fused=True)
-    names = {id(p): name for name, p in model.named_parameters()}
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    groups, shapes = parameter_groups(model, settings), {name: p.shape for name, p in model.named_parameters()}
+    parameters = sum(shape.numel() for shape in shapes.values())
+    # Stage 3 frees a parameter after each use, but not what views of it hold; a compiled block must not set attributes; one of
+    # another package may read its weights anywhere. What exceeds a bucket is reduced in memory of its own, which may be used again
+    # too early.
+    apart = settings.zero_stage == 3 or settings.compile or bool(model.settings.needed_code)
+    weights = weights_of(model) if apart else join_blocks(model, groups, bucket(parameters))
+    optimizer = adamw()(groups, settings.learning_rate, settings.betas, fused=True)
     sharded, *_ = _deepspeed(device).initialize(
-        model=model,
-        optimizer=optimizer,
-        config=_config(settings, sum(shape.numel() for shape in shapes.values()), passes),
-        dist_init_required=False,
+        model=model, optimizer=optimizer, config=_config(settings, parameters, passes), dist_init_required=False
     )
     zero = sharded.optimizer
     if settings.zero_stage == 3:
-        flats, table = zero.fp32_partitioned_groups_flat, list(_table_of_stage_3(zero, names))
+        flats, table = zero.fp32_partitioned_groups_flat, list(_table_of_stage_3(zero, weights))
     else:
-        flats, table = zero.single_partition_of_fp32_groups, list(_table_of_stages_1_and_2(zero, names))
+        flats, table = zero.single_partition_of_fp32_groups, list(_table_of_stages_1_and_2(zero, weights))
     averages = {name: [torch.zeros_like(f).detach() for f in flats] for name in ema.names(settings)}
-    engine = Engine(sharded, zero.optimizer, flats, averages, table, shapes, dist.new_group(backend="gloo"))
+    engine = Engine(sharded, zero.optimizer, flats, averages, table, shapes, dist.new_group(backend="gloo"), weights)
     engine.fill(read, adam_step)
     return engine
 
@@ -257,21 +261,20 @@ def _config(settings: Train, parameters: int, passes: int) -> dict[str, Any]:
     }
 
 
-def _table_of_stages_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Segment]:
+def _table_of_stages_1_and_2(zero: Any, weights: Weights) -> Iterator[Segment]:
     """Parameters are stored end to end in one flat buffer, which is split into equal parts, one per rank."""
     rank = dist.get_rank()
     for flat, (group, part) in enumerate(zip(zero.round_robin_bit16_groups, zero.partition_size, strict=True)):
         first, last = rank * part, (rank + 1) * part
-        bounds = [0]
-        for parameter in group:
-            bounds.append(bounds[-1] + parameter.numel())
-        for parameter, (begin, end) in zip(group, pairwise(bounds), strict=True):
+        stored = [weight for parameter in group for weight in weights[parameter]]
+        bounds = accumulate((weight.size for weight in stored), initial=0)
+        for weight, (begin, end) in zip(stored, pairwise(bounds), strict=True):
             low, high = max(begin, first), min(end, last)
             if low < high:
-                yield Segment(names[id(parameter)], low - begin, high - begin, flat, low - first)
+                yield Segment(weight.name, low - begin, high - begin, flat, low - first)
 
 
-def _table_of_stage_3(zero: Any, names: dict[int, str]) -> Iterator[Segment]:
+def _table_of_stage_3(zero: Any, weights: Weights) -> Iterator[Segment]:
     """Each parameter is split into equal parts, padded at the end; a rank stores its parts of all parameters end to end."""
     rank = dist.get_rank()
     for flat, group in enumerate(zero.fp16_groups):
@@ -280,5 +283,6 @@ def _table_of_stage_3(zero: Any, names: dict[int, str]) -> Iterator[Segment]:
             part = parameter.ds_tensor.numel()
             low, high = rank * part, min((rank + 1) * part, parameter.ds_numel)
             if low < high:
-                yield Segment(names[id(parameter)], low, high, flat, offset)
+                (weight,) = weights[parameter]
+                yield Segment(weight.name, low, high, flat, offset)
             offset += part

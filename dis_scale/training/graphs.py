@@ -1,7 +1,7 @@
 """Each block's forward and backward pass as two CUDA graphs: two launches instead of some forty that Python makes one by one.
 
 For models whose blocks are so short that Python sets the pace (benchmarks/results/kernels.md#host-time). Everything around the
-blocks runs as it does without. Called by loop.py after DeepSpeed has moved the weights to where they stay.
+blocks runs as it does without. Called by attempt.py after DeepSpeed has moved the weights to where they stay.
 """
 
 import math
@@ -17,6 +17,7 @@ from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.scan.backend import KeepingStates
 from dis_scale.training.devices import lacks_memory
+from dis_scale.training.joined import Weights
 
 CLOSE = 1e-3
 """Largest relative difference of a weight's gradient by graphs, or of as small a share of all: attention adds in no fixed order."""
@@ -28,10 +29,12 @@ Results = tuple[Tensor, list[Tensor]]
 
 
 def graph_blocks(
-    model: Backbone, images: int, *, adds_up: bool, make_graphs: MakeGraphs = torch.cuda.make_graphed_callables
-) -> str:
+    model: Backbone, weights: Weights, images: int, *, adds_up: bool,
+    make_graphs: MakeGraphs = torch.cuda.make_graphed_callables,
+) -> str:  # fmt: skip
     """Let the blocks of a model on a GPU run as graphs in passes of this many images; return a line that says so.
 
+    `weights` are those that each of its parameters holds: each weight's gradient is compared.
     `adds_up`: the gradients of several passes are added up in `.grad`. UserError if PyTorch cannot capture the blocks, or if their
     graphs compute other numbers; OutOfMemoryError if memory lacks. A failed capture leaves CUDA unusable for this process.
     """
@@ -41,7 +44,7 @@ def graph_blocks(
     with torch.no_grad():
         for weight in model.parameters():  # at first the output of some models does not depend on their blocks
             weight.add_(0.02 * torch.randn_like(weight))
-    calls, expected = _record(blocks, model, inputs)
+    calls, expected = _record(blocks, model, weights, inputs)
     try:
         capture(blocks, calls, keeps_states=model.keeps_states, images=images, make_graphs=make_graphs)
     except RuntimeError as error:
@@ -49,7 +52,7 @@ def graph_blocks(
             raise torch.OutOfMemoryError(str(lack)) from error
         reason = str(error.__context__ or error).partition("\n")[0]
         raise UserError(f"train.graphs: the blocks cannot be captured ({reason}): set train.graphs=false") from error
-    if wrong := _difference(_results(model, inputs), expected):
+    if wrong := _difference(_results(model, weights, inputs), expected):
         raise UserError(f"train.graphs: the blocks' graphs compute another {wrong} than the blocks: set train.graphs=false")
     with torch.no_grad():
         for weight, before in zip(model.parameters(), kept, strict=True):
@@ -69,14 +72,15 @@ def _random_inputs(model: Backbone, images: int) -> Inputs:
     return x_BCHW, t_B, y_B, drop
 
 
-def _results(model: Backbone, inputs: Inputs) -> Results:
+def _results(model: Backbone, weights: Weights, inputs: Inputs) -> Results:
     """The output, and the gradients of the weights that it depends on."""
-    out_BCHW = model(*inputs)
-    found = torch.autograd.grad(out_BCHW.float().square().mean(), list(model.parameters()), allow_unused=True)
-    return out_BCHW.detach(), [g for g in found if g is not None]
+    out_BCHW, parameters = model(*inputs), list(model.parameters())
+    found = torch.autograd.grad(out_BCHW.float().square().mean(), parameters, allow_unused=True)
+    sizes = ([weight.size for weight in weights[parameter]] for parameter in parameters)
+    return out_BCHW.detach(), [part for g, of in zip(found, sizes, strict=True) if g is not None for part in g.flatten().split(of)]
 
 
-def _record(blocks: list[nn.Module], model: Backbone, inputs: Inputs) -> tuple[list[Inputs], Results]:
+def _record(blocks: list[nn.Module], model: Backbone, weights: Weights, inputs: Inputs) -> tuple[list[Inputs], Results]:
     """Return each block's inputs in a pass, as tensors of their own that need gradients if the inputs did, and its results."""
     calls: dict[nn.Module, Inputs] = {}
 
@@ -84,7 +88,7 @@ def _record(blocks: list[nn.Module], model: Backbone, inputs: Inputs) -> tuple[l
         calls[block] = tuple(x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in given)
 
     hooks = [block.register_forward_pre_hook(keep) for block in blocks]
-    results = _results(model, inputs)
+    results = _results(model, weights, inputs)
     for hook in hooks:
         hook.remove()
     return [calls[block] for block in blocks], results

@@ -50,7 +50,8 @@ class PassPlan(NamedTuple):
 def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
     """Return the bytes of a worker's states by part; independent of the images in a forward pass.
 
-    At stage 1 a rank holds all gradients until they are reduced; at stages 2 and 3 its part. DeepSpeed keeps two buckets of
+    At stage 1 a rank holds all gradients until they are reduced; at stages 2 and 3 its part, and at 2 the rest of up to two blocks,
+    which is not counted. DeepSpeed keeps two buckets of
     gradients at any world size, and at stage 3 a bucket of gathered weights and one of those that come next.
     """
     one = 4 * cost.parameters

@@ -1,7 +1,8 @@
 """Small models of each family, and the gradients that passes of training add up. Needs no conftest."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -65,7 +66,7 @@ def trained(
     read = resume.fresh(model)  # on the host, as in training
     state = engine.start(model.to(device), train, device, read, 0, passes=2)
     if make_graphs:
-        graph_blocks(model, 3, adds_up=stage == 1, make_graphs=make_graphs)
+        graph_blocks(model, state.weights, 3, adds_up=stage == 1, make_graphs=make_graphs)
     for _ in range(6):
         x_BCHW, t_B = torch.randn(3, 4, 8, 8, generator=random), torch.rand(3, generator=random)
         drop = torch.rand(len(model.drop_rates), 3, generator=random).to(device) if model.drop_rates else None
@@ -96,3 +97,40 @@ def capturing_nothing() -> Iterator[None]:
         for name, result in nothing.items():
             patched.enter_context(mock.patch(f"torch.cuda.{name}", return_value=result))
         yield
+
+
+class Static(torch.autograd.Function):
+    """A captured block: inputs, outputs and gradients are always in the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, memory: dict[str, Any], function: Callable[..., Any], *inputs: Tensor) -> Any:
+        ctx.memory = memory
+        for to, x in zip(memory["inputs"], inputs, strict=True):
+            if to.data_ptr() != x.data_ptr():
+                to.detach().copy_(x)
+        with torch.enable_grad():
+            out = function(*memory["inputs"])
+        memory["graph"] = out if isinstance(out, tuple) else (out,)
+        outputs = memory.setdefault("outputs", [x.detach().clone() for x in memory["graph"]])
+        for to, x in zip(outputs, memory["graph"], strict=True):
+            to.copy_(x.detach())
+        given = tuple(x.detach() for x in outputs)
+        return given if isinstance(out, tuple) else given[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        memory = ctx.memory
+        wanted = [x for x in memory["inputs"] if x.requires_grad]
+        found = iter(torch.autograd.grad(memory["graph"], wanted, gradients, allow_unused=True))
+        results = [next(found) if x.requires_grad else None for x in memory["inputs"]]
+        kept = memory.setdefault("gradients", [None if g is None else g.clone() for g in results])
+        for to, g in zip(kept, results, strict=True):
+            if to is not None:
+                to.copy_(g)
+        return None, None, *[None if g is None else g.detach() for g in kept]
+
+
+def stand_in(functions: tuple[Callable[..., Any], ...], samples: tuple[tuple[Tensor, ...], ...], **_: bool) -> tuple[Any, ...]:
+    """`torch.cuda.make_graphed_callables` on a CPU."""
+    memories: list[dict[str, Any]] = [{"inputs": inputs} for inputs in samples]
+    return tuple(partial(Static.apply, memory, function) for memory, function in zip(memories, functions, strict=True))

@@ -229,6 +229,6 @@ def a_gpus_average_comes_to_the_host() -> None:
         flats = [torch.empty(7, device="cuda")]
         optimizer, averages = (torch.optim.AdamW([nn.Parameter(flats[0])], fused=True), {"ema": [torch.empty_like(flats[0])]})
     hosts, table = dist.new_group(backend="gloo"), [Segment("a", 0, 6, 0, 1)]
-    gathered = Engine(None, optimizer, flats, averages, table, {"a": torch.Size([2, 3])}, hosts).full_average("ema")
+    gathered = Engine(None, optimizer, flats, averages, table, {"a": torch.Size([2, 3])}, hosts=hosts).full_average("ema")
     assert gathered is not None
     assert (gathered["a"].device.type, gathered["a"].shape) == ("cpu", (2, 3))

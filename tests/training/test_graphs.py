@@ -3,7 +3,6 @@
 tests/training/test_graphs_gpu.py has the same on a GPU.
 """
 
-from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,48 +18,12 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape
 from dis_scale.training import attempt as attempts
 from dis_scale.training.graphs import MakeGraphs, graph_blocks
+from dis_scale.training.joined import weights_of
 from dis_scale.training.lanes import image_counts_of_all
 from dis_scale.training.memory import worker_bytes
-from tests.support.graphs import FAMILIES, added_gradients, capturing_nothing, made, parsed, trained
+from tests.support.graphs import FAMILIES, added_gradients, capturing_nothing, made, parsed, stand_in, trained
 from tests.support.prices import train
 from tests.support.ranks import on_ranks
-
-
-class Static(torch.autograd.Function):
-    """A captured block: inputs, outputs and gradients are always in the same memory."""
-
-    @staticmethod
-    def forward(ctx: Any, memory: dict[str, Any], function: Callable[..., Any], *inputs: Tensor) -> Any:
-        ctx.memory = memory
-        for to, x in zip(memory["inputs"], inputs, strict=True):
-            if to.data_ptr() != x.data_ptr():
-                to.detach().copy_(x)
-        with torch.enable_grad():
-            out = function(*memory["inputs"])
-        memory["graph"] = out if isinstance(out, tuple) else (out,)
-        outputs = memory.setdefault("outputs", [x.detach().clone() for x in memory["graph"]])
-        for to, x in zip(outputs, memory["graph"], strict=True):
-            to.copy_(x.detach())
-        given = tuple(x.detach() for x in outputs)
-        return given if isinstance(out, tuple) else given[0]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        memory = ctx.memory
-        wanted = [x for x in memory["inputs"] if x.requires_grad]
-        found = iter(torch.autograd.grad(memory["graph"], wanted, gradients, allow_unused=True))
-        results = [next(found) if x.requires_grad else None for x in memory["inputs"]]
-        kept = memory.setdefault("gradients", [None if g is None else g.clone() for g in results])
-        for to, g in zip(kept, results, strict=True):
-            if to is not None:
-                to.copy_(g)
-        return None, None, *[None if g is None else g.detach() for g in kept]
-
-
-def stand_in(functions: tuple[Callable[..., Any], ...], samples: tuple[tuple[Tensor, ...], ...], **_: bool) -> tuple[Any, ...]:
-    """`torch.cuda.make_graphed_callables` on a CPU."""
-    memories: list[dict[str, Any]] = [{"inputs": inputs} for inputs in samples]
-    return tuple(partial(Static.apply, memory, function) for memory, function in zip(memories, functions, strict=True))
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -69,7 +32,7 @@ def test_graphs_of_blocks_have_the_gradients_of_blocks(settings: dict[str, Any],
     """Twice, since a graph's memory is used again; with another number of images, or without drop path, a block runs as it did."""
     plain, model = made(settings), made(settings)
     assert isinstance(model.blocks, torch.nn.ModuleList)
-    line = graph_blocks(model, 3, adds_up=passes > 1, make_graphs=stand_in)
+    line = graph_blocks(model, weights_of(model), 3, adds_up=passes > 1, make_graphs=stand_in)
     assert line == f"{len(model.blocks)} blocks run as CUDA graphs in passes of 3 images"
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), plain.parameters(), strict=True)), "weights are as before"
     for images in (3, 3, 2):
@@ -82,7 +45,7 @@ def test_graphs_of_blocks_have_the_gradients_of_blocks(settings: dict[str, Any],
 def test_without_copies_the_second_pass_overwrites_the_gradients_of_the_first() -> None:
     """What the stand-in is for: blocks whose gradients are not said to be added up."""
     plain, model = made(FAMILIES[0]), made(FAMILIES[0])
-    graph_blocks(model, 3, adds_up=False, make_graphs=stand_in)
+    graph_blocks(model, weights_of(model), 3, adds_up=False, make_graphs=stand_in)
     pairs = zip(added_gradients(model, 3, 2), added_gradients(plain, 3, 2), strict=True)
     assert not all(torch.equal(ours, expected) for ours, expected in pairs)
 
@@ -142,14 +105,14 @@ def test_graphs_that_are_wrong_or_fail_end_the_training(settings: dict[str, Any]
     """Of new models too, the output of some of which does not depend on their blocks."""
     model = models.build(parsed(settings), LatentShape(4, 8), 10, seed=0)
     with pytest.raises(UserError, match=line):
-        graph_blocks(model, 3, adds_up=False, make_graphs=capture)
+        graph_blocks(model, weights_of(model), 3, adds_up=False, make_graphs=capture)
 
 
 @pytest.mark.parametrize("settings", FAMILIES, ids=lambda settings: str(settings["kind"]))
 def test_pytorch_takes_the_blocks_of_each_family(settings: dict[str, Any]) -> None:
     """Its own function captures them all; gradients of a capture that computes nothing, which may be NaN, are found to be wrong."""
     with capturing_nothing(), pytest.raises(UserError, match="compute another gradient"):
-        graph_blocks(made(settings), 3, adds_up=False)
+        graph_blocks(model := made(settings), weights_of(model), 3, adds_up=False)
 
 
 @pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: out of memory"), RuntimeError("capture failed")], ids=str)
@@ -163,7 +126,7 @@ def test_memory_that_lacks_for_a_capture_is_no_mistake(error: RuntimeError) -> N
             raise error  # noqa: B904
 
     with pytest.raises(torch.OutOfMemoryError):
-        graph_blocks(made(FAMILIES[1]), 3, adds_up=False, make_graphs=capture)
+        graph_blocks(model := made(FAMILIES[1]), weights_of(model), 3, adds_up=False, make_graphs=capture)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +141,8 @@ def graphs_of_a_rank(lanes: int, line: str) -> None:
     attempt: Any = SimpleNamespace(device=torch.device("cuda"), short=False, recipe=SimpleNamespace(train=train()))
     try:
         with capturing_nothing():
-            words = attempts._graphed(attempt, made(FAMILIES[1]), image_counts_of_all(lanes, 2, 2, 1), 2)
+            model = made(FAMILIES[1])
+            words = attempts._graphed(attempt, model, weights_of(model), image_counts_of_all(lanes, 2, 2, 1), 2)
     except UserError as error:
         words = str(error)
     assert line in words, (dist.get_rank(), words)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dis_scale.training.graphs import CLOSE, graph_blocks
+from dis_scale.training.joined import weights_of
 from dis_scale.training.profile import process_group
 from tests.support.graphs import FAMILIES, added_gradients, made, trained
 
@@ -25,7 +26,7 @@ def test_graphs_of_blocks_have_the_gradients_of_blocks(settings: dict[str, Any],
     """Of two passes a step, twice; another number of images runs without graphs."""
     plain, model = made(settings, "cuda", precision), made(settings, "cuda", precision)
     plain.keeps_states = model.keeps_states = keeps_states
-    assert "run as CUDA graphs" in graph_blocks(model, 3, adds_up=True)
+    assert "run as CUDA graphs" in graph_blocks(model, weights_of(model), 3, adds_up=True)
     for images in (3, 3, 2):
         for ours, expected in zip(added_gradients(model, images, 2), added_gradients(plain, images, 2), strict=True):
             assert (ours - expected).norm() <= CLOSE * expected.norm()

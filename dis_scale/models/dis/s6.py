@@ -37,7 +37,7 @@ def log_uniform_steps(E: int, low: float = 1e-3, high: float = 0.1, floor: float
 class Mixer(nn.Module):
     """The bidirectional mixer ("bimamba v2"): (s_f + s_b) SiLU(z) between two products; the sum is not averaged. Or s_f SiLU(z).
 
-    Both directions share parameters, the forward direction's first: DeepSpeed and autograd take Python's time for each.
+    Both directions share parameters, the forward direction's first: the kernels read both, and each parameter takes Python's time.
 
         conv        (ways, W + 1, E)    a row for each tap, the current token's last, and the bias
         x_proj      (ways, R + 2 N, E)  from the convolved u to the step, B and C (Gu and Dao 2023, Algorithm 2)

@@ -1,0 +1,100 @@
+"""The weights of a block as few parameters while it is trained: DeepSpeed and autograd take Python's time for each parameter.
+
+A block of DiS has seven or nine, and a hook of DeepSpeed takes 23 to 33 us (benchmarks/results/kernels.md#host-time). Here they are
+views of one parameter while the block's `forward` runs, and their gradients come as one tensor. What is stored keeps the weights'
+own names and shapes. Called by engine.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dis_scale.models.tokens import Backbone
+
+
+class Weight(NamedTuple):
+    """A weight of the model: its name and its number of elements."""
+
+    name: str
+    size: int
+
+
+Weights = dict[nn.Parameter, list[Weight]]
+"""The weights that each parameter holds, one after the other."""
+
+
+class _Place(NamedTuple):
+    """Where a block finds a weight: the attributes of its module, its name there, and its shape."""
+
+    attributes: dict[str, Any]
+    name: str
+    shape: torch.Size
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """Return the weight that each parameter of the model is."""
+    return {p: [Weight(name, p.numel())] for name, p in model.named_parameters()}
+
+
+def join_blocks(model: Backbone, groups: list[dict[str, Any]], most: int) -> Weights:
+    """Join each block's weights of one of the optimizer's groups, here and in the group, to parameters of `most` elements each.
+
+    Returns what each parameter holds. A block has its weights while its `forward` runs: not before, in hooks, or in its backward
+    pass. No two modules may share one.
+    """
+    held = weights_of(model)
+    assert isinstance(model.blocks, nn.ModuleList)
+    for block in model.blocks:
+        own = {p: (module, name) for module in block.modules() for name, p in module.named_parameters(recurse=False)}
+        joined = list[tuple[str, list[_Place]]]()
+        for group in groups:
+            for weights in _parts([p for p in group["params"] if p in own], most):
+                flat = nn.Parameter(torch.cat([p.detach().flatten() for p in weights]))
+                held[flat] = [weight for p in weights for weight in held.pop(p)]
+                gone = set(weights[1:])
+                group["params"] = [flat if p is weights[0] else p for p in group["params"] if p not in gone]
+                joined.append((f"joined_{len(joined)}", [_taken(*own[p], p) for p in weights]))
+                block.register_parameter(joined[-1][0], flat)
+        if joined:
+            block.forward = _with_weights(block, block.forward, joined)
+    return held
+
+
+def _parts(weights: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
+    """Yield weights that follow one another and have at most `most` elements together; not those that are alone."""
+    part, size = list[nn.Parameter](), 0
+    for weight in weights:
+        if size + weight.numel() > most:
+            if len(part) > 1:
+                yield part
+            part, size = [], 0
+        part.append(weight)
+        size += weight.numel()
+    if len(part) > 1:
+        yield part
+
+
+def _taken(module: nn.Module, name: str, weight: nn.Parameter) -> _Place:
+    """Take a weight from its module."""
+    delattr(module, name)
+    return _Place(vars(module), name, weight.shape)
+
+
+def _with_weights(block: nn.Module, plain: Callable[..., Any], joined: list[tuple[str, list[_Place]]]) -> Callable[..., Any]:
+    """The block's `forward`, for which its weights are views of its parameters."""
+    split = [(name, [place.shape.numel() for place in places], places) for name, places in joined]
+
+    def forward(*inputs: Any) -> Any:
+        for name, sizes, places in split:
+            for place, part in zip(places, getattr(block, name).split(sizes), strict=True):
+                place.attributes[place.name] = part.view(place.shape)
+        try:
+            return plain(*inputs)
+        finally:
+            for _, _, places in split:
+                for place in places:
+                    place.attributes.pop(place.name, None)
+
+    return forward
