@@ -1,13 +1,18 @@
 """The held-out loss sees exactly the images held out, with the same noise each time."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dis_scale import diffusion
 from dis_scale.data.latents import Latents
 from dis_scale.evaluation import held_out
+from dis_scale.process.threads import batched
 from dis_scale.recipe import Flow, Gaussian, Recipe
 from dis_scale.storage.folder import open_folder
 from tests.support.ranks import make_latents
@@ -42,7 +47,23 @@ def held_out_losses(latents: Latents, batch: int, scale: float = 0.0, process: F
 def test_each_held_out_image_is_seen_at_each_level(latents: Latents) -> None:
     model = Echo(0.0)
     held_out.losses(model, diffusion.build(Flow(kind="flow"), latents.shape), latents, seed=0, batch=4)  # type: ignore[arg-type]
-    assert model.seen == held_out.LEVELS * [label for _, label in latents.held_out()]
+    batches = batched((label for _, label in latents.held_out()), 4)
+    assert model.seen == [label for batch in batches for label in held_out.LEVELS * batch]
+
+
+def test_a_batch_is_read_at_a_time(latents: Latents) -> None:
+    """Fifty thousand images of 512 pixels, and their noise, would take 5 GB."""
+    read, model, process = list[int](), Echo(0.0), diffusion.build(Flow(kind="flow"), latents.shape)
+
+    def one_by_one() -> Iterator[tuple[np.ndarray, int]]:
+        for moments, label in latents.held_out():
+            assert len(read) - len(model.seen) // held_out.LEVELS < 4
+            read.append(label)
+            yield moments, label
+
+    part: Any = SimpleNamespace(held_out=one_by_one, order=latents.order, scaling=latents.scaling)
+    held_out.losses(model, process, part, seed=0, batch=4)  # type: ignore[arg-type]
+    assert len(read) == 11
 
 
 def test_the_same_noise_at_any_batch(latents: Latents) -> None:
