@@ -28,6 +28,7 @@ COUNTED = 2
 """Images without weights, for each feature, that weighted ones must be worth: with fewer, their covariance is too uncertain."""
 EVEN = 0.9
 """From this share of its images on a weighted set is as good as without weights."""
+HALF = ", which are half of the source's images and evaluate.samples at most"
 LOST = 0.01
 """Most samples of classes that have no chosen image, as a share: their part of the distance is missing."""
 REAL, RECONSTRUCTED = "real", "reconstructed"
@@ -99,10 +100,9 @@ def _occurrence(labels_S: np.ndarray) -> np.ndarray:
 
 
 def require_enough(images: int, references: Mapping[str, Reference]) -> None:
-    """DisScaleError if the images are too few for the covariance of an extractor's features."""
-    features = max((len(reference.pooled.mean) for reference in references.values()), default=0)
-    cure = ", which are half of the source's images and evaluate.samples at most"
-    require_samples(images, features, "images", cure=cure)
+    """DisScaleError if the images are too few for the covariance of any extractor's features."""
+    features = min((len(reference.pooled.mean) for reference in references.values()), default=0)
+    require_samples(images, features, "images", cure=HALF)
 
 
 def make_block(sampler: BlockSampler, source: Source, chosen: np.ndarray, number: int) -> FloorBlock:
@@ -138,10 +138,11 @@ def _reconstruct(vae: Vae, pixels_NHWC: np.ndarray, batch: int, block: int) -> n
 
 def measure_floor(
     blocks: Iterable[FloorBlock], references: Mapping[str, Reference], settings: Evaluate, weights_N: np.ndarray
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Return the distances of the N chosen images by kind and metric, each with its `<metric>_error` if it can be estimated.
 
-    StorageError if a block has features of other weights than the reference; DisScaleError for too few images.
+    And the reason for each metric without a distance. StorageError if a block has features of other weights than the reference;
+    DisScaleError for too few images under every extractor.
     """
     images = len(weights_N)
     groups: dict[str, dict[str, Groups]] = {}
@@ -155,15 +156,21 @@ def measure_floor(
                 weighted.add(features.pooled, block.numbers, weights_N[block.numbers])
                 if kind == REAL:
                     unweighted[name].add(features.pooled, block.numbers)
-    found: dict[str, dict[str, float]] = {}
+    found, missing = dict[str, dict[str, float]](), dict[str, str]()
+    counted = float(weights_N.sum() ** 2 / np.square(weights_N).sum())
     for name, by_kind in groups.items():
         metric = settings.metric_name("fid", name)
-        counted = float(weights_N.sum() ** 2 / np.square(weights_N).sum())
-        every = _distances(by_kind, unweighted[name], references[name].pooled, settings, name, counted)
+        try:
+            every = _distances(by_kind, unweighted[name], references[name].pooled, settings, name, counted)
+        except DisScaleError as refusal:
+            missing[metric] = str(refusal)
+            continue
         for kind, (value, error) in every.items():
             known = {metric: value} | ({} if error is None else {f"{metric}_error": error})
             found[kind] = found.get(kind, {}) | known
-    return found
+    if missing and not found:
+        raise DisScaleError("; ".join(missing.values()))
+    return found, missing
 
 
 def _distances(
@@ -178,6 +185,7 @@ def _distances(
     large.
     """
     real, d = chosen.total(), len(reference.mean)
+    require_samples(real.count, d, "images", cure=HALF)
     rest, samples = reference, real.count
     if settings.reference_of(extractor) is None:
         left = Sums.of(reference).without(real)

@@ -150,11 +150,12 @@ class Evaluation:
             decoded = np.concatenate([block.numbers for block in blocks()])
             weights, images = np.zeros(images), len(decoded)
             weights[decoded] = floor.sample_weights(classes[decoded], labels)
-        values = floor.measure_floor(blocks(), self.references, recipe.evaluate, weights)
+        values, missing = floor.measure_floor(blocks(), self.references, recipe.evaluate, weights)
         self.require_held()
         folder.delete(Skipped.NAME)
-        FloorMetrics(images=images, time=time.time(), values=values).write(folder)
-        self.say(f"floor: {'; '.join(f'{kind}: {values_in_words(each)}' for kind, each in values.items())}")
+        FloorMetrics(images=images, time=time.time(), values=values, missing=missing).write(folder)
+        lacking = (f"no {metric}: {why}" for metric, why in missing.items())
+        self.say(f"floor: {'; '.join([*(f'{kind}: {values_in_words(each)}' for kind, each in values.items()), *lacking])}")
 
     def _missing(self, folder: Folder, count: int, parse: Callable[[bytes, str], Any]) -> list[int]:
         """Return the numbers of the blocks that no earlier evaluation left complete; a damaged one is logged."""

@@ -346,4 +346,4 @@ def _floors(sweep: Sweep) -> tuple[list[Floor], str | None]:
     every = [(words[kind], floor.values[kind], settings.metric) for kind in words if kind in floor.values]
     floors = [Floor(text, v[metric], v.get(f"{metric}_error")) for text, v, metric in every if metric in v]
     other = None if floors else f"the floors are those of the distance at {settings.samples:,} samples"
-    return floors, skipped or other
+    return floors, skipped or floor.missing.get(settings.metric) or other

@@ -263,6 +263,8 @@ class FloorMetrics(Document):
     images: int
     time: float = 0.0
     values: dict[str, dict[str, float]]
+    missing: dict[str, str] = Field(default_factory=dict)
+    """Why a metric has none."""
 
 
 class Skipped(Document):

@@ -79,7 +79,7 @@ def measured(
     weights = floor.sample_weights(labels[chosen], wanted_labels(sampled, labels, seed))
     kinds = {REAL: every[chosen]} | ({RECONSTRUCTED: every[chosen] + np.float32(blur)} if blur else {})
     references = {"digits": Reference("seeded", fit(every))}
-    values = floor.measure_floor(blocks(kinds), references, sampled, weights)
+    values, _ = floor.measure_floor(blocks(kinds), references, sampled, weights)
     return values[REAL], values.get(RECONSTRUCTED, {})
 
 
@@ -134,7 +134,7 @@ def test_statistics_of_an_unknown_number_of_images_give_a_floor() -> None:
         floor.measure_floor(
             [FloorBlock(np.arange(SAMPLES), {REAL: {"inception": Features("seeded", chosen[REAL])}})],
             {"inception": Reference("seeded", MeanCovariance(count, exact.mean, exact.covariance))}, sampled, np.ones(SAMPLES),
-        )[REAL]["fid_500"]
+        )[0][REAL]["fid_500"]
         for count in (0, 10**9)
     ]  # fmt: skip
     assert distances[0] == pytest.approx(distances[1], rel=1e-6)
@@ -148,8 +148,8 @@ def test_images_that_are_not_decoded_have_no_weight() -> None:
     references, sampled = {"digits": Reference("seeded", fit(every))}, evaluate(samples=SAMPLES)
     some = FloorBlock(left, {REAL: {"digits": Features("seeded", every[left])}})
     plain = FloorBlock(np.arange(300), {REAL: {"digits": Features("seeded", every[left])}})
-    one = floor.measure_floor([some], references, sampled, weights)[REAL]
-    other = floor.measure_floor([plain], references, sampled, np.ones(300))[REAL]
+    one = floor.measure_floor([some], references, sampled, weights)[0][REAL]
+    other = floor.measure_floor([plain], references, sampled, np.ones(300))[0][REAL]
     assert one[sampled.metric] == pytest.approx(other[sampled.metric], rel=1e-9)
 
 
@@ -203,8 +203,21 @@ def test_features_of_other_weights_are_refused() -> None:
 
 
 def test_too_few_images_are_refused_before_any_is_read() -> None:
+    few = {"digits": Reference("seeded", fit(images(real_labels(0), 0)))}
     with pytest.raises(DisScaleError, match=r"12 images are too few .* of 12 features: expected at least 13, which are half of"):
-        floor.require_enough(12, {"digits": Reference("seeded", fit(images(real_labels(0), 0)))})
+        floor.require_enough(12, few)
+
+
+def test_an_extractor_with_too_many_features_takes_no_floor_from_the_others() -> None:
+    labels = real_labels(0)
+    every = {"digits": images(labels, 0), "inception": images(labels, 0, features=SAMPLES)}
+    references = {name: Reference("seeded", fit(each)) for name, each in every.items()}
+    floor.require_enough(SAMPLES, references)
+    features = {name: Features("seeded", each[:SAMPLES]) for name, each in every.items()}
+    both, one = (FloorBlock(np.arange(SAMPLES), {REAL: each}) for each in (features, {"digits": features["digits"]}))
+    values, missing = floor.measure_floor([both], references, evaluate(samples=SAMPLES), np.ones(SAMPLES))
+    assert (values, {}) == floor.measure_floor([one], references, evaluate(samples=SAMPLES), np.ones(SAMPLES))
+    assert [why.partition(" are")[0] for why in missing.values()] == [f"{SAMPLES:,} images"]
 
 
 @pytest.fixture
@@ -266,7 +279,7 @@ def test_the_order_of_the_blocks_does_not_change_the_error() -> None:
     mixed = FloorBlock(order, {REAL: {"digits": Features("seeded", every[:SAMPLES][order])}})
     plain = FloorBlock(np.arange(SAMPLES), {REAL: {"digits": Features("seeded", every[:SAMPLES])}})
     weights = np.linspace(0.5, 1.5, SAMPLES)
-    one, other = (floor.measure_floor([block], references, sampled, weights)[REAL] for block in (mixed, plain))
+    one, other = (floor.measure_floor([block], references, sampled, weights)[0][REAL] for block in (mixed, plain))
     assert one == pytest.approx(other, rel=1e-9)
 
 
