@@ -39,7 +39,7 @@
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
 set -euo pipefail
 
-again=no requested='' child='' restarts=${SLURM_RESTART_COUNT:-0} deadline=''
+again=no requested='' fewer='' child='' restarts=${SLURM_RESTART_COUNT:-0} deadline=''
 # shellcheck disable=SC2317 # called by a trap
 stop() { # by TERM or INT
     [ "$1" = INT ] || deadline=${deadline:-$((SECONDS + ${STOP_WAIT_S:-240}))} # a second TERM gives no more time
@@ -132,9 +132,10 @@ while (joined := nodes()) < wanted:
         if joined < 2 or before < 2:
             sys.exit(74)
         print("as in the runs before: the sweep begins with these", file=sys.stderr)
-        break
+        sys.exit(3)
     time.sleep(5)
 ' "$(lately join)"
+[ "$code" != 3 ] || { fewer=yes && code=0; }
 if [ "$code" = 74 ] && [ -z "$requested" ]; then
     note join
     [ "$(lately join)" -lt 20 ] || { rm -f "$ends" && exit 1; } # no accident: another environment on its nodes, for example
@@ -148,8 +149,13 @@ if [ "$code" = 0 ] && [ -z "$requested" ]; then
 elif [ -n "$requested" ]; then
     code=75
 fi
+if [ -z "$requested" ] && { [ "$code" = 0 ] || [ "$code" = 75 ]; }; then # done, or `dis-scale stop`: it does not continue
+    trap '' TERM INT
+    sleep "${LAST_SCRAPE_S:-30}" || true # in which Prometheus, if it scrapes this Ray, sees that it has ended well
+fi
 if [ "$code" = 75 ]; then # a stop: a signal has said whether it continues
     rm -f "$ends" || true
+    [ -z "$fewer" ] || { note join && note join; } # the node that has not joined will not tomorrow
 else
     note "$code"
     [ -n "$requested" ] || [ "$restarts" -ge 1000 ] || again=yes

@@ -35,6 +35,8 @@ GAUGES = {
     "skipped_steps": "Steps of the run that were skipped because their gradient was not finite.",
     "images_seen": "Images that the run has seen.",
     "training_begun_timestamp_seconds": "Time at which the job of this training began; its restarts do not change it.",
+    "training_workers": "Workers of the run's current attempt; 0 while it waits for them.",
+    "training_workers_most": "The fewest workers of the recipe's range that are as fast as its most.",
     "waiting_workers": "Workers that wait for capacity.",
     "waited_timestamp_seconds": "Time at which the last wait for capacity of more than ten minutes ended.",
     "row_timestamp_seconds": "Time of the newest metric row.",

@@ -170,7 +170,12 @@ class TrainingRun:
     def _attempt(self, failure: WorkerFailure | None) -> int:
         """Run one attempt at a fixed world size; return the images seen, fewer if it stopped to move."""
         start = (failure.at, failure.silent_s) if failure else (time.time(), None)
+        lanes, sizes = self.settings.lanes, self.settings.world_sizes
+        as_fast = [size for size in sizes if largest_share(lanes, size) == largest_share(lanes, sizes[0])]
+        self.job.gauge("training_workers_most", min(as_fast))
+        self.job.gauge("training_workers", 0)
         world, group, avoided = self.places.choose()
+        self.job.gauge("training_workers", world)
         ranks = None
         try:
             ranks = self._start(group, world)
@@ -317,10 +322,12 @@ class RowCopies:
 
     def _send(self, rows: RowReader, began_at: float) -> None:
         settings = self.job.recipe.train_of(str(self.copy.model))
+        sent = True
         for batch in rows.batches():
             metrics.show_rows(rows.newest.values(), settings, began_at, self.job.gauge)
-            self.copy.send(batch)
-        self.copy.send(())
+            sent = self.copy.send(batch, ask=sent)  # one that hangs is asked once: a driver's first turn has a file of each attempt
+        if sent:
+            self.copy.send(())
         self.job.gauge("mlflow_away", float(self._misses_rows))
 
     @property

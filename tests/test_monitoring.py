@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ OTHERS = {
     "kube_cronjob_created",
     "kube_cronjob_spec_suspend",
     "dis_scale_slurm_job_state",
+    "dis_scale_slurm_jobs_timestamp_seconds",
 }
 """KubeRay's (ray-operator/controllers/ray/metrics of 1.7.0), kube-state-metrics' (docs/metrics/workload), and our own script's."""
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is missing: apt-get install prometheus")
@@ -64,6 +66,7 @@ def test_states_of_slurm_jobs_are_exported(tmp_path: Path) -> None:
     script, out = PROMETHEUS / "slurm-jobs.sh", tmp_path / "jobs.prom"
     subprocess.run([script, out], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True)
     lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
+    assert abs(float(lines.pop().removeprefix('dis_scale_slurm_jobs_timestamp_seconds{name="dis-scale"} ')) - time.time()) < 60
     assert lines == [
         f'dis_scale_slurm_job_state{{slurm_job="{n}",state="{s}"}} 1'
         for n, s in ((7, "FAILED"), (8, "CANCELLED"), (12, "HELD"), (13, "HELD"), (14, "HELD"))
@@ -71,7 +74,7 @@ def test_states_of_slurm_jobs_are_exported(tmp_path: Path) -> None:
     (tmp_path / "sacct").write_text("#!/bin/sh\nexit 1\n")
     failed = subprocess.run([script, out], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=False)
     assert failed.returncode == 1
-    assert len(out.read_text().splitlines()) == 7, "what is known stays"
+    assert len(out.read_text().splitlines()) == 10, "what is known stays"
 
 
 def promtool(*arguments: object) -> None:

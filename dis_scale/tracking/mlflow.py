@@ -179,10 +179,10 @@ class RunCopy:
     """By metric: the image counts at which MLflow has it. Numbers alone, since the rows of weeks are a million."""
     _waiting: list[Row] = field(default_factory=list)
 
-    def send(self, rows: Iterable[Row]) -> bool:
-        """Send rows, and those that wait; return whether none waits any more."""
+    def send(self, rows: Iterable[Row], *, ask: bool = True) -> bool:
+        """Send rows, and those that wait; return whether none waits any more. They only wait if MLflow is not to be asked."""
         self._waiting += rows
-        if sent := not self._waiting or self._try(lambda client, run: self._send(client, run, self._waiting)):
+        if sent := not self._waiting or (ask and self._try(lambda client, run: self._send(client, run, self._waiting))):
             self._waiting = []
         return sent
 

@@ -41,6 +41,7 @@ def linked(names: Sequence[str]) -> Iterator[dict[str, str]]:
             ip("-n", name, "link", "set", "lo", "up")
         yield addresses
     finally:
-        for name in names:
+        for name in names:  # the link first: the kernel takes it with the namespace, but later, and the next one has its name
+            subprocess.run(["ip", "link", "del", name], capture_output=True, check=False)
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)

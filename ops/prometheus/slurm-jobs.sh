@@ -22,6 +22,9 @@ queue=$(squeue --noheader --name="$name" --format='%A|%r') # a job and the reaso
             *[Hh]eld* | JobHoldMaxRequeue) echo "dis_scale_slurm_job_state{slurm_job=\"$job\",state=\"HELD\"} 1" ;;
         esac
     done <<< "$queue"
+    echo '# HELP dis_scale_slurm_jobs_timestamp_seconds Time of these states.'
+    echo '# TYPE dis_scale_slurm_jobs_timestamp_seconds gauge'
+    echo "dis_scale_slurm_jobs_timestamp_seconds{name=\"$name\"} $(date +%s)"
 } > "$out.$$"
 chmod 644 "$out.$$"
 mv "$out.$$" "$out" # whole, also while it is read

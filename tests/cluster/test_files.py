@@ -298,7 +298,7 @@ def test_each_secret_that_a_job_needs_is_named_at_its_top() -> None:
 def test_the_commented_lines_are_valid_too(name: str) -> None:
     """Network, RDMA, Kueue and keyless identity: uncommented, all at once."""
     text, count = COMMENTED.subn(r"\1\2", (pods.CLUSTER / name).read_text())
-    assert count == {"raycluster-4x8.yaml": 10, "rayjob.yaml": 3, "mlflow.yaml": 3}.get(name, 1)
+    assert count == {"raycluster-4x8.yaml": 12, "rayjob.yaml": 5, "mlflow.yaml": 3}.get(name, 1)
     assert [refusal for document in yaml.safe_load_all(text) for refusal in refusals(document)] == []
 
 

@@ -48,10 +48,12 @@ def test_a_node_of_slurm_that_does_not_join_is_done_without(tmp_path: Path, befo
     clock = "import itertools, time; time.monotonic = itertools.count(0, 400).__next__; time.sleep = lambda _: None"
     (tmp_path / "sitecustomize.py").write_text(clock)
     ends_of_slurm(tmp_path).write_text("join\n" * before)
-    python = f'[ "$1" = -c ] || exit 1; exec env SLURM_NNODES=4 PYTHONPATH={tmp_path} {sys.executable} "$@"'
+    sweep = "trap : TERM; kill -TERM $PPID; sleep 1; exit 75"
+    python = f'[ "$1" = -c ] || {{ {sweep}; }}; exec env SLURM_NNODES=4 PYTHONPATH={tmp_path} {sys.executable} "$@"'
     done = run_slurm(tmp_path, 0, 0, python=python)
     assert "only 3 of 4 nodes joined Ray" in done.stderr
-    assert (done.returncode, "the sweep begins with these" in done.stderr) == ((1, True) if begins else (74, False))
+    assert (done.returncode, "the sweep begins with these" in done.stderr) == ((0, True) if begins else (74, False))
+    assert ends_of_slurm(tmp_path).read_text() == ("join\njoin\n" if begins else "join\njoin\n74\n"), "also in the next run"
 
 
 def test_slurms_limits_are_of_runs_since_a_stop(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_jobs_that_slurm_holds_are_exported_and_no_others(cluster: Slurm, tmp_pa
     stand_in(tmp_path, "sacct")
     script, out = sweeps.ROOT / "ops/prometheus/slurm-jobs.sh", tmp_path / "jobs.prom"
     cluster.run("env", f"PATH={tmp_path}:{cluster.environment['PATH']}", str(script), str(out))
-    lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in out.read_text().splitlines() if line.startswith("dis_scale_slurm_job_state")]
     assert lines == [f'dis_scale_slurm_job_state{{slurm_job="{held}",state="HELD"}} 1']
 
 

@@ -15,7 +15,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.sweep import state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
-from dis_scale.tracking.rows import RowWriter
+from dis_scale.tracking.rows import RowReader, RowWriter
 from dis_scale.training.memory import PassPlan
 from pipelines import nodes
 from pipelines.failures import WorkerFailure
@@ -293,6 +293,27 @@ def test_mlflow_is_away_only_for_a_sweep_that_has_runs_there(tmp_path: Path, tin
         pass
     assert dict(job.gauges)["mlflow_away"] == away
     assert ["its last rows are in storage and not in MLflow: MLflow is away" in line for line in job.said] == [True] * tracked
+
+
+def test_an_mlflow_that_hangs_is_asked_once_in_a_turn_and_the_gauges_are_of_the_newest_row(tmp_path: Path, tiny: Recipe) -> None:
+    """A new driver reads a file of each of 200 attempts: 35 s for each would be two hours without a gauge, and false alerts."""
+    job, asked = job_of(tiny, tmp_path), list[int]()
+
+    class Hanging(RunCopy):
+        def _try(self, _: Any) -> bool:
+            asked.append(len(self._waiting))
+            return False
+
+    copies = RowCopies(job, Hanging(job.sweep, "dis"))
+    for attempt in range(1, 4):
+        rows = RowWriter(job.sweep.run("dis").log, attempt)
+        rows.add(16 * attempt, {"loss": 1.0})
+        rows.close()
+    reader = RowReader(job.sweep.run("dis").log)
+    copies._send(reader, 0.0)
+    assert (asked, dict(job.gauges)["images_seen"]) == ([1], 48)
+    copies._send(reader, 0.0)
+    assert asked == [1, 3], "all wait for the next turn"
 
 
 def test_a_finished_model_does_not_fail_by_the_copy_of_its_rows(

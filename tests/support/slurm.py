@@ -63,7 +63,7 @@ class Slurm:
         config = CONFIG.format(host=host, controller=controller, folder=folder, nodes="\n".join(lines))
         (folder / "slurm.conf").write_text(config)
         active = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as slurm.sh asks for
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": active}
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": active, "LAST_SCRAPE_S": "1"}
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
