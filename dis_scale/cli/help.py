@@ -9,7 +9,7 @@ EXAMPLES = {
     "stop": "dis-scale stop outputs/sweeps/digits",
     "status": "dis-scale status outputs/sweeps/digits --watch 10",
     "logs": "dis-scale logs outputs/sweeps/digits dis-m",
-    "fork": "dis-scale fork outputs/sweeps/digits dis-m --at 80000 --as dis-m-slow --set learning_rate=5e-5",
+    "fork": "dis-scale fork outputs/sweeps/digits dis-m --at 32000 --as dis-m-slow --set learning_rate=5e-5",
     "profile": "dis-scale profile outputs/sweeps/digits dis-m --steps 10 --trace trace.json",
     "report": "dis-scale report outputs/sweeps/digits",
     "measure": "dis-scale measure samples.npz VIRTUAL_imagenet256_labeled.npz",
@@ -44,8 +44,8 @@ EXIT_CODES = {
     2: "invalid input: one line names the setting, its place and what was expected; also storage that cannot be used",
     69: "the same sweep is running on another cluster, or another process holds one of its stages; the line says where",
     70: "an error that nobody foresaw, with its traceback: a mistake of ours, or an accident of this machine",
-    74: "storage did not answer for about a minute, Ray's dashboard for 15, or the node of the command is being drained: run the "
-    "same command again",
+    74: "storage did not answer for about a minute (commands that only look ask for seconds), Ray's dashboard for 15, or the node "
+    "of the command is being drained: run the same command again",
     75: "stopped as requested, with all state saved; a rerun continues",
     INTERRUPTED: "ended at once by a second Ctrl-C or SIGTERM; a rerun continues from what was saved",
 }

@@ -9,8 +9,8 @@ from docs.reference.markdown import code, table
 
 PAGE = """# Errors
 
-An error is one line on stderr, `error: ...`, with the reason and what to do. `--debug` shows the traceback. If a stage failed,
-`dis-scale logs SWEEP MODEL` prints the output of its processes, with the traceback.
+An error is one line on stderr, `error: ...` (without that word after a stop request), with the reason and what to do. `--debug`
+shows the traceback. If a stage failed, `dis-scale logs SWEEP MODEL` prints the output of its processes, with the traceback.
 A traceback without that option is an error that nobody foresaw: exit code 70; please report it.
 
 The [index of the runbooks](../ops/runbooks/README.md) leads from a message to its page, also from lines that are not errors
@@ -42,11 +42,13 @@ KINDS = {
         "[bring a backbone](extending.md#bring-a-backbone).",
     ),
     "StorageError": Kind(
-        "Storage refuses a request, or has another content than expected: a missing folder, a wrong key, a wrong layout.",
+        "Storage refuses a request, or has another content than expected: a missing folder, a wrong key, a wrong layout; "
+        "with exit code 2 if `sweep` or `resume` finds it at its start.",
         "Check the URL, the keys and their rights: `dis-scale doctor ROOT`.",
     ),
     "StorageAway": Kind(
-        "Storage did not answer, although each request was repeated for about a minute.",
+        "Storage did not answer, although each request was repeated: by a sweep for about a minute, by commands that only look for "
+        "some seconds.",
         "Run the same command again when storage answers. Nothing is lost. See [storage-down](../ops/runbooks/storage-down.md).",
     ),
     "Damaged": Kind(
