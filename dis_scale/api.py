@@ -23,7 +23,7 @@ from dis_scale import vae
 from dis_scale.models.tokens import Backbone
 from dis_scale.planning import isoflop
 from dis_scale.planning.plan import derive
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError, lines_of
 from dis_scale.recipe import Recipe, reading
 from dis_scale.report import figures, tables
 from dis_scale.report.points import Report, collect, plan_of
@@ -193,7 +193,7 @@ class Weights:
         try:
             where = torch.zeros(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
         except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
-            raise UserError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"device {device!r}: {lines_of(error)[0]}") from error
         parts = sample_pictures(
             self.opened, each_label, sampling=self.opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance),
             seed=seed, batch=batch, device=where,

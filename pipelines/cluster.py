@@ -29,7 +29,7 @@ from typing import Any
 import ray
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale.process.errors import UserError, counted
+from dis_scale.process.errors import UserError, counted, lines_of
 from dis_scale.process.machine import free_ports
 from dis_scale.recipe import Recipe
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
@@ -238,7 +238,7 @@ def _connect() -> None:
             with keeping_handlers():
                 ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except ValueError as error:
-            raise UserError(f"RAY_ADDRESS={ray_address()}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"RAY_ADDRESS={ray_address()}: {lines_of(error)[0]}") from error
         except ConnectionError as error:
             kind = Unanswered if in_job() else UserError  # it was there a moment ago, and may be busy
             raise kind(f"no Ray answers at RAY_ADDRESS={ray_address()}: start it, or unset the variable to run here") from error

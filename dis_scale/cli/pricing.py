@@ -85,13 +85,14 @@ def _fleet(recipe: "Recipe", gpu: str | None, given: dict[str, Any]) -> "Fleet |
 
 
 def _forecast(forecast: "FleetForecast", recipe: "Recipe") -> list[RenderableType]:
-    from dis_scale.planning.fleet import GPUS, GRAPHS_HOST_S, HOST_S
+    from dis_scale.planning.fleet import GPUS, GRAPHS_HOST_S, HOST_S, OPTIMIZER_BYTES, STEP_S
 
     fleet, gpu = forecast.assumed, GPUS[forecast.assumed.gpu]
     assumed = (
         f"\nfleet    {fleet.count:,} x {fleet.gpu}; assumed: MFU {fleet.mfu:.0%}, {gpu.node_gb_s:g} GB/s within a node, "
         f"{gpu.network_gb_s:g} GB/s between nodes, "
         f"{fleet.host_gb_s:g} GB/s to the host, {1e3 * HOST_S:g} ms of Python a block and pass, {1e3 * GRAPHS_HOST_S:g} by graphs, "
+        f"{1e3 * STEP_S:g} ms and {OPTIMIZER_BYTES} bytes a parameter for the optimizer, "
         f"{fleet.storage_gb_s:g} GB/s a worker to storage, {fleet.restart_s:g} s to restart, "
         f"{fleet.preemptions_per_day:g} preemptions a day\nfigures  {SOURCES}"
     )

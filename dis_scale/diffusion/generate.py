@@ -1,6 +1,6 @@
 """Samples by number: the latents of a sample do not depend on the batch in which it is generated.
 
-Axes: B samples, C channels, H W height and width. Read next: samplers.py, ../seeds.py.
+Axes: B samples, C channels, H W height and width. Read next: samplers.py, ../process/seeds.py.
 """
 
 from collections.abc import Sequence

@@ -19,6 +19,10 @@ class FamilySettings(Settings):
     only_initial: ClassVar[frozenset[str]] = frozenset()
     """Fields that shape the random start or the training, and not what the network computes from its weights."""
 
+    def __hash__(self) -> int:
+        """Of any fields: a family of another package may have lists."""
+        return hash(self.model_dump_json())
+
     @property
     def needed_code(self) -> str:
         """Package and version, or hash of the file, that the settings were made for."""

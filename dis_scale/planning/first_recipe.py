@@ -199,6 +199,12 @@ class _Draft:
         """One on each GPU; otherwise the largest power of two up to the cores, at most eight."""
         return self.machine.gpus or max(n for n in (1, 2, 4, 8) if n <= max(1, self.machine.cores))
 
+    @property
+    def lanes(self) -> int:
+        """The least that divide a batch, 32 or more on GPUs, among which are all workers."""
+        least = max(32, self.workers) if self.machine.gpus else self.workers
+        return next((n for n in range(least, self.scale.batch_images + 1) if self.scale.batch_images % n == 0), least)
+
     def model(self, name: str) -> str:
         """Return a model in a recipe's words. On a CPU the patch bounds the tokens."""
         patch = max(2, self.shape.size // int(MOST_TOKENS_ON_A_CPU**0.5))
@@ -290,7 +296,7 @@ models:
 {"".join(f"  {name}: {draft.model(name)}" + chr(10) for name in models)}train:
   publish_images: {[count * batch for count in _published(scale, steps)]}  # evaluated; larger counts may be added later
   batch_images: {batch}
-  lanes: {max(32, workers) if gpus else workers}
+  lanes: {draft.lanes}
   workers: {workers}
   {scale.train}
   warmup_images: {steps // 20 * batch}

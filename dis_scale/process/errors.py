@@ -150,6 +150,11 @@ def shown_below(text: str) -> str:
     return shown(text).replace("\n", "\n  ")
 
 
+def lines_of(error: BaseException) -> list[str]:
+    """Return an error's lines; the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is one."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"

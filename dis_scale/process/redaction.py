@@ -1,6 +1,6 @@
 """Secrets in text that is printed or stored: credentials in URLs and values of secret environment variables become `***`.
 
-A recipe with credentials in a URL is refused (recipe/settings.py); this is for text of other origin, such as a library's error.
+A recipe with credentials in a URL is refused (process/settings.py); this is for text of other origin, such as a library's error.
 """
 
 import json

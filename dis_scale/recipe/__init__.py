@@ -242,7 +242,7 @@ class Recipe(Settings):
     def _without_seed(self, model: str) -> tuple[Any, ...]:
         own = self.models[model]
         trunk = self._without_seed(own.branch.of) if own.branch else ()
-        return tuple(own.sizes.items()), own.train, own.start, own.branch and own.branch.at, trunk
+        return str(own.sizes), own.train, own.start, own.branch and own.branch.at, trunk
 
     def start_of(self, model: str) -> FileStart | SweepStart | None:
         """Return the weights with which the training of a model, or of its trunk, began; None for random ones."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dis_scale.process import faults
-from dis_scale.process.errors import BrokenDevice, UserError, counted
+from dis_scale.process.errors import BrokenDevice, UserError, counted, lines_of
 from dis_scale.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def check_device(device: "torch.device") -> None:
         product = u.to(device)[:, None].repeat(1, side) @ u.to(device)[None].repeat(side, 1)
     except RuntimeError as error:
         if UNSUPPORTED.search(str(error)):
-            raise UserError(f"node {socket.gethostname()}: {str(error).splitlines()[0]}; {REMEDY}") from error
+            raise UserError(f"node {socket.gethostname()}: {lines_of(error)[0]}; {REMEDY}") from error
         raise
     if wrong := int((product.cpu() != side * torch.outer(u, u)).sum()):
         raise BrokenDevice(f"{device}: {wrong} of {side * side} elements of a matrix product are wrong")
@@ -202,7 +202,7 @@ def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None
             others = total - free - cuda.memory_reserved(device)
             if others > (shared + FOREIGN) * total:
                 held = f"other processes hold {others / 2**30:.1f} of {total / 2**30:.1f} GiB"
-                raise BrokenDevice(f"{device}: {held}: {str(error).splitlines()[0]}") from error
+                raise BrokenDevice(f"{device}: {held}: {lines_of(error)[0]}") from error
         if error is raised:
             raise
         raise error from error.__cause__

@@ -104,9 +104,15 @@ def process_group(device: torch.device) -> Iterator[None]:
     """A process group with this process alone."""
     (port,) = free_ports(1)
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
-    engine.connect(device)
+    before = dict(os.environ)
     try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+        os.environ.update({key: str(value) for key, value in place.items()})
+        engine.connect(device)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
+    finally:  # what this process starts next, such as a Ray, is no part of the group
+        for name in place:
+            os.environ.pop(name, None)
+        os.environ.update({name: before[name] for name in place if name in before})

@@ -6,7 +6,6 @@ The checks are those that a sweep makes itself. Heavy libraries are imported in 
 import os
 import platform
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -60,7 +59,6 @@ class Here:
     gpus: Callable[[], tuple[int, str]] = usable_gpus
     gpu_bytes: Callable[[], int] = smallest_gpu_bytes
     scan_problem: Callable[[str, str], DisScaleError | None] = _scan_problem
-    program: Callable[[str], str | None] = shutil.which
     version: Callable[[str], str] = metadata.version
 
 
@@ -90,7 +88,6 @@ Check = Callable[[Needs], Result]
 def checks() -> dict[str, Check]:
     """Return the check of each part but Ray, by the part's name."""
     parts: dict[str, Check] = {"python": _python, "packages": packages, "torch": _torch, "gpu": _gpus}
-    parts |= {"c++ compiler": cpp_compiler, "c compiler": c_compiler}
     parts |= {f"scan {name}": partial(scan, name) for name in SCANS}
     parts |= {"deepspeed": _deepspeed, "storage": storage, "mlflow": mlflow, "extractors": extractors, "vae": vae}
     return parts
@@ -156,28 +153,6 @@ def _gpus(needs: Needs) -> Result:
     driver = f", driver {version[1]}" if version else ""
     each = f"{torch.cuda.get_device_name(0)}, {needs.here.gpu_bytes() / 2**30:.0f} GiB"
     return Result(f"{gpus} x {each}{driver}; the device is {device} ({why})")
-
-
-def cpp_compiler(needs: Needs) -> Result:
-    """The compiler that PyTorch takes for the native scan."""
-
-    name = os.environ.get("CXX", "c++")
-    if path := needs.here.program(name):
-        return Result(path)
-    if _models_on(needs, "native") and (error := needs.here.scan_problem("native", "cpu")):
-        raise error
-    return Result(f"no {name}, and nothing to build", needed=False)
-
-
-def c_compiler(needs: Needs) -> Result:
-    """The compiler that Triton takes for its launcher."""
-    if not (needs.gpus[0] and _models_on(needs, "triton")):
-        return Result("only Triton's kernels need one, on a GPU", needed=False)
-    from dis_scale.scan import triton
-
-    if error := needs.here.scan_problem("triton", "cuda"):
-        raise error
-    return Result(str(triton.compiler()))
 
 
 def _models_on(needs: Needs, name: str) -> list[str]:

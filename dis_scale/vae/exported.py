@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, lines_of
 from dis_scale.recipe import ExportedVae, LatentShape
 from dis_scale.storage.programs import read_programs
 from dis_scale.vae.interface import Vae
@@ -102,8 +102,7 @@ class ProgramVae(Vae):
             encoded, again, alone = self._encode(noise), self._encode(noise), self._encode(noise[:1])
         except RuntimeError as error:  # such as of another precision, or of one size of batch
             raise UserError(
-                f"{path}: encode: {str(error).strip().splitlines()[-1]}; it has to take any number of images: dynamic_shapes of "
-                "torch.export.export"
+                f"{path}: encode: {lines_of(error)[-1]}; it has to take any number of images: dynamic_shapes of torch.export.export"
             ) from error
         if not encoded.isfinite().all():
             raise UserError(f"{path}: encode returns values of two images of noise that are not finite")

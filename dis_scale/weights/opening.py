@@ -22,7 +22,7 @@ from dis_scale.models import verify_kernels
 from dis_scale.models.replay import replayed
 from dis_scale.models.tokens import Backbone, check_labels
 from dis_scale.process import seeds
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, lines_of
 from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling, TrainedVae
 from dis_scale.recipe.evaluate import Autoguidance
 from dis_scale.storage.manifest import Manifest
@@ -216,7 +216,7 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
         pictures = decoder.decode(torch.zeros(1, channels, size, size))
         reason = f"it returns {tuple(pictures.shape)}"
     except RuntimeError as error:
-        pictures, reason = None, str(error).strip().splitlines()[-1]
+        pictures, reason = None, lines_of(error)[-1]
     if pictures is None or pictures.shape[3] != 3:
         raise UserError(f"--vae {vae_path} does not decode the model's latents, {channels} channels of {size} x {size}: {reason}")
 

@@ -9,6 +9,7 @@ import torch
 
 from dis_scale.models import build, construct, families
 from dis_scale.models.cost import price_model
+from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import NoFamily, UserError
 from dis_scale.process.settings import LatentShape
 from dis_scale.recipe import Recipe, reading
@@ -73,6 +74,13 @@ def test_a_brought_family_is_priced_built_and_stored_like_ours(package: Path, tm
     export.save(model, tmp_path / "own.safetensors")
     x_BCHW, t_B, y_B = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 10])
     assert torch.equal(export.load(tmp_path / "own.safetensors")(x_BCHW, t_B, y_B), model(x_BCHW, t_B, y_B))
+
+
+def test_a_family_may_have_lists(file: Path) -> None:
+    file.write_text(file.read_text().replace("    reach: Count = 4\n", "    reach: Count = 4\n    marks: list[str] = []\n"))
+    recipe = read(f"{FILE}, marks: [a, b]", "models.again={kind: 'gated_conv.py:FAMILY', width: 16, depth: 2, patch: 4, seed: 7}")
+    assert list(price_sweep(recipe, SHAPE).costs) == list(recipe.models)
+    assert recipe.seed_groups()["again"] == "again", "without marks"
 
 
 def test_a_package_is_in_the_schema_with_its_presets(package: Path) -> None:

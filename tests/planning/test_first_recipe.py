@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,11 @@ def test_every_proposal_is_a_recipe_whose_models_fit(machine: Machine, side: int
     for name, cost in plan.costs.items():
         assert cost.tokens <= 258 or machine.gpus
         assert not machine.gpus or lanes_at_once(name, cost, train, train.most_workers, machine.gpu_bytes)
+
+
+def test_lanes_divide_a_batch_also_where_gpus_do_not() -> None:
+    train = proposed(photos(300), replace(H100, gpus=40)).train
+    assert (train.most_workers, train.lanes, train.batch_images % train.lanes) == (40, 64, 0)
 
 
 def test_more_time_and_memory_allow_more_models() -> None:
