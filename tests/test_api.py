@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import dis_scale
@@ -59,8 +60,11 @@ def test_a_model_has_its_published_weights(sweep: dis_scale.Sweep) -> None:
     assert (sweep.models, sweep.images("dis"), sweep.images("dit")) == (["dis", "dit"], [320], [])
     model = sweep.load("dis")
     assert (model.training, model.shape, model.num_classes) == (False, (3, 32), 10)
-    same = sweep.load("dis", 320).state_dict()
-    assert all(torch.equal(weight, same[name]) for name, weight in model.state_dict().items())
+    (file,) = (sweep.stored.run("dis").published_at(320).local or Path()).glob("*.safetensors")
+    stored = safetensors.torch.load_file(file)
+    for loaded in (model.state_dict(), sweep.load("dis", 320).state_dict()):
+        assert loaded.keys() == stored.keys()
+        assert all(torch.equal(loaded[name], weight) for name, weight in stored.items())
 
 
 def test_the_curves_have_a_column_for_each_metric(sweep: dis_scale.Sweep) -> None:

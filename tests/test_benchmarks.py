@@ -220,6 +220,7 @@ def test_the_baseline_launches_no_more_than_public_code(capsys: pytest.CaptureFi
     """DiT against fast-DiT: neither operations nor bytes of a block or of the weights' average."""
     dit_counts.main()
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 6
     for ours, public in zip(found[::2], found[1::2], strict=True):
         assert (ours["name"], ours["code"], public["code"]) == (public["name"], "ours", "fast-DiT")
         assert 0 < ours["launches"] < public["launches"]

@@ -17,6 +17,7 @@ import yaml
 
 from dis_scale.process import counts
 from pipelines import metrics
+from tests.support import pods
 from tests.support.stand_ins import stand_in
 
 ROOT = Path(__file__).parent.parent
@@ -149,9 +150,7 @@ def test_the_pod_monitor_keeps_our_metrics() -> None:
     (keep,) = endpoint["metricRelabelings"]
     assert {name for name in EXPORTED if not re.fullmatch(keep["regex"], name)} == set()
     assert endpoint["port"] == "metrics"
-    declared = [
-        port
-        for path in (ROOT / "cluster").glob("*.yaml")
-        for port in re.findall(r"containerPort: (\d+), name: metrics", path.read_text())
-    ]
-    assert set(declared) <= {"8080"}, "Ray exports at KubeRay's default port"
+    groups = [group for name in pods.JOBS for group in pods.groups(pods.rayjob(name))]
+    assert len(groups) >= 6
+    ports = {group["rayStartParams"].get("metrics-export-port", "8080") for group in groups}
+    assert ports == {"8080"}, "KubeRay's default, which the policy opens"

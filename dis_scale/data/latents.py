@@ -134,13 +134,16 @@ def open_latents(
     return latents, [how, mixing.words(manifest.mixing)]
 
 
-def fits_in_memory(reader: Reader, set_bytes: int, workers: int, models: int) -> tuple[bool, str]:
+def fits_in_memory(
+    reader: Reader, set_bytes: int, workers: int, models: int, free_bytes: int | None = None
+) -> tuple[bool, str]:  # fmt: skip
     """Return whether a worker keeps the complete set in memory, and a line with the choice and its reason.
 
-    Other models of the sweep may train on the node, too, and fill their share later.
+    `free_bytes` is what is free on this node, by default now. Other models of the sweep may train there, too, and fill their share
+    later.
     """
     if reader.memory_gib is None:
-        limit = free_memory_bytes() // 2 // (workers * models)
+        limit = (free_memory_bytes() if free_bytes is None else free_bytes) // 2 // (workers * models)
         source = f"auto: half of the free memory by {counted(workers, 'worker')} and {counted(models, 'model')}"
     else:
         limit, source = int(reader.memory_gib * GIB), "reader.memory_gib"

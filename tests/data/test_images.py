@@ -26,7 +26,16 @@ def noise(height: int, width: int) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "PA", "CMYK", "YCbCr", "1", "I;16", "I;16B"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    assert square(Image.new(mode, (40, 24)), 16).shape == (16, 16, 3)
+    made = square(Image.new(mode, (40, 24)), 16)
+    assert made.shape == (16, 16, 3)
+    if mode.startswith("I"):
+        return
+    for colour in ((255, 255, 255), (0, 0, 0), (200, 40, 90)):
+        image = Image.new("RGB", (40, 24), colour).convert(mode, dither=Image.Dither.NONE)
+        grey = round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
+        expected = {"L": [grey] * 3, "LA": [grey] * 3, "1": [255 * (grey > 127)] * 3}.get(mode, colour)
+        tolerance = 30 if mode in ("P", "PA") and colour == (200, 40, 90) else 2  # the palette of a browser
+        assert np.abs(square(image, 16)[0, 0].astype(int) - expected).max() <= tolerance, mode
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])

@@ -60,8 +60,11 @@ def test_latents_without_variance_come_back(layout: str) -> None:
 
 
 class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch /tmp/dis-scale-was-here",)
+        return os.system, (f"touch {self.mark}",)
 
 
 class Uninitialised:
@@ -75,17 +78,17 @@ def from_pickle(data: bytes) -> np.ndarray:
     return layouts.moments(latents_source("webdataset"), data, "x", mirror=False)
 
 
-def test_a_pickle_makes_an_array_or_nothing() -> None:
+def test_a_pickle_makes_an_array_or_nothing(tmp_path: Path) -> None:
     array = np.random.default_rng(0).standard_normal((8, 4, 4)).astype(np.float32)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         for each in (array, np.asfortranarray(array), array.astype(">f8")):
             np.testing.assert_array_equal(from_pickle(pickle.dumps(each, protocol))[0], array.astype(np.float16))
     assert from_pickle(pickle.dumps(array * 1000))[0, 4:].max() == 20  # as MaskDiT bounds
     others = (array.astype(object), array[0, 0], array.astype(np.int32), array[:7], array.astype("U3"), np.float32(1))
-    for bad in (Evil(), Uninitialised(), {"a": array}, *others):
+    for bad in (Evil(mark := tmp_path / "was-here"), Uninitialised(), {"a": array}, *others):
         with pytest.raises(UndecodableImage, match="latent x cannot be read"):
             from_pickle(pickle.dumps(bad))
-    assert not Path("/tmp/dis-scale-was-here").exists()
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])

@@ -38,22 +38,6 @@ def test_each_epoch_has_each_sample_once_except_held_out_ones(
         assert sorted(seen + kept_out) == everything(counts)
 
 
-@given(COUNTS, st.integers(1, 6), st.integers(1, 4), st.integers(0, 20), st.data())
-def test_a_step_is_the_same_images_at_any_world_size(
-    counts: list[int], lanes: int, micro: int, step: int, data: st.DataObject
-) -> None:
-    """Each rank reads its lanes from its own order; together they are positions [sB, (s+1)B), also across epochs."""
-    batch, held = lanes * micro, data.draw(st.integers(0, sum(counts) - 1))
-    world = data.draw(st.sampled_from([w for w in range(1, lanes + 1) if lanes % w == 0]))
-    together = []
-    for rank in range(world):
-        mine = Order(counts, 0, held_out=held)
-        for lane in range(rank * lanes // world, (rank + 1) * lanes // world):
-            first = step * batch + lane * micro
-            together += samples_at(mine, first, first + micro)
-    assert together == samples_at(Order(counts, 0, held_out=held), step * batch, (step + 1) * batch)
-
-
 @given(COUNTS, st.integers(0, 10_000), BLOCKS)
 def test_a_position_does_not_depend_on_earlier_requests(counts: list[int], position: int, block: int) -> None:
     walked = Order(counts, 1, block)

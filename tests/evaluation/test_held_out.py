@@ -11,6 +11,7 @@ import torch
 
 from dis_scale import diffusion
 from dis_scale.data.latents import Latents
+from dis_scale.data.shards import unpack
 from dis_scale.evaluation import held_out
 from dis_scale.process.threads import batched
 from dis_scale.recipe import Flow, Gaussian, Recipe
@@ -26,11 +27,12 @@ class Echo(torch.nn.Module):
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(scale))
-        self.seen = list[int]()
+        self.seen, self.times = list[int](), set[float]()
 
     def forward(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
         assert x_BCHW.shape == (len(y_B), 4, 8, 8)
         self.seen += y_B.tolist()
+        self.times |= set(t_B.tolist())
         return torch.cat([self.scale * x_BCHW, torch.zeros_like(x_BCHW)], 1)
 
 
@@ -47,8 +49,13 @@ def held_out_losses(latents: Latents, batch: int, scale: float = 0.0, process: F
 def test_each_held_out_image_is_seen_at_each_level(latents: Latents) -> None:
     model = Echo(0.0)
     held_out.losses(model, diffusion.build(Flow(kind="flow"), latents.shape), latents, seed=0, batch=4)  # type: ignore[arg-type]
-    batches = batched((label for _, label in latents.held_out()), 4)
-    assert model.seen == [label for batch in batches for label in held_out.LEVELS * batch]
+    shards = {entry.name: unpack(latents.folder.read(entry.name), entry.name) for entry in latents.manifest.shards}
+    places = zip(*latents.order.held_out, strict=True)
+    expected = [(each.moments[row, 0], int(each.labels[row])) for shard, row in places for each in [[*shards.values()][shard]]]
+    assert len(expected) == 11
+    assert all(np.array_equal(a[0][: len(b[0])], b[0]) for a, b in zip(latents.held_out(), expected, strict=True))
+    assert model.seen == [label for batch in batched([y for _, y in expected], 4) for label in held_out.LEVELS * batch]
+    assert len(model.times) == held_out.LEVELS
 
 
 def test_a_batch_is_read_at_a_time(latents: Latents) -> None:

@@ -208,4 +208,4 @@ def test_the_error_for_a_failed_download_names_the_url(tmp_path: Path, monkeypat
         with pytest.raises(UserError, match=f"cannot be downloaded .*Connection refused.*; get {PUBLISHED.url} and give its path"):
             inception.load(None)
     finally:
-        urllib.request.install_opener(None)  # type: ignore[arg-type]  # the next one is made again
+        urllib.request.install_opener(None)  # the next one is made again

@@ -276,4 +276,4 @@ def test_files_are_read_by_32_threads(tmp_path: Path) -> None:
         return source.read(entries)
 
     parts.merged(sweep, replace(source, read=slow), [extractor], lambda _: None, lambda _: None)
-    assert most > 16
+    assert most == 32

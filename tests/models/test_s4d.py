@@ -109,4 +109,14 @@ def test_legs_are_the_eigenvalues_of_hippos_normal_part() -> None:
     expected = np.sort_complex(eigenvalues[eigenvalues.imag > 0])
     got = initial_modes("legs", N)[0].numpy()
     assert np.allclose(np.sort(got.imag), np.sort(expected.imag))
-    assert np.allclose(expected.real, -0.5)
+    assert np.allclose(got.real, -0.5)
+    vectors = np.linalg.eig(hippo + np.outer(root, root))
+    order = [i for i in np.argsort(vectors.eigenvalues.imag) if vectors.eigenvalues[i].imag > 0]
+    weights = np.abs(vectors.eigenvectors[:, order].conj().T @ np.sqrt(2 * np.arange(N) + 1))
+    assert np.allclose(initial_modes("legs", N)[1].numpy(), weights)
+
+
+@pytest.mark.parametrize("init", ["lin", "inv", "legs"])
+def test_a_layer_begins_with_the_modes_of_its_setting(init: str) -> None:
+    layer = S4D(2, settings(init=init, state_size=16))
+    assert np.allclose(layer.im[1].detach().numpy(), initial_modes(init, 16)[0].imag.numpy(), rtol=1e-6)

@@ -27,7 +27,7 @@ def test_every_shipped_recipe_is_valid_short_and_names_its_command(path: Path) -
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "ablations").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_ablation_has_a_price(path: Path) -> None:
-    """One recipe for each table of the papers; its models differ in what the table is about, and so in parameters or cost."""
+    """One recipe for each table of the papers; its models differ in what the table is about."""
     recipe = reading.load(path)
     assert (recipe.name, f"configs/ablations/{path.name}" in path.read_text()) == (path.stem, True)
     latent = LatentShape(3, 32) if recipe.data.resolution == 32 else LatentShape(4, 32)

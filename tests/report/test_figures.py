@@ -75,6 +75,7 @@ def test_many_counts_are_a_few_lines_with_their_names_in_the_axes(sweep: Sweep) 
     ):
         figure.canvas.draw()
         axes = figure.axes[0]
+        assert axes.texts
         for text in axes.texts:
             box = text.get_window_extent()
             assert box.y0 > axes.bbox.y0

@@ -33,7 +33,6 @@ def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Sweep) -> 
     assert float(rows[1]["gmacs_forward"]) == pytest.approx(cost.gmacs_forward, rel=1e-5)
     assert float(rows[1]["training_eflops"]) == pytest.approx(2 * cost.gmacs_training * 160 / 1e9, rel=1e-5)
     assert float(rows[1]["thop_gflops"]) == cost.thop_gflops
-    assert not [name for name in rows[1] if name.startswith("paper")], "no paper has numbers of these shapes"
     assert (rows[1]["sampler"], rows[1]["guidance"]) == ("ddim", "1.5")
 
 

@@ -3,6 +3,7 @@
 import http.client
 import itertools
 import re
+import socket
 import threading
 from collections import Counter
 from datetime import UTC, datetime
@@ -117,6 +118,7 @@ def test_the_page_of_a_sweep_tells_what_was_found_and_loads_nothing(sweep: Sweep
         if (value := each.get(key))
     ]
     assert all(value.startswith("data:") for value in loaded)
+    assert not re.search(r"@import|url\(['\"]?https?:|fetch\(|XMLHttpRequest|<iframe", text.decode())
     assert "prefers-color-scheme: dark" in text.decode()
     assert page.of("details"), "the notes are folded"
     assert all(each in text.decode() for each in ("@media print", '"beforeprint"')), "on paper nothing is folded"
@@ -214,15 +216,18 @@ def test_the_report_is_served_from_storage_to_this_machine_only(sweep: Sweep) ->
     address = re.search(r"http://127\.0\.0\.1:(\d+)", said.get(timeout=10))
     assert address
 
-    def get(path: str, method: str = "GET") -> tuple[int, bytes]:
+    def get(path: str, method: str = "GET", **headers: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=10)
-        connection.request(method, path)
+        connection.request(method, path, headers=headers)
         answer = connection.getresponse()
         sizes[path] = answer.headers["Content-Length"]
         return answer.status, answer.read()
 
     sizes: dict[str, str] = {}
     assert get("/") == (200, b"first")
+    with pytest.raises(ConnectionRefusedError):  # another address of this machine
+        socket.create_connection(("127.0.0.2", int(address[1])), timeout=10)
+    assert get("/", Host="example.org")[0] == 421, "a name that somebody has pointed here"
     assert (get("/index.html", "HEAD"), get("/none", "HEAD")) == ((200, b""), (404, b""))
     assert sizes["/index.html"] == "5", "of the page, which is not sent"
     sweep.report.write(reports.PAGE, b"second")

@@ -115,6 +115,8 @@ def test_a_job_whose_key_does_not_come_in_time_tries_again(bucket: str, monkeypa
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):  # not those of whoever runs the tests
+        monkeypatch.setenv(name, "/nowhere")
     s3fs.S3FileSystem.clear_instance_cache()
     root = open_folder(bucket) / "late"
     with pytest.raises(StorageError, match="no credentials"):

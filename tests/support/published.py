@@ -23,8 +23,8 @@ def published_sweep(root: str, *more: str) -> Sweep:
     return sweep
 
 
-def publish(sweep: Sweep, images: int, seed: int = 0) -> str:
-    """Publish random weights of the model at this count; return the folder's URL."""
+def publish(sweep: Sweep, images: int, seed: int = 1) -> str:
+    """Publish random weights of the model at this count, others than a new model has; return the folder's URL."""
     model = models.build(sweep.recipe.models["dis"], LatentShape(3, 32), 10, seed=seed)
     weights = safetensors.torch.save(model.state_dict(), {"dis_scale": json.dumps(describe(model))})
     folder = sweep.run("dis").published_at(images)

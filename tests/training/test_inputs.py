@@ -34,6 +34,9 @@ def test_a_step_has_the_same_inputs_for_any_number_of_workers(more: tuple[str, .
         parts = first_step(recipe, latents, world, passes)
         assert len(parts) == world * passes
         assert torch.equal(torch.cat([part.t_B for part in parts]), one.t_B)
+        masks = [part.drop for part in parts if part.drop is not None]
+        assert one.drop is not None
+        assert torch.equal(torch.cat(masks, 1), one.drop)
         assert torch.equal(torch.cat([part.micro.x_BCHW for part in parts]), one.micro.x_BCHW)
         assert torch.equal(torch.cat([part.micro.noise_BCHW for part in parts]), one.micro.noise_BCHW)
         labels = [part.micro.y_B for part in parts if part.micro.y_B is not None]

@@ -92,7 +92,7 @@ def test_a_cpu_computes_one_lane_at_once_unless_asked() -> None:
 
 def test_later_stages_hold_less() -> None:
     total = [sum(state_bytes(H, train(zero_stage=stage), 8).values()) for stage in (1, 2, 3)]
-    assert total == sorted(total, reverse=True)
+    assert total[0] > total[1] > total[2]
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ def test_a_resume_point_that_is_pruned_meanwhile_is_not_damaged(sweep: Sweep) ->
         first.delete(manifest.NAME)
         first.delete()
 
-    checks = verify._checks(sweep)
+    checks = list(verify._checks(sweep))  # which lists
     assert verify_sweep(sweep, prune) == ([], [])
     second.delete()
     assert [check for some in checks for check in some() if str(second) in str(check)] == []

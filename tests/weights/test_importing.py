@@ -125,14 +125,16 @@ def ours(tmp_path: Path, scaling: Scaling | None = None, **vae: Any) -> Path:
     """A file of ours for the tiny sweep in pixels, trained on latents of this autoencoder and scaling."""
     their_vae = EncodedBy(**{"identity": PixelVae().identity, "posterior": True, "shift": 0.0, "scale": 1.0} | vae)
     facts = SamplingFacts(Gaussian(kind="gaussian"), their_vae, scaling, Sampling(sampler="ddim", steps=4))
-    save(build(sweep_below(tmp_path).recipe.models["dis"], LatentShape(3, 32), 10), tmp_path / "ours.safetensors", facts)
+    save(build(sweep_below(tmp_path).recipe.models["dis"], LatentShape(3, 32), 10, seed=5), tmp_path / "ours.safetensors", facts)
     return tmp_path / "ours.safetensors"
 
 
 def test_a_file_of_ours_is_imported_with_the_latents_of_its_sweep(tmp_path: Path) -> None:
     assert invoke(*words(tmp_path, ours(tmp_path)))[0] == 0
     run = sweep_below(tmp_path).run("dis")
-    assert load_published(run, 1024).keys() == load(tmp_path / "ours.safetensors").state_dict().keys()
+    imported, theirs = load_published(run, 1024), load(tmp_path / "ours.safetensors").state_dict()
+    assert imported.keys() == theirs.keys()
+    assert all(torch.equal(imported[name], weight) for name, weight in theirs.items())
 
 
 @pytest.mark.parametrize(
