@@ -26,9 +26,9 @@ HOST_S, GRAPHS_HOST_S, STEP_S = 3.6e-3, 1.6e-3, 0.025
 and lets it wait.
 
 Of DiS on the host of an H200 at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); a fast core takes a third. By
-graphs: of S/2's 66 ms a step, for which the reader's thread may have been waited. With a parameter for
-each weight; with few it is less, which no GPU has measured. All else is taken to need as much, so it is a lower bound at ZeRO 3,
-where blocks are recomputed, and for state-space duality, of which a block took 7.7 ms without graphs.
+graphs: of S/2's 66 ms a step, for which the reader's thread may have been waited. With a parameter for each weight; with few it is
+less, which no GPU has measured. All else is taken to need as much, so it is a lower bound at ZeRO 3, where blocks are recomputed,
+and for state-space duality, of which a block took 7.7 ms without graphs.
 """
 OPTIMIZER_BYTES, MEMORY_GB_S = 100, 2000.0
 """A parameter's bytes that the copies, the norm, Adam and an average move, and 10^9 bytes/s of the slowest GPU's memory in GPUS."""

@@ -28,7 +28,7 @@ from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import DisScaleError
 from dis_scale.process.imports import adamw, hidden
 from dis_scale.recipe import Train
-from dis_scale.training.joined import Weights, join_blocks, weights_of
+from dis_scale.training.joined import Groups, Weights, join_blocks, weights_of
 from dis_scale.weights import ema
 
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
@@ -209,7 +209,7 @@ def start(model: Backbone, settings: Train, device: torch.device, read: Read, ad
     return engine
 
 
-def parameter_groups(model: Backbone, settings: Train) -> list[dict[str, Any]]:
+def parameter_groups(model: Backbone, settings: Train) -> Groups:
     """Return the optimizer's groups: the parameters of one weight decay and one factor of the learning rate, `rate`, together.
 
     With a base width, a step decays weights by the same share at each width, as Yang et al.'s package `mup` does.

@@ -23,12 +23,14 @@ class Weight(NamedTuple):
 
 Weights = dict[nn.Parameter, list[Weight]]
 """The weights that each parameter holds, one after the other."""
+Groups = list[dict[str, Any]]
+"""Groups of an optimizer: their `params`, which have one rate and one weight decay."""
 
 
 class _Place(NamedTuple):
-    """Where a block finds a weight: the attributes of its module, its name there, and its shape."""
+    """Where a block finds a weight: its module, its name there, and its shape."""
 
-    attributes: dict[str, Any]
+    module: nn.Module
     name: str
     shape: torch.Size
 
@@ -38,7 +40,7 @@ def weights_of(model: nn.Module) -> Weights:
     return {p: [Weight(name, p.numel())] for name, p in model.named_parameters()}
 
 
-def join_blocks(model: Backbone, groups: list[dict[str, Any]], most: int) -> Weights:
+def join_blocks(model: Backbone, groups: Groups, most: int) -> Weights:
     """Join each block's weights of one of the optimizer's groups, here and in the group, to parameters of `most` elements each.
 
     Returns what each parameter holds. A block has its weights while its `forward` runs: not before, in hooks, or in its backward
@@ -79,7 +81,7 @@ def _parts(weights: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Param
 def _taken(module: nn.Module, name: str, weight: nn.Parameter) -> _Place:
     """Take a weight from its module."""
     delattr(module, name)
-    return _Place(vars(module), name, weight.shape)
+    return _Place(module, name, weight.shape)
 
 
 def _with_weights(block: nn.Module, plain: Callable[..., Any], joined: list[tuple[str, list[_Place]]]) -> Callable[..., Any]:
@@ -89,12 +91,12 @@ def _with_weights(block: nn.Module, plain: Callable[..., Any], joined: list[tupl
     def forward(*inputs: Any) -> Any:
         for name, sizes, places in split:
             for place, part in zip(places, getattr(block, name).split(sizes), strict=True):
-                place.attributes[place.name] = part.view(place.shape)
+                vars(place.module)[place.name] = part.view(place.shape)
         try:
             return plain(*inputs)
         finally:
             for _, _, places in split:
                 for place in places:
-                    place.attributes.pop(place.name, None)
+                    vars(place.module).pop(place.name, None)
 
     return forward
