@@ -117,7 +117,7 @@ def open_latents(
     require_allowed(folder, recipe.data)
     if (theirs := manifest.made_from.num_classes) != recipe.data.num_classes:
         raise UserError(f"{folder}: latents of {theirs} classes, data.num_classes is {recipe.data.num_classes}: use another root")
-    keep_all, how = fits_in_memory(recipe.reader, manifest.size_bytes, workers, len(recipe.models))
+    keep_all, how = fits_in_memory(recipe.reader, manifest.size_bytes, workers, len(recipe.models), free_memory_bytes())
     cache = None
     if folder.local is None and recipe.reader.cache_gib:
         where = recipe.reader.cache_folder
@@ -134,16 +134,13 @@ def open_latents(
     return latents, [how, mixing.words(manifest.mixing)]
 
 
-def fits_in_memory(
-    reader: Reader, set_bytes: int, workers: int, models: int, free_bytes: int | None = None
-) -> tuple[bool, str]:  # fmt: skip
+def fits_in_memory(reader: Reader, set_bytes: int, workers: int, models: int, free_bytes: int) -> tuple[bool, str]:
     """Return whether a worker keeps the complete set in memory, and a line with the choice and its reason.
 
-    `free_bytes` is what is free on this node, by default now. Other models of the sweep may train there, too, and fill their share
-    later.
+    `free_bytes` is what is free on the node. Other models of the sweep may train there, too, and fill their share later.
     """
     if reader.memory_gib is None:
-        limit = (free_memory_bytes() if free_bytes is None else free_bytes) // 2 // (workers * models)
+        limit = free_bytes // 2 // (workers * models)
         source = f"auto: half of the free memory by {counted(workers, 'worker')} and {counted(models, 'model')}"
     else:
         limit, source = int(reader.memory_gib * GIB), "reader.memory_gib"

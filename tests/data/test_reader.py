@@ -205,7 +205,7 @@ def test_the_choice_is_logged_with_its_reason(tiny: Recipe, at: Path) -> None:
     reason = "4 GiB, limit 4 GiB a worker (auto: half of the free memory by 4 workers and 2 models)"
     assert of_64_gib(Reader(), 4 * 2**30, 4, 2) == (True, f"latents kept in memory: {reason}")
     assert of_64_gib(Reader(), 4 * 2**30 + 1, 4, 2) == (False, f"latents read by blocks of 4 shards: {reason}")
-    assert fits_in_memory(Reader(memory_gib=0), 1, 1, 1)[1].endswith("limit 0 GiB a worker (reader.memory_gib)")
+    assert of_64_gib(Reader(memory_gib=0), 1, 1, 1)[1].endswith("limit 0 GiB a worker (reader.memory_gib)")
     data = tiny.data.model_copy(update={"num_classes": CLASSES})
     settings = Reader(memory_gib=0, cache_gib=1.5, cache_folder="/data/cache")
     small = tiny.model_copy(update={"reader": settings, "data": data})

@@ -198,7 +198,8 @@ def test_a_huge_row_group_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     open_folder(tmp_path).write("x.parquet", labelled_images.parquet([(png(i), i % 2) for i in range(6)]))
     source = open_source(data({"kind": "parquet", "url": str(tmp_path)}))
     monkeypatch.setattr("dis_scale.data.parquet.GROUP_BYTES", 100)
-    with pytest.raises(UserError, match=r"x.parquet: row group 0 has [\d,]+ bytes in column 'image.bytes', and 100 are read"):
+    words = r"x.parquet: row group 0 has [\d,]+ bytes in column 'image.bytes', and 100 are read at most: write smaller row groups"
+    with pytest.raises(UserError, match=words):
         source.pixels(0, 16)
 
 

@@ -205,7 +205,8 @@ def test_the_error_for_a_failed_download_names_the_url(tmp_path: Path, monkeypat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     urllib.request.install_opener(urllib.request.build_opener(urllib.request.ProxyHandler({"https": "http://127.0.0.1:9"})))
     try:
-        with pytest.raises(UserError, match=f"cannot be downloaded .*Connection refused.*; get {PUBLISHED.url} and give its path"):
+        words = f"cannot be downloaded .*Connection refused.*; get {PUBLISHED.url} and give its path as"
+        with pytest.raises(UserError, match=words):
             inception.load(None)
     finally:
         urllib.request.install_opener(None)  # the next one is made again

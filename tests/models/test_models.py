@@ -1,7 +1,6 @@
 """Contract of every backbone: shapes, weights from a seed, random numbers from the caller, errors for bad input."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +16,11 @@ from dis_scale.models.dis.s6 import Mixer
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.settings import FamilySettings
-from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling
 from dis_scale.recipe.evaluate import Sampler
 from dis_scale.scan.selftest import Case
+from tests.support.graphs import stirred
 
 SHAPE = LatentShape(4, 8)
 DIS = Dis(kind="dis", width=32, depth=4, patch=2)
@@ -62,18 +61,9 @@ def test_initial_weights_are_a_function_of_the_seed_alone(settings: FamilySettin
     assert not torch.equal(other["time.up.weight"], first["time.up.weight"])
 
 
-def stirred(settings: FamilySettings, **options: Any) -> Backbone:
-    """A model whose output and gradients depend on all weights: those of its last product, and others, are zero at first."""
-    model = build(settings, SHAPE, 10, **options)
-    with torch.no_grad():
-        for number, weight in enumerate(model.parameters()):
-            weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
-    return model
-
-
 @MODELS
 def test_forward_is_the_same_in_training_and_uses_no_random_numbers(settings: FamilySettings) -> None:
-    model = stirred(settings)
+    model = stirred(build(settings, SHAPE, 10))
     state = torch.random.get_rng_state()
     assert torch.equal(model.train()(*inputs()), model.eval()(*inputs()))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -85,7 +75,7 @@ def test_recomputed_blocks_give_the_same_gradients(settings: FamilySettings, sca
     """Also in a second backward pass through the same graph, which PyTorch allows but for `selective`."""
     gradients = []
     for mode in ("none", "block", "every_2", "selective"):
-        model = stirred(settings, scan=scan, checkpointing=mode)
+        model = stirred(build(settings, SHAPE, 10, scan=scan, checkpointing=mode))
         drop = torch.ones(len(model.drop_rates), 3)
         drop[1::2, 0] = 0
         loss = model(*inputs(), drop).square().mean()
@@ -139,21 +129,21 @@ def test_bad_input_is_one_clear_line() -> None:
 
 @MODELS
 def test_products_in_bfloat16_give_similar_outputs_and_gradients_of_float32_weights(settings: FamilySettings) -> None:
-    exact, near = (stirred(settings, precision=precision) for precision in ("fp32", "bf16"))
+    exact, near = (stirred(build(settings, SHAPE, 10, precision=precision)) for precision in ("fp32", "bf16"))
     outputs = exact(*inputs()), near(*inputs())
     assert outputs[1].dtype == torch.bfloat16
-    assert torch.allclose(outputs[1].float(), outputs[0], atol=0.02 * float(outputs[0].detach().abs().max()))
+    assert torch.allclose(outputs[1].float(), outputs[0], atol=min(0.1, 0.02 * float(outputs[0].detach().abs().max())))
     outputs[1].float().square().mean().backward()
     assert {p.grad is not None and p.grad.dtype for p in near.parameters()} == {torch.float32}
 
 
 @MODELS
 def test_weights_in_bfloat16_give_similar_outputs(settings: FamilySettings) -> None:
-    model = stirred(settings)
+    model = stirred(build(settings, SHAPE, 10))
     exact = model(*inputs())
     near = model.to(torch.bfloat16)(*inputs())
     assert near.dtype == torch.bfloat16
-    assert torch.allclose(near.float(), exact, atol=0.05 * float(exact.detach().abs().max()))
+    assert torch.allclose(near.float(), exact, atol=min(0.1, 0.05 * float(exact.detach().abs().max())))
 
 
 def test_time_and_decay_are_not_rounded_with_the_weights() -> None:
@@ -215,7 +205,7 @@ def test_adaln_zero_blocks_add_nothing_at_first_and_learn() -> None:
 @pytest.mark.parametrize(("process", "sampler"), [(Gaussian(kind="gaussian"), "ddpm"), (Flow(kind="flow"), "heun")])
 def test_samples_are_the_same_pixels_at_any_split(settings: FamilySettings, process: Gaussian | Flow, sampler: Sampler) -> None:
     """Noise is bit-equal. Sums inside a model may differ in the last digits, far below 1/255."""
-    model = stirred(settings).eval()
+    model = stirred(build(settings, SHAPE, 10)).eval()
 
     def sample(numbers: Sequence[int]) -> Tensor:
         labels = [number % 10 for number in numbers]
@@ -229,7 +219,7 @@ def test_samples_are_the_same_pixels_at_any_split(settings: FamilySettings, proc
 @pytest.mark.slow
 @MODELS
 def test_compiled_blocks_agree_within_rounding(settings: FamilySettings) -> None:
-    models = [stirred(settings) for _ in range(2)]
+    models = [stirred(build(settings, SHAPE, 10)) for _ in range(2)]
     models[1].compile_blocks()
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
     for _ in range(2):

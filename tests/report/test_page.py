@@ -227,7 +227,7 @@ def test_the_report_is_served_from_storage_to_this_machine_only(sweep: Sweep) ->
     assert get("/") == (200, b"first")
     with pytest.raises(ConnectionRefusedError):  # another address of this machine
         socket.create_connection(("127.0.0.2", int(address[1])), timeout=10)
-    assert get("/", Host="example.org")[0] == 421, "a name that somebody has pointed here"
+    assert get("/", Host="example.org")[0] == 421, "a name that was pointed here"
     assert (get("/index.html", "HEAD"), get("/none", "HEAD")) == ((200, b""), (404, b""))
     assert sizes["/index.html"] == "5", "of the page, which is not sent"
     sweep.report.write(reports.PAGE, b"second")

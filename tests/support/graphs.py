@@ -29,14 +29,17 @@ def parsed(settings: dict[str, Any]) -> FamilySettings:
 
 
 def made(settings: dict[str, Any], device: str = "cpu", precision: Any = "fp32") -> Backbone:
-    """A model whose outputs depend on all weights: some of them are zero at first."""
-    shape = LatentShape(4, 8)
-    model = models.build(parsed(settings), shape, 10, precision=precision, seed=0)
+    """A model whose outputs depend on all weights."""
+    return stirred(models.build(parsed(settings), LatentShape(4, 8), 10, precision=precision, seed=0)).to(device)
+
+
+def stirred(model: Backbone) -> Backbone:
+    """Change each weight, so that output and gradients depend on all: those of the last product, and others, are zero at first."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.to(device)
+    return model
 
 
 def added_gradients(model: Backbone, images: int, passes: int) -> list[Tensor]:
