@@ -302,6 +302,7 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int, go_on: Callable[[], Non
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too: without it Ray replaces 127.0.0.1 by the machine's address
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its jobs have ended before it is stopped
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # it never comes back, and each driver that waits for it uses a core
         "RAY_prestart_worker_first_driver": "0",  # such workers lack a job's environment: no job would use them
         "RAY_worker_niceness": "0",  # Ray's default of 15 would leave training hardly any priority over evaluation's further 5
     }
