@@ -64,8 +64,8 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what takes longest first, the drills, then complete sweeps, autoencoders and kernels: others take the rest meanwhile."""
-    items.sort(key=lambda item: (item.path.name != "test_drills.py", not {"e2e", "vae", "scan"} & set(item.path.parts)))
+    """Run what takes longest first, the drills, then complete sweeps, autoencoders and kernels, and short tests at the end."""
+    items.sort(key=lambda item: (item.path.name != "test_drills.py", not {"e2e", "faults", "vae", "scan"} & set(item.path.parts)))
 
 
 @pytest.fixture(scope="module", autouse=True)
