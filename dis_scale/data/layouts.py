@@ -195,11 +195,7 @@ class _FromBuffer(_Pickled):
     pass
 
 
-_PICKLED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): None,
-    ("numpy", "dtype"): _Pickled,
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-}
+_PICKLED: dict[tuple[str, str], Any] = {("numpy", "ndarray"): None, ("numpy", "dtype"): _Pickled, ("_codecs", "encode"): None}
 for _core in ("numpy.core", "numpy._core"):  # of both versions of NumPy, and of all protocols
     _PICKLED |= {(f"{_core}.multiarray", "_reconstruct"): _Pickled, (f"{_core}.numeric", "_frombuffer"): _FromBuffer}
 
@@ -210,17 +206,28 @@ class _Unpickler(pickle._Unpickler):
     The one in Python: that in C makes a table as long as a damaged byte says.
     """
 
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self._left = len(data)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLED:
             raise pickle.UnpicklingError(f"a pickle that calls {module}.{name}, expected an array of NumPy")
-        return _PICKLED[module, name]
+        return self._encode if name == "encode" else _PICKLED[module, name]
+
+    def _encode(self, text: str, _: str) -> bytes:
+        """Return a text as bytes; UnpicklingError if it has the same one again and again, each time in other memory."""
+        self._left -= len(text)
+        if self._left < 0:
+            raise pickle.UnpicklingError("a pickle of more bytes than it has")
+        return text.encode("latin1")
 
 
 def _unpickled(data: bytes) -> np.ndarray:
     """Return the array in a pickle; ValueError or TypeError if it is anything else."""
     for _ in pickletools.genops(data):
         pass  # ValueError for a length that goes beyond the data, before memory is taken for it
-    found = _Unpickler(io.BytesIO(data)).load()
+    found = _Unpickler(data).load()
     if isinstance(found, _FromBuffer):
         values, kind, shape, order = found.arguments
     elif isinstance(found, _Pickled):

@@ -221,6 +221,7 @@ EXTENDED = {
 
 
 _DIGITS = re.compile(rb"\d{100}")
+_LENGTH, _RECORD = re.compile(rb"\d{1,20}"), re.compile(rb"\d{1,20} [^=]+=.*\n", re.DOTALL)
 
 
 class _Member(tarfile.TarInfo):
@@ -250,14 +251,16 @@ class _Member(tarfile.TarInfo):
         return member
 
     def _proc_pax(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        """Read an extended header; ReadError for one of digits, over which `tarfile` of Python 3.11 takes hours (CVE-2024-6232).
+        """Read an extended header; ReadError for one over which `tarfile` of Python 3.11 takes hours or any memory.
 
-        Also for one that gives the next member a size below 0.
+        That is CVE-2024-6232. Also for one that gives the next member a size below 0.
         """
         assert tar.fileobj is not None
         first = tar.fileobj.tell()
-        if _DIGITS.search(tar.fileobj.read(self.size)):
+        header = tar.fileobj.read(self.size)
+        if _DIGITS.search(header):
             raise tarfile.ReadError("an extended header of digits")
+        _require_records(header)
         tar.fileobj.seek(first)
         member: tarfile.TarInfo = super()._proc_pax(tar)  # type: ignore[misc]
         if member.size < 0:
@@ -270,6 +273,17 @@ class _Member(tarfile.TarInfo):
         raise StorageError(f"{self.where}: {printable(name)} has holes that are left out: write it without --sparse")
 
     _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_holes
+
+
+def _require_records(header: bytes) -> None:
+    """ReadError unless each record ends where it says: `tarfile` takes as its name all up to any later `=`, for each record."""
+    first = 0
+    while first < len(header) and header[first]:  # zeros fill the rest
+        length = _LENGTH.match(header, first)
+        end = first + int(length[0]) if length else 0
+        if end > len(header) or not _RECORD.fullmatch(header, first, end):
+            raise tarfile.ReadError("an extended header whose records are not as long as they say")
+        first = end
 
 
 class _InTar(NamedTuple):

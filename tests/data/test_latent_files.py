@@ -91,6 +91,14 @@ def test_a_pickle_makes_an_array_or_nothing(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def test_a_pickle_makes_no_more_bytes_than_it_has() -> None:
+    """Eight bytes of it would make as many as its longest text has, again and again."""
+    text = b"X" + (1000).to_bytes(4, "little") + b"x" * 1000
+    start = b"\x80\x02c_codecs\nencode\nq\x00" + text + b"q\x01X\x06\x00\x00\x00latin1q\x02"
+    with pytest.raises(pickle.UnpicklingError, match="a pickle of more bytes than it has"):
+        layouts._unpickled(start + b"h\x00h\x01h\x02\x86R" * 3 + b".")
+
+
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_a_damaged_pickle_is_read_or_named(protocol: int) -> None:
     """NumPy's own functions crash the process on some of these, and a length that is damaged may ask for all memory."""

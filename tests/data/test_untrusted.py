@@ -277,6 +277,21 @@ def test_an_extended_header_of_digits_is_refused_at_once(tmp_path: Path) -> None
     assert time.process_time() - began < 60, "hours without the check"
 
 
+@pytest.mark.parametrize(
+    "header",
+    [b"3 \n" * 3000 + b"a=b\n", b"9 a=b\n", b"6 a=b\n7 a=b\n", b"6 a=bc"],
+    ids=["no names", "beyond", "the second", "no end"],
+)
+def test_an_extended_header_whose_records_have_other_lengths_is_refused(tmp_path: Path, header: bytes) -> None:
+    """From each of the first one's 3,000 records Python 3.11 takes all that follows as a name: of 16 MiB, 32 GB."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(header)
+    padded = header + bytes(-len(header) % 512)
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + padded + tarfile.TarInfo("0.png").tobuf() + bytes(10240))
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: an extended header whose records are not as long"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
 def test_classes_of_latents_are_read_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "LARGEST_BYTES", 20)
     (tmp_path / "dataset.json").write_bytes(b'{"labels": [["00000/a.npy", 3]]}')
