@@ -242,6 +242,7 @@ class TrainingRun:
         first, shared = ranks.places[0], self.places.shared()
         variables = {
             "WORLD_SIZE": len(ranks.workers), "MASTER_ADDR": first.ip, "MASTER_PORT": first.port, "LOCAL_RANK": 0,
+            "GROUP_WORLD_SIZE": len({place.node for place in ranks.places}),
         }  # fmt: skip
         checks = [
             worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings), shared)

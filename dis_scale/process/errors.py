@@ -118,7 +118,7 @@ class NotFinite(DisScaleError):
 
 
 class WrongKernel(DisScaleError):
-    """A kernel's results are not those of its definition: it is wrong, or the device that it ran on is."""
+    """A kernel fails, or its results are not those of its definition: it is wrong, or the device that it ran on is."""
 
 
 class UndecodableImage(StorageError):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dis_scale.process import faults
-from dis_scale.process.errors import BrokenDevice, UserError, counted, lines_of
+from dis_scale.process.errors import BrokenDevice, UserError, WrongKernel, counted, lines_of
 from dis_scale.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ REMEDY = "this PyTorch needs the NVIDIA driver R580 or newer, and a GPU newer th
 def check_on_all_ranks(check: Callable[[], object]) -> None:
     """Run the same check of the device on all ranks; collective.
 
-    BrokenDevice on a rank whose check fails though it passes on others, which have the same program and the same case; where it
-    fails on all ranks, or lacks memory, its own error.
+    BrokenDevice on a rank whose check fails though it passes on others, which have the same program and the same case; WrongKernel
+    where it fails on all ranks and these are on several nodes; its own error where it lacks memory, or all ranks are on one node.
     """
     import torch.distributed as dist
 
@@ -63,6 +63,10 @@ def check_on_all_ranks(check: Callable[[], object]) -> None:
     dist.all_gather_object(passed, failure is None, group=dist.new_group(backend="gloo"))
     if failure and any(passed) and not lacks_memory(failure):
         raise BrokenDevice(f"this device fails where those of {sum(passed)} other ranks do not: {failure}") from failure
+    several_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    if several_nodes and isinstance(failure, RuntimeError) and not lacks_memory(failure) and not NODE.search(str(failure)):
+        # CUDA's words for it are those of a failed device: each node in turn would be excluded for it
+        raise WrongKernel(f"the check of the kernels fails on all {len(passed)} ranks: {failure}") from failure
     if failure:
         raise failure
 

@@ -1,5 +1,6 @@
 """What the engine gives to DeepSpeed, and what it reads from it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dis_scale.models.diffussm.s4d import S4D
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
-from dis_scale.process.errors import BrokenDevice, DisScaleError
+from dis_scale.process.errors import BrokenDevice, DisScaleError, WrongKernel
 from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.scan import FALLBACK, Choice
 from dis_scale.storage.folder import open_folder
@@ -85,6 +86,25 @@ def checks(failing: set[int], kind: type[Exception]) -> None:
         with pytest.raises(expected, match="the scan is wrong") as caught:
             devices.check_on_all_ranks(check)
         assert type(caught.value) is expected
+    dist.barrier()
+
+
+def test_a_kernel_that_fails_on_all_nodes_is_the_fault_of_none() -> None:
+    """CUDA's words for it are those of a failed device: each node in turn would be excluded, and a model end after two days."""
+    on_ranks(2, fails_on_all_nodes, "CUDA error: unspecified launch failure", WrongKernel)
+    on_ranks(2, fails_on_all_nodes, "CUDA error: out of memory", RuntimeError)
+    on_ranks(2, fails_on_all_nodes, "unable to mmap 4096 bytes", RuntimeError)
+
+
+def fails_on_all_nodes(words: str, expected: type[Exception]) -> None:
+    def check() -> None:
+        raise RuntimeError(words)
+
+    for nodes, raised in (("1", RuntimeError), ("2", expected)):
+        os.environ["GROUP_WORLD_SIZE"] = nodes
+        with pytest.raises(raised, match=words) as caught:
+            devices.check_on_all_ranks(check)
+        assert type(caught.value) is raised
     dist.barrier()
 
 
