@@ -447,7 +447,9 @@ def begin_tracking(driver: Driver, plan: Plan, uri: str) -> None:
         raise
     except Exception as error:
         why = redact(" ".join(str(error).split()))[:200]
-        driver.board.say(f"tracking MLflow cannot be reached at {uri}, results are in storage only: {why}")
+        refused = getattr(error, "error_code", "") == "PERMISSION_DENIED"  # for example to another user's sweep of this name
+        what = "refuses this user" if refused else "cannot be reached"
+        driver.board.say(f"tracking MLflow {what} at {uri}, results are in storage only: {why}")
 
 
 def _write_report(sweep: Sweep, points: report.Report, failures: Failures) -> None:

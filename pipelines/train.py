@@ -333,8 +333,8 @@ class RowCopies:
 
     @property
     def _misses_rows(self) -> bool:
-        """Whether MLflow lacks rows; it does of no sweep without a run there."""
-        return self.copy.away and TrackingIds.exists(self.job.sweep.folder)
+        """Whether MLflow lacks rows; of a sweep without a run there only if the recipe asks for one."""
+        return self.copy.away and (bool(self.job.recipe.tracking.uri) or TrackingIds.exists(self.job.sweep.folder))
 
     def _send_last(self, thread: threading.Thread, send: Callable[[], None]) -> None:
         try:
