@@ -311,6 +311,22 @@ def test_a_storm_of_preemptions_is_not_deterministic(tiny: Recipe, done: int, la
     assert job.now_s() > 3600
 
 
+def test_a_node_that_is_lost_later_excuses_no_earlier_crash(tiny: Recipe) -> None:
+    """With 64 ranks each attempt was on the node that a spot market takes after the ninth."""
+    job = job_of(tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 100})}))
+    every_ten_minutes = count(0, 600)
+
+    def attempt(_: WorkerFailure | None) -> None:
+        lost = len(job.pauses) >= 9
+        job.placed, job.gone = frozenset("abcdefgi" if lost else "abcdefgh"), {"h"} if lost else set()
+        failure = WorkerFailure("it crashed", 112)
+        failure.at = next(every_ten_minutes)
+        raise failure
+
+    with pytest.raises(DisScaleError, match="dis: crashed 10 times in a row with 112 done"):
+        with_restarts(job, "dis", attempt, lambda: 80)
+
+
 def test_one_crash_among_losses_of_nodes_is_not_called_deterministic(job: RecordedJob) -> None:
     """The message names what to look for: not a step that fails each time."""
 
