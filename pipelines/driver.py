@@ -35,7 +35,7 @@ LONGEST_PAUSE_S = 300.0
 PROBE_POLLS = 20
 """Polls between two probes of a storage that answers and takes no writes: each has eight requests."""
 MOST_FOLLOWED, FOLLOWED_IN_S = 10, 24 * 3600.0
-"""How often in this time another job follows one of a stage that was killed, or stopped for an earlier command."""
+"""How often in this time, and without progress, another job follows one that was killed, or stopped for an earlier command."""
 MOST_EVALUATIONS, FIRST_AGAIN_S = 6, 10.0
 """Evaluation jobs that fail one after the other, without a new result, once all models are trained; and the first pause between
 them, which grows fourfold."""
@@ -52,7 +52,9 @@ class Driver:
     jobs: list[Job] = field(default_factory=list)
     followed_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """When another job followed one that was killed, was stopped or had lost storage, by its stage and model; and another Ray of
-    our own."""
+    our own; since more was `stored`."""
+    stored: dict[str, int] = field(default_factory=dict)
+    """How much was stored when the last of these ended, for a stage that continues what it has stored."""
     stop_requested: Stop = field(default_factory=Stop)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
@@ -106,7 +108,10 @@ def stopping_jobs(driver: Driver, *, joined: bool = False) -> Iterator[None]:
         if stopped and wait_s and isinstance(error, Preempted):
             driver.board.say(f"stopping the jobs save what they have, within {wait_s:.0f} s; a second signal ends this at once")
         with driver.board.working("stopping"):
-            stop_jobs(stopped, wait_s=wait_s)
+            unasked = stop_jobs(stopped, wait_s=wait_s)
+        if unasked:
+            ids = " ".join(job.id for job in unasked)
+            driver.board.say(f"stopping Ray has not answered, and these jobs may continue: stop each by `ray job stop`: {ids}")
         raise
 
 
@@ -161,7 +166,8 @@ def _after(driver: Driver, cluster: Cluster, failures: Failures, model: str, job
     trained = partial(_insist, driver, partial(state.trained, driver.sweep, model))
     if job.status == "SUCCEEDED":
         return None if _knows_recipe(driver, job) or trained() else _submit(driver, cluster, "train", model)
-    if not trained() and _goes_on_again(driver, job, f"train {model}"):
+    stored = partial(state.resumable_images, driver.sweep.run(model))
+    if not trained() and _goes_on_again(driver, job, f"train {model}", stored):
         return _submit(driver, cluster, "train", model)
     why = _failure(driver, job, model)
     if trained():
@@ -213,19 +219,22 @@ class _Evaluation:
         return self._over
 
     def _goes_on_after(self, job: Job) -> bool:
-        """Note why a job failed; return whether another is submitted: after a mistake only beside trainings, if there are results.
+        """Note why a job failed; return whether another is submitted: after a mistake only beside trainings.
 
-        A file that one node lacks looks like a mistake while the other nodes are away.
+        A file that one node lacks looks like a mistake while the other nodes are away, as at the begin.
         """
-        if _goes_on_again(self._driver, job, "evaluate"):
+        if _goes_on_again(self._driver, job, "evaluate", self._measured):
             self._job = None
             return True
-        self._failures.evaluation = _failure(self._driver, job, "evaluate")
+        if isinstance(job.error(""), StorageAway) and not self._trained:  # the hub of its weights, which training does not need
+            self._failures.evaluation = job.reason()
+        else:
+            self._failures.evaluation = _failure(self._driver, job, "evaluate")
         self._driver.gauge("evaluation_failed", 1)
         results = _insist(self._driver, self._measured)
         self._failed, self._results = 1 if results > self._results else self._failed + 1, results
         mistaken = isinstance(job.error(""), UserError)
-        if (mistaken and (self._trained or not results)) or (self._trained and self._failed >= MOST_EVALUATIONS):
+        if self._trained and (mistaken or self._failed >= MOST_EVALUATIONS):
             return False
         wait_s = min(self._driver.evaluate_again_s, FIRST_AGAIN_S * 4.0 ** min(self._failed - 1, 9))
         self._driver.board.say(f"another evaluation job follows in {wait_s:.0f} s")
@@ -288,14 +297,14 @@ def _failure(driver: Driver, job: Job, name: str) -> str:
     return why
 
 
-def _goes_on_again(driver: Driver, job: Job, name: str) -> bool:
-    """Whether another job follows one that did not end well, a limited number of times.
+def _goes_on_again(driver: Driver, job: Job, name: str, stored: Callable[[], int] = lambda: 0) -> bool:
+    """Whether another job follows one that did not end well, a limited number of times since more was `stored`.
 
     It does after an accident of its process, if it was stopped for an earlier command, and if storage was away, once that answers
     again: StorageAway if it does not for as long as jobs wait. The job of a command that was joined was stopped by that command.
     """
     stopped, away = job.status == "STOPPED" and not job.ours and driver.first, isinstance(job.error(""), StorageAway)
-    if not (job.killed or stopped or away) or not may_follow(driver, name):
+    if not (job.killed or stopped or away) or not may_follow(driver, name, _insist(driver, stored)):
         return False
     why = job.reason()[:200]
     what = f"its process was killed, or not started ({why})"
@@ -331,9 +340,11 @@ def pause_before_next(driver: Driver, name: str) -> None:
         _pause(driver, min(LONGEST_PAUSE_S, driver.poll_every_s * 2 ** len(driver.followed_s[name])))
 
 
-def may_follow(driver: Driver, name: str) -> bool:
-    """Note that another job, or Ray, follows one of this name; false if too many have."""
+def may_follow(driver: Driver, name: str, stored: int = 0) -> bool:
+    """Note that another job, or Ray, follows one of this name; false if too many have since more was `stored`."""
     now_s = time.monotonic()
+    if stored != driver.stored.get(name, 0):
+        driver.stored[name], driver.followed_s[name] = stored, []
     lately = [at_s for at_s in driver.followed_s[name] if now_s - at_s < FOLLOWED_IN_S]
     if len(lately) == MOST_FOLLOWED:
         return False

@@ -260,12 +260,13 @@ def end_own_job(
     return 0 if stopped else exit_code
 
 
-def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> None:
+def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> list[Job]:
     """Ask Ray to stop the jobs that run, each until it answers or `asked_s` and `wait_s` are over; wait `wait_s` for their end.
 
-    All are asked at the same time: a dashboard that is silent takes ten seconds for each question.
+    All are asked at the same time: a dashboard that is silent takes ten seconds for each question. Returns those without an answer.
     """
-    began_s, running = time.monotonic(), [job for job in jobs if job.status not in ENDED]
+    began_s = time.monotonic()
+    unasked = running = [job for job in jobs if job.status not in ENDED]
     with ThreadPoolExecutor(max(1, len(running))) as pool, contextlib.suppress(Unanswered):
 
         def still_unasked(jobs: list[Job]) -> list[Job]:
@@ -277,6 +278,7 @@ def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> 
         ):
             time.sleep(ASK_AGAIN_S)
             unasked = still_unasked(unasked)
+    return unasked
 
 
 class NoRay(UserError):
