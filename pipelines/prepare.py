@@ -163,6 +163,7 @@ def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:
     count = max(1, min(sweep.recipe.precompute.workers, len(left)))
     workers = [spawn(job, Preparer, request, held) for _ in range(count)]
     job.say(f"reference: {len(left)} of {counted(part_count(images), 'part')} left, {counted(count, 'worker')}")
+    job.progress(before, images, "images")
     living, _, failure = share(
         job, workers, "make_parts", (sweep, device), left,
         lambda done: job.progress(before + sum(done), images, "images"),
@@ -193,6 +194,7 @@ def progress_by_part(job: StageJob) -> Report:
             before += count
             del left[0]
 
+    report([0])  # for whoever reads the status while the worker waits for a node
     return report
 
 
