@@ -149,9 +149,11 @@ if [ "$code" = 0 ] && [ -z "$requested" ]; then
 elif [ -n "$requested" ]; then
     code=75
 fi
-if [ -z "$requested" ] && { [ "$code" = 0 ] || [ "$code" = 75 ]; }; then # done, or `dis-scale stop`: it does not continue
-    trap '' TERM INT
-    sleep "${LAST_SCRAPE_S:-30}" || true # in which Prometheus, if it scrapes this Ray, sees that it has ended well
+if [ "$code" = 0 ] || [ "$code" = 75 ]; then # done, or stopped: Prometheus, if it scrapes this Ray, has to see that it ended well
+    last_s=${LAST_SCRAPE_S:-30}
+    [ -n "$requested" ] || trap '' TERM INT # `dis-scale stop`: it does not continue
+    [ -z "$deadline" ] || [ $((deadline - SECONDS)) -ge "$last_s" ] || last_s=$((deadline - SECONDS))
+    sleep "$last_s" || true
 fi
 if [ "$code" = 75 ]; then # a stop: a signal has said whether it continues
     rm -f "$ends" || true

@@ -68,6 +68,15 @@ def test_slurms_limits_are_of_runs_since_a_stop(tmp_path: Path) -> None:
     assert slurm_queues_again(tmp_path, 70, 500)
 
 
+@pytest.mark.parametrize(("wait_s", "least_s", "most_s"), [(240, 30, 30), (20, 10, 20)], ids=["all of it", "what is left"])
+def test_prometheus_has_time_for_the_end_before_a_time_limit(tmp_path: Path, wait_s: int, least_s: int, most_s: int) -> None:
+    """Otherwise each of twenty such ends in three weeks pages as a sweep that is gone, if the next run queues for 15 minutes."""
+    assert run_slurm(tmp_path, 75, 0, "TERM", lost=0, wait_s=wait_s).returncode == 0
+    *_, before_requeue, after = (tmp_path / "slept").read_text().split()
+    assert after == "60"
+    assert least_s <= int(before_requeue) <= most_s
+
+
 def test_a_request_to_stop_a_job_of_slurm_outlasts_its_time_limit(tmp_path: Path) -> None:
     """Its TERM comes while the sweep still saves."""
     signals = "kill -INT $PPID; until [ -e $HOME/terms ]; do /bin/sleep 0.05; done; kill -TERM $PPID; /bin/sleep 0.5"
@@ -126,7 +135,15 @@ def slurm_queues_again(tmp_path: Path, code: int, restarts: int, signal: str = "
 
 
 def run_slurm(
-    tmp_path: Path, code: int, restarts: int, signal: str = "", ray: str = "", lost: int = 2, python: str = "", srun: str = ""
+    tmp_path: Path,
+    code: int,
+    restarts: int,
+    signal: str = "",
+    ray: str = "",
+    lost: int = 2,
+    python: str = "",
+    srun: str = "",
+    wait_s: int = 5,
 ) -> subprocess.CompletedProcess[str]:
     """Run the script with a sweep that ends so. Slurm's controller restarts: the first `lost` requests to it are lost."""
     look = 'stat -c "%a %s" "$HOME/.dis-scale/ray-7.token" > "$HOME/token"'
@@ -134,7 +151,7 @@ def run_slurm(
     programs = {
         "python": python or sweep,
         "scontrol": f'echo >> {tmp_path}/lost; [ $(wc -l < {tmp_path}/lost) -gt {lost} ] && echo "$@" >> {tmp_path}/asked',
-        "sleep": "exec /bin/sleep 0.02",
+        "sleep": f'echo "$1" >> {tmp_path}/slept; exec /bin/sleep 0.02',
         "srun": srun,
         "ray": ray,
     }
@@ -145,7 +162,7 @@ def run_slurm(
         "SLURM_NNODES": "1",
         "SLURM_RESTART_COUNT": str(restarts),
         "RAY_IP": "127.0.0.1",
-        "STOP_WAIT_S": "5",
+        "STOP_WAIT_S": str(wait_s),
     }
     slurm |= {"HOME": str(tmp_path)}
     script = ["env", "--default-signal=INT", "bash", str(ROOT / "cluster/slurm.sh"), "recipe.yaml"]
