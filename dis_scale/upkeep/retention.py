@@ -135,13 +135,19 @@ def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
 def delete(unneeded: Iterable[Unneeded]) -> None:
     """Delete the files; manifests first, so that a folder that is only partly deleted does not exist.
 
-    UserError if a sweep needs some of them by now: those before are deleted.
+    UserError if a sweep needs some of them by now: those before are deleted, and its own manifest is written again.
     """
     for each in unneeded:
         each.require_unused()
-        first = sorted(each.sizes, key=lambda name: name != MANIFEST)
-        each.folder.delete(first[0])
-        for _ in in_order(first[1:], each.folder.delete):
+        if MANIFEST in each.sizes and each.folder.exists(MANIFEST):
+            manifest = each.folder.read(MANIFEST)
+            each.folder.delete(MANIFEST)
+            try:
+                each.require_unused()  # a sweep that was stored during the listing above
+            except BaseException:
+                each.folder.write(MANIFEST, manifest)
+                raise
+        for _ in in_order([name for name in each.sizes if name != MANIFEST], each.folder.delete):
             pass
         if not each.folder.list():
             each.folder.delete()  # on a disk: the empty folder

@@ -14,7 +14,7 @@ from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import RECIPE, Run, Sweep, command_lease, state
 from dis_scale.sweep.documents import LatentsManifest, TrackingIds
-from dis_scale.upkeep import removal
+from dis_scale.upkeep import removal, retention
 from tests.support import small_latents, store_requests
 from tests.support.commands import invoke
 from tests.support.documents import put_files, put_resume_point
@@ -141,6 +141,22 @@ def test_latents_that_another_sweep_uses_meanwhile_stay(sweep: Sweep) -> None:
     assert sweep.store.list("latents/mine")
     removal.delete(removal.find(sweep))
     assert sweep.store.list("latents/mine")
+
+
+def test_a_sweep_that_is_stored_during_the_last_look_keeps_its_latents(sweep: Sweep) -> None:
+    """With a thousand sweeps the look takes minutes."""
+    (latents,) = (each for each in removal.find(sweep).unshared if each.kind == "latents")
+    before, looks = everything(latents.folder), list[int]()
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) > 1:
+            Sweep.below(sweep.store, sweep.recipe.model_copy(update={"name": "other"})).save_recipe()
+            latents.require_unused()
+
+    with pytest.raises(UserError, match="other has no complete latents yet"):
+        retention.delete([latents._replace(require_unused=look)])
+    assert everything(latents.folder) == before
 
 
 def test_an_interrupted_deletion_is_continued(sweep: Sweep) -> None:
