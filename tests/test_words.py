@@ -7,6 +7,7 @@ import ast
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -184,6 +185,17 @@ def test_the_runbooks_commands_exist() -> None:
     commands = {name: runbook_commands(text) for name, text in RUNBOOKS.items()}
     assert [name for name in RUNBOOKS if not commands[name]] == []
     assert failures(require_runbook_command, (words for name in RUNBOOKS for words in commands[name])) == []
+
+
+def test_no_session_of_a_ray_that_runs_is_listed_as_safe_to_delete(tmp_path: Path) -> None:
+    (line,) = [line.strip() for line in RUNBOOKS["disk-full"].splitlines() if line.strip().startswith("for session in")]
+    used, ended = tmp_path / "session_2026-01-02_used", tmp_path / "session_2026-01-01_ended"
+    for session in (used, ended):
+        session.mkdir()
+    with subprocess.Popen([sys.executable, "-c", "input()", f"--session-dir={used}"], stdin=subprocess.PIPE) as raylet:
+        listed = subprocess.run(["bash"], input=line.replace("/tmp/ray", str(tmp_path)), capture_output=True, text=True)
+        raylet.kill()
+    assert listed.stdout.split() == [str(ended)]
 
 
 LINKING = [*(ROOT / name for name in TREE if re.fullmatch(r"\w+\.md", name)), *sorted((ROOT / "docs").glob("*.md")),

@@ -128,3 +128,4 @@ def test_a_sweep_has_rights_on_its_own_experiment_only(
 def log_in(login: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, word in login.items():
         monkeypatch.setenv(name, word)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # asked again on a busy machine, a server has what it is to create

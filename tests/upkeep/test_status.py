@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from dis_scale.api import StoredSweep
 from dis_scale.cli import main
 from dis_scale.process.errors import StorageAway
 from dis_scale.recipe import Recipe, reading
@@ -27,8 +28,10 @@ from dis_scale.upkeep import status
 from dis_scale.upkeep.status import RunStatus, Status
 from tests.conftest import TINY
 from tests.support import store_requests
+from tests.support.clock_store import ClockFileSystem
 from tests.support.commands import answer, invoke
 from tests.support.documents import put_latents, put_metrics, put_prepared, put_published, put_resume_point
+from tests.support.waiting import wait_until
 
 NOW = 2e9
 
@@ -86,6 +89,30 @@ def test_a_sweep_that_has_not_begun(sweep: Sweep) -> None:
     assert (found.doing, found.stopped, found.backlog) == ("preparing", "no sweep command has run yet", 0)
     assert (run.doing, run.images_seen, run.attempts, run.published) == ("waiting", 0, 0, 0)
     assert found.wrong == [f"stopped: no sweep command has run yet; to continue: dis-scale resume {sweep}"]
+
+
+def test_a_laptop_whose_clock_is_an_hour_ahead_calls_no_live_sweep_stopped(
+    tiny: Recipe, fast_beats: None, clock_store: type[ClockFileSystem]
+) -> None:
+    clock_store.ahead_s = -3600.0
+    sweep = Sweep.below(open_folder("clock://root"), tiny)
+    sweep.save_recipe()
+    with lease.hold(sweep.lease("sweep")):
+        wait_until(lambda: sweep.lease("sweep").exists("0001.beat"))
+        assert "no heartbeat" not in invoke("status", sweep.folder.url)[1]
+        assert StoredSweep(sweep).state().stopped == ""
+        with pytest.raises(KeyboardInterrupt):
+            status.watch(sweep, 0.01, console := Once(file=io.StringIO(), width=200))
+    assert isinstance(console.file, io.StringIO)
+    assert "no heartbeat" not in console.file.getvalue()
+
+
+class Once(Console):
+    """Shows one page."""
+
+    def print(self, *page: Any, **how: Any) -> None:
+        super().print(*page, **how)
+        raise KeyboardInterrupt
 
 
 def test_a_stage_before_training_tells_how_far_it_is(sweep: Sweep) -> None:
