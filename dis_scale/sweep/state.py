@@ -27,8 +27,9 @@ from dis_scale.sweep.documents import (
 )
 from dis_scale.sweep.extractors import part_count, reference_file, reference_part, weights_identity
 
-MOST_NODE_FAILURES = 2
-"""Failures of a node's devices in one sweep after which its training and evaluation avoid the node."""
+MOST_NODE_FAILURES, KEPT_NODE_FAILURES = 2, 20
+"""Failures of a node's devices in one sweep after which its training and evaluation avoid the node; and the most that a job keeps:
+one that has no other node may fail on it for weeks, and all jobs read them each minute."""
 T = TypeVar("T")
 
 
@@ -253,7 +254,7 @@ def require_device(sweep: Sweep, device: str, why: str) -> None:
 def record_node_failure(folder: Folder, node: str, why: str) -> None:
     """Add a device's failure on a node to the file, which placement reads, in the folder of a job: `Sweep.failed_nodes`."""
     failures = _node_failures(folder)
-    FailedNodes(failures=failures | {node: (*failures.get(node, ()), why)}).write(folder)
+    FailedNodes(failures=failures | {node: (*failures.get(node, ()), why)[-KEPT_NODE_FAILURES:]}).write(folder)
 
 
 def node_failures(sweep: Sweep) -> Counter[str]:

@@ -108,6 +108,14 @@ def test_a_damaged_list_of_failed_nodes_is_named_and_excludes_none(
     assert state.node_failures(sweep) == {"node": 2}
 
 
+def test_of_a_node_that_fails_for_weeks_the_last_failures_are_kept(sweep: Sweep) -> None:
+    folder = sweep.failed_nodes("evaluate")
+    for number in range(50):
+        state.record_node_failure(folder, "node", f"ECC {number}")
+    assert (kept := FailedNodes.find_intact(folder))
+    assert kept.failures["node"] == tuple(f"ECC {number}" for number in range(30, 50))
+
+
 def test_a_sweep_is_evaluated_when_each_sampling_is(sweep: Sweep) -> None:
     for variant in ("", "wide"):
         assert not state.all_evaluated(sweep)
