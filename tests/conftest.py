@@ -63,9 +63,23 @@ def pytest_report_header() -> str:
     return "object storage: tested against Ceph's gateway"
 
 
+LONGEST = (
+    "faults/test_drills.py", "e2e/test_again_is_safe.py", "e2e/test_cluster_files.py", "faults/test_sweeps.py",
+    "e2e/test_cluster.py", "vae/test_small.py", "scan/test_scan_triton.py", "e2e/test_bad_node.py", "e2e/test_brought_family.py", "faults/test_stages.py",
+)  # fmt: skip
+"""Files of five minutes and more in `make faults`, each of which one process runs: begun last, it would let the others wait."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what takes longest first, the drills, then complete sweeps, autoencoders and kernels, and short tests at the end."""
-    items.sort(key=lambda item: (item.path.name != "test_drills.py", not {"e2e", "faults", "vae", "scan"} & set(item.path.parts)))
+    """Run what takes longest first, then other complete sweeps and kernels, and short tests at the end."""
+
+    def place(item: pytest.Item) -> int:
+        folder, name = item.path.parts[-2:]
+        if f"{folder}/{name}" in LONGEST:
+            return LONGEST.index(f"{folder}/{name}")
+        return len(LONGEST) + (folder not in ("e2e", "faults", "vae", "scan"))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="module", autouse=True)
