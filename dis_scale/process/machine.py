@@ -1,7 +1,9 @@
 """What machine this is. Imports the standard library only: a bare machine's benchmarks record it, too."""
 
 import contextlib
+import errno
 import platform
+import random
 import socket
 from pathlib import Path
 
@@ -13,9 +15,20 @@ def processor() -> str:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Return ports of an address of this machine, "" for all of them, that are free now."""
+    """Return ports of an address of this machine, "" for all of them, that are free now.
+
+    They are below those that the kernel gives to outgoing connections (32768 on): one of these could take a port before its program
+    listens there. Kubernetes' own are from 30000 on, and Ray's workers have those below 20000.
+    """
+    found = list[int]()
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((host, 0))
-        return [each.getsockname()[1] for each in sockets]
+        while len(found) < count:
+            port = random.SystemRandom().randrange(20_000, 30_000)
+            try:
+                stack.enter_context(socket.socket()).bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                found.append(port)
+    return found
