@@ -195,7 +195,7 @@ class _FromBuffer(_Pickled):
     pass
 
 
-_PICKLED: dict[tuple[str, str], Any] = {("numpy", "ndarray"): None, ("numpy", "dtype"): _Pickled, ("_codecs", "encode"): None}
+_PICKLED: dict[tuple[str, str], Any] = {("numpy", "ndarray"): None, ("numpy", "dtype"): _Pickled}
 for _core in ("numpy.core", "numpy._core"):  # of both versions of NumPy, and of all protocols
     _PICKLED |= {(f"{_core}.multiarray", "_reconstruct"): _Pickled, (f"{_core}.numeric", "_frombuffer"): _FromBuffer}
 
@@ -211,9 +211,11 @@ class _Unpickler(pickle._Unpickler):
         self._left = len(data)
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         if (module, name) not in _PICKLED:
             raise pickle.UnpicklingError(f"a pickle that calls {module}.{name}, expected an array of NumPy")
-        return self._encode if name == "encode" else _PICKLED[module, name]
+        return _PICKLED[module, name]
 
     def _encode(self, text: str, _: str) -> bytes:
         """Return a text as bytes; UnpicklingError if it has the same one again and again, each time in other memory."""
@@ -235,7 +237,7 @@ def _unpickled(data: bytes) -> np.ndarray:
         order = "F" if by_columns else "C"
     else:
         raise TypeError(f"it is a pickled {type(found).__name__}, expected an array")
-    name, endian = str(kind.arguments[0]), str(kind.state[1])
+    name, endian = kind.arguments[0], kind.state[1]
     if not re.fullmatch(r"f[248]", name) or endian not in "<>":
         raise ValueError(f"an array of {name}, expected floating point")
     return np.frombuffer(values, f"{endian}{name}").reshape(shape, order=order)

@@ -91,12 +91,31 @@ def test_a_pickle_makes_an_array_or_nothing(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+class HugeType:
+    """Of 300 bytes, and 2^40 characters as a text."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        names: tuple[object, ...] = ("f4",)
+        for _ in range(40):
+            names = (names, names)
+        return np.dtype, (names,), (3, "<")
+
+
+class OfHugeType:
+    def __reduce__(self) -> tuple[object, ...]:
+        reduced = np.ones(1).__reduce__()
+        assert isinstance(reduced, tuple)
+        return *reduced[:2], (1, (1,), HugeType(), False, b"")
+
+
 def test_a_pickle_makes_no_more_bytes_than_it_has() -> None:
     """Eight bytes of it would make as many as its longest text has, again and again."""
     text = b"X" + (1000).to_bytes(4, "little") + b"x" * 1000
     start = b"\x80\x02c_codecs\nencode\nq\x00" + text + b"q\x01X\x06\x00\x00\x00latin1q\x02"
     with pytest.raises(pickle.UnpicklingError, match="a pickle of more bytes than it has"):
         layouts._unpickled(start + b"h\x00h\x01h\x02\x86R" * 3 + b".")
+    with pytest.raises(TypeError, match="expected string or bytes-like"):
+        layouts._unpickled(pickle.dumps(OfHugeType()))
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
