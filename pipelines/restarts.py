@@ -27,7 +27,7 @@ WORKED_S = 3600.0
 REPLACED_S = 3600.0
 """Time for which failures of an excluded node do not count while another is gone: a new one starts later than attempts fail."""
 GONE_WITHIN_S = 120.0
-"""Time after a failure in which the loss of a node may have been its cause: Ray calls a silent one dead after 30 s."""
+"""Time after a failure in which its lost node may still be given to the next attempt: Ray calls a silent one dead after 30 s."""
 NEAR_STEPS = 2
 """Most steps between crashes at the same place: progress is asked for each second, and a process that dies tells no more."""
 HANGS = 2
@@ -144,11 +144,11 @@ class _Record:
         return min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(self.in_a_row - 2, 10)) if self.in_a_row > 1 else 0.0
 
     def _note_gone(self, failures: Sequence[WorkerFailure]) -> None:
-        """Note whose nodes are gone by now, also those of earlier failures; a node that is lost later did not cause them."""
-        late = [failure for failure in failures if failures[-1].at - failure.at < GONE_WITHIN_S]
-        gone = self.job.gone_of(frozenset().union(*(failure.nodes for failure in late)))
-        for failure in late:
-            failure.node_gone = failure.node_gone or not gone.isdisjoint(failure.nodes)
+        """Note whose nodes are gone by now, also those of earlier failures; not a node on which a later attempt still ran."""
+        gone = self.job.gone_of(frozenset().union(*(failure.nodes for failure in failures)))
+        for n, failure in enumerate(failures):
+            later = [each.nodes for each in failures[n + 1 :] if each.at - failure.at > GONE_WITHIN_S]
+            failure.node_gone = failure.node_gone or not gone.isdisjoint(failure.nodes.difference(*later))
 
 
 def _stored_or(before: T, stored: Callable[[], T]) -> T:
