@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+from dis_scale.process import counts
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.process.progress import Board
 from dis_scale.storage import lease
@@ -109,9 +110,8 @@ def stopping_jobs(driver: Driver, *, joined: bool = False) -> Iterator[None]:
             driver.board.say(f"stopping the jobs save what they have, within {wait_s:.0f} s; a second signal ends this at once")
         with driver.board.working("stopping"):
             unasked = stop_jobs(stopped, wait_s=wait_s)
-        if unasked:
-            ids = " ".join(job.id for job in unasked)
-            driver.board.say(f"stopping Ray has not answered, and these jobs may continue: stop each by `ray job stop`: {ids}")
+        if ids := " ".join(job.id for job in unasked if not job.cluster.ours):  # our own Ray ends with this process
+            driver.board.say(f"stopping Ray has not stopped these jobs, which may continue; stop each by `ray job stop`: {ids}")
         raise
 
 
@@ -196,6 +196,8 @@ class _Evaluation:
         self._job: Job | None = self._submit()
         self._again_s, self._trained, self._over = 0.0, trained, False
         self._failed, self._results = 0, 0
+        self._alone = cluster.ours
+        """Whether there is one machine, so that no other can be away."""
 
     def over(self, *, trained: bool) -> bool:
         """Show its log; return whether it has ended for good. Attempts begun once all models are `trained` are limited."""
@@ -228,15 +230,17 @@ class _Evaluation:
             return True
         if isinstance(job.error(""), StorageAway) and not self._trained:  # the hub of its weights, which training does not need
             self._failures.evaluation = job.reason()
+            self._driver.board.say(f"evaluate failed: {self._failures.evaluation}; the other jobs continue")
         else:
             self._failures.evaluation = _failure(self._driver, job, "evaluate")
         self._driver.gauge("evaluation_failed", 1)
         results = _insist(self._driver, self._measured)
         self._failed, self._results = 1 if results > self._results else self._failed + 1, results
         mistaken = isinstance(job.error(""), UserError)
-        if self._trained and (mistaken or self._failed >= MOST_EVALUATIONS):
+        if (self._trained and (mistaken or self._failed >= MOST_EVALUATIONS)) or (mistaken and self._alone and not results):
             return False
-        wait_s = min(self._driver.evaluate_again_s, FIRST_AGAIN_S * 4.0 ** min(self._failed - 1, 9))
+        longest_s = self._driver.evaluate_again_s * (6 if mistaken else 1)
+        wait_s = min(longest_s, FIRST_AGAIN_S * 4.0 ** min(self._failed - 1, 9))
         self._driver.board.say(f"another evaluation job follows in {wait_s:.0f} s")
         self._job, self._again_s = None, time.monotonic() + wait_s
         return True
@@ -314,6 +318,7 @@ def _goes_on_again(driver: Driver, job: Job, name: str, stored: Callable[[], int
         _insist(driver, partial(_require_usable, driver))
         what = f"storage or a node was away ({why})"
     driver.board.say(f"{name}: {what}, and another job continues")
+    counts.add(counts.RESTARTS)
     pause_before_next(driver, name)
     return True
 

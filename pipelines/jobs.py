@@ -263,7 +263,8 @@ def end_own_job(
 def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> list[Job]:
     """Ask Ray to stop the jobs that run, each until it answers or `asked_s` and `wait_s` are over; wait `wait_s` for their end.
 
-    All are asked at the same time: a dashboard that is silent takes ten seconds for each question. Returns those without an answer.
+    All are asked at the same time: a dashboard that is silent takes ten seconds for each question.
+    Returns those that Ray does not stop.
     """
     began_s = time.monotonic()
     unasked = running = [job for job in jobs if job.status not in ENDED]

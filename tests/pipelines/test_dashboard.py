@@ -260,4 +260,4 @@ def test_a_sweep_and_its_job_end_beside_a_dashboard_that_falls_silent(
         train_and_evaluate(driver, here)
     assert end_own_job(Preempted.exit_code, wait_s=0.0, silent_s=0.0) == 0, "a failed job would be submitted again"
     assert time.monotonic() - began_s < 30
-    assert "these jobs may continue: stop each by `ray job stop`: j k" in logged(driver)
+    assert "which may continue; stop each by `ray job stop`: j k" in logged(driver)
