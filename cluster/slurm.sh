@@ -146,14 +146,13 @@ if [ "$code" = 0 ] && [ -z "$requested" ]; then
     program=dis_scale.sweep
     [ "${1:-}" != resume ] || program=dis_scale
     run python -m $program "$@"
+    if [ "$code" = 0 ] || [ "$code" = 75 ]; then # Prometheus, if it scrapes this Ray, has to see that it ended well
+        last_s=${LAST_SCRAPE_S:-30} left_s=$((${deadline:-$((SECONDS + 1000))} - SECONDS))
+        [ -n "$requested" ] || trap '' TERM INT # done, or `dis-scale stop`: it does not continue
+        sleep $((left_s < 0 ? 0 : left_s < last_s ? left_s : last_s)) || true
+    fi
 elif [ -n "$requested" ]; then
     code=75
-fi
-if [ "$code" = 0 ] || [ "$code" = 75 ]; then # done, or stopped: Prometheus, if it scrapes this Ray, has to see that it ended well
-    last_s=${LAST_SCRAPE_S:-30}
-    [ -n "$requested" ] || trap '' TERM INT # `dis-scale stop`: it does not continue
-    [ -z "$deadline" ] || [ $((deadline - SECONDS)) -ge "$last_s" ] || last_s=$((deadline - SECONDS))
-    sleep "$last_s" || true
 fi
 if [ "$code" = 75 ]; then # a stop: a signal has said whether it continues
     rm -f "$ends" || true
