@@ -65,7 +65,8 @@ def pytest_report_header() -> str:
 
 LONGEST = (
     "faults/test_drills.py", "e2e/test_again_is_safe.py", "e2e/test_cluster_files.py", "faults/test_sweeps.py",
-    "e2e/test_cluster.py", "vae/test_small.py", "scan/test_scan_triton.py", "e2e/test_bad_node.py", "e2e/test_brought_family.py", "faults/test_stages.py",
+    "e2e/test_cluster.py", "vae/test_small.py", "scan/test_scan_triton.py", "e2e/test_bad_node.py",
+    "e2e/test_brought_family.py", "faults/test_stages.py",
 )  # fmt: skip
 """Files of five minutes and more in `make faults`, each of which one process runs: begun last, it would let the others wait."""
 

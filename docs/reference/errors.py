@@ -77,8 +77,8 @@ KINDS = {
         "[bad-gpu-or-node](../ops/runbooks/bad-gpu-or-node.md).",
     ),
     "WrongKernel": Kind(
-        "A kernel's results are not those of its definition, on every GPU that compared them.",
-        "Set the backend that the error names. Where it is so on some GPUs only, it is `BrokenDevice`.",
+        "A kernel fails, or its results are not those of its definition, on every GPU that tried it.",
+        "Set what the error names. Where it is so on some GPUs only, it is `BrokenDevice`.",
     ),
     "NotFinite": Kind(
         "Samples are not finite on every GPU that made them: the checkpoint is skipped.",
