@@ -87,6 +87,8 @@ class _Record:
     """Also of those that do not count."""
     nodes: frozenset[str] = frozenset()
     """Of all attempts, also before progress."""
+    ran: list[tuple[float, frozenset[str]]] = field(default_factory=list)
+    """When each attempt failed that made no progress, and its nodes, also of those that do not count."""
     away_since_s: float = math.inf
     """When storage went away, if the last attempt ended by that."""
     reused_since_s: float = math.inf
@@ -101,11 +103,12 @@ class _Record:
         """
         now_s, progress = self.job.now_s(), stored != self.stored
         self.stored, self.nodes = stored, self.nodes | failure.nodes
+        self.ran.append((failure.at, failure.nodes))
         self._note_gone([*self.counted, failure])
         if progress:
             if not isinstance(failure, Hang):  # which acquits it
                 self.blame_suspect()
-            self.counted, self.in_a_row = [], 0
+            self.counted, self.ran, self.in_a_row = [], [], 0
         if progress or worked:
             self.away_since_s = self.reused_since_s = math.inf
         self.in_a_row += 1
@@ -146,8 +149,10 @@ class _Record:
     def _note_gone(self, failures: Sequence[WorkerFailure]) -> None:
         """Note whose nodes are gone by now, also those of earlier failures; not a node on which a later attempt still ran."""
         gone = self.job.gone_of(frozenset().union(*(failure.nodes for failure in failures)))
-        for n, failure in enumerate(failures):
-            later = [each.nodes for each in failures[n + 1 :] if each.at - failure.at > GONE_WITHIN_S]
+        for failure in failures:
+            later = [nodes for at, nodes in self.ran if at - failure.at > GONE_WITHIN_S]
+            if later and (isinstance(failure, Hang) or failure.cause == "device"):
+                continue  # its nodes are left out, and may be taken away for that
             failure.node_gone = failure.node_gone or not gone.isdisjoint(failure.nodes.difference(*later))
 
 

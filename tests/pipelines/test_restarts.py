@@ -329,6 +329,23 @@ def test_a_node_that_is_lost_later_excuses_no_earlier_crash(tiny: Recipe) -> Non
         with_restarts(job, "dis", attempt, lambda: 80)
 
 
+def test_a_node_that_was_left_out_and_is_taken_away_excuses_no_hang(job: RecordedJob) -> None:
+    """An autoscaler takes what is idle; all other nodes would never be left out."""
+    left_out = list[frozenset[str]]()
+
+    def attempt(_: WorkerFailure | None) -> None:
+        number = len(left_out)
+        left_out.append(job.left_out)
+        if number < 3:
+            job.placed, job.gone = frozenset("bc" if number == 2 else "ab"), {"a"} if number == 2 else set()
+            failure = Hang("no step for 15 minutes", 112)
+            failure.at = 900.0 * number
+            raise failure
+
+    with_restarts(job, "dis", attempt, lambda: 80)
+    assert left_out == [frozenset(), frozenset(), {"a"}, {"b"}]
+
+
 def test_one_crash_among_losses_of_nodes_is_not_called_deterministic(job: RecordedJob) -> None:
     """The message names what to look for: not a step that fails each time."""
 
