@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
-from dis_scale.process import counts
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.process.progress import Board
 from dis_scale.storage import lease
@@ -204,7 +203,7 @@ class _Evaluation:
         if self._over:
             return True
         if self._job is None:
-            if time.monotonic() < self._again_s:
+            if time.monotonic() < self._again_s and trained == self._trained:  # nothing else runs once all are trained
                 return False
             if trained and not self._trained:
                 self._failed = 0
@@ -223,7 +222,7 @@ class _Evaluation:
     def _goes_on_after(self, job: Job) -> bool:
         """Note why a job failed; return whether another is submitted: after a mistake only beside trainings.
 
-        A file that one node lacks looks like a mistake while the other nodes are away, as at the begin.
+        A file that one node lacks looks like a mistake while the other nodes are away, as at the begin: of one machine none can be.
         """
         if _goes_on_again(self._driver, job, "evaluate", self._measured):
             self._job = None
@@ -318,7 +317,6 @@ def _goes_on_again(driver: Driver, job: Job, name: str, stored: Callable[[], int
         _insist(driver, partial(_require_usable, driver))
         what = f"storage or a node was away ({why})"
     driver.board.say(f"{name}: {what}, and another job continues")
-    counts.add(counts.RESTARTS)
     pause_before_next(driver, name)
     return True
 

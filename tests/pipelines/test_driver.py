@@ -420,6 +420,35 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
     assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor"), "all are trained"
 
 
+def test_a_mistake_in_evaluation_on_one_machine_is_not_tried_again_without_a_result(driver: Driver) -> None:
+    """No other machine can be away, whose file it lacks."""
+    submitted = list[str]()
+
+    def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
+        submitted.append(words[0])
+        mistaken = words[0] == "evaluate"
+        return (
+            FakeJob([JobStatus.FAILED], UserError("no such file"))
+            if mistaken
+            else FakeJob([JobStatus.RUNNING] * 20 + [JobStatus.SUCCEEDED])
+        )
+
+    driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
+    assert train_and_evaluate(driver, replace(cluster("here"), ours=True)) == Failures(evaluation="no such file")
+    assert submitted.count("evaluate") == 1
+
+
+def test_the_evaluation_of_trained_models_waits_for_no_pause_after_a_mistake(driver: Driver) -> None:
+    """An hour, in which all GPUs would be idle."""
+    evaluations = [FakeJob([JobStatus.FAILED], UserError("no such file")), SUCCEEDED]
+    trains = FakeJob([JobStatus.RUNNING] * 20 + [JobStatus.SUCCEEDED])
+    driver.poll_every_s, driver.evaluate_again_s = 0.0, 600.0
+    driver.submit = lambda _, __, *words: evaluations.pop(0) if words[0] == "evaluate" else trains  # type: ignore[assignment]
+    began_s = time.monotonic()
+    assert train_and_evaluate(driver, cluster("here")) == Failures()
+    assert (evaluations, time.monotonic() - began_s < 9) == ([], True)
+
+
 @pytest.mark.parametrize(("results", "jobs"), [([0], 1 + MOST_EVALUATIONS), ([0, 0, 0, 4, 4, 9, 9], 5 + MOST_EVALUATIONS)])
 def test_evaluation_after_training_ends_by_failures_in_a_row_without_a_result(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, results: list[int], jobs: int
