@@ -18,7 +18,8 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Return ports of an address of this machine, "" for all of them, that are free now.
 
     They are below those that the kernel gives to outgoing connections (32768 on): one of these could take a port before its program
-    listens there. Kubernetes' own are from 30000 on, and Ray's workers have those below 20000.
+    listens there. Kubernetes' own are from 30000 on, and Ray's workers have those below 20000. cluster/slurm.sh takes some of these
+    for itself, before its programs ask for others.
     """
     found = list[int]()
     with contextlib.ExitStack() as stack:

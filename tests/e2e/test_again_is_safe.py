@@ -18,7 +18,7 @@ from tests.support import secrets, sweeps
 ONE_WORKER = ("models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}", "train.workers=1")
 """Of one model; tests/e2e/test_cluster.py trains in two workers."""
 SEARCH_EVERY_S = 8.0
-ENDS_S = 35.0
+ENDS_S = 30.0
 """Time in which all processes of a Ray have ended after it has; by Ray's own settings the drivers need 39 s."""
 
 
