@@ -38,7 +38,7 @@ KillWait=30
 OverTimeLimit=0
 ReturnToService=2
 MinJobAge=300
-FirstJobId=3000
+FirstJobId=2100
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
