@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import re
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +213,11 @@ def test_no_flipped_bit_of_a_sidecar_passes(tmp_path_factory: pytest.TempPathFac
     intact, data = ShardSidecar.read(folder, "000000.json"), bytearray(folder.read("000000.json"))
     data[at % len(data)] ^= 1 << bit
     folder.write("000000.json", bytes(data))
-    if shards.finished(folder, range(1)):
-        assert ShardSidecar.read(folder, "000000.json") == intact
+    number = re.search(rb'"format": ?(\d)', data)
+    of_another = pytest.raises(StorageError, match="is not read by this version") if number and number[1] != b"1" else nullcontext()
+    with of_another:
+        if shards.finished(folder, range(1)):
+            assert ShardSidecar.read(folder, "000000.json") == intact
 
 
 def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:

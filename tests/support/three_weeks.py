@@ -31,7 +31,7 @@ from dis_scale.process.errors import BrokenDevice, DisScaleError, StorageFull
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.manifest import NAME
-from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.sweep import Run, Sampled, Sweep, state
 from pipelines import cluster as clusters
 from pipelines import driver as drivers
 from pipelines import evaluate, jobs, nodes
@@ -257,6 +257,8 @@ class Weeks:
     """The RayJob's `jobDeploymentStatus`."""
     why: str = ""
     clusters: int = 0
+    away_at_save: bool = False
+    """Whether storage is away from the next save of a training on."""
     storage_away: bool = False
     lost_at: dict[str, float] = field(default_factory=dict)
     """When a node was last lost; it is back at `back_at`."""
@@ -304,7 +306,9 @@ class Weeks:
 
     def _away(self) -> None:
         self.happened["storage away"] += 1
-        self.storage_away = True
+        self.away_at_save = True
+        while self.away_at_save:
+            self.world.sleep(MINUTE)
         self.world.sleep(20 * MINUTE)
         self.storage_away = False
 
@@ -472,9 +476,14 @@ class Weeks:
                     raise WorkerFailure(why, seen, cause="device", worker=placed.index(BAD))
                 seen += 1
                 if step % 3 == 0:
-                    run.folder.write("saved", str(seen).encode())
+                    self._save(run, seen)
 
         with_restarts(job, model, attempt, stored)
+
+    def _save(self, run: Run, seen: int) -> None:
+        if self.away_at_save:
+            self.away_at_save, self.storage_away = False, True
+        run.folder.write("saved", str(seen).encode())
 
     def _place(self, job: "_StageJob") -> list[str]:
         while True:
