@@ -227,11 +227,8 @@ class _Evaluation:
         if _goes_on_again(self._driver, job, "evaluate", self._measured):
             self._job = None
             return True
-        if isinstance(job.error(""), StorageAway) and not self._trained:  # the hub of its weights, which training does not need
-            self._failures.evaluation = job.reason()
-            self._driver.board.say(f"evaluate failed: {self._failures.evaluation}; the other jobs continue")
-        else:
-            self._failures.evaluation = _failure(self._driver, job, "evaluate")
+        # What is away may be the hub of its weights, which training does not need.
+        self._failures.evaluation = _failure(self._driver, job, "evaluate", ends_by_away=self._trained)
         self._driver.gauge("evaluation_failed", 1)
         results = _insist(self._driver, self._measured)
         self._failed, self._results = 1 if results > self._results else self._failed + 1, results
@@ -289,10 +286,14 @@ def _fail(driver: Driver, failures: Failures, model: str, why: str) -> None:
     _insist(driver, partial(Ended(why=why).write, driver.sweep.run(model).folder))
 
 
-def _failure(driver: Driver, job: Job, name: str) -> str:
-    """Return why a job failed. Re-raises if it was stopped from outside, is held elsewhere or lost storage: none is a failure."""
+def _failure(driver: Driver, job: Job, name: str, *, ends_by_away: bool = True) -> str:
+    """Return why a job failed. Re-raises if it was stopped from outside, is held elsewhere or lost storage: none is a failure.
+
+    Without `ends_by_away` lost storage is one.
+    """
     why = job.reason()
-    if isinstance(error := job.error(f"{name}: {why}"), Held | StorageAway):
+    error = job.error(f"{name}: {why}")
+    if isinstance(error, Held) or (ends_by_away and isinstance(error, StorageAway)):
         raise error
     if isinstance(error, Preempted):
         raise Preempted(f"{name} was stopped from outside; {how_to_continue(driver.sweep)}")

@@ -16,7 +16,7 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines.cluster import Cluster
 from pipelines.driver import (
@@ -37,7 +37,7 @@ from pipelines.lines import Log
 from pipelines.silence import NotStarted, RayEnded, Unanswered
 from pipelines.sweep import on_rays, seen_alive
 from tests.conftest import TINY
-from tests.support.documents import put_published
+from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import cluster, driver_of, logged
 
 
@@ -420,22 +420,20 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
     assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor"), "all are trained"
 
 
-def test_a_mistake_in_evaluation_on_one_machine_is_not_tried_again_without_a_result(driver: Driver) -> None:
+def test_a_mistake_in_evaluation_on_one_machine_is_tried_again_only_after_results(driver: Driver) -> None:
     """No other machine can be away, whose file it lacks."""
-    submitted = list[str]()
+    evaluations = [FakeJob([JobStatus.FAILED], UserError("no such file"))]
 
     def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
-        submitted.append(words[0])
-        mistaken = words[0] == "evaluate"
-        return (
-            FakeJob([JobStatus.FAILED], UserError("no such file"))
-            if mistaken
-            else FakeJob([JobStatus.RUNNING] * 20 + [JobStatus.SUCCEEDED])
-        )
+        return evaluations.pop(0) if words[0] == "evaluate" else FakeJob([JobStatus.RUNNING] * 20 + [JobStatus.SUCCEEDED])
 
     driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
-    assert train_and_evaluate(driver, replace(cluster("here"), ours=True)) == Failures(evaluation="no such file")
-    assert submitted.count("evaluate") == 1
+    alone = replace(cluster("here"), ours=True)
+    assert train_and_evaluate(driver, alone) == Failures(evaluation="no such file")
+    put_metrics(driver.sweep.evaluation(Sampled("dit", 16)))
+    evaluations += [FakeJob([JobStatus.FAILED], UserError("no such file")), SUCCEEDED]
+    assert train_and_evaluate(driver, alone) == Failures()
+    assert evaluations == []
 
 
 def test_the_evaluation_of_trained_models_waits_for_no_pause_after_a_mistake(driver: Driver) -> None:
