@@ -75,9 +75,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run what takes longest first, then other complete sweeps and kernels, and short tests at the end."""
 
     def place(item: pytest.Item) -> int:
-        folder, name = item.path.parts[-2:]
-        if f"{folder}/{name}" in LONGEST:
-            return LONGEST.index(f"{folder}/{name}")
+        folder = item.path.parent.name
+        if (file := f"{folder}/{item.path.name}") in LONGEST:
+            return LONGEST.index(file)
         return len(LONGEST) + (folder not in ("e2e", "faults", "vae", "scan"))
 
     items.sort(key=place)

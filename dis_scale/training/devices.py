@@ -66,8 +66,8 @@ def check_on_all_ranks(check: Callable[[], object]) -> None:
     several_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     if several_nodes and isinstance(failure, RuntimeError) and not lacks_memory(failure) and not NODE.search(str(failure)):
         # CUDA's words for it are those of a failed device: each node in turn would be excluded for it
-        remedy = "set train.scan, or train.graphs: false"
-        raise WrongKernel(f"the kernels fail on all {len(passed)} ranks: {remedy}: {failure}") from failure
+        words = f"the kernels fail on all {len(passed)} ranks ({failure}): set train.scan, or train.graphs: false"
+        raise WrongKernel(words) from failure
     if failure:
         raise failure
 
