@@ -265,7 +265,8 @@ class RayEvaluators:
     def _blame(self, error: WrongKernel | NotFinite | NotOpened, check: str, *arguments: Any) -> Exception:
         """Return the error to raise for one evaluator's: a failure of its node if the `check` of others there passes.
 
-        Those that fail are ended, and count against their nodes: their device computes wrongly, or lacks a file.
+        Those that fail are ended, and count against their nodes: their device computes wrongly, or lacks a file. A kernel that is
+        wrong on the only node, of several that could evaluate, is tried on a second one.
         """
         placed = {seat: worker for seat, worker in self._workers.items() if ray_private.has_process(worker)}
         calls = [getattr(worker, check).remote(*arguments) for worker in placed.values()]
@@ -274,16 +275,27 @@ class RayEvaluators:
         except WorkerFailure as failure:
             self.end()
             return failure
+        ids = {seat: ray_private.node_of(worker) for seat, worker in placed.items()}
         if not any(passed):
-            return error
+            return self._elsewhere(error, {*ids.values()}) if isinstance(error, WrongKernel) else error
         what = "node" if isinstance(error, NotOpened) else "device"
         words = f"this {what} fails where those of {sum(passed)} other evaluators do not: {describe(error)}"
-        failed = {seat: nodes.under(worker) for (seat, worker), right in zip(placed.items(), passed, strict=True) if not right}
-        for node in set(failed.values()):
-            nodes.record_failure(self.job, node, words)
+        failed = [seat for seat, right in zip(placed, passed, strict=True) if not right]
+        for node in {ids[seat] for seat in failed}:
+            nodes.record_failure(self.job, nodes.name_of(node), words, node)
         for seat in failed:
             ray.kill(self._workers.pop(seat))
         return WorkerFailure(words)
+
+    def _elsewhere(self, error: WrongKernel, ids: set[str]) -> Exception:
+        """Return a failure of the only node of these if nothing was wrong on another yet, and one is left that could evaluate."""
+        wrong = ids | self.job.failed_ids
+        if len(wrong) > 1 or not Places.now(self.job.recipe).without(wrong).evaluates(self.device):
+            return error
+        (node,) = ids
+        nodes.record_failure(self.job, nodes.name_of(node), describe(error), node)
+        self.end()
+        return WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better")
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Let one evaluator measure the held-out loss."""
@@ -308,4 +320,5 @@ class RayEvaluators:
         """Give back the GPUs now: a handle that is kept somewhere would keep them."""
         for worker in self._workers.values():
             ray.kill(worker)
+        self._workers = {}
         self._workers = {}

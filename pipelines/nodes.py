@@ -124,8 +124,9 @@ def under(worker: Any) -> str:
     return name_of(ray_private.node_of(worker))
 
 
-def record_failure(job: StageJob, name: str, why: str) -> None:
+def record_failure(job: StageJob, name: str, why: str, node_id: str = "") -> None:
     """Store the failure of a node's device; log it, and that the node is avoided from now on."""
+    job.failed_ids |= {node_id} - {""}
     try:
         state.record_node_failure(job.failed_nodes, name, why)
         failures = state.node_failures(job.sweep)[name]
@@ -147,14 +148,17 @@ def failed(sweep: Sweep, nodes: Sequence[Node]) -> dict[str, str]:
 
 
 def excluded(job: StageJob, nodes: Sequence[Node], enough: Callable[[Collection[str]], bool]) -> list[str]:
-    """Return the ids of the nodes to avoid; none, with a line, unless the other nodes are `enough` without them."""
+    """Return the ids of the nodes to avoid; unless the other nodes are `enough` without them, with a line, only those among them
+    that failed in this job, or none: several pods on one machine have its name.
+    """
     bad = failed(job.sweep, nodes)
     job.reuses_excluded = bool(bad) and not enough(bad.keys())
-    if job.reuses_excluded:
-        job.emit("exclusion_ignored", nodes=sorted(bad.values()))
-        job.say(f"the other nodes have no capacity: excluded nodes are used again: {', '.join(sorted(bad.values()))}")
-        return []
-    return sorted(bad)
+    if not job.reuses_excluded:
+        return sorted(bad)
+    here = job.failed_ids.intersection(bad)
+    job.emit("exclusion_ignored", nodes=sorted(bad.values()))
+    job.say(f"the other nodes have no capacity: excluded nodes are used again: {', '.join(sorted(bad.values()))}")
+    return sorted(here) if here and enough(here) else []
 
 
 def avoiding(ids: Collection[str]) -> dict[str, str]:

@@ -55,6 +55,8 @@ class StageJob:
     """Whether it uses nodes whose devices failed, since the others have no capacity."""
     left_out: frozenset[str] = frozenset()
     """Names of the nodes that the current attempt does without if it can: attempts with them hung, or died before a step."""
+    failed_ids: set[str] = field(default_factory=set)
+    """Ids of the nodes whose devices failed in this job: of a machine with several pods, only these."""
     held: Lease | None = None
     """The stage's lease, while this job holds it."""
     dealer: Any = None
@@ -101,8 +103,9 @@ class StageJob:
         self.log.repeat_progress()
 
     def show_advance(self) -> None:
-        """Export the present time as that of the last progress."""
-        self.gauge("progress_timestamp_seconds", time.time())
+        """Export the present time as that of the last progress; not an ablation's, with the labels of its model's training."""
+        if self.context.stage != "ablate":
+            self.gauge("progress_timestamp_seconds", time.time())
 
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge of the sweep's model."""

@@ -187,7 +187,8 @@ class TrainingRun:
             self.places.wrong.add(ranks.places[0].node)
             if not self.places.fits_without({*avoided, *self.places.wrong}):
                 raise
-            nodes.record_failure(self.job, nodes.name_of(ranks.places[0].node), describe(error))
+            node = ranks.places[0].node
+            nodes.record_failure(self.job, nodes.name_of(node), describe(error), node)
             raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
         except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
             times, share = self._short(world), largest_share(self.settings.lanes, world)

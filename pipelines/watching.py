@@ -14,7 +14,7 @@ from dis_scale.process import faults
 from dis_scale.process.errors import OutOfMemory, StorageAway
 from pipelines import nodes
 from pipelines.failures import Hang, WorkerFailure, blame, describe, failure_of, failure_to_raise, may_pass
-from pipelines.ray_private import actor_id, has_process
+from pipelines.ray_private import actor_id, has_process, node_of
 from pipelines.stage import StageJob
 from pipelines.waiting import LOGGED_AFTER_S, Wait
 
@@ -78,7 +78,8 @@ def watch(
     except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
         job.logs.collect(workers)
         if isinstance(error, WorkerFailure) and error.cause == "device" and error.worker is not None:
-            nodes.record_failure(job, _node(policy, workers, error.worker), str(error))
+            node = _node(policy, workers, error.worker)
+            nodes.record_failure(job, nodes.name_of(node), str(error), node)
         if not isinstance(error, WorkerFailure | StorageAway):
             raise
         # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.
@@ -89,8 +90,8 @@ def watch(
 
 
 def _node(policy: Watch, workers: Sequence[Any], number: int) -> str:
-    """Return the name of a worker's node."""
-    return nodes.name_of(policy.held[number]) if policy.held else nodes.under(workers[number])
+    """Return the id of a worker's node."""
+    return policy.held[number] if policy.held else node_of(workers[number])
 
 
 class Pace:
@@ -217,7 +218,7 @@ class _Loop:
             words, done = f"no step ended for {silent_s:.0f} s: hanging", self._polls.done
             self._log_stacks(range(len(self._workers)))
             behind = self._behind()
-            if len(names := {_node(self._policy, self._workers, number) for number in behind}) == 1:
+            if len(names := {nodes.name_of(_node(self._policy, self._workers, number)) for number in behind}) == 1:
                 words = f"{words}; all others wait for the workers of node {names.pop()}"
                 raise WorkerFailure(words, silent_s=silent_s, cause="device", worker=behind[0])
             raise Hang(words, max(done), silent_s)

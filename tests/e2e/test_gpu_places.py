@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale.data import shards
 from dis_scale.data.sources import open_source
-from dis_scale.process.errors import Preempted
+from dis_scale.process.errors import Preempted, WrongKernel
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, state
@@ -29,7 +29,7 @@ from pipelines import needs, ranks
 from pipelines.evaluate import PublishedEvaluation
 from pipelines.evaluators import RayEvaluators, Seat
 from pipelines.failures import WorkerFailure
-from pipelines.nodes import choose_device, living, name_of, record_failure
+from pipelines.nodes import choose_device, living, name_of, only, record_failure
 from pipelines.places import Places
 from pipelines.precompute import Encoder, RayEncoders
 from pipelines.ray_private import actor_id
@@ -38,6 +38,7 @@ from pipelines.worker import Request, elsewhere, request_for, spawn
 from tests.conftest import TINY
 from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import cluster, driver_of, logged
+from tests.support.judged import Judged
 from tests.support.labelled_images import png, tar
 from tests.support.probe import Probe
 from tests.support.small_latents import make
@@ -75,12 +76,12 @@ def test_an_evaluator_without_a_gpu_shares_those_of_the_node_that_has_some(node:
     recipe = recipe_of("evaluate.workers=4", "evaluate.gpu_share=0.2", "train.workers=1", f"models={ONE_MODEL}")
     asked = Places.now(recipe).evaluators("cuda", 1)
     assert Places.now(recipe).shared == 0.2
-    assert [shared for shared, _ in asked] == [None, 1], "one on each"
+    assert [shared for shared, _ in asked] == [1, 0], "one on each; none of its own, which could be either"
     job = job_of(recipe)
     probes = [spawn(job, Probe, request) for _, request in asked]
     places = ray.get([probe.where.remote() for probe in probes])
     assert {place for place, _ in places} == {node}
-    assert [len(gpus) for _, gpus in places] == [1, 0]
+    assert [len(gpus) for _, gpus in places] == [0, 0]
     assert ray.get(probes[1].visible.remote()) is None, "all devices stay visible"
 
 
@@ -282,6 +283,19 @@ def test_a_worker_of_any_stage_avoids_a_node_whose_devices_failed_while_others_h
         ray.kill(probe)
     assert elsewhere(job, Request({"CPU": 1.0, "GPU": 1.0})).options == {}, "only that node has one"
     assert job.events_named("exclusion_ignored") == [{"event": "exclusion_ignored", "nodes": [name]}]
+
+
+def test_a_kernel_that_is_wrong_for_the_only_evaluator_is_tried_on_a_second_node_and_no_third(node: str, tmp_path: Path) -> None:
+    """A sweep has one evaluator unless its recipe says more: on a device that computes wrongly it would evaluate nothing."""
+    job, wrong = job_of(reading.load(TINY, ["device=cpu"]), tmp_path, RayJob), WrongKernel("the scan is wrong")
+    head = next(each.id for each in living() if each.id != node)
+    for place, raised in ((head, WorkerFailure), (node, WrongKernel)):
+        worker = spawn(job, Judged, Request({"CPU": 1.0}).on(scheduling_strategy=only(place)), False, wrong)
+        evaluators = RayEvaluators(job, "cpu", 0, lambda _: None, {(None, None, 0): worker})
+        with pytest.raises(raised, match="the scan is wrong"):
+            evaluators.sample(Sampled("dis", 0), job.recipe.evaluate, [0])
+        evaluators.end()
+    assert state.node_failures(job.sweep) == {name_of(head): 1}
 
 
 def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before_it_encodes(node: str, tmp_path: Path) -> None:

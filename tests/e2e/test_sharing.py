@@ -14,7 +14,7 @@ import ray
 
 from dis_scale.data.staging import MixedOrder
 from dis_scale.process.errors import BrokenDevice, NotFinite, StorageAway, WrongKernel
-from dis_scale.recipe import Evaluate, LatentShape, Precompute, Recipe
+from dis_scale.recipe import LatentShape, Precompute, Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, state
 from dis_scale.tracking import attempt_logs
@@ -27,6 +27,7 @@ from pipelines.sharing import SHARED, Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import Watch, watch
 from pipelines.worker import Worker, request_for, spawn
+from tests.support.judged import Judged
 from tests.support.stage_jobs import RayJob, job_of
 from tests.support.waiting import wait_until
 
@@ -58,32 +59,6 @@ class Taker(Worker):
             time.sleep(0.05)
             (made / str(number)).touch()
             self.report(self._done + 1)
-
-
-class Judged(Worker):
-    """An evaluator on a device whose kernels are right, or wrong, or that is lost when it is asked; or that lacks a file."""
-
-    def __init__(self, right: bool | None, wrong: Exception) -> None:
-        super().__init__()
-        self._right, self._wrong = right, wrong
-
-    def opens(self) -> bool:
-        return bool(self._right)
-
-    def right(self, _: Sampled, __: Evaluate, number: int | None = None) -> bool:
-        if self._right is None:
-            os._exit(1)
-        return self._right and number == getattr(self._wrong, "block", None)
-
-    def sample(self, _: Sampled, __: Evaluate, deal: Deal) -> int:
-        for _number in iter(deal, None):
-            if not self._right:
-                raise self._wrong
-            time.sleep(0.05)
-        return 1
-
-    def floor(self, deal: Deal) -> None:
-        self.sample(cast(Any, None), cast(Any, None), deal)
 
 
 class Away(Worker):

@@ -51,6 +51,16 @@ def test_without_capacity_elsewhere_the_node_is_used_again(job: RecordedJob) -> 
     assert not job.reuses_excluded
 
 
+def test_of_several_pods_on_a_machine_that_is_needed_only_the_one_that_failed_is_avoided(job: RecordedJob) -> None:
+    """As the evaluators of the files for Kubernetes: one of four on one machine would end each attempt for all."""
+    pods = [Node("id-1", "a", {}), Node("id-2", "a", {})]
+    for _ in range(2):
+        nodes.record_failure(job, "a", "uncorrectable ECC error", "id-1")
+    assert nodes.excluded(job, pods, lambda avoided: "id-2" not in avoided) == ["id-1"]
+    assert job.reuses_excluded
+    assert nodes.excluded(job, pods, lambda _: False) == []
+
+
 def test_a_node_that_is_forgiven_is_used_again_and_no_other(job: RecordedJob) -> None:
     """The gauge behind the alert DisScaleNodeExcluded falls with it."""
     for job.context.stage in ("evaluate", "precompute"):
