@@ -1,5 +1,6 @@
 """The jobs of a sweep that is running: one stage to its end, or all trainings with the evaluation next to them."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -60,6 +61,8 @@ class Driver:
     poll_every_s: float = 0.5
     evaluate_again_s: float = 600.0
     """Longest pause before an evaluation job that failed is submitted again."""
+    failed_shown_s: float = 60.0
+    """Time for which a failed evaluation job is exported beside the one that follows: metrics are read every 15 s or less often."""
     requests_polled_every_s: float = lease.BEAT_S
     """Interval at which storage is asked for a stop request of another process."""
     as_json: bool = False
@@ -195,6 +198,8 @@ class _Evaluation:
         self._job: Job | None = self._submit()
         self._again_s, self._trained, self._over = 0.0, trained, False
         self._failed, self._results = 0, 0
+        self._shown_until_s = math.inf
+        """Until when the job before this one is exported as failed."""
         self._alone = cluster.ours
         """Whether there is one machine, so that no other can be away."""
 
@@ -208,7 +213,10 @@ class _Evaluation:
             if trained and not self._trained:
                 self._failed = 0
             self._job, self._trained = self._submit(), trained
+            self._shown_until_s = time.monotonic() + self._driver.failed_shown_s
+        elif time.monotonic() > self._shown_until_s:
             self._driver.gauge("evaluation_failed", 0)
+            self._shown_until_s = math.inf
         ended = self._job.ended()  # asked before its log, so that its end is handled completely
         _poll(self._driver, self._job, "evaluate")
         if ended and self._job.status == "SUCCEEDED" and not _knows_recipe(self._driver, self._job):
@@ -224,6 +232,8 @@ class _Evaluation:
 
         A file that one node lacks looks like a mistake while the other nodes are away, as at the begin: of one machine none can be.
         """
+        if job.killed:
+            self._driver.gauge("evaluation_failed", 1)
         if _goes_on_again(self._driver, job, "evaluate", self._measured):
             self._job = None
             return True
