@@ -107,6 +107,11 @@ class SamplingFacts:
     label_names: tuple[str, ...] = ()
     """Names of the classes by label; empty without names."""
 
+    @property
+    def scales_by(self) -> Scaling:
+        """The scaling of the model's latents, also if it is the VAE's own."""
+        return self.scaling or Scaling(self.vae.shift, self.vae.scale)
+
     @classmethod
     def of(cls, recipe: Recipe, latents: LatentsManifest) -> "SamplingFacts":
         """Return the facts of a sweep's models from its recipe and the manifest of its latents."""

@@ -191,7 +191,18 @@ def _opened_guide(at: str | Path, guided: OpenCheckpoint) -> Backbone:
         )
     if facts and facts.vae.identity != guided.encoder:
         raise UserError(f"{located} cannot guide: its latents are of another autoencoder")
+    if facts and guided.facts:
+        _require_alike(located, facts, guided.facts)
     return guide
+
+
+def _require_alike(located: Located, theirs: SamplingFacts, ours: SamplingFacts) -> None:
+    """UserError unless a guide's latents are scaled as the model's, and its classes have the same names in the same order."""
+    if not theirs.scales_by.is_close(ours.scales_by):
+        raise UserError(f"{located} cannot guide: its latents are scaled by {theirs.scales_by}, expected {ours.scales_by}")
+    differ = [names for names in zip(theirs.label_names, ours.label_names, strict=False) if names[0] != names[1]]
+    if differ:
+        raise UserError(f"{located} cannot guide: it has a class {differ[0][0]!r} in the place of {differ[0][1]!r}")
 
 
 def _decoder(located: Located, vae_path: str | None, facts: SamplingFacts | None) -> Vae:

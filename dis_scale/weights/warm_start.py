@@ -133,7 +133,7 @@ def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
         return f"{their_vae}, this sweep's is {ours.identity[:12]}"
     if (theirs.scaling is None) != (normalise == "vae"):
         return f"latents that were scaled otherwise than by data.normalise {normalise}"
-    scaling = theirs.scaling or Scaling(theirs.vae.shift, theirs.vae.scale)
+    scaling = theirs.scales_by
     own = Scaling(ours.shift, ours.scale) if manifest is None else Scaling.of(manifest, normalise)
     if (manifest or normalise == "vae") and not scaling.is_close(own):
         return f"latents with shift {scaling.shift} and scale {scaling.scale}, this sweep's have {own.shift} and {own.scale}"

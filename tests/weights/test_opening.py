@@ -207,7 +207,7 @@ def test_a_guide_that_is_missing_or_does_not_fit_is_named_where_it_is_used(tmp_p
 def test_a_guide_is_of_the_encoder_whatever_decodes(tmp_path: Path) -> None:
     """`--vae` may be a better decoder of the same latents."""
     sweep = published_sweep(str(tmp_path))
-    put_latents(sweep.store / "latents/x", PixelVae().identity, (3, 32))
+    put_latents(sweep.store / "latents/x", PixelVae().identity, (3, 32), label_names=("cat", "dog"))
     state.use_latents(sweep, sweep.store / "latents/x", PixelVae().identity)
     published, guide = sweep.run("dis").published_at(320).url, publish(sweep, 160, seed=1)
     opened = open_for_sampling(published, None, guide_at=guide)
@@ -215,6 +215,14 @@ def test_a_guide_is_of_the_encoder_whatever_decodes(tmp_path: Path) -> None:
     assert replace(opened, decoder=other).guide is not None
     with pytest.raises(UserError, match="cannot guide: its latents are of another autoencoder"):
         _ = replace(opened, encoder="another encoder").guide
+    assert opened.facts
+    changes = {
+        "its latents are scaled by": replace(opened.facts, scaling=Scaling(0.5, 2.0)),
+        "it has a class 'cat' in the place of 'dog'": replace(opened.facts, label_names=("dog", "cat")),
+    }
+    for words, facts in changes.items():
+        with pytest.raises(UserError, match=f"cannot guide: {words}"):
+            _ = replace(opened, facts=facts).guide
 
 
 def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_path: Path) -> None:
