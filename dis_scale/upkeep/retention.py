@@ -133,7 +133,8 @@ def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
 
 
 def delete(unneeded: Iterable[Unneeded]) -> None:
-    """Delete the files; manifests first, so that a folder that is only partly deleted does not exist.
+    """Delete the files; manifests first, then the accounts of shards, so that a folder that is only partly deleted does not exist,
+    and is not made complete by a sweep that begins now.
 
     UserError if a sweep needs some of them by now: those before are deleted, and its own manifest is written again.
     """
@@ -147,8 +148,10 @@ def delete(unneeded: Iterable[Unneeded]) -> None:
             except BaseException:
                 each.folder.write(MANIFEST, manifest)
                 raise
-        for _ in in_order([name for name in each.sizes if name != MANIFEST], each.folder.delete):
-            pass
+        for accounts in (True, False):
+            left = [name for name in each.sizes if name != MANIFEST and name.endswith(".json") == accounts]
+            for _ in in_order(left, each.folder.delete):
+                pass
         if not each.folder.list():
             each.folder.delete()  # on a disk: the empty folder
 

@@ -159,6 +159,15 @@ def test_a_sweep_that_is_stored_during_the_last_look_keeps_its_latents(sweep: Sw
     assert everything(latents.folder) == before
 
 
+def test_shards_are_deleted_after_what_would_complete_them(sweep: Sweep) -> None:
+    """A sweep that is stored after the last look would find all shards' accounts, and write a manifest of shards that go."""
+    (latents,) = (each for each in removal.find(sweep).unshared if each.kind == "latents")
+    refused = OSError(errno.EINVAL, "Invalid request")
+    with store_requests.failing(refused, "delete", ".tar"), pytest.raises(StorageError, match="Invalid request"):
+        retention.delete([latents])
+    assert [path for path in everything(latents.folder) if path.endswith(".json")] == []
+
+
 def test_an_interrupted_deletion_is_continued(sweep: Sweep) -> None:
     refused = OSError(errno.EINVAL, "Invalid request")
     with store_requests.failing(refused, "delete", "/runs"), pytest.raises(StorageError, match="Invalid request"):
