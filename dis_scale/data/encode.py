@@ -227,11 +227,11 @@ def _samples(setup: Setup, positions: Iterable[int], batch_moments: Iterable[np.
         entry = setup.source.listing[position]
         if moments.shape != mixer.moments_shape:
             raise UserError(
-                f"latent {entry.name}: got {moments.shape}, expected {mixer.moments_shape} (images, values, height, width), which "
-                f"vae makes of {setup.recipe.data.resolution} pixels"
+                f"latent {printable(entry.name)}: got {moments.shape}, expected {mixer.moments_shape} (images, values, height, "
+                f"width), which vae makes of {setup.recipe.data.resolution} pixels"
             )
         if not np.isfinite(moments).all():
-            raise DisScaleError(f"latents of image {entry.name} are not finite in float16: is this its VAE?")
+            raise DisScaleError(f"latents of image {printable(entry.name)} are not finite in float16: is this its VAE?")
         samples.append(Sample(position, entry.name, int(entry.label), moments, mixer.posterior))
     return samples
 

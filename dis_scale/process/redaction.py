@@ -10,7 +10,7 @@ from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
 _NAMES = re.compile(
-    r"(?<!MON)KEY(?!STONE|BOARD)|SECRET|TOKEN|PASS(W|PHRASE|CODE|\d*(_|$))|AUTH(ORIZATION|ENTICATION|_HEADER)?$|_PWD$|_PAT$|CREDENTIAL|CONNECTION_STRING|COOKIE|WEBHOOK",
+    r"(?<!MON)KEY(?!STONE|BOARD)|SECRET|TOKEN|PASS(W|PHRASE|CODE|\d*(_|$))|AUTH(ORIZATION|ENTICATION|_HEADER|_CONFIG)?$|_PWD$|_PAT$|CREDENTIAL|CONNECTION_STRING|COOKIE|WEBHOOK",
     re.IGNORECASE,
 )
 """Parts of the names of environment variables whose values are secret."""

@@ -33,7 +33,7 @@ from fsspec.core import has_magic
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from dis_scale.process import faults
-from dis_scale.process.errors import DisScaleError, StorageError, UserError, nearest
+from dis_scale.process.errors import DisScaleError, StorageError, UserError, nearest, printable
 from dis_scale.process.settings import absolute
 from dis_scale.process.threads import in_order
 from dis_scale.storage import local, s3
@@ -269,7 +269,8 @@ class Folder:
             for name in (key.removeprefix(page["Prefix"]) for key in s3.keys(page)):
                 if name < last:
                     raise StorageError(
-                        f"{self.url}/{path}: names are not listed in order ({name} after {last}): use another bucket"
+                        f"{self.url}/{path}: names are not listed in order ({printable(f'{name} after {last}')}): "
+                        "use another bucket"
                     )
                 if not name.endswith("/") and name:  # a folder's marker
                     yield name

@@ -396,6 +396,7 @@ def test_images_that_may_unpack_to_any_size_are_refused(tmp_path: Path, method: 
         "HTTP_BASIC_AUTH",
         "HTTP_AUTHORIZATION",
         "HTTP_AUTHENTICATION",
+        "DOCKER_AUTH_CONFIG",
         "GH_PAT",
         "COOKIE",
     ],
