@@ -10,7 +10,7 @@ UV := uv==0.13.9
 install = { ! $(1) -m pip config list | grep -q index-url && $(BIN)/uv pip install --python $(1) $(2); } || \
 	$(1) -m pip --disable-pip-version-check install --no-compile --upgrade-strategy eager $(2)
 
-.PHONY: demo test test-newest faults soak drills lint docs venv
+.PHONY: demo test test-newest faults slow soak drills lint docs venv
 
 demo: $(VENV)/installed
 	$(BIN)/python -m dis_scale.sweep configs/digits.yaml
@@ -26,11 +26,15 @@ test-newest: | $(BIN)/python
 	$(call install,build/newest/bin/python,--upgrade --editable '.[dev]')
 	build/newest/bin/python -m pytest -v -n 3 --dist worksteal
 
-# The rows of the tables of faults, and the other tests, that are too long for `make test`, three files at a time: most of their time
-# is waiting. The drills need the machine's network for themselves, so they are one after the other, and begin first: the files keep
+# The rows of the tables of faults, and the other tests in which something fails or is stopped, that are too long for `make test`, three
+# files at a time: most of their time is waiting. The drills need the machine's network for themselves, so they are one after the other, and begin first: the files keep
 # their order. Each row has a line, and the longest are listed at the end. Random kills: `make soak KILLS=20 SEED=1`.
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -vv -m faults -n 3 --dist loadfile --no-loadscope-reorder --durations=30
+
+# What computes for minutes and breaks nothing: complete sweeps of other kinds, kernels compiled for other GPUs, large listings.
+slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -vv -m slow -n 3 --dist loadfile --no-loadscope-reorder --durations=30
 
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults.soak --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))

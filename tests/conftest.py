@@ -64,11 +64,11 @@ def pytest_report_header() -> str:
 
 
 LONGEST = (
-    "faults/test_drills.py", "e2e/test_again_is_safe.py", "e2e/test_cluster_files.py", "faults/test_sweeps.py",
-    "e2e/test_cluster.py", "vae/test_small.py", "scan/test_scan_triton.py", "e2e/test_bad_node.py",
-    "e2e/test_brought_family.py", "faults/test_stages.py",
+    "faults/test_drills.py", "e2e/test_again_is_safe.py", "faults/test_sweeps.py", "e2e/test_slurm.py", "e2e/test_two_sweeps.py",
+    "e2e/test_cluster.py", "e2e/test_cut_link.py", "e2e/test_bad_node.py", "faults/test_stages.py",
+    "vae/test_small.py", "scan/test_scan_triton.py", "e2e/test_brought_family.py", "e2e/test_cluster_files.py",
 )  # fmt: skip
-"""Files of five minutes and more in `make faults`, each of which one process runs: begun last, it would let the others wait."""
+"""Files of minutes in `make faults` or `make slow`, each of which one process runs: begun last, it would let the others wait."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

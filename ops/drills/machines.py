@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -147,12 +147,12 @@ def out_of_memory(drill: Drill) -> None:
 
 @contextmanager
 def using_what_others_free(available: int) -> Iterator[None]:
-    """Let no more memory than this become available while other programs of the machine, such as tests, end."""
-    ended, held = threading.Event(), list[bytes]()
+    """Let no more memory than this, without what the drill itself takes, become available while other programs, as tests, end."""
+    ended, held, before = threading.Event(), list[bytes](), _own_memory()
 
     def hold() -> None:
         while not ended.wait(0.5):
-            if (more := psutil.virtual_memory().available - available) > 2**28:
+            if (more := psutil.virtual_memory().available - available + _own_memory() - before) > 2**28:
                 held.append(b"\1" * (more - 2**27))
 
     with ThreadPoolExecutor(1) as pool:
@@ -161,6 +161,16 @@ def using_what_others_free(available: int) -> Iterator[None]:
             yield
         finally:
             ended.set()
+
+
+def _own_memory() -> int:
+    """Bytes of the processes that this one has started, without what they share."""
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            memory = process.memory_info()
+            total += memory.rss - memory.shared
+    return total
 
 
 def nccl_or_network(drill: Drill) -> None:

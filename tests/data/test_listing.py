@@ -78,8 +78,8 @@ def peak_bytes() -> int:
     [
         (10 * 2**13 + 1, 2**13, False, 10 * 2**20),
         (10 * 2**13 + 1, 2**13, True, 18 * 2**20),
-        pytest.param(IMAGENET, listing.PART, False, 5 * 2**25, marks=pytest.mark.faults),
-        pytest.param(IMAGENET, listing.PART, True, 7 * 2**25, marks=pytest.mark.faults),
+        pytest.param(IMAGENET, listing.PART, False, 5 * 2**25, marks=pytest.mark.slow),
+        pytest.param(IMAGENET, listing.PART, True, 7 * 2**25, marks=pytest.mark.slow),
     ],
 )
 def test_many_images_are_listed_and_read_in_little_memory(

@@ -66,7 +66,7 @@ def test_columns_of_views_are_read(tmp_path: Path) -> None:
     assert source.read(source.listing[:2]) == [png(0), png(1)]
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_structs_of_over_two_gibibytes_in_a_row_group_are_read(tmp_path: Path) -> None:
     """Arrow splits the column, and then says of structs that they are not implemented: they were called damaged."""
     large, rows = os.urandom(2**20), 2100

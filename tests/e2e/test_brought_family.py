@@ -58,7 +58,7 @@ def test_a_package_is_planned_and_named_where_it_is_missing(folder: Path, instal
     )
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_package_is_swept_beside_ours(folder: Path, installed: Path) -> None:
     done = invoke(folder, "sweep", "brought.yaml", packages=installed)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,7 +76,7 @@ def test_a_package_is_swept_beside_ours(folder: Path, installed: Path) -> None:
     assert "need gated-conv 0.1.0, which is not installed on this machine" in missing.stderr
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_file_is_swept_and_resumed(folder: Path) -> None:
     """Exactly: tests/models/test_families.py."""
     (folder / "gated_conv.py").write_text((wheels.GATED_CONV / "gated_conv.py").read_text())

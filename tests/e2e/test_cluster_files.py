@@ -35,7 +35,7 @@ from tests.conftest import TINY
 from tests.support import clusters, labelled_images, pods, programs, sweeps
 from tests.support.clusters import RayNodes
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 RECIPE = "imagenet256"
 SWITCH = sweeps.ROOT / "tests/support/declared_gpus"
 EXTRACTOR = (

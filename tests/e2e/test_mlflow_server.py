@@ -22,7 +22,7 @@ from ops.drills.object_store import ObjectStore
 from tests.support import mlflow_servers as servers
 from tests.support import pods
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def dis_scale(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.faults  # tests/e2e/test_cluster.py has the command, tests/planning/test_first_recipe.py what init writes
+@pytest.mark.slow  # tests/e2e/test_cluster.py has the command, tests/planning/test_first_recipe.py what init writes
 def test_a_folder_of_images_becomes_a_finished_sweep(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0)
     for i in range(90):

@@ -55,7 +55,7 @@ def by_the_command(sweep: Sweep, _: Path, settings: tuple[str, ...]) -> None:
     assert f"{IMAGES} images without labels" in done.stdout
 
 
-@pytest.mark.parametrize("make", [by_hand, pytest.param(by_the_command, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("make", [by_hand, pytest.param(by_the_command, marks=pytest.mark.slow)])
 def test_pictures_without_labels_pass_all_stages(
     make: Callable[[Sweep, Path, tuple[str, ...]], None], tmp_path: Path, settings: tuple[str, ...]
 ) -> None:

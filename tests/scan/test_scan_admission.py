@@ -48,7 +48,7 @@ def rows() -> Iterator[Any]:
     """
     for call, sizes, backend in itertools.product(CALLS, [*SIZES, WIDE], BACKENDS):
         late = sizes[1] >= 1000 and "conv" not in call and (call != "two-way scan" or backend == "reference")
-        yield pytest.param(call, sizes, backend, marks=[pytest.mark.faults] if late else [], id=f"{call}-{sizes}-{backend}")
+        yield pytest.param(call, sizes, backend, marks=[pytest.mark.slow] if late else [], id=f"{call}-{sizes}-{backend}")
 
 
 @pytest.mark.parametrize(("call", "sizes", "backend"), [*rows()])

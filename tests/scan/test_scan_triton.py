@@ -54,13 +54,13 @@ INTERPRETED = Path(__file__).parent.parent / "support/interpreted"
 # Of the variants of scan_forward and scan_backward `make test` compiles those with the most registers.
 COMPILED = [
     "scan_forward, second, for backward", "scan_backward", "conv_forward", "conv_backward",
-    pytest.param("scan_forward, second, keeps", marks=pytest.mark.faults),
-    pytest.param("scan_backward, of the gate, too", marks=pytest.mark.faults),
+    pytest.param("scan_forward, second, keeps", marks=pytest.mark.slow),
+    pytest.param("scan_backward, of the gate, too", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("part", ["scan", "blocks", "duality"])
-@pytest.mark.parametrize("rows", ["not faults", pytest.param("faults", marks=pytest.mark.faults)])
+@pytest.mark.parametrize("rows", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_interpreters_outputs_and_gradients_equal_the_reference(rows: str, part: str) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", rows, str(INTERPRETED / f"{part}.py")],
@@ -69,14 +69,14 @@ def test_the_interpreters_outputs_and_gradients_equal_the_reference(rows: str, p
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.faults), 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("name", COMPILED)
 def test_it_compiles_ahead(name: str, capability: int) -> None:
     """For an A100 and an H100 or H200: no atomics, no shared memory, no register spilled."""
     check_program(compiled(name, capability, "bf16"), name, capability)
 
 
-@pytest.mark.parametrize("lanes", [8, pytest.param(4, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("lanes", [8, pytest.param(4, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_several_lanes_per_channel_compile_ahead(lanes: int) -> None:
     """The same, both directions at once."""
     for name in ("scan_forward, second, for backward", "scan_backward, of the gate, too"):
@@ -97,9 +97,7 @@ def check_program(program: Any, name: str, capability: int) -> None:
         assert not any(f"{other}>" in line for other in others for line in moved), "only what is touched has another"
 
 
-@pytest.mark.parametrize(
-    "capability", [pytest.param(80, marks=pytest.mark.faults), 90, pytest.param(100, marks=pytest.mark.faults)]
-)
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)])
 def test_state_space_duality_compiles_ahead(capability: int) -> None:
     """At DiS2-L/2's sizes: on tensor cores, in 18 KB of shared memory, without atomics; only an A100's spill registers."""
     with torch.device("meta"), ahead(capability) as launched:
@@ -179,7 +177,7 @@ def test_the_instructions_are_counted() -> None:
     assert single["LSU"] - cycles["LSU"] == pytest.approx(6, abs=0.5)
 
 
-@pytest.mark.parametrize("lanes", [8, pytest.param(4, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("lanes", [8, pytest.param(4, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_the_cycles_by_lanes_are_counted(lanes: int) -> None:
     """Sums over lanes cost instructions; exponentials stay the same."""
     forward = [counted(compiled(name, 90, "bf16", lanes), work(name, lanes)) for name in FORWARD]

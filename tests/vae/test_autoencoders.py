@@ -63,7 +63,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 
 
 FEW = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC")
-"""Run by `make test`, with and without a posterior; the others by `make faults`."""
+"""Run by `make test`, with and without a posterior; the others by `make slow`."""
 
 
 def to_class(name: str, images: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_a_representation_autoencoder_has_images_of_one_size(tmp_path: Path) -> 
         vae.latent_shape(settings, 64)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FEW else [pytest.mark.faults]) for name in CLASSES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FEW else [pytest.mark.slow]) for name in CLASSES])
 def test_every_class_gives_its_latents_back(name: str, tmp_path: Path) -> None:
     """Encode, write shards, read, scale and decode: the picture is the network's own decoding of the stored mean."""
     settings = saved_class(tmp_path / "vae", name)

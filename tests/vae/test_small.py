@@ -35,7 +35,7 @@ def test_no_two_threads_share_a_layer_and_their_number_is_restored() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.faults  # three minutes
+@pytest.mark.slow  # three minutes
 def test_the_autoencoder_that_init_chooses_without_a_gpu_keeps_the_colours_of_drawings() -> None:
     """Of any colour: after three fifths of the steps the mean colour of an image is off by 8 of 255."""
     images = drawings(600, 32)

@@ -43,7 +43,7 @@ def test_outputs_and_gradients_equal_the_reference(call: str) -> None:
 # A chunk without a remainder in two batch rows; more states than a chunk has steps; a second program of channels.
 BORDERS = [(2, 16, 2, 2), (1, 17, 1, 17), (1, 2, 130, 2)]
 # A single step; a chunk between two others.
-OTHERS = [pytest.param(sizes, marks=pytest.mark.faults) for sizes in [(1, 1, 1, 4), (1, 33, 3, 1)]]
+OTHERS = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(1, 1, 1, 4), (1, 33, 3, 1)]]
 
 
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
@@ -53,7 +53,7 @@ def test_other_sizes(sizes: tuple[int, int, int, int], call: str) -> None:
 
 
 @pytest.mark.parametrize("call", [call for call in CALLS if "scan" in call])
-@pytest.mark.parametrize("sizes", [ODD, *(pytest.param(sizes, marks=pytest.mark.faults) for sizes in BORDERS)], ids=str)
+@pytest.mark.parametrize("sizes", [ODD, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in BORDERS)], ids=str)
 def test_kept_states_give_the_same_gradients(sizes: tuple[int, int, int, int], call: str) -> None:
     """As when they are computed again, to the bit: in float32, in which y before the gate is kept without rounding."""
     if call != "two-way scan" and sizes != ODD:
@@ -86,7 +86,7 @@ def test_a_recomputed_scan_keeps_its_states() -> None:
 FILLINGS = [
     ((1, 18, 33, 4), Filling(4, 2, True)),
     ((2, 17, 9, 8), Filling(8, 8, False)),
-    pytest.param((1, 33, 19, 4), Filling(2, 4, True), marks=pytest.mark.faults),
+    pytest.param((1, 33, 19, 4), Filling(2, 4, True), marks=pytest.mark.slow),
 ]
 
 
@@ -129,7 +129,7 @@ def rows(fragment: Any, warp: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("lanes", "sizes"), [(4, (1, 18, 9, 4)), *[pytest.param(n, (1, 17, 5, n), marks=pytest.mark.faults) for n in (1, 2, 8)]]
+    ("lanes", "sizes"), [(4, (1, 18, 9, 4)), *[pytest.param(n, (1, 17, 5, n), marks=pytest.mark.slow) for n in (1, 2, 8)]]
 )
 def test_sums_by_products(lanes: int, sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """As for bfloat16 on a GPU, here in float32: the layout of the products, not their truncation."""
@@ -154,14 +154,14 @@ def test_sums_of_more_parts_than_are_loaded_together() -> None:
     torch.testing.assert_close(bias, sums.sum(0)[taps].bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.faults)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
 def test_half_precision_is_rounded_once(call: str, dtype: torch.dtype) -> None:
     sizes = (1, 6, 3, 2)
     check_results(call, sizes, dtype, outputs_and_gradients(call, random_tensors(sizes, dtype), "triton"), INTERPRETER_TOLERANCE)
 
 
-@pytest.mark.parametrize("call", [pytest.param("two-way scan", marks=pytest.mark.faults), "two-way conv"])
+@pytest.mark.parametrize("call", [pytest.param("two-way scan", marks=pytest.mark.slow), "two-way conv"])
 def test_views_and_contiguous_tensors_are_bit_equal(call: str) -> None:
     check_views_are_bit_equal(call, (2, 5, 3, 1), "triton")
 
