@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+from triton.runtime import driver
 
 from dis_scale.process.errors import UserError
 from dis_scale.scan.triton_fill import FULL, Filling, filling
@@ -38,7 +39,7 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], **numbers: Any):
         self.kernel, self.grid, self.numbers = kernel, grid, numbers
-        self._compiled: tuple[Callable[..., None], list[Any]] | None = None
+        self._compiled: tuple[Any, list[Any]] | None = None
 
     @property
     def is_new(self) -> bool:
@@ -48,15 +49,17 @@ class Launch:
         if self._compiled is None:
             self._first_call(arguments)
         else:
-            run, values = self._compiled
-            run(*arguments, *values)
+            compiled, values = self._compiled
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            # As `compiled[grid]`, without the objects that it makes for the hooks of Triton's own profiler.
+            compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *values)
 
     def _first_call(self, arguments: tuple[Any, ...]) -> None:
         if tree_leaves(arguments)[0].is_meta:
             self.kernel.warmup(*arguments, grid=self.grid, **self.numbers)
         elif compiled := self.kernel[self.grid](*arguments, **self.numbers):  # the interpreter returns None
             names = self.kernel.arg_names[len(arguments) :]
-            self._compiled = compiled[self.grid], [self.numbers[name] for name in names]
+            self._compiled = compiled, [self.numbers[name] for name in names]
 
 
 def rowwise(x_BLX: Tensor, align: bool = True) -> Tensor:
