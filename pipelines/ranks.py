@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from dis_scale.sweep import state
 from dis_scale.training.lanes import largest_share
 from pipelines import nodes, ray_private
 from pipelines.nodes import Node
@@ -58,7 +57,7 @@ class RankPlaces:
         placed."""
         self.request = request_for("train", self.device, 1)
         while True:
-            living, failed = self.living(), state.excluded_nodes(self.job.sweep)
+            living = self.living()
             excluded = nodes.excluded(self.job, living, lambda bad: self.fits_without({*bad, *self.wrong}))
             avoided = {*excluded, *self.wrong}
             left_out = self.left_out(avoided, living)
@@ -67,7 +66,7 @@ class RankPlaces:
             labels = [nodes.avoiding(without)] * world if without else None
             group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
             try:
-                if placed(self.job, group, world, self.bundle, partial(self.outdated, world, without, living, left_out, failed)):
+                if placed(self.job, group, world, self.bundle, partial(self.outdated, world, without, living, left_out)):
                     self._note_left_out({node.name for node in living if node.id in left_out})
                     return world, group, without
             except BaseException:
@@ -100,16 +99,8 @@ class RankPlaces:
             return 0.0
         return Places.now(self.job.recipe).avoiding_failed(self.job.sweep, self.device).shared
 
-    def outdated(
-        self,
-        world: int,
-        avoided: Collection[str],
-        living: Sequence[Node],
-        left_out: Collection[str] = (),
-        failed: Collection[str] = (),
-    ) -> bool:
-        """Whether only fewer workers fit now, as after the loss of a node, or other nodes live: an avoided one may be needed, or a
-        new one has the name of one that `failed`.
+    def outdated(self, world: int, avoided: Collection[str], living: Sequence[Node], left_out: Collection[str] = ()) -> bool:
+        """Whether only fewer workers fit now, as after the loss of a node, or other nodes live: an avoided one may be needed.
 
         Also if none fit, while those of the avoided nodes that are only `left_out` have places.
         """
@@ -118,9 +109,7 @@ class RankPlaces:
         if left_out and not free and fitting(self._free({*avoided}.difference(left_out))):
             return True
         fewer = 0 < free < world
-        before, now = {node.id for node in living}, self.living()
-        changed = bool(avoided) and {node.id for node in now} != before
-        return fewer or changed or any(node.name in failed and node.id not in before for node in now)
+        return fewer or (bool(avoided) and {node.id for node in self.living()} != {node.id for node in living})
 
     def _world_size(self, avoided: Collection[str]) -> int:
         """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
