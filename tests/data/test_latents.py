@@ -249,6 +249,16 @@ def test_a_lane_does_not_depend_on_the_reader(tmp_path: Path) -> None:
         assert one is not None
         assert other is not None
         np.testing.assert_array_equal(one.numpy(), other.numpy())
+    noises = {micro_batch(later, step, lane, **options).noise_BCHW.numpy().tobytes() for step in (0, 1) for lane in (0, 1)}
+    assert len(noises) == 4
+
+
+def test_half_of_the_images_are_mirrored(tmp_path: Path) -> None:
+    latents = Latents(make(open_folder(tmp_path), [6, 6, 5]), 0)
+    options: dict[str, Any] = {"batch": 2000, "lanes": 1, "seed": 0, "label_dropout": 0.0}
+    plain, turned = (micro_batch(latents, 0, 0, flip=flip, **options).x_BCHW for flip in (False, True))
+    # Four standard errors of a share of 2,000 are 0.045.
+    assert float((plain != turned).flatten(1).any(1).float().mean()) == pytest.approx(0.5, abs=0.045)
 
 
 def test_latents_are_posterior_samples_shifted_and_scaled(tmp_path: Path) -> None:

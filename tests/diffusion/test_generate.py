@@ -41,6 +41,7 @@ def test_noise_is_the_same_bit_for_bit_at_any_split() -> None:
     )  # fmt: skip
     for draw in draws:
         assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
+        assert len({sample.numpy().tobytes() for sample in draw(whole)}) == 5
     assert not torch.equal(whole(7, (5, *shape)), whole(8, (5, *shape)))
 
 

@@ -86,3 +86,9 @@ def test_the_loss_is_the_models(latents: Latents) -> None:
     assert held_out_losses(latents, batch=11, scale=1.0)["held_out_loss"] > silent["held_out_loss"]
     noise = held_out_losses(latents, batch=11, process=Gaussian(kind="gaussian"))
     assert noise["held_out_loss"] == pytest.approx(sum(v for k, v in noise.items() if "/" in k) / held_out.LEVELS)
+
+
+def test_the_latents_are_scaled_as_those_of_training(tiny: Recipe, tmp_path: Path) -> None:
+    """The velocity of noise and of scaled latents has the square of 2."""
+    scaled = Latents(make_latents(open_folder(tmp_path), tiny), seed=0, held_out=11, normalise="channels")
+    assert held_out_losses(scaled, batch=11)["held_out_loss"] == pytest.approx(2, abs=0.4)

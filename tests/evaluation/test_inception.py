@@ -79,7 +79,9 @@ def test_all_other_metrics_equal_calculate_metrics(
     splits = score.Score(score.shuffled_splits(IMAGES), inception.CLASSES)
     assert generated.logits is not None
     splits.add(generated.logits)
-    assert splits.result()[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    mean, error = splits.result()
+    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert error == pytest.approx(theirs["inception_score_std"] / 3, rel=1e-4), "theirs is not divided by the root of ten splits"
     assert theirs["inception_score_mean"] > 1.5
     kid = whole.kid(generated.pooled, real.pooled, images=100)
     assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)

@@ -104,6 +104,16 @@ def test_each_metric_has_its_name_its_value_and_its_error(images: tuple[Features
     assert all(values[name] > 0 for name in errors)
 
 
+def test_a_copy_counts_for_the_images_that_were_not_compared(images: tuple[Features, Features]) -> None:
+    """Of ImageNet's 1.28 million 10,000 are kept."""
+    generated, real = images
+    known, settings = reference(Features(real.identity, real.pooled)), inception_settings(samples=1200, metrics=("copy_rate",))
+    sampled = blocks(UNEQUAL, inception=generated)
+    for each, error in ((known, 1 / 1200), (replace(known, kept=real.pooled[:150]), 10 / 1200)):
+        found = measure_blocks(sampled, {"inception": each}, settings).values
+        assert found["copy_rate_1200_error"] == pytest.approx(error)
+
+
 def test_copies_are_of_the_images_that_are_trained_on(images: tuple[Features, Features]) -> None:
     """Not of those of a published reference."""
     generated, real = images

@@ -64,6 +64,7 @@ def test_features_of_a_fixed_choice_of_images_are_kept() -> None:
     kept = parts.compute(batches, count, [extractor])["a"].kept
     chosen = parts.choose_kept(count)
     assert np.array_equal(chosen, parts.choose_kept(count))
+    assert not np.array_equal(chosen, np.arange(parts.KEPT)), "the first ones are of few classes"
     assert len(set(chosen.tolist())) == len(kept) == parts.KEPT
     assert np.array_equal(kept, numbers[chosen].reshape(-1, 3))
 

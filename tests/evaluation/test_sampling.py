@@ -94,6 +94,14 @@ def test_blocks_are_bit_equal_for_any_workers_and_order(sweep: Sweep) -> None:
     assert alone[0] != alone[1]
 
 
+def test_a_sample_is_right_if_the_judge_takes_it_for_its_class(sweep: Sweep) -> None:
+    one, settings = sampler(sweep), sweep.recipe.evaluate
+    one.judge = lambda pixels: torch.eye(10)[torch.full((len(pixels),), 3)]  # type: ignore[assignment]
+    right = one.sample(one.model("dis", 160, settings), settings, 0).right
+    assert right.tolist() == (one.labels[: len(right)] == 3).astype(int).tolist()
+    assert 0 < right.sum() < len(right)
+
+
 def test_another_precision_changes_the_pictures(sweep: Sweep) -> None:
     assert sample_blocks(sweep, [0], "bf16") != sample_blocks(sweep, [0])
 

@@ -1,5 +1,6 @@
 """Inputs of a step: the same for any number of workers; without classes they have no labels."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,17 @@ def test_a_step_has_the_same_inputs_for_any_number_of_workers(more: tuple[str, .
         else:
             assert torch.equal(torch.cat(labels), one.micro.y_B)
     assert (one.micro.y_B is None) == (more == UNCONDITIONAL)
+
+
+def test_times_and_masks_differ_from_lane_to_lane_and_from_step_to_step(tmp_path: Path) -> None:
+    """A branch that is kept makes up for those that are dropped."""
+    recipe = reading.load(TINY)
+    latents, lanes = Latents(make_latents(open_folder(tmp_path), recipe), seed=0), recipe.train.lanes
+    passes = forward_passes(lanes, 0, 1, lanes)
+    inputs = [*islice(step_inputs(recipe, recipe.seed, torch.device("cpu"), latents, (0.0, 0.25), 0, passes), 2 * lanes)]
+    masks = [one.drop for one in inputs if one.drop is not None]
+    assert len({one.t_B.numpy().tobytes() for one in inputs}) == len(masks) == 2 * lanes
+    assert len({mask.numpy().tobytes() for mask in masks}) > 2
+    always, sometimes = torch.cat(masks, 1)
+    assert always.eq(1).all()
+    assert sometimes.unique().tolist() == pytest.approx([0, 4 / 3])
