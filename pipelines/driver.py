@@ -196,6 +196,7 @@ class _Evaluation:
         self._driver, self._failures = driver, failures
         self._submit = partial(_submit, driver, cluster, "evaluate")
         self._job: Job | None = self._submit()
+        driver.gauge("evaluation_failed", 0)
         self._again_s, self._trained, self._over = 0.0, trained, False
         self._failed, self._results = 0, 0
         self._shown_until_s = math.inf
@@ -223,6 +224,7 @@ class _Evaluation:
             self._job = None
         elif ended and self._job.status == "SUCCEEDED":
             self._over, self._failures.evaluation = True, None
+            self._driver.gauge("evaluation_failed", 0)
         elif ended:
             self._over = not self._goes_on_after(self._job)
         return self._over

@@ -22,7 +22,7 @@ from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import LatentsPointer
 from dis_scale.training import devices
 from pipelines import nodes, ray_private
-from pipelines.failures import WorkerFailure, cause_of, describe, may_pass
+from pipelines.failures import WorkerFailure, cause_of, describe, failure_of, may_pass
 from pipelines.places import Places, own_gpus
 from pipelines.ray_private import actor_id
 from pipelines.sharing import Deal, share
@@ -38,6 +38,8 @@ NICE = 5
 """Beside a busy process of training, a quarter of a CPU: at 19 the first samples of a sweep on CPUs came when a training ended."""
 WAITS_EVERY_S = 2.0
 """Interval at which a GPU to share is looked for."""
+OTHER_S = 300.0
+"""Time for an evaluator on another node to find room, to open its networks and to compare a kernel."""
 Seat = tuple[int | None, str | None, int]
 """The GPU that an evaluator shares and its node, None for one of its own, and its number among those of the same."""
 
@@ -265,8 +267,8 @@ class RayEvaluators:
     def _blame(self, error: WrongKernel | NotFinite | NotOpened, check: str, *arguments: Any) -> Exception:
         """Return the error to raise for one evaluator's: a failure of its node if the `check` of others there passes.
 
-        Those that fail are ended, and count against their nodes: their device computes wrongly, or lacks a file. A kernel that is
-        wrong on the only node, of several that could evaluate, is tried on a second one.
+        Those that fail are ended, and count against their nodes: their device computes wrongly, or lacks a file. If a kernel is
+        wrong for all of them, one on another node is asked as well.
         """
         placed = {seat: worker for seat, worker in self._workers.items() if ray_private.has_process(worker)}
         calls = [getattr(worker, check).remote(*arguments) for worker in placed.values()]
@@ -275,27 +277,38 @@ class RayEvaluators:
         except WorkerFailure as failure:
             self.end()
             return failure
-        ids = {seat: ray_private.node_of(worker) for seat, worker in placed.items()}
-        if not any(passed):
-            return self._elsewhere(error, {*ids.values()}) if isinstance(error, WrongKernel) else error
+        others = sum(passed)
+        if not others and isinstance(error, WrongKernel):
+            others += self._right_elsewhere(check, *arguments)
+        if not others:
+            return error
         what = "node" if isinstance(error, NotOpened) else "device"
-        words = f"this {what} fails where those of {sum(passed)} other evaluators do not: {describe(error)}"
+        words = f"this {what} fails where those of {others} other evaluators do not: {describe(error)}"
         failed = [seat for seat, right in zip(placed, passed, strict=True) if not right]
-        for node in {ids[seat] for seat in failed}:
+        for node in {ray_private.node_of(placed[seat]) for seat in failed}:
             nodes.record_failure(self.job, nodes.name_of(node), words, node)
         for seat in failed:
             ray.kill(self._workers.pop(seat))
         return WorkerFailure(words)
 
-    def _elsewhere(self, error: WrongKernel, ids: set[str]) -> Exception:
-        """Return a failure of the only node of these if nothing was wrong on another yet, and one is left that could evaluate."""
-        wrong = ids | self.job.failed_ids
-        if len(wrong) > 1 or not Places.now(self.job.recipe).without(wrong).evaluates(self.device):
-            return error
-        (node,) = ids
-        nodes.record_failure(self.job, nodes.name_of(node), describe(error), node)
-        self.end()
-        return WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better")
+    def _right_elsewhere(self, check: str, *arguments: Any) -> bool:
+        """Whether a check passes on another node than the evaluators', which has to have room soon: no other one was asked."""
+        here = {ray_private.node_of(worker) for worker in self._workers.values() if ray_private.has_process(worker)}
+        bad, places = {*here, *nodes.failed(self.job.sweep, nodes.living())}, Places.now(self.job.recipe)
+        if not places.without(bad).evaluates(self.device):
+            return False
+        request = places.request("evaluate", self.device, 0)
+        other = self._spawn_other(request.on(label_selector=nodes.avoiding(bad)))
+        call, until_s = getattr(other, check).remote(*arguments), self.job.now_s() + OTHER_S
+        try:
+            while not ray.wait([call], timeout=WAITS_EVERY_S)[0] and self.job.now_s() < until_s:
+                self.job.raise_if_stopped()
+            return bool(ray.wait([call], timeout=0)[0]) and failure_of(call) is None and ray.get(call)
+        finally:
+            ray.kill(other)
+
+    def _spawn_other(self, request: Request) -> Any:
+        return spawn(self.job, Evaluator, request, self.job.sweep, self.device)
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Let one evaluator measure the held-out loss."""
@@ -320,5 +333,4 @@ class RayEvaluators:
         """Give back the GPUs now: a handle that is kept somewhere would keep them."""
         for worker in self._workers.values():
             ray.kill(worker)
-        self._workers = {}
         self._workers = {}

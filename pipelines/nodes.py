@@ -126,7 +126,8 @@ def under(worker: Any) -> str:
 
 def record_failure(job: StageJob, name: str, why: str, node_id: str = "") -> None:
     """Store the failure of a node's device; log it, and that the node is avoided from now on."""
-    job.failed_ids |= {node_id} - {""}
+    if node_id:
+        job.failed_ids.add(node_id)
     try:
         state.record_node_failure(job.failed_nodes, name, why)
         failures = state.node_failures(job.sweep)[name]
@@ -148,17 +149,19 @@ def failed(sweep: Sweep, nodes: Sequence[Node]) -> dict[str, str]:
 
 
 def excluded(job: StageJob, nodes: Sequence[Node], enough: Callable[[Collection[str]], bool]) -> list[str]:
-    """Return the ids of the nodes to avoid; unless the other nodes are `enough` without them, with a line, only those among them
-    that failed in this job, or none: several pods on one machine have its name.
+    """Return the ids of the nodes to avoid, as long as the others are `enough`; else, with a line, only those of them that failed
+    in this job, or none: several pods on one machine have its name.
     """
     bad = failed(job.sweep, nodes)
     job.reuses_excluded = bool(bad) and not enough(bad.keys())
     if not job.reuses_excluded:
         return sorted(bad)
     here = job.failed_ids.intersection(bad)
-    job.emit("exclusion_ignored", nodes=sorted(bad.values()))
-    job.say(f"the other nodes have no capacity: excluded nodes are used again: {', '.join(sorted(bad.values()))}")
-    return sorted(here) if here and enough(here) else []
+    avoided = sorted(here) if here and enough(here) else []
+    names = sorted({name for node, name in bad.items() if node not in avoided})
+    job.emit("exclusion_ignored", nodes=names)
+    job.say(f"the other nodes have no capacity: excluded nodes are used again: {', '.join(names)}")
+    return avoided
 
 
 def avoiding(ids: Collection[str]) -> dict[str, str]:

@@ -106,8 +106,8 @@ class Places:
         """Return (number of the GPU that it shares, if any, on its node; request) of each evaluator.
 
         On GPUs, `gpus` evaluators get one of their own, as many as possible of them on nodes where training never runs:
-        elsewhere they could keep a GPU for which training waits. With `evaluate.gpu_share` others share training's, one on each;
-        then none there has one of its own, since Ray alone knows which.
+        elsewhere they could keep a GPU for which training waits. With `evaluate.gpu_share` others share training's, one on each,
+        unless some there have one of their own: Ray alone knows which.
         """
         settings, request = self.recipe.evaluate, self.request("evaluate", device, 0)
         if self.avoided:
@@ -115,31 +115,29 @@ class Places:
         own = settings.workers if device == "cpu" else min(settings.workers, gpus)
         training = [node.id for node in self.nodes if self._trains(node)]
         apart = min(own, self.evaluators_on(self._apart)) if device == "cuda" and training else 0
-        devices = self._training_devices() if own < settings.workers and settings.gpu_share is not None else []
-        if own - apart < len(devices):
-            own = apart
         every: list[tuple[int | None, Request]] = [(None, request)] * own
         if apart:
             every[:apart] = [(None, request.on(label_selector=nodes.avoiding([*training, *self.avoided])))] * apart
-        return every + (self._sharing(devices, settings.workers - own) if own == apart else [])
+        if own > apart or own == settings.workers or settings.gpu_share is None:
+            return every
+        return every + self._sharing(settings.workers - own)
 
     @property
     def shared(self) -> float:
         """Fraction of a GPU's memory that evaluators may take beside training."""
         return self.recipe.evaluate.shared(self.spare_gpus(len(self.recipe.models)))
 
-    def _training_devices(self) -> list[tuple[int, str]]:
-        """Return (number, node) of each GPU on training's nodes, from each node's last on: training's first rank has most to do."""
-        trains = [node for node in self._left if self._trains(node)]
-        every = [(index, node.id) for node in trains for index in range(int(node.resources["GPU"]))]
-        return sorted(every, key=lambda device: (-device[0], device[1]))
+    def _sharing(self, count: int) -> list[tuple[int, Request]]:
+        """Return up to `count` evaluators that share training's GPUs, one on each: of a GPU in turns, two would be no faster.
 
-    def _sharing(self, devices: Sequence[tuple[int, str]], count: int) -> list[tuple[int, Request]]:
-        """Return up to `count` evaluators that share these GPUs, one on each: of a GPU in turns, two would be no faster."""
+        From each node's last device on, since training's first rank has most to do.
+        """
+        trains = [node for node in self._left if self._trains(node)]
+        devices = [(-index, node.id) for node in trains for index in range(int(node.resources["GPU"]))]
         return [
             # it reserves nothing and sees all GPUs of its node
-            (index, Request({}).on(scheduling_strategy=nodes.only(node), runtime_env={"env_vars": ALL_GPUS_VISIBLE}))
-            for index, node in devices[:count]
+            (-index, Request({}).on(scheduling_strategy=nodes.only(node), runtime_env={"env_vars": ALL_GPUS_VISIBLE}))
+            for index, node in sorted(devices)[:count]
         ]
 
     @property

@@ -236,7 +236,7 @@ class TrainingRun:
             return
         node = held[failure.worker]
         if node in {each.id for each in self.places.living()} and self.places.fits_without({node}):
-            nodes.record_failure(self.job, names.get(node, node), describe(failure))
+            nodes.record_failure(self.job, names.get(node, node), describe(failure), node)
 
     def _check(self, ranks: Ranks) -> None:
         """Join the process group, and check all devices and connections."""

@@ -134,7 +134,7 @@ def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
 
 def delete(unneeded: Iterable[Unneeded]) -> None:
     """Delete the files; manifests first, then the accounts of shards, so that a folder that is only partly deleted does not exist,
-    and is not made complete by a sweep that begins now.
+    and that nothing takes shards for complete which are deleted next.
 
     UserError if a sweep needs some of them by now: those before are deleted, and its own manifest is written again.
     """

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ from pipelines.failures import WorkerFailure
 from pipelines.nodes import choose_device, living, name_of, only, record_failure
 from pipelines.places import Places
 from pipelines.precompute import Encoder, RayEncoders
-from pipelines.ray_private import actor_id
+from pipelines.ray_private import actor_id, node_of
 from pipelines.watching import Watch, watch
 from pipelines.worker import Request, elsewhere, request_for, spawn
 from tests.conftest import TINY
@@ -73,10 +73,11 @@ def recipe_of(*settings: str) -> Recipe:
 
 
 def test_an_evaluator_without_a_gpu_shares_those_of_the_node_that_has_some(node: str) -> None:
-    recipe = recipe_of("evaluate.workers=4", "evaluate.gpu_share=0.2", "train.workers=1", f"models={ONE_MODEL}")
-    asked = Places.now(recipe).evaluators("cuda", 1)
+    recipe = recipe_of("evaluate.workers=4", "evaluate.gpu_share=0.2", "train.workers=2", f"models={ONE_MODEL}")
+    asked = Places.now(recipe).evaluators("cuda", 0)
     assert Places.now(recipe).shared == 0.2
-    assert [shared for shared, _ in asked] == [1, 0], "one on each; none of its own, which could be either"
+    assert [shared for shared, _ in asked] == [1, 0], "one on each"
+    assert [shared for shared, _ in Places.now(recipe).evaluators("cuda", 1)] == [None], "it could be on either"
     job = job_of(recipe)
     probes = [spawn(job, Probe, request) for _, request in asked]
     places = ray.get([probe.where.remote() for probe in probes])
@@ -285,17 +286,33 @@ def test_a_worker_of_any_stage_avoids_a_node_whose_devices_failed_while_others_h
     assert job.events_named("exclusion_ignored") == [{"event": "exclusion_ignored", "nodes": [name]}]
 
 
-def test_a_kernel_that_is_wrong_for_the_only_evaluator_is_tried_on_a_second_node_and_no_third(node: str, tmp_path: Path) -> None:
-    """A sweep has one evaluator unless its recipe says more: on a device that computes wrongly it would evaluate nothing."""
-    job, wrong = job_of(reading.load(TINY, ["device=cpu"]), tmp_path, RayJob), WrongKernel("the scan is wrong")
+WRONG = WrongKernel("the scan is wrong")
+
+
+@dataclass
+class Compared(RayEvaluators):
+    """Evaluators of which one on another node has right kernels, or wrong ones as well."""
+
+    right: bool = True
+    asked: list[Any] = field(default_factory=list)
+
+    def _spawn_other(self, request: Request) -> Any:
+        self.asked.append(spawn(self.job, Judged, request, self.right, WRONG))
+        return self.asked[-1]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_kernel_that_is_wrong_for_a_lone_evaluator_is_compared_on_another_node(node: str, tmp_path: Path, right: bool) -> None:
+    """A sweep has one evaluator unless its recipe says more. No node is to blame for a kernel that is wrong on both."""
+    job = job_of(reading.load(TINY, ["device=cpu"]), tmp_path, RayJob)
     head = next(each.id for each in living() if each.id != node)
-    for place, raised in ((head, WorkerFailure), (node, WrongKernel)):
-        worker = spawn(job, Judged, Request({"CPU": 1.0}).on(scheduling_strategy=only(place)), False, wrong)
-        evaluators = RayEvaluators(job, "cpu", 0, lambda _: None, {(None, None, 0): worker})
-        with pytest.raises(raised, match="the scan is wrong"):
-            evaluators.sample(Sampled("dis", 0), job.recipe.evaluate, [0])
-        evaluators.end()
-    assert state.node_failures(job.sweep) == {name_of(head): 1}
+    lone = spawn(job, Judged, Request({"CPU": 1.0}).on(scheduling_strategy=only(head)), False, WRONG)
+    evaluators = Compared(job, "cpu", 0, lambda _: None, {(None, None, 0): lone}, right=right)
+    with pytest.raises(WorkerFailure if right else WrongKernel, match="the scan is wrong"):
+        evaluators.sample(Sampled("dis", 0), job.recipe.evaluate, [0])
+    assert [node_of(other) for other in evaluators.asked] == [node]
+    assert state.node_failures(job.sweep) == ({name_of(head): 1} if right else {})
+    evaluators.end()
 
 
 def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold_and_waits_before_it_encodes(node: str, tmp_path: Path) -> None:
