@@ -70,11 +70,12 @@ def import_weights(
     stored = model in Sweep.open(sweep.folder.url).recipe.models
     given = " ".join(f"--set {quote(each)}" for each in [*(overrides or []), seen])
     again = f"dis-scale resume {sweep}" if stored else f"dis-scale sweep {recipe or EMBEDDED} {given}"
+    trains = ", and trains the other models" if len(settings.models) > 1 else ""
     show(
         found._asdict() | {"folder": found.folder.url},
         *found.notes,
         f"imported {found.folder}: {found.parameters:,} weights, at {found.images_seen:,} images\n"
-        f"next     {again}: evaluates it; dis-scale sample {found.folder}\n"
+        f"next     {again}: evaluates it{trains}; dis-scale sample {found.folder}\n"
         f"         models.NAME.start: {{kind: sweep, url: {sweep}, model: {model}, images: {found.images_seen}}}",
         as_json=as_json,
     )
