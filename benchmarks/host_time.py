@@ -5,8 +5,8 @@ an H100 that launches nothing; tensors are on the CPU and small. The time of Tri
 has the least time of all rounds, in us, and the launches: of Triton's kernels, and of PyTorch's operations that would launch one or
 more kernels on a GPU.
 
-The last rows are medians of training steps of a DiS of 48 + 1 narrow blocks with DeepSpeed, of one worker, with the CPU's scan:
-each pass, with DeepSpeed's hooks, and its `step()`; with blocks as they are, and as graphs that launch nothing.
+The last rows are medians of training steps of a DiS of 48 + 1 narrow blocks with DeepSpeed, of one worker: each pass, with
+DeepSpeed's hooks, and its `step()`; with the CPU's scan, with these kernels, and as graphs that launch nothing.
 """
 
 import json
@@ -110,10 +110,10 @@ def block(settings: Dis, *, as_graphs: bool = False) -> tuple[Callable[[], Seque
     return lambda: made(h_BLD, r_BLD, None, None, None), [h_BLD, r_BLD, *made.parameters()]
 
 
-def training_steps(*, as_graphs: bool, steps: int = 40) -> dict[str, float]:
+def training_steps(scan: str, *, as_graphs: bool, steps: int = 40) -> dict[str, float]:
     """Median ms of the parts of a step."""
     device = torch.device("cpu")
-    model = models.build(Dis(kind="dis", width=16, depth=48, patch=2), LatentShape(4, 8), 10, seed=0, scan="chunked")
+    model = models.build(Dis(kind="dis", width=16, depth=48, patch=2), LatentShape(4, 8), 10, seed=0, scan=scan)
     train = Train(publish_images=(B,), batch_images=B, lanes=1, workers=1)
     state = engine.start(model, train, device, resume.fresh(model), 0)
     if as_graphs:
@@ -171,10 +171,10 @@ def main(rounds: int) -> None:
             counts = {"kernels": none.launches, "operations": operations.launches}
             print(json.dumps({"name": f"{name}, {passes}", "us": round(least_us(job, rounds), 1), **counts}), flush=True)
     with process_group(torch.device("cpu")):
-        for as_graphs in (False, True):
-            name = "step of 49 blocks with DeepSpeed" + as_graphs * ", as graphs"
-            ms = training_steps(as_graphs=as_graphs)
-            if as_graphs:  # graphs that launch nothing leave any gradients behind, of which `step()` may take none
+        for by, as_graphs in (("chunked", False), ("triton", False), ("chunked", True)):
+            name = f"step of 49 blocks with DeepSpeed, {by}" + as_graphs * ", as graphs"
+            ms = training_steps(by, as_graphs=as_graphs)
+            if as_graphs or by == "triton":  # what launches nothing leaves any gradients behind, of which `step()` may take none
                 del ms["step()"]
             print(json.dumps({"name": name, "ms": ms}), flush=True)
 
