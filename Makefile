@@ -27,8 +27,8 @@ test-newest: | $(BIN)/python
 	build/newest/bin/python -m pytest -v -n 3 --dist worksteal
 
 # The rows of the tables of faults, and the other tests in which something fails or is stopped, that are too long for `make test`, three
-# files at a time: most of their time is waiting. The drills need the machine's network for themselves, so they are one after the other, and begin first: the files keep
-# their order. Each row has a line, and the longest are listed at the end. Random kills: `make soak KILLS=20 SEED=1`.
+# files at a time: most of their time is waiting. The drills need the machine's network for themselves, so they are one after the other,
+# and begin first: the files keep their order. Each row has a line, and the longest are listed at the end. Random kills: `make soak KILLS=20 SEED=1`.
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -vv -m faults -n 3 --dist loadfile --no-loadscope-reorder --durations=30
 

@@ -286,7 +286,7 @@ class RayEvaluators:
         words = f"this {what} fails where those of {others} other evaluators do not: {describe(error)}"
         failed = [seat for seat, right in zip(placed, passed, strict=True) if not right]
         for node in {ray_private.node_of(placed[seat]) for seat in failed}:
-            nodes.record_failure(self.job, nodes.name_of(node), words, node)
+            nodes.record_failure_of(self.job, node, words)
         for seat in failed:
             ray.kill(self._workers.pop(seat))
         return WorkerFailure(words)

@@ -124,10 +124,14 @@ def under(worker: Any) -> str:
     return name_of(ray_private.node_of(worker))
 
 
-def record_failure(job: StageJob, name: str, why: str, node_id: str = "") -> None:
+def record_failure_of(job: StageJob, node_id: str, why: str) -> None:
+    """As `record_failure`, of a node whose id is known."""
+    job.failed_ids.add(node_id)
+    record_failure(job, name_of(node_id), why)
+
+
+def record_failure(job: StageJob, name: str, why: str) -> None:
     """Store the failure of a node's device; log it, and that the node is avoided from now on."""
-    if node_id:
-        job.failed_ids.add(node_id)
     try:
         state.record_node_failure(job.failed_nodes, name, why)
         failures = state.node_failures(job.sweep)[name]

@@ -187,8 +187,7 @@ class TrainingRun:
             self.places.wrong.add(ranks.places[0].node)
             if not self.places.fits_without({*avoided, *self.places.wrong}):
                 raise
-            node = ranks.places[0].node
-            nodes.record_failure(self.job, nodes.name_of(node), describe(error), node)
+            nodes.record_failure_of(self.job, ranks.places[0].node, describe(error))
             raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
         except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
             times, share = self._short(world), largest_share(self.settings.lanes, world)
@@ -236,7 +235,8 @@ class TrainingRun:
             return
         node = held[failure.worker]
         if node in {each.id for each in self.places.living()} and self.places.fits_without({node}):
-            nodes.record_failure(self.job, names.get(node, node), describe(failure), node)
+            self.job.failed_ids.add(node)
+            nodes.record_failure(self.job, names.get(node, node), describe(failure))
 
     def _check(self, ranks: Ranks) -> None:
         """Join the process group, and check all devices and connections."""

@@ -78,8 +78,7 @@ def watch(
     except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
         job.logs.collect(workers)
         if isinstance(error, WorkerFailure) and error.cause == "device" and error.worker is not None:
-            node = _node(policy, workers, error.worker)
-            nodes.record_failure(job, nodes.name_of(node), str(error), node)
+            nodes.record_failure_of(job, _node(policy, workers, error.worker), str(error))
         if not isinstance(error, WorkerFailure | StorageAway):
             raise
         # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.

@@ -54,8 +54,9 @@ def test_without_capacity_elsewhere_the_node_is_used_again(job: RecordedJob) -> 
 def test_of_several_pods_on_a_machine_that_is_needed_only_the_one_that_failed_is_avoided(job: RecordedJob) -> None:
     """As the evaluators of the files for Kubernetes: one of four on one machine would end each attempt for all."""
     pods = [Node("id-1", "a", {}), Node("id-2", "a", {})]
+    job.failed_ids.add("id-1")
     for _ in range(2):
-        nodes.record_failure(job, "a", "uncorrectable ECC error", "id-1")
+        nodes.record_failure(job, "a", "uncorrectable ECC error")
     assert nodes.excluded(job, pods, lambda avoided: "id-2" not in avoided) == ["id-1"]
     assert job.reuses_excluded
     assert nodes.excluded(job, pods, lambda _: False) == []
