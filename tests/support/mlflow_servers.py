@@ -22,7 +22,7 @@ from tests.support import pods, sweeps
 
 PROGRAMS = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 ADMIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "the admin's password"}
-LOGIN = {"MLFLOW_TRACKING_USERNAME": "sweeps", "MLFLOW_TRACKING_PASSWORD": "a long enough password"}
+LOGIN = {"MLFLOW_TRACKING_USERNAME": "imagenet256", "MLFLOW_TRACKING_PASSWORD": "a long enough password"}
 PASSWORD = "another password"
 SECRETS = {
     "database-password": PASSWORD, "flask-key": "a key", "admin-password": ADMIN["MLFLOW_TRACKING_PASSWORD"], **LOGIN
@@ -112,9 +112,9 @@ def environment_of(container: dict[str, Any], secrets: dict[str, str]) -> dict[s
 
 
 def make_user(url: str, login: dict[str, str] = LOGIN) -> None:
-    """Run the Job that creates the sweeps' user, or gives it another password."""
-    (job,) = [each["spec"]["template"]["spec"] for each in pods.documents("mlflow.yaml") if each["kind"] == "Job"]
-    (container,) = job["containers"]
+    """Run the Job that creates a sweep's user, or gives it another password."""
+    (job,) = pods.documents("mlflow-user.yaml")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
     program = container["command"][2].replace("http://mlflow:5000", url)
     environment = environment_of(container, SECRETS | login)
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | environment)
