@@ -35,7 +35,8 @@ def test_no_two_threads_share_a_layer_and_their_number_is_restored() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.slow  # three minutes
+@pytest.mark.slow  # three minutes, on slow cores beside other work more than ten
+@pytest.mark.timeout(1800)
 def test_the_autoencoder_that_init_chooses_without_a_gpu_keeps_the_colours_of_drawings() -> None:
     """Of any colour: after three fifths of the steps the mean colour of an image is off by 8 of 255."""
     images = drawings(600, 32)
