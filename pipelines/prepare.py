@@ -5,7 +5,8 @@ as many workers as precompute has: they also read all images, on the same nodes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -36,40 +37,45 @@ class Preparer(Worker):
 
     def prepare(self, sweep: Sweep, device: str) -> None:
         """Make the networks, and the statistics unless they have several parts."""
-        self._begin(PREPARE_CPUS)
         self._images: Any = None
-        if state.vae_missing(sweep):
-            self.log(self._vae(sweep))
-        for name, kind in state.classifiers_missing(sweep):
-            self.log(self._classifier(sweep, name, kind))
-        if not _has_parts(sweep, _source(sweep)):
-            self.log(self._reference(sweep, device))
+        with self._begun(device, PREPARE_CPUS):
+            if state.vae_missing(sweep):
+                self.log(self._vae(sweep))
+            for name, kind in state.classifiers_missing(sweep):
+                self.log(self._classifier(sweep, name, kind))
+            if not _has_parts(sweep, _source(sweep)):
+                self.log(self._reference(sweep, device))
 
     def make_parts(self, sweep: Sweep, device: str, deal: Deal) -> None:
         """Compute those of the parts that `deal` names that are missing; progress counts images."""
-        self._begin(1)
         from dis_scale.evaluation import parts
 
-        source, of_images = _source(sweep), sweep.recipe.evaluate.of_images
-        extractors = [e for e in self._extractors(sweep, device) if e.name in of_images]
-        missing = state.reference_parts_missing(sweep, len(source))
-        for number in iter(deal, None):
-            if number in missing:
-                parts.make(sweep, source, extractors, number, self._progress())
+        with self._begun(device, 1):
+            source, of_images = _source(sweep), sweep.recipe.evaluate.of_images
+            extractors = [e for e in self._extractors(sweep, device) if e.name in of_images]
+            missing = state.reference_parts_missing(sweep, len(source))
+            for number in iter(deal, None):
+                if number in missing:
+                    parts.make(sweep, source, extractors, number, self._progress())
 
     def merge_parts(self, sweep: Sweep, device: str) -> None:
         """Merge the parts, and compute damaged ones again."""
-        self._begin(1)
-        self.log(self._reference(sweep, device))
+        with self._begun(device, 1):
+            self.log(self._reference(sweep, device))
 
-    def _begin(self, threads: int) -> None:
+    @contextmanager
+    def _begun(self, device: str, threads: int) -> Iterator[None]:
+        """Compute on a device that works, so many threads at a time; BrokenDevice if another node may have a better one."""
         import torch  # here, and below, in the worker only: the driver needs none of it
 
         from dis_scale.data.encode import compute_exactly
 
         compute_exactly()
         torch.set_num_threads(threads)
-        self.emit("work")
+        devices.check_on_node(where := devices.torch_device(device))
+        with devices.blaming_others(where):
+            self.emit("work")
+            yield
 
     def _extractors(self, sweep: Sweep, device: str) -> Any:
         """Load the extractors whose statistics are missing."""

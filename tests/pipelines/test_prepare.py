@@ -1,14 +1,22 @@
-"""What prepare says of its progress: tests/e2e has what it makes."""
+"""What prepare says of its progress, and of a GPU that does not work: tests/e2e has what it makes."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import pytest
+import torch
+
 from dis_scale.process.context import Context
-from dis_scale.recipe import reading
+from dis_scale.process.errors import BrokenDevice
+from dis_scale.recipe import Recipe, reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep
 from pipelines.lines import Log
 from pipelines.prepare import progress_by_part
 from tests.conftest import TINY
-from tests.support.stage_jobs import job_of
+from tests.support.stage_jobs import deal_of, job_of
+from tests.support.stages import preparer
 
 
 def test_progress_is_that_of_what_is_made_now(tmp_path: Path) -> None:
@@ -29,3 +37,12 @@ def test_progress_is_that_of_what_is_made_now(tmp_path: Path) -> None:
         (5, 5, "steps of the extractor"),
         (5, 5, "steps of the judge"),
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_does_not_work_counts_against_its_node(tiny: Recipe, tmp_path: Path) -> None:
+    """As for encoders: an error without a node ended the sweep, and another GPU was never tried."""
+    worker, sweep = preparer(Sweep.below(open_folder(tmp_path), tiny)), Sweep.below(open_folder(tmp_path), tiny)
+    for work in (partial(worker.prepare, sweep, "cuda"), partial(worker.make_parts, sweep, "cuda", deal_of([0]))):
+        with pytest.raises(BrokenDevice):
+            work()
