@@ -154,10 +154,11 @@ class Job:
     def killed(self) -> bool:
         """Whether it failed without a word of its own: its process was killed, or Ray could not start or watch it.
 
-        Or with words that are no error of ours and may pass (stage.py), such as a Ray that was busy when it began.
+        Or with words that are no error of ours and may pass (stage.py), such as a Ray that was busy when it began; or stopped by a
+        signal that Ray did not send: who requests a stop asks Ray, which calls the job stopped.
         """
         code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type in RAY_ACCIDENTS
-        if code == UNFORESEEN:
+        if code == UNFORESEEN or (code == Preempted.exit_code and self.status == JobStatus.FAILED):
             return True
         if self.status != JobStatus.FAILED or any(line and line.kind == "error" for line in map(lines.parse, self._tail)):
             return False

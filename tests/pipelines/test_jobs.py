@@ -293,10 +293,16 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(tiny: Recipe, tmp_path: 
 
 @pytest.mark.parametrize(
     ("code", "kind", "killed"),
-    [(-9, None, True), (137, None, True), (1, None, False), (70, None, True), (None, "JOB_SUPERVISOR_ACTOR_DIED", True),
-     (None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True), (None, "RUNTIME_ENV_SETUP_FAILURE", True),
+    [(-9, None, True), (137, None, True), (1, None, False), (70, None, True), (75, None, True),
+     (None, "JOB_SUPERVISOR_ACTOR_DIED", True), (None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True), (None, "RUNTIME_ENV_SETUP_FAILURE", True),
      (None, "JOB_ENTRYPOINT_COMMAND_START_ERROR", True), (None, "JOB_ENTRYPOINT_COMMAND_ERROR", False)],
 )  # fmt: skip
 def test_a_job_that_was_killed_is_told_from_one_that_failed(code: int | None, kind: str | None, killed: bool) -> None:
     info = JobDetails(type="SUBMISSION", submission_id="j", status="FAILED", entrypoint="", driver_exit_code=code, error_type=kind)
     assert Job(Any, "j", ours=True, _info=info).killed is killed  # type: ignore[arg-type]
+
+
+def test_a_job_that_a_request_has_stopped_was_not_killed() -> None:
+    """Ray says so. With the same exit code in a job that failed, a signal of somebody else stopped its process: it is run again."""
+    info = JobDetails(type="SUBMISSION", submission_id="j", status="STOPPED", entrypoint="", driver_exit_code=75)
+    assert not Job(Any, "j", ours=True, _info=info).killed  # type: ignore[arg-type]
