@@ -294,7 +294,8 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(tiny: Recipe, tmp_path: 
 @pytest.mark.parametrize(
     ("code", "kind", "killed"),
     [(-9, None, True), (137, None, True), (1, None, False), (70, None, True), (75, None, True),
-     (None, "JOB_SUPERVISOR_ACTOR_DIED", True), (None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True), (None, "RUNTIME_ENV_SETUP_FAILURE", True),
+     (None, "JOB_SUPERVISOR_ACTOR_DIED", True), (None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", True),
+     (None, "RUNTIME_ENV_SETUP_FAILURE", True),
      (None, "JOB_ENTRYPOINT_COMMAND_START_ERROR", True), (None, "JOB_ENTRYPOINT_COMMAND_ERROR", False)],
 )  # fmt: skip
 def test_a_job_that_was_killed_is_told_from_one_that_failed(code: int | None, kind: str | None, killed: bool) -> None:
