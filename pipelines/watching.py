@@ -36,8 +36,7 @@ class Watch:
     """A hang: no worker has made progress for this long, or, before the first progress and of work that reports none, for `FIRST`
     times as long. Of independent workers each is watched by itself, and one that hangs is killed."""
     last: float = float("inf")
-    """Progress of all after which they are not watched: they write, and storage has a patience of its own. What they still do
-    together ends by the time limit of their group."""
+    """Progress of all after which they only write, for which they have at least an hour: storage has a patience of its own."""
     stop_early: Callable[[], float | None] = lambda: None
     """Asked once a poll for the seconds that the workers have to save; they are requested to stop when it first returns a number,
     and again when that leaves them less time."""
@@ -99,7 +98,7 @@ class Pace:
     def __init__(self, workers: int, policy: Watch) -> None:
         self._policy = policy
         self._done: list[int | None] = [None] * workers
-        self._most, self._advanced_s = -1, 0.0
+        self._most, self._advanced_s, self._over = -1, 0.0, False
         self._since_s: dict[int, float] = {}
         self._took_s = [deque[float](maxlen=100) for _ in range(workers)]
 
@@ -113,7 +112,7 @@ class Pace:
         if unplaced or self._most < 0 or (total or 0) > self._most:
             self._most, self._advanced_s = total or 0, now_s
         if not self._policy.independent:
-            done, working = [total], set() if unplaced or (total is not None and min(known) >= self._policy.last) else {0}
+            done, working, self._over = [total], set() if unplaced else {0}, total is not None and min(known) >= self._policy.last
         for number, images in enumerate(done):
             before = self._done[number]
             if number not in working:
@@ -129,6 +128,8 @@ class Pace:
     def limit_s(self, number: int) -> float:
         """Time without progress after which a worker counts as hanging."""
         least_s, took_s = self._policy.hang_after_s, self._took_s[number]
+        if self._over:
+            return FIRST * max(least_s, STAGE_HANGS_AFTER_S)
         if not took_s:
             return FIRST * least_s
         return max(least_s, MEDIANS * statistics.median(took_s)) if self._policy.independent else least_s

@@ -15,15 +15,16 @@ from pipelines.worker import Worker
 @pytest.mark.parametrize(
     ("done", "silent_s", "hangs"),
     [
-        ([160, 304], 11.0, True), ([160, 304], 9.0, False), ([320, 304], 11.0, True), ([320, 320], 99.0, False),
+        ([160, 304], 11.0, True), ([160, 304], 9.0, False), ([320, 304], 11.0, True), ([320, 320], 3599.0, False),
+        ([320, 320], 3601.0, True),
         ([0, 0], 39.0, False), ([0, 0], 41.0, True), ([0, 16], 11.0, True),
     ],
     ids=[
         "silent", "not for long", "one is not at the end", "after the last step they only write",
-        "reading a resume point", "never a first step", "one has no first step",
+        "a write that never ends", "reading a resume point", "never a first step", "one has no first step",
     ],
 )  # fmt: skip
-def test_a_hang_is_a_silence_before_the_last_step(done: list[int], silent_s: float, hangs: bool) -> None:
+def test_a_hang_is_a_silence_that_is_long_after_the_last_step(done: list[int], silent_s: float, hangs: bool) -> None:
     """Of ranks, which go in step: if one hangs, all do. Slow steps before it change nothing."""
     pace = Pace(2, Watch(hang_after_s=10.0, last=320))
     for now_s, before in ((0.0, [0, 0]), (9.0, done)):
