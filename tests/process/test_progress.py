@@ -112,12 +112,18 @@ def test_a_full_disk_under_the_log_ends_nothing() -> None:
         full.close()
 
 
-@pytest.mark.parametrize(("command", "code"), [(["resume", "/none"], 2), (["recipe", "list"], 70)], ids=["a sweep", "another"])
-def test_a_full_disk_under_the_log_changes_no_exit_code_of_a_sweep(command: list[str], code: int) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    ("command", "codes"), [(["resume", "/none"], (2, 2)), (["recipe", "list"], (120, 70))], ids=["a sweep", "another"]
+)
+def test_a_full_disk_under_the_log_changes_no_exit_code_of_a_sweep(
+    command: list[str], codes: tuple[int, int], unbuffered: str
+) -> None:
     """Python would end with 120, which no scheduler tries again. Of another command the output is what it is for."""
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([sys.executable, "-m", "dis_scale", *command], stdout=full, stderr=full, check=False)
-    assert done.returncode == code
+        done = subprocess.run([sys.executable, "-m", "dis_scale", *command], stdout=full, stderr=full, check=False, env=environment)
+    assert done.returncode == codes[bool(unbuffered)]
 
 
 @pytest.mark.parametrize("json", [False, True], ids=["lines", "json"])
