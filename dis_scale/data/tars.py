@@ -453,7 +453,7 @@ def _refuse_two(pair: Sequence[_InTar] | None, where: str) -> None:
         raise UserError(
             f"{where}: {printable(pair[0].name)} and {printable(pair[1].name)} are two images of one sample: "
             f"a sample's name ends at its first dot; say which is the image, for example data.source.image = "
-            f"{pair[0].name.rpartition('/')[2].partition('.')[2]}, or rename them"
+            f"{printable(pair[0].name.rpartition('/')[2].partition('.')[2])}, or rename them"
         )
 
 

@@ -292,6 +292,10 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
             r"a.tar: 1.jpg and 1.seg.png are two images of one sample: .*; say which .* = jpg, or rename them",
         ),
         (
+            "a.tar", labelled_images.tar({"1.x\nerror: run.png": png(1), "1.y.png": png(2), "1.cls": b"0"}), {},
+            r"= x\\nerror: run.png, or rename them",
+        ),
+        (
             "a.tar", labelled_images.tar({"1.png": png(1), "1.json": b"[" * 10**5}), {"label": "json"},
             r"a.tar: 1.json: no label 'label': RecursionError: ",
         ),
