@@ -42,7 +42,7 @@ def test_progress_is_that_of_what_is_made_now(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_does_not_work_counts_against_its_node(tiny: Recipe, tmp_path: Path) -> None:
     """As for encoders: an error without a node ended the sweep, and another GPU was never tried."""
-    worker, sweep = preparer(Sweep.below(open_folder(tmp_path), tiny)), Sweep.below(open_folder(tmp_path), tiny)
+    worker = preparer(sweep := Sweep.below(open_folder(tmp_path), tiny))
     for work in (partial(worker.prepare, sweep, "cuda"), partial(worker.make_parts, sweep, "cuda", deal_of([0]))):
         with pytest.raises(BrokenDevice):
             work()
