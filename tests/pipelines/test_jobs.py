@@ -304,6 +304,6 @@ def test_a_job_that_was_killed_is_told_from_one_that_failed(code: int | None, ki
 
 
 def test_a_job_that_a_request_has_stopped_was_not_killed() -> None:
-    """Ray says so. With the same exit code in a job that failed, a signal that Ray did not send stopped its process: it is run again."""
+    """Ray says so. With the same exit code in a job that failed, a signal not of Ray's stopped its process: it is run again."""
     info = JobDetails(type="SUBMISSION", submission_id="j", status="STOPPED", entrypoint="", driver_exit_code=75)
     assert not Job(Any, "j", ours=True, _info=info).killed  # type: ignore[arg-type]
