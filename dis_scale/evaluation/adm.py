@@ -47,6 +47,10 @@ class Adm:
                 f"{self.url}: {mean} {mu.shape} and {covariance} {sigma.shape} are of other features: "
                 f"expected ({features},) and ({features}, {features})"
             )
+        if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+            raise UserError(
+                f"{self.url}: {mean} and {covariance} are {mu.dtype} and {sigma.dtype}: expected floating-point numbers"
+            )
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError(f"{self.url}: {mean} or {covariance} is not finite: the file is damaged")
         return MeanCovariance(0, mu.astype(np.float64), sigma.astype(np.float64))  # the file lacks the number of images

@@ -53,7 +53,11 @@ def header(data: bytes | memoryview | mmap) -> Header:
     if version not in (1, 2, 3) or not (dtype and shape):
         raise ValueError(f"an array of version {version}, {text[:100]!r}; expected numbers or text")
     sizes = tuple(int(size) for size in shape[1].split(b",") if size.strip())
-    return Header(np.dtype(dtype[1].decode()), sizes, "F" if _BY_COLUMNS.search(text) else "C", first)
+    try:
+        kind = np.dtype(dtype[1].decode())
+    except TypeError as error:  # such as f9
+        raise ValueError(f"an array of type {dtype[1].decode()}, which NumPy does not have") from error
+    return Header(kind, sizes, "F" if _BY_COLUMNS.search(text) else "C", first)
 
 
 def to_bytes(array: np.ndarray) -> bytes:

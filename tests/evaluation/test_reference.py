@@ -231,6 +231,7 @@ def test_a_metric_without_its_statistics_is_refused(
         ("mu", np.zeros(64), r"mu \(64,\) and sigma \(2048, 2048\) are of other features: expected \(2048,\)"),
         ("mu_s", np.zeros(2048), r"mu_s \(2048,\) and sigma_s \(2023, 2023\) are of other features: expected \(2023,\)"),
         ("mu", np.full(2048, np.nan), "mu or sigma is not finite: the file is damaged"),
+        ("mu", np.full(2048, "1"), "mu and sigma are <U1 and float32: expected floating-point numbers"),
     ],
 )  # fmt: skip
 def test_a_file_of_other_images_or_features_is_refused(

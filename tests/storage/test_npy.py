@@ -45,6 +45,7 @@ def test_text_is_read() -> None:
         (saved(np.ones(4))[:-1], "buffer size|smaller than"),
         (saved(np.ones(4)) + b"12345678", "cannot reshape"),
         (saved(np.array([None])), "expected numbers or text"),
+        (saved(np.ones(4)).replace(b"<f8", b"<f9"), "of type <f9, which NumPy does not have"),
         (saved(np.array([(1, 2)], dtype=[("a", "<i4"), ("b", "<i4")])), "expected numbers or text"),
     ],
 )
