@@ -140,14 +140,15 @@ def delete(unneeded: Iterable[Unneeded]) -> None:
     """
     for each in unneeded:
         each.require_unused()
-        if MANIFEST in each.sizes and each.folder.exists(MANIFEST):
-            manifest = each.folder.read(MANIFEST)
+        manifest = each.folder.read(MANIFEST) if MANIFEST in each.sizes and each.folder.exists(MANIFEST) else None
+        if manifest:
             each.folder.delete(MANIFEST)
-            try:
-                each.require_unused()  # a sweep that was stored during the listing above
-            except BaseException:
+        try:
+            each.require_unused()  # a sweep that was stored during the listing above
+        except BaseException:
+            if manifest:
                 each.folder.write(MANIFEST, manifest)
-                raise
+            raise
         for accounts in (True, False):
             left = [name for name in each.sizes if name != MANIFEST and name.endswith(".json") == accounts]
             for _ in in_order(left, each.folder.delete):

@@ -143,8 +143,11 @@ def test_latents_that_another_sweep_uses_meanwhile_stay(sweep: Sweep) -> None:
     assert sweep.store.list("latents/mine")
 
 
-def test_a_sweep_that_is_stored_during_the_last_look_keeps_its_latents(sweep: Sweep) -> None:
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "of a precompute that was ended"])
+def test_a_sweep_that_is_stored_during_the_last_look_keeps_its_latents(sweep: Sweep, complete: bool) -> None:
     """With a thousand sweeps the look takes minutes."""
+    if not complete:
+        state.require_latents(sweep.folder).delete("manifest.json")
     (latents,) = (each for each in removal.find(sweep).unshared if each.kind == "latents")
     before, looks = everything(latents.folder), list[int]()
 
