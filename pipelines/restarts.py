@@ -32,6 +32,8 @@ NEAR_STEPS = 2
 """Most steps between crashes at the same place: progress is asked for each second, and a process that dies tells no more."""
 HANGS = 2
 """Hangs in a row after which nodes are left out in turn: one GPU that hangs lets all ranks wait."""
+DEATHS = 3
+"""Processes of one node that died in a row, not at one place, after which it is left out: a program fails at one, or anywhere."""
 SAME, ALWAYS = 5, 10
 """Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any.
 
@@ -131,7 +133,7 @@ class _Record:
         """Count a failed device against the only node without which an attempt made progress."""
         if len(self.job.left_out) == 1:
             (node,) = self.job.left_out
-            nodes.record_failure(self.job, node, "attempts with it hung, or died before a step, and one without it made progress")
+            nodes.record_failure(self.job, node, "attempts with it hung or died, and one without it made progress")
 
     def _node_failures(self) -> dict[str, int]:
         return _stored_or({}, lambda: state.node_failures(self.job.sweep))
@@ -192,7 +194,8 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
 
 
 def _suspects(failures: Sequence[WorkerFailure], attempts: int, failed: Callable[[], dict[str, int]]) -> frozenset[str]:
-    """Return the nodes to do without: where two processes died before a step; after two hangs in a row, of all nodes each in turn.
+    """Return the nodes to do without: where two processes died before a step, or the last three at several places; after two hangs
+    in a row, of all nodes each in turn.
 
     First those that have failed least, so that stalls of what all share exclude none. Of many nodes several at a time: all have
     been left out before so many `attempts` end the job.
@@ -200,6 +203,10 @@ def _suspects(failures: Sequence[WorkerFailure], attempts: int, failed: Callable
     crashes = _crashes(failures)
     deaths = Counter(crash.node for crash in crashes if crash.node and crash.cause == "lost" and not crash.done)
     suspects = {node for node, count in deaths.items() if count >= state.MOST_NODE_FAILURES}
+    last = crashes[-DEATHS:]
+    died = {crash.node if crash.cause == "lost" else "" for crash in last}
+    if len(last) == DEATHS and len(died) == 1 and len({crash.done for crash in last}) > 1:
+        suspects |= died - {""}
     hangs = list(takewhile(lambda crash: isinstance(crash, Hang), reversed(crashes)))
     if len(hangs) >= HANGS and hangs[-1].nodes:
         times = failed()

@@ -282,14 +282,23 @@ def test_a_hang_without_a_node_acquits_it(tiny: Recipe, tmp_path: Path) -> None:
     assert not state.node_failures(job.sweep)
 
 
-@pytest.mark.parametrize(("done", "tried"), [(0, ["abc", "abc", "ac"]), (48, ["abc"] * 4)])
-def test_a_node_where_processes_die_before_a_step_is_left_out(tiny: Recipe, tmp_path: Path, done: int, tried: list[str]) -> None:
-    """Ten such deaths end a model as deterministic, though the other nodes train it. Later ones are of the model or the machine."""
-    made = OnNodes(job_with(tiny, tmp_path, 3), "abc", "b", repeat(done), hangs=False)
-    with nullcontext() if not done else pytest.raises(DisScaleError):
+@pytest.mark.parametrize(
+    ("done", "tried", "ends"),
+    [
+        pytest.param(repeat(0), ["abc", "abc", "ac"], True, id="before a step"),
+        pytest.param(repeat(48), ["abc"] * 4, False, id="at one place"),
+        pytest.param(count(48, 100), ["abc", "abc", "abc", "ac"], True, id="at several places"),
+    ],
+)
+def test_a_node_where_processes_die_is_left_out(
+    tiny: Recipe, tmp_path: Path, done: Iterator[int], tried: list[str], ends: bool
+) -> None:
+    """All attempts would end there, though the other nodes train the model. Deaths at one place are of the model."""
+    made = OnNodes(job_with(tiny, tmp_path, 3), "abc", "b", done, hangs=False)
+    with nullcontext() if ends else pytest.raises(DisScaleError):
         assert made.run() == 160
     assert made.tried == tried
-    assert state.node_failures(made.job.sweep) == ({} if done else {"b": 1})
+    assert state.node_failures(made.job.sweep) == ({"b": 1} if ends else {})
 
 
 @pytest.mark.parametrize("done", [0, 5_000_032], ids=["before a step", "a step after a resume point"])
