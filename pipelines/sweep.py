@@ -214,13 +214,13 @@ def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) ->
         board.say(f"cluster  {cluster.description}")
         list_images(driver, plan, store)
         driver.sweep = sweep = store_recipe(driver)
-        with board.working("MLflow is asked"):
-            begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
+        track = partial(begin_tracking, driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         with contextlib.ExitStack() as ends:
             if driver.first:
                 ends.enter_context(writing_page(driver, plan))
                 with board.working("jobs of an earlier command end"):
                     last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
+            tracked = track()
             last_ray.record(sweep, cluster)
             require_device(driver, cluster)
             if holds(driver, cluster, "train"):  # the GPUs of other stages may be smaller
@@ -235,6 +235,8 @@ def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) ->
             require_fits(plan, cluster)  # again, on the nodes that came
             if state.find_latents(sweep.folder) is None:
                 run_stage(driver, cluster, "precompute")
+                if not tracked:
+                    track()  # before the first rows: the server or its user may have come meanwhile
             failures = train_and_evaluate(driver, cluster)
         skipped = state.skipped(sweep) | dict.fromkeys(state.lost_evaluations(sweep), DELETED)
         failures = replace(failures, skipped={f"evaluation of {sampled}": why for sampled, why in skipped.items()})
@@ -436,20 +438,27 @@ def store_recipe(driver: Driver) -> Sweep:
     return running
 
 
-def begin_tracking(driver: Driver, plan: Plan, uri: str) -> None:
-    """Create the sweep's runs in MLflow. If it cannot be reached, log that and continue: it only holds a copy."""
+def begin_tracking(driver: Driver, plan: Plan, uri: str) -> bool:
+    """Create the sweep's runs in MLflow; return whether that is done. If it cannot be reached, log that and continue: it only holds
+    a copy.
+
+    A command that joined another leaves that to it: both would make them, and an SQLite file that was deleted beside running jobs.
+    """
+    if not driver.first:
+        return True
     try:
-        tracking = mlflow.create_runs(driver.sweep, uri, plan.parameters())
+        with driver.board.working("MLflow is asked"):
+            tracking = mlflow.create_runs(driver.sweep, uri, plan.parameters())
         driver.board.say(f"tracking {uri}")
         for line in mlflow_lines(tracking):
             driver.board.say(f"mlflow   {line}")
+        return True
     except DisScaleError:
         raise
     except Exception as error:
         why = redact(" ".join(str(error).split()))[:200]
-        refused = getattr(error, "error_code", "") == "PERMISSION_DENIED"  # for example to another user's sweep of this name
-        what = "refuses this user" if refused else "cannot be reached"
-        driver.board.say(f"tracking MLflow {what} at {uri}, results are in storage only: {why}")
+        driver.board.say(f"tracking MLflow {mlflow.fault(error)} at {uri}, results are in storage only: {why}")
+        return False
 
 
 def _write_report(sweep: Sweep, points: report.Report, failures: Failures) -> None:

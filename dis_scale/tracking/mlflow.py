@@ -65,6 +65,12 @@ def require_usable(uri: str) -> str:
     return f"{uri} answers: {len(experiments)} experiments"
 
 
+def fault(error: Exception) -> str:
+    """Return in words what an error of MLflow is: it refuses the user, as of another's sweep of this name, or is away."""
+    refused = getattr(error, "error_code", "") in ("PERMISSION_DENIED", "UNAUTHENTICATED")
+    return "refuses this user" if refused else "cannot be reached"
+
+
 def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, object]]) -> TrackingIds:
     """Create what is missing: the experiment, the sweep's run, and one run per model with its parameters; return the ids.
 
@@ -208,7 +214,7 @@ class RunCopy:
             action(open_client(_existing(ids.uri)), ids.models[self.model] if self.model else ids.sweep)
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
             if not self.away:
-                log.warning("MLflow cannot be reached, rows wait in storage: %s", redact(" ".join(str(error).split()))[:200])
+                log.warning("MLflow %s, rows wait in storage: %s", fault(error), redact(" ".join(str(error).split()))[:200])
             self.away = True
             return False
         self.away = False

@@ -12,7 +12,7 @@ from pathlib import Path
 from dis_scale.process.errors import Damaged, DisScaleError, UserError
 from dis_scale.sweep import GRID, Sampled, Sweep, images_name, state
 from dis_scale.sweep.documents import Metrics
-from dis_scale.tracking.mlflow import RunCopy, create_runs
+from dis_scale.tracking.mlflow import RunCopy, create_runs, fault
 from dis_scale.tracking.rows import Row, RowReader
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def copy_everything(sweep: Sweep, parameters: dict[str, dict[str, object]], uri:
     except UserError:
         raise
     except Exception as error:  # whatever MLflow raises
-        raise DisScaleError(f"MLflow cannot be reached at {uri}: {' '.join(str(error).split())[:200]}") from error
+        raise DisScaleError(f"MLflow {fault(error)} at {uri}: {' '.join(str(error).split())[:200]}") from error
     models = [_copy_model(sweep, model) for model in sweep.recipe.models]
     copied = [taken for _, taken in models]
     if sweep.report.list():

@@ -79,7 +79,7 @@ def test_it_asks_for_a_login_and_keeps_artifacts_in_the_bucket(
 
 
 def test_a_sweep_has_rights_on_its_own_experiment_only(
-    server: str, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: str, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As its user makes its runs; not on those of others, nor on users. The Job that makes the user also rotates its password."""
     log_in(servers.ADMIN, monkeypatch)
@@ -90,10 +90,13 @@ def test_a_sweep_has_rights_on_its_own_experiment_only(
     ids = tracking.create_runs(sweep, server, {"dit": {"batch_images": 16}})
     copy = tracking.RunCopy(sweep, "dit")
     copy.send([Row("loss", 0.5, 160, 1.0)])
+    (tmp_path / "grid.png").write_bytes(b"a picture")
+    copy.send_file(tmp_path / "grid.png", "samples")
     copy.finish("FINISHED")
     assert not copy.away
     client = mlflow.MlflowClient(server)
     assert client.get_run(ids.models["dit"]).data.metrics == {"loss": 0.5}
+    assert [file.path for file in client.list_artifacts(ids.models["dit"], "samples")] == ["samples/grid.png"]
     assert [found.name for found in client.search_experiments()] == ["dis-scale tiny"]
     refusals: list[Callable[[], object]] = [
         lambda: client.get_experiment(others),
@@ -109,13 +112,20 @@ def test_a_sweep_has_rights_on_its_own_experiment_only(
     log_in(another, monkeypatch)
     of_another = mlflow.MlflowClient(server)
     assert of_another.search_experiments() == []
-    with pytest.raises(MlflowException, match=r"(?i)permission denied"):
-        of_another.log_metric(ids.models["dit"], "loss", 0.0)
+    of_the_first: list[Callable[[], object]] = [
+        lambda: of_another.log_metric(ids.models["dit"], "loss", 0.0),
+        lambda: of_another.log_artifact(ids.models["dit"], str(tmp_path / "grid.png")),
+        lambda: of_another.list_artifacts(ids.models["dit"]),
+    ]
+    for refused in of_the_first:
+        with pytest.raises(MlflowException, match=r"(?i)permission denied"):
+            refused()
     log_in(servers.LOGIN, monkeypatch)
     changed = servers.LOGIN | {"MLFLOW_TRACKING_PASSWORD": "a rotated password"}
     servers.make_user(server, changed)
     copy.send([Row("loss", 0.4, 320, 2.0)])
     assert copy.away, "the old password is of no use"
+    assert "MLflow refuses this user, rows wait in storage: " in caplog.text
     log_in(changed, monkeypatch)
     copy.send([])
     assert client.get_run(ids.models["dit"]).data.metrics == {"loss": 0.4}

@@ -50,8 +50,11 @@ def by_hand(sweep: Sweep, tmp_path: Path, _: tuple[str, ...]) -> None:
 
 
 def by_the_command(sweep: Sweep, _: Path, settings: tuple[str, ...]) -> None:
-    done = sweeps.run(sweep.store.url, *settings)
+    no_server = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = sweeps.run(sweep.store.url, *settings, "tracking.uri=http://127.0.0.1:9", **no_server)
     assert done.returncode == 0, done.stdout + done.stderr
+    asked = done.stdout.count("MLflow cannot be reached at http://127.0.0.1:9, results are in storage only")
+    assert asked == 2, "again before the trainings: it may have come meanwhile"
     assert f"{IMAGES} images without labels" in done.stdout
 
 

@@ -194,9 +194,18 @@ def test_a_sweep_that_joins_changes_no_setting_of_the_running_one(tiny: Recipe, 
 
 def test_an_unreachable_mlflow_is_logged_and_stops_nothing(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    driver = driver_of(tiny, tmp_path)
-    pipeline.begin_tracking(driver, price_sweep(tiny, LatentShape(4, 8)), "http://127.0.0.1:1")
+    driver, plan = driver_of(tiny, tmp_path), price_sweep(tiny, LatentShape(4, 8))
+    driver.first = True
+    assert not pipeline.begin_tracking(driver, plan, "http://127.0.0.1:1")
     assert "MLflow cannot be reached at http://127.0.0.1:1, results are in storage only: " in logged(driver)
+
+
+def test_a_command_that_joins_makes_no_database(tiny: Recipe, tmp_path: Path) -> None:
+    """One that was deleted beside running jobs would be made again, and damaged if two commands do."""
+    driver, plan, database = driver_of(tiny, tmp_path), price_sweep(tiny, LatentShape(4, 8)), tmp_path / "mlflow.db"
+    for driver.first in (False, True):
+        assert pipeline.begin_tracking(driver, plan, f"sqlite:///{database}")
+        assert database.exists() == driver.first
 
 
 def test_the_address_of_the_charts_is_printed() -> None:
