@@ -67,8 +67,8 @@ def require_usable(uri: str) -> str:
 
 def fault(error: Exception) -> str:
     """Return in words what an error of MLflow is: it refuses the user, as of another's sweep of this name, or is away."""
-    refused = getattr(error, "error_code", "") in ("PERMISSION_DENIED", "UNAUTHENTICATED")
-    return "refuses this user" if refused else "cannot be reached"
+    code = getattr(error, "error_code", getattr(getattr(error, "response", None), "status_code", None))  # of a file: HTTP's
+    return "refuses this user" if code in ("PERMISSION_DENIED", "UNAUTHENTICATED", 401, 403) else "cannot be reached"
 
 
 def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, object]]) -> TrackingIds:

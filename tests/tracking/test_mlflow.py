@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, UNAUTHENTICATED
 
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import open_folder
@@ -15,6 +18,12 @@ from dis_scale.tracking import mlflow
 from dis_scale.tracking.mlflow import RunCopy, create_runs
 from dis_scale.tracking.rows import Row, RowReader, RowWriter
 from tests.support.mlflow_calls import before_each_call
+
+
+def response_of(status: int) -> requests.Response:
+    response = requests.Response()
+    response.status_code = status
+    return response
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +205,21 @@ def test_mlflow_away_is_logged_once_and_the_rows_wait(sweep: Sweep, uri: str, ca
     assert [r.message for r in caplog.records] == ["MLflow cannot be reached, rows wait in storage: no MLflow here"]
     copy.send([])
     assert history(sweep, uri, "loss") == [(10, 0.5), (20, 0.4)]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MlflowException("no", error_code=PERMISSION_DENIED), "refuses this user"),
+        (MlflowException("no", error_code=UNAUTHENTICATED), "refuses this user"),
+        (requests.HTTPError("403", response=response_of(403)), "refuses this user"),  # as of a file
+        (requests.HTTPError("503", response=response_of(503)), "cannot be reached"),
+        (MlflowException("away"), "cannot be reached"),
+        (ConnectionError("away"), "cannot be reached"),
+    ],
+)
+def test_an_mlflow_that_refuses_a_user_is_not_called_away(error: Exception, words: str) -> None:
+    assert mlflow.fault(error) == words
 
 
 def test_damaged_ids_are_made_again(tiny: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
