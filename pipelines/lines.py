@@ -96,8 +96,8 @@ class Log:
     _progress_s: float = float("-inf")
 
     def say(self, text: str, level: str = "info") -> None:
-        """Show a message in the sweep."""
-        self.write(jsonlog.entry(self.context, "message", level, message=text))
+        """Show a message in the sweep, without secrets."""
+        self.write(jsonlog.entry(self.context, "message", level, message=redact(text)))
 
     def emit(self, name: str, **facts: Any) -> None:
         """Log an event, for example `emit("restart", done=640)`; `at` is its time (Unix seconds)."""

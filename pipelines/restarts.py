@@ -198,7 +198,7 @@ def _suspects(failures: Sequence[WorkerFailure], attempts: int, failed: Callable
     in a row, of all nodes each in turn.
 
     First those that have failed least, so that stalls of what all share exclude none. Of many nodes several at a time: all have
-    been left out before so many `attempts` end the job.
+    been left out before so many `attempts` end the job, or half of them if only one is left.
     """
     crashes = _crashes(failures)
     deaths = Counter(crash.node for crash in crashes if crash.node and crash.cause == "lost" and not crash.done)
@@ -211,7 +211,7 @@ def _suspects(failures: Sequence[WorkerFailure], attempts: int, failed: Callable
     if len(hangs) >= HANGS and hangs[-1].nodes:
         times = failed()
         used = sorted(hangs[-1].nodes, key=lambda node: (times.get(node, 0), node))
-        at_once = math.ceil(len(used) / max(1, attempts - HANGS))
+        at_once = math.ceil(len(used) / max(2, attempts - HANGS))
         first = (len(hangs) - HANGS) * at_once % len(used)
         suspects.update(used[first : first + at_once])
     return frozenset(suspects)

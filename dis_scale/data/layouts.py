@@ -361,10 +361,12 @@ def _tensors(root: Folder, file: str, *, mirror: bool) -> dict[str, _Tensor]:
             if name != "labels" and "F" not in kind:
                 raise UserError(f"{where}: {name} is {kind}, expected floating point")
             tensor = _Tensor(kind, shape, 8 + length + start)
-            if min(shape, default=0) < 0 or end - start != math.prod(shape) * tensor.dtype.itemsize or 8 + length + end > size:
+            if min(shape[:1], default=0) < 0 or min(shape[1:], default=1) < 1:  # 10^12 rows of nothing are in any file
+                raise ValueError(f"{name} is of shape {shape}")
+            if end - start != math.prod(shape) * tensor.dtype.itemsize or 8 + length + end > size:
                 raise ValueError(f"{name} is not within the file")
             found[name] = tensor
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise StorageError(f"{where}: not a complete safetensors file: {error}") from error
     if missing := [name for name in wanted if name not in found]:
         more = "; set data.mirror: false" if missing[0] == "latents_flip" else ""

@@ -33,6 +33,8 @@ PART = 2**17
 """Entries in a part: about 20 MB in memory while it is read. ImageNet has ten parts."""
 PART_BYTES = 2**30
 """Most bytes of an unpacked part: its entries with names of 4,096 bytes, a path's limit, have half as many."""
+CLASS_CHARACTERS = 4096
+"""Most of a class's name, which the log, the manifests and the weights' facts repeat."""
 MOST_REASONS = 20
 """Kinds of files that are distinguished among what is left out."""
 REPORT_EVERY = 1000
@@ -304,7 +306,12 @@ class _Labels:
             # 10.0 would be sorted before 2.0; pandas writes so where a label is missing. Many sets have -1 for none
             if re.fullmatch(r"[+-]?\d+\.\d*|[+-]\d+", label):
                 raise UserError(
-                    f"{self._where}: image {printable(entry.name)}: label {label!r}: write whole numbers from 0, or names"
+                    f"{self._where}: image {printable(entry.name)}: label {label!r:.99}: write whole numbers from 0, or names"
+                )
+            if len(label) > CLASS_CHARACTERS:
+                raise UserError(
+                    f"{self._where}: image {printable(entry.name)}: a class of {len(label):,} characters, {label!r:.99}: "
+                    f"expected at most {CLASS_CHARACTERS:,}"
                 )
             if not self._numbers:
                 return self._ids.setdefault(label, len(self._ids))
@@ -318,7 +325,8 @@ class _Labels:
         number = int(written) if len(written) < 20 else -1  # Python refuses over 4,300 digits
         if (first := self._written.setdefault(number, written)) != written:
             raise UserError(
-                f"{self._where}: image {printable(entry.name)}: label {written!r}, and {first!r} before: write numbers in one way"
+                f"{self._where}: image {printable(entry.name)}: label {written!r:.99}, and {first!r:.99} before: write numbers in "
+                "one way"
             )
         return number
 

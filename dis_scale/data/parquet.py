@@ -111,7 +111,7 @@ def _entries(root: Folder, name: str, settings: ParquetSource, classes: list[str
                 labels = [0] * file.metadata.row_group(group).num_rows
             for i, label in enumerate(labels):
                 if not isinstance(label, int | str):
-                    raise UserError(f"{where}: row {row + i}: label {label!r}, expected a number or a name")
+                    raise UserError(f"{where}: row {row + i}: label {label!r:.99}, expected a number or a name")
                 kind = number_or_name(label) if isinstance(label, str) else label
                 yield Entry(f"{name}#{row + i}", kind, name, (group, i))
             row += len(labels)
@@ -130,7 +130,7 @@ def _class_names(file: pq.ParquetFile, settings: ParquetSource) -> list[str] | N
     try:
         feature = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"][settings.label]
         return TypeAdapter(list[str]).validate_python(feature["names"]) if feature["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError):  # no such metadata, or another program's
+    except (KeyError, TypeError, ValueError, RecursionError):  # no such metadata, or another program's
         return None
 
 

@@ -36,6 +36,8 @@ FEW_ZEROS = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
 LONG_END = "tars with over 10 KiB of zeros at the end: was one not downloaded to its end?"
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
+LABELS_BYTES = 2**30
+"""Most bytes of the labels of a tar that is not larger than `LARGE_BYTES`: these are in memory together, of eight tars at once."""
 GLOBAL_BYTES = 64 * 2**10
 """Most bytes of headers for all members, which `tarfile` sets again for each. Git writes 52, a commit's hash."""
 NAME_CHARACTERS = 4096
@@ -202,7 +204,8 @@ def _entries(root: Folder, name: str, settings: TarSource, *, labelled: bool) ->
             if root.size(name) > LARGE_BYTES:
                 final = _each_once(members, where, masks=masks)
             else:
-                final = _without_masks(_last(members), where) if masks else _last(members)
+                last = _last(members, where)
+                final = _without_masks(last, where) if masks else last
             yield from _images(final, name, where, settings, labelled=labelled)
     except (tarfile.TarError, EOFError, RecursionError, ValueError, OverflowError) as error:
         # recursion in a chain of extended headers, values that are no numbers, sizes of 2^63 bytes
@@ -297,10 +300,17 @@ class _InTar(NamedTuple):
     """Reason to leave it out; empty for a file."""
 
 
-def _last(members: Iterable[_InTar]) -> Iterator[_InTar]:
-    """Yield the members; of a file that the tar has again the last one, in the place of the first, as if the tar was unpacked."""
-    final, replaced = dict[str, _InTar](), list[_InTar]()
+def _last(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
+    """Yield the members; of a file that the tar has again the last one, in the place of the first, as if the tar was unpacked.
+
+    StorageError if their labels, which are in memory together, are too large.
+    """
+    final, replaced, held_bytes = dict[str, _InTar](), list[_InTar](), 0
     for member in members:
+        if (held_bytes := held_bytes + len(member.data)) > LABELS_BYTES:
+            raise StorageError(
+                f"{where}: its labels have over {LABELS_BYTES:,} bytes: split it, or write only what the label needs"
+            )
         if earlier := final.get(member.name):
             replaced.append(earlier)
         if member.why:  # unpacked, a link takes the file's place
@@ -497,7 +507,7 @@ def _label(member: _InTar, where: str, settings: TarSource) -> int | str:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: no label {sought}: {type(error).__name__}: {error}") from error
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise UserError(f"{where}: label {label!r}, expected a number or a name")
+        raise UserError(f"{where}: label {label!r:.99}, expected a number or a name")
     if isinstance(label, int):
         return label
     return number_or_name(label.encode(errors="backslashreplace").decode())  # JSON may have half a surrogate pair

@@ -60,32 +60,34 @@ class Adm:
         if f"{IMAGES}.npy" not in self.file.namelist():
             return None
         with self._intact(), npy.open_member(self.file, f"{IMAGES}.npy") as stream:
-            shape, dtype = self._header(stream)
+            dtype, shape, _, _ = self._header(stream)
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
             raise UserError(f"{self.url}: {IMAGES} holds {dtype} of shape {shape}, expected uint8 (N, R, R, 3)")
-        if shape[1] > MOST_SIDE:  # zeros of any size are small in a file
-            raise UserError(f"{self.url}: {IMAGES} holds images of side {shape[1]:,}, expected at most {MOST_SIDE:,}")
+        if not 1 <= shape[1] <= MOST_SIDE:  # zeros of any size are small in a file
+            raise UserError(f"{self.url}: {IMAGES} holds images of side {shape[1]:,}, expected 1 to {MOST_SIDE:,}")
         info = self.file.getinfo(f"{IMAGES}.npy")
         most_bytes = min(info.file_size, MOST_PACKED * min(info.compress_size, self.file.start_dir))
-        if not 0 <= math.prod(shape) <= most_bytes:
+        if math.prod(shape) > most_bytes:
             raise StorageError(f"{self.url}: {IMAGES} is said to have {shape[0]:,} images, more than its bytes: copy it again")
         return shape[0], shape[1]
 
     def images(self, at_once: int) -> Iterator[np.ndarray]:
         """Yield the images in order, uint8 (B, R, R, 3)."""
         with self._intact(), npy.open_member(self.file, f"{IMAGES}.npy") as stream:
-            (count, *shape), _ = self._header(stream)
+            count, *shape = self._header(stream).shape
             for first in range(0, count, at_once):
                 part = (min(at_once, count - first), *shape)
                 yield np.frombuffer(stream.read(int(np.prod(part))), np.uint8).reshape(part)
 
-    def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-        if (version := np.lib.format.read_magic(stream)) != (1, 0):  # others state up to 4 GiB of header
-            raise ValueError(f"{IMAGES} is an array of version {version}, expected (1, 0)")
-        shape, column_major, dtype = np.lib.format.read_array_header_1_0(stream)
-        if column_major:
+    def _header(self, stream: IO[bytes]) -> npy.Header:
+        """Read the header of the images, after which their bytes follow."""
+        start = stream.read(10)
+        if start[:6] == npy.MAGIC and start[6:8] != b"\x01\x00":  # others state up to 4 GiB of header
+            raise ValueError(f"{IMAGES} is an array of version {tuple(start[6:8])}, expected (1, 0)")
+        header = npy.header(start + stream.read(int.from_bytes(start[8:], "little")))
+        if header.order == "F":
             raise UserError(f"{self.url}: {IMAGES} is stored by columns: save it with numpy.savez from a C-ordered array")
-        return shape, dtype
+        return header
 
     def close(self) -> None:
         self.file.close()

@@ -16,6 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 from dis_scale.process.errors import losing_lines, printable, shown_below
+from dis_scale.process.redaction import redact
 from dis_scale.process.threads import repeating
 
 ReportDone = Callable[[int], None]
@@ -97,7 +98,7 @@ class Board:
 
     def say(self, line: str) -> None:
         with losing_lines():
-            self.console.print(shown_below(line), highlight=False, markup=False, soft_wrap=True)
+            self.console.print(shown_below(redact(line)), highlight=False, markup=False, soft_wrap=True)
         self._shown_s = self._clock()
 
     def at_work(self, name: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from dis_scale.process.errors import Damaged, printable
 
-_MAGIC = b"\x93NUMPY"
+MAGIC = b"\x93NUMPY"
 _TYPE = re.compile(rb"'descr': *'([<>|][biufU]\d+)'")
 _SHAPE = re.compile(rb"'shape': *\(([\d, ]*)\)")
 _BY_COLUMNS = re.compile(rb"'fortran_order': *True")
@@ -44,7 +44,7 @@ class Header(NamedTuple):
 def header(data: bytes | memoryview | mmap) -> Header:
     """Return the header of an array's file; ValueError if it is none, or not of numbers or text."""
     start = bytes(data[:12])
-    if start[:6] != _MAGIC:
+    if len(start) < 8 or start[:6] != MAGIC:
         raise ValueError("not an array in NumPy's format" if start else "it is empty (0 bytes)")
     version, width = start[6], 2 if start[6] == 1 else 4
     first = 8 + width + int.from_bytes(start[8 : 8 + width], "little")

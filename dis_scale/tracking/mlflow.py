@@ -208,10 +208,12 @@ class RunCopy:
 
     def _try(self, action: Any) -> bool:
         try:
-            if (ids := TrackingIds.find(self.sweep.folder)) is None:  # MLflow was away when the sweep began, which said so
+            ids = TrackingIds.find(self.sweep.folder)
+            run = ids and (ids.models.get(self.model) if self.model else ids.sweep)
+            if not (ids and run):  # MLflow was away when the sweep began, or the model was added, which said so
                 self.away, self._waiting = True, []  # `dis-scale mlflow sync` takes them from storage
                 return False
-            action(open_client(_existing(ids.uri)), ids.models[self.model] if self.model else ids.sweep)
+            action(open_client(_existing(ids.uri)), run)
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
             if not self.away:
                 log.warning("MLflow %s, rows wait in storage: %s", fault(error), redact(" ".join(str(error).split()))[:200])

@@ -6,6 +6,7 @@ needed to continue, fork, evaluate or report stays.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -140,13 +141,15 @@ def delete(unneeded: Iterable[Unneeded]) -> None:
     """
     for each in unneeded:
         each.require_unused()
-        manifest = each.folder.read(MANIFEST) if MANIFEST in each.sizes and each.folder.exists(MANIFEST) else None
-        if manifest:
+        manifest = None
+        with suppress(FileNotFoundError):
+            manifest = each.folder.read(MANIFEST) if MANIFEST in each.sizes else None
+        if manifest is not None:
             each.folder.delete(MANIFEST)
         try:
             each.require_unused()  # a sweep that was stored during the listing above
         except BaseException:
-            if manifest:
+            if manifest is not None:
                 each.folder.write(MANIFEST, manifest)
             raise
         for accounts in (True, False):

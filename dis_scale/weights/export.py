@@ -8,7 +8,8 @@ Read next: models/public.py for the layouts of the public code.
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -160,15 +161,20 @@ def save(model: Backbone, path: str | Path, facts: SamplingFacts | None = None) 
     safetensors.torch.save_file(weights, path, {"dis_scale": json.dumps(describe(model, facts))})
 
 
-def load(path: str | Path) -> Backbone:
-    """Return the model in evaluation mode from a file of `save`. UserError for any other file or non-finite weights."""
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    """Open a file of `save`: its description, None without one, and its weights. UserError if the block cannot read it."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name.removeprefix(NET): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        description = json.loads(metadata.get("dis_scale", "null"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+            yield json.loads((file.metadata() or {}).get("dis_scale", "null")), file
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read weights from {path}: {error}") from None
+
+
+def load(path: str | Path) -> Backbone:
+    """Return the model in evaluation mode from a file of `save`. UserError for any other file or non-finite weights."""
+    with _opened(path) as (description, file):
+        weights = {name.removeprefix(NET): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     if not isinstance(description, dict):
         raise UserError(f"{path} does not describe its model: expected a file that dis-scale wrote, or a public .pt")
     model = from_description(description)
@@ -184,8 +190,8 @@ def sampling_facts(path: str | Path) -> SamplingFacts | None:
     """Return the sampling facts in a file that `load` reads; None for any other file, and if it was saved without."""
     if Path(path).suffix != ".safetensors":
         return None
-    with safetensors.safe_open(path, framework="pt") as file:
-        stored = json.loads((file.metadata() or {}).get("dis_scale", "{}")).get("sampling")
+    with _opened(path) as (description, _):
+        stored = description.get("sampling") if isinstance(description, dict) else None
     try:
         return None if stored is None else TypeAdapter(SamplingFacts).validate_json(json.dumps(stored))
     except ValidationError as error:

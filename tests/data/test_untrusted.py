@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from dis_scale.cli import main
-from dis_scale.data import images, layouts
+from dis_scale.data import images, layouts, tars
 from dis_scale.data.sources import open_source
 from dis_scale.evaluation import adm
 from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError, shown
@@ -290,6 +290,70 @@ def test_an_extended_header_whose_records_have_other_lengths_is_refused(tmp_path
     (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + padded + tarfile.TarInfo("0.png").tobuf() + bytes(10240))
     with pytest.raises(StorageError, match=r"a.tar: not a complete tar: an extended header whose records are not as long"):
         open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ("[1000000000000, 0, 8, 8]", r"latents is of shape \(1000000000000, 0, 8, 8\)"),
+        ("[1e999, 4, 8, 8]", "cannot convert float infinity to integer"),
+    ],
+)
+def test_a_safetensors_file_of_any_number_of_rows_is_refused(shape: str, why: str, tmp_path: Path) -> None:
+    """A listing of rows without a byte would fill memory and storage."""
+    header = f'{{"latents": {{"dtype": "F16", "shape": {shape}, "data_offsets": [0, 0]}}}}'.encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(StorageError, match=f"a.safetensors: not a complete safetensors file: {why}"):
+        open_source(data({"kind": "latents", "layout": "safetensors", "url": str(tmp_path)}, "none", mirror=False))
+
+
+def parquet(folder: Path, label: str, metadata: dict[bytes, bytes]) -> list[str]:
+    """Return the classes of a file of one image."""
+    table = pa.table({"image": [b"x"], "label": [label]}).replace_schema_metadata(metadata)
+    pq.write_table(table, folder / "a.parquet")
+    return list(open_source(data({"kind": "parquet", "url": str(folder)}, 1)).label_names)
+
+
+def test_names_of_classes_nested_without_end_are_none(tmp_path: Path) -> None:
+    assert parquet(tmp_path, "cat", {b"huggingface": b"[" * 10**6}) == ["cat"]
+
+
+def test_a_class_has_a_name_of_bounded_length(tmp_path: Path) -> None:
+    """The log, the manifests and the weights' facts repeat it."""
+    with pytest.raises(UserError, match=r"a class of 5,000 characters, 'c+: expected at most 4,096") as refused:
+        parquet(tmp_path, "c" * 5000, {})
+    assert len(str(refused.value)) < 400 + len(str(tmp_path))
+
+
+def test_labels_that_are_in_memory_together_are_bounded(tmp_path: Path) -> None:
+    """One tar of 8 GiB may be of labels only, and eight are listed at once."""
+    empty, info = bytes(tars.LABEL_BYTES), tarfile.TarInfo()
+    info.size = len(empty)
+    with (tmp_path / "a.tar").open("wb") as file:
+        for number in range(tars.LABELS_BYTES // len(empty) + 1):
+            info.name = f"{number}.cls"
+            file.write(info.tobuf(tarfile.USTAR_FORMAT))
+            file.seek(len(empty), os.SEEK_CUR)  # a hole: zeros without a place on the disk
+        file.write(bytes(10240))
+    with pytest.raises(StorageError, match=r"a.tar: its labels have over 1,073,741,824 bytes: split it"):
+        open_source(data({"kind": "tar", "url": str(tmp_path), "label": "cls"}, 1))
+
+
+@pytest.mark.parametrize("name", ["mu", "arr_0"])
+@pytest.mark.parametrize("array", [b"\x93NUMPY", b"\x93NUMPY\1\0\x10\0{1: 0, 'a': 0}   "])
+def test_a_header_that_is_none_is_refused(tmp_path: Path, name: str, array: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+        for each in (name, "sigma"):
+            file.writestr(f"{each}.npy", array)
+    opened = adm.open_reference(str(tmp_path / "x.npz"))
+    with pytest.raises(StorageError, match=r"x.npz: cannot be read: "):
+        opened.square_images() if name == "arr_0" else opened.statistics("mu", "sigma", 4)
+
+
+def test_images_without_pixels_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((5, 0, 0, 3), np.uint8))
+    with pytest.raises(UserError, match=r"x.npz: arr_0 holds images of side 0, expected 1 to 2,048"):
+        adm.open_reference(str(tmp_path / "x.npz")).square_images()
 
 
 def test_classes_of_latents_are_read_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,12 @@ def test_after_two_hangs_in_a_row_each_node_is_left_out_in_turn(
     assert state.node_failures(made.job.sweep) == lone, "once may be the file system of all; of several no one knows which"
 
 
+def test_the_only_attempt_after_two_hangs_is_without_half_of_the_nodes(tiny: Recipe, tmp_path: Path) -> None:
+    made = OnNodes(job_with(tiny, tmp_path, 2), "abcd", "b", repeat(0))
+    assert made.run() == 160
+    assert made.tried == ["abcd", "abcd", "cd"]
+
+
 def test_a_program_that_hangs_on_all_nodes_ends_as_deterministic(tiny: Recipe, tmp_path: Path) -> None:
     made = OnNodes(job_with(tiny, tmp_path, 100), "a", "a", repeat(0))
 

@@ -42,6 +42,7 @@ def test_text_is_read() -> None:
     [
         (b"", "it is empty"),
         (b"GIF89a", "not an array in NumPy's format"),
+        (saved(np.ones(4))[:6], "not an array in NumPy's format"),
         (saved(np.ones(4))[:-1], "buffer size|smaller than"),
         (saved(np.ones(4)) + b"12345678", "cannot reshape"),
         (saved(np.array([None])), "expected numbers or text"),
