@@ -87,7 +87,7 @@ class RankPlaces:
         self.job.left_out = frozenset(names)
         if names:
             where = ", ".join(sorted(names))
-            self.job.say(f"{self.model}: node {where} is left out: attempts with it hung or died")
+            self.job.say(f"{self.model}: node {where} is left out: attempts with it failed")
 
     def free(self, group: Any) -> None:
         """Give back the places of an attempt."""

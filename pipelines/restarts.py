@@ -33,7 +33,7 @@ NEAR_STEPS = 2
 HANGS = 2
 """Hangs in a row after which nodes are left out in turn: one GPU that hangs lets all ranks wait."""
 DEATHS = 3
-"""Processes of one node that died in a row, not at one place, after which it is left out: a program fails at one, or anywhere."""
+"""Attempts in a row after which a node is left out: its processes died, not at one place as of a program, or storage was away."""
 SAME, ALWAYS = 5, 10
 """Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any.
 
@@ -95,6 +95,8 @@ class _Record:
     """When storage went away, if the last attempt ended by that."""
     reused_since_s: float = math.inf
     """When an excluded node was first used in place of a gone one, if the last attempt's device failed on it."""
+    away_from: list[str] = field(default_factory=list)
+    """Names of the nodes that did not reach storage, one for each of the last attempts that ended so."""
     suspects: frozenset[str] = frozenset()
     """Names of the nodes that the next attempt does without if it can."""
 
@@ -127,13 +129,16 @@ class _Record:
             near = NEAR_STEPS * train.batch_images
             if len(self.counted) > train.restarts or _deterministic(self.counted, near):
                 raise DisScaleError(_last_words(self.name, self.counted, near)) from failure
+        self.away_from = [*self.away_from, failure.node][-DEATHS:] if failure.cause == "storage" else []
         self.suspects = _suspects(self.counted, min(train.restarts + 1, ALWAYS), self._node_failures)
+        if self.away_from == DEATHS * self.away_from[:1]:  # a node's own mount or route may be broken
+            self.suspects = (self.suspects | {*self.away_from}) - {""}
 
     def blame_suspect(self) -> None:
         """Count a failed device against the only node without which an attempt made progress."""
         if len(self.job.left_out) == 1:
             (node,) = self.job.left_out
-            nodes.record_failure(self.job, node, "attempts with it hung or died, and one without it made progress")
+            nodes.record_failure(self.job, node, "attempts with it failed, and one without it made progress")
 
     def _node_failures(self) -> dict[str, int]:
         return _stored_or({}, lambda: state.node_failures(self.job.sweep))

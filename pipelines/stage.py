@@ -54,7 +54,7 @@ class StageJob:
     reuses_excluded: bool = False
     """Whether it uses nodes whose devices failed, since the others have no capacity."""
     left_out: frozenset[str] = frozenset()
-    """Names of the nodes that the current attempt does without if it can: attempts with them hung or died."""
+    """Names of the nodes that the current attempt does without if it can: attempts with them failed."""
     failed_ids: set[str] = field(default_factory=set)
     """Ids of the nodes whose devices failed in this job: of a machine with several pods, only these."""
     held: Lease | None = None

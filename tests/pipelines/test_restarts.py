@@ -200,6 +200,7 @@ class OnNodes:
     bad: str
     done: Iterator[int]
     hangs: bool = True
+    cause: Cause = "lost"
     tried: list[str] = field(default_factory=list)
     stored: int = 80
 
@@ -207,7 +208,7 @@ class OnNodes:
         self.job.placed = frozenset(self.nodes) - self.job.left_out
         self.tried.append("".join(sorted(self.job.placed)))
         if self.bad in self.job.placed:
-            failure = Hang("hanging", next(self.done)) if self.hangs else WorkerFailure("killed", next(self.done))
+            failure = Hang("hanging", next(self.done)) if self.hangs else WorkerFailure("killed", next(self.done), cause=self.cause)
             failure.node = "" if self.hangs else self.bad
             raise failure
         self.stored += 80
@@ -240,6 +241,14 @@ def test_the_only_attempt_after_two_hangs_is_without_half_of_the_nodes(tiny: Rec
     made = OnNodes(job_with(tiny, tmp_path, 2), "abcd", "b", repeat(0))
     assert made.run() == 160
     assert made.tried == ["abcd", "abcd", "cd"]
+
+
+def test_a_node_from_which_storage_is_away_is_left_out(tiny: Recipe, tmp_path: Path) -> None:
+    """Its mount or its route is broken. Attempts on it would end for hours, and then the sweep."""
+    made = OnNodes(job_with(tiny, tmp_path, 3), "abc", "b", repeat(0), hangs=False, cause="storage")
+    assert made.run() == 160
+    assert made.tried == ["abc", "abc", "abc", "ac"]
+    assert state.node_failures(made.job.sweep) == {"b": 1}
 
 
 def test_a_program_that_hangs_on_all_nodes_ends_as_deterministic(tiny: Recipe, tmp_path: Path) -> None:
