@@ -250,13 +250,18 @@ def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], 
     packages.require_on_nodes(recipe)
     parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
     client = reach(silence, go_on)
+
+    def gpus() -> int:
+        return silence.insist(lambda: int(ray.cluster_resources().get("GPU", 0)), go_on)
+
     inherited = ("working_dir", "py_modules", "pip", "uv", "env_vars")
     return Cluster(
         client, {key: value for key, value in parent.items() if key in inherited},
         f"the Ray cluster at {address}", ours=False,
         at_once=lambda: silence.ask(lambda: models_at_once(recipe, ray.cluster_resources(), known_nodes())) or 0,
-        gpus=lambda: silence.insist(lambda: int(ray.cluster_resources().get("GPU", 0)), go_on), gpu_fault=usable_gpus()[1],
-        id=ray.get_runtime_context().get_session_name(), gpu_bytes=partial(largest_gpu_bytes, client, silence, go_on),
+        gpus=gpus, gpu_fault=usable_gpus()[1],
+        id=ray.get_runtime_context().get_session_name(),
+        gpu_bytes=lambda: largest_gpu_bytes(client, silence, go_on, gpus()),
     )  # fmt: skip
 
 
@@ -265,13 +270,13 @@ def reach(silence: Silence, go_on: Callable[[], None]) -> JobSubmissionClient:
     return silence.insist(lambda: client_of(None), go_on)
 
 
-def largest_gpu_bytes(client: JobSubmissionClient, silence: Silence, go_on: Callable[[], None]) -> int | None:
-    """Return the memory of a cluster's largest GPU; None if no node's agent reports one.
+def largest_gpu_bytes(client: JobSubmissionClient, silence: Silence, go_on: Callable[[], None], gpus: int = 1) -> int | None:
+    """Return the memory of a cluster's largest GPU; None if the nodes' agents report fewer than `gpus`: one that joins is late.
 
     The largest, since the smaller ones of a mixed cluster may be there for evaluation.
     """
-    nodes = silence.insist(lambda: gpu_bytes_by_node(client), go_on)
-    return max(itertools.chain(*nodes), default=None)
+    reported = list(itertools.chain(*silence.insist(lambda: gpu_bytes_by_node(client), go_on)))
+    return max(reported) if len(reported) >= max(1, gpus) else None
 
 
 def _start_head(recipe: Recipe, folder: Path, gpus: int, go_on: Callable[[], None]) -> tuple[subprocess.Popen, str]:

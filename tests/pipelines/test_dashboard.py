@@ -228,8 +228,10 @@ def test_a_cluster_is_reached_although_answers_are_lost(
     client = reach(silence, go_on)
     assert isinstance(client, DashboardClient), "its requests end"
     assert largest_gpu_bytes(client, silence, go_on) == largest
+    assert largest_gpu_bytes(client, silence, go_on, gpus=3) == largest
+    assert largest_gpu_bytes(client, silence, go_on, gpus=4) is None, "a node has reported none yet"
     assert server.asked["version"] >= loses + 1
-    assert server.asked["nodes?view=summary"] == loses + 1
+    assert server.asked["nodes?view=summary"] == loses + 3
 
 
 def test_a_stop_is_obeyed_while_a_cluster_is_not_reached(server: Server) -> None:
