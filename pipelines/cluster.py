@@ -32,8 +32,11 @@ from ray.job_submission import JobSubmissionClient
 from dis_scale.process.errors import UserError, counted, lines_of
 from dis_scale.process.machine import free_ports
 from dis_scale.recipe import Recipe
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import RECIPE, Sweep
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
+from pipelines.nodes import LostNode
 from pipelines.ray_private import DashboardClient, Resources, gpu_bytes_by_node, known_nodes
 from pipelines.shared_folder import require_shared
 from pipelines.silence import NotStarted, RayEnded, Silence, Unanswered
@@ -180,6 +183,8 @@ def _token_of(address: str) -> str | None:
 def require_root(recipe: Recipe, one_node: Callable[[], bool] | None = None, probe: Callable[[str], None] = require_shared) -> str:
     """Return the storage root's URL; UserError for a folder that is not the same one on all nodes of the cluster.
 
+    LostNode in a job if the sweep is in it already: a node's mount is broken since, and a later job may find others.
+
     The working folder of a Ray job is a copy that is deleted with the job, so a relative root moves below the node's home.
     """
     root = recipe.storage.root
@@ -193,7 +198,12 @@ def require_root(recipe: Recipe, one_node: Callable[[], bool] | None = None, pro
                 f"storage.root: {root!r} is a folder of one node, and this cluster has several: give a root that all reach, "
                 "for example --set storage.root=s3://bucket/prefix, or the complete path of a file system that all mount"
             )
-        probe(root)
+        try:
+            probe(root)
+        except UserError as error:
+            if in_job() and Sweep.below(open_folder(root), recipe).folder.exists(RECIPE):
+                raise LostNode(f"{error}; the sweep is in it, so that a later job may do better") from error
+            raise
         return root
     return str(Path.home() / "dis-scale" / root) if in_ray_job() and not complete else root
 

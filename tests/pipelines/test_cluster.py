@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import requests
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import StorageAway, UserError
 from dis_scale.recipe import reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep
 from pipelines import cluster
+from pipelines.nodes import LostNode
 from pipelines.silence import RayEnded, Silence
 from tests.conftest import TINY
 
@@ -93,6 +96,24 @@ def test_a_complete_path_on_several_nodes_is_probed_on_each(monkeypatch: pytest.
     probed: list[str] = []
     assert root(monkeypatch, "/shared/disk", True, False, probed.append) == "/shared/disk"
     assert probed == ["/shared/disk"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "in_job", "error"), [(False, True, UserError), (True, False, UserError), (True, True, LostNode)]
+)
+def test_a_mount_that_breaks_under_a_stored_sweep_ends_no_job_for_good(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stored: bool, in_job: bool, error: type[Exception]
+) -> None:
+    """One node's, on which the next job need not run. At a first start it is a mistake."""
+
+    def probe(url: str) -> None:
+        raise UserError(f"storage.root: {url} cannot be used on node-7: Permission denied")
+
+    if stored:
+        Sweep.below(open_folder(tmp_path), reading.load(TINY)).save_recipe()
+    with pytest.raises(error, match="cannot be used on node-7") as raised:
+        root(monkeypatch, str(tmp_path), in_job, False, probe)
+    assert (getattr(raised.value, "exit_code", 0) == StorageAway.exit_code) == (stored and in_job)
 
 
 def test_in_a_job_on_one_node_a_relative_root_is_below_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
