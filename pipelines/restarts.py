@@ -114,7 +114,7 @@ class _Record:
                 self.blame_suspect()
             self.counted, self.ran, self.in_a_row = [], [], 0
         if progress or worked:
-            self.away_since_s = self.reused_since_s = math.inf
+            self.away_since_s, self.reused_since_s, self.away_from = math.inf, math.inf, []
         self.in_a_row += 1
         reused = failure.cause == "device" and self.job.reuses_excluded and len(self.nodes) > 1
         self.away_since_s = min(self.away_since_s, now_s) if failure.cause == "storage" else math.inf
@@ -124,19 +124,19 @@ class _Record:
             raise StorageAway(f"{self.name}: storage has been away for {minutes}: {failure}") from failure
         model = self.job.context.model
         train = self.job.recipe.train_of(model) if model else self.job.recipe.train
+        near = NEAR_STEPS * train.batch_images
         if failure.cause != "storage" and not self.awaits_node:
             self.counted.append(failure)
-            near = NEAR_STEPS * train.batch_images
             if len(self.counted) > train.restarts or _deterministic(self.counted, near):
                 raise DisScaleError(_last_words(self.name, self.counted, near)) from failure
         self.away_from = [*self.away_from, failure.node][-DEATHS:] if failure.cause == "storage" else []
-        self.suspects = _suspects(self.counted, min(train.restarts + 1, ALWAYS), self._node_failures)
+        self.suspects = _suspects(self.counted, near, min(train.restarts + 1, ALWAYS), self._node_failures)
         if self.away_from == DEATHS * self.away_from[:1]:  # a node's own mount or route may be broken
             self.suspects = (self.suspects | {*self.away_from}) - {""}
 
     def blame_suspect(self) -> None:
-        """Count a failed device against the only node without which an attempt made progress."""
-        if len(self.job.left_out) == 1:
+        """Count a failed device against the only node without which an attempt made progress, unless storage was away from it."""
+        if len(self.job.left_out) == 1 and self.job.left_out.isdisjoint(self.away_from):
             (node,) = self.job.left_out
             nodes.record_failure(self.job, node, "attempts with it failed, and one without it made progress")
 
@@ -198,9 +198,9 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
 
 
-def _suspects(failures: Sequence[WorkerFailure], attempts: int, failed: Callable[[], dict[str, int]]) -> frozenset[str]:
-    """Return the nodes to do without: where two processes died before a step, or the last three at several places; after two hangs
-    in a row, of all nodes each in turn.
+def _suspects(failures: Sequence[WorkerFailure], near: int, attempts: int, failed: Callable[[], dict[str, int]]) -> frozenset[str]:
+    """Return the nodes to do without: where two processes died before a step, or the last three over more than `near` images; after
+    two hangs in a row, of all nodes each in turn.
 
     First those that have failed least, so that stalls of what all share exclude none. Of many nodes several at a time: all have
     been left out before so many `attempts` end the job, or half of them if only one is left.
@@ -210,7 +210,8 @@ def _suspects(failures: Sequence[WorkerFailure], attempts: int, failed: Callable
     suspects = {node for node, count in deaths.items() if count >= state.MOST_NODE_FAILURES}
     last = crashes[-DEATHS:]
     died = {crash.node if crash.cause == "lost" else "" for crash in last}
-    if len(last) == DEATHS and len(died) == 1 and len({crash.done for crash in last}) > 1:
+    done = sorted(crash.done for crash in last)
+    if len(last) == DEATHS and len(died) == 1 and done[-1] - done[0] > near:
         suspects |= died - {""}
     hangs = list(takewhile(lambda crash: isinstance(crash, Hang), reversed(crashes)))
     if len(hangs) >= HANGS and hangs[-1].nodes:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import count, repeat
+from itertools import count, cycle, repeat
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -248,7 +248,22 @@ def test_a_node_from_which_storage_is_away_is_left_out(tiny: Recipe, tmp_path: P
     made = OnNodes(job_with(tiny, tmp_path, 3), "abc", "b", repeat(0), hangs=False, cause="storage")
     assert made.run() == 160
     assert made.tried == ["abc", "abc", "abc", "ac"]
-    assert state.node_failures(made.job.sweep) == {"b": 1}
+    assert not state.node_failures(made.job.sweep), "rank 0's node asks storage for all"
+
+
+def test_storage_that_is_away_for_moments_leaves_no_node_out(tiny: Recipe, tmp_path: Path) -> None:
+    """Three times in weeks, with resume points between them, each seen from rank 0's node."""
+    job, stored, left_out = job_with(tiny, tmp_path, 3), count(80, 80), list[frozenset[str]]()
+
+    def attempt(_: WorkerFailure | None) -> None:
+        left_out.append(job.left_out)
+        if len(left_out) <= 4:
+            failure = WorkerFailure("503", cause="storage")
+            failure.node = "a"
+            raise failure
+
+    with_restarts(job, "dis", attempt, lambda: next(stored))
+    assert left_out == [frozenset()] * 5
 
 
 def test_a_program_that_hangs_on_all_nodes_ends_as_deterministic(tiny: Recipe, tmp_path: Path) -> None:
@@ -302,6 +317,7 @@ def test_a_hang_without_a_node_acquits_it(tiny: Recipe, tmp_path: Path) -> None:
     [
         pytest.param(repeat(0), ["abc", "abc", "ac"], True, id="before a step"),
         pytest.param(repeat(48), ["abc"] * 4, False, id="at one place"),
+        pytest.param(cycle((48, 64)), ["abc"] * 4, False, id="at one place, seen a step earlier or later"),
         pytest.param(count(48, 100), ["abc", "abc", "abc", "ac"], True, id="at several places"),
     ],
 )
