@@ -308,11 +308,6 @@ class _Labels:
                 raise UserError(
                     f"{self._where}: image {printable(entry.name)}: label {label!r:.99}: write whole numbers from 0, or names"
                 )
-            if len(label) > CLASS_CHARACTERS:
-                raise UserError(
-                    f"{self._where}: image {printable(entry.name)}: a class of {len(label):,} characters, {label!r:.99}: "
-                    f"expected at most {CLASS_CHARACTERS:,}"
-                )
             if not self._numbers:
                 return self._ids.setdefault(label, len(self._ids))
         elif not self._ids and 0 <= label < (2**31 if self._known is None else len(self._known)):
@@ -335,6 +330,10 @@ class _Labels:
         names = sorted(self._ids) or self._known or []
         alike = dict[str, str]()
         for name in names:
+            if len(name) > CLASS_CHARACTERS:
+                raise UserError(
+                    f"{self._where}: a class of {len(name):,} characters, {name!r:.99}: expected at most {CLASS_CHARACTERS:,}"
+                )
             if (other := alike.setdefault(unicodedata.normalize("NFC", name), name)) != name:
                 raise UserError(
                     f"{self._where}: two classes whose names look the same, {other!a} and {name!a}: in one of them accents are "

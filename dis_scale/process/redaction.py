@@ -20,8 +20,8 @@ _SHORTEST = 8
 """Characters of a secret value; shorter ones, such as `false`, are words of any text."""
 _PASSWORD = r"[^\s/?#:@'\"]{0,1000}:(?!\d+/)[^\s'\"]{0,4000}"
 """User and password of a URL; a password may have any character, but `host:5000/` has none. Bounded for long lines."""
-_IN_URLS = re.compile(rf"(?<=://)(?:{_PASSWORD}|[^\s/@'\"]+)(?=@)")
-"""User and password, or user alone, of a URL in a text."""
+_IN_URLS = re.compile(rf"(?:(?<=://){_PASSWORD}|(?:(?<=http://)|(?<=https://))[^\s/@'\"]+)(?=@)")
+"""User and password of a URL in a text, and any user of HTTP."""
 _PARAMETERS = re.compile(
     r"((?:Signature|Security-Token|Credential|AccountKey|"
     r"[?&;#](?:sig|pwd|key|code|auth|jwt|[\w.-]*(?:token|pass(?:w(?:or)?d|phrase)?\d*|secret|[_-]key|(?:api|access)key(?:id)?)))=)"

@@ -1,6 +1,7 @@
 """Images and names of others: no program is started, no memory filled, and nothing forged on a terminal."""
 
 import io
+import json
 import os
 import struct
 import tarfile
@@ -307,7 +308,7 @@ def test_a_safetensors_file_of_any_number_of_rows_is_refused(shape: str, why: st
         open_source(data({"kind": "latents", "layout": "safetensors", "url": str(tmp_path)}, "none", mirror=False))
 
 
-def parquet(folder: Path, label: str, metadata: dict[bytes, bytes]) -> list[str]:
+def parquet(folder: Path, label: str | int, metadata: dict[bytes, bytes]) -> list[str]:
     """Return the classes of a file of one image."""
     table = pa.table({"image": [b"x"], "label": [label]}).replace_schema_metadata(metadata)
     pq.write_table(table, folder / "a.parquet")
@@ -320,9 +321,11 @@ def test_names_of_classes_nested_without_end_are_none(tmp_path: Path) -> None:
 
 def test_a_class_has_a_name_of_bounded_length(tmp_path: Path) -> None:
     """The log, the manifests and the weights' facts repeat it."""
-    with pytest.raises(UserError, match=r"a class of 5,000 characters, 'c+: expected at most 4,096") as refused:
-        parquet(tmp_path, "c" * 5000, {})
-    assert len(str(refused.value)) < 400 + len(str(tmp_path))
+    long = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["c" * 5000]}}}}
+    for label, metadata in (("c" * 5000, {}), (0, {b"huggingface": json.dumps(long).encode()})):
+        with pytest.raises(UserError, match=r"a class of 5,000 characters, 'c+: expected at most 4,096") as refused:
+            parquet(tmp_path, label, metadata)
+        assert len(str(refused.value)) < 400 + len(str(tmp_path))
 
 
 def test_labels_that_are_in_memory_together_are_bounded(tmp_path: Path) -> None:
@@ -494,5 +497,6 @@ def test_secrets_without_a_url_are_hidden(text: str) -> None:
 
 def test_words_about_secrets_and_paths_of_other_variables_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONKEY_AT", "/data/of/monkeys")
-    for text in ("/data/of/monkeys", "no password: use another", "the Authorization header is missing", "token: expected a word"):
+    words = ("/data/of/monkeys", "no password: use another", "the Authorization header is missing", "token: expected a word")
+    for text in (*words, "abfs://container@account/prefix", "mlflow ui --backend-store-uri postgresql://user@host/db"):
         assert redact(text) == text
