@@ -235,8 +235,8 @@ def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) ->
             require_fits(plan, cluster)  # again, on the nodes that came
             if state.find_latents(sweep.folder) is None:
                 run_stage(driver, cluster, "precompute")
-                if not tracked:
-                    track()  # before the first rows: the server or its user may have come meanwhile
+            if not tracked:
+                track()  # before the first rows: the server or its user may have come meanwhile
             failures = train_and_evaluate(driver, cluster)
         skipped = state.skipped(sweep) | dict.fromkeys(state.lost_evaluations(sweep), DELETED)
         failures = replace(failures, skipped={f"evaluation of {sampled}": why for sampled, why in skipped.items()})
