@@ -70,7 +70,7 @@ class Cluster:
     address: str | None = None
     """Dashboard of a Ray of our own; other clusters are found by RAY_ADDRESS."""
     gpu_bytes: Callable[[], int | None] = lambda: None
-    """Returns the memory of the smallest GPU of a Ray of our own, of the largest one of another cluster; None if none is known."""
+    """Returns the memory of the smallest GPU of a Ray of our own, of the largest one of another cluster; None if unknown."""
     require_alive: Callable[[], None] = lambda: None
     """Raises `RayEnded` if it is a Ray of our own that has ended."""
     unanswered: set[str] = field(default_factory=set)
@@ -280,7 +280,7 @@ def reach(silence: Silence, go_on: Callable[[], None]) -> JobSubmissionClient:
     return silence.insist(lambda: client_of(None), go_on)
 
 
-def largest_gpu_bytes(client: JobSubmissionClient, silence: Silence, go_on: Callable[[], None], gpus: int = 1) -> int | None:
+def largest_gpu_bytes(client: JobSubmissionClient, silence: Silence, go_on: Callable[[], None], gpus: int) -> int | None:
     """Return the memory of a cluster's largest GPU; None if the nodes' agents report fewer than `gpus`: one that joins is late.
 
     The largest, since the smaller ones of a mixed cluster may be there for evaluation.
