@@ -48,7 +48,7 @@ from dis_scale.weights.export import from_description
 
 class DisScaleBackbone(ModelMixin, ConfigMixin):
     @register_to_config
-    def __init__(self, description: dict, diffusion: dict, scaling: dict = None, guidance: dict = None):
+    def __init__(self, description: dict, diffusion: dict, scaling: dict = None, guidance: dict = None, guided: bool = True):
         super().__init__()
         self.net = from_description(description)
 
@@ -81,6 +81,8 @@ class DisScalePipeline(DiffusionPipeline):
         from dis_scale.diffusion.generate import generate
         from dis_scale.recipe import Sampling
 
+        if guidance_scale != 1 and not self.backbone.config.guided:
+            raise ValueError("guidance_scale: the model did not learn to do without labels: set it to 1")
         process = process_of(self.backbone.config.diffusion, self.backbone.net.shape)
         count = num_images if class_labels is None else len(class_labels)
         given = {"sampler": sampler or sampler_for(process), "steps": num_inference_steps, "guidance": guidance_scale}
@@ -107,6 +109,8 @@ class SamplingFacts:
     sampling: Sampling
     label_names: tuple[str, ...] = ()
     """Names of the classes by label; empty without names."""
+    label_dropout: float = 0.1
+    """Share of the images that were trained on without their label, as guidance without another model needs."""
 
     @property
     def scales_by(self) -> Scaling:
@@ -119,7 +123,9 @@ class SamplingFacts:
         encoder = EncodedBy(**latents.encoding.model_dump(include=set(EncodedBy.model_fields)))
         normalise = recipe.data.normalise
         scaling = None if normalise == "vae" else Scaling.of(latents, normalise)
-        return cls(recipe.diffusion, encoder, scaling, recipe.evaluate.sampling, latents.made_from.label_names)
+        return cls(
+            recipe.diffusion, encoder, scaling, recipe.evaluate.sampling, latents.made_from.label_names, recipe.train.label_dropout
+        )
 
     @classmethod
     def of_sweep(cls, sweep: Sweep) -> "SamplingFacts | None":
@@ -246,6 +252,7 @@ def save_pipeline(
         "diffusion": process.model_dump(mode="json"),
         "scaling": None if vae is None else asdict(vae.scaling),
         "guidance": dict(guidance or {}),
+        "guided": facts is None or facts.label_dropout > 0,
     }
     index = {
         "_class_name": ["pipeline", "DisScalePipeline"],

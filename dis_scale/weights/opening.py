@@ -91,6 +91,11 @@ class OpenCheckpoint:
             raise UserError(NOTHING_GUIDES)
         if self.guide_at is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")
+        if self.guide_at is None and sampling.scale != 1 and self.facts and self.facts.label_dropout == 0:
+            raise UserError(
+                f"--guidance: got {sampling.scale:g}, expected 1: the model did not learn to do without labels: set it to 1, or "
+                "name another model that guides it"
+            )
         return sampling
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -336,6 +337,7 @@ def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: 
     opened = open_for_sampling(tmp_path / "a.safetensors", str(files[1]))
     assert (opened.process, opened.sampling) == (facts.diffusion, sampling)
     assert (opened.decoder.scaling, opened.notes) == (scaling, [])
+    assert opened.sampling_with(guidance=3.0).scale == 3
     (images,) = sample_pictures(opened, [3], sampling=Sampling(sampler="euler", steps=2))
     assert images.shape == (1, 32, 32, 3)
 
@@ -345,6 +347,28 @@ def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: 
     assert opened.decoder.scaling == Scaling(0.0, 0.18215)
     (note,) = opened.notes
     assert note.endswith(f"its identity is {theirs.identity[:12]}, theirs is 000000000000")
+
+
+def test_weights_that_never_lacked_a_label_are_not_guided_by_themselves(tmp_path: Path, tiny: Recipe) -> None:
+    """Also outside their sweep: the model without labels that would guide is as it was initialised."""
+    encoder = EncodedBy(identity=vae.PixelVae().identity, shift=0.0, scale=1.0)
+    facts = SamplingFacts(Flow(kind="flow"), encoder, None, Sampling(sampler="euler", steps=2), label_dropout=0.0)
+    ours, guide, exported = (tmp_path / name for name in ("ours.safetensors", "guide.safetensors", "exported"))
+    for seed, path in enumerate((ours, guide)):
+        save(models.build(tiny.models["dis"], LatentShape(3, 8), 10, seed=seed), path, facts)
+    command = ["sample", str(ours), "--vae", "none", "--out", str(tmp_path / "x.png"), "--guidance"]
+    code, output = invoke(*command, "2")
+    assert (code, "--guidance: got 2, expected 1: the model did not learn to do without labels" in output) == (2, True), output
+    assert (
+        invoke(*command, "1")[0]
+        == invoke(*command, "2", "--guide", str(guide))[0]
+        == invoke("export", str(ours), str(exported))[0]
+        == 0
+    )
+    pipeline = DiffusionPipeline.from_pretrained(exported, custom_pipeline=str(exported), trust_remote_code=True)
+    assert len(pipeline(class_labels=[1], num_inference_steps=2).images) == 1
+    with pytest.raises(ValueError, match="the model did not learn to do without labels"):
+        pipeline(class_labels=[1], num_inference_steps=2, guidance_scale=2.0)
 
 
 def test_a_file_outside_its_sweep_knows_its_classes(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ def model(state_dict: StateDict, heads: int | None = None) -> DiT:
     position, label = sized(state_dict, "pos_embed", 3), sized(state_dict, "y_embedder.embedding_table.weight", 2)
     width, patch = patch_weight.shape[0], patch_weight.shape[-1]
     if heads is None and (heads := published_heads(width)) is None:
-        raise UserError(f"a DiT of width {width} is not a published one: give its number of heads")
+        raise UserError(
+            f"a DiT of width {width} is not a published one: give its heads; to guide another model, export it with them first"
+        )
     settings = Dit(kind="dit", width=width, depth=max(count(state_dict, "blocks"), 1), heads=heads, patch=patch)
     side = math.isqrt(position.shape[1])
     kind = SiT if _is_sit(state_dict, patch_weight.shape[1]) else DiT
