@@ -7,18 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from dis_scale.models import build, public
 from dis_scale.models.dis.network import DiS, DiSBlock
 from dis_scale.models.dis.orders import orders_of
-from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dis.settings import Dis, Order
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape
 
 SHAPE = LatentShape(2, 4)
 HILBERT = [0, 4, 5, 1, 2, 3, 7, 6, 10, 11, 15, 14, 13, 9, 8, 12]
-"""ZigMa's `gilbert_zigzag_path(4)`: its positions in their order."""
-EIGHT = {
+"""The curve of ZigMa's `gilbert_zigzag_path(4)`, which has the places on it by position: its positions in their order."""
+LISTS = {
+    ("hilbert", 8): "5a9be059cac94c9d",
+    ("hilbert", 16): "9568c0ab73007b88",
     ("sweep8", 4): "483ea19d0980c9c0",
     ("sweep8", 16): "250d1c0a9a7fed45",
     ("zigzag8", 4): "a7a0754137618819",
@@ -26,7 +29,8 @@ EIGHT = {
     ("jpeg8", 4): "b9571359e1dc26b0",
     ("jpeg8", 16): "a7b5aa963198bac1",
 }
-"""Beginning of the sha256 of DiMSUM's eight paths (ZigMa's for `zigzag8`), one after the other, as int64, by the grid's side."""
+"""Beginning of the sha256 of DiMSUM's eight paths (ZigMa's for `zigzag8` and `hilbert`), one after the other, as int64, by the
+grid's side."""
 
 
 def dis(**changed: Any) -> DiS:
@@ -47,7 +51,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_lists_are_the_public_ones() -> None:
     assert orders_of(("raster", "column"), 3, alternate=False)[1].tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8]
     assert orders_of(("hilbert",), 4, alternate=False)[0].tolist() == HILBERT
-    for (name, side), known in EIGHT.items():
+    for (name, side), known in LISTS.items():
         paths = np.concatenate(orders_of((name,), side, alternate=False)).astype("<i8")
         assert hashlib.sha256(paths.tobytes()).hexdigest().startswith(known)
 
@@ -64,6 +68,15 @@ def test_each_order_visits_each_patch_once_and_curves_go_to_neighbours(side: int
             assert (rows + columns == 1).all()
         elif 12 <= number % 28 < 20:
             assert (np.maximum(rows, columns) == 1).all()
+
+
+def test_alternating_directions_that_would_not_alternate_are_refused() -> None:
+    """As blocks change their direction after all of their orders: 7 blocks have 7 of eight, and one of 2 has none left."""
+    Dis(kind="dis", width=16, depth=6, patch=1, order=("raster", "column"), directions="alternate")
+    cases: list[tuple[tuple[Order, ...], int | None]] = [(("zigzag8",), None), (("raster", "column", "hilbert"), 2)]
+    for order, attention in cases:
+        with pytest.raises(ValidationError, match=r"alternate changes the direction after a round of order, which has \d blocks"):
+            Dis(kind="dis", width=16, depth=4, patch=1, order=order, directions="alternate", attention_every=attention)
 
 
 def test_a_curve_that_does_not_fit_the_grid_is_refused() -> None:
