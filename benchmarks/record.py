@@ -2,12 +2,15 @@
 
 Their output is shown as it comes. `benchmarks/results/NAME.json` gets each module's JSON lines as they come, with a last one that
 says so until the module has ended: a run that is cut off leaves what it measured, and what it did not. A file of the same machine
-and versions keeps its other modules; each module has its own date and commit.
+and versions keeps its other modules; each module has its own date and commit. A module that is run again at one commit keeps what
+it measured by name, and jobs of benchmarks/throughput.py with such a row are left out: a second run is for what the first had no
+time for.
 """
 
 import contextlib
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,6 +24,8 @@ import torch
 from dis_scale.process.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
+MEASURED = "DIS_SCALE_MEASURED"
+"""Variable with the names of the rows that a benchmark need not measure again, in JSON."""
 CUT_OFF = {"not measured": "cut off, or not begun"}
 PACKAGES = ["torch", "triton", "mamba-ssm", "causal-conv1d", "deepspeed", "numpy", "webdataset", "diffusers", "torch-fidelity"]
 
@@ -42,10 +47,10 @@ def commit() -> str | None:
     return described.stdout.strip() or None
 
 
-def rows(module: str) -> Iterator[dict[str, Any]]:
+def rows(module: str, measured: list[str]) -> Iterator[dict[str, Any]]:
     """Run a benchmark, print its output, and yield its JSON lines as they come; a last one if it fails, with its last words."""
-    command = [sys.executable, "-m", f"benchmarks.{module}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+    command, env = [sys.executable, "-m", f"benchmarks.{module}"], {**os.environ, MEASURED: json.dumps(measured)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as running:
         assert running.stdout is not None
         line = ""
         for line in running.stdout:
@@ -75,7 +80,18 @@ def write(path: Path, result: dict[str, Any]) -> None:
     new.replace(path)
 
 
-def main(name: str, *modules: str, folder: Path = RESULTS, run: Callable[[str], Iterator[dict[str, Any]]] = rows) -> int:
+def begun(before: list[dict[str, Any]], at: str | None) -> list[dict[str, Any]]:
+    """Return a module's date and commit, and what it has measured by name at this commit."""
+    header = {"date": datetime.date.today().isoformat(), "commit": at}
+    if at is None or at.endswith("+") or before[0].get("commit") != at:
+        return [header]
+    return [header, *(row for row in before if "name" in row and "not measured" not in row)]
+
+
+Run = Callable[[str, list[str]], Iterator[dict[str, Any]]]
+
+
+def main(name: str, *modules: str, folder: Path = RESULTS, run: Run = rows, at: str | None = None) -> int:
     """Return 1 if a benchmark failed, otherwise 0; the others run anyway."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
@@ -84,11 +100,11 @@ def main(name: str, *modules: str, folder: Path = RESULTS, run: Callable[[str], 
     for module in modules:
         measured.setdefault(module, [CUT_OFF])
     for module in modules:
-        lines: list[dict[str, Any]] = [{"date": datetime.date.today().isoformat(), "commit": commit()}]
+        lines = begun(measured[module], at or commit())
         measured[module] = [*lines, CUT_OFF]
         write(path, result)
-        for row in run(module):
-            lines.append(row)
+        for row in run(module, [each["name"] for each in lines[1:]]):
+            lines = [*(each for each in lines if "name" not in row or each.get("name") != row["name"]), row]
             measured[module] = [*lines, CUT_OFF]
             write(path, result)
         measured[module] = lines

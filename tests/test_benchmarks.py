@@ -43,7 +43,7 @@ def recorded(results: Path) -> dict[str, Any]:
 
 
 def run_modules(results: Path, **lines: list[dict[str, Any]]) -> int:
-    return record.main("name", *lines, folder=results.parent, run=lambda module: iter(lines[module]))
+    return record.main("name", *lines, folder=results.parent, run=lambda module, _: iter(lines[module]))
 
 
 def test_a_later_part_keeps_the_earlier_ones(results: Path) -> None:
@@ -61,7 +61,7 @@ def test_results_of_other_versions_are_not_overwritten(results: Path) -> None:
 
 
 def test_rows_are_written_as_they_come(results: Path) -> None:
-    def cut_off(module: str) -> Any:
+    def cut_off(module: str, _: list[str]) -> Any:
         yield {"a": 1}
         raise KeyboardInterrupt
 
@@ -70,6 +70,28 @@ def test_rows_are_written_as_they_come(results: Path) -> None:
     not_measured = {"not measured": "cut off, or not begun"}
     assert json.loads(results.read_text())["benchmarks"]["two"] == [not_measured]
     assert recorded(results)["one"] == [{"a": 1}, not_measured]
+
+
+def test_a_second_run_at_a_commit_measures_what_the_first_had_no_time_for(results: Path) -> None:
+    """A GPU is there for minutes: the rows that it measured last came last in every run."""
+    first: list[dict[str, Any]] = [{"name": "a", "s": 1}, {"name": "b", "not measured": "no time left"}, {"facts": 1}]
+    second: list[dict[str, Any]] = [{"name": "b", "s": 2}, {"facts": 2}]
+    asked, expected = list[list[str]](), ([*first[:2], first[2]], [first[0], *second], [*second])
+    for commit, lines, kept in zip(("1", "1", "2"), (first, second, second), expected, strict=True):
+
+        def run(_: str, measured: list[str], lines: list[dict[str, Any]] = lines) -> Any:
+            asked.append(measured)
+            return iter(lines)
+
+        record.main("name", "one", folder=results.parent, run=run, at=commit)
+        assert recorded(results)["one"] == kept
+    assert asked == [[], ["a"], []]
+
+
+def test_jobs_that_have_a_row_are_left_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(record.MEASURED, '["a"]')
+    throughput.run_all([("a", print), ("b", print)], budget_s=-1)
+    assert json.loads(capsys.readouterr().out) == {"name": "b", "not measured": "no time left after -1 s"}
 
 
 def test_a_failed_benchmark_is_recorded_and_the_next_one_runs(results: Path) -> None:
@@ -200,7 +222,7 @@ def test_every_part_of_the_bring_up_exists() -> None:
         assert (ROOT / "benchmarks" / f"{name}.py").exists()
     unknown = subprocess.run(["sh", ROOT / "benchmarks/gpu.sh", "name", "smok"], capture_output=True, text=True)
     assert unknown.returncode == 2
-    assert "no part smok; usage: sh benchmarks/gpu.sh NAME kernels|settings|trace|step|smoke|throughput" in unknown.stderr
+    assert "no part smok; usage: sh benchmarks/gpu.sh NAME scan_gpu|kernels|settings|trace|step|smoke|throughput" in unknown.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
