@@ -79,7 +79,7 @@ class ObjectStore:
         self.kind = "bluestore" if on_disk else "memstore"
         self.folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self.port = 0
+        self.port, self.patience = 0, 1
 
     @property
     def environment(self) -> dict[str, str]:
@@ -129,7 +129,7 @@ class ObjectStore:
         )
 
     def _until_it_serves(self, begin: Callable[[], None], tries: int = 4) -> None:
-        for _ in range(tries):
+        for self.patience in (2**n for n in range(tries)):  # a machine may be busy, or a port taken
             with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
                 return begin()
             self._halt()
@@ -158,16 +158,16 @@ class ObjectStore:
 
     def _monitor(self) -> None:
         self._daemon("ceph-mon", "-i", "a", "-f", "--setuser", "root")
-        _wait(lambda: self._answers("ceph", "mon", "stat"))
+        self._wait(lambda: self._answers("ceph", "mon", "stat"))
 
     def _serve(self, *administration: str) -> None:
         """Start the store and the gateway; run a `radosgw-admin` command between the two, if given."""
         self._daemon("ceph-osd", "-i", "0", "-f")
-        _wait(lambda: b" 1 up" in self._run("ceph", "osd", "stat"))
+        self._wait(lambda: b" 1 up" in self._run("ceph", "osd", "stat"))
         if administration:
             self._run("radosgw-admin", *administration)
         self._daemon("radosgw", "-n", "client.rgw.a", "-f")
-        _wait(lambda: urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=2).status == 200)
+        self._wait(lambda: urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=2 * self.patience).status == 200)
 
     def _command(self, program: str, *arguments: str) -> list[str]:
         configured = [] if program == "monmaptool" else ["-c", str(self.folder / "ceph.conf")]
@@ -175,31 +175,30 @@ class ObjectStore:
 
     def _run(self, program: str, *arguments: str) -> bytes:
         command = self._command(program, *arguments)
-        return subprocess.run(command, check=True, capture_output=True, timeout=20).stdout
+        return subprocess.run(command, check=True, capture_output=True, timeout=20 * self.patience).stdout
 
     def _answers(self, program: str, *arguments: str) -> bool:
-        return subprocess.run(self._command(program, *arguments), capture_output=True, timeout=5).returncode == 0
+        return subprocess.run(self._command(program, *arguments), capture_output=True, timeout=5 * self.patience).returncode == 0
 
     def _daemon(self, program: str, *arguments: str) -> None:
         with (self.folder / f"{program}.out").open("ab") as out:
             command = self._command(program, *arguments)
             self._daemons[program] = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
 
+    def _wait(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 15 * self.patience
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                if true():
+                    return
+            time.sleep(0.1)
+        raise TimeoutError("not ready in time")
+
     def _halt(self) -> None:
         for daemon in reversed(self._daemons.values()):
             daemon.kill()
             daemon.wait()
         self._daemons = {}
-
-
-def _wait(true: object, timeout_s: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            if true():  # type: ignore[operator]
-                return
-        time.sleep(0.1)
-    raise TimeoutError("not ready in time")
 
 
 def make_bucket(store: ObjectStore, name: str) -> str:

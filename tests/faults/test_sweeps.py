@@ -11,6 +11,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.tracking.rows import Row, RowReader
 from tests.support import fault_plans, stages, sweeps
 
+pytestmark = pytest.mark.timeout(1800)  # up to four sweeps, on a busy machine
 SETTINGS = (f"models={stages.ONE_MODEL}", "train.hang_after_s=30")
 
 
