@@ -20,7 +20,7 @@ MOST_GPUS = 1024
 NODE_GPUS = 8
 ASSUMED_MFU = 0.15
 """Share of a GPU's peak that training reaches. DiS-L/2 reached 0.163 on an H100 and 0.187 on an H200, whose kernels' instructions
-allow 0.30 in a step."""
+allow 0.31 in a step."""
 HOST_S, GRAPHS_HOST_S, STEP_S = 3.6e-3, 1.6e-3, 0.025
 """Python's time for a block's forward and backward pass, the same by graphs, and for DeepSpeed's optimizer, which waits for the GPU
 and lets it wait.

@@ -26,8 +26,8 @@ CURES: tuple[Mapping[str, object], ...] = (
 USABLE = 0.85
 """Share of a GPU's memory that may be planned with; CUDA's context, temporary tensors and fragments need the rest."""
 BUSY_BYTES = 0.33e9
-"""A block's kept states in a forward pass from which on the GPU takes longer than Python: those of DiS-L/2 at 62 images, of H/2 at
-42 already, with the host of an H200 (benchmarks/results/kernels.md#a-blocks-time)."""
+"""A block's kept states in a forward pass from which on the GPU takes longer than Python, one number for all sizes: those of
+DiS-L/2 at 62 images and of H/2 at 42, where on the host of an H200 it does from 55 and 31 on (docs/performance.md)."""
 
 
 class PassPlan(NamedTuple):

@@ -38,9 +38,11 @@ from dis_scale.scan import (
     triton_norm,
     triton_numbers,
     triton_scan,
+    triton_ssd,
     triton_ssd_mixer,
 )
 from dis_scale.scan import triton as scan_triton
+from dis_scale.scan.duality import Way
 from dis_scale.scan.triton_fill import FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together, without_memory
 from tests.support.allocated import Allocated
@@ -69,10 +71,14 @@ def test_the_interpreters_outputs_and_gradients_equal_the_reference(rows: str, p
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
+OTHERS = [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+"""An A100's, an H100's or H200's and a B200's."""
+
+
+@pytest.mark.parametrize("capability", OTHERS)
 @pytest.mark.parametrize("name", COMPILED)
 def test_it_compiles_ahead(name: str, capability: int) -> None:
-    """For an A100 and an H100 or H200: no atomics, no shared memory, no register spilled."""
+    """No atomics, no shared memory, no register spilled."""
     check_program(compiled(name, capability, "bf16"), name, capability)
 
 
@@ -97,22 +103,44 @@ def check_program(program: Any, name: str, capability: int) -> None:
         assert not any(f"{other}>" in line for other in others for line in moved), "only what is touched has another"
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)])
+DUALITY = {"ssd_states", "ssd_outputs", "ssd_pairs_backward", "ssd_states_backward"}
+"""Kernels of products."""
+EXPONENTS = {"ssd_exponents", "ssd_exponents_backward"}
+
+
+@pytest.mark.parametrize("capability", OTHERS)
 def test_state_space_duality_compiles_ahead(capability: int) -> None:
-    """At DiS2-L/2's sizes: on tensor cores, in 18 KB of shared memory, without atomics; only an A100's spill registers."""
+    """At DiS2-L/2's sizes."""
     with torch.device("meta"), ahead(capability) as launched:
         mixer = SsdMixer(Dis.model_validate(preset("DiS2-L/2")), "triton")
         h = torch.empty(2, 258, 1024, dtype=torch.bfloat16, requires_grad=True)
         names = ("in_proj", "conv", "own_proj", "dt_bias", "A_log", "D", "norm", "out_proj")
         out = triton_ssd_mixer.mixer(h, *[mixer.get_parameter(name) for name in names])
         out.backward(torch.empty_like(out))
-    products = {"ssd_states", "ssd_outputs", "ssd_pairs_backward", "ssd_states_backward"}
-    forward, backward = {"ssd_exponents", "conv_forward", "gated_norm"}, {"ssd_exponents_backward", "conv_backward", "sum_conv"}
-    assert {launch.kernel.__name__ for launch, *_ in launched} == products | forward | backward | {"gated_norm_backward"}
+    others = {"conv_forward", "gated_norm", "conv_backward", "sum_conv", "gated_norm_backward"}
+    check_duality(launched, capability, DUALITY | EXPONENTS | others)
+
+
+@pytest.mark.parametrize("capability", OTHERS)
+@pytest.mark.parametrize("later", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_duality_of_a_single_direction_compiles_ahead(later: bool, capability: int) -> None:
+    """As `combine: sum` has it: each direction of its own x, with the token itself."""
+    with torch.device("meta"), ahead(capability) as launched:
+        x, own = torch.empty(2, 258, 32, 64, dtype=torch.bfloat16, requires_grad=True), torch.empty(2, 258, 32, requires_grad=True)
+        B, C = (torch.empty(2, 258, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        way = Way(torch.empty(2, 258, 32, requires_grad=True), torch.empty(32, requires_grad=True), B, C)
+        out = triton_ssd.ssd(x, own, None if later else way, way if later else None, exclusive=False)
+        out.backward(torch.empty_like(out))
+    check_duality(launched, capability, DUALITY | EXPONENTS)
+
+
+def check_duality(launched: list[tuple[Launch, tuple[Any, ...], Any]], capability: int, kernels: set[str]) -> None:
+    """These kernels: products on tensor cores, in 18 KB of shared memory, without atomics; only an A100's spill registers."""
+    assert {launch.kernel.__name__ for launch, *_ in launched} == kernels
     for launch, _, program in launched:
         assert f".target sm_{capability}" in program.asm["ptx"]
         multiplies = re.search(r"\b(mma\.sync|wgmma|tcgen05\.mma)", program.asm["ptx"])
-        assert bool(multiplies) == (launch.kernel.__name__ in products)
+        assert bool(multiplies) == (launch.kernel.__name__ in DUALITY)
         assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
         assert program.metadata.shared <= 18 * 1024
         assert registers(program).spilled_bytes <= (400 if capability == 80 else 0)
