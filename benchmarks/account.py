@@ -55,7 +55,8 @@ STEP_IMAGES = 128
 SLOWER = 1.6
 """Times of this count that a block of DiS-L/2 took on an H200: benchmarks/results/kernels.md#a-blocks-time."""
 STEP_S = 0.0039
-"""The least time in which Python ran the optimizer, while the GPU waits: benchmarks/results/kernels.md#host-time."""
+"""Python's time for the optimizer, in which the GPU waits, on a CPU's core with joined weights; on an H200's host it was 25 ms with
+a parameter for each weight (benchmarks/results/kernels.md#host-time)."""
 CONV_NS = 61.9e3 / (32 * 258 * 2048)
 """Per token and channel, both passes: benchmarks/instructions.py."""
 CONV_KERNELS = 3

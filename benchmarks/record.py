@@ -2,9 +2,8 @@
 
 Their output is shown as it comes. `benchmarks/results/NAME.json` gets each module's JSON lines as they come, with a last one that
 says so until the module has ended: a run that is cut off leaves what it measured, and what it did not. A file of the same machine
-and versions keeps its other modules; each module has its own date and commit. A module that is run again at one commit keeps what
-it measured by name, and jobs of benchmarks/throughput.py with such a row are left out: a second run is for what the first had no
-time for.
+and versions keeps its other modules; each module has its own date and commit. `settings` and `throughput` keep their measured rows
+if they are run again at the same commit, and leave these jobs out: a second run is for what the first had no time for.
 """
 
 import contextlib
@@ -24,8 +23,8 @@ import torch
 from dis_scale.process.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
-MEASURED = "DIS_SCALE_MEASURED"
-"""Variable with the names of the rows that a benchmark need not measure again, in JSON."""
+CONTINUED, MEASURED = ("settings", "throughput"), "DIS_SCALE_MEASURED"
+"""Modules whose jobs are named by their rows, and the variable with the names of those that have one, in JSON."""
 CUT_OFF = {"not measured": "cut off, or not begun"}
 PACKAGES = ["torch", "triton", "mamba-ssm", "causal-conv1d", "deepspeed", "numpy", "webdataset", "diffusers", "torch-fidelity"]
 
@@ -39,12 +38,13 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def commit() -> str | None:
-    """The commit that is measured, with a + if files differ from it; None outside a repository."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--exclude=*", "--dirty=+"], cwd=RESULTS.parent, capture_output=True, text=True
+def commit(folder: Path = RESULTS.parent) -> str | None:
+    """The commit that is measured, with a + if files but results differ from it; None outside a repository."""
+    described, changed = (
+        subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        for arguments in (("describe", "--always", "--exclude=*"), ("diff", "--quiet", "HEAD", "--", ":/", ":(exclude)results"))
     )
-    return described.stdout.strip() or None
+    return described.stdout.strip() + "+" * changed.returncode if described.stdout else None
 
 
 def rows(module: str, measured: list[str]) -> Iterator[dict[str, Any]]:
@@ -80,10 +80,10 @@ def write(path: Path, result: dict[str, Any]) -> None:
     new.replace(path)
 
 
-def begun(before: list[dict[str, Any]], at: str | None) -> list[dict[str, Any]]:
-    """Return a module's date and commit, and what it has measured by name at this commit."""
+def begun(module: str, before: list[dict[str, Any]], at: str | None) -> list[dict[str, Any]]:
+    """Return a module's date and commit, and what it has measured at this commit if it continues."""
     header = {"date": datetime.date.today().isoformat(), "commit": at}
-    if at is None or at.endswith("+") or before[0].get("commit") != at:
+    if module not in CONTINUED or at is None or at.endswith("+") or before[0].get("commit") != at:
         return [header]
     return [header, *(row for row in before if "name" in row and "not measured" not in row)]
 
@@ -100,11 +100,11 @@ def main(name: str, *modules: str, folder: Path = RESULTS, run: Run = rows, at: 
     for module in modules:
         measured.setdefault(module, [CUT_OFF])
     for module in modules:
-        lines = begun(measured[module], at or commit())
+        lines = begun(module, measured[module], at or commit())
         measured[module] = [*lines, CUT_OFF]
         write(path, result)
         for row in run(module, [each["name"] for each in lines[1:]]):
-            lines = [*(each for each in lines if "name" not in row or each.get("name") != row["name"]), row]
+            lines.append(row)
             measured[module] = [*lines, CUT_OFF]
             write(path, result)
         measured[module] = lines

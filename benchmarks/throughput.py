@@ -122,8 +122,8 @@ def random_latents(sweep: Sweep, shape: LatentShape = LATENT_SHAPE) -> None:
     state.use_latents(sweep, folder, "random")
 
 
-def train(job: Job, device: str) -> None:
-    """Print a row: the rates of training, and the memory against its formula."""
+def train(job: Job, device: str) -> dict[str, Any]:
+    """Return the rates of training, and the memory against its formula."""
     recipe = recipe_of(job, device)
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep.below(open_folder(scratch), recipe)
@@ -132,7 +132,7 @@ def train(job: Job, device: str) -> None:
     row = rates | computed(job, recipe, gpu_bytes(torch.device(device)))
     if device == "cuda":  # on a CPU the measured memory is the process's
         row["memory_by_formula"] = row["memory_gib"] / row["formula_gib"]  # goal: 0.9 to 1.1
-    print_row(f"train {job.name}", row)
+    return row
 
 
 def computed(job: Job, recipe: Recipe, memory_bytes: int | None) -> dict[str, float]:
@@ -146,8 +146,8 @@ def computed(job: Job, recipe: Recipe, memory_bytes: int | None) -> dict[str, fl
     return {"formula_gib": complete / 2**30, "states_gib": sum(state_bytes(cost, recipe.train, 1).values()) / 2**30}
 
 
-def sample(size: str, images: int, device: str) -> None:
-    """Print a row: guided sampling, in images per second for 50 steps."""
+def sample(size: str, images: int, device: str) -> dict[str, Any]:
+    """Return the rate of guided sampling, in images per second for 50 steps."""
     compute_exactly()  # as an evaluator does
     where, recipe = torch.device(device), recipe_of(Job(size), device)
     precision = recipe.train.precision
@@ -169,13 +169,12 @@ def sample(size: str, images: int, device: str) -> None:
         return images * SAMPLING_STEPS / 50 / timed(run)
 
     graphs, plain = rate(replayed(model, where, after=0)), rate(model)
-    facts = {"images_per_s_50_steps": graphs, "images": images, "times_faster_by_graphs": graphs / plain}
-    print_row(f"sample {size}", facts)
+    return {"images_per_s_50_steps": graphs, "images": images, "times_faster_by_graphs": graphs / plain}
 
 
-def encode(resolution: int, images: int, device: str) -> None:
-    """Print a row: batches and their flips through Stable Diffusion's architecture, as precompute encodes them in the recipe's
-    precision, and the same with the images on the device and nothing but the network (goal: 90 % of its rate)."""
+def encode(resolution: int, images: int, device: str) -> dict[str, Any]:
+    """Return the rate of batches and their flips through Stable Diffusion's architecture, as precompute encodes them in the
+    recipe's precision, relative to the images on the device and nothing but the network (goal: 90 %)."""
     from diffusers import AutoencoderKL
 
     compute_exactly()
@@ -205,12 +204,11 @@ def encode(resolution: int, images: int, device: str) -> None:
 
     seconds = timed(through)
     facts = {"images_per_s": ENCODE_BATCHES * images / seconds, "images": images, "precision": settings.precision}
-    share = {"share_of_the_network_alone": timed(alone) / seconds}
-    print_row(encode_name(resolution), facts | share)
+    return facts | {"share_of_the_network_alone": timed(alone) / seconds}
 
 
-def against_fast_dit(size: str, images: int, device: str) -> None:
-    """Print a row: the training pass of a block of DiT in bf16, times faster than the public code's block (goal: 1)."""
+def against_fast_dit(size: str, images: int, device: str) -> dict[str, Any]:
+    """Return the time of the training pass of a block of DiT in bf16, times faster than the public code's block (goal: 1)."""
     settings = Dit(**preset(size))
     seconds = {}
     for name, block, stream in (
@@ -227,7 +225,7 @@ def against_fast_dit(size: str, images: int, device: str) -> None:
 
         seconds[name] = timed(run)
     ratio = seconds["fast-DiT"] / seconds["ours"]
-    print_row(block_name(size), {"times_faster": ratio, "ms": 1e3 * seconds["ours"], "images": images})
+    return {"times_faster": ratio, "ms": 1e3 * seconds["ours"], "images": images}
 
 
 def timed(run: Any) -> float:
@@ -238,14 +236,6 @@ def timed(run: Any) -> float:
         run()
         times.append(time.perf_counter() - began)
     return min(times[1:])
-
-
-def encode_name(resolution: int) -> str:
-    return f"encode {resolution} pixels, with flips"
-
-
-def block_name(size: str) -> str:
-    return f"a block of {size} against fast-DiT's"
 
 
 def print_row(name: str, facts: dict[str, Any]) -> None:
@@ -269,9 +259,9 @@ def in_a_process(name: str, target: Any, *arguments: Any) -> None:
 
 
 def _reported(name: str, target: Any, *arguments: Any) -> None:
-    """Run a job in its process. Any error is a row: the other jobs are measured."""
+    """Print a job's row, in its process. Any error is a row: the other jobs are measured."""
     try:
-        target(*arguments)
+        print_row(name, target(*arguments))
     except Exception as error:
         print_row(name, {"not measured": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
 
@@ -298,9 +288,9 @@ def main(chosen: Options) -> None:
     sampled, images, resolution, encoded = (["DiT-S/8"], 2, 32, 2) if quick else (["DiS-S/2", "DiS-L/2", "DiT-L/2"], 64, 256, 64)
     jobs = training_jobs(QUICK_JOBS if quick else SIZED, device)
     jobs += [(f"sample {size}", sample, size, images, device) for size in sampled]
-    jobs += [(encode_name(resolution), encode, resolution, encoded, device)]
+    jobs += [(f"encode {resolution} pixels, with flips", encode, resolution, encoded, device)]
     block = "DiT-S/2" if quick else "DiT-XL/2"
-    jobs += [(block_name(block), against_fast_dit, block, images, device)]
+    jobs += [(f"a block of {block} against fast-DiT's", against_fast_dit, block, images, device)]
     run_all(jobs)
 
 

@@ -72,20 +72,40 @@ def test_rows_are_written_as_they_come(results: Path) -> None:
     assert recorded(results)["one"] == [{"a": 1}, not_measured]
 
 
-def test_a_second_run_at_a_commit_measures_what_the_first_had_no_time_for(results: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "again", "kept"),
+    [("settings", "1", True), ("settings", "2", False), ("settings", "1+", False), ("trace", "1", False)],
+)
+def test_a_second_run_at_a_commit_measures_what_the_first_had_no_time_for(
+    results: Path, module: str, again: str, kept: bool
+) -> None:
     """A GPU is there for minutes: the rows that it measured last came last in every run."""
-    first: list[dict[str, Any]] = [{"name": "a", "s": 1}, {"name": "b", "not measured": "no time left"}, {"facts": 1}]
-    second: list[dict[str, Any]] = [{"name": "b", "s": 2}, {"facts": 2}]
-    asked, expected = list[list[str]](), ([*first[:2], first[2]], [first[0], *second], [*second])
-    for commit, lines, kept in zip(("1", "1", "2"), (first, second, second), expected, strict=True):
+    lines: list[dict[str, Any]] = [{"name": "a", "s": 1}, {"name": "b", "not measured": "no time left"}]
 
-        def run(_: str, measured: list[str], lines: list[dict[str, Any]] = lines) -> Any:
-            asked.append(measured)
-            return iter(lines)
+    def run(_: str, measured: list[str]) -> Any:
+        return (row for row in lines if row["name"] not in measured)
 
-        record.main("name", "one", folder=results.parent, run=run, at=commit)
-        assert recorded(results)["one"] == kept
-    assert asked == [[], ["a"], []]
+    for at in (again, again) if again.endswith("+") else ("1", again):
+        record.main("name", module, folder=results.parent, run=run, at=at)
+        lines = [{"name": "a", "s": 2}, {"name": "b", "s": 2}]
+    assert [row["s"] for row in recorded(results)[module]] == ([1, 2] if kept else [2, 2])
+
+
+def test_results_do_not_make_a_commit_another_one(tmp_path: Path) -> None:
+    """The first part of a bring-up writes its rows into a file of the repository."""
+    folder = tmp_path / "benchmarks"
+    (folder / "results").mkdir(parents=True)
+    program, rows_of = folder / "program.py", folder / "results/gpu.json"
+    for path in (program, rows_of):
+        path.write_text("1")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for arguments in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "a")):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    clean = record.commit(folder)
+    rows_of.write_text("2")
+    assert record.commit(folder) == clean
+    program.write_text("2")
+    assert record.commit(folder) == f"{clean}+"
 
 
 def test_jobs_that_have_a_row_are_left_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,8 +276,8 @@ def forgive_node(sweep: Sweep, node: str) -> int:
         raise UserError(f"{sweep}: node {node!r} has no failures of its devices{nearest(node, every)}: {known}")
     for folder in _failure_folders(sweep):
         failures = _node_failures(folder)
-        if failures.pop(node, None):
-            FailedNodes(failures=failures).write(folder)
+        if node in failures:
+            FailedNodes(failures={name: count for name, count in failures.items() if name != node}).write(folder)
     return every[node]
 
 

@@ -5,6 +5,7 @@ Read next: models/public.py for the layouts, warm_start.py for a training that b
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import safetensors.torch
@@ -63,7 +64,15 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
             f"import of {path} as {model}: trained on {difference}: expected a recipe with the latents that these weights were "
             "trained on; an autoencoder that the sweep trains must be prepared before"
         )
-    description = describe(empty, SamplingFacts.of_sweep(sweep))
+    facts = SamplingFacts.of_sweep(sweep)
+    if source.facts and not source.facts.label_dropout:
+        if any(each.scale != 1 and each.guide is None for each in sweep.recipe.evaluate.samplings.values()):
+            raise UserError(
+                f"import of {path} as {model}: it did not learn to do without labels: expected evaluate.guidance: 1, or a model "
+                "that guides"
+            )
+        facts = facts and replace(facts, label_dropout=0.0)
+    description = describe(empty, facts)
     data = safetensors.torch.save(fitted.weights, {"dis_scale": json.dumps(description)})
     folder, evaluation = sweep.run(model).published_at(train.images), sweep.evaluation(Sampled(model, train.images))
     with lease.hold(command_lease(sweep.folder), aside=True):

@@ -187,12 +187,12 @@ class ObjectStore:
 
     def _wait(self, true: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 15 * self.patience
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self.ended():
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 if true():
                     return
             time.sleep(0.1)
-        raise TimeoutError("not ready in time")
+        raise TimeoutError(self.ended() or "not ready in time")
 
     def _halt(self) -> None:
         for daemon in reversed(self._daemons.values()):

@@ -71,12 +71,16 @@ def test_each_order_visits_each_patch_once_and_curves_go_to_neighbours(side: int
 
 
 def test_alternating_directions_that_would_not_alternate_are_refused() -> None:
-    """As blocks change their direction after all of their orders: 7 blocks have 7 of eight, and one of 2 has none left."""
+    """As blocks change their direction after all of their orders: 5 blocks have 5 of eight, and of 5 with attention in 2
+    three scan. Nor are orders that no block has.
+    """
     Dis(kind="dis", width=16, depth=6, patch=1, order=("raster", "column"), directions="alternate")
     cases: list[tuple[tuple[Order, ...], int | None]] = [(("zigzag8",), None), (("raster", "column", "hilbert"), 2)]
     for order, attention in cases:
         with pytest.raises(ValidationError, match=r"alternate changes the direction after a round of order, which has \d blocks"):
             Dis(kind="dis", width=16, depth=4, patch=1, order=order, directions="alternate", attention_every=attention)
+    with pytest.raises(ValidationError, match="order: 3 blocks scan, and column would be that of a later one"):
+        Dis(kind="dis", width=16, depth=2, patch=1, order=("zigzag8", "column"))
 
 
 def test_a_curve_that_does_not_fit_the_grid_is_refused() -> None:

@@ -17,7 +17,7 @@ from dis_scale.sweep.documents import EncodedBy, PublishedManifest
 from dis_scale.vae import PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import warm_start
-from dis_scale.weights.export import SamplingFacts, load, save
+from dis_scale.weights.export import SamplingFacts, load, sampling_facts, save
 from dis_scale.weights.opening import labels_in_turn, open_for_sampling, sample_pictures
 from dis_scale.weights.published import load_published
 from tests.conftest import TINY
@@ -121,10 +121,11 @@ def test_what_is_not_this_model_is_refused_before_anything_is_written(
     assert not (tmp_path / "sweeps").exists()
 
 
-def ours(tmp_path: Path, scaling: Scaling | None = None, **vae: Any) -> Path:
+def ours(tmp_path: Path, scaling: Scaling | None = None, label_dropout: float = 0.1, **vae: Any) -> Path:
     """A file of ours for the tiny sweep in pixels, trained on latents of this autoencoder and scaling."""
     their_vae = EncodedBy(**{"identity": PixelVae().identity, "posterior": True, "shift": 0.0, "scale": 1.0} | vae)
-    facts = SamplingFacts(Gaussian(kind="gaussian"), their_vae, scaling, Sampling(sampler="ddim", steps=4))
+    sampling = Sampling(sampler="ddim", steps=4)
+    facts = SamplingFacts(Gaussian(kind="gaussian"), their_vae, scaling, sampling, label_dropout=label_dropout)
     save(build(sweep_below(tmp_path).recipe.models["dis"], LatentShape(3, 32), 10, seed=5), tmp_path / "ours.safetensors", facts)
     return tmp_path / "ours.safetensors"
 
@@ -137,9 +138,22 @@ def test_a_file_of_ours_is_imported_with_the_latents_of_its_sweep(tmp_path: Path
     assert all(torch.equal(imported[name], weight) for name, weight in theirs.items())
 
 
+def test_weights_that_never_lacked_a_label_are_imported_where_nothing_guides(tmp_path: Path) -> None:
+    """And nothing does later: the imported file says so, too."""
+    latents = open_folder(tmp_path) / "latents/made"
+    put_latents(latents, PixelVae().identity, (3, 32), mean=(0.0,) * 3, std=[0.5] * 3, posterior_variance=[0.0] * 3)
+    state.use_latents(sweep_below(tmp_path), latents, PixelVae().identity)
+    assert invoke(*words(tmp_path, ours(tmp_path, label_dropout=0.0), "evaluate.guidance=1"))[0] == 0
+    (published,) = Path(sweep_below(tmp_path).run("dis").published_at(1024).url).glob("*.safetensors")
+    facts = sampling_facts(published)
+    assert facts
+    assert facts.label_dropout == 0
+
+
 @pytest.mark.parametrize(
     ("facts", "settings", "message"),
     [
+        ({"label_dropout": 0.0}, ["evaluate.guidance=1.5"], "it did not learn to do without labels: expected evaluate.guidance: 1"),
         ({"identity": "0" * 64}, [], "trained on latents of autoencoder 000000000000, this sweep's is "),
         ({"scaling": Scaling([0.1] * 3, [2.0] * 3)}, [], "scaled otherwise than by data.normalise vae"),
         ({}, ["data.normalise=channels"], "scaled otherwise than by data.normalise channels"),

@@ -10,8 +10,8 @@ from dis_scale.process.settings import Count, Fraction
 
 HEAD_SIZE = 64
 """Most channels of a head of attention."""
-LEAST_HEAD = 16
-"""Least channels of a head: products of kernels have no fewer, and attention turns a pair by rows and one by columns for each 4."""
+LEAST_SSD_HEAD = 16
+"""Least channels of a head of `ssd`, whose products have no fewer."""
 
 
 PUBLISHED: dict[str, Any] = {
@@ -73,17 +73,14 @@ class Dis(FamilySettings):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
-        if self.attention_every and (self.width % 4 or head_size(self.width) < LEAST_HEAD):
-            raise ValueError(
-                f"attention_every needs heads of {LEAST_HEAD} to {HEAD_SIZE} channels, a multiple of 4, and width {self.width} has "
-                f"no such divisor: choose a multiple of {LEAST_HEAD}"
-            )
+        if self.attention_every and self.width % 4:
+            raise ValueError(f"attention_every needs a width that is a multiple of 4, got {self.width}")
         if self.mixer == "ssd" and self.width % 2:
             raise ValueError(f"mixer ssd needs an even width, got {self.width}")
-        if self.mixer == "ssd" and head_size(2 * self.width) < LEAST_HEAD:
+        if self.mixer == "ssd" and head_size(2 * self.width) < LEAST_SSD_HEAD:
             raise ValueError(
                 f"mixer ssd: width {self.width} gives heads of {head_size(2 * self.width)} channels, expected at least "
-                f"{LEAST_HEAD}: choose a multiple of {LEAST_HEAD // 2}"
+                f"{LEAST_SSD_HEAD}: choose a multiple of {LEAST_SSD_HEAD // 2}"
             )
         if self.mixer == "s6" and self.combine != "sum":
             raise ValueError(f"combine: {self.combine} is of the mixer ssd, got mixer: s6: set mixer: ssd")
@@ -93,17 +90,24 @@ class Dis(FamilySettings):
             raise ValueError("spectrum: tied is of the mixer s6, whose channels have many rates, got mixer: ssd: leave it out")
         if len(self.order) > 1 and len(set(self.order)) == 1:
             raise ValueError(f"order: {self.order[0]} in each block is [{self.order[0]}]")
+        if self.attention_every == 1 and (self.mixer, self.order, self.spectrum, self.directions) != (
+            "s6", ("raster",), "free", 2,
+        ):  # fmt: skip
+            raise ValueError("attention_every: 1 leaves no scan: leave mixer, order, spectrum and directions out")
+        return self
+
+    @model_validator(mode="after")
+    def _orders_are_all_scanned(self) -> Self:
         scans = self.depth + 1 - (self.depth + 1) // (self.attention_every or self.depth + 2)
-        paths = sum(8 if order.endswith("8") else 1 for order in self.order)
+        *earlier, last = (8 if order.endswith("8") else 1 for order in self.order)
+        if 0 < scans <= sum(earlier):
+            raise ValueError(f"order: {scans} blocks scan, and {self.order[-1]} would be that of a later one: name fewer orders")
+        paths = sum(earlier) + last
         if self.directions == "alternate" and 0 < scans <= paths:
             raise ValueError(
                 f"directions: alternate changes the direction after a round of order, which has {paths} blocks, and {scans} scan: "
                 "choose fewer orders or directions: 1"
             )
-        if self.attention_every == 1 and (self.mixer, self.order, self.spectrum, self.directions) != (
-            "s6", ("raster",), "free", 2,
-        ):  # fmt: skip
-            raise ValueError("attention_every: 1 leaves no scan: leave mixer, order, spectrum and directions out")
         return self
 
     def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:

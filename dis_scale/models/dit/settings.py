@@ -82,8 +82,8 @@ class Dit(FamilySettings):
             return f"heads of size {size} do not divide base_width {base_width}: choose heads or a base_width that fit"
         unlike = next(((name, other.head_size) for name, other in others.items() if other.head_size != size), None)
         return unlike and (
-            f"heads of size {size}, and {unlike[0]} of the same base_width has {unlike[1]}: rates transfer between heads of one "
-            "size alone: choose heads that are proportional to the width"
+            f"heads of size {size}, and {unlike[0]} of the same base_width has {unlike[1]}: rates transfer only if the heads "
+            "of all models have one size: choose heads that are proportional to the width"
         )
 
 
