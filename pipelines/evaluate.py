@@ -139,7 +139,7 @@ def ablate(job: StageJob) -> None:
 def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], moves: Callable[[], bool] = lambda: False) -> bool:
     """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
 
-    Of a model and a variant for which memory is too small, or whose kernels are wrong here, that is raised when the others are
+    If memory is too small for a model and a variant, or its kernels are wrong here, that error is raised only when all others are
     evaluated and training is over.
     Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
     `moves` says: then others are to continue.

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import ray
 
@@ -34,13 +34,21 @@ HANGS = 2
 """Hangs in a row after which nodes are left out in turn: one GPU that hangs lets all ranks wait."""
 DEATHS = 3
 """Attempts in a row after which a node is left out: its processes died, not at one place as of a program, or storage was away."""
-SAME, ALWAYS = 5, 10
-"""Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any.
 
-With hangs among them `ALWAYS`, since these change the nodes.
 
-Twice and three times `ALWAYS` if all are connections that broke before a first step: a network may be away for a while.
-"""
+class Limit(NamedTuple):
+    """Crashes in a row, with as much done and of one cause, after which a job ends."""
+
+    on_two_sets: int
+    """If they were on at least two sets of nodes."""
+    on_any: int
+
+
+CRASH = Limit(5, 10)
+WITH_HANGS = Limit(10, 10)
+"""Hangs change the nodes, which then say nothing."""
+CONNECTIONS = Limit(20, 30)
+"""Connections that broke before a first step: a network may be away for a while."""
 
 
 def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | None], T], stored: Callable[[], int]) -> T:
@@ -130,7 +138,7 @@ class _Record:
             if len(self.counted) > train.restarts or _deterministic(self.counted, near):
                 raise DisScaleError(_last_words(self.name, self.counted, near)) from failure
         self.away_from = [*self.away_from, failure.node][-DEATHS:] if failure.cause == "storage" else []
-        self.suspects = _suspects(self.counted, near, min(train.restarts + 1, ALWAYS), self._node_failures)
+        self.suspects = _suspects(self.counted, near, min(train.restarts + 1, CRASH.on_any), self._node_failures)
         if self.away_from == DEATHS * self.away_from[:1]:  # a node's own mount or route may be broken
             self.suspects = (self.suspects | {*self.away_from}) - {""}
 
@@ -190,12 +198,14 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     alike = list(takewhile(same, reversed(crashes)))
     sets = [failure.nodes for failure in alike if failure.nodes]
     if last.cause == "device":
-        return last.done > 0 and len(sets) >= SAME and not frozenset.intersection(*sets)
-    only_connections = last.done == 0 and all(each.cause == "connection" for each in alike)
-    on_two, on_any = (2 * ALWAYS, 3 * ALWAYS) if only_connections else (SAME, ALWAYS)
-    if any(isinstance(each, Hang) for each in alike):  # nodes are left out in turn
-        on_two = on_any
-    return len(alike) >= on_any or (len(alike) >= on_two and len(set(sets)) > 1)
+        return last.done > 0 and len(sets) >= CRASH.on_two_sets and not frozenset.intersection(*sets)
+    if any(isinstance(each, Hang) for each in alike):
+        limit = WITH_HANGS
+    elif last.done == 0 and all(each.cause == "connection" for each in alike):
+        limit = CONNECTIONS
+    else:
+        limit = CRASH
+    return len(alike) >= limit.on_any or (len(alike) >= limit.on_two_sets and len(set(sets)) > 1)
 
 
 def _suspects(failures: Sequence[WorkerFailure], near: int, attempts: int, failed: Callable[[], dict[str, int]]) -> frozenset[str]:

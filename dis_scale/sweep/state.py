@@ -204,9 +204,9 @@ def origins(sweep: Sweep, models: Sequence[str] = ()) -> dict[str, Origin | None
 
 
 def copied_to(sweep: Sweep, found: Mapping[str, Origin | None]) -> dict[str, int]:
-    """Return up to which count the published weights of models are those of another one of the sweep, which is evaluated.
+    """Return the count up to which a fork's published weights equal its origin's, which is evaluated for both, by their `origins`.
 
-    -1 for those that were not forked, by their `origins`.
+    -1 for a model that is no fork of one of the sweep.
     """
     return {model: each.images if each and each.model in sweep.recipe.models else -1 for model, each in found.items()}
 

@@ -14,7 +14,7 @@ from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import ModelTrain, Recipe
 from dis_scale.sweep import state
 from pipelines.failures import Cause, Hang, WorkerFailure
-from pipelines.restarts import ALWAYS, with_restarts
+from pipelines.restarts import CRASH, with_restarts
 from tests.support.stage_jobs import RecordedJob, job_of
 
 
@@ -231,9 +231,9 @@ def test_after_two_hangs_in_a_row_each_node_is_left_out_in_turn(
     made = OnNodes(job_with(tiny, tmp_path, 100), nodes, bad, done)
     assert made.run() == 160
     assert made.tried[:2] == [nodes] * 2
-    assert len(made.tried) <= ALWAYS
+    assert len(made.tried) <= CRASH.on_any
     assert bad in made.job.left_out
-    lone = {bad: 1} if len(nodes) < ALWAYS else {}
+    lone = {bad: 1} if len(nodes) < CRASH.on_any else {}
     assert state.node_failures(made.job.sweep) == lone, "once may be the file system of all; of several no one knows which"
 
 
