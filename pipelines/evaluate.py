@@ -15,7 +15,7 @@ from dis_scale.process.errors import DisScaleError, Held, OutOfMemory, Preempted
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
-from dis_scale.sweep.documents import Metrics, Skipped
+from dis_scale.sweep.documents import FloorMetrics, Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
 from pipelines.evaluators import NotOpened, RayEvaluators
 from pipelines.failures import WorkerFailure, cause_of, describe
@@ -163,7 +163,7 @@ def _evaluate_all(todo: "_Todo", moves: Callable[[], bool]) -> bool:
     job, sweep = todo.job, todo.job.sweep
     _measure_again(job, todo.evaluation, todo.skipped)
     mlflow_copy.copy_earlier(sweep, job.raise_if_stopped)
-    floor_due = sweep.recipe.evaluate.measures_floor and state.floor(sweep) is None
+    floor_due = sweep.recipe.evaluate.measures_floor and FloorMetrics.find_intact(sweep.floor) is None
     while True:
         job.raise_if_stopped()
         over = state.training_over(sweep)  # asked before the list, so that the last publication is not missed

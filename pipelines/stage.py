@@ -149,11 +149,7 @@ class StageJob:
         self.stop.pause(seconds)
 
 
-Program = Callable[[StageJob], None]
-"""A stage's program."""
-
-
-def run_program(program: Program, url: str, *arguments: str) -> None:
+def run_program(program: Callable[[StageJob], None], url: str, *arguments: str) -> None:
     """Run a stage's program on the sweep at `url`, patient with storage."""
     log, stop = Log(Context.from_environment()), Stop()
     _show_warnings(log)

@@ -154,7 +154,7 @@ def load_recipe(recipe: str | Path | None, overrides: list[str] | None = None) -
         return reading.load(path, overrides)
 
 
-def require_folder(out: Path, option: str = "--out") -> None:
+def require_folder(out: Path, option: str) -> None:
     """UserError if the folder of a file to be written does not exist, or may not be written to."""
     if not out.absolute().parent.is_dir():
         raise UserError(f"{option} {out}: there is no folder {out.absolute().parent}")

@@ -34,8 +34,7 @@ def locate_latents(url: str) -> tuple[Folder | None, Folder]:
     """Return (the sweep's folder, its latents), or (None, latents) for a folder of latents; UserError if it is neither."""
     given = open_folder(url)
     if LatentsPointer.exists(given):
-        latents = require_latents(given)
-        return given, latents
+        return given, require_latents(given)
     if LatentsManifest.find(given) is None:
         raise UserError(f"{given}: neither a sweep with complete latents nor a folder of complete latents")
     return None, given

@@ -18,8 +18,8 @@ from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import ExportedExtractor, ExtractorSettings, InceptionExtractor
 from dis_scale.sweep import Sweep
-from dis_scale.sweep.documents import StoredClassifier
-from dis_scale.sweep.extractors import WEIGHTS_FILE, read_extractor, weights_identity
+from dis_scale.sweep.documents import WEIGHTS_FILE, StoredClassifier
+from dis_scale.sweep.extractors import read_extractor, weights_identity
 from dis_scale.vae.exported import Programs
 
 BATCH_IMAGES = 50
@@ -35,9 +35,6 @@ class Features:
     pooled: np.ndarray
     spatial: np.ndarray | None = None
     logits: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.pooled)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Sums over groups of samples are merged in a fixed order, so one worker or eight give bit-equal metrics.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -115,10 +116,7 @@ class Groups:
         self._seen += len(features_ND)
 
     def total(self) -> Sums:
-        total = self._groups[0]
-        for group in self._groups[1:]:
-            total = total.merge(group)
-        return total
+        return functools.reduce(Sums.merge, self._groups)
 
     def distance(self, frechet: Frechet) -> Estimate:
         """Return the distance and its standard error by the delete-a-group jackknife.

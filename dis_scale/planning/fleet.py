@@ -94,15 +94,6 @@ class Fleet:
         return sent_bytes / (1e9 * (gpu.node_gb_s if world <= NODE_GPUS else network_gb_s))
 
 
-class Preemption(NamedTuple):
-    """Resume points of a training that is preempted at random, and what it loses."""
-
-    every_s: float
-    """Seconds of training between resume points."""
-    loss: float
-    """Expected share of the time that is lost: pauses, repeated work, restarts."""
-
-
 @dataclass(frozen=True)
 class Forecast:
     """A model's training on a fleet. Times and prices are infinite if preemptions leave nothing."""
@@ -193,21 +184,21 @@ def wire_bytes(cost: Cost, settings: Train, world: int, passes: int) -> float:
     return 4 * cost.parameters * rounds * (world - 1) / world
 
 
-def preemption(per_day: float, pause_s: float, write_s: float, restart_s: float) -> Preemption:
-    """Return Daly's interval between resume points and the expected loss.
+def preemption(per_day: float, pause_s: float, write_s: float, restart_s: float) -> tuple[float, float]:
+    """Return Daly's interval between resume points, seconds of training, and the share of the time that is expected to be lost.
 
     The interval is that of Daly (2006, equation 37), a refinement of Young's sqrt(2 delta M) (1974): M is the mean time between
     preemptions, delta the pause for a resume point. It is at least the time to write one, which overlaps training; work since
     the last complete one is repeated.
     """
     if not per_day:
-        return Preemption(math.inf, 0.0)
+        return math.inf, 0.0
     mean_s = DAY_S / per_day
     ratio = math.sqrt(pause_s / (2 * mean_s))
     daly_s = math.sqrt(2 * pause_s * mean_s) * (1 + ratio / 3 + ratio**2 / 9) - pause_s if ratio < 1 else mean_s
     every_s = max(daly_s, write_s, 1.0)
     repeated_s = every_s / 2 + write_s + restart_s
-    return Preemption(every_s, min(1.0, pause_s / (every_s + pause_s) + repeated_s / mean_s))
+    return every_s, min(1.0, pause_s / (every_s + pause_s) + repeated_s / mean_s)
 
 
 def memory_grid(cost: Cost, settings: Train, world: int) -> dict[str, int]:

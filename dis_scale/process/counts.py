@@ -18,10 +18,10 @@ MEANINGS = {
 _totals, _until, _lock = dict.fromkeys(MEANINGS, 0.0), dict.fromkeys(MEANINGS, 0.0), threading.Lock()
 
 
-def add(name: str, amount: float = 1.0) -> None:
-    """Add to one of this process's totals."""
+def add(name: str) -> None:
+    """Add one to one of this process's totals."""
     with _lock:
-        _totals[name] += amount
+        _totals[name] += 1
 
 
 def add_seconds(name: str, began_s: float) -> None:

@@ -14,7 +14,7 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import MAIN, Recipe, Sampling
 from dis_scale.recipe.evaluate import HELD_OUT
 from dis_scale.sweep import Sampled, Sweep, state
-from dis_scale.sweep.documents import LatentsManifest, Metrics, Origin
+from dis_scale.sweep.documents import FloorMetrics, LatentsManifest, Metrics, Origin
 from dis_scale.weights.ema import start_share
 
 if TYPE_CHECKING:
@@ -173,10 +173,6 @@ class Report:
         models, variants = list(self.recipe.models), list(self.recipe.evaluate.samplings)
         ordered = sorted(groups, key=lambda key: (models.index(key[0]), variants.index(key[1]), key[2]))
         return [_mean(groups[key], self.metric) for key in ordered]
-
-    def trainings(self, point: Point) -> int:
-        """Return the number of the model's trainings, one for each seed, measured or not."""
-        return sum(group == point.group for group in self.groups.values())
 
     @property
     def unique_images(self) -> int | None:
@@ -337,7 +333,7 @@ def _random_share(recipe: Recipe, model: str, images_seen: int, origins: Mapping
 
 def _floors(sweep: Sweep) -> tuple[list[Floor], str | None]:
     """Return the floors under the main metric, and the reason if they were tried and cannot be drawn."""
-    settings, floor, skipped = sweep.recipe.evaluate, state.floor(sweep), state.floor_skipped(sweep)
+    settings, floor, skipped = sweep.recipe.evaluate, FloorMetrics.find_intact(sweep.floor), state.floor_skipped(sweep)
     if not floor:
         return [], skipped
     outside = settings.reference_of(settings.extractor.name) is not None

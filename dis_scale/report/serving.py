@@ -48,9 +48,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing: errors are in the answers."""
 
 
-def serve(folder: Folder, say: Callable[[str], None], port: int = 0) -> None:
-    """Serve a report's folder until it is interrupted; port 0 is any free one."""
-    with ThreadingHTTPServer((LOOPBACK, port), partial(_Handler, folder)) as server:
+def serve(folder: Folder, say: Callable[[str], None]) -> None:
+    """Serve a report's folder at a free port until it is interrupted."""
+    with ThreadingHTTPServer((LOOPBACK, 0), partial(_Handler, folder)) as server:
         taken = server.server_address[1]
         say(f"serving  http://{LOOPBACK}:{taken}")
         say(f"         until Ctrl-C; from another machine first: ssh -L {taken}:{LOOPBACK}:{taken} HOST")

@@ -117,7 +117,7 @@ def notes(report: Report) -> list[str]:
             "hull"
         )
     for p in report.means:
-        if p.seeds < (expected := report.trainings(p)):
+        if p.seeds < (expected := list(report.groups.values()).count(p.group)):
             lines.append(f"{p.model} at {p.images_seen:,} images: {p.seeds} of {expected} seeds are measured")
         if p.images_seen and p.start_share > NOTED_START and not p.evaluation.ema_width:
             lines.append(

@@ -7,9 +7,8 @@ from dis_scale.recipe import ExportedExtractor, ExtractorSettings, InceptionExtr
 from dis_scale.recipe.evaluate import INCEPTION_SHA256
 from dis_scale.storage.programs import read_programs
 from dis_scale.sweep import Sweep
-from dis_scale.sweep.documents import StoredClassifier
+from dis_scale.sweep.documents import WEIGHTS_FILE, StoredClassifier
 
-WEIGHTS_FILE = "weights.safetensors"
 REFERENCE_FORMAT = 1
 REFERENCE_PART_IMAGES, REFERENCE_PARTS = 20_000, 256
 """Fewest images of a part of the statistics, and most parts. ImageNet has 65, each a file of 100 MB under Inception until the

@@ -360,14 +360,11 @@ def _metrics(sweep: Sweep, model: str, variant: str) -> dict[int, Metrics | None
     return dict(zip(counts, in_order(folders, Metrics.find_intact), strict=True))
 
 
-def floor(sweep: Sweep) -> FloorMetrics | None:
-    """Return the distances of the floor; None if they are missing or damaged."""
-    return FloorMetrics.find_intact(sweep.floor)
-
-
 def floor_settled(sweep: Sweep) -> bool:
     """Whether the floor is measured, is known to be impossible to measure, or is not wanted."""
-    return not sweep.recipe.evaluate.measures_floor or floor(sweep) is not None or sweep.floor.exists(Skipped.NAME)
+    return (
+        not sweep.recipe.evaluate.measures_floor or bool(FloorMetrics.find_intact(sweep.floor)) or sweep.floor.exists(Skipped.NAME)
+    )
 
 
 def floor_skipped(sweep: Sweep) -> str | None:

@@ -152,11 +152,10 @@ class Copy:
                 send(rows)
             copied = self._copied.evaluations.setdefault(model, {})
             for sampled in state.measured(self.sweep, model) if again else self._new(model, copied):
-                if again or str(sampled) not in copied:
-                    with suppress(Damaged):  # `verify` and the report name it
-                        known, values = copied.get(str(sampled), []), rows_of_evaluation(self.sweep, sampled)
-                        send([row for row in values if row.name not in known])
-                        copied[str(sampled)] = sorted(row.name for row in values)
+                with suppress(Damaged):  # `verify` and the report name it
+                    known, values = copied.get(str(sampled), []), rows_of_evaluation(self.sweep, sampled)
+                    send([row for row in values if row.name not in known])
+                    copied[str(sampled)] = sorted(row.name for row in values)
         self._copied.write(open_folder(self.folder))
 
     def _new(self, model: str, copied: Container[str]) -> Iterator[Sampled]:

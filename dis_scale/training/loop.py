@@ -70,7 +70,7 @@ def train_model(attempt: Attempt) -> int:
                 row |= _first_step(attempt)
             if images_seen // settings.batch_images % EVERY_STEPS == 0:
                 row |= _step_row(state, inputs, losses) | opened.meter.rates(images_seen)
-                row |= {"skipped": float(training.skipped), "paused": training.paused_share()}
+                row |= {"skipped": float(training.skipped), "paused": training.saver.paused_s / training.own_s}
             records.add(images_seen, row)
 
             # Save and publish. A resume point never exists without the rows before it, nor a published count where branches begin
@@ -120,10 +120,6 @@ class Training:
         opened = self.opened
         description = json.dumps(describe(opened.model, SamplingFacts.of(self.attempt.recipe, opened.latents.manifest)))
         self.saver.publish(opened.state, images_seen, self._progress(), description)
-
-    def paused_share(self) -> float:
-        """Share of the attempt's time for which training waited for resume points."""
-        return self.saver.paused_s / self.own_s
 
     @property
     def own_s(self) -> float:

@@ -54,7 +54,7 @@ def wanted_labels(sampled: Evaluate, labels: np.ndarray, seed: int = 0) -> np.nd
 def blocks(kinds: dict[str, np.ndarray], weights: str = "seeded") -> Iterator[FloorBlock]:
     for first in range(0, len(kinds[REAL]), 250):
         part = {kind: {"digits": Features(weights, x[first : first + 250])} for kind, x in kinds.items()}
-        yield FloorBlock(np.arange(first, first + len(part[REAL]["digits"])), part)
+        yield FloorBlock(np.arange(first, first + len(part[REAL]["digits"].pooled)), part)
 
 
 def measured(

@@ -64,7 +64,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
         return (x.flatten(1)[:, :8].half() * 1000,)
 
     some = Extractor("dino", "fixed", in_float16, torch.device("cpu"))
-    assert len(some(np.zeros((2, 8, 8, 3), np.uint8))) == 2
+    assert len(some(np.zeros((2, 8, 8, 3), np.uint8)).pooled) == 2
     with pytest.raises(UserError, match="dino: its features of 1 of 3 images are not finite"):
         some(np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 255, 60)]))
 

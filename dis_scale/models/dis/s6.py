@@ -23,14 +23,9 @@ def inner_width(width: int) -> int:
     return 2 * width
 
 
-def step_rank(width: int) -> int:
-    """R: rank of the projection that gives the time step (Mamba's `dt_rank = "auto"`)."""
-    return math.ceil(width / 16)
-
-
-def log_uniform_steps(E: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Tensor:
-    """Return E biases whose softplus is log-uniform in [low, high] (Mamba's initialisation)."""
-    steps_E = torch.empty(E).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
+def log_uniform_steps(E: int) -> Tensor:
+    """Return E biases whose softplus is log-uniform in [0.001, 0.1] (Mamba's initialisation)."""
+    steps_E = torch.empty(E).uniform_(math.log(1e-3), math.log(0.1)).exp()
     return steps_E + torch.log(-torch.expm1(-steps_E))
 
 
@@ -51,7 +46,8 @@ class Mixer(nn.Module):
 
     def __init__(self, settings: Dis, scan: str):
         super().__init__()
-        D, E, N, R = settings.width, inner_width(settings.width), settings.state_size, step_rank(settings.width)
+        D, E, N = settings.width, inner_width(settings.width), settings.state_size
+        R = math.ceil(D / 16)  # Mamba's `dt_rank = "auto"`
         self.scan, self.sizes = scan, [R, N, N]
         log_rates_N1 = torch.arange(1, N + 1, dtype=torch.float32).log()[:, None]
         tied = settings.spectrum == "tied"
