@@ -1,6 +1,6 @@
 #!/bin/sh
 # Bring up a GPU, by seven commands of under nine minutes each; all write into benchmarks/results/NAME.json as they measure.
-# `settings` and `throughput`, given again at the same commit, measure the rows that they had no time for.
+# `settings` and `throughput`, run again at the same commit, measure the rows that they had no time for.
 #     sh benchmarks/gpu.sh h200 scan_gpu      the speed of scan and convolution, and the tests of all kernels
 #     sh benchmarks/gpu.sh h200 kernels       each kernel against the reference
 #     sh benchmarks/gpu.sh h200 settings      training by graphs, checkpointing, compilation, micro-batch and scan

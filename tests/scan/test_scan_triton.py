@@ -71,11 +71,11 @@ def test_the_interpreters_outputs_and_gradients_equal_the_reference(rows: str, p
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 
 
-OTHERS = [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
-"""An A100's, an H100's or H200's and a B200's."""
+CAPABILITIES = [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+"""Of an A100, of an H100 or H200, and of a B200."""
 
 
-@pytest.mark.parametrize("capability", OTHERS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", COMPILED)
 def test_it_compiles_ahead(name: str, capability: int) -> None:
     """No atomics, no shared memory, no register spilled."""
@@ -108,7 +108,7 @@ DUALITY = {"ssd_states", "ssd_outputs", "ssd_pairs_backward", "ssd_states_backwa
 EXPONENTS = {"ssd_exponents", "ssd_exponents_backward"}
 
 
-@pytest.mark.parametrize("capability", OTHERS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_state_space_duality_compiles_ahead(capability: int) -> None:
     """At DiS2-L/2's sizes."""
     with torch.device("meta"), ahead(capability) as launched:
@@ -121,7 +121,7 @@ def test_state_space_duality_compiles_ahead(capability: int) -> None:
     check_duality(launched, capability, DUALITY | EXPONENTS | others)
 
 
-@pytest.mark.parametrize("capability", OTHERS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("later", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_duality_of_a_single_direction_compiles_ahead(later: bool, capability: int) -> None:
     """As `combine: sum` has it: each direction of its own x, with the token itself."""
