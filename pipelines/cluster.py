@@ -37,7 +37,7 @@ from dis_scale.sweep import RECIPE, Sweep
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
 from pipelines.nodes import LostNode
-from pipelines.ray_private import DashboardClient, Resources, gpu_bytes_by_node, known_nodes
+from pipelines.ray_private import DashboardClient, Resources, gpu_bytes_by_node, job_facts, known_nodes
 from pipelines.shared_folder import require_shared
 from pipelines.silence import NotStarted, RayEnded, Silence, Unanswered
 from pipelines.stage import keeping_handlers
@@ -210,7 +210,7 @@ def require_root(recipe: Recipe, one_node: Callable[[], bool] | None = None, pro
 
 def in_ray_job() -> bool:
     """Whether this process is the driver of a Ray job."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return job_facts() is not None
 
 
 def in_job() -> bool:
@@ -220,7 +220,7 @@ def in_job() -> bool:
 
 def own_job() -> str | None:
     """Return the submission id of the Ray job whose driver this process is, None outside one."""
-    facts = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    facts = job_facts() or {}
     own: str | None = facts.get("metadata", {}).get("job_submission_id")
     return own
 
@@ -258,7 +258,7 @@ def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], 
     """The cluster at RAY_ADDRESS. Its jobs get this job's own code package, otherwise they would run on other code."""
     _connect()
     packages.require_on_nodes(recipe)
-    parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    parent = (job_facts() or {}).get("runtime_env", {})
     client = reach(silence, go_on)
 
     def gpus() -> int:

@@ -1,6 +1,8 @@
 """All that is used of Ray beyond its public API, for the pinned version. A test calls each function on a real Ray."""
 
+import json
 import math
+import os
 import time
 from typing import Any
 
@@ -20,6 +22,12 @@ class DashboardClient(JobSubmissionClient):  # type: ignore[misc]
     def _do_request(self, method: str, endpoint: str, **how: Any) -> Any:
         asks = method == "GET" or endpoint.endswith("/stop")
         return super()._do_request(method, endpoint, **({"timeout": self.answer_s if asks else self.upload_s} | how))
+
+
+def job_facts() -> dict[str, Any] | None:
+    """Return the metadata and runtime environment of the Ray job whose driver this process is, None outside one."""
+    facts: dict[str, Any] | None = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "null"))
+    return facts
 
 
 def actor_id(worker: Any) -> str:

@@ -26,11 +26,14 @@ def root(
     monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool, one_node: bool = True, probe: Callable[[str], None] = pytest.fail
 ) -> str:
     """Return the root that a sweep uses for the given one, on a cluster or on this machine."""
-    environment = {"RAY_ADDRESS": in_job or not one_node, "RAY_JOB_CONFIG_JSON_ENV_VAR": in_job}
-    for name, is_set in environment.items():
+    environment = {
+        "RAY_ADDRESS": "127.0.0.1:1" if in_job or not one_node else None,
+        "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}" if in_job else None,
+    }
+    for name, value in environment.items():
         monkeypatch.delenv(name, raising=False)
-        if is_set:
-            monkeypatch.setenv(name, "127.0.0.1:1")
+        if value:
+            monkeypatch.setenv(name, value)
     return cluster.require_root(reading.load(TINY, [f"storage.root={given}"]), lambda: one_node, probe)
 
 

@@ -1,6 +1,8 @@
 """What is used of Ray beyond its public API, on a real Ray: these tests fail when another version changes it."""
 
 import contextlib
+import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +77,18 @@ def test_no_node_drains_until_one_does() -> None:
 def test_the_dashboard_lists_each_nodes_gpus(cluster: Any) -> None:
     client = JobSubmissionClient(f"http://{cluster.dashboard_url}")
     wait_until(lambda: ray_private.gpu_bytes_by_node(client) == [[]])
+
+
+def test_a_jobs_driver_finds_its_id_and_its_environment(cluster: Any) -> None:
+    client = JobSubmissionClient(f"http://{cluster.dashboard_url}")
+    program = "import json; from pipelines.ray_private import job_facts; print('facts', json.dumps(job_facts()))"
+    given = {"env_vars": {"OF_THE_TEST": "1"}}
+    client.submit_job(entrypoint=f'{sys.executable} -c "{program}"', submission_id="its-id", runtime_env=given)
+    wait_until(lambda: client.get_job_status("its-id").is_terminal())
+    (line,) = (line for line in client.get_job_logs("its-id").splitlines() if line.startswith("facts "))
+    facts = json.loads(line.removeprefix("facts "))
+    assert (facts["metadata"]["job_submission_id"], facts["runtime_env"]["env_vars"]["OF_THE_TEST"]) == ("its-id", "1")
+    assert ray_private.job_facts() is None
 
 
 def test_a_counter_is_exported_as_0(cluster: Any) -> None:
