@@ -225,6 +225,17 @@ class BadStepManifest(Manifest):
     attempt: int
 
 
+class BadStep(Document):
+    """What one rank knows of it; its batch and weights are beside this file."""
+
+    loss_by_pass: tuple[float, ...]
+    """Mean loss of each forward pass."""
+    gradient_norm: float
+    weights: dict[str, tuple[int, int]]
+    """The elements of each weight that this rank has, from and to."""
+    weights_not_finite: tuple[str, ...]
+
+
 # --- of an evaluation
 
 

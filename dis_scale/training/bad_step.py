@@ -3,7 +3,6 @@
 For people; no code reads it again. It is complete when its manifest exists.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
 from dis_scale.sweep import PointName, Run
-from dis_scale.sweep.documents import BadStepManifest
+from dis_scale.sweep.documents import BadStep, BadStepManifest
 from dis_scale.training.engine import WEIGHTS, Engine
 
 
@@ -27,7 +26,7 @@ def dump_step(run: Run, name: PointName, inputs: Sequence[Any], losses: Sequence
     files = {
         f"batch-{rank:05d}.safetensors": safetensors.torch.save(_batch(inputs)),
         f"weights-{rank:05d}.safetensors": safetensors.torch.save({s.name: part for s, part in segments.items()}),
-        f"step-{rank:05d}.json": json.dumps(_facts(losses, engine, segments), indent=1).encode(),
+        f"step-{rank:05d}.json": _facts(losses, engine, segments).to_bytes(),
     }
     for file, data in files.items():
         folder.write(file, data)
@@ -47,9 +46,10 @@ def _batch(inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _facts(losses: Sequence[torch.Tensor], engine: Engine, segments: dict[Any, torch.Tensor]) -> dict[str, Any]:
-    return {
-        "loss_by_pass": [float(loss) for loss in losses], "gradient_norm": engine.gradient_norm,
-        "weights": {s.name: [s.start, s.end] for s in segments},
-        "weights_not_finite": sorted({s.name for s, part in segments.items() if not part.isfinite().all()}),
-    }  # fmt: skip
+def _facts(losses: Sequence[torch.Tensor], engine: Engine, segments: dict[Any, torch.Tensor]) -> BadStep:
+    return BadStep(
+        loss_by_pass=tuple(float(loss) for loss in losses),
+        gradient_norm=engine.gradient_norm,
+        weights={s.name: (s.start, s.end) for s in segments},
+        weights_not_finite=tuple(sorted({s.name for s, part in segments.items() if not part.isfinite().all()})),
+    )

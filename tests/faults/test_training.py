@@ -1,6 +1,5 @@
 """Faults in training: is the result bit-equal to the undisturbed run's, and is each thing made once?"""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from dis_scale.process import faults
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.sweep import PointName
-from dis_scale.sweep.documents import BadStepManifest
+from dis_scale.sweep.documents import BadStep, BadStepManifest
 from tests.conftest import TINY
 from tests.support import fault_plans, ranks
 
@@ -92,8 +91,8 @@ def test_too_many_in_a_row_stop_the_run_and_are_dumped(tmp_path: Path) -> None:
     dump = fault_plans.run_of(tmp_path, recipe).bad_step(PointName(160, 1))
     contents = BadStepManifest.require(dump)
     assert len(contents.files) == 6
-    step = json.loads(contents.read_file(dump, "step-00001.json"))
-    assert (len(step["loss_by_pass"]), step["weights_not_finite"]) == (2, [])
+    step = BadStep.read(dump, "step-00001.json")
+    assert (len(step.loss_by_pass), step.weights_not_finite) == (2, ())
     batch = safetensors.torch.load(contents.read_file(dump, "batch-00001.safetensors"))
     assert batch["1/x_BCHW"].shape == (4, 4, 8, 8)
 
