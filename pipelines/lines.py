@@ -22,8 +22,6 @@ PROGRESS = (b'{"kind": "progress"',)
 """Beginning of the lines of progress, which stored logs leave out."""
 Kind = Literal["progress", "message", "event", "error"]
 _OF_EVERY_LINE = {"kind", "time", "level", *Context.__annotations__}
-_LATER = {"folder"}
-"""Which jobs and logs of 0.1.0 do not tell."""
 _OF_KIND: dict[str, dict[str, type]] = {
     "progress": {"done": int, "total": int, "unit": str},
     "message": {"message": str},
@@ -48,7 +46,7 @@ def parse(line: str) -> Line | None:
     with contextlib.suppress(ValueError):  # the lines of two threads in one, or the first part of a long one
         facts = json.loads(line)
         own = _OF_KIND.get(facts["kind"], {})
-        if own and facts.keys() >= _OF_EVERY_LINE - _LATER and all(isinstance(facts.get(name), own[name]) for name in own):
+        if own and facts.keys() >= _OF_EVERY_LINE and all(isinstance(facts.get(name), own[name]) for name in own):
             return Line(facts["kind"], facts.get("message", ""), facts)
     return None
 

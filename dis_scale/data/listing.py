@@ -22,9 +22,9 @@ import numpy as np
 from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.process.errors import Damaged, StorageError, UserError, printable
 from dis_scale.process.progress import ReportDone
+from dis_scale.process.settings import FORMAT
 from dis_scale.process.threads import batched, in_order
 from dis_scale.storage import npy
-from dis_scale.storage.document import FORMAT
 from dis_scale.storage.folder import UNKNOWN, Folder, missing, open_folder
 from dis_scale.storage.manifest import Digest
 from dis_scale.sweep.documents import LeftOutByReason, ListingManifest
@@ -162,7 +162,7 @@ class Listing(Sequence[Entry]):
         try:
             return _Part.from_bytes(self._load(number))
         except (*npy.MALFORMED, KeyError, OSError) as error:
-            raise StorageError(f"{self.where}: part {number} is damaged: {error}") from error
+            raise Damaged(f"{self.where}: part {number}", error) from error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from dis_scale.data.listing import Contents, Entry, number_or_name, of_files
-from dis_scale.process.errors import StorageError, UserError, nearest, printable
+from dis_scale.process.errors import Damaged, StorageError, UserError, nearest, printable
 from dis_scale.process.progress import some
 from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
@@ -196,7 +196,7 @@ def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table
     except pa.ArrowNotImplementedError as error:
         raise UserError(f"{where}: row group {group} cannot be read: {error}: write smaller row groups") from error
     except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{where}: row group {group} is damaged: {' '.join(str(error).split())}") from error
+        raise Damaged(f"{where}: row group {group}", " ".join(str(error).split())) from error
 
 
 def _opened(root: Folder, name: str) -> pq.ParquetFile:

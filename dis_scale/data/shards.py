@@ -21,10 +21,10 @@ import numpy as np
 
 from dis_scale.data.mixing import LabelCounts
 from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.settings import FORMAT
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data, LatentShape, Precompute
 from dis_scale.storage import npy
-from dis_scale.storage.document import FORMAT
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
 from dis_scale.sweep import Sweep
@@ -84,7 +84,7 @@ def latents_folder(sweep: Sweep, vae_identity: str) -> Folder:
     recipe = sweep.recipe
     crop = {"crop": recipe.data.crop} if recipe.data.crop else {}
     key = [
-        recipe.data.declared | crop, recipe.data.resolution, "refuse", vae_identity,  # a constant: once a setting
+        recipe.data.declared | crop, recipe.data.resolution, vae_identity,
         recipe.precompute.shard_images, recipe.precompute.encode_images, recipe.precompute.precision, FORMAT,
     ]  # fmt: skip
     return sweep.store / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"

@@ -250,15 +250,16 @@ class Mixing:
         None if its part is gone, or if it is damaged or of another order, which another NumPy may have, and is now deleted.
         """
         staged, name = self.latents / STAGED, _name(part)
+        where = f"{staged}/{name}"
         try:
             if part not in self._ends:
-                index = _verified(staged.read(name, 0, _DIGEST + 8 * (len(self.mixer.groups) + 1)))
+                index = _verified(staged.read(name, 0, _DIGEST + 8 * (len(self.mixer.groups) + 1)), where)
                 self._ends[part] = np.frombuffer(index, "<u8")
-            run = _verified(staged.read(name, *self._ends[part][group : group + 2].tolist()))
+            run = _verified(staged.read(name, *self._ends[part][group : group + 2].tolist()), where)
             first = _LENGTH + int.from_bytes(run[:_LENGTH], "little")
             facts = json.loads(bytes(run[_LENGTH:first]))
             if [entry for entry, *_ in facts] != entries:
-                raise Damaged("other entries")
+                raise Damaged(where, "its entries are others")
         except FileNotFoundError:
             return None
         except Damaged:
@@ -271,11 +272,11 @@ def _name(part: int) -> str:
     return f"{shard_name(part)}.bin"
 
 
-def _verified(data: bytes) -> memoryview:
-    """Return what follows the sha256 in `data`; Damaged if it has another."""
+def _verified(data: bytes, where: str) -> memoryview:
+    """Return what follows the sha256 in `data` of the file at `where`; Damaged if it has another."""
     body = memoryview(data)[_DIGEST:]
     if _digest(body) != data[:_DIGEST]:
-        raise Damaged("another sha256")
+        raise Damaged(where, "its sha256 differs from the one at its beginning")
     return body
 
 

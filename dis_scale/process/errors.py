@@ -78,7 +78,16 @@ class StorageAway(DisScaleError):
 
 
 class Damaged(StorageError):
-    """An object that differs from its manifest, that is missing though its manifest names it, or that is not JSON."""
+    """An object that differs from its manifest, that is missing though its manifest names it, or that is not JSON.
+
+    `where` is its path, `what` the difference.
+    """
+
+    def __init__(self, where: object, what: object) -> None:
+        super().__init__(str(where), str(what))
+
+    def __str__(self) -> str:
+        return ": damaged: ".join(self.args)
 
 
 class StorageFull(StorageError):

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from dis_scale.process.errors import UserError
 from dis_scale.process.redaction import has_credentials
 
+FORMAT: Literal[1] = 1
+"""Version of each recipe, stored document and listing that this code writes and reads."""
 NARROWEST_EMA, WIDEST_EMA = 0.005, 0.28
 """Relative widths that a power-function average can have; 0.289 would be the plain mean over all of training."""
 

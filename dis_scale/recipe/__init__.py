@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dis_scale.process.errors import nearest
-from dis_scale.process.settings import LatentShape, Precision, Settings, extent, runtime
+from dis_scale.process.settings import FORMAT, LatentShape, Precision, Settings, extent, runtime
 from dis_scale.recipe.data import (
     CsvSource,
     Data,
@@ -56,8 +56,6 @@ __all__ = [
 
 MODEL_NAME_CHARACTERS = 40
 """Most characters of a model's name, which is part of job ids and of folders."""
-FORMAT = 1
-"""Version of the stored recipe."""
 
 
 class Storage(Settings):
@@ -86,7 +84,7 @@ class Tracking(Settings):
 class Recipe(Settings):
     """A sweep."""
 
-    format: Literal[1] = 1
+    format: Literal[1] = FORMAT
     """Version of the recipe."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
     """Name of the sweep and of its folder: small letters, digits and hyphens, at most 40."""

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError, nearest
-from dis_scale.recipe import FORMAT, Model, Recipe, shipped
+from dis_scale.process.settings import FORMAT
+from dis_scale.recipe import Model, Recipe, shipped
 from dis_scale.recipe.models import model_classes
 from dis_scale.recipe.train import Cooldowns
 

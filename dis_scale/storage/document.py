@@ -11,10 +11,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dis_scale.process.errors import Damaged, StorageError
+from dis_scale.process.settings import FORMAT
 from dis_scale.storage.folder import Folder
 
-FORMAT: Literal[1] = 1
-"""Version of every document that this code writes and reads."""
 LARGEST_BYTES = 256 * 2**20
 """Larger files are not read. The manifest of 100 million images in 100,000 shards has about 20 MB."""
 
@@ -33,7 +32,7 @@ class Document(BaseModel):
         name = name or cls.NAME
         data = folder.read_up_to(name, LARGEST_BYTES)
         if len(data) > LARGEST_BYTES:
-            raise Damaged(f"{folder}/{name}: damaged: over {LARGEST_BYTES:,} bytes, which no document of a sweep has")
+            raise Damaged(f"{folder}/{name}", f"over {LARGEST_BYTES:,} bytes, which no document of a sweep has")
         return cls.parse(data, f"{folder}/{name}")
 
     @classmethod
@@ -44,9 +43,9 @@ class Document(BaseModel):
         except ValidationError as error:
             _require_format(data, where)
             first = error.errors(include_url=False)[0]
-            raise Damaged(f"{where}: damaged: {'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}") from error
+            raise Damaged(where, f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}") from error
         if "format" not in document.model_fields_set:
-            raise Damaged(f"{where}: damaged: it has no format")
+            raise Damaged(where, "it has no format")
         return document
 
     @classmethod

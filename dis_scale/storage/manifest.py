@@ -38,11 +38,11 @@ def read_verified(folder: Folder, name: str, expected: Digest, *, hashed: bool =
     try:
         data = folder.read_sized(name, expected.size_bytes)
     except FileNotFoundError as error:
-        raise Damaged(f"{folder}/{name}: missing, though its manifest names it") from error
+        raise Damaged(f"{folder}/{name}", "missing, though its manifest names it") from error
     if len(data) != expected.size_bytes:
-        raise Damaged(f"{folder}/{name}: damaged: {len(data)} bytes, its manifest says {expected.size_bytes}")
+        raise Damaged(f"{folder}/{name}", f"{len(data)} bytes, its manifest says {expected.size_bytes}")
     if hashed and Digest.of(data).sha256 != expected.sha256:
-        raise Damaged(f"{folder}/{name}: damaged: its sha256 differs from the manifest's")
+        raise Damaged(f"{folder}/{name}", "its sha256 differs from the manifest's")
     return data
 
 
@@ -56,7 +56,7 @@ class Sealed(Document):
         """Return the manifest of a folder that must be complete; Damaged if it has none."""
         manifest = cls.find(folder)
         if manifest is None:
-            raise Damaged(f"{folder}: no {cls.NAME}: the folder is incomplete or was deleted")
+            raise Damaged(folder, f"no {cls.NAME}: the folder is incomplete or was deleted")
         return manifest
 
 

@@ -120,8 +120,8 @@ def unsealed(data: bytes, where: str) -> dict[str, np.ndarray]:
     """Return the arrays of a sealed `.npz`; Damaged names the file."""
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
-        raise Damaged(f"{where}: damaged: its sha256 differs from the one at its end")
+        raise Damaged(where, "its sha256 differs from the one at its end")
     try:
         return read_all(body, len(body))  # ours are not compressed
     except (*MALFORMED, OSError) as error:
-        raise Damaged(f"{where}: damaged: {error}") from error
+        raise Damaged(where, error) from error

@@ -356,7 +356,7 @@ class ShardSidecar(Document):
         """Return the facts; Damaged if they differ from their hash."""
         sidecar = super().parse(data, where)
         if sidecar.facts_sha256 != sidecar._hash():
-            raise Damaged(f"{where}: damaged: its facts have another sha256 than it says")
+            raise Damaged(where, "its facts have another sha256 than it says")
         return sidecar
 
     def _hash(self) -> str:

@@ -3,13 +3,13 @@
 import hashlib
 import json
 
+from dis_scale.process.settings import FORMAT
 from dis_scale.recipe import ExportedExtractor, ExtractorSettings, InceptionExtractor, TrainedExtractor
 from dis_scale.recipe.evaluate import INCEPTION_SHA256
 from dis_scale.storage.programs import read_programs
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import WEIGHTS_FILE, StoredClassifier
 
-REFERENCE_FORMAT = 1
 REFERENCE_PART_IMAGES, REFERENCE_PARTS = 20_000, 256
 """Fewest images of a part of the statistics, and most parts. ImageNet has 65, each a file of 100 MB under Inception until the
 statistics are complete; a hundred million images have 256 of 390,625."""
@@ -63,9 +63,9 @@ def reference_facts(sweep: Sweep, name: str, identity: str) -> dict[str, str]:
     recipe = sweep.recipe
     source = recipe.data.source.model_dump(mode="json")
     crop = {"crop": recipe.data.crop} if recipe.data.crop else {}
-    declared = {"source": source, "undecodable": "refuse"} | crop  # "refuse" is a constant: once a setting
+    declared = {"source": source} | crop
     images = recipe.evaluate.reference_of(name) or json.dumps(declared, sort_keys=True)
     return {
-        "format": str(REFERENCE_FORMAT), "extractor": name, "weights": identity,
+        "format": str(FORMAT), "extractor": name, "weights": identity,
         "resolution": str(recipe.data.resolution), "images": images,
     }  # fmt: skip

@@ -130,7 +130,7 @@ def _latents(sweep: Sweep) -> Iterator[Check]:
         manifest = LatentsManifest.require(latents)
         state.require_same_vae(latents, manifest.encoding.identity, pointer.vae)
     except FileNotFoundError:
-        yield Check(partial(_fail, Damaged(f"{sweep}/{LatentsPointer.NAME} is missing")), _NEXT_RUN)
+        yield Check(partial(_fail, Damaged(f"{sweep}/{LatentsPointer.NAME}", "missing")), _NEXT_RUN)
         return
     except (Damaged, UserError) as error:
         yield Check(partial(_fail, error), cure)
@@ -178,7 +178,7 @@ def _require_references(sweep: Sweep) -> None:
     except Damaged:
         return
     if missing:
-        raise Damaged(f"{sweep.references}: the statistics under {', '.join(missing)} are missing")
+        raise Damaged(sweep.references, f"the statistics under {', '.join(missing)} are missing")
 
 
 def _read_npz(folder: Folder, name: str) -> None:

@@ -137,7 +137,7 @@ def test_a_part_that_grows_when_unpacked_is_not_unpacked(tmp_path: Path, monkeyp
     source, store = data(labelled_images.csv_file(open_folder(tmp_path))), open_folder(tmp_path / "store")
     assert open_source(source, store).names[0]
     monkeypatch.setattr(listing, "PART_BYTES", 100)
-    with pytest.raises(StorageError, match=r"part 0 is damaged: unpacked it has .* bytes, and at most 100 are read"):
+    with pytest.raises(StorageError, match=r"part 0: damaged: unpacked it has .* bytes, and at most 100 are read"):
         open_source(source, store).names[0]
 
 

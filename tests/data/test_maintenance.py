@@ -82,7 +82,7 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(store_url: str, tmp_path
     code, output = run("verify", sweep.folder.url)
     assert code == 1
     assert f"damaged  {latents}/000001.tar: damaged: its sha256 differs from the manifest's\n" in output
-    assert f"damaged  {latents}/000002.tar: missing, though its manifest names it\n" in output
+    assert f"damaged  {latents}/000002.tar: damaged: missing, though its manifest names it\n" in output
     assert f"2 of 3 shards damaged; to rebuild them: dis-scale data repair {sweep}" in output
     code, output = run("verify", "--fast", sweep.folder.url)
     assert (code, "000001" in output, "000002.tar: missing" in output) == (1, False, True)

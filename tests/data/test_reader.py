@@ -122,7 +122,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("missing", "000006.tar: missing, though its manifest names it"),
+        ("missing", "000006.tar: damaged: missing, though its manifest names it"),
         ("short", r"000006.tar: damaged: \d+ bytes, its manifest says \d+"),
         ("flipped", "000006.tar: damaged: its sha256 differs from the manifest's"),
     ],

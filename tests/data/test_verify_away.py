@@ -27,7 +27,7 @@ def test_the_shards_of_a_set_that_is_gone_are_not_reported_as_damaged(tmp_path: 
     """Such as one on a disk that is unmounted meanwhile."""
     latents = make(open_folder(tmp_path), [3, 3])
     latents.delete("000000.tar")
-    with pytest.raises(StorageError, match=r"no manifest.json: the folder is incomplete or was deleted"):
+    with pytest.raises(StorageError, match=r"damaged: no manifest.json: the folder is incomplete or was deleted"):
         maintenance.verify(latents, fast=False, report=lambda *_: latents.delete("manifest.json"))
 
 

@@ -62,7 +62,7 @@ def test_a_folder_without_a_manifest_does_not_count(tmp_path: Path) -> None:
     incomplete = open_folder(tmp_path)
     incomplete.write("a", b"alpha")
     assert Thing.find(incomplete) is None
-    with pytest.raises(StorageError, match=f"{tmp_path}: no manifest.json: the folder is incomplete or was deleted"):
+    with pytest.raises(StorageError, match=f"{tmp_path}: damaged: no manifest.json: the folder is incomplete or was deleted"):
         Thing.require(incomplete)
 
 
@@ -78,7 +78,7 @@ def test_damage_is_named(thing: Folder, damage: bytes, message: str) -> None:
 def test_a_missing_file_is_named(thing: Folder) -> None:
     manifest = Thing.require(thing)
     thing.delete("b")
-    with pytest.raises(Damaged, match="/b: missing, though its manifest names it"):
+    with pytest.raises(Damaged, match="/b: damaged: missing, though its manifest names it"):
         manifest.read_file(thing, "b")
 
 

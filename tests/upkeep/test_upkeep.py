@@ -103,7 +103,7 @@ def test_deleted_published_weights_are_named(sweep: Sweep) -> None:
     sweep.run("dit").published_at(160).delete()
     assert state.missing_published(sweep) == {"dit": [160]}
     (line,) = verified(sweep)
-    assert "dit/published/000000000160: no manifest.json: the folder is incomplete or was deleted; restore them" in line
+    assert "dit/published/000000000160: damaged: no manifest.json: the folder is incomplete or was deleted; restore them" in line
 
 
 def flip_key(folder: Folder, name: str, key: str) -> None:
@@ -113,21 +113,21 @@ def flip_key(folder: Folder, name: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda s: s.vae.delete(), "/vae: no manifest.json: the folder is incomplete or was deleted; restore it from"),
-        (lambda s: s.extractor("judge").delete(), "/extractors/judge: no manifest.json"),
-        (lambda s: s.extractor("digits").delete(), "/extractors/digits: no manifest.json"),
-        (lambda s: s.references.delete(), "/reference: the statistics under digits are missing; the next run that needs it"),
-        (lambda s: (s.store / "latents/used").delete(), "latents/used: no manifest.json"),
-        (lambda s: s.store.delete("latents/used/000000.tar"), "000000.tar: missing, though its manifest names it; repair"),
+        (lambda s: s.vae.delete(), "/vae: damaged: no manifest.json: the folder is incomplete or was deleted; restore it from"),
+        (lambda s: s.extractor("judge").delete(), "/extractors/judge: damaged: no manifest.json"),
+        (lambda s: s.extractor("digits").delete(), "/extractors/digits: damaged: no manifest.json"),
+        (lambda s: s.references.delete(), "/reference: damaged: the statistics under digits are missing; the next run"),
+        (lambda s: (s.store / "latents/used").delete(), "latents/used: damaged: no manifest.json"),
+        (lambda s: s.store.delete("latents/used/000000.tar"), "000000.tar: damaged: missing, though its manifest names it; repair"),
         (lambda s: flip_key(s.store / "latents/used", manifest.NAME, "shards"), "manifest.json: damaged: shards: Field required"),
-        (lambda s: s.folder.delete(LatentsPointer.NAME), "/sweeps/tiny/latents.json is missing; the next run"),
+        (lambda s: s.folder.delete(LatentsPointer.NAME), "/sweeps/tiny/latents.json: damaged: missing; the next run"),
         (lambda s: s.folder.write(LatentsPointer.NAME, b"{"), "latents.json: damaged: JSON"),
         (lambda s: flip_key(s.folder, LatentsPointer.NAME, "folder"), "latents.json: damaged: folder: Field required"),
         (lambda s: state.use_latents(s, s.store / "latents/used", "0" * 64), "latents of another VAE"),
-        (lambda s: s.run("dit").published_at(320).delete(), "dit/published/000000000320: no manifest.json"),
+        (lambda s: s.run("dit").published_at(320).delete(), "dit/published/000000000320: damaged: no manifest.json"),
         (
             lambda s: s.run("dit").published_at(160).delete("weights-0001.safetensors"),
-            "000000000160/weights-0001.safetensors: missing, though its manifest names it; restore them",
+            "000000000160/weights-0001.safetensors: damaged: missing, though its manifest names it; restore them",
         ),
         (lambda s: flip_key(s.run("dit").published_at(160), manifest.NAME, "files"), "damaged: files: Field required"),
         (lambda s: s.evaluation(Sampled("dit", 160)).write(Metrics.NAME, b"null"), "metrics.json: damaged: JSON"),
