@@ -82,16 +82,11 @@ class Attempt:
         return self.sweep.run(self.model)
 
 
-class Opened(NamedTuple):
-    """The parts of training that every step needs, and where it begins."""
+class Started(NamedTuple):
+    """The model and its engine where an attempt begins."""
 
-    latents: Latents
-    process: Process
     state: Engine
     model: Backbone
-    passes: list[ForwardPass]
-    """This rank's forward passes of each step."""
-    meter: ThroughputMeter
     images_seen: int
     resumed: bool
     """Whether it continues from a resume point of this model; otherwise from the beginning, or as a branch."""
@@ -99,7 +94,17 @@ class Opened(NamedTuple):
     """State at the resume point; for a branch what its trunk has spent, None at the beginning."""
 
 
-def open_training(attempt: Attempt, log_rates: Callable[[str], None] | None) -> Opened:
+class Opened(NamedTuple):
+    """The parts of training that every step needs."""
+
+    latents: Latents
+    process: Process
+    passes: list[ForwardPass]
+    """This rank's forward passes of each step."""
+    meter: ThroughputMeter
+
+
+def open_training(attempt: Attempt, log_rates: Callable[[str], None] | None) -> tuple[Opened, Started]:
     """Open the latents, the model at its newest resume point, and the meter. Collective.
 
     `log_rates` is called with lines on speed, on one rank.
@@ -116,7 +121,7 @@ def open_training(attempt: Attempt, log_rates: Callable[[str], None] | None) -> 
     count, keeps = plan.smaller(largest_share(settings.lanes, world), attempt.short) if attempt.short else plan
     passes = forward_passes(settings.lanes, rank, world, count)
     images = image_counts(passes, settings.lane_images)
-    state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), keeps=keeps)
+    started = start(attempt, latents, len(passes), keeps=keeps)
     if rank == 0:
         for line in how:
             attempt.log(f"{attempt.model}: {line}")
@@ -127,7 +132,7 @@ def open_training(attempt: Attempt, log_rates: Callable[[str], None] | None) -> 
     peak = peak_flops(attempt.device, settings.precision, machine_name(attempt.device))
     meter = ThroughputMeter(price, max(images), world, attempt.device, *peak, log_rates)
     process = diffusion.build(recipe.diffusion, latents.shape)
-    return Opened(latents, process, state, model, passes, meter, images_seen, resumed, earlier)
+    return Opened(latents, process, passes, meter), started
 
 
 def _workers_on_this_node(world: int) -> int:
@@ -137,55 +142,75 @@ def _workers_on_this_node(world: int) -> int:
     return hosts.count(socket.gethostname())
 
 
-def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> tuple[Engine, Backbone, int, bool, RunState | None]:
-    """Return the engine, its model, images seen, whether it resumes, and the state there: of the newest resume point, or new ones.
+def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> Started:
+    """Build the model and its engine, at the newest resume point or new. Collective.
 
     A step has `passes` forward passes on each rank; scans keep their states if `keeps`.
     """
     settings, recipe = attempt.recipe.train, attempt.recipe
-    seed = seeds.seed("init", recipe.seed_of(attempt.model)) % 2**63
-    model = models.build(
-        recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
-        checkpointing=settings.checkpointing, precision=settings.precision, seed=seed,
-    )  # fmt: skip
-    model.keeps_states = keeps
-    if settings.base_width:
-        transfer.scale_initial(model, settings.base_width)
-    if settings.compile:
-        model.compile_blocks()
+    model = _built(attempt, latents, keeps=keeps)
     point = _agreed_resume_point(attempt)
     if point:
         point.require_latents(latents)
-    before = point.manifest.progress if point else None
-    resumed = before is not None and before.model == attempt.model  # not that of a branch's trunk
-    images_seen, adam_step = (point.manifest.images, point.manifest.progress.adam_step) if point else (0, 0)
-    if point is None and recipe.models[attempt.model].start:
+    elif recipe.models[attempt.model].start:
         warm_start.load_into(model, attempt.sweep, attempt.model, attempt.log)
     read = point.read if point else resume.fresh(model)
     if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others
         _load_weights(model, read)
     # Also passes that only other ranks have: a kernel that is wrong for these must be so on all ranks, or a device is blamed.
     every = image_counts_of_all(settings.lanes, dist.get_world_size(), passes, settings.lane_images)
-    if scans := settings.scan in families.find(recipe.models[attempt.model].kind).scans:
-        check_on_all_ranks(lambda: choose(settings.scan, attempt.device))
-        require_one_scan(choose(settings.scan, attempt.device))
-    check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, every, training=True))
+    scan = _verified_scan(attempt, model, every)
+    images_seen, adam_step = (point.manifest.images, point.manifest.progress.adam_step) if point else (0, 0)
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
-    blocks = _graphed(attempt, model, state.weights, every, passes) if settings.graphs else None
+    blocks = _graphed(attempt, model, state.weights, every, passes) if settings.graphs else ""
     if dist.get_rank() == 0:
-        origin = f"{before.model}'s " if before and not resumed else ""
-        scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
-        attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
-        place = f"from {origin}{point.folder.name}" if point else "from the beginning"
-        attempt.log(f"{attempt.model}: attempt {attempt.number}, {counted(dist.get_world_size(), 'worker')}, {place}{scan}")
-        if blocks:
-            attempt.log(f"{attempt.model}: {blocks}")
-        if settings.base_width:
-            attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
+        _say_start(attempt, model, point, scan, blocks)
+    before = point.manifest.progress if point else None
+    resumed = before is not None and before.model == attempt.model  # not that of a branch's trunk
     others = not resumed or (point and point.folder.name == str(PointName(images_seen, COPIED)))  # a trunk's, or a fork's origin's
     earlier = as_branch(before, attempt.start.requested_at) if before and others else before
-    return state, model, images_seen, resumed, earlier
+    return Started(state, model, images_seen, resumed, earlier)
+
+
+def _built(attempt: Attempt, latents: Latents, *, keeps: bool) -> Backbone:
+    """Return the model with its seed's weights, on the CPU."""
+    settings, recipe = attempt.recipe.train, attempt.recipe
+    model = models.build(
+        recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
+        checkpointing=settings.checkpointing, precision=settings.precision,
+        seed=seeds.seed("init", recipe.seed_of(attempt.model)) % 2**63,
+    )  # fmt: skip
+    model.keeps_states = keeps
+    if settings.base_width:
+        transfer.scale_initial(model, settings.base_width)
+    if settings.compile:
+        model.compile_blocks()
+    return model
+
+
+def _verified_scan(attempt: Attempt, model: Backbone, images: set[int]) -> str:
+    """Verify the model's kernels on all ranks, for passes of so many `images`; return the scan in words, "" if it has none."""
+    settings, words = attempt.recipe.train, ""
+    if settings.scan in families.find(attempt.recipe.models[attempt.model].kind).scans:
+        check_on_all_ranks(lambda: choose(settings.scan, attempt.device))
+        require_one_scan(chosen := choose(settings.scan, attempt.device))
+        words = f", scan {chosen}"
+    check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, images, training=True))
+    return words
+
+
+def _say_start(attempt: Attempt, model: Backbone, point: ResumePoint | None, scan: str, blocks: str) -> None:
+    world, base_width, place = dist.get_world_size(), attempt.recipe.train.base_width, "the beginning"
+    if point:
+        trained = point.manifest.progress.model
+        place = point.folder.name if trained == attempt.model else f"{trained}'s {point.folder.name}"
+    attempt.emit("start", attempt=attempt.number, workers=world, images=point.manifest.images if point else 0)
+    attempt.log(f"{attempt.model}: attempt {attempt.number}, {counted(world, 'worker')}, from {place}{scan}")
+    if blocks:
+        attempt.log(f"{attempt.model}: {blocks}")
+    if base_width:
+        attempt.log(f"{attempt.model}: {transfer.words(model.settings, base_width)}")
 
 
 def require_one_scan(chosen: Choice) -> None:

@@ -26,7 +26,7 @@ from dis_scale.sweep import PointName
 from dis_scale.sweep.documents import RunCost, RunState
 from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput
 from dis_scale.tracking.rows import EVERY_STEPS, RowWriter
-from dis_scale.training.attempt import Attempt, Opened, open_training
+from dis_scale.training.attempt import Attempt, Opened, Started, open_training
 from dis_scale.training.bad_step import dump_step
 from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
@@ -45,8 +45,8 @@ def train_model(attempt: Attempt) -> int:
     images in a forward pass, with kept states or without, kind of device, number of threads and package versions.
     """
     training = begin(attempt)
-    opened, records, settings = training.opened, training.records, attempt.recipe.train
-    state, images_seen, bad_steps = opened.state, opened.images_seen, 0
+    opened, started, records, settings = training.opened, training.started, training.records, attempt.recipe.train
+    state, images_seen, bad_steps = started.state, started.images_seen, 0
     agreement, branches = StopAgreement(attempt.stop_by), attempt.recipe.branches_at(attempt.model)
     with closing(prefetch(training.inputs())) as batches:
         while images_seen < settings.images and not agreement.stop():
@@ -65,7 +65,7 @@ def train_model(attempt: Attempt) -> int:
 
             # Collect metric rows: all ranks reduce, rank 0 writes.
             row = dict[str, float]()
-            if images_seen == opened.images_seen + settings.batch_images:
+            if images_seen == started.images_seen + settings.batch_images:
                 opened.meter.begin(images_seen)
                 row |= _first_step(attempt)
             if images_seen // settings.batch_images % EVERY_STEPS == 0:
@@ -95,6 +95,7 @@ class Training:
 
     attempt: Attempt
     opened: Opened
+    started: Started
     saver: Saver
     records: RowWriter
     goodput: Goodput
@@ -106,20 +107,21 @@ class Training:
 
     def inputs(self) -> Iterator[StepInput]:
         """Yield the inputs of each forward pass from here on."""
-        attempt, o = self.attempt, self.opened
+        attempt, opened, started = self.attempt, self.opened, self.started
         seed = attempt.recipe.seed_of(attempt.model)
-        return step_inputs(attempt.recipe, seed, attempt.device, o.latents, o.model.drop_rates, o.images_seen, o.passes)
+        at = started.model.drop_rates, started.images_seen, opened.passes
+        return step_inputs(attempt.recipe, seed, attempt.device, opened.latents, *at)
 
     def save(self, images_seen: int) -> None:
         """Start a resume point."""
-        self.saver.save(self.opened.state, images_seen, self._progress())
+        self.saver.save(self.started.state, images_seen, self._progress())
         self.saved_images = images_seen
 
     def publish(self, images_seen: int) -> None:
         """Start publishing the averaged weights; collective."""
-        opened = self.opened
-        description = json.dumps(describe(opened.model, SamplingFacts.of(self.attempt.recipe, opened.latents.manifest)))
-        self.saver.publish(opened.state, images_seen, self._progress(), description)
+        opened, started = self.opened, self.started
+        description = json.dumps(describe(started.model, SamplingFacts.of(self.attempt.recipe, opened.latents.manifest)))
+        self.saver.publish(started.state, images_seen, self._progress(), description)
 
     @property
     def own_s(self) -> float:
@@ -127,8 +129,8 @@ class Training:
         return time.monotonic() - self.began_s
 
     def _progress(self) -> RunState:
-        own_s, attempt, opened = self.own_s, self.attempt, self.opened
-        earlier = opened.earlier.cost if opened.earlier else RunCost()
+        own_s, attempt, started = self.own_s, self.attempt, self.started
+        earlier = started.earlier.cost if started.earlier else RunCost()
         cost = RunCost(
             trained_on=tuple(sorted({*earlier.trained_on, machine_name(attempt.device)})),
             memory_gib=max(earlier.memory_gib or 0.0, peak_memory_bytes(attempt.device) / 2**30),
@@ -136,8 +138,8 @@ class Training:
             worker_hours=self.goodput.worker_hours(own_s),
         )
         return RunState(
-            model=attempt.model, latents=opened.latents.identity, adam_step=_adam_step(opened.state), at=time.time(), cost=cost,
-            spent=self.goodput.spent(own_s), skipped=self.skipped,
+            model=attempt.model, latents=self.opened.latents.identity, adam_step=_adam_step(started.state), at=time.time(),
+            cost=cost, spent=self.goodput.spent(own_s), skipped=self.skipped,
         )  # fmt: skip
 
 
@@ -145,19 +147,19 @@ def begin(attempt: Attempt) -> Training:
     """Open what a step needs and record the start; collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
-    opened = open_training(attempt, log_rates)
+    opened, started = open_training(attempt, log_rates)
     keep = Keep.of_model(attempt.recipe, attempt.model)
     saver = Saver(attempt.run, attempt.number, rank, world, attempt.require_held, keep, attempt.log)
-    spent, skipped = (opened.earlier.spent, opened.earlier.skipped) if opened.earlier else (None, 0)
+    spent, skipped = (started.earlier.spent, started.earlier.skipped) if started.earlier else (None, 0)
     goodput = Goodput.begin(spent, attempt.start.requested_at, time.time(), world)
     records = RowWriter(attempt.run.log, attempt.number, writes=rank == 0)
-    training = Training(attempt, opened, saver, records, goodput, time.monotonic(), opened.images_seen, skipped)
-    records.add(opened.images_seen, {ATTEMPT: attempt.number})
+    training = Training(attempt, opened, started, saver, records, goodput, time.monotonic(), started.images_seen, skipped)
+    records.add(started.images_seen, {ATTEMPT: attempt.number})
     records.flush()
-    if opened.images_seen in attempt.recipe.train.publish_images:  # at 0 images, or because the weights were deleted
-        training.publish(opened.images_seen)
-    if not opened.resumed:
-        training.save(opened.images_seen)
+    if started.images_seen in attempt.recipe.train.publish_images:  # at 0 images, or because the weights were deleted
+        training.publish(started.images_seen)
+    if not started.resumed:
+        training.save(started.images_seen)
         _compare_with_grace(attempt, saver)
     attempt.emit("work")
     return training
@@ -172,7 +174,7 @@ def end(training: Training, images_seen: int, agreement: StopAgreement) -> None:
         training.save(images_seen)
         saver.finish()
     if dist.get_rank() == 0:
-        steps = (images_seen - training.opened.images_seen) // attempt.recipe.train.batch_images
+        steps = (images_seen - training.started.images_seen) // attempt.recipe.train.batch_images
         records.add(images_seen, {GOODPUT: training.goodput.share(training.own_s)})
         records.close()
         attempt.emit("end", attempt=attempt.number, images=images_seen)

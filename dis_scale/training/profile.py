@@ -66,7 +66,7 @@ def profile_training(sweep: Sweep, model: str, steps: int, trace: Path | None, l
             require_held=lambda: None, stop_by=lambda: None, report=lambda _: None, log=log,
             emit=lambda *_, **__: None,
         )  # fmt: skip
-        reader, process, state, backbone, passes, meter, images_seen, *_ = open_training(attempt, log)
+        (reader, process, passes, meter), (state, backbone, images_seen, *_) = open_training(attempt, log)
         inputs = step_inputs(recipe, recipe.seed_of(model), device, reader, backbone.drop_rates, 0, passes)
         with closing(prefetch(inputs)) as batches:
 
