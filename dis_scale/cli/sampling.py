@@ -1,7 +1,7 @@
 """The command that samples from one checkpoint."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -9,6 +9,10 @@ from dis_scale.cli.checkpoints import Heads
 from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_file, require_png, say, say_aside, show, working
 from dis_scale.process.errors import UserError
 from dis_scale.recipe.evaluate import Sampler
+
+if TYPE_CHECKING:
+    from dis_scale.weights.checkpoints import Located
+    from dis_scale.weights.opening import OpenCheckpoint
 
 ADM_SAMPLES = 50_000
 """Samples that FID is defined by."""
@@ -65,7 +69,6 @@ def sample(
         raise UserError("sample: expected one checkpoint, such as examples/digits or SWEEP/runs/MODEL")
     aside = say_aside if as_json else say
     _require_outputs(out, npz, labels, classes)
-    written = npz or out or GRID
     with working("sample: reading"):
         located = find_checkpoint(given)  # misspelt paths and classes are refused before PyTorch is loaded: it takes seconds
     chosen = None if classes is None else labels_in_words(located.class_names, classes)
@@ -77,13 +80,9 @@ def sample(
     from dis_scale.evaluation.sampling import grid
     from dis_scale.process.progress import Board
     from dis_scale.training.throughput import machine_name
-    from dis_scale.vae import import_without_others
     from dis_scale.weights import opening as pictures
 
-    if vae is None and pictures.has_sweeps_vae(located):
-        import_without_others()
-    with working("sample: loading"):
-        opened = pictures.open_for_sampling(located, vae, heads, guide)
+    opened = _opened(located, vae, heads, guide)
     for line in opened.notes:
         aside(line)
     if chosen and opened.model.num_classes in chosen:
@@ -100,6 +99,7 @@ def sample(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     by = opened.guide_at if sampling.scale != 1 else None
     aside(f"sampling {opened.located}: {sampling}{f' by {by}' if by else ''}, fp32 on {machine_name(device)}")
+    written = npz or out or GRID
     with Board(console(stderr=as_json)) as board, board.working("sample"):
         parts = pictures.sample_pictures(
             opened, each_label, sampling=sampling, seed=seed, batch=batch, device=device,
@@ -110,12 +110,23 @@ def sample(
         else:
             names = pictures.image_names(opened, each_label)
             written.write_bytes(grid(np.concatenate(list(parts)), grid_columns(each, images), names))
-    how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.scale, "seed": seed}
-    guided = {"guide": str(by)} if by else {}
     found = {
-        "file": str(written), "images": images, **how, **guided, "device": machine_name(device), "notes": opened.notes
+        "file": str(written), "images": images, "sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.scale,
+        "seed": seed, "device": machine_name(device), "notes": opened.notes,
     }  # fmt: skip
+    found |= {"guide": str(by)} if by else {}
     show(found, f"{images:,} {'images' if images > 1 else 'image'} in {written}", as_json=as_json)
+
+
+def _opened(located: "Located", vae: str | None, heads: int | None, guide: str | None) -> "OpenCheckpoint":
+    """Open a checkpoint; loads PyTorch."""
+    from dis_scale.vae import import_without_others
+    from dis_scale.weights.opening import has_sweeps_vae, open_for_sampling
+
+    if vae is None and has_sweeps_vae(located):
+        import_without_others()
+    with working("sample: loading"):
+        return open_for_sampling(located, vae, heads, guide)
 
 
 def _require_outputs(out: Path | None, npz: Path | None, labels: str, classes: str | None) -> None:

@@ -111,47 +111,61 @@ def open_for_sampling(
     located = at if isinstance(at, Located) else find_checkpoint(str(at))
     with located.fetched() as file:
         model, in_file = open_checkpoint(file, heads), sampling_facts(file)
-    path, sweep = located.folder / located.name, located.sweep
+    sweep = located.sweep
     facts = in_file or (SamplingFacts.of_sweep(sweep) if sweep else None)
-    decoder, notes = _decoder(located, vae_path, facts), list[str]()
-    if vae_path is not None:
-        _require_fit(model, decoder, vae_path)
-    if facts and facts.vae.identity != decoder.identity:
-        if vae_path is None:
-            state.require_same_vae(path, facts.vae.identity, decoder.identity)
-        notes.append(
-            f"vae      {vae_path} did not encode the model's latents: its identity is {decoder.identity[:12]}, "
-            f"theirs is {facts.vae.identity[:12]}"
-        )
-    process = _process_of(model, facts, sweep)
+    process, decoder = _process_of(model, facts, sweep), _decoder(located, vae_path, facts)
+    notes = _vae_notes(located, model, decoder, vae_path, facts)
     if facts:
         decoder = replace(decoder, normalised=facts.scaling)
     elif sweep:
         decoder = vae.for_samples(sweep, decoder)
     else:
-        assumed = (
-            f"linear flow: its variance is zero, as in {type(model).__name__}"
-            if process.kind == "flow"
-            else f"gaussian process, {process.betas} betas, {process.steps} steps"
-        )
-        notes.append(f"assumed  {assumed}; latents by scale {decoder.scale} and shift {decoder.shift}: the file does not tell")
-    sampling = Sampling(sampler="euler_maruyama" if process.kind == "flow" else "ddpm", steps=250)
+        notes.append(_assumed(model, process, decoder))
     if sweep:
-        sampling = sweep.recipe.evaluate.sampling
         notes += _averages(sweep)
-    elif facts:
-        sampling = facts.sampling
-    if sampling.guide and sweep and guide_at is None:
-        guide_at = sweep.run(sampling.guide.by).published_at(sampling.guide.images).url
-    if sampling.guide and guide_at is None:
-        notes.append(
-            f"unguided its sweep guides it by {sampling.guide.by} at {sampling.guide.images:,} images: give that model to guide"
-        )
+    sampling = _sampling_of(process, facts, sweep)
+    guide = sampling.guide
+    if guide and sweep and guide_at is None:
+        guide_at = sweep.run(guide.by).published_at(guide.images).url
+    if guide and guide_at is None:
+        notes.append(f"unguided its sweep guides it by {guide.by} at {guide.images:,} images: give that model to guide")
     scale = sampling.scale if guide_at is not None or not isinstance(sampling.guidance, Autoguidance) else 1.0
     sampling = sampling.model_copy(update={"guidance": scale})
     names = (class_names(sweep) if sweep else ()) or (facts.label_names if facts else ())
     encoder, recipe = facts.vae.identity if facts else decoder.identity, sweep.recipe if sweep else None
     return OpenCheckpoint(model, process, decoder, sampling, notes, recipe, encoder, located, guide_at, names, facts)
+
+
+def _vae_notes(located: Located, model: Backbone, decoder: Vae, vae_path: str | None, facts: SamplingFacts | None) -> list[str]:
+    """Return a line if another VAE than `vae_path` encoded the latents; UserError if it does not fit, or the sweep's did not."""
+    if vae_path is not None:
+        _require_fit(model, decoder, vae_path)
+    if facts is None or facts.vae.identity == decoder.identity:
+        return []
+    if vae_path is None:
+        state.require_same_vae(located.folder / located.name, facts.vae.identity, decoder.identity)
+    return [
+        f"vae      {vae_path} did not encode the model's latents: its identity is {decoder.identity[:12]}, "
+        f"theirs is {facts.vae.identity[:12]}"
+    ]
+
+
+def _assumed(model: Backbone, process: Gaussian | Flow, decoder: Vae) -> str:
+    """Return the line on what is assumed of a public file."""
+    if process.kind == "flow":
+        how = f"linear flow: its variance is zero, as in {type(model).__name__}"
+    else:
+        how = f"gaussian process, {process.betas} betas, {process.steps} steps"
+    return f"assumed  {how}; latents by scale {decoder.scale} and shift {decoder.shift}: the file does not tell"
+
+
+def _sampling_of(process: Gaussian | Flow, facts: SamplingFacts | None, sweep: Sweep | None) -> Sampling:
+    """Return the sampling settings of its sweep, else of the file, else those of the papers."""
+    if sweep:
+        return sweep.recipe.evaluate.sampling
+    if facts:
+        return facts.sampling
+    return Sampling(sampler="euler_maruyama" if process.kind == "flow" else "ddpm", steps=250)
 
 
 def _averages(sweep: Sweep) -> list[str]:
