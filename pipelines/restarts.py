@@ -113,7 +113,7 @@ class _Record:
 
         `worked`: it ran for so long that an outage of storage which ended it is another one than before.
         """
-        now_s, progress = self.job.now_s(), stored != self.stored
+        progress = stored != self.stored
         self.stored, self.nodes = stored, self.nodes | failure.nodes
         self.ran.append((failure.at, failure.nodes))
         self._note_gone([*self.counted, failure])
@@ -124,23 +124,29 @@ class _Record:
         if progress or worked:
             self.away_since_s, self.reused_since_s, self.away_from = math.inf, math.inf, []
         self.in_a_row += 1
-        reused = failure.cause == "device" and self.job.reuses_excluded and len(self.nodes) > 1
-        self.away_since_s = min(self.away_since_s, now_s) if failure.cause == "storage" else math.inf
-        self.reused_since_s = min(self.reused_since_s, now_s) if reused else math.inf
-        if failure.cause == "storage" and now_s - self.away_since_s > STORAGE_AWAY_S:
-            minutes = f"{STORAGE_AWAY_S / 60:.0f} minutes"
-            raise StorageAway(f"{self.name}: storage has been away for {minutes}: {failure}") from failure
-        model = self.job.context.model
-        train = self.job.recipe.train_of(model) if model else self.job.recipe.train
+        self._note_absences(failure)
+        model, train = self.job.context.model, self.job.recipe.train
+        if model:
+            train = self.job.recipe.train_of(model)
         near = NEAR_STEPS * train.batch_images
         if failure.cause != "storage" and not self.awaits_node:
             self.counted.append(failure)
             if len(self.counted) > train.restarts or _deterministic(self.counted, near):
                 raise DisScaleError(_last_words(self.name, self.counted, near)) from failure
-        self.away_from = [*self.away_from, failure.node][-DEATHS:] if failure.cause == "storage" else []
         self.suspects = _suspects(self.counted, near, min(train.restarts + 1, CRASH.on_any), self._node_failures)
         if self.away_from == DEATHS * self.away_from[:1]:  # a node's own mount or route may be broken
             self.suspects = (self.suspects | {*self.away_from}) - {""}
+
+    def _note_absences(self, failure: WorkerFailure) -> None:
+        """Note since when storage is away, or a failed node is used in place of a gone one; StorageAway after too long."""
+        now_s, away = self.job.now_s(), failure.cause == "storage"
+        reused = failure.cause == "device" and self.job.reuses_excluded and len(self.nodes) > 1
+        self.away_since_s = min(self.away_since_s, now_s) if away else math.inf
+        self.reused_since_s = min(self.reused_since_s, now_s) if reused else math.inf
+        self.away_from = [*self.away_from, failure.node][-DEATHS:] if away else []
+        if away and now_s - self.away_since_s > STORAGE_AWAY_S:
+            minutes = f"{STORAGE_AWAY_S / 60:.0f} minutes"
+            raise StorageAway(f"{self.name}: storage has been away for {minutes}: {failure}") from failure
 
     def blame_suspect(self) -> None:
         """Count a failed device against the only node without which an attempt made progress, unless storage was away from it."""
