@@ -20,8 +20,8 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 RECORDED_COLLECTIVES = {"TORCH_FR_BUFFER_SIZE": "2000"}
 """PyTorch's flight recorder keeps this many collectives of each process."""
 NAMED_FAULTS = {"TORCH_NCCL_RETHROW_CUDA_ERRORS": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-"""A GPU's error is raised where training waits for the GPU; NCCL's watchdog would end the process without a reason first, and its
-monitor after eight minutes in which the driver does not answer that, before the stacks of a hang are logged."""
+"""A GPU's error is raised where training waits for the GPU. Otherwise NCCL would end the process before: its watchdog
+without a reason, its monitor after eight minutes without an answer of the driver, before the stacks of a hang are logged."""
 REPRODUCIBLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Sums in a fixed order: cuBLAS would choose a workspace by stream."""
 

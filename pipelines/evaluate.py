@@ -139,10 +139,9 @@ def ablate(job: StageJob) -> None:
 def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], moves: Callable[[], bool] = lambda: False) -> bool:
     """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
 
-    If memory is too small for a model and a variant, or its kernels are wrong here, that error is raised only when all others are
-    evaluated and training is over.
-    Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
-    `moves` says: then others are to continue.
+    Memory may be too small for a model and a variant, or its kernels may be wrong here. That error is raised when all others are
+    evaluated and training is over. Returns true when training is over and nothing is left. Returns false before the next checkpoint
+    if `moves()`: the evaluators have to move, and others continue.
     """
     todo = _Todo(job, evaluation, skipped)
     try:

@@ -1,7 +1,8 @@
-"""The logs of a job's processes in storage: those of living ones by themselves, the end of a dead one's by its driver.
+"""The logs of a job's processes in storage: a living process writes its own, the driver writes the end of a dead one's.
 
-Ray keeps the output of a process on its node, in files that outlive the process but not the node. So each process writes its own
-every few seconds, and the driver reads what a dead one wrote last, such as the stacks of a crash, from its node if that is alive.
+Ray keeps the output of a process on its node, in files that outlive the process but not the node. So each process writes its log to
+storage every few seconds. The last lines of a dead process, such as the stacks of a crash, are read by the driver from the node, if
+that is alive.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Workers on Ray: the base class of all actors, and the resources that they ask for. Read next: watching.py.
 
-Plain actors and a placement group rather than Ray Train: the driver forwards stop requests to its workers (Ray does not), each
-attempt may have another world size, and a killed worker is noticed within 60 ms and replaced in seconds, where Ray Train's
+These are plain actors in a placement group rather than Ray Train's. The driver forwards stop requests to its workers, which Ray
+does not. Each attempt may have another world size. A killed worker is noticed within 60 ms and replaced in seconds; Ray Train's
 controller takes ten.
 """
 

@@ -46,8 +46,9 @@ def own_folder() -> Path:
 def share_read(cached: float) -> float:
     """Return the share of a set that an epoch reads from storage if the cache holds the share `cached` of it.
 
-    Each epoch has its own random order, and the least recently used shard is evicted. A shard at u of one epoch and at v of the
-    next (both from 0 to 1) is still cached if the shards used in between, a share of 1 - u (1 - v), fit.
+    Each epoch has its own random order, and the least recently used shard is evicted. Let a shard be at u of one epoch and at v of
+    the next, both from 0 to 1. The share of the set that is used in between is 1 - u (1 - v). If that fits, the shard is still
+    cached.
     """
     missing = max(0.0, 1 - cached)
     return missing - missing * math.log(missing) if missing else 0.0

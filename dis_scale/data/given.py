@@ -42,8 +42,9 @@ Exported = Literal["edm2", "repa", "webdataset"]
 def require_own(source: Source, vae: Vae, data: Data) -> str:
     """Compare latents, evenly from the source, with the autoencoder; return a line with what was measured.
 
-    UserError if their shape is not its, if their scaled deviation is far from 1 (they are scaled already, or are not its latents),
-    or if what it encodes of their decoded images is farther from them than their mean is, or has other variances.
+    UserError if the latents do not have the autoencoder's shape, or if their scaled deviation is far from 1: they are scaled
+    already, or come from another autoencoder. UserError also if encoding their decoded images gives latents that are farther from
+    them than their mean is, or that have other variances.
     """
     assert data.given is not None
     where, (channels, size) = source.listing.where, vae.latent(data.resolution)

@@ -424,8 +424,8 @@ def _hashes(folder: Folder) -> Sequence[int]:
 
 
 def _like(folder: Folder, name: str) -> str:
-    """Return words on a file that is called as `name` but for case, its ending, blanks around it or the form of its Unicode, and on
-    the path of another system; '' without any."""
+    """Return a hint for a missing file: a name that differs only in case, ending, blanks around it or form of Unicode, or that the
+    path is of another system; '' if there is no hint."""
     if "\\" in name:
         return "; folders are parted by /, and this path has \\"
 

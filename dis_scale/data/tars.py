@@ -58,8 +58,8 @@ def files_of(url: Folder, files: Files, suffix: str, *, are_classes: bool = Fals
     """Return the folder and its files that match a pattern and are not hidden, sorted; a URL ending in `suffix` is one file
     if it is no folder.
 
-    UserError if there are none, if one is a link that leads nowhere or to another, or if those of one pattern are of several parts
-    of a set, such as train and test, unless a file is a class.
+    UserError if no file matches, or if one is a link to a missing file or to another of them. UserError also if the files of one
+    pattern belong to several parts of a set, such as train and test, unless each file is a class.
     """
     patterns = [files] if isinstance(files, str) else files
     if url.name.endswith(suffix) and not (url.local and url.local.is_dir()):

@@ -178,11 +178,11 @@ def _distances(
 ) -> dict[str, tuple[float, float | None]]:
     """Return each kind's distance and standard error at the size of the samples and of the complete reference.
 
-    The part of a distance that comes from finite sets is proportional to 1/n + 1/m for n and m images (Chong and Forsyth 2020),
-    and it is all that the chosen images have without weights. With weights they have the noise of only `counted` images (Kish 1965,
-    section 11.7). From an ADM reference nothing can be taken out; its number of images may be unknown and counts as infinite, and
-    the distance is that at the number of chosen images. If that is far below the reference's, the error is up to 1.4 times too
-    large.
+    The part of a distance that comes from finite sets is proportional to 1/n + 1/m for n and m images (Chong and Forsyth 2020).
+    The distance of the chosen images without weights has no other part. With weights they have the noise of only `counted` images
+    (Kish 1965, section 11.7). Images cannot be removed from an ADM reference. Its number of images may be unknown and then counts
+    as infinite, and the distance is that at the number of chosen images. If that number is far below the reference's, the error is
+    up to 1.4 times too large.
     """
     real, d = chosen.total(), len(reference.mean)
     require_samples(real.count, d, "images", cure=HALF)

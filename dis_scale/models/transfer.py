@@ -7,12 +7,12 @@ training are not covered.
 DiT: as in Zheng et al. (arXiv 2505.15270): fixed size of a head, modulations as products within the width. Theirs has no modern
 parts, with which it is experimental.
 
-DiS (S6) and DiffuSSM (S4D) are experimental. Each channel of a scan is a function of that channel's input, step and rates, and in
-S6 of 2 N averages over the width, B and C, whose number does not grow with it. So B and C start and learn as outputs, the step's
-two products lie within the width, and rates, D and biases are vectors. We know of no theorem for this: in the limit B and C start
-at zero, where neither has a gradient before the other has moved. Vankadara et al. (NeurIPS 2024, openreview aQv5AbN1wF) state that
-maximal-update parametrisation fails for Mamba as its width grows, and derive another; we had their abstract only, so theirs is
-neither built nor compared. `mixer: ssd` is refused. benchmarks/results/training.md has the outcome.
+DiS (S6) and DiffuSSM (S4D) are experimental. Each channel of a scan is a function of that channel's input, step and rates. In S6 it
+is also a function of B and C: 2 N averages over the width, whose number does not grow with the width. So B and C start and learn as
+outputs, the step's two products are within the width, and rates, D and biases are vectors. We know of no theorem for this: in the
+limit B and C start at zero, where neither has a gradient before the other has moved. Vankadara et al. (NeurIPS 2024, openreview
+aQv5AbN1wF) state that maximal-update parametrisation fails for Mamba as its width grows, and derive another. We had only their
+abstract, so theirs is neither built nor compared. `mixer: ssd` is refused. benchmarks/results/training.md has the outcome.
 """
 
 import torch

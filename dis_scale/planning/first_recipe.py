@@ -165,7 +165,7 @@ def propose(survey: Survey, machine: Machine, file: str, resolution: int) -> str
 
 @dataclass(frozen=True)
 class _Draft:
-    """What is decided before the models are."""
+    """Decisions before the models are chosen."""
 
     survey: Survey
     machine: Machine

@@ -211,7 +211,7 @@ class Recipe(Settings):
             raise ValueError(f"{where}: a branch begins with its trunk's weights: leave out models.{model}.start")
         if trunk is None or trunk.branch or branch.of in self.uncounted:
             raise ValueError(
-                f"{where}.of: got {branch.of!r}, expected a model of this recipe that is no branch itself, with image counts"
+                f"{where}.of: got {branch.of!r}, expected a model of this recipe with image counts that is not a branch"
             )
         if self.models[model].sizes != trunk.sizes:
             raise ValueError(f"{where}.of: {branch.of} has other sizes: expected the same, apart from train and seed")

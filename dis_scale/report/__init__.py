@@ -1,8 +1,8 @@
 """The report of a sweep, always rebuilt from storage: table, CSV, figures and two pages.
 
-points.py collects the points, fits.py fits distance to cost, isoflop.py the best size to compute, figures.py plots them, by
-drawing.py, page.py makes the HTML pages, samples.py their samples, files.py writes all, serving.py shows it, compare.py compares
-two sweeps, api.py is the Python API.
+points.py collects the points, fits.py fits distance to cost, and isoflop.py the best size to compute. figures.py plots them by
+drawing.py, page.py makes the HTML pages, samples.py their samples, files.py writes all, and serving.py shows it. compare.py
+compares two sweeps.
 """
 
 from dis_scale.report.files import CSV, PAGE, compare_page, write

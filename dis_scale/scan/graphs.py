@@ -30,8 +30,8 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
 def prepare_to_compile() -> None:
     """Exclude the marked functions from torch.compile; called before the first block is compiled.
 
-    Its limit of 8 kinds of input, for each piece between these functions, would leave some blocks of a model with several kinds of
-    block uncompiled, and which these are would follow from the order of its passes.
+    torch.compile compiles each piece between these functions for at most 8 kinds of input. A model with several kinds of block
+    needs more: some blocks would stay uncompiled, and the order of the passes would decide which.
     """
     torch._dynamo.config.recompile_limit = MOST_COMPILED
     for function in _excluded:

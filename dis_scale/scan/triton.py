@@ -1,21 +1,20 @@
 """The Triton backend for NVIDIA GPUs: the two-way scan and the two-way convolution.
 
-It takes float16, bfloat16 and float32, and refuses float64. The state is float32; outputs are rounded once. The last axis
-of an input must be contiguous, its batch rows evenly spaced, as in chunks and splits of a product, and its first number at
-a multiple of 16 bytes (not for B and C); anything else costs a copy. Nothing is added atomically: partial gradients of B
-and C (over groups of channels) and of the parameters (over batch rows) are stored in a buffer and then summed, so every run
-gives the same bits. `TRITON_INTERPRET=1`, set before Triton is imported, runs everything on the CPU, slowly.
+It takes float16, bfloat16 and float32, and refuses float64. The state is float32; outputs are rounded once. An input's last axis
+must be contiguous, its batch rows evenly spaced, as in chunks and splits of a product, and its first number at a multiple of 16
+bytes (not for B and C). Any other input is copied. No sum is atomic: partial gradients of B and C (over groups of channels) and of
+the parameters (over batch rows) are stored in a buffer and then summed, so every run gives the same bits. `TRITON_INTERPRET=1`, set
+before Triton is imported, runs everything on the CPU, slowly.
 
-A scan's first kernel brings B and C into the layout of the others. Then there is one kernel per direction. The first
-direction stores its y in float32; the second adds its own, applies the gate and writes the output, so nothing is flipped.
-The forward pass keeps only its inputs, and B and C in the new layout. The backward pass repeats the scan and stores the
-states of every 16th step in the memory where the gradients of u and delta will be written later, so it needs almost no
-memory of its own; with more than 16 states both directions have buffers, which no plan counts: with 64 a third of the
-activations that a recomputed DiS-L/2 keeps. Where a block is recomputed for its own backward pass, or memory is left for
-all (`KeepingStates`), the forward pass stores the states, and y before the gate, so that nothing is repeated. Then the backward
-pass computes the gradients of each direction separately. Each direction computes y's gradient before the gate again:
-storing it would move as many bytes as reading z and dy again, in bf16 twice as many. The values before SiLU of the
-convolution are computed again too.
+A scan's first kernel brings B and C into the layout of the others. Then there is one kernel per direction. The first direction
+stores its y in float32; the second adds its own, applies the gate and writes the output, so nothing is flipped. The forward pass
+keeps only its inputs, and B and C in the new layout. The backward pass repeats the scan and stores the states of every 16th step
+where the gradients of u and delta will be written later, so it needs almost no memory of its own. With more than 16 states both
+directions have buffers, which no plan counts: with 64 they are a third of the activations that a recomputed DiS-L/2 keeps. If a
+block is recomputed for its own backward pass, or if memory is left for all states (`KeepingStates`), the forward pass stores the
+states and the y before the gate, and nothing is repeated. Then the backward pass computes the gradients of each direction
+separately. Each direction recomputes the gradient of y before the gate: storing it would move as many bytes as reading z and dy
+again, in bf16 twice as many. The convolution's values before SiLU are recomputed as well.
 
 Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_tiles.py, triton_numbers.py.
 """

@@ -6,9 +6,9 @@ and neither computes an exponential twice:
     lanes       a channel's states are distributed over 2, 4 or 8 lanes; a program has fewer channels
     both        the backward pass computes both directions in one launch
 
-Other lanes sum in another order, so results differ in the last bits between batch sizes and GPUs, never between two runs of one
-shape on one kind of GPU. More images never get more lanes, so that few kernels are compiled. benchmarks/results/kernels.md has
-the counts.
+Another number of lanes sums in another order. So results differ in the last bits between batch sizes and between kinds of GPU, but
+never between two runs of one shape on one kind of GPU. More images never get more lanes, so that few kernels are compiled.
+benchmarks/results/kernels.md has the counts.
 """
 
 from typing import NamedTuple

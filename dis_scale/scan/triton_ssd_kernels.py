@@ -2,10 +2,10 @@
 
 `ssd_exponents` and its backward pass are of one direction. The others are of both directions.
 
-A program has a chunk and some of its heads. The scores C . B of its pairs of tokens, which all heads share, are those of the
-earlier direction below the diagonal and of the later one above it, so that one product for each head mixes both. Factors of
-products are rounded to x's type. Exponents, sums, and the states from chunk to chunk are float32; stored states have x's type.
-Nothing is added atomically: heads' parts of gradients that they share are stored, and then summed.
+A program has a chunk and some of its heads. All heads share the scores C . B of the chunk's pairs of tokens: those of the earlier
+direction are below the diagonal, those of the later one above it. So one product for each head mixes both directions. Factors of
+products are rounded to x's type. Exponents, sums, and the states from chunk to chunk are float32; stored states have x's type. No
+sum is atomic: the heads' parts of shared gradients are stored, and then summed.
 
 Pointers, for images of K chunks of Q tokens; "chunks" are those of all images:
 

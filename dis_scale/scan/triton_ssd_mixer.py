@@ -1,7 +1,7 @@
 """Hydra's two-way mixer of state-space duality by Triton as one function of autograd, around kernels and PyTorch's products.
 
-Against one function for each part: gradients of all that one product gives, and of all that one convolution gives, lie in one
-tensor each, x's second gradient is added by its product, and the convolution looks ahead without a copy.
+It saves copies that one function for each part would make. The gradients of all outputs of a product are in one tensor, and so are
+those of a convolution. The product that gives x's second gradient adds it to the first. The convolution looks ahead without a copy.
 
 Axes: B batch, L tokens, T tokens of all images, D width, E inner width, H heads, N states, W taps of the convolution and its bias,
 X what is convolved (B, C, x, and B and C of the later tokens' direction), S what in_proj gives (X, z of E, and the steps of both

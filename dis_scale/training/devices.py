@@ -168,8 +168,11 @@ def check_device(device: "torch.device") -> None:
 
 
 def check_on_node(device: "torch.device", shared: float = 0.0) -> None:
-    """Check a device; BrokenDevice also if this PyTorch does not support it or its driver, if it does not start, as without a
-    fabric manager, or if others hold all its memory, unless it is shared: other nodes may have better ones."""
+    """Check a device, for a worker that may run on another node.
+
+    BrokenDevice also if this PyTorch does not support the device or its driver, if the device does not start, as without a fabric
+    manager, or if other processes hold all its memory, unless it is shared.
+    """
     try:
         check_device(device)
     except UserError as error:
