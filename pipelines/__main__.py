@@ -1,4 +1,4 @@
-"""`python -m pipelines STAGE SWEEP ...`: run a stage's program. Imported by name, so that Ray's workers find its actors by name."""
+"""`python -m pipelines STAGE SWEEP ...`: run a stage's program, imported by name so that Ray's workers find its actors."""
 
 import pkgutil
 import sys

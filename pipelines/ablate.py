@@ -1,6 +1,6 @@
 """The driver of an ablation: one published checkpoint with other values of one sampling setting.
 
-Runs as a Ray job, as every stage does. Each value is kept as a variant, so a rerun does only what is left.
+The values are evaluated in a Ray job, like every stage. Each value is stored as a variant: a rerun evaluates only the missing ones.
 """
 
 import math
@@ -38,9 +38,9 @@ def run_ablation(
     console: Console,
     by: Sampled | None = None,
 ) -> dict[float, dict[str, float]]:
-    """Evaluate what is missing and write the table and the figure below `report/`; return the metrics of each value.
+    """Evaluate the missing values, write the table and the figure below `report/`, and return the metrics of each value.
 
-    UserError for an impossible value. `at_images` is a published count; default: the last. `by` guides, if given.
+    UserError for an impossible value. `at_images` is a published count (default: the last). `by` is the guiding checkpoint, if any.
     """
     images_seen, values = state.published_at(sweep, model, at_images), sorted({float(f"{value:g}") for value in values})
     _require_possible(sweep, model, images_seen, setting, values, by)

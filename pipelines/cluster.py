@@ -1,7 +1,7 @@
-"""The Ray cluster that a sweep runs on: the one that this process runs in, or one of its own that ends with it.
+"""The Ray of a sweep: the cluster that this process runs in, or a local Ray that this process starts and that ends with it.
 
-Pitfalls: two raylets on one machine collide on the dashboard agent's port unless each gets its own; `ray.init` replaces our
-handler of SIGTERM. We never run `ray stop`: it ends all Rays of the machine.
+Pitfalls: two raylets on one machine collide on the port of the dashboard agent, unless each gets a port of its own; `ray.init`
+replaces our handler of SIGTERM. We never run `ray stop`: it ends all Rays of the machine.
 """
 
 import contextlib
@@ -44,11 +44,12 @@ from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
 _FOLDER = "dis-scale-ray-"
-"""Start of the name of a folder of our own Ray below /tmp. It has mode 0700; Ray opens its own, `ray` below, to all users."""
+"""Prefix of a local Ray's folder in /tmp. Its mode is 0700, since Ray opens the folder `ray` that it makes inside to all users."""
 NOT_INHERITED = ("RAY_AUTH_TOKEN", "PYTHONDONTWRITEBYTECODE")
-"""The first would replace the token's file; with the second each process would compile PyTorch again, five seconds of CPU time."""
+"""Environment variables that a local Ray does not get. The first would take precedence over the token's file. With the second each
+process would compile PyTorch to bytecode again, which takes five seconds of CPU time."""
 _OURS = re.compile(r"http://(?:127\.0\.0\.1|localhost):(\d+)")
-"""Dashboard of a Ray of our own; its port names the token's file."""
+"""URL of a local Ray's dashboard. The port is part of the name of the token's file."""
 
 
 @dataclass
@@ -60,33 +61,34 @@ class Cluster:
     description: str
     ours: bool
     at_once: Callable[[], int]
-    """Returns the number of models that can train at the same time now. It is asked again, as what follows: nodes join for days."""
+    """Returns the number of models that can train at the same time now. This and the other numbers change when nodes join."""
     gpus: Callable[[], int]
     """Returns the number of GPUs."""
     gpu_fault: str
     """Why PyTorch cannot use this machine's GPUs; empty if it can, or if there are none."""
     id: str
-    """Distinguishes it from every other cluster."""
+    """Id that no other cluster has."""
     address: str | None = None
-    """Dashboard of a Ray of our own; other clusters are found by RAY_ADDRESS."""
+    """URL of a local Ray's dashboard; None for any other cluster, which is found by RAY_ADDRESS."""
     gpu_bytes: Callable[[], int | None] = lambda: None
-    """Returns the memory of the smallest GPU of a Ray of our own, of the largest one of another cluster; None if unknown."""
+    """Returns the memory in bytes of a local Ray's smallest GPU, or of another cluster's largest GPU; None if unknown."""
     require_alive: Callable[[], None] = lambda: None
-    """Raises `RayEnded` if it is a Ray of our own that has ended."""
+    """Raises `RayEnded` if this is a local Ray that has ended."""
     unanswered: set[str] = field(default_factory=set)
-    """Jobs that were submitted without an answer, and may have been taken."""
+    """Ids of jobs that were submitted without an answer: Ray may have accepted them."""
 
 
 def ray_address() -> str | None:
-    """Return the cluster that this process is to use, by RAY_ADDRESS; None if that is empty or not set."""
+    """Return RAY_ADDRESS, the cluster that this process is to use; None if it is empty or not set."""
     return os.environ.get("RAY_ADDRESS") or None
 
 
 @contextlib.contextmanager
 def open_cluster(recipe: Recipe, say: Callable[[str], None] = print, go_on: Callable[[], None] = lambda: None) -> Iterator[Cluster]:
-    """Yield the Ray that this process runs in (RAY_ADDRESS), otherwise one of our own that ends with this block and process.
+    """Yield the Ray that this process runs in (RAY_ADDRESS), otherwise a local Ray that ends with this block and process.
 
-    While the former does not answer it is asked again, which `say` tells; `go_on` may end that by an error.
+    If the Ray at RAY_ADDRESS does not answer, `say` logs this and it is asked again. `go_on` is called during each wait and may end
+    the wait by an error.
     """
     if address := ray_address():
         yield _joined(address, recipe, Silence(say), go_on)
@@ -111,7 +113,7 @@ def open_cluster(recipe: Recipe, say: Callable[[str], None] = print, go_on: Call
 
 
 def require_gpus(recipe: Recipe, gpus: int, fault: str) -> None:
-    """UserError if the recipe asks for more GPUs than this machine has; `fault` is why others cannot be used."""
+    """Raise UserError if the recipe needs more GPUs than this machine has; `fault` is the reason why others cannot be used."""
     if recipe.device == "cuda" and gpus < recipe.train.world_sizes[-1]:
         why = f"; {fault}" if fault else ""
         raise UserError(
@@ -130,15 +132,15 @@ def try_cluster(recipe: Recipe) -> str:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[Path]:
-    """Yield a new folder for a Ray of our own and remove it at the end; remove those that killed commands have left, too."""
+    """Yield a new folder for a local Ray and remove it at the end. Also remove the folders that killed commands left."""
     for left in Path("/tmp").glob(f"{_FOLDER}*"):
         with contextlib.suppress(OSError), _locked(left):  # removed meanwhile, or in use
             if left.lstat().st_uid == os.getuid():
                 shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}", dir="/tmp"))  # Ray's sockets need a short path
     try:
-        with _locked(folder, waits=True):  # for systemd, which locks what it looks into
-            folder = folder.rename(folder.with_name(folder.name[1:]))  # from here on another command may try it
+        with _locked(folder, waits=True):  # systemd locks a folder while it checks it
+            folder = folder.rename(folder.with_name(folder.name[1:]))  # from here on another command may try to remove it
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -146,9 +148,9 @@ def _own_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, waits: bool = False) -> Iterator[None]:
-    """Lock a folder for the block; OSError if it is no folder, or if another process has locked it, unless this one waits for that.
+    """Lock a folder for the block; OSError if it is no folder, or if another process holds the lock and `waits` is false.
 
-    The kernel frees the lock when the process ends in any way. systemd cleans /tmp of what nobody has used for ten days, but for
+    The kernel frees the lock when the process ends in any way. In /tmp, systemd deletes what was not used for ten days, except in
     locked folders.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -160,20 +162,20 @@ def _locked(folder: Path, *, waits: bool = False) -> Iterator[None]:
 
 
 def client_of(address: str | None) -> JobSubmissionClient:
-    """Return a client of the Ray at a dashboard (default: RAY_ADDRESS), with the token of a Ray of our own on this machine.
+    """Return a client of the Ray with this dashboard (default: RAY_ADDRESS), with its token if it is a local Ray of this machine.
 
-    Any other Ray's token comes from the environment, by Ray's rules. Raises ConnectionError if no Ray answers.
+    The token of any other Ray comes from the environment, by Ray's rules. Raises ConnectionError if no Ray answers.
     """
     token = _token_of(address) if address else None
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if address else ():
-        os.environ.pop(variable, None)  # Ray prefers both to an address that is given
-    # It reports each websocket's normal end.
+        os.environ.pop(variable, None)  # Ray prefers both to its `address` argument
+    # The client logs the normal end of each websocket.
     logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
     return DashboardClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
 
 
 def _token_of(address: str) -> str | None:
-    """Return the token of a Ray that a command of this user started; the newest one, if a killed command left its folder."""
+    """Return the token of a local Ray of this user, None for any other Ray; the newest if a killed command left its folder."""
     ours, user = _OURS.fullmatch(address.rstrip("/")), os.getuid()
     files = Path("/tmp").glob(f"{_FOLDER}*/token-{ours[1]}") if ours else ()
     dated = [(status.st_mtime, path) for path in files if (status := path.lstat()).st_uid == user]
@@ -183,9 +185,10 @@ def _token_of(address: str) -> str | None:
 def require_root(recipe: Recipe, one_node: Callable[[], bool] | None = None, probe: Callable[[str], None] = require_shared) -> str:
     """Return the storage root's URL; UserError for a folder that is not the same one on all nodes of the cluster.
 
-    LostNode in a job if the sweep is in it already: a node's mount is broken since, and a later job may find others.
+    LostNode instead if this is a job and the sweep is already in the folder: a node's mount broke since, and a later job may get
+    other nodes.
 
-    The working folder of a Ray job is a copy that is deleted with the job, so a relative root moves below the node's home.
+    The working folder of a Ray job is a copy that is deleted with the job, so a relative root is moved below the node's home.
     """
     root = recipe.storage.root
     on_disk = "://" not in root or root.startswith("file://")
@@ -209,12 +212,12 @@ def require_root(recipe: Recipe, one_node: Callable[[], bool] | None = None, pro
 
 
 def in_ray_job() -> bool:
-    """Whether this process is the driver of a Ray job."""
+    """Return whether this process is the driver of a Ray job."""
     return job_facts() is not None
 
 
 def in_job() -> bool:
-    """Whether this process is part of a job of Ray or of Slurm, which may continue what another one began."""
+    """Return whether this process is part of a job of Ray or of Slurm, which may continue a sweep of an earlier job."""
     return in_ray_job() or "SLURM_JOB_ID" in os.environ
 
 
@@ -228,7 +231,7 @@ def own_job() -> str | None:
 def models_at_once(recipe: Recipe, resources: Resources, known: Sequence[Resources] = ()) -> int:
     """Return how many models train at the same time on a cluster of these resources.
 
-    None while the nodes that declare training, of all `known` ones, are away: what is left declares other stages.
+    0 if `known` nodes declare the resource `train` and all of these are away: the other nodes are for other stages.
     """
     if "train" not in resources and any("train" in node for node in known):
         return 0
@@ -237,7 +240,7 @@ def models_at_once(recipe: Recipe, resources: Resources, known: Sequence[Resourc
 
 
 def _one_node() -> bool:
-    """Whether the cluster that this process runs in has a single node."""
+    """Return whether the cluster that this process runs in has a single node."""
     _connect()
     return sum(node["Alive"] for node in ray.nodes()) == 1
 
@@ -255,7 +258,7 @@ def _connect() -> None:
 
 
 def _joined(address: str, recipe: Recipe, silence: Silence, go_on: Callable[[], None]) -> Cluster:
-    """The cluster at RAY_ADDRESS. Its jobs get this job's own code package, otherwise they would run on other code."""
+    """Return the cluster at RAY_ADDRESS. Its jobs get this job's code package, otherwise they would run other code."""
     _connect()
     packages.require_on_nodes(recipe)
     parent = (job_facts() or {}).get("runtime_env", {})
@@ -281,18 +284,18 @@ def reach(silence: Silence, go_on: Callable[[], None]) -> JobSubmissionClient:
 
 
 def largest_gpu_bytes(client: JobSubmissionClient, silence: Silence, go_on: Callable[[], None], gpus: int) -> int | None:
-    """Return the memory of a cluster's largest GPU; None if the nodes' agents report fewer than `gpus`: one that joins is late.
+    """Return the memory in bytes of a cluster's largest GPU; None if the nodes' agents report fewer than `gpus` GPUs.
 
-    The largest, since the smaller ones of a mixed cluster may be there for evaluation.
+    The agent of a node that joins reports late. The smaller GPUs of a mixed cluster may be there for evaluation.
     """
     reported = list(itertools.chain(*silence.insist(lambda: gpu_bytes_by_node(client), go_on)))
     return max(reported) if len(reported) >= max(1, gpus) else None
 
 
 def _start_head(recipe: Recipe, folder: Path, gpus: int, go_on: Callable[[], None]) -> tuple[subprocess.Popen, str]:
-    """Start a Ray head on loopback with free ports and a token of its own, which dies with this process.
+    """Start a Ray head on loopback, with free ports and a token of its own; return its process and the dashboard's URL.
 
-    Returns it and the dashboard's URL.
+    The head dies with this process.
     """
     port, dashboard, agent, environments = free_ports(4)
     resources = {
@@ -315,11 +318,11 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int, go_on: Callable[[], Non
     environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED} | {
         "RAY_AUTH_MODE": "token",  # otherwise any user of this machine could submit a job, which runs as this one
         "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too: without it Ray replaces 127.0.0.1 by the machine's address
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # also on Linux: otherwise Ray replaces 127.0.0.1 by the machine's address
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its jobs have ended before it is stopped
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # it never comes back, and each driver that waits for it uses a core
-        "RAY_prestart_worker_first_driver": "0",  # such workers lack a job's environment: no job would use them
-        "RAY_worker_niceness": "0",  # Ray's default of 15 would leave training hardly any priority over evaluation's further 5
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # a head never comes back, and each driver that waits for it uses a core
+        "RAY_prestart_worker_first_driver": "0",  # prestarted workers lack a job's environment: no job would use them
+        "RAY_worker_niceness": "0",  # with Ray's default of 15, evaluation's further 5 would hardly give training any priority
     }
     with (folder / "start.log").open("wb") as output:
         head = subprocess.Popen(
@@ -341,7 +344,7 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int, go_on: Callable[[], Non
 
 
 def _require_alive(head: subprocess.Popen, folder: Path) -> None:
-    """RayEnded if the head has ended, as it does if one of its processes dies: its dashboard will never answer again."""
+    """Raise RayEnded if the head has ended, as it does if one of its processes dies: its dashboard will never answer again."""
     if head.poll() is not None:
         raise RayEnded(f"the Ray that this command started has ended: {_last_words(folder)}")
 
@@ -353,9 +356,9 @@ def _last_words(folder: Path) -> str:
 def answers(
     head: subprocess.Popen, ask: Callable[[], object], between: Callable[[], None], time_s: float = START_TIMEOUT_S
 ) -> bool:
-    """Ask the dashboard of a head that has just started until it answers; return whether it has, before the head ends.
+    """Ask the dashboard of a new head until it answers; return false if the head ends or `time_s` passes before that.
 
-    What `between` raises ends the asking.
+    `between` is called after each question without an answer; its errors are raised.
     """
     deadline = time.monotonic() + time_s
     while head.poll() is None and time.monotonic() < deadline:
@@ -368,10 +371,10 @@ def answers(
 
 
 _LIBC = ctypes.CDLL(None)
-"""Loaded before the fork: another thread may hold the loader's lock then."""
+"""C library, loaded before any fork: during the fork another thread may hold the loader's lock."""
 
 
 def _die_with_parent() -> None:
-    """Linux: the kernel ends this child if its parent dies, also by -9; Ray's own processes follow their head likewise."""
+    """Let Linux kill this child when its parent dies, also by SIGKILL. Ray's own processes follow their head in the same way."""
     PR_SET_PDEATHSIG = 1
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The jobs of a sweep that is running: one stage to its end, or all trainings with the evaluation next to them."""
+"""Jobs of a running sweep: one stage until it ends, or all trainings with the evaluation beside them."""
 
 import math
 import time
@@ -32,14 +32,14 @@ class Drained(DisScaleError):
 
 
 LONGEST_PAUSE_S = 300.0
-"""Before a job that follows another one of the day; the pause doubles from one to the next, so that ten outlast ten minutes."""
+"""Longest pause before a job that follows a failed one of the same day. The pauses double, so that ten jobs outlast ten minutes."""
 PROBE_POLLS = 20
-"""Polls between two probes of a storage that answers and takes no writes: each has eight requests."""
+"""Polls between two probes of a storage that answers but takes no writes: each probe makes eight requests."""
 MOST_FOLLOWED, FOLLOWED_IN_S = 10, 24 * 3600.0
-"""How often in this time, and without progress, another job follows one that was killed, or stopped for an earlier command."""
+"""Most jobs in this time, without progress, that follow a job that was killed or was stopped for an earlier command."""
 MOST_EVALUATIONS, FIRST_AGAIN_S = 6, 10.0
-"""Evaluation jobs that fail one after the other, without a new result, once all models are trained; and the first pause between
-them, which grows fourfold."""
+"""Most evaluation jobs that fail in a row without a new result, once all models are trained; and the first pause between them,
+which grows fourfold each time."""
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -52,31 +52,31 @@ class Driver:
     board: Board
     jobs: list[Job] = field(default_factory=list)
     followed_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """When another job followed one that was killed, was stopped or had lost storage, by its stage and model; and another Ray of
-    our own; since more was `stored`."""
+    """Times at which another job followed one that was killed, was stopped or had lost storage, by stage and model; under "ray",
+    those of another local Ray. The times of a name are cleared when more is `stored`."""
     stored: dict[str, int] = field(default_factory=dict)
-    """How much was stored when the last of these ended, for a stage that continues what it has stored."""
+    """Amount that was stored when the last of these jobs ended, by the same name, for stages that continue from storage."""
     stop_requested: Stop = field(default_factory=Stop)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
     evaluate_again_s: float = 600.0
     """Longest pause before an evaluation job that failed is submitted again."""
     failed_shown_s: float = 60.0
-    """Time for which a failed evaluation job is exported beside the one that follows: metrics are read every 15 s or less often."""
+    """Time for which a failed evaluation job is exported while the next one runs: metrics are read every 15 s or less often."""
     requests_polled_every_s: float = lease.BEAT_S
     """Interval at which storage is asked for a stop request of another process."""
     as_json: bool = False
-    """Print the lines of the jobs as they are, JSON, instead of what they say."""
+    """Whether to print the jobs' lines unchanged, as JSON, instead of their messages."""
     first: bool = True
-    """Whether this command holds the sweep's lease; another one joins its jobs, and follows what it does."""
+    """Whether this command holds the sweep's lease. A second command joins the jobs of the first one and follows them."""
     taken_over: bool = False
-    """Whether another process of the same Ray runs the sweep now; the jobs are its own."""
+    """Whether another process on the same Ray runs the sweep now; the jobs then belong to that process."""
     drained: bool = False
-    """Whether the node of this process is being drained: that is why it was requested to stop."""
+    """Whether this process was requested to stop because its node is being drained."""
     stop_shown: bool = False
     """Whether the page of the sweep shows that it has stopped."""
     turned_at: float = field(default_factory=time.time)
-    """Time of the last turn of a loop of the main thread: if it hangs, other threads still run."""
+    """Unix time of the last iteration of the main thread's loop: other threads still run if that hangs."""
     gauge: SetGauge = lambda *_: None
     """Sets a gauge of the sweep, if its Ray exports metrics."""
 
@@ -92,7 +92,7 @@ class Failures:
     def words(self) -> str:
         """Return all failures in one line, empty if there are none."""
         evaluation = [] if self.evaluation is None else [("evaluate", self.evaluation)]
-        failed = [*self.models.items(), *evaluation, *self.skipped.items()]  # a model may be named evaluate, too
+        failed = [*self.models.items(), *evaluation, *self.skipped.items()]  # a model may also be named evaluate
         return "; ".join(f"{name} failed: {why}" for name, why in failed)
 
 
@@ -102,10 +102,10 @@ def stopping_jobs(driver: Driver, *, joined: bool = False) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        gone = driver.taken_over or isinstance(error, RayEnded)  # to another process, or with their Ray
+        gone = driver.taken_over or isinstance(error, RayEnded)  # the jobs are another process's, or ended with their Ray
         stopped = [job for job in driver.jobs if (job.ours or joined) and not gone]
-        # Wait until the jobs have saved: their Ray may end with this process, and the next command would join jobs that stop. A Ray
-        # job that Ray stops has no time for it, a minute at most.
+        # Wait until the jobs have saved: their Ray may end with this process, and the next command would join jobs that stop. But
+        # a Ray job that Ray stops has no time for this: a minute at most.
         no_time = in_ray_job() and isinstance(error, Preempted | KeyboardInterrupt)
         wait_s = 0.0 if no_time else driver.sweep.recipe.grace_s + 5
         if stopped and wait_s and isinstance(error, Preempted):
@@ -140,7 +140,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
         if driver.first:
             _insist(driver, partial(sweep.run(model).folder.delete, Ended.NAME))
         elif failed := _insist(driver, partial(Ended.find_intact, sweep.run(model).folder)):
-            waiting.remove(model)  # under the command that was joined
+            waiting.remove(model)  # it failed under the command that this one joined
             failures.models[model] = failed.why
     evaluation = _Evaluation(driver, cluster, failures, trained=not waiting)
     training: dict[str, Job] = {}
@@ -164,7 +164,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
 
 
 def _after(driver: Driver, cluster: Cluster, failures: Failures, model: str, job: Job) -> Job | None:
-    """Return the job that follows one of training, if that did not train the model and it has not failed."""
+    """Return the job that follows an ended training job; None if the model is trained or has failed."""
     trained = partial(_insist, driver, partial(state.trained, driver.sweep, model))
     if job.status == "SUCCEEDED":
         return None if _knows_recipe(driver, job) or trained() else _submit(driver, cluster, "train", model)
@@ -180,7 +180,7 @@ def _after(driver: Driver, cluster: Cluster, failures: Failures, model: str, job
 
 
 def _insist(driver: Driver, ask: Callable[[], T]) -> T:
-    """Return what storage answers; one that is away is asked for as long as the jobs themselves wait for it."""
+    """Return the answer of storage. While storage is away it is asked again, for as long as the jobs themselves wait for it."""
 
     def pause() -> None:
         go_on(driver)
@@ -190,7 +190,7 @@ def _insist(driver: Driver, ask: Callable[[], T]) -> T:
 
 
 class _Evaluation:
-    """The evaluation job beside the trainings. One that failed by an accident is submitted again: both may go on for weeks."""
+    """The evaluation job beside the trainings. After an accident another job is submitted: both may run for weeks."""
 
     def __init__(self, driver: Driver, cluster: Cluster, failures: Failures, *, trained: bool) -> None:
         self._driver, self._failures = driver, failures
@@ -200,16 +200,16 @@ class _Evaluation:
         self._again_s, self._trained, self._over = 0.0, trained, False
         self._failed, self._results = 0, 0
         self._shown_until_s = math.inf
-        """Until when the job before this one is exported as failed."""
+        """Time (monotonic) until which the previous job is exported as failed."""
         self._alone = cluster.ours
-        """Whether there is one machine, so that no other can be away."""
+        """Whether the cluster is one machine, so that no other node can be away."""
 
     def over(self, *, trained: bool) -> bool:
-        """Show its log; return whether it has ended for good. Attempts begun once all models are `trained` are limited."""
+        """Show the job's log; return whether evaluation is over. The number of jobs is limited once all models are `trained`."""
         if self._over:
             return True
         if self._job is None:
-            if time.monotonic() < self._again_s and trained == self._trained:  # nothing else runs once all are trained
+            if time.monotonic() < self._again_s and trained == self._trained:  # the pause ends when the last training ends
                 return False
             if trained and not self._trained:
                 self._failed = 0
@@ -218,7 +218,7 @@ class _Evaluation:
         elif time.monotonic() > self._shown_until_s:
             self._driver.gauge("evaluation_failed", 0)
             self._shown_until_s = math.inf
-        ended = self._job.ended()  # asked before its log, so that its end is handled completely
+        ended = self._job.ended()  # asked before the log is read, so that no last line is missed
         _poll(self._driver, self._job, "evaluate")
         if ended and self._job.status == "SUCCEEDED" and not _knows_recipe(self._driver, self._job):
             self._job = None
@@ -230,16 +230,17 @@ class _Evaluation:
         return self._over
 
     def _goes_on_after(self, job: Job) -> bool:
-        """Note why a job failed; return whether another is submitted: after a mistake only beside trainings.
+        """Note why a job failed; return whether another one follows. After a mistake one follows only beside trainings.
 
-        A file that one node lacks looks like a mistake while the other nodes are away, as at the begin: of one machine none can be.
+        A file that one node lacks looks like a mistake while the other nodes are away, as at the start. On a single machine no node
+        can be away, so a mistake before the first result ends evaluation.
         """
         if job.killed:
             self._driver.gauge("evaluation_failed", 1)
         if _goes_on_again(self._driver, job, "evaluate", self._measured):
             self._job = None
             return True
-        # What is away may be the hub of its weights, which training does not need.
+        # The storage that is away may be the hub of evaluation's weights, which training does not need.
         self._failures.evaluation = _failure(self._driver, job, "evaluate", ends_by_away=self._trained)
         self._driver.gauge("evaluation_failed", 1)
         results = _insist(self._driver, self._measured)
@@ -261,21 +262,21 @@ class _Evaluation:
 def _begin_waiting(
     driver: Driver, cluster: Cluster, waiting: list[str], training: dict[str, Job], failures: Failures, *, ask: bool
 ) -> None:
-    """Start to train waiting models while the cluster has room; branches only if storage may be asked about their trunks."""
-    at_once = max(1, cluster.at_once()) if waiting else 0  # one waits, says for what, and has an autoscaler add nodes
+    """Start to train waiting models while the cluster has capacity; branches only if storage may be asked about their trunks."""
+    at_once = max(1, cluster.at_once()) if waiting else 0  # one job waits, logs for what, and lets an autoscaler add nodes
     for model in list(waiting):
         branch = driver.sweep.recipe.models[model].branch
         if len(training) >= at_once or (branch and not ask):
             continue
-        go_on(driver)  # storage is asked for each
+        go_on(driver)  # before each question to storage
         try:
             begins = state.may_begin(driver.sweep, model)
             in_vain = branch and not begins and (
-                # a trunk that has saved later points has not kept its one at the branch
+                # a trunk with later resume points has not kept the one where the branch begins
                 branch.of not in (*waiting, *training) or state.resumable_images(driver.sweep.run(branch.of)) > branch.at
             )  # fmt: skip
         except StorageAway:
-            return  # it may be for a while, and the jobs that run wait by themselves
+            return  # perhaps only for a while; the running jobs wait for storage by themselves
         if begins:
             waiting.remove(model)
             training[model] = _submit(driver, cluster, "train", model)
@@ -286,8 +287,8 @@ def _begin_waiting(
 
 
 def _knows_recipe(driver: Driver, job: Job) -> bool:
-    """Whether a job began with this command's recipe. One that an earlier command left has read its own: of what was added since it
-    knows nothing."""
+    """Return whether a job began with this command's recipe. A job of an earlier command has read the recipe of that command,
+    which lacks what was added since."""
     return job.ours or not driver.first
 
 
@@ -299,9 +300,9 @@ def _fail(driver: Driver, failures: Failures, model: str, why: str) -> None:
 
 
 def _failure(driver: Driver, job: Job, name: str, *, ends_by_away: bool = True) -> str:
-    """Return why a job failed. Re-raises if it was stopped from outside, is held elsewhere or lost storage: none is a failure.
+    """Return why a job failed. Raise if it was stopped from outside, is held elsewhere or lost storage: these are no failures.
 
-    Without `ends_by_away` lost storage is one.
+    Without `ends_by_away`, lost storage counts as a failure.
     """
     why = job.reason()
     error = job.error(f"{name}: {why}")
@@ -314,10 +315,11 @@ def _failure(driver: Driver, job: Job, name: str, *, ends_by_away: bool = True) 
 
 
 def _goes_on_again(driver: Driver, job: Job, name: str, stored: Callable[[], int] = lambda: 0) -> bool:
-    """Whether another job follows one that did not end well, a limited number of times since more was `stored`.
+    """Return whether another job follows one that did not succeed, a limited number of times since more was `stored`.
 
-    It does after an accident of its process, if it was stopped for an earlier command, and if storage was away, once that answers
-    again: StorageAway if it does not for as long as jobs wait. The job of a command that was joined was stopped by that command.
+    Another job follows if the job's process was killed, if it was stopped for an earlier command, or if storage was away. In the
+    last case this waits until storage answers again; StorageAway if it is away for longer than jobs wait. If this command joined
+    another one, a stopped job was stopped by that command, and no job follows.
     """
     stopped, away = job.status == "STOPPED" and not job.ours and driver.first, isinstance(job.error(""), StorageAway)
     if not (job.killed or stopped or away) or not may_follow(driver, name, _insist(driver, stored)):
@@ -335,7 +337,7 @@ def _goes_on_again(driver: Driver, job: Job, name: str, stored: Callable[[], int
 
 
 def _require_usable(driver: Driver) -> None:
-    """StorageAway unless storage takes writes: it may answer, and still refuse them or list wrongly after an outage."""
+    """Raise StorageAway unless storage takes writes: after an outage it may answer, but refuse writes or list wrongly."""
     try:
         driver.sweep.store.require_usable()
     except UserError as error:
@@ -351,13 +353,13 @@ def _pause(driver: Driver, seconds: float) -> None:
 
 
 def pause_before_next(driver: Driver, name: str) -> None:
-    """Wait before what follows, but for the first of the day: a machine that is short of memory is so for minutes."""
+    """Wait before the next job or Ray, except before the first within a day: a machine may be short of memory for minutes."""
     if len(driver.followed_s[name]) > 1:
         _pause(driver, min(LONGEST_PAUSE_S, driver.poll_every_s * 2 ** len(driver.followed_s[name])))
 
 
 def may_follow(driver: Driver, name: str, stored: int = 0) -> bool:
-    """Note that another job, or Ray, follows one of this name; false if too many have since more was `stored`."""
+    """Note that another job or Ray follows one of this name; return false if too many have followed since more was `stored`."""
     now_s = time.monotonic()
     if stored != driver.stored.get(name, 0):
         driver.stored[name], driver.followed_s[name] = stored, []
@@ -373,7 +375,7 @@ def how_to_continue(sweep: Sweep) -> str:
 
 
 def silence_of(driver: Driver, cluster: Cluster) -> Silence:
-    """Return a silence of the cluster's Ray that the driver's board tells."""
+    """Return a `Silence` for the cluster's Ray that logs to the driver's board."""
     error = RayEnded if cluster.ours else Unanswered
     return Silence(driver.board.say, pause_s=driver.poll_every_s, require_alive=cluster.require_alive, error=error)
 
@@ -383,7 +385,7 @@ def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Jo
     submitted = partial(driver.submit, cluster, driver.sweep, stage, *arguments)
     try:
         job: Job = silence.insist(submitted, partial(go_on, driver))
-    except BaseException:  # Ray may have taken a job, and its answer was lost
+    except BaseException:  # Ray may have accepted a job although its answer was lost
         known = {job.id for job in driver.jobs}
         driver.jobs += [Job(cluster, name, ours=True, silence=silence) for name in cluster.unanswered - known]
         raise
@@ -398,7 +400,7 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
     """Show what the job logged since the last poll; raise Preempted if this process was asked to stop."""
     progress = None
     for raw in job.lines():
-        go_on(driver)  # a job that was joined has written for days
+        go_on(driver)  # the log of a joined job may have days of lines
         line = lines.parse(raw)
         if line and line.kind == "progress":
             progress = {part: line.facts[part] for part in ("done", "total", "unit")}
@@ -411,7 +413,7 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
     if not driver.as_json:
         driver.board.at_work(name)
     if progress and name in STAGES:
-        with suppress(DisScaleError):  # only people read it: a sweep's patience of minutes would keep a stop request waiting
+        with suppress(DisScaleError):  # only people read it: the sweep's retries would delay a stop request for minutes
             StageProgress(stage=name, at=time.time(), **progress).write(replace(driver.sweep.folder, tries=1))
 
 

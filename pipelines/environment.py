@@ -1,8 +1,8 @@
 """Environment variables of our processes.
 
-Read when a process starts: how threads wait, and what becomes of freed memory. They come with the job, and only the job's own
-`env_vars` change them. Read when a process group is made: its network interface, and what is recorded for a hang. Of these, one
-that the node's environment sets is left as it is.
+A process reads some when it starts: how threads wait, and what becomes of freed memory. These come with the job, and only the job's
+own `env_vars` change them. Others are read when a process group is made: its network interface, and what is recorded for a hang. A
+value of these that the node's environment sets is kept.
 """
 
 import os
@@ -35,7 +35,7 @@ def interface_of(ip: str) -> str | None:
 def prepare_group(ip: str, device: str) -> str:
     """Set the variables of a process group on the node with this address; return the interfaces of gloo and NCCL in words.
 
-    Without them gloo takes the address that the host's name resolves to, on Debian 127.0.1.1, and NCCL perhaps docker0.
+    Without these variables gloo uses the address to which the host's name resolves, on Debian 127.0.1.1, and NCCL perhaps docker0.
     """
     name = interface_of(ip)
     values = dict(zip(INTERFACES, (name, f"={name}"), strict=True)) if name else {}  # "=": NCCL compares the complete name

@@ -1,7 +1,7 @@
 """Evaluate, a Ray job next to training: samples and measures each new published checkpoint, writes metrics and a grid of samples.
 
-Blocks of samples are the unit of work and are kept, so an evaluation that was killed continues where it was. Its workers are in
-evaluators.py. PyTorch is imported where it is used: the driver starts its workers first, and all load it at the same time.
+Blocks of samples are the unit of work. They are stored, so a killed evaluation continues with the missing blocks. Its workers are
+in evaluators.py. PyTorch is imported where it is used: the driver first starts its workers, and all import it at the same time.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -28,9 +28,9 @@ from pipelines.waiting import Wait
 from pipelines.worker import request_for
 
 POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
-"""Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
+"""Shortest and longest interval of polls for news of training: a twentieth of the wait so far. A poll costs several requests."""
 MEASURED_POLL_S, MEASURED_S, GIVE_UP_MEASURING_S = 1.0, 3600.0, 4 * 3600.0
-"""Interval of looks at what is measured, time after which it counts as a hang, and after which the job ends: another follows."""
+"""Poll interval of a measurement, time after which it counts as a hang, and time after which the job ends and another follows."""
 ENDS_S = 10.0
 """Time at the end of the grace period in which a stage gives back its lease and stores its logs."""
 BACKLOG_EVERY_S = 600.0
@@ -82,7 +82,7 @@ class PublishedEvaluation:
     def _open(self) -> tuple[Evaluation, RayEvaluators]:
         gpus = 0
         if self.device == "cuda":
-            self.job.progress(0, _images(self.job.sweep), "images")  # for whoever reads the status while it waits
+            self.job.progress(0, _images(self.job.sweep), "images")  # for the status during the wait
             gpus = await_gpus(self.job, partial(free_gpus, self.job.sweep))
         return self.open(self.job, self.device, gpus)
 
@@ -94,7 +94,7 @@ def show_backlog(backlog: state.Backlog, skipped: Collection[Sampled], gauge: Se
 
 
 def free_gpus(sweep: Sweep) -> int | None:
-    """Return how many evaluators get a GPU of their own now; None if none does, and none may share one."""
+    """Return how many evaluators get a GPU of their own now; None if no evaluator gets or may share a GPU."""
     own = own_gpus(sweep, Places.now(sweep.recipe))
     may_share = sweep.recipe.evaluate.gpu_share is not None and total_gpus() > 0
     return own if own > 0 or may_share else None
@@ -118,7 +118,7 @@ def await_gpus(job: StageJob, free: Callable[[], int | None]) -> int:
 
 
 def ablate(job: StageJob) -> None:
-    """Evaluate one published checkpoint with other values of one setting, each a variant of its own; keep finished ones."""
+    """Evaluate one published checkpoint with other values of one setting, each as its own variant; skip finished ones."""
     model, images, name, *values = job.arguments
     setting, guide = state.parse_ablation_name(name)
     job.connect()
@@ -137,11 +137,11 @@ def ablate(job: StageJob) -> None:
 
 
 def evaluate_all(job: StageJob, evaluation: Evaluation, skipped: set[Sampled], moves: Callable[[], bool] = lambda: False) -> bool:
-    """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
+    """Evaluate each published checkpoint as it comes. One that cannot be measured is logged, noted in storage and skipped.
 
-    Memory may be too small for a model and a variant, or its kernels may be wrong here. That error is raised when all others are
-    evaluated and training is over. Returns true when training is over and nothing is left. Returns false before the next checkpoint
-    if `moves()`: the evaluators have to move, and others continue.
+    Memory may be too small for a model and a variant, or its kernels may be wrong here. That error is raised after all other
+    checkpoints are evaluated and training is over. Returns true when training is over and no checkpoint is left. Returns false
+    before the next checkpoint if `moves()`: the evaluators have to move, and new evaluators continue.
     """
     todo = _Todo(job, evaluation, skipped)
     try:
@@ -187,38 +187,38 @@ def _evaluate_all(todo: "_Todo", moves: Callable[[], bool]) -> bool:
 
 
 class _Todo:
-    """The checkpoints that are left. One is measured in a thread while the next is sampled: 50,000 samples take minutes of CPU."""
+    """Remaining checkpoints. One is measured in a thread while the next is sampled: 50,000 samples take minutes of CPU time."""
 
     def __init__(self, job: StageJob, evaluation: Evaluation, skipped: set[Sampled]) -> None:
         self.job, self.evaluation, self.skipped = job, evaluation, skipped
         self.put_off = dict[tuple[str, str], DisScaleError]()
-        """Why no checkpoint of a model and a variant can be sampled here."""
+        """Error that prevents sampling here, by model and variant."""
         self.measured = dict[Sampled, Future[dict[str, float]]]()
-        """What is measured, one after the other: each holds gigabytes."""
+        """Checkpoints that are being measured, one after the other: each takes gigabytes of memory."""
         self._backlog, self._pool = state.Backlog(job.sweep), ThreadPoolExecutor(1, "measure")
 
     def left(self) -> list[Sampled]:
-        """Return what is neither evaluated nor skipped nor measured now."""
+        """Return the checkpoints that are neither evaluated nor skipped nor being measured."""
         return [sampled for sampled in self._backlog.left() if sampled not in self.skipped and sampled not in self.measured]
 
     def possible(self, waiting: list[Sampled]) -> list[Sampled]:
-        """Return those that are not put off."""
+        """Return the `waiting` checkpoints that are not put off."""
         return [sampled for sampled in waiting if (sampled.model, sampled.variant) not in self.put_off]
 
     def evaluate(self, sampled: Sampled) -> None:
-        """Sample a checkpoint, wait for the one before, and let it be measured."""
+        """Sample a checkpoint and begin to measure it; then wait for the measurement of the one before."""
         before = [*self.measured]
         try:
             with noting(self.job, sampled, self.skipped):
                 self.measured[sampled] = self._pool.submit(self.evaluation.sample(sampled))
         except (OutOfMemory, WrongKernel) as error:
-            self.put_off[sampled.model, sampled.variant] = error.with_traceback(None)  # that would keep lost evaluators
+            self.put_off[sampled.model, sampled.variant] = error.with_traceback(None)  # it would keep lost evaluators
             self.job.say(f"{sampled}: {describe(error)}; the others are evaluated first", level="warning")
         for each in before:
             self._finish(each)
 
     def finish(self) -> None:
-        """Wait until all is measured; log the values, or note why one cannot be measured."""
+        """Wait for all measurements; log their values, or note why a checkpoint cannot be measured."""
         for sampled in [*self.measured]:
             self._finish(sampled)
 
@@ -232,7 +232,7 @@ class _Todo:
                     behind.cancel()
                 self.measured.clear()
                 raise DisScaleError(f"{sampled}: it is not measured after {waited_s / 3600:.0f} h: does a read of its blocks hang?")
-            if waited_s < MEASURED_S:  # a longer one is to be seen
+            if waited_s < MEASURED_S:  # a longer measurement has to show as a hang
                 self.job.show_idle()
         self._say(sampled)
 
@@ -241,7 +241,7 @@ class _Todo:
             self.job.say(_shown(sampled, self.measured.pop(sampled).result()))
 
     def settle(self) -> None:
-        """Finish after an error, which is the one to raise: what follows would measure the same a second time."""
+        """Finish the measurements after an error, since the next attempt would repeat them. Their own errors are only logged."""
         while self.measured:
             try:
                 self.finish()
@@ -253,14 +253,14 @@ class _Todo:
                 self.job.say(f"not measured: {describe(error)}", level="warning")
 
     def stop(self) -> None:
-        """Wait for what is measured as long as the grace period allows: the time of its samples is known here only."""
+        """Wait for the measurements as long as the grace period allows: only this process knows how long sampling took."""
         done = wait(self.measured.values(), max(0.0, self.job.grace_left_s() - ENDS_S)).done
         for sampled in [sampled for sampled, values in self.measured.items() if values in done and not values.exception()]:
             self._say(sampled)
 
 
 def _measure_again(job: StageJob, evaluation: Evaluation, skipped: set[Sampled]) -> None:
-    """Measure what the recipe has changed since, from the blocks that are kept."""
+    """Measure outdated evaluations again from their stored blocks, for example after the recipe has added a metric."""
     for sampled, why in state.outdated(job.sweep).items():
         if sampled not in skipped:
             job.raise_if_stopped()
@@ -269,10 +269,10 @@ def _measure_again(job: StageJob, evaluation: Evaluation, skipped: set[Sampled])
 
 
 def wait_for_training(job: StageJob, news: Callable[[], bool]) -> None:
-    """Wait for `news`; DisScaleError if for a day nothing is published or saved either."""
+    """Wait until `news` returns true; DisScaleError if nothing is published or saved for a day."""
 
     def saved() -> list[list[str]]:
-        """Changes while training runs."""
+        """Return the names of the resume points by model, which change while training runs."""
         return [job.sweep.run(model).resume.list() for model in job.recipe.models]
 
     began_s = since_s = job.now_s()
@@ -316,12 +316,12 @@ def evaluate_one(job: StageJob, evaluation: Evaluation, sampled: Sampled, skippe
     """Evaluate one checkpoint; if it cannot be measured, log that, note it in storage and add it to `skipped`."""
     with noting(job, sampled, skipped):
         job.say(_shown(sampled, evaluation.evaluate(sampled)))
-        job.show_idle()  # what is measured again from its blocks samples nothing
+        job.show_idle()  # a measurement from stored blocks samples nothing
 
 
 @contextmanager
 def noting(job: StageJob, sampled: Sampled, skipped: set[Sampled]) -> Iterator[None]:
-    """Log an error of the block that is the checkpoint's own, note it in storage, and add the checkpoint to `skipped`."""
+    """If the block fails and the checkpoint is the cause, log the error, note it in storage and add the checkpoint to `skipped`."""
     try:
         yield
     except (Held, NotOpened, OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure, WrongKernel):
@@ -336,9 +336,9 @@ def noting(job: StageJob, sampled: Sampled, skipped: set[Sampled]) -> Iterator[N
 
 
 def measure_floor(job: StageJob, evaluation: Evaluation) -> None:
-    """Measure the floor; log and note why if it cannot be measured: no model needs it. A run that evaluates more tries again.
+    """Measure the floor. If that fails, log and note the reason: no model needs the floor. A later evaluation job tries again.
 
-    Storage that is away, the sweep's own or that of the images, is asked again for an hour.
+    If the storage of the sweep or of the images is away, it is asked again for an hour.
     """
 
     def pause() -> None:

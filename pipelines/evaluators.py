@@ -1,6 +1,6 @@
-"""Workers of an evaluation: one samples blocks of one checkpoint and keeps them; all of them as one, on Ray.
+"""Workers of an evaluation: an `Evaluator` samples and stores blocks of a checkpoint; `RayEvaluators` are all of them as one.
 
-They reserve no CPU and run at low priority: on a small machine a reserved CPU would block training's placement for ever.
+Evaluators reserve no CPU and run at low priority: on a small machine a reserved CPU would block training's placement for ever.
 """
 
 import contextlib
@@ -35,23 +35,25 @@ if TYPE_CHECKING:
     from dis_scale.diffusion.generate import Generator
 
 NICE = 5
-"""Beside a busy process of training, a quarter of a CPU: at 19 the first samples of a sweep on CPUs came when a training ended."""
+"""Niceness of an evaluator, which gives it a quarter of a CPU beside a busy training process. At 19 the first samples of a sweep on
+CPUs came only when a training ended."""
 WAITS_EVERY_S = 2.0
 """Interval at which a GPU to share is looked for."""
 OTHER_S = 300.0
-"""Time for an evaluator on another node to find room, to open its networks and to compare a kernel."""
+"""Time for an evaluator on another node to find capacity, to open its networks and to compare a kernel."""
 Seat = tuple[int | None, str | None, int]
-"""The GPU that an evaluator shares and its node, None for one of its own, and its number among those of the same."""
+"""Key of an evaluator: the GPU that it shares and that GPU's node, both None for a GPU of its own; and its number among the
+evaluators that are equal in both."""
 
 
 class NotOpened(UserError):
-    """An evaluator cannot load the decoder or an extractor, which no checkpoint is to blame for."""
+    """An evaluator cannot load the decoder or an extractor. No checkpoint is to blame."""
 
 
 class Evaluator(Worker):
-    """Samples blocks and measures the held-out loss; progress counts the images that it sampled, without kept ones.
+    """Samples blocks and measures the held-out loss; progress counts the images that it sampled, without stored ones.
 
-    A block may take an hour on a GPU that is shared, and what makes no progress for so long is killed.
+    Progress is reported within a block: on a shared GPU a block may take an hour, and a worker without progress is killed.
     """
 
     def __init__(self, sweep: Sweep, device: str, shared_gpu: int | None = None) -> None:
@@ -61,11 +63,11 @@ class Evaluator(Worker):
         os.nice(NICE)
         if shared_gpu is not None:
             devices.hide_others(shared_gpu)
-        self._shared = 0.0 if shared_gpu is None else 1.0  # beside training, which may hold all that it leaves
+        self._shared = 0.0 if shared_gpu is None else 1.0  # training may hold all memory that it leaves
         try:
             with devices.blaming_others(devices.torch_device(device), self._shared):
                 self._open(sweep, device, shares=shared_gpu is not None)
-        except Exception as error:  # of a process that died of it, Ray would say only that it was lost
+        except Exception as error:  # if the process died of it, Ray would only report a lost worker
             self._broken = error
 
     def _open(self, sweep: Sweep, device: str, *, shares: bool) -> None:
@@ -87,14 +89,14 @@ class Evaluator(Worker):
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
-        """One call at a time, on a device that was checked; BrokenDevice if it fails."""
+        """Let one call at a time run the block, on a checked device; BrokenDevice if the device fails."""
         from dis_scale.data.encode import compute_exactly
 
         if isinstance(self._broken, DisScaleError) and not may_pass(self._broken):
             raise NotOpened(f"{describe(self._broken)} (on node {socket.gethostname()})") from self._broken
         if self._broken:
             raise self._broken
-        with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
+        with self._sampling:  # after another worker failed, an earlier call may still be in its last block
             compute_exactly()  # the number of threads is set per thread
             if not self._checked:
                 devices.check_on_node(self.sampler.device, self._shared)
@@ -103,14 +105,14 @@ class Evaluator(Worker):
                 yield
 
     def opens(self) -> bool:
-        """Whether it has what it samples with; what may have passed by the next attempt is raised."""
+        """Return whether its networks were loaded; raise the error instead if the next attempt may do better."""
         if self._broken and may_pass(self._broken):
             raise self._broken
         return self._broken is None
 
     def right(self, sampled: Sampled, settings: Evaluate, number: int | None = None) -> bool:
-        """Whether the kernels of a model agree with their definition on this device, and the samples of a block, if given, are
-        finite."""
+        """Return whether a model's kernels agree with their definition on this device, and the samples of block `number`, if given,
+        are finite."""
         with self._working():
             try:
                 guide, model = self.sampler.guide(settings), self.sampler.model(sampled.model, sampled.images_seen, settings)
@@ -121,7 +123,7 @@ class Evaluator(Worker):
             return True
 
     def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> Spent:
-        """Sample and keep the blocks that `deal` names."""
+        """Sample and store the blocks that `deal` names; return what this took."""
         from dis_scale.models.replay import replayed
         from dis_scale.training.throughput import machine_name
 
@@ -130,7 +132,7 @@ class Evaluator(Worker):
 
             @cache
             def models() -> "tuple[Generator, Generator | None]":
-                """The model and the one that guides it, loaded for the first block only; never if no block is left."""
+                """Return the model and the one that guides it, loaded for the first block; not at all if no block is left."""
                 guide = self.sampler.guide(settings)
                 model = self.sampler.model(sampled.model, sampled.images_seen, settings)
                 self.emit("work")
@@ -155,7 +157,7 @@ class Evaluator(Worker):
         self.report(self._done + images)
 
     def floor(self, deal: Deal) -> None:
-        """Measure and keep the blocks of real images that `deal` names."""
+        """Measure and store the blocks of real images that `deal` names."""
         from dis_scale.data.sources import open_source
         from dis_scale.evaluation import floor
 
@@ -167,7 +169,7 @@ class Evaluator(Worker):
                     break
                 try:
                     block = floor.make_block(self.sampler, source, chosen, number)
-                except BrokenDevice as error:  # images that are not there, of which other work needs none
+                except BrokenDevice as error:  # missing images, which no other work needs
                     raise StorageError(str(error)) from None
                 self.sweep.floor.write(block_name(number), block.to_bytes())
                 self._count(len(block.numbers))
@@ -196,13 +198,13 @@ class RayEvaluators:
     job: StageJob
     device: str
     gpus: int
-    """Number of those with a GPU of their own."""
+    """Number of evaluators with a GPU of their own."""
     report: Callable[[int], None]
     """Gets the number of images that were sampled here."""
     _workers: dict[Seat, Any] = field(default_factory=dict)
     """Living evaluators."""
     _images: dict[str, int] = field(default_factory=dict)
-    """Images that each has sampled, also the lost ones, by its actor's id."""
+    """Images sampled by each evaluator, lost ones included, by the actor's id."""
 
     def spawn(self) -> None:
         """Start the evaluators that are missing: all of them, or those that were lost or had no capacity.
@@ -248,7 +250,7 @@ class RayEvaluators:
         self._workers = {}
 
         def count(done: list[int]) -> None:
-            for worker, images in zip(map(actor_id, workers), done, strict=True):  # 0 of one that was not asked yet
+            for worker, images in zip(map(actor_id, workers), done, strict=True):  # 0 before a worker's first answer
                 self._images[worker] = max(images, self._images.get(worker, 0))
             self.report(sum(self._images.values()))
 
@@ -265,10 +267,10 @@ class RayEvaluators:
         return spent
 
     def _blame(self, error: WrongKernel | NotFinite | NotOpened, check: str, *arguments: Any) -> Exception:
-        """Return the error to raise for one evaluator's: a failure of its node if the `check` of others there passes.
+        """Return the error to raise for an evaluator's error: a WorkerFailure if the `check` passes on another evaluator.
 
-        Those that fail are ended, and count against their nodes: their device computes wrongly, or lacks a file. If a kernel is
-        wrong for all of them, one on another node is asked as well.
+        Evaluators whose check fails are ended, and count against their nodes: a device computes wrongly, or a node lacks a file. If
+        a kernel is wrong for all of them, an evaluator on another node is also asked.
         """
         placed = {seat: worker for seat, worker in self._workers.items() if ray_private.has_process(worker)}
         calls = [getattr(worker, check).remote(*arguments) for worker in placed.values()]
@@ -292,7 +294,7 @@ class RayEvaluators:
         return WorkerFailure(words)
 
     def _right_elsewhere(self, check: str, *arguments: Any) -> bool:
-        """Whether a check passes on another node than the evaluators', which has to have room soon: no other one was asked."""
+        """Return whether a check passes on a node without evaluators; false if no such node has capacity soon."""
         here = {ray_private.node_of(worker) for worker in self._workers.values() if ray_private.has_process(worker)}
         bad, places = {*here, *nodes.failed(self.job.sweep, nodes.living())}, Places.now(self.job.recipe)
         if not places.without(bad).evaluates(self.device):
@@ -325,12 +327,12 @@ class RayEvaluators:
         return values
 
     def move(self) -> bool:
-        """Whether others have to continue, because training needs more or fewer GPUs than before."""
+        """Return whether new evaluators have to continue, because training needs more or fewer GPUs than before."""
         sweep = self.job.sweep
         return self.device == "cuda" and own_gpus(sweep, Places.now(sweep.recipe)) != self.gpus
 
     def end(self) -> None:
-        """Give back the GPUs now: a handle that is kept somewhere would keep them."""
+        """End the evaluators, so that their GPUs are free now: a handle that is kept somewhere would keep them."""
         for worker in self._workers.values():
             ray.kill(worker)
         self._workers = {}

@@ -32,21 +32,21 @@ NETWORK = (errno.EADDRINUSE, *PASSING)
 """Errors of connections, and of a network's file system that has the programs."""
 Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
 CAUSES = get_args(Cause)
-"""In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
+"""Causes in the order of blame. Of several failures the first in this order is reported: all others break connections."""
 LOST = (
     ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.ActorUnschedulableError,
     ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.LocalRayletDiedError,
     ray.exceptions.ObjectLostError, ray.exceptions.RuntimeEnvSetupError, ray.exceptions.OutOfDiskError, ray.exceptions.RpcError,
 )  # fmt: skip
-"""Errors of a worker whose process is gone: Ray killed it because its node ran low on memory, the node for which it was meant is
-gone, or that which held its answer; and of one that a node could not start, such as a new one that did not get the program."""
+"""Errors of a worker whose process is gone: Ray killed it because its node ran low on memory, or its node or the node that held its
+answer is gone. Also errors of a worker that a node could not start, such as a new node that did not get the program."""
 ACCIDENTS = {"device", "lost", "storage", "connection"}
 """Causes after which a new attempt may succeed."""
 
 
 class WorkerFailure(DisScaleError):
     """An attempt ended by an accident that a new attempt may survive: a lost worker, a broken connection, a hang, storage that was
-    away, a failed device; `worker` is the number of the one to blame, if one is."""
+    away, a failed device. `worker` is the number of the worker to blame, if any."""
 
     def __init__(self, words: str, done: int = 0, silent_s: float = 0.0, cause: Cause = "lost", worker: int | None = None) -> None:
         super().__init__(words)
@@ -57,11 +57,11 @@ class WorkerFailure(DisScaleError):
         self.node = ""
         """Name of the node of the worker to blame, if it is known."""
         self.node_gone = False
-        """Whether one of these is gone, as a node of spare capacity may be at any time."""
+        """Whether one of `nodes` is gone, as a node of spare capacity may be at any time."""
 
 
 class Hang(WorkerFailure):
-    """No step ended for a while: all workers wait, and nothing tells for which of them."""
+    """No step ended for a while: all workers wait, and it is not known for which of them."""
 
 
 def failure_to_raise(failures: Sequence[tuple[int, Exception]], done: int, silent_s: float) -> Exception:
@@ -88,12 +88,12 @@ def failure_of(result: Any) -> Exception | None:
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether a new attempt may do better: after a lost worker, a failed device, a broken connection, storage that is away."""
+    """Return whether a new attempt may succeed: after a lost worker, a failed device, a broken connection or a storage outage."""
     return blame(error) in ACCIDENTS
 
 
 def blame(error: Exception) -> Cause:
-    """Return the cause of an error of Ray, or of storage in this process. What no accident raises is a mistake."""
+    """Return the cause of an error of Ray, or of storage in this process. An error of no known accident is a mistake."""
     if isinstance(error, LOST):
         return "lost"
     cause = cause_of(error)

@@ -1,7 +1,7 @@
 """Ray's job API: submit a stage or join its running job, read its lines, stop it.
 
-A running job's log is followed through a websocket, so each line is sent once: after days it has a hundred megabytes, and Ray's
-`get_job_logs` sends all of it. Only the end is read so, once, because the websocket ends two seconds after the job.
+A running job's log is followed through a websocket, so each line is sent once. After days a log has a hundred megabytes, and Ray's
+`get_job_logs` sends all of it. It is called once, for the end of the log: the websocket ends two seconds after the job.
 
 Pitfalls: a job's driver has 3 s between SIGTERM and SIGKILL unless RAY_JOB_STOP_WAIT_TIME_S is in its environment; an id stays
 taken after its job has ended; a child job without a runtime environment runs in the cluster's own folder, on other code.
@@ -37,7 +37,7 @@ from pipelines.silence import SILENT_S, Silence, Unanswered
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
-"""Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
+"""Environment variable. If set, an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
 RAY_ACCIDENTS = {
     *(f"JOB_SUPERVISOR_ACTOR_{what}" for what in ("DIED", "START_TIMEOUT", "START_FAILURE", "UNSCHEDULABLE", "UNKNOWN_FAILURE")),
     "JOB_ENTRYPOINT_COMMAND_START_ERROR", "RUNTIME_ENV_SETUP_FAILURE",
@@ -48,12 +48,12 @@ STOP_ASKED_S = 20.0
 """Time for which Ray is asked to stop the jobs of a command that has no time to wait for their end."""
 ASK_AGAIN_S = 0.3
 LAST_LINES_S = 15.0
-"""Time for which an ended job's last lines are asked for, which have the reason of its end; once, since a stop waits meanwhile."""
+"""Time for which an ended job's last lines, with the reason of its end, are asked for. Only once: a stop waits meanwhile."""
 
 
 @dataclass
 class Job:
-    """A stage's job; `ours` is false if another sweep submitted it and this one only reads its log."""
+    """A stage's job; `ours` is false if another command submitted it and this one only reads its log."""
 
     cluster: Cluster
     id: str
@@ -76,22 +76,22 @@ class Job:
     """Whether the rest of an ended job's log was read, or is lost."""
     _heard: int = 0
     _in_vain: int = 0
-    """Followers one after the other that brought nothing new."""
+    """Number of followers in a row that received nothing new."""
     _tail: list[str] = field(default_factory=list)
 
     @property
     def status(self) -> JobStatus:
-        """The last status that is known."""
+        """Last known status."""
         return JobStatus.PENDING if self._info is None else JobStatus(self._info.status)
 
     def ended(self) -> bool:
-        """Whether the job has ended, as far as Ray answers; Unanswered if it has not for too long."""
+        """Return whether the job has ended, by Ray's last answer; Unanswered if Ray has not answered for too long."""
         if self.status not in ENDED:
             self._info = self.silence.ask(lambda: self.cluster.client.get_job_info(self.id)) or self._info
         return self.status in ENDED
 
     def lines(self) -> list[str]:
-        """Return the complete lines that the job has printed since the last call; all that are left once `ended` was true."""
+        """Return the complete lines that the job has printed since the last call; all remaining ones once `ended` was true."""
         text = self._rest() if self.status in ENDED else self._partial + self._new()
         end = text.rfind("\n") + 1
         new, self._partial = text[:end].splitlines(), text[end:]
@@ -107,7 +107,7 @@ class Job:
             except (OSError, RuntimeError):  # an answer was lost, or its agent has gone
                 if self.silence.now_s() > until_s:
                     self._rest_over = True
-                    return self._partial + "".join(taken(self._chunks))  # the reason of its end may have come before
+                    return self._partial + "".join(taken(self._chunks))  # which may have the reason of its end
                 time.sleep(self.silence.pause_s)
             else:
                 self._rest_over = True
@@ -115,9 +115,9 @@ class Job:
         return ""
 
     def _new(self) -> str:
-        """Return what followers have received; start one if none is alive, for example since the job's agent was not up yet.
+        """Return the text that followers have received; start one if none is alive, for example since the job's agent was not up.
 
-        Each gets the log from its beginning: after some that brought nothing new, pauses are longer.
+        Each follower gets the log from its beginning, so the pauses grow after several followers that received nothing new.
         """
         now_s = time.monotonic()
         if not (self._follower and self._follower.is_alive()) and now_s >= self._followed_s:
@@ -133,7 +133,7 @@ class Job:
             asyncio.run(self._receive())
 
     async def _receive(self) -> None:
-        """Receive the log from its beginning, and keep what no follower before had received."""
+        """Receive the log from its beginning, and keep the part that no earlier follower received."""
         position, now_s = 0, asyncio.get_running_loop().time
         async with asyncio.timeout(self.log_silent_s) as silence:
             async for chunk in self.cluster.client.tail_job_logs(self.id):
@@ -152,10 +152,10 @@ class Job:
 
     @property
     def killed(self) -> bool:
-        """Whether it failed without a word of its own: its process was killed, or Ray could not start or watch it.
+        """Whether it failed without an error line: its process was killed, or Ray could not start or watch it.
 
-        Or with words that are no error of ours and may pass (stage.py), such as a Ray that was busy when it began; or stopped by a
-        signal that Ray did not send: who requests a stop asks Ray, which calls the job stopped.
+        Also if it ended by an error of no class of ours that may pass (stage.py), such as that of a Ray that was busy at its start;
+        or by a signal that Ray did not send: a stop request goes through Ray, which then reports the job as stopped.
         """
         code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type in RAY_ACCIDENTS
         if code == UNFORESEEN or (code == Preempted.exit_code and self.status == JobStatus.FAILED):
@@ -178,7 +178,7 @@ class Job:
 
 
 def stops(client: Any, job: str) -> bool:
-    """Ask Ray to stop a job; return whether it does, or the job has ended; false for one about to begin, and without an answer."""
+    """Ask Ray to stop a job; return whether Ray stops it or it has ended. False if it is about to begin, or if no answer comes."""
     with contextlib.suppress(RuntimeError, OSError):
         return client.stop_job(job) is not False or JobStatus(client.get_job_info(job).status) in ENDED
     return False
@@ -187,7 +187,7 @@ def stops(client: Any, job: str) -> bool:
 def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
     """Submit the stage's next attempt, or join the one that runs. OSError, RuntimeError or Unanswered if no answer comes.
 
-    If several submit an id, Ray admits one and the others join it. An id is never used again.
+    If several processes submit an id, Ray admits one of them and the others join its job. An id is never used again.
     """
     prefix = "-".join([prefix_of(sweep), stage, *arguments])
     attempts = {
@@ -205,7 +205,7 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
 
 
 def _environment(cluster: Cluster, sweep: Sweep) -> dict[str, str]:
-    """Variables that a job's processes read when they start."""
+    """Return the variables that a job's processes read when they start."""
     job = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(sweep.recipe.grace_s)), "PYTHONUNBUFFERED": "1"}
     return KEEP_FREED_MEMORY | EXPANDABLE_SEGMENTS | PASSIVE | cluster.runtime_env.get("env_vars", {}) | job
 
@@ -223,7 +223,7 @@ def submit_new(cluster: Cluster, name: str, command: list[str], environment: dic
         why = f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}"
         if "No available agent" in str(error):  # of a Ray that has just started, or whose machine is busy
             raise Unanswered(why) from error
-        # requests' errors of connections, and a gateway's: the job may have been taken
+        # a connection's error (of the library requests) or a gateway's: Ray may have accepted the job
         if isinstance(error, OSError) or "status code 5" in str(error):
             cluster.unanswered.add(name)
             raise Unanswered(why) from error
@@ -231,7 +231,7 @@ def submit_new(cluster: Cluster, name: str, command: list[str], environment: dic
 
 
 def prefix_of(sweep: Sweep) -> str:
-    """First part of the ids of all jobs of a sweep. A local folder counts by its real path, so that any way to it finds them."""
+    """Return the prefix of the ids of a sweep's jobs. A local folder counts by its real path, so that any path to it finds them."""
     local = sweep.folder.local
     where = str(local.resolve()) if local else sweep.folder.url
     return f"{where.rpartition('/')[2]}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
@@ -240,20 +240,20 @@ def prefix_of(sweep: Sweep) -> str:
 def end_own_job(
     exit_code: int, connect: Callable[[None], Any] = client_of, wait_s: float = STOP_WAIT_S, silent_s: float = SILENT_S
 ) -> int:
-    """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
+    """Let a sweep's Ray job that ends with this exit code count as stopped, if a failure would only be repeated.
 
-    Returns the exit code that is left to this process: 0 after a stop request, since a dashboard that is silent stops no job.
+    Returns the exit code for this process: 0 after a stop request, since a dashboard that does not answer stops no job.
 
-    KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
-    is never a failure; if `FINAL` is set, nor are a user's mistake and a finished failure. Storage that is away may be back for the
-    next attempt, and a lease that another process holds be free: the scheduler may take a head for lost that is alive. What nobody
-    foresaw may be an accident of that machine.
+    KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, but none for one that was STOPPED. A stop request
+    is never a failure. If `FINAL` is set, a user's mistake and a finished failure are none either. The others are repeated: storage
+    that is away may be back by the next attempt; a lease may be free, since the scheduler may take a living head for lost; and an
+    unforeseen error may be an accident of this machine.
     """
     own, stopped = own_job(), exit_code == Preempted.exit_code
     final = FINAL in os.environ and exit_code not in (StorageAway.exit_code, Held.exit_code, UNFORESEEN)
     if own is None or not (stopped or final):
         return exit_code
-    ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time
+    ray.shutdown()  # sends the last metrics: a job that Ray stops has no time for this
     # Nothing else waits. A process that Ray stops has a minute.
     with contextlib.suppress(Unanswered):
         Silence(lambda _: None, silent_s, ASK_AGAIN_S).insist(lambda: connect(None).stop_job(own) or True, lambda: None)
@@ -262,10 +262,10 @@ def end_own_job(
 
 
 def stop_jobs(jobs: list[Job], wait_s: float, asked_s: float = STOP_ASKED_S) -> list[Job]:
-    """Ask Ray to stop the jobs that run, each until it answers or `asked_s` and `wait_s` are over; wait `wait_s` for their end.
+    """Ask Ray to stop the running jobs, wait up to `wait_s` for their end, and return the jobs that Ray does not stop.
 
-    All are asked at the same time: a dashboard that is silent takes ten seconds for each question.
-    Returns those that Ray does not stop.
+    Ray is asked for each job until it answers, or until `asked_s` and `wait_s` are over. It is asked for all jobs at the same time:
+    a dashboard that does not answer takes ten seconds for each question.
     """
     began_s = time.monotonic()
     unasked = running = [job for job in jobs if job.status not in ENDED]
@@ -290,7 +290,7 @@ class NoRay(UserError):
 def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], Any] = client_of) -> list[str]:
     """Ask Ray to stop every running job of the sweep, whoever submitted it; return their ids. Unanswered if an answer is lost.
 
-    NoRay if none is there.
+    NoRay if no Ray answers at the address.
     """
     try:
         client = connect(address)

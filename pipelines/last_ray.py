@@ -1,4 +1,4 @@
-"""Which Ray a command uses, and where a sweep last ran: the sweep of a cluster does not continue on a laptop by accident.
+"""The Ray that a command uses, and the one that its sweep last used: a cluster's sweep does not continue on a laptop by accident.
 
 A damaged file counts as missing: the sweep may then continue anywhere.
 """
@@ -22,14 +22,14 @@ ASK_EVERY_S, KILLED_WITHIN_S = 0.2, 10.0
 
 
 def cancel_hint(last: LastRay) -> str:
-    """Return what to type to take a job out of the queue of that kind of cluster; empty if it has none."""
+    """Return the command that takes a job out of the queue of that kind of cluster; empty if it has no queue."""
     if last.kuberay:
         return f"kubectl delete rayjob NAME (kubectl get rayjob lists the names; the last cluster was {last.kuberay})"
     return f"scancel JOB (squeue lists the jobs; the last was {last.slurm})" if last.slurm else ""
 
 
 def continue_hint(last: LastRay, sweep: Sweep, overrides: Sequence[str] = ()) -> str:
-    """Return what to type to continue the sweep on a cluster of that kind, with these overrides."""
+    """Return the command that continues the sweep on a cluster of that kind, with these overrides."""
     words = "".join(f" --set {shlex.quote(override)}" for override in overrides)
     if last.kuberay:
         added = f" with{words} at the end of the sweep's command" if overrides else ""
@@ -60,8 +60,8 @@ def record(sweep: Sweep, cluster: Cluster) -> None:
 def end_left_jobs(sweep: Sweep, say: Callable[[str], None], raise_if_stopped: Callable[[], None]) -> None:
     """End the jobs that a killed command of this machine left: they hold leases until they notice that their Ray is gone.
 
-    Each is requested to stop, and killed after the recipe's grace period. Only for a command that holds the sweep's lease. Jobs
-    that are older than that command's Ray are left alone: a cluster's, on its head's machine, which refused that command.
+    Each is requested to stop, and is killed after the recipe's grace period. Only for a command that holds the sweep's lease. Jobs
+    that are older than the killed command's Ray are not ended: a cluster's, on its head's machine, which refused that command.
     """
     last = LastRay.find_intact(sweep.folder)
     if last is None or not last.address or last.host != socket.gethostname():
@@ -88,9 +88,9 @@ def end_left_jobs(sweep: Sweep, say: Callable[[str], None], raise_if_stopped: Ca
 
 
 def refuse_local_after_cluster(sweep: Sweep, overrides: Sequence[str] = ()) -> None:
-    """Raise UserError if the sweep last ran on a cluster, and would continue on a Ray of this machine alone.
+    """Raise UserError if the sweep last ran on a cluster, and would continue on a local Ray of this machine.
 
-    It says what to type there, with the overrides that were given here.
+    The error names the command to type on the cluster, with the overrides of this command.
     """
     last = LastRay.find_intact(sweep.folder)
     if last is None or last.address or ray_address():

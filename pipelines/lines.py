@@ -17,7 +17,7 @@ from dis_scale.process.errors import losing_lines, shown, shown_below
 from dis_scale.process.redaction import redact
 
 PROGRESS_EVERY_S, IDLE_EVERY_S = 8.0, 600.0
-"""Intervals at which progress is logged at most, and at which that of an idle stage is logged again."""
+"""Least interval of progress lines, and interval at which an idle stage logs its progress again."""
 PROGRESS = (b'{"kind": "progress"',)
 """Beginning of the lines of progress, which stored logs leave out."""
 Kind = Literal["progress", "message", "event", "error"]
@@ -28,7 +28,7 @@ _OF_KIND: dict[str, dict[str, type]] = {
     "event": {"event": str},
     "error": {"message": str},
 }
-"""What a line of each kind has besides; a library's line with less, or with other types, is not of the protocol."""
+"""Further facts of a line, by its kind, with their types. A line that lacks one, or has another type, is a library's."""
 
 
 class Line(NamedTuple):
@@ -43,7 +43,7 @@ def parse(line: str) -> Line | None:
     """Return a line of the protocol, None for any other."""
     if not line.startswith('{"kind": "'):
         return None
-    with contextlib.suppress(ValueError):  # the lines of two threads in one, or the first part of a long one
+    with contextlib.suppress(ValueError):  # no JSON: two threads' lines in one, or the first part of a long line
         facts = json.loads(line)
         own = _OF_KIND.get(facts["kind"], {})
         if own and facts.keys() >= _OF_EVERY_LINE and all(isinstance(facts.get(name), own[name]) for name in own):

@@ -1,4 +1,4 @@
-"""The logs of a job's processes in storage: a living process writes its own, the driver writes the end of a dead one's.
+"""The logs of a job's processes in storage: a living process writes its log, the driver writes the end of a dead process's log.
 
 Ray keeps the output of a process on its node, in files that outlive the process but not the node. So each process writes its log to
 storage every few seconds. The last lines of a dead process, such as the stacks of a crash, are read by the driver from the node, if
@@ -29,7 +29,7 @@ RESCUED_LINES = 2000
 
 
 class JobLogs:
-    """Logs of a stage's job in `folder`: that of this driver, and those of its workers. Without a folder none are kept."""
+    """Logs of a stage's job in `folder`: this driver's log and its workers' logs. Without a folder no log is kept."""
 
     def __init__(self, folder: Folder | None, context: Context) -> None:
         self._folder, self._context = folder, context
@@ -52,9 +52,9 @@ class JobLogs:
         return logs
 
     def keep_workers(self, workers: Sequence[Any]) -> None:
-        """Let each worker keep its log: those of a new attempt by their number in this order, which is the rank in training.
+        """Let each worker keep its log. The workers of a new attempt are numbered in this order, which is the rank in training.
 
-        A worker that replaces a lost one of several gets the next number of the attempt that the others belong to.
+        A worker that replaces a lost one gets the next number of the attempt to which the other workers belong.
         """
         new = [worker for worker in workers if actor_id(worker) not in self._names]
         if self._folder is None or not new:
@@ -73,7 +73,7 @@ class JobLogs:
         with contextlib.suppress(Exception):  # the attempt's own failure is raised, not that of its logs
             known = [worker for worker in workers if actor_id(worker) in self._names and has_process(worker)]
             if not known:
-                return  # `ray.wait` refuses none
+                return  # `ray.wait` refuses an empty list
             calls = [worker.write_log.remote(self._begun[actor_id(worker)]) for worker in known]
             answered, _ = ray.wait(calls, num_returns=len(calls), timeout=ANSWER_S)
             pairs = zip(known, calls, strict=True)

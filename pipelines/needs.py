@@ -47,14 +47,14 @@ def name_needs(driver: Driver, cluster: Cluster) -> None:
 
 
 def holds(driver: Driver, cluster: Cluster, stage: str) -> bool:
-    """Whether the nodes that are there now can hold the workers of a stage."""
+    """Return whether the nodes that are alive now can hold the workers of a stage."""
     return cluster.ours or silence_of(driver, cluster).insist(lambda: not _lacking(driver, [stage]), partial(go_on, driver))
 
 
 def await_nodes(driver: Driver, cluster: Cluster) -> None:
-    """Wait until the nodes can hold the workers of each stage after prepare: better now than after days.
+    """Wait until the nodes can hold the workers of each stage after prepare: it is better to wait now than after days.
 
-    Before the first node joins that declares a stage, its workers would take the nodes of others.
+    Until the first node that declares a stage joins, the workers of this stage would take the nodes of other stages.
     """
     due, silence = _due(driver.sweep, cluster), silence_of(driver, cluster)
     with Wait(driver.gauge) as wait:
@@ -73,8 +73,8 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
 
 
 def _due(sweep: Sweep, cluster: Cluster) -> list[str]:
-    """Return the stages whose nodes are waited for: what prepare needs, its job waits for."""
-    if cluster.ours:  # it declares what the recipe asks for
+    """Return the stages whose nodes are waited for here; not prepare, whose job waits by itself."""
+    if cluster.ours:  # a local Ray declares what the recipe needs
         return []
     encodes = state.find_latents(sweep.folder) is None
     trains = not all(state.trained(sweep, model) for model in sweep.recipe.models)
@@ -90,9 +90,9 @@ def _lacking(driver: Driver, due: Collection[str]) -> dict[str, tuple[int, Resou
 
 
 def require_fits(plan: Plan, cluster: Cluster) -> None:
-    """UserError if the memory of the cluster's GPUs is too small for a model at one of the world sizes, beside evaluators.
+    """Raise UserError if the memory of the cluster's GPUs is too small for a model at one of the world sizes, beside evaluators.
 
-    Nothing is said of a cluster that does not hold the smallest of these yet.
+    A cluster that cannot hold the smallest world size yet is not checked.
     """
     recipe, gpus = plan.recipe, cluster.gpus()
     if gpus < recipe.train.world_sizes[-1] or devices.device_of(recipe, gpus)[0] == "cpu":

@@ -43,7 +43,7 @@ def living() -> list[Node]:
 
 
 def alive_nodes() -> list[Resources]:
-    """Resources of each node that is alive now."""
+    """Return the resources of each node that is alive now."""
     return [node.resources for node in living()]
 
 
@@ -53,7 +53,7 @@ def only(node_id: str) -> NodeAffinitySchedulingStrategy:
 
 
 class LostNode(DisScaleError):
-    """A node that was to be asked is gone, takes no task, or has no answer in time. A later attempt finds others."""
+    """A node that was to be asked is gone, takes no task, or does not answer in time. A later attempt finds other nodes."""
 
     exit_code = StorageAway.exit_code
 
@@ -61,9 +61,9 @@ class LostNode(DisScaleError):
 def of_living(
     ask: Callable[[list[Node]], T], known: Callable[[], list[Node]] = living, pause: Callable[[float], None] = time.sleep
 ) -> T:
-    """Return what is asked of all nodes that are alive; of those that are left, after a pause, if one was lost meanwhile.
+    """Return the answer of `ask` for all living nodes. If a node is lost meanwhile, ask the remaining nodes after a pause.
 
-    LostNode if one is lost each time.
+    LostNode if a node is lost each time.
     """
     for _ in range(ASKED_AGAIN):
         try:
@@ -76,8 +76,8 @@ def of_living(
 def on_each(nodes: Sequence[Node], task: Any, *arguments: object, words: Callable[[str, str], str]) -> list[Any]:
     """Run a task on each of these nodes at the same time; return its results in the order of the nodes.
 
-    UserError with the `words` of a node's name and the reason for a task that failed; LostNode for one that was lost with its
-    node, that did not end in time, or that may pass: for want of memory, or since storage was away.
+    UserError if a task failed, in the `words` for the node's name and the reason. LostNode if a task was lost with its node, did
+    not end in time, or failed for a cause that may pass, such as too little memory or storage that was away.
     """
     calls = [task.options(scheduling_strategy=only(node.id)).remote(*arguments) for node in nodes]
     ray.wait(calls, num_returns=len(calls), timeout=ON_EACH_S)
@@ -110,7 +110,7 @@ def total_gpus() -> int:
 
 
 def own_node_drains() -> bool:
-    """Whether the node of this process is being drained."""
+    """Return whether the node of this process is being drained."""
     return ray.get_runtime_context().get_node_id() in ray_private.draining_nodes()
 
 
@@ -125,13 +125,13 @@ def under(worker: Any) -> str:
 
 
 def record_failure_of(job: StageJob, node_id: str, why: str) -> None:
-    """As `record_failure`, of a node whose id is known."""
+    """Do the same as `record_failure` for a node whose id is known."""
     job.failed_ids.add(node_id)
     record_failure(job, name_of(node_id), why)
 
 
 def record_failure(job: StageJob, name: str, why: str) -> None:
-    """Store the failure of a node's device; log it, and that the node is avoided from now on."""
+    """Store and log the failure of a node's device; also log if the node is excluded from now on."""
     try:
         state.record_node_failure(job.failed_nodes, name, why)
         failures = state.node_failures(job.sweep)[name]
@@ -153,8 +153,9 @@ def failed(sweep: Sweep, nodes: Sequence[Node]) -> dict[str, str]:
 
 
 def excluded(job: StageJob, nodes: Sequence[Node], enough: Callable[[Collection[str]], bool]) -> list[str]:
-    """Return the ids of the nodes to avoid, as long as the others are `enough`; else, with a line, only those of them that failed
-    in this job, or none: several pods on one machine have its name.
+    """Return the ids of the nodes to avoid, if the other nodes are `enough`.
+
+    Otherwise log this, and return only those that failed in this job, or none: several pods on one machine have its name.
     """
     bad = failed(job.sweep, nodes)
     job.reuses_excluded = bool(bad) and not enough(bad.keys())

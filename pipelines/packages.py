@@ -1,4 +1,4 @@
-"""Packages and files of the families that other packages bring: each node must have them before anything is spent."""
+"""Packages and files of the families that are not built-in. The sweep checks that each node has them before it spends anything."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ def brought(recipe: Recipe) -> dict[str, str]:
 
 
 def require_on_nodes(recipe: Recipe) -> None:
-    """NoFamily names the nodes of this process's cluster that lack a package or a file."""
+    """Raise NoFamily if nodes of this process's cluster lack a package or a file."""
     if not (codes := brought(recipe)):
         return
 
@@ -31,7 +31,7 @@ def require_on_nodes(recipe: Recipe) -> None:
 
 
 def require(codes: Mapping[str, str]) -> None:
-    """NoFamily if this machine cannot make models of these kinds."""
+    """Raise NoFamily if this machine cannot make models of these kinds."""
     for kind, code in codes.items():
         families.find(kind, code)
 

@@ -28,7 +28,7 @@ class Places:
     avoided: Collection[str] = ()
     """Ids of the nodes where no evaluator is to run."""
     known: Sequence[Resources] = ()
-    """Resources of all nodes that the cluster has had: what they declared is waited for."""
+    """Resources of all nodes that the cluster has had: a request waits for what these declared."""
 
     @classmethod
     def now(cls, recipe: Recipe) -> "Places":
@@ -51,7 +51,7 @@ class Places:
         return where, self.request("prepare", where, cpus)
 
     def needs(self, device: str) -> dict[str, tuple[int, Resources]]:
-        """Return for each stage the least number of workers that run at the same time, and what each asks for."""
+        """Return for each stage the least number of workers that run at the same time, and the resources of each."""
         return {
             "prepare": (1, self.prepare(device)[1].amounts),
             "precompute": (1, self.request("precompute", device, 1).amounts),
@@ -60,7 +60,7 @@ class Places:
         }
 
     def lacking(self, device: str) -> dict[str, tuple[int, Resources]]:
-        """Return those of the needs that the nodes cannot hold even when they are idle."""
+        """Return the needs that the nodes cannot hold even when they are idle."""
         return {
             stage: (count, request)
             for stage, (count, request) in self.needs(device).items()
@@ -68,9 +68,9 @@ class Places:
         }
 
     def spare_gpus(self, models: int) -> int:
-        """Return how many evaluators get a GPU that training never uses, with as many of these models at once as the nodes hold.
+        """Return how many evaluators get a GPU that training never uses, if as many of `models` train at once as the nodes hold.
 
-        These are all on nodes where no training worker fits, and on the others what is left by the largest world size.
+        Training never uses the GPUs of nodes where no training worker fits, nor those that the largest world size leaves elsewhere.
         """
         training = [node.resources for node in self._left if self._trains(node)]
         totals: Resources = dict(sum((Counter(node.resources) for node in self._left), Counter[str]()))
@@ -93,7 +93,7 @@ class Places:
         return without if without.evaluates(device) else self
 
     def evaluates(self, device: str) -> bool:
-        """Whether an evaluator fits on one of the nodes that are not avoided."""
+        """Return whether an evaluator fits on one of the nodes that are not avoided."""
         left = [node.resources for node in self._left]
         gpus = device == "cuda" and self.recipe.evaluate.gpu_share is not None and any(node.get("GPU") for node in left)
         return gpus or capacity(self.request("evaluate", device, 0).amounts or {"CPU": 1.0}, left) > 0
@@ -103,11 +103,11 @@ class Places:
         return self.evaluators_on([node.resources for node in self._left])
 
     def evaluators(self, device: str, gpus: int) -> list[tuple[int | None, Request]]:
-        """Return (number of the GPU that it shares, if any, on its node; request) of each evaluator.
+        """Return (number of the GPU that it shares on its node, or None; request) for each evaluator.
 
-        On GPUs, `gpus` evaluators get one of their own, as many as possible of them on nodes where training never runs:
-        elsewhere they could keep a GPU for which training waits. With `evaluate.gpu_share` others share training's, one on each,
-        unless some there have one of their own: Ray alone knows which.
+        On GPUs, `gpus` evaluators get a GPU of their own, as many of them as possible on nodes where training never runs: elsewhere
+        they could keep a GPU for which training waits. With `evaluate.gpu_share` the others share training's GPUs, one on each,
+        unless some evaluators there have a GPU of their own: only Ray knows which GPU.
         """
         settings, request = self.recipe.evaluate, self.request("evaluate", device, 0)
         if self.avoided:
@@ -128,9 +128,9 @@ class Places:
         return self.recipe.evaluate.shared(self.spare_gpus(len(self.recipe.models)))
 
     def _sharing(self, count: int) -> list[tuple[int, Request]]:
-        """Return up to `count` evaluators that share training's GPUs, one on each: of a GPU in turns, two would be no faster.
+        """Return up to `count` evaluators that share training's GPUs, one on each: two in turns would be no faster.
 
-        From each node's last device on, since training's first rank has most to do.
+        The last device of each node comes first, since training's first rank has most to do.
         """
         trains = [node for node in self._left if self._trains(node)]
         devices = [(-index, node.id) for node in trains for index in range(int(node.resources["GPU"]))]
@@ -151,11 +151,11 @@ class Places:
 
     @property
     def _training_bundle(self) -> Resources:
-        """What a training worker takes of a GPU node."""
+        """Resources of a training worker with a GPU."""
         return self.request("train", "cuda", 1).amounts
 
     def _trains(self, node: Node) -> bool:
-        """Whether a training worker with a GPU fits on a node."""
+        """Return whether a training worker with a GPU fits on a node."""
         return capacity(self._training_bundle, [node.resources]) > 0
 
     @property
@@ -165,7 +165,7 @@ class Places:
 
 
 def own_gpus(sweep: Sweep, places: Places) -> int:
-    """Return how many evaluators may hold a GPU now: what the models that still train never use; all when each has ended."""
+    """Return how many evaluators may hold a GPU now: GPUs that the models in training never use; all GPUs once no model trains."""
     places, left = places.avoiding_failed(sweep, "cuda"), len(state.in_training(sweep))
     free = places.spare_gpus(left) if left else places.most_evaluators()
     return min(sweep.recipe.evaluate.workers, free)

@@ -106,10 +106,10 @@ class RayEncoders:
     device: str
     work: str = "encode"
     workers: list[Any] = field(default_factory=list)
-    """Workers that have ended this work, for more of it."""
+    """Workers that have ended this work and can do more of it."""
 
     def encoding(self) -> Encoding:
-        """Return what the encoders encode with, from one of them that needs no GPU."""
+        """Return the encoding that all encoders have, asked of one that needs no GPU."""
         encoding: Encoding = self._ask("encoding")
         return encoding
 
@@ -145,15 +145,15 @@ class RayEncoders:
     ) -> None:
         """Let `most` workers share this work on the numbers in `left`, which have this many `images` of `total`.
 
-        Those for which the cluster has no capacity yet join when it does.
+        Workers for which the cluster has no capacity yet join when it has.
         """
-        if work != self.work:  # their GPUs, or their memory, are for others now
+        if work != self.work:  # the new work needs their GPUs or their memory
             for worker in self.workers:
                 ray.kill(worker)
             self.work, self.workers = work, []
         count = min(most, len(left))
         for worker in self.workers[count:]:
-            ray.kill(worker)  # the failure of an attempt before may keep its handle, and so its GPU
+            ray.kill(worker)  # the failure of an earlier attempt may keep its handle, and so its GPU
         workers, self.workers = self.workers[:count], []
         if missing := count - len(workers):
             placed = elsewhere(self.job, request)
@@ -170,7 +170,7 @@ class RayEncoders:
 
 
 def mixing_request(mixer: MixedOrder) -> Request:
-    """Return what a worker that mixes asks for: a CPU and its memory, on the nodes that encode, however few encode there."""
+    """Return the request of a worker that mixes: a CPU and memory, on the nodes that encode, however few encoders they hold."""
     amounts = request_for("precompute", "cpu", 1).amounts | {"memory": mixer.memory_bytes}
     return Request({name: 0.001 if name == "precompute" else amount for name, amount in amounts.items()})
 
@@ -209,7 +209,7 @@ def find_or_make_latents(job: StageJob, encoders: Any) -> None:
 
 
 def retrying(job: StageJob, attempt: Callable[[], None], stored: Callable[[], int]) -> None:
-    """Restart an attempt also after it left shards out: a worker was lost that had begun them."""
+    """Run an attempt with restarts, also if it leaves shards out because a worker that had begun them was lost."""
 
     def attempt_or_fail(_: WorkerFailure | None) -> None:
         try:

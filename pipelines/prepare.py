@@ -47,7 +47,7 @@ class Preparer(Worker):
                 self.log(self._reference(sweep, device))
 
     def make_parts(self, sweep: Sweep, device: str, deal: Deal) -> None:
-        """Compute those of the parts that `deal` names that are missing; progress counts images."""
+        """Compute the parts that `deal` names, except those that exist; progress counts images."""
         from dis_scale.evaluation import parts
 
         with self._begun(device, 1):
@@ -65,8 +65,8 @@ class Preparer(Worker):
 
     @contextmanager
     def _begun(self, device: str, threads: int) -> Iterator[None]:
-        """Compute on a device that works, so many threads at a time; BrokenDevice if another node may have a better one."""
-        import torch  # here, and below, in the worker only: the driver needs none of it
+        """Run the block on a checked device with this many CPU threads; BrokenDevice if another node's device may do better."""
+        import torch  # here and below in the worker only: the driver does not need it
 
         from dis_scale.data.encode import compute_exactly
 
@@ -155,7 +155,7 @@ def _prepare_with_one(job: StageJob, device: str, request: Request, held: Lease)
     try:
         watch(job, [worker], [result], progress_by_part(job), SHARED)
     except WorkerFailure:
-        ray.kill(worker)  # otherwise the exception's traceback would keep it, and its place, for which the next one waits
+        ray.kill(worker)  # otherwise the exception's traceback would keep it, and its resources, for which the next one waits
         raise
 
 
@@ -182,12 +182,12 @@ def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:
 
 
 def _has_parts(sweep: Sweep, source: Source) -> bool:
-    """Whether the statistics are computed from the source's images in several parts."""
+    """Return whether the statistics are computed from the source's images in several parts."""
     return bool(sweep.recipe.evaluate.of_images) and part_count(len(source)) > 1
 
 
 def progress_by_part(job: StageJob) -> Report:
-    """Return a function that logs how far the worker is within what it makes: not all steps take the same time."""
+    """Return a function that logs the worker's progress in its current piece of work: steps of two pieces take different times."""
     left, before = _what_is_left(job.sweep), 0
 
     def report(done: list[int]) -> None:
@@ -200,12 +200,12 @@ def progress_by_part(job: StageJob) -> Report:
             before += count
             del left[0]
 
-    report([0])  # for whoever reads the status while the worker waits for a node
+    report([0])  # for the status while the worker waits for a node
     return report
 
 
 def _what_is_left(sweep: Sweep) -> list[tuple[str, int]]:
-    """Return (unit, number) of the optimizer steps, and of the reference images of statistics without parts, in their order."""
+    """Return (unit, number) of the remaining optimizer steps, and of the images of statistics without parts, in their order."""
     vae, source = sweep.recipe.vae, _source(sweep)
     left = [("steps of the autoencoder", vae.steps)] if isinstance(vae, TrainedVae) and state.vae_missing(sweep) else []
     left += [(f"steps of the {kind}", _classifier_steps(sweep)) for _, kind in state.classifiers_missing(sweep)]

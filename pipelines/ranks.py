@@ -36,15 +36,15 @@ class Place(NamedTuple):
 
 @dataclass
 class RankPlaces:
-    """The places that a cluster has for the workers of one model, an attempt after the other."""
+    """The places of one model's workers on a cluster, chosen for one attempt after the other."""
 
     job: StageJob
     model: str
     device: str
     request: Request = field(default_factory=lambda: Request({}))
-    """That of one worker on the nodes that the current attempt began with."""
+    """Request of one worker, as the cluster's nodes were when the current attempt began."""
     wrong: set[str] = field(default_factory=set)
-    """Ids of the nodes on which a kernel was wrong for a rank that was alone: another node says whether it is the kernel."""
+    """Ids of the nodes on which a kernel was wrong while all ranks ran there: another node shows whether the kernel is to blame."""
     living: Callable[[], list[Node]] = nodes.living
 
     @property
@@ -53,8 +53,8 @@ class RankPlaces:
         return self.request.amounts
 
     def choose(self) -> tuple[int, Any, set[str]]:
-        """Return (world size, its placement group, ids of avoided nodes), chosen again as long as they are `outdated` before it is
-        placed."""
+        """Return (world size, its placement group, ids of avoided nodes). They are chosen again if they are `outdated` before the
+        group is placed."""
         self.request = request_for("train", self.device, 1)
         while True:
             living = self.living()
@@ -75,15 +75,15 @@ class RankPlaces:
             self.free(group)
 
     def left_out(self, avoided: Collection[str], living: Sequence[Node]) -> set[str]:
-        """Return the ids of the nodes that the attempt does without: none unless the others have places now."""
+        """Return the ids of the suspected nodes that the attempt does without: none unless the other nodes have places now."""
         suspects = {node.id for node in living if node.name in self.job.left_out}
         if not suspects or not self.fits_without(without := {*avoided, *suspects}):
             return set()
-        self._world_size(without)  # which waits for places that the attempt before has not freed yet
+        self._world_size(without)  # waits for places that the previous attempt has not freed yet
         return suspects if largest_fitting(self.job.recipe.train.world_sizes, self._free(without)) else set()
 
     def _note_left_out(self, names: set[str]) -> None:
-        """Log the nodes that are left out, and keep which."""
+        """Log the nodes that are left out, and note their names in the job."""
         self.job.left_out = frozenset(names)
         if names:
             where = ", ".join(sorted(names))
@@ -100,9 +100,10 @@ class RankPlaces:
         return Places.now(self.job.recipe).avoiding_failed(self.job.sweep, self.device).shared
 
     def outdated(self, world: int, avoided: Collection[str], living: Sequence[Node], left_out: Collection[str] = ()) -> bool:
-        """Whether only fewer workers fit now, as after the loss of a node, or other nodes live: an avoided one may be needed.
+        """Return whether only fewer workers fit now, as after the loss of a node, or the living nodes have changed while some are
+        avoided: an avoided one may be needed.
 
-        Also if none fit, while those of the avoided nodes that are only `left_out` have places.
+        Also true if no world size fits, but one would with the avoided nodes that are only `left_out`.
         """
         fitting = partial(largest_fitting, self.job.recipe.train.world_sizes)
         free = fitting(self._free(avoided))
@@ -112,9 +113,9 @@ class RankPlaces:
         return fewer or (bool(avoided) and {node.id for node in self.living()} != {node.id for node in living})
 
     def _world_size(self, avoided: Collection[str]) -> int:
-        """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
+        """Return the largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
 
-        Resources of the attempt before come free a moment later: waits for them.
+        The resources of the previous attempt become free a moment after its end: this waits for them.
         """
         sizes, deadline_s = self.job.recipe.train.world_sizes, time.monotonic() + CAPACITY_WAIT_S
         while True:
@@ -125,7 +126,7 @@ class RankPlaces:
             self.job.pause(0.2)
 
     def fits_without(self, avoided: Collection[str]) -> bool:
-        """Whether one of the world sizes fits on other nodes."""
+        """Return whether one of the world sizes fits on other nodes than the `avoided` ones."""
         return largest_fitting(self.job.recipe.train.world_sizes, self._possible(avoided)) > 0
 
     def _free(self, avoided: Collection[str]) -> int:
@@ -138,7 +139,7 @@ class RankPlaces:
         return capacity(self.bundle, _nodes_that_stay(totals, avoided))
 
     def drained_in_s(self, used: set[str], logged: set[str]) -> float | None:
-        """Return the time until the first of the attempt's nodes goes that are being drained; log each once. None if none is."""
+        """Return the seconds until the first draining node of the attempt goes, None if none drains; log each new one."""
         left_s = {node: left_s for node, left_s in ray_private.draining_nodes().items() if node in used}
         if left_s.keys() - logged:
             logged.update(left_s)
@@ -149,7 +150,7 @@ class RankPlaces:
         return min(left_s.values(), default=None)
 
     def can_grow(self, world: int, avoided: Collection[str]) -> bool:
-        """Whether a larger world size fits now, counting the running workers' own resources, and is faster; logged if so."""
+        """Return whether a larger world size fits now, with the running workers' resources, and is faster; log if so."""
         settings = self.job.recipe.train
         if world == settings.most_workers:
             return False
@@ -164,13 +165,13 @@ class RankPlaces:
 def rank_order(places: Sequence[Place]) -> list[int]:
     """Return the workers' numbers by rank: in the order of nodes, then of GPUs.
 
-    A placement group's bundles have no order. Ranks that have one get the same neighbours on the same nodes in each attempt.
+    A placement group's bundles have no order. With this order ranks have the same neighbours on the same nodes in each attempt.
     """
     return sorted(range(len(places)), key=lambda n: places[n][:3])
 
 
 def placed(job: StageJob, group: Any, world: int, bundle: Resources, outdated: Callable[[], bool]) -> bool:
-    """Wait for capacity, and log it; False once what is waited for is outdated."""
+    """Wait for the group's capacity, and log the wait; return False once the choice is `outdated`."""
     with Wait(job.gauge) as wait:
         while not group.wait(1):
             if outdated():
@@ -180,11 +181,11 @@ def placed(job: StageJob, group: Any, world: int, bundle: Resources, outdated: C
 
 
 def largest_fitting(sizes: Sequence[int], workers: int) -> int:
-    """Return the largest of the falling `sizes` that is at most `workers`; 0 if none is."""
+    """Return the largest of `sizes`, which fall, that is at most `workers`; 0 if none is."""
     return next((size for size in sizes if size <= workers), 0)
 
 
 def _nodes_that_stay(by_node: dict[str, Resources], avoided: Collection[str]) -> list[Resources]:
-    """Resources of the nodes that are not avoided or being drained: Ray still counts those that are, and places nothing there."""
+    """Return the resources of the nodes that are neither avoided nor drained: Ray counts drained nodes, but does not use them."""
     left_out = ray_private.draining_nodes().keys() | set(avoided)
     return [resources for node, resources in by_node.items() if node not in left_out]

@@ -37,7 +37,7 @@ def actor_id(worker: Any) -> str:
 
 
 def has_process(worker: Any) -> bool:
-    """Whether Ray has started the actor's process, which may have ended since; false while it waits for capacity."""
+    """Return whether Ray has started the actor's process, which may have ended since; false while it waits for capacity."""
     return bool(state.actors(actor_id(worker)).get("Pid"))
 
 
@@ -59,9 +59,9 @@ def known_nodes() -> list[Resources]:
 
 
 def draining_nodes() -> dict[str, float]:
-    """Seconds until each node is taken away that will be, by its id; infinity if Ray does not know it.
+    """Return the seconds until each draining node is taken away, by its id; infinity if Ray does not know the time.
 
-    `ray drain-node`, KubeRay, an autoscaler and a spot notice all end here.
+    `ray drain-node`, KubeRay, an autoscaler and a spot notice all appear here.
     """
     at_ms: dict[str, int] = state.state.get_draining_nodes()
     return {node: ms / 1000 - time.time() if ms else math.inf for node, ms in at_ms.items()}

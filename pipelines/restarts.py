@@ -20,44 +20,45 @@ T = TypeVar("T")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
 """Wait before the second consecutive attempt without progress; it doubles from one to the next."""
 LONGEST_FOR_DEVICE_S = 1800.0
-"""The longest after a failed device: a node that is excluded is used while there is no other, and its repair may take a week-end,
+"""Longest wait after a failed device. An excluded node is used while there is no other node, and its repair may take a weekend,
 which 100 attempts outlast."""
 WORKED_S = 3600.0
-"""Time of an attempt after which storage was there in it: one that is away ends an attempt within minutes."""
+"""Length of an attempt that shows that storage was there: storage that is away ends an attempt within minutes."""
 REPLACED_S = 3600.0
-"""Time for which failures of an excluded node do not count while another is gone: a new one starts later than attempts fail."""
+"""Time for which failures of an excluded node do not count while another node is gone: attempts fail before a new node starts."""
 GONE_WITHIN_S = 120.0
-"""Time after a failure in which its lost node may still be given to the next attempt: Ray calls a silent one dead after 30 s."""
+"""Time after a failure in which the next attempt may still get the lost node: Ray calls a silent node dead after 30 s."""
 NEAR_STEPS = 2
-"""Most steps between crashes at the same place: progress is asked for each second, and a process that dies tells no more."""
+"""Most steps between crashes at the same place: progress is polled once a second, and a process that dies reports no more."""
 HANGS = 2
-"""Hangs in a row after which nodes are left out in turn: one GPU that hangs lets all ranks wait."""
+"""Hangs in a row after which nodes are left out in turn: one GPU that hangs makes all ranks wait."""
 DEATHS = 3
-"""Attempts in a row after which a node is left out: its processes died, not at one place as of a program, or storage was away."""
+"""Attempts in a row after which a node is left out: its processes died at different places (at one place the program is to blame),
+or it did not reach storage."""
 
 
 class Limit(NamedTuple):
-    """Crashes in a row, with as much done and of one cause, after which a job ends."""
+    """Crashes in a row, at the same progress and of the same cause, after which a job ends."""
 
     on_two_sets: int
-    """If they were on at least two sets of nodes."""
+    """Limit if they were on at least two sets of nodes."""
     on_any: int
 
 
 CRASH = Limit(5, 10)
 WITH_HANGS = Limit(10, 10)
-"""Hangs change the nodes, which then say nothing."""
+"""Limit with hangs, after which nodes are left out in turn: that the nodes changed says nothing."""
 CONNECTIONS = Limit(20, 30)
-"""Connections that broke before a first step: a network may be away for a while."""
+"""Limit for connections that broke before a first step: a network may be away for a while."""
 
 
 def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | None], T], stored: Callable[[], int]) -> T:
     """Return the attempt's result. After a failure run it again, with that failure, as often as the recipe allows.
 
-    Only consecutive attempts without progress (`stored` has not grown) count towards the limit; of an hour neither those that ended
-    because storage was away, nor those of a device on an excluded node that is used in place of one that is gone. The wait between
-    them doubles. DisScaleError after the last, or when the crash is deterministic; StorageAway when storage has been away for too
-    long.
+    Only consecutive attempts without progress (`stored` has not changed) count towards the limit. The wait between them doubles.
+    For an hour two kinds do not count: attempts that ended because storage was away, and devices that failed on an excluded node
+    that is used in place of a gone one. DisScaleError after the last attempt, or if the crash is deterministic; StorageAway if
+    storage has been away for too long.
     """
     record, before = _Record(job, name, _stored_or(0, stored)), None
     while True:
@@ -87,38 +88,38 @@ def with_restarts(job: StageJob, name: str, attempt: Callable[[WorkerFailure | N
 
 @dataclass
 class _Record:
-    """Failed attempts in a row without progress: those that count, and since when others have not."""
+    """Failed attempts in a row without progress: those that count, and the times since which others do not count."""
 
     job: StageJob
     name: str
     stored: int
     counted: list[WorkerFailure] = field(default_factory=list)
     in_a_row: int = 0
-    """Also of those that do not count."""
+    """Number of failed attempts in a row, also of those that do not count."""
     nodes: frozenset[str] = frozenset()
-    """Of all attempts, also before progress."""
+    """Names of the nodes of all attempts, also of those before the last progress."""
     ran: list[tuple[float, frozenset[str]]] = field(default_factory=list)
-    """When each attempt failed that made no progress, and its nodes, also of those that do not count."""
+    """Time of the failure (Unix) and nodes of each attempt without progress, also of those that do not count."""
     away_since_s: float = math.inf
-    """When storage went away, if the last attempt ended by that."""
+    """Time at which storage went away, if the last attempt ended by that."""
     reused_since_s: float = math.inf
-    """When an excluded node was first used in place of a gone one, if the last attempt's device failed on it."""
+    """Time at which an excluded node was first used in place of a gone one, if the last attempt's device failed on it."""
     away_from: list[str] = field(default_factory=list)
-    """Names of the nodes that did not reach storage, one for each of the last attempts that ended so."""
+    """Names of the nodes that did not reach storage, one for each of the last attempts that ended by this."""
     suspects: frozenset[str] = frozenset()
     """Names of the nodes that the next attempt does without if it can."""
 
     def add(self, failure: WorkerFailure, stored: int, *, worked: bool) -> None:
-        """Take in a failure of an attempt that left so much stored; DisScaleError or StorageAway if it was the last.
+        """Record the failure of an attempt that left this much `stored`; DisScaleError or StorageAway if it was the last.
 
-        `worked`: it ran for so long that an outage of storage which ended it is another one than before.
+        `worked`: the attempt ran for so long that a storage outage that ended it is a new one.
         """
         progress = stored != self.stored
         self.stored, self.nodes = stored, self.nodes | failure.nodes
         self.ran.append((failure.at, failure.nodes))
         self._note_gone([*self.counted, failure])
         if progress:
-            if not isinstance(failure, Hang):  # which acquits it
+            if not isinstance(failure, Hang):  # a hang without the suspect acquits it
                 self.blame_suspect()
             self.counted, self.ran, self.in_a_row = [], [], 0
         if progress or worked:
@@ -149,7 +150,7 @@ class _Record:
             raise StorageAway(f"{self.name}: storage has been away for {minutes}: {failure}") from failure
 
     def blame_suspect(self) -> None:
-        """Count a failed device against the only node without which an attempt made progress, unless storage was away from it."""
+        """Count a failed device against the only node that an attempt with progress left out, unless it did not reach storage."""
         if len(self.job.left_out) == 1 and self.job.left_out.isdisjoint(self.away_from):
             (node,) = self.job.left_out
             nodes.record_failure(self.job, node, "attempts with it failed, and one without it made progress")
@@ -163,17 +164,17 @@ class _Record:
         return self.reused_since_s <= self.job.now_s() < self.reused_since_s + REPLACED_S
 
     def wait_s(self, failure: WorkerFailure) -> float:
-        """Time before the next attempt; the second one follows at once."""
+        """Return the seconds before the next attempt: none after the first failure."""
         longest_s = LONGEST_FOR_DEVICE_S if failure.cause == "device" and not self.awaits_node else LONGEST_BACKOFF_S
         return min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(self.in_a_row - 2, 10)) if self.in_a_row > 1 else 0.0
 
     def _note_gone(self, failures: Sequence[WorkerFailure]) -> None:
-        """Note whose nodes are gone by now, also those of earlier failures; not a node on which a later attempt still ran."""
+        """Note for each failure whether one of its nodes is gone by now; a node on which a later attempt still ran is not."""
         gone = self.job.gone_of(frozenset().union(*(failure.nodes for failure in failures)))
         for failure in failures:
             later = [nodes for at, nodes in self.ran if at - failure.at > GONE_WITHIN_S]
             if later and (isinstance(failure, Hang) or failure.cause == "device"):
-                continue  # its nodes are left out, and may be taken away for that
+                continue  # its nodes are left out, and may be taken away for this reason
             failure.node_gone = failure.node_gone or not gone.isdisjoint(failure.nodes.difference(*later))
 
 
@@ -186,10 +187,10 @@ def _stored_or(before: T, stored: Callable[[], T]) -> T:
 
 
 def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
-    """Whether the last attempts crashed at the same place, `near` images apart at most, by the same cause, wherever they ran.
+    """Return whether the last attempts crashed at the same place, at most `near` images apart, by the same cause, on any nodes.
 
-    Devices that failed do not, as long as one node may have been in all of these attempts. Losses of nodes are left out: in a
-    storm of preemptions many attempts in a row end before a step.
+    Failed devices are not deterministic as long as one node may have been in all of these attempts. Losses of nodes are left out:
+    in a storm of preemptions many attempts in a row end before a step.
     """
     crashes = _crashes(failures)
     if not crashes:
@@ -197,7 +198,7 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
     last = crashes[-1]
 
     def same(each: WorkerFailure) -> bool:
-        # A process that dies breaks others' connections: which of both is seen first is chance.
+        # A process that dies breaks others' connections: which of the two is seen first is chance.
         broken = each.cause == last.cause or {each.cause, last.cause} == {"lost", "connection"}
         return broken and bool(each.done) == bool(last.done) and abs(each.done - last.done) <= near
 
@@ -215,11 +216,12 @@ def _deterministic(failures: Sequence[WorkerFailure], near: int) -> bool:
 
 
 def _suspects(failures: Sequence[WorkerFailure], near: int, attempts: int, failed: Callable[[], dict[str, int]]) -> frozenset[str]:
-    """Return the nodes to do without: where two processes died before a step, or the last three over more than `near` images; after
-    two hangs in a row, of all nodes each in turn.
+    """Return the nodes that the next attempt should leave out.
 
-    First those that have failed least, so that stalls of what all share exclude none. Of many nodes several at a time: all have
-    been left out before so many `attempts` end the job, or half of them if only one is left.
+    These are nodes on which two processes died before a step, or on which the last three died, more than `near` images apart. After
+    two hangs in a row they are all nodes in turn, those that have failed least first: so a stall of something that all nodes share
+    excludes none. Of many nodes several are left out at a time, so that each one was before this many `attempts` end the job; half
+    of them if only one attempt is left.
     """
     crashes = _crashes(failures)
     deaths = Counter(crash.node for crash in crashes if crash.node and crash.cause == "lost" and not crash.done)

@@ -1,6 +1,6 @@
 """A storage root on a file system that several nodes mount (NFS, Lustre): allowed if a probe on each node finds it sound.
 
-Each node lists the folder before the others write, so that a client that keeps old listings for a while is found.
+Each node lists the folder before the others write, so that a client that keeps old listings for a while is detected.
 """
 
 import uuid
@@ -17,7 +17,7 @@ CURE = "or give an object store, for example --set storage.root=s3://bucket/pref
 
 
 def require_shared(url: str) -> None:
-    """UserError unless the cluster's nodes see each other's files in this folder at once, and one of many creators wins."""
+    """Raise UserError unless the cluster's nodes see each other's files in this folder at once, and one of many creators wins."""
     nodes.of_living(partial(_require_shared, url))
 
 

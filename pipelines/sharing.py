@@ -20,13 +20,13 @@ SHARED = Watch(independent=True)
 
 
 class Dealer:
-    """Deals the numbers of one piece of shared work after the other, as an actor: its process takes seconds to start."""
+    """Actor that deals the numbers of one piece of shared work after the other. It is kept: its process takes seconds to start."""
 
     def __init__(self) -> None:
         self._deal, self._left = 0, iter(list[int]())
 
     def begin(self, numbers: list[int]) -> int:
-        """Return the new deal's number; the one before deals no more."""
+        """Begin a deal and return its number; the previous deal gives no more numbers."""
         self._deal, self._left = self._deal + 1, iter(numbers)
         return self._deal
 
@@ -49,7 +49,7 @@ class _RemoteDeal:
 
 
 def _begin_deal(job: StageJob, numbers: list[int]) -> _RemoteDeal:
-    """Begin a deal by the job's dealer, which is on this driver's node; a new one if there is none or if it died."""
+    """Begin a deal by the job's dealer, an actor on this driver's node; start a new dealer if there is none or if it died."""
     if job.dealer is not None:
         with contextlib.suppress(ray.exceptions.RayActorError):
             return _RemoteDeal(job.dealer, numbers)
@@ -67,11 +67,11 @@ class Shared(NamedTuple):
     """The outcome of shared work."""
 
     workers: list[Any]
-    """Those that have ended their work and can be used again. The others were lost, or had no capacity."""
+    """Workers that have ended their work and can be used again. The others were lost, or had no capacity."""
     results: list[Any]
-    """What these returned."""
+    """Results of these workers."""
     failure: WorkerFailure | None
-    """Why a worker was lost, if one was: another attempt makes what it had begun, and what was not dealt any more."""
+    """Failure of a lost worker, if any: another attempt does the work that it had begun, and the numbers that were not dealt."""
 
 
 def share(
@@ -85,8 +85,8 @@ def share(
 ) -> Shared:
     """Call the method `work` of all workers with `arguments` and a `Deal` of these numbers.
 
-    When a worker is lost, the others end what they have begun and get no more numbers, so that the caller can replace it soon. One
-    without capacity when the numbers are dealt is killed. An error that a retry cannot mend is raised at once, and no further
+    When a worker is lost, the others end what they have begun and get no more numbers, so that the caller can replace it soon. A
+    worker that has no capacity when the work is done is killed. An error that a retry cannot mend is raised at once, and no further
     numbers are dealt.
     """
     deal = _begin_deal(job, numbers)

@@ -23,7 +23,7 @@ class Stop:
         return self.at_s < math.inf
 
     def pause(self, seconds: float) -> None:
-        """Sleep so long, or until a stop is requested."""
+        """Sleep for this time, or until a stop is requested."""
         deadline_s = time.monotonic() + seconds
         while time.monotonic() < deadline_s and not self.is_set():
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A dashboard of Ray that does not answer: asked again for a while, which is logged once, then a failure that is tried again."""
+"""Ray's dashboard does not answer: it is asked again for a while, which is logged once; then this is a failure that is retried."""
 
 import time
 from collections.abc import Callable
@@ -25,12 +25,12 @@ class RayEnded(Unanswered):
 
 
 class NotStarted(DisScaleError):
-    """A Ray of our own did not start. If others did before, the next one may."""
+    """A local Ray did not start. If earlier ones did, the next one may."""
 
 
 @dataclass
 class Silence:
-    """How long Ray's dashboard has not answered a question: it is logged once, and raised after `most_s`."""
+    """Time for which Ray's dashboard has not answered: a silence is logged once, and an error is raised after `most_s`."""
 
     say: Callable[[str], None] = print
     most_s: float = SILENT_S
@@ -40,10 +40,10 @@ class Silence:
     require_alive: Callable[[], None] = lambda: None
     """Raises `RayEnded` if no answer can come."""
     error: type[Unanswered] = Unanswered
-    """What is raised in the end."""
+    """Error that is raised after `most_s`."""
     _since_s: float | None = None
     _lost_s: float = 0.0
-    """When the last answer was lost."""
+    """Time of the last question without an answer."""
 
     def ask(self, call: Callable[[], T]) -> T | None:
         """Return the answer of a call to Ray's client; None if none came. Unanswered if none has come for too long."""
@@ -58,7 +58,7 @@ class Silence:
         return answer
 
     def insist(self, call: Callable[[], T], between: Callable[[], None]) -> T:
-        """Return the answer of a call that returns no None, asked until it comes; what `between` raises ends the asking."""
+        """Repeat a call until it has an answer, and return it; None is no answer. `between` may end the repetition by an error."""
         while (answer := self.ask(call)) is None:
             between()
             time.sleep(self.pause_s)

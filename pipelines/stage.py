@@ -1,4 +1,4 @@
-"""A stage's job: what its program is given, and its entry point, which turns errors into one line and an exit code."""
+"""A stage's job: the `StageJob` that its program gets, and the entry point, which turns errors into one line and an exit code."""
 
 import contextlib
 import logging
@@ -35,7 +35,7 @@ T = TypeVar("T")
 STORAGE_AWAY_S = 3600.0
 """Time for which a stage waits for storage that is away."""
 ASK_STORAGE_EVERY_S = 60.0
-"""Between two openings of the sweep, each of which asks for about a minute."""
+"""Pause between two attempts to open the sweep, each of which retries for about a minute."""
 
 
 @dataclass
@@ -52,11 +52,11 @@ class StageJob:
     placed: frozenset[str] = frozenset()
     """Names of the nodes that the current attempt runs on."""
     reuses_excluded: bool = False
-    """Whether it uses nodes whose devices failed, since the others have no capacity."""
+    """Whether the current attempt uses nodes whose devices failed, since the others have no capacity."""
     left_out: frozenset[str] = frozenset()
     """Names of the nodes that the current attempt does without if it can: attempts with them failed."""
     failed_ids: set[str] = field(default_factory=set)
-    """Ids of the nodes whose devices failed in this job: of a machine with several pods, only these."""
+    """Ids of the nodes whose devices failed in this job. Several pods on one machine have its name, but different ids."""
     held: Lease | None = None
     """The stage's lease, while this job holds it."""
     dealer: Any = None
@@ -98,12 +98,12 @@ class StageJob:
             self.show_advance()
 
     def show_idle(self) -> None:
-        """Export the present time as that of the last progress while work or capacity lacks; now and then log it again."""
+        """Export the present time as that of the last progress while there is no work or capacity; log progress now and then."""
         self.show_advance()
         self.log.repeat_progress()
 
     def show_advance(self) -> None:
-        """Export the present time as that of the last progress; not an ablation's, with the labels of its model's training."""
+        """Export the present time as that of the last progress. An ablation does not: it has the labels of its model's training."""
         if self.context.stage != "ablate":
             self.gauge("progress_timestamp_seconds", time.time())
 
@@ -115,7 +115,7 @@ class StageJob:
         return self.stop.is_set()
 
     def grace_left_s(self) -> float:
-        """Return what is left of the grace period, after which Ray kills this process."""
+        """Return the seconds left of the grace period, after which Ray kills this process."""
         return self.recipe.grace_s - max(0.0, time.monotonic() - self.stop.at_s)
 
     def raise_if_stopped(self) -> None:
@@ -132,7 +132,7 @@ class StageJob:
                 self.held = None
 
     def require_held(self) -> None:
-        """Held if another process has taken over this stage; asked before each document that it would also write."""
+        """Raise Held if another process has taken over this stage. Called before each document that both would write."""
         if self.held:
             self.held.require_held()
 
@@ -166,7 +166,7 @@ def run_program(program: Callable[[StageJob], None], url: str, *arguments: str) 
 
 
 def _opened(url: str, log: Log, stop: Stop) -> Sweep:
-    """Open the sweep; storage that is away when the job begins is waited for as long as later, or one job would end all."""
+    """Open the sweep. At the start of a job storage is waited for as long as later: otherwise one job would end all jobs."""
 
     def pause() -> None:
         if stop.is_set():
@@ -177,7 +177,7 @@ def _opened(url: str, log: Log, stop: Stop) -> Sweep:
 
 
 def insist(ask: Callable[[], T], say: Callable[[str], None], pause: Callable[[], None]) -> T:
-    """Return what storage answers; one that is away, which is said once, is asked after each pause for `STORAGE_AWAY_S`."""
+    """Return the answer of storage. If it is away, log this once and ask again after each pause, for `STORAGE_AWAY_S`."""
     until_s, said = time.monotonic() + STORAGE_AWAY_S, False
     while True:
         try:
@@ -211,12 +211,12 @@ class ToSweep(logging.Handler):
 
 
 def _exit_with(error: Exception, log: Log, logs: JobLogs) -> NoReturn:
-    """End this job with the cause's line; with the complete traceback before it if the cause is not one of ours."""
+    """End this job with one line on the cause, and with the complete traceback before it if the cause is no DisScaleError."""
     cause = cause_of(error)
     if isinstance(cause, DisScaleError):
         log.fail(str(cause))
     else:
-        # Indented: what a library quotes, such as a name with the end of a line in it, is no line of the protocol.
+        # Indented, so that text which a library quotes, such as a name with a newline, is no line of the protocol.
         lines.write(indent(shown(redact("".join(traceback.format_exception(error)))), "  ").rstrip("\n"))
         log.fail(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}")
     logs.close()

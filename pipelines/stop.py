@@ -12,8 +12,8 @@ from pipelines.silence import Unanswered
 def stop_sweep(url: str, address: str | None) -> list[str]:
     """Request the command that runs a sweep to stop, wherever it runs, and its jobs if their Ray is known; return their names.
 
-    Jobs alone may be left by a command that was killed. UserError if there is no sweep, or if only its Ray could know and none
-    answers.
+    A command that was killed may have left only its jobs. UserError if there is no sweep, or if no live command runs it and its Ray
+    does not answer.
     """
     folder = open_folder(url)
     last = lease.last_holding(command_lease(folder))

@@ -1,7 +1,7 @@
-"""The driver: labelled images to the curve of Gflops against distance, stage by stage. `python -m dis_scale.sweep RECIPE`.
+"""The driver: from labelled images to the curve of Gflops against distance, stage by stage. `python -m dis_scale.sweep RECIPE`.
 
-A rerun continues from storage and repeats only the steps since the newest resume point. Each stage is a Ray job. What is done
-is read from storage and nowhere else. Read next: dis_scale/sweep/state.py, train.py, dis_scale/training/loop.py.
+A rerun continues from storage and repeats only the steps since the newest resume point. Each stage is a Ray job. The state of the
+sweep is read only from storage. Read next: dis_scale/sweep/state.py, train.py, dis_scale/training/loop.py.
 """
 
 import contextlib
@@ -60,18 +60,19 @@ from pipelines.signals import Stop, obeying_signals
 from pipelines.silence import NotStarted, RayEnded, Unanswered
 
 PAGE_EVERY_S, PAGE_SHARE, PAGE_AT_LEAST_EVERY_S, PAGE_ENDS_S = 30.0, 0.03, 3600.0, 10.0
-"""Least interval at which the page of a running sweep is written, most of the time that this takes, and time for one at a stop."""
+"""Least interval at which the page of a running sweep is written, largest share of the time that this takes, longest interval, and
+time to finish a page at the end."""
 REFUSED_S, ASK_REFUSED_EVERY_S = 600.0, 10.0
-"""Time for which a job that begins asks storage that refuses its key, and the interval."""
+"""Time for which a job that begins asks again a storage that refuses its key, and the interval."""
 ENDED = "sweep_ended_timestamp_seconds"
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
 
 def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides: Sequence[str] = ()) -> None:
-    """Run what is left of a sweep and write its report; DisScaleError if a stage or a model failed.
+    """Run the remaining work of a sweep and write its report; DisScaleError if a stage or a model failed.
 
-    `here` allows a Ray of this machine for a sweep that last ran on a cluster; otherwise the error names the `overrides`, which the
-    recipe already has, for the command to type there.
+    `here` allows a local Ray for a sweep that last ran on a cluster. Without it an error names the command to type on the cluster,
+    with the `overrides`, which the recipe already has.
     """
     console.print(f"ray      {last_ray.words()}", highlight=False, soft_wrap=True)
     store = open_folder(require_root(recipe)).patient
@@ -105,12 +106,12 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
                 last_ray.refuse_local_after_cluster(sweep, overrides)
             driver = Driver(sweep, board, as_json=jsonlog.wanted())
             failures = run_stages(driver, plan, store)
-            sweep = driver.sweep  # of the running sweep, if it joined one
+            sweep = driver.sweep  # that of the running sweep, if this command joined one
         with board.working("report"):
             points = report.collect(sweep, plan)
             if not done:
                 _write_report(sweep, points, failures)
-            elif Sweep.open(sweep.folder.url, patient=True).recipe != sweep.recipe:  # a model that was removed, another curve
+            elif Sweep.open(sweep.folder.url, patient=True).recipe != sweep.recipe:  # such as a removed model or another curve
                 with lease.hold(command_lease(sweep.folder)):
                     sweep.save_recipe()
                     _write_report(sweep, points, failures)
@@ -120,12 +121,12 @@ def run_sweep(recipe: Recipe, console: Console, *, here: bool = False, overrides
 
 
 def await_storage(sweep: Folder, console: Console) -> None:
-    """Wait for storage that is away for about a minute, since a person may sit at the terminal; StorageAway after that."""
+    """If storage is away, wait for about a minute, since a person may be at the terminal; StorageAway after that."""
 
     def ask() -> None:
         try:
             try:
-                open_folder(sweep.url).list()  # an object of a bucket that is missing is only not there
+                open_folder(sweep.url).list()  # to ask for an object would not show that its bucket is missing
             except StorageAway as error:
                 console.print(f"waiting  storage does not answer, retried for about a minute: {error}")
                 sweep.patient.list()
@@ -136,10 +137,10 @@ def await_storage(sweep: Folder, console: Console) -> None:
 
 
 def _ask_storage(ask: Callable[[], None], folder: Folder, say: Callable[[str], None]) -> None:
-    """Ask an object store; a job asks one that refuses its key for `REFUSED_S`. UserError then, Preempted after a stop request.
+    """Ask an object store; in a job ask one that refuses the key again for `REFUSED_S`, then UserError. Preempted if stopped.
 
-    But not if a person is at its terminal. A job may continue a sweep of weeks, and its key comes from a service that may be away
-    for moments.
+    A job may continue a sweep of weeks, and the service that hands out its key may be away for moments. If a person is at the
+    terminal, the error is raised at once.
     """
     if folder.local or not in_job() or sys.stdin.isatty():
         return ask()
@@ -166,10 +167,10 @@ def _ask_storage(ask: Callable[[], None], folder: Folder, say: Callable[[str], N
 
 
 def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
-    """Run all stages that are left, on the Ray that this process runs in or on one of our own, and on another if that ends."""
+    """Run all remaining stages, on the Ray that this process runs in or on a local Ray, and on another one if that ends."""
     sweep = driver.sweep
     _ask_storage(store.require_usable, store, driver.board.say)
-    if not ray_address():  # a Ray of our own would be started first, for half a minute
+    if not ray_address():  # before a local Ray is started, which takes half a minute
         with naming_stop(sweep):
             lease.require_free_here(command_lease(sweep.folder))
     require_source(sweep.recipe.data, store)
@@ -182,7 +183,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
 
 
 def on_rays(driver: Driver, once: Callable[[], Failures]) -> Failures:
-    """Run the stages on a Ray, and on another if that ends; the first of our own must start."""
+    """Run the stages on a Ray, and on another one if that ends. If the first local Ray does not start, raise NotStarted."""
     while True:
         try:
             return once()
@@ -227,7 +228,7 @@ def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) ->
                 require_fits(plan, cluster)
             if driver.first:
                 ends.enter_context(dashboards.copying(sweep, store, board.say))
-            ends.enter_context(stopping_jobs(driver, joined=driver.first))  # the first also stops jobs that a killed one left
+            ends.enter_context(stopping_jobs(driver, joined=driver.first))  # also jobs that a killed command left
             if not state.prepared(sweep):
                 name_needs(driver, cluster)
                 run_stage(driver, cluster, "prepare")
@@ -236,7 +237,7 @@ def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) ->
             if state.find_latents(sweep.folder) is None:
                 run_stage(driver, cluster, "precompute")
             if not tracked:
-                track()  # before the first rows: the server or its user may have come meanwhile
+                track()  # again, before the first rows: MLflow may be reachable by now
             failures = train_and_evaluate(driver, cluster)
         skipped = state.skipped(sweep) | dict.fromkeys(state.lost_evaluations(sweep), DELETED)
         failures = replace(failures, skipped={f"evaluation of {sampled}": why for sampled, why in skipped.items()})
@@ -247,9 +248,9 @@ def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) ->
 
 @contextlib.contextmanager
 def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
-    """Write the page of the running sweep during the block, at once and then at intervals, in `PAGE_SHARE` of the time at most.
+    """Write the page of the running sweep during the block, at once and then at intervals.
 
-    But each hour in any case: an older page says that the sweep may have stopped.
+    This takes at most `PAGE_SHARE` of the time, but is done at least each hour: an older page says that the sweep may have stopped.
     """
     due_s = 0.0
 
@@ -259,16 +260,16 @@ def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
             _write_page(driver, plan)
             due_s = time.monotonic() + min((time.monotonic() - began_s) / PAGE_SHARE, PAGE_AT_LEAST_EVERY_S)
 
-    driver.sweep.report.delete(report.CSV)  # which only a report of all results leaves
+    driver.sweep.report.delete(report.CSV)  # only a report of all results leaves this file
     driver.board.say(f"page     {driver.sweep.report}/{report.PAGE}")
     with repeating(write, PAGE_EVERY_S, "page", PAGE_ENDS_S) as thread:
         yield
-    thread.join()  # it may still write, and the report follows
+    thread.join()  # it may still be writing, and the report is written next
 
 
 @contextlib.contextmanager
 def showing_a_stop(driver: Driver, plan: Plan) -> Iterator[None]:
-    """Write the page of a sweep that stops, if the block ends by an error and no inner one has written it."""
+    """If the block ends by an error, write the page of the stopped sweep, unless an inner block has written it."""
     try:
         yield
     except DisScaleError as error:
@@ -288,7 +289,7 @@ def _write_page(driver: Driver, plan: Plan) -> None:
 
 
 def require_starts(sweep: Sweep, plan: Plan) -> None:
-    """UserError if a new training cannot begin as its recipe says: its weights are missing or do not fit, or its rate jumps up."""
+    """Raise UserError if a new training cannot begin by its recipe: its weights are missing or do not fit, or its rate jumps up."""
     models = sweep.recipe.models
     later = [name for name, model in models.items() if model.start or model.branch]
     new = [name for name in later if state.newest_complete(sweep.run(name)) is None]
@@ -335,7 +336,7 @@ def _name_deleted_weights(sweep: Sweep, board: Board) -> None:
 
 @contextlib.contextmanager
 def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[None]:
-    """A second sweep of one name joins the first one's jobs on the same Ray; on another Ray it is refused before it writes."""
+    """Hold the sweep's lease. A second command joins the first one's jobs on the same Ray; on another Ray it is refused at once."""
     with contextlib.ExitStack() as stack:
         driver.first = True
         try:
@@ -353,7 +354,7 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_stop(sweep: Sweep) -> Iterator[None]:
-    """Add to a Held what ends the other command."""
+    """Add to a Held the commands that show and stop the other process."""
     try:
         yield
     except Held as error:
@@ -362,7 +363,7 @@ def naming_stop(sweep: Sweep) -> Iterator[None]:
 
 
 def exporting(driver: Driver, cluster: Cluster) -> Callable[[], bool]:
-    """Export the driver's gauges; return a function that tells whether its node is being drained. Neither on a Ray of our own."""
+    """Export the driver's gauges and return a function that checks whether its node is being drained; on a local Ray do neither."""
     if cluster.ours:
         return lambda: False
     exporter = Exporter(Context(sweep=driver.sweep.recipe.name, folder=prefix_of(driver.sweep)))
@@ -373,7 +374,7 @@ def exporting(driver: Driver, cluster: Cluster) -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def seen_alive(driver: Driver, drains: Callable[[], bool]) -> Iterator[None]:
-    """Show when this command's loop last turned, and at its end whether a stop request ended it. A node that `drains` is one."""
+    """Export when this command's loop last turned, and at the end whether a stop request ended it. Request a stop if `drains()`."""
 
     def look() -> None:
         driver.gauge("sweep_alive_timestamp_seconds", driver.turned_at)
@@ -399,8 +400,8 @@ def _obey_request(held: lease.Lease, driver: Driver, cluster: Cluster) -> None:
     if held.stop_requested() and (driver.drained or not driver.stop_requested.is_set()):
         last = None if held.held() else lease.last_holding(held.folder)
         if last and last.holder.pid == os.getpid() and last.holder.is_here:
-            return  # this process, on another Ray since: storage was long in answering
-        driver.drained = False  # it was to continue elsewhere
+            return  # this process itself, on another Ray since: storage answered late
+        driver.drained = False  # a drained command would continue elsewhere
         if last:
             driver.taken_over = last.holder.cluster == cluster.id  # it has joined these jobs
             driver.board.say("taken    another process has taken over this sweep: this one stops")
@@ -410,7 +411,7 @@ def _obey_request(held: lease.Lease, driver: Driver, cluster: Cluster) -> None:
 def resumed_recipe(sweep: Sweep, overrides: list[str]) -> Recipe:
     """Return the recipe of a stored sweep with more overrides.
 
-    `train.start_over` is an act of one command: only that of `overrides` counts. UserError if the sweep was moved, or would be.
+    `train.start_over` holds for one command: only its value in `overrides` counts. UserError if the sweep was moved, or would be.
     """
     where, settings = f"{sweep}/{RECIPE}", ["train.start_over=false", *overrides]
     own = reading.parse(reading.dump(sweep.recipe), where, settings)
@@ -426,7 +427,7 @@ def resumed_recipe(sweep: Sweep, overrides: list[str]) -> Recipe:
 
 
 def store_recipe(driver: Driver) -> Sweep:
-    """Store the recipe, which may have grown; a sweep that joined another takes that one's. UserError if it adds models."""
+    """Store the recipe, which may have grown. A command that joined a running sweep uses its recipe; UserError for other models."""
     if driver.first:
         driver.sweep.save_recipe()
         return driver.sweep
@@ -439,10 +440,11 @@ def store_recipe(driver: Driver) -> Sweep:
 
 
 def begin_tracking(driver: Driver, plan: Plan, uri: str) -> bool:
-    """Create the sweep's runs in MLflow; return whether that is done. If it cannot be reached, log that and continue: it only holds
-    a copy.
+    """Create the sweep's runs in MLflow; return whether that is done. If MLflow cannot be reached, log that and return false: it
+    only holds a copy.
 
-    A command that joined another leaves that to it: both would make them, and an SQLite file that was deleted beside running jobs.
+    A command that joined another one leaves this to it. Otherwise both would create the runs, and also an SQLite file that was
+    deleted beside running jobs.
     """
     if not driver.first:
         return True
@@ -465,7 +467,7 @@ def _write_report(sweep: Sweep, points: report.Report, failures: Failures) -> No
     """Write the report; copy it and the end of each failed run to MLflow."""
     report.write(sweep, points)
     taken = mlflow_copy.copy_report(sweep, "FAILED" if failures.models or failures.evaluation is not None else "FINISHED")
-    for model in failures.models if taken else ():  # else each would wait again for an MLflow that hangs
+    for model in failures.models if taken else ():  # otherwise each model would wait for an MLflow that hangs
         mlflow.RunCopy(sweep, model).finish("FAILED")
 
 
@@ -479,7 +481,7 @@ def _print_results(sweep: Sweep, points: report.Report, console: Console) -> Non
 
 
 def mlflow_lines(tracking: TrackingIds) -> list[str]:
-    """Return the address of the sweep's charts, behind the command that serves an SQLite file there."""
+    """Return the address of the sweep's charts; for an SQLite file, first the command that serves it at this address."""
     by_name = "orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"  # in any other order the models are folded, without charts
     charts = f"#/experiments/{tracking.experiment}/runs?{by_name}&compareRunsMode=CHART"
     if tracking.uri.startswith("http"):
@@ -489,7 +491,7 @@ def mlflow_lines(tracking: TrackingIds) -> list[str]:
 
 
 def _require_same_identity(sweep: Sweep) -> None:
-    """UserError with the differences if the sweep of this name was begun with another recipe."""
+    """Raise UserError with the differences if the sweep of this name was begun with another recipe."""
     try:
         differences = sweep.differences()
     except (StorageAway, UserError):

@@ -69,9 +69,9 @@ class Trainer(Worker):
         self.context.images = done
 
     def check(self, rank_environment: Mapping[str, object], device: str, waits_s: float, shared: float) -> None:
-        """Check this worker's device, join the process group and check the connections; BrokenDevice if one fails.
+        """Check this worker's device, join the process group and check the connections; BrokenDevice if the device fails.
 
-        The progress is 1 from the device's check on: a worker whose device hangs never has it, and the others wait for it.
+        The progress is 1 after the device's check. A worker whose device hangs stays at 0, and the others wait for it.
         """
         os.environ.update({key: str(value) for key, value in rank_environment.items()})
         from dis_scale.training import engine
@@ -99,7 +99,7 @@ class Trainer(Worker):
         from dis_scale.training.attempt import Attempt, Start
         from dis_scale.training.loop import train_model
 
-        self.report(0)  # of images, after `check`
+        self.report(0)  # from here on progress counts images
         self.context.attempt, self.context.rank = held_lease.number, int(os.environ["RANK"])
         if device == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
@@ -144,13 +144,13 @@ class Ranks:
 
 @dataclass
 class TrainingRun:
-    """The training of one model on this cluster, an attempt after the other."""
+    """The training of one model on this cluster, one attempt after the other."""
 
     job: StageJob
     model: str
     places: RankPlaces
     short: tuple[int, int] = (0, 0)
-    """The most workers with which a GPU's memory was too small for the planned forward passes, and how often it was with these."""
+    """Largest number of workers with which a GPU's memory was too small for the planned forward passes, and how often it was."""
 
     @property
     def settings(self) -> Train:
@@ -161,7 +161,7 @@ class TrainingRun:
         return self.places.device
 
     def attempts(self, failure: WorkerFailure | None) -> int:
-        """Return the images seen after attempts that follow each other without a failure: to grow, or to leave a node."""
+        """Run attempts that follow each other without a failure, to grow or to leave a node; return the images seen."""
         images_seen = self._attempt(failure)
         while images_seen < self.settings.images and not self.job.stop_requested():
             images_seen = self._attempt(None)
@@ -189,9 +189,9 @@ class TrainingRun:
                 raise
             nodes.record_failure_of(self.job, ranks.places[0].node, describe(error))
             raise WorkerFailure(f"{describe(error)}; tried on another node, whose devices may do better") from error
-        except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
+        except OutOfMemory as error:  # the computed memory leaves out fragmentation: smaller passes may fit
             times, share = self._short(world), largest_share(self.settings.lanes, world)
-            if times >= (2 if share > 1 else 1):  # passes have one lane
+            if times >= (2 if share > 1 else 1):  # passes have one lane by now
                 raise
             self.short = max(world, self.short[0]), times + 1
             words = f"{error}; from now on states of scans are not kept, or passes are smaller, and graphs are off"
@@ -230,7 +230,7 @@ class TrainingRun:
         return ranks
 
     def _blame_start(self, failure: WorkerFailure, held: Sequence[str], names: Mapping[str, str]) -> None:
-        """Count a process that did not start against its node, if that lives and the others suffice: no attempt would leave it."""
+        """Count a process that did not start against its node, if it lives and the others suffice: attempts would reuse it."""
         if failure.cause != "lost" or failure.worker is None:
             return
         node = held[failure.worker]
@@ -257,7 +257,7 @@ class TrainingRun:
             raise
 
     def _train(self, ranks: Ranks, avoided: Collection[str], start: tuple[float, float | None]) -> int:
-        """Train under a lease of its own."""
+        """Train under the run's lease; return the images seen."""
         sweep, grow_at_s = self.job.sweep, time.monotonic() + self.settings.grow_after_s
         used = {place.node for place in ranks.places}
         with lease.hold(sweep.run(self.model).lease) as held:
@@ -268,7 +268,7 @@ class TrainingRun:
             drained, grows = set[str](), False
 
             def left_s() -> float | None:
-                """Time to save before the attempt moves; None while it stays."""
+                """Return the seconds to save before the attempt moves; None while it stays."""
                 nonlocal grows
                 if (drained_s := self.places.drained_in_s(used, drained)) is not None:
                     return drained_s
@@ -303,7 +303,7 @@ def group_waits_s(settings: Train) -> float:
 class RowCopies:
     """Copies of a run's rows to metrics and to MLflow from a thread of its own: an MLflow that hangs does not delay training.
 
-    Storage has the rows, and a copy that fails is tried again. After the end it is logged: it never fails the model.
+    Storage has the rows, so a copy that fails is tried again. After the end of training a failure is logged, and fails no model.
     """
 
     job: StageJob
@@ -327,14 +327,14 @@ class RowCopies:
         sent = True
         for batch in rows.batches():
             metrics.show_rows(rows.newest.values(), settings, began_at, self.job.gauge)
-            sent = self.copy.send(batch, ask=sent)  # one that hangs is asked once: a driver's first turn has a file of each attempt
+            sent = self.copy.send(batch, ask=sent)  # a hanging MLflow is asked once: the first turn has a file of each attempt
         if sent:
             self.copy.send(())
         self.job.gauge("mlflow_away", float(self._misses_rows))
 
     @property
     def _misses_rows(self) -> bool:
-        """Whether MLflow lacks rows; of a sweep without a run there only if the recipe asks for one."""
+        """Whether MLflow lacks rows that it should have: the sweep has a run there, or its recipe asks for one."""
         return self.copy.away and (bool(self.job.recipe.tracking.uri) or TrackingIds.exists(self.job.sweep.folder))
 
     def _send_last(self, thread: threading.Thread, send: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Workers that wait for capacity: what they wait for, and what the cluster has. A wait has no end: an autoscaler may add nodes."""
+"""Workers that wait for capacity: what they wait for, what the cluster has. A wait has no limit: an autoscaler may add nodes."""
 
 import time
 from collections import Counter
@@ -14,10 +14,10 @@ from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
 LOGGED_AFTER_S, STARTS = 5.0, 3.0
-"""A wait is logged after this time, and after so many times as much if the nodes hold what is asked for: a worker's process alone
-takes up to 12 s to start on two slow cores."""
+"""Time after which a wait is logged, and factor by which it is longer if the nodes have the capacity: just to start, a worker's
+process takes up to 12 s on two slow cores."""
 LONG_S = 600.0
-"""A wait that explains why nothing was saved meanwhile."""
+"""Length of a wait whose end is exported: it explains why nothing was saved meanwhile."""
 CURE = (
     "start such a node (ray start --num-gpus=..., --resources=..., or the groups of cluster/*.yaml), or change the recipe's "
     "device or workers"
@@ -30,7 +30,7 @@ def capacity(request: Resources, nodes: Sequence[Resources]) -> int:
 
 
 class Wait:
-    """One wait for capacity, polled until it ends; as a context it no longer counts as waiting after its block."""
+    """One wait for capacity, polled until it ends; as a context manager it ends with its block at the latest."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Wait:
         self._since_s, self._logged = 0.0, None
 
     def poll(self, count: int, request: Resources, together: int = 1) -> str | None:
-        """Return a line to log if `count` workers wait and it is news; `together` of them need capacity at the same time."""
+        """Return a line if `count` workers wait and this is not logged yet; `together` of them need capacity at the same time."""
         if count == 0 or not request:  # without a request only their processes have to start
             self._end()
             return None
@@ -77,7 +77,7 @@ class Wait:
         return text
 
     def log(self, job: StageJob, count: int, request: Resources, together: int = 1, *, alone: bool = True) -> None:
-        """Poll and log it; a stop request ends the wait. `alone`: no other worker has work meanwhile."""
+        """Poll, and log the line, if any; a stop request ends the wait. `alone`: no other worker has work meanwhile."""
         if count:
             job.raise_if_stopped()
             if alone:
@@ -93,7 +93,7 @@ class Wait:
 
 
 def words(count: int, request: Resources, nodes: Sequence[Resources], free: Resources, together: int = 1) -> str:
-    """Say what `count` workers wait for, what the cluster has, and what to do if it cannot hold `together` of them."""
+    """Describe what `count` workers wait for, what the cluster has, and what to do if it cannot hold `together` of them."""
     left = _listed({name: free.get(name, 0) for name in request})
     return (
         f"waiting for capacity for {counted(count, 'worker')}, each with {_listed(request)}; free in the cluster: {left}; "
@@ -102,7 +102,7 @@ def words(count: int, request: Resources, nodes: Sequence[Resources], free: Reso
 
 
 def needs(stage: str, count: int, request: Resources, nodes: Sequence[Resources]) -> str:
-    """Say what the `count` workers of a later stage will wait for, which the cluster cannot hold yet."""
+    """Describe what the `count` workers of a later stage will wait for, since the cluster cannot hold them yet."""
     return f"{stage} needs {counted(count, 'worker')}, each with {_listed(request)}; {_held(request, nodes, count)}"
 
 
@@ -119,7 +119,7 @@ def _listed(resources: Resources) -> str:
 
 
 def _kinds(nodes: Sequence[Resources]) -> str:
-    """Say how many nodes have which resources, without memory and the labels that Ray adds."""
+    """Describe how many nodes have which resources, without memory and the labels that Ray adds."""
 
     def named(node: Resources) -> str:
         return _listed({n: node[n] for n in sorted(node) if "memory" not in n and ":" not in n}) or "nothing"

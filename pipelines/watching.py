@@ -21,9 +21,9 @@ from pipelines.waiting import LOGGED_AFTER_S, Wait
 STAGE_HANGS_AFTER_S = 900.0
 """Time without progress after which a worker of any stage counts as hanging; training's is a setting."""
 MEDIANS = 10
-"""An independent worker may take so many times what it usually takes."""
+"""Longest time of an independent worker between two steps of progress, in medians of its previous times."""
 FIRST = 4
-"""How many times as long the first progress may take: it reads a resume point or networks, and compiles kernels."""
+"""Factor by which the first progress may take longer: a worker reads a resume point or networks, and compiles kernels."""
 Report = Callable[[list[int]], None]
 """Called with each worker's progress, in the order of the workers."""
 
@@ -33,33 +33,33 @@ class Watch:
     """What counts as a hang, what ends the work early, whose failures disturb whom, and how long answers may take."""
 
     hang_after_s: float = STAGE_HANGS_AFTER_S
-    """A hang: no worker has made progress for this long, or, before the first progress and of work that reports none, for `FIRST`
-    times as long. Of independent workers each is watched by itself, and one that hangs is killed."""
+    """Time without progress of any worker that counts as a hang; `FIRST` times as long before the first progress, and for work that
+    reports none. Independent workers are watched one by one, and a worker that hangs is killed."""
     last: float = float("inf")
-    """Progress of all after which they only write, for which they have at least an hour: storage has a patience of its own."""
+    """Progress of all workers after which they only write. They have at least an hour for this: storage has retries of its own."""
     stop_early: Callable[[], float | None] = lambda: None
-    """Asked once a poll for the seconds that the workers have to save; they are requested to stop when it first returns a number,
-    and again when that leaves them less time."""
+    """Returns the seconds that the workers have to save, or None. It is called once a poll: the workers are requested to stop when
+    it first returns a number, and again when a number leaves them less time."""
     independent: bool = False
     """Whether the accident of one worker leaves the others undisturbed; it is raised when these have ended.
 
-    When the others have ended, those without capacity are not waited for: their results are left out.
+    Workers without capacity are no longer waited for when the others have ended: their results are left out.
     """
     blame_behind: bool = False
-    """Whether a hang counts as a failed device of the node whose workers alone have come less far than the others."""
+    """Whether a hang counts as a failed device of a node, if only the workers of this node are behind the others."""
     held: Sequence[str] = ()
-    """Ids of the nodes on which the workers have their places already, so that none waits for capacity: a node on which alone
-    processes do not start has failed."""
+    """Ids of the nodes on which the workers already have their places, so that none waits for capacity. If processes do not start
+    on a single node only, this node has failed."""
     on_lost: Callable[[], object] = lambda: None
     """Called at once when one of several independent workers is lost."""
     keep_logs: bool = True
     """Whether each worker's log is kept under its number from now on; not before the order of the workers is final."""
     poll_every_s: float = 1.0
     answer_s: float = 10.0
-    """Time for a worker to answer a poll, or with its stacks when it hangs; and for the others to end after an error that another
-    worker's failure may have caused."""
+    """Time for a worker to answer a poll, or to return its stacks when it hangs. Also time for the other workers to end after an
+    error that the failure of one of them may have caused."""
     logged_after_s: float = LOGGED_AFTER_S
-    """Wait for capacity that is not logged."""
+    """Time for which a wait for capacity is not logged."""
 
 
 def watch(
@@ -67,8 +67,8 @@ def watch(
 ) -> list[Any]:
     """Wait for the result of each worker and return all; forward a stop request; pass the progress to `report`.
 
-    Raises the first failure at once: WorkerFailure if a new attempt may do better, also after a hang, whose stacks are logged. That
-    of a device counts against its node.
+    Raises the first failure at once: WorkerFailure if a new attempt may do better, also after a hang, whose stacks are logged. The
+    failure of a device counts against its node.
     """
     if policy.keep_logs:
         job.logs.keep_workers(workers)
@@ -93,7 +93,7 @@ def _node(policy: Watch, workers: Sequence[Any], number: int) -> str:
 
 
 class Pace:
-    """The time between two steps of progress, and since when there was none: of each independent worker, or of all together."""
+    """Times between two steps of progress, and since the last one: of each independent worker, or of all workers together."""
 
     def __init__(self, workers: int, policy: Watch) -> None:
         self._policy = policy
@@ -103,9 +103,10 @@ class Pace:
         self._took_s = [deque[float](maxlen=100) for _ in range(workers)]
 
     def note(self, done: Sequence[int | None], running: Collection[int], unplaced: Collection[int], now_s: float) -> list[int]:
-        """Note the progress of all workers; return the `running` ones that hang, [0] for all. Who waits for capacity does not.
+        """Note the progress of all workers; return the numbers of the `running` ones that hang, [0] for all together.
 
-        None for a worker that has not answered yet: its first answer may be of other work that it has done before.
+        A worker that waits for capacity does not hang. The progress of a worker is None before its first answer, which may be of
+        other work that it has done before.
         """
         working, known = set(running).difference(unplaced), [images for images in done if images is not None]
         total = sum(known) if len(known) == len(done) else None
@@ -118,7 +119,7 @@ class Pace:
             if number not in working:
                 self._since_s.pop(number, None)
             elif number not in self._since_s:
-                self._since_s[number] = now_s  # what it has done before is of other work
+                self._since_s[number] = now_s  # its progress so far is of other work
             elif images is not None and before is not None and images > before:
                 self._took_s[number].append(now_s - self._since_s[number])
                 self._since_s[number] = now_s
@@ -126,7 +127,7 @@ class Pace:
         return [number for number, since_s in self._since_s.items() if now_s - since_s > self.limit_s(number)]
 
     def limit_s(self, number: int) -> float:
-        """Time without progress after which a worker counts as hanging."""
+        """Return the time without progress after which a worker counts as hanging."""
         least_s, took_s = self._policy.hang_after_s, self._took_s[number]
         if self._over:
             return FIRST * max(least_s, STAGE_HANGS_AFTER_S)
@@ -135,7 +136,7 @@ class Pace:
         return max(least_s, MEDIANS * statistics.median(took_s)) if self._policy.independent else least_s
 
     def silent_s(self, now_s: float) -> float:
-        """Time since any of them has made progress."""
+        """Return the time since any worker has made progress."""
         return now_s - self._advanced_s
 
 
@@ -174,18 +175,18 @@ class _Loop:
         return finished
 
     def _without_capacity(self, wait: Wait) -> list[int]:
-        """Return the workers that no node holds yet, and log them; if only they are left of independent ones, the work is over."""
+        """Return and log the workers that no node holds yet. If only these are left of independent workers, the work is over."""
         unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running and not self._policy.held]
         request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
         alone = len(unplaced) == len(self._running)
         if alone and self._policy.independent and self._ended:
             unplaced = self._running = []  # the others have done all the work, or failed and hold what these wait for
-        waits = alone or not self._policy.independent  # beside others that work, more of them join when nodes do
+        waits = alone or not self._policy.independent  # beside others that work they join when nodes do, which is no wait
         wait.log(self._job, len(unplaced) if waits else 0, request, alone=alone)
         return unplaced
 
     def _note_failures(self, finished: Sequence[Any]) -> None:
-        """Log the accidents of independent workers; raise all other failures, and when all have ended also these."""
+        """Log accidents of independent workers, and raise them when all workers have ended; raise all other failures at once."""
         failures = [failure for _, failure in self._failures(finished)]
         if not (self._policy.independent and self._running and all(map(may_pass, failures))):
             self._raise_failure()
@@ -212,7 +213,7 @@ class _Loop:
         return [(number, failure) for number, result in numbered if (failure := failure_of(result))]
 
     def _end_hanging(self) -> None:
-        """Kill each independent worker that hangs: it is then lost, and another attempt makes what it had begun."""
+        """Kill each independent worker that hangs: another attempt does what it had begun. Raise the hang of all other workers."""
         if self._hanging and not self._policy.independent:
             silent_s = self._pace.silent_s(time.monotonic())
             words, done = f"no step ended for {silent_s:.0f} s: hanging", self._polls.done
@@ -278,7 +279,7 @@ class _Polls:
         return [done if number in self._up else None for number, done in enumerate(self.done)]
 
     def ask(self, ended: set[int]) -> None:
-        """Log the workers' new lines and note their progress; those whose work has `ended` are asked to the last line."""
+        """Log the workers' new lines and note their progress; workers whose work has `ended` are asked to the last line."""
         self.unplaced = [n for n in self.unplaced if not has_process(self.workers[n])]
         self._take(ended)
         for number, worker in enumerate(self.workers):
@@ -287,12 +288,12 @@ class _Polls:
         self._take(self._up | ended)
 
     def _take(self, awaited: set[int]) -> None:
-        """Take the answers, those of the `awaited` within the time for an answer."""
+        """Take the answers that have come; wait for those of the `awaited` workers for the time of an answer."""
         calls = [call for number, call in self._calls.items() if number in awaited]
         if calls:
             ray.wait(calls, num_returns=len(calls), timeout=self._answer_s)
         if not self._calls:
-            return  # `ray.wait` refuses none
+            return  # `ray.wait` refuses an empty list
         answered, _ = ray.wait([*self._calls.values()], num_returns=len(self._calls), timeout=0)
         for number in [number for number, call in self._calls.items() if call in answered]:
             self._note(number, self._calls.pop(number))

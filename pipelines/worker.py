@@ -68,7 +68,7 @@ class Worker:
             return file.read()
 
     def log_stacks(self) -> str:
-        """Return the stacks, and print them for this worker's log: a driver's has room for a few workers'."""
+        """Return the stacks, and print them for this worker's log: the driver's log has room for a few workers only."""
         print(f"stacks of this worker:\n{(stacks := self.stacks())}", flush=True)
         return stacks
 
@@ -134,7 +134,7 @@ def request_for(name: str, device: str, cpus: float, known: Sequence[Resources] 
 
 
 def elsewhere(job: StageJob, request: Request) -> Request:
-    """Return the request on other nodes than those whose devices failed, as long as these hold one such worker."""
+    """Return the request on nodes other than those whose devices failed, if these other nodes hold one such worker."""
     living = nodes.living()
 
     def enough(bad: Collection[str]) -> bool:
