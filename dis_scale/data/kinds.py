@@ -1,5 +1,6 @@
-"""The kinds of source: how each lists and reads its images. Tars, Parquet, the rows of a CSV and other programs' latents have files
-of their own.
+"""The kinds of source, and how each lists and reads its images.
+
+Tars, Parquet, the rows of a CSV and the latents of other programs have modules of their own.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from dis_scale.data import csv_rows, images, layouts, parquet, tars
+from dis_scale.data import csv_rows, images, layouts, matching, parquet, tars
 from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut
 from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.progress import some
@@ -31,7 +32,7 @@ from dis_scale.storage.folder import WEB, Folder, open_folder
 FOLDERS_AT_ONCE = 4096
 """Images whose folders are listed at the same time."""
 NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
-"""Answers of a file system to a path that is no file: a folder, below a file, too long."""
+"""Errors of a file system for a path that cannot be a file: it is a folder, it is below a file, or a name is too long."""
 
 
 class SourceKind(Protocol):
@@ -42,7 +43,7 @@ class SourceKind(Protocol):
     missing: str
     """The error message if it has no entries."""
     mixed: bool
-    """Whether to list in the mixed order: reading neighbours together is no cheaper."""
+    """Whether to list in the mixed order, because reading neighbours together is no cheaper."""
 
     def find(self) -> Contents: ...
     def version(self) -> str: ...
@@ -56,7 +57,7 @@ class _OneFileEach(ABC):
     mixed = True
 
     def version(self) -> str:
-        """Return the version of the one file with all labels; empty if each image has its own."""
+        """Return the version of the file that has all labels; empty if there is no such file."""
         return ""
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
@@ -144,7 +145,7 @@ class _ClassFolders(_OneFileEach):
                 yield Entry(file, labels[folder] if self._labelled else 0)
 
     def _require_one_class(self, first: str, second: str) -> None:
-        """UserError if two paths of one folder or image, by a link, are of two classes."""
+        """Raise UserError if a link shows one folder or image in two classes."""
         if self._labelled and first.partition("/")[0] != second.partition("/")[0]:
             paths = itertools.accumulate(second.split("/"), "{}/{}".format)
             link = next(path for path in paths if Path(self._root.local or "", path).is_symlink())
@@ -154,7 +155,7 @@ class _ClassFolders(_OneFileEach):
             )
 
     def _lost_link(self, file: str) -> str:
-        """Return why a link to a folder is not followed, if the file is one; UserError if it would be a class."""
+        """Return why a link is not followed, '' if the file is no such link. UserError for a broken link beside the classes."""
         path = Path(self._root.local or "", file)
         if not self._root.local or not path.is_symlink() or path.is_file():
             return ""
@@ -179,16 +180,16 @@ class _ClassFolders(_OneFileEach):
 
 
 class _Linked:
-    """The folders and images below `root` that are there by links, to see which are there by another path too."""
+    """Links to folders and images below `root`. Finds the targets that are also listed by another path."""
 
     def __init__(self, root: Path, *, labelled: bool) -> None:
         self._root, self._labelled, self._first = root.resolve(), labelled, dict[Path, str]()
         self._known = lru_cache(64)(self._real)
 
     def other_file(self, file: str) -> str:
-        """Return the path by which the image that a link leads to will be listed too; empty if it will not.
+        """Return the other path by which the target of a link to an image will be listed; empty if there is none.
 
-        An image outside the root may be there twice, as a copy may: some stores keep equal files once, and links to them.
+        A target outside the root may be listed twice, as copies may: some stores keep equal files once, and links to them.
         """
         if not (path := self._root / file).is_file():  # a link that leads nowhere
             return ""
@@ -205,12 +206,12 @@ class _Linked:
         return first if first != folder else ""
 
     def _inside(self, real: Path) -> str:
-        """Return the path below the root of what is there, and not hidden; else empty."""
+        """Return a path relative to the root; empty if it is outside the root or hidden."""
         inside = str(real.relative_to(self._root)) if real.is_relative_to(self._root) else ""
         return "" if images.hidden(inside) else inside
 
     def _real(self, folder: str) -> Path:
-        """Return a folder's path without links. That of the one around it is mostly known: `Path.resolve` asks for each."""
+        """Return a folder's path without links. Uses its parent's from a cache: `Path.resolve` checks every folder of a path."""
         around, _, name = folder.rpartition("/")
         path = (self._known(around) if around else self._root) / name
         return path.resolve() if path.is_symlink() else path
@@ -238,7 +239,7 @@ class _Csv(_OneFileEach):
         return Contents(self._present(self._each_once()) if self._all_there else self._each_once())
 
     def read_one(self, entry: Entry) -> bytes | None:
-        """Read from the folder of the CSV, or from where its line says. The listing may be of a time when that was allowed."""
+        """Read the file that a line names. Checks paths outside the CSV's folder again: they may have been allowed when listed."""
         try:
             return None if "\0" in entry.name else _read(*_place(self._root, self._allowed(entry).name))
         except FileNotFoundError:
@@ -246,10 +247,10 @@ class _Csv(_OneFileEach):
         except StorageError as error:
             if getattr(error.__cause__, "errno", None) in NO_FILE:
                 return None
-            raise  # also for a bucket that is missing: a mistyped one would leave out all of its images
+            raise  # also for a missing bucket: a mistyped name would leave out all of its images
 
     def _each_once(self) -> Iterator[Entry | LeftOut]:
-        """Yield the CSV's images; UserError at the end if two lines name one. Hashes: there may be a hundred million."""
+        """Yield the CSV's images; raise UserError at the end if two lines name one. Keeps hashes, for up to a hundred million."""
         names, lines = array("q"), array("q")
         for entry in csv_rows.entries(self._root, self._file.name, self._path, self._label):
             if isinstance(entry, LeftOut):
@@ -268,14 +269,14 @@ class _Csv(_OneFileEach):
             )
 
     def _present(self, entries: Iterable[Entry | LeftOut]) -> Iterator[Entry | LeftOut]:
-        """Yield the entries; UserError at the end that counts all whose file is not there.
+        """Yield the entries; raise UserError at the end with the number of missing files, if any.
 
-        Each folder is listed once, many at the same time: some sets have one for each image.
+        Each folder is listed once, many at the same time: some sets have a folder for each image. Web servers are not asked.
         """
         hashes, missing, first = dict[Folder, Sequence[int]](), list[str](), list[tuple[Folder, str]]()
         for some_entries in batched(entries, FOLDERS_AT_ONCE):
             named = [(entry, *_place(self._root, entry.name)) for entry in some_entries if isinstance(entry, Entry)]
-            named = [each for each in named if not each[1].url.startswith(WEB)]  # what is not there is found when it is read
+            named = [each for each in named if not each[1].url.startswith(WEB)]  # a read finds missing files
             new = list(dict.fromkeys(folder for _, folder, _ in named if folder not in hashes))
             hashes |= zip(new, in_order(new, _hashes), strict=True)
             for entry, folder, name in named:
@@ -290,7 +291,7 @@ class _Csv(_OneFileEach):
             )
 
     def _allowed(self, entry: Entry) -> Entry:
-        """UserError for a path outside the folder: whoever wrote the CSV could have any file of this user or store read."""
+        """Return the entry; UserError if it is outside the CSV's folder: a CSV could name any file of this user or store."""
         path = entry.name
         if not self._outside and (path.startswith("/") or "://" in path or ".." in path.split("/")):
             raise UserError(
@@ -301,32 +302,32 @@ class _Csv(_OneFileEach):
 
 
 class _ManyInAFile:
-    """Many images or latents in a file, which is compared with its version when it was listed."""
+    """Base of kinds with many images or latents in a file. A file must have the version that it had when it was listed."""
 
     mixed = False
 
     def __init__(self, url: str, files: Files, layout: layouts.InFiles, missing: str, *, are_classes: bool = False) -> None:
-        self.root, self._names = tars.files_of(folder := open_folder(url), files, layout.suffix, are_classes=are_classes)
+        self.root, self._names = matching.files_of(folder := open_folder(url), files, layout.suffix, are_classes=are_classes)
         self._is_folder, self.where, self.missing = self.root == folder, self.root.url, f"{missing} {self.root}"
         self._layout, self.near = layout, layout.near
 
     def version(self) -> str:
-        return ""  # each entry has that of its file
+        return ""  # each entry has the version of its file
 
     def find(self) -> Contents:
-        """List the images of the files, then what is beside these."""
+        """List the images of the files, then the other contents of the folder."""
         contents = self._layout.find(self.root, self._names)
-        beside = tars.beside(self.root, self._names) if self._is_folder else ()
+        beside = matching.beside(self.root, self._names) if self._is_folder else ()
         return contents._replace(entries=itertools.chain(contents.entries, beside))
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
         try:
             return list(self._layout.read(self.root, entries))
-        finally:  # not before: the file may be written again while it is read
+        finally:  # after the read, since the file may be replaced during it
             self.require_unchanged(entries[0])
 
     def require_unchanged(self, entry: Entry) -> None:
-        """StorageError if the entry's file is another one than when it was listed."""
+        """Raise StorageError if the entry's file has changed since it was listed."""
         require_version(f"{self.root}/{entry.file}", entry.version, self.root.version(entry.file))
 
 
@@ -377,7 +378,7 @@ class _LatentFiles(_OneFileEach):
 
 
 def open_kind(data: Data) -> SourceKind:
-    """Return the kind of a recipe's source, whose location may be looked at."""
+    """Return the kind of a recipe's source. May access the source's location."""
     labelled = data.num_classes is not None
     match data.source:
         case LatentsSource():
@@ -402,7 +403,7 @@ def open_kind(data: Data) -> SourceKind:
 
 
 def require_version(what: str, listed: str, now: str) -> None:
-    """StorageError if a file is another one than when it was listed."""
+    """Raise StorageError if a file's version `now` differs from the `listed` one."""
     if now != listed:
         raise StorageError(
             f"{printable(what)}: it was written again after it was listed ({listed}, now {now}), so labels could be those of other "
@@ -419,13 +420,13 @@ def gone(what: str) -> StorageError:
 
 
 def _hashes(folder: Folder) -> Sequence[int]:
-    """Return the hashes of the names of a folder's files, in order: eight bytes a name, of which there may be millions."""
+    """Return the sorted hashes of the names of a folder's files: eight bytes each, since there may be millions."""
     return array("q", sorted(map(hash, folder.files())))
 
 
 def _like(folder: Folder, name: str) -> str:
-    """Return a hint for a missing file: a name that differs only in case, ending, blanks around it or form of Unicode, or that the
-    path is of another system; '' if there is no hint."""
+    """Return a hint for a missing file, '' if there is none: the path has Windows' separators, or the folder has a file whose name
+    differs only in case, ending, surrounding blanks or Unicode form."""
     if "\\" in name:
         return "; folders are parted by /, and this path has \\"
 
@@ -450,7 +451,7 @@ def _read(folder: Folder, name: str) -> bytes | None:
 
 
 def _place(root: Folder, path: str) -> tuple[Folder, str]:
-    """Return the folder and the name of a CSV's image, which is relative to the CSV's folder unless it is complete."""
+    """Return the folder and the file name of a CSV's image. A path is relative to the CSV's folder unless absolute or a URL."""
     path = path.removeprefix("file://")
     if "://" in path:
         parent, _, name = path.rpartition("/")

@@ -10,19 +10,15 @@ import re
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatch
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending, hidden
 from dis_scale.data.listing import HIDDEN, Contents, Entry, LeftOut, number_or_name, of_files
-from dis_scale.data.parts import numbered, parts_of, skipped, with_hash
 from dis_scale.process.errors import StorageError, UserError, printable
-from dis_scale.process.progress import some
-from dis_scale.recipe import Files, TarSource
+from dis_scale.recipe import TarSource
 from dis_scale.storage.folder import Folder
 
 LARGE_BYTES = 8 * 2**30
@@ -30,110 +26,24 @@ LARGE_BYTES = 8 * 2**30
 SPAN_BYTES = 8 * 2**20
 """Most bytes of images that one read returns, unless a single one is larger."""
 MOST_ZEROS = 2**20 + 2 * tarfile.BLOCKSIZE
-"""Most bytes of zeros at the end of a tar: two blocks, and more that fill up a record, which has up to 1 MiB (`tar -b 2048`)."""
+"""Most bytes of zeros at the end of a tar: two blocks, and the padding of a record, which has up to 1 MiB (`tar -b 2048`)."""
 FEW_ZEROS = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
-"""Bytes of zeros that programs put there unless they are asked for larger records. A download without its last piece has more."""
+"""Most bytes of zeros at the end of a tar with records of the default size. A download that lacks its last piece has more."""
 LONG_END = "tars with over 10 KiB of zeros at the end: was one not downloaded to its end?"
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 LABELS_BYTES = 2**30
-"""Most bytes of the labels of a tar that is not larger than `LARGE_BYTES`: these are in memory together, of eight tars at once."""
+"""Most bytes of all labels of a tar of up to `LARGE_BYTES`. They are held in memory together, for eight tars at once."""
 GLOBAL_BYTES = 64 * 2**10
-"""Most bytes of headers for all members, which `tarfile` sets again for each. Git writes 52, a commit's hash."""
+"""Most bytes of global headers, which `tarfile` applies to every member. Git writes one of 52 bytes, with the commit's hash."""
 NAME_CHARACTERS = 4096
-"""Most of a member's name, as of a path."""
+"""Most characters of a member's name: the limit of a path."""
 JOINED = "files that their tar has again: two sets with the same keys? If so, write the second with other keys"
-"""Reason to leave out files of a tar of which half are there again: keys often begin at 0, and `tar --update` replaces few."""
-_AGAIN = re.compile(r"(?: \(\d+\)| - Copy)(?=\.[^.]+$)")
-"""What a browser or a desktop adds to the name of a file that is there."""
-UNMATCHED = "files that data.source.files does not match"
-SKIPPED = "files that the numbers of the others skip: were all downloaded?"
+"""Reason if a tar replaces at least half of its files. Keys of two joined sets may both begin at 0; `tar --update` replaces few."""
 BESIDE = ("cls", "json")
 """Endings of the members beside the images that may hold the labels."""
 LATENT = "latent"
-"""Ending of a latent; a recipe of latents says neither which file of a sample is the image nor where the labels are."""
-
-
-def files_of(url: Folder, files: Files, suffix: str, *, are_classes: bool = False) -> tuple[Folder, list[str]]:
-    """Return the folder and its files that match a pattern and are not hidden, sorted; a URL ending in `suffix` is one file
-    if it is no folder.
-
-    UserError if no file matches, or if one is a link to a missing file or to another of them. UserError also if the files of one
-    pattern belong to several parts of a set, such as train and test, unless each file is a class.
-    """
-    patterns = [files] if isinstance(files, str) else files
-    if url.name.endswith(suffix) and not (url.local and url.local.is_dir()):
-        parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name
-        try:  # fsspec's `exists` takes a web server that does not answer for one without the file
-            parent.read_up_to(name, 1)
-            return parent, [name]
-        except FileNotFoundError as error:
-            if not url.list():
-                raise UserError(f"data.source.url: no file {url}") from error
-    every = url.list()
-    shown = [name for name in every if not hidden(name)]  # not a Mac's ._a.tar
-    names = [name for name in shown if any(fnmatch(name, pattern) for pattern in patterns)]
-    names = sorted({*names} - {*url.folders()}) if names else []  # Spark writes a folder `x.parquet`
-    if not names and url.local and url.local.is_file():
-        raise UserError(
-            f"data.source.url: {url} is a file whose name does not end in {suffix}: give a folder of such files, or one; what is "
-            "compressed as a whole is to be unpacked first"
-        )
-    if not names:
-        there = f"there are {some(every)}" if every else "it is empty or does not exist"
-        raise UserError(f"data.source.url: no files {files!r} in {url}; expected {url}/<name>{suffix}, {there}")
-    if unmatched := [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)]:
-        raise UserError(f"data.source.files: {some(unmatched)} matches no file in {url}: correct it or leave it out")
-    _require_distinct(url, names)
-    prefixes, lacking = numbered(names, every)
-    alike = [(name, with_hash(name)) for name in lacking]
-    if lacking := [name for name, old in alike if any(fnmatch(name, p) or fnmatch(old, p) for p in patterns)]:  # some may be chosen
-        raise UserError(
-            f"data.source.url: {url} lacks {len(lacking)} of the files that the names of the others count: {some(lacking)}: "
-            "download them, or rename the others"
-        )
-    for pattern in () if are_classes else patterns:
-        _require_one_part([name for name in names if fnmatch(name, pattern)], pattern, prefixes, suffix, url)
-    return url, names
-
-
-def _require_distinct(url: Folder, names: list[str]) -> None:
-    """UserError if a file is another one's second download, or a link that leads nowhere, or to what another one is."""
-    first_of, every, folder = dict[Path, str](), {*names}, url.local
-    for name in names:
-        if (first := _AGAIN.sub("", name)) != name and first in every:
-            both = f"{printable(first)} and {printable(name)} in {url}"
-            raise UserError(f"data.source.url: {both} are called as two downloads of one file: delete one, or rename it")
-        if folder is None:
-            continue
-        if not (folder / name).exists():
-            raise UserError(f"data.source.url: {printable(f'{folder}/{name}')} is a link that leads nowhere: correct or delete it")
-        if (first := first_of.setdefault((folder / name).resolve(), name)) != name:
-            both = f"{printable(first)} and {printable(name)} in {printable(str(folder))}"
-            raise UserError(f"data.source.url: {both} are one file, by a link: delete it")
-
-
-def _require_one_part(names: list[str], pattern: str, prefixes: set[str], suffix: str, url: Folder) -> None:
-    """UserError if the files of a pattern are of several parts of a set: by their words, or by `prefixes` if it takes all files."""
-    parts = prefixes if len(prefixes) > 1 and pattern == f"*{suffix}" else parts_of(names)
-    if len(parts) > 1:
-        raise UserError(
-            f"data.source.files: {pattern!r} matches files of {' and '.join(sorted(parts))} in {url}: say which to train on, for "
-            f"example '*train*{suffix}', or a pattern for each: ['*train*{suffix}', ...]"
-        )
-
-
-def beside(root: Folder, names: Sequence[str]) -> Iterator[LeftOut]:
-    """Yield what else is in a folder of which `names` are read: its files and sub-folders, and what the numbers of its files skip.
-
-    Sub-folders are not listed: they may hold millions of files.
-    """
-    every, folders, suffix = set(root.list(incomplete=True)), set(root.folders()), PurePosixPath(names[0]).suffix
-    alike = (name for name in every - folders if name.endswith(suffix) and not hidden(name))
-    yield from (LeftOut(name, SKIPPED) for name in skipped(alike))
-    for name in sorted((every | folders) - set(names)):
-        kind = "sub-folders" if name in folders else UNMATCHED
-        yield LeftOut(name, HIDDEN if hidden(name) else kind)
+"""Ending of a latent. A recipe of latents has no settings for a sample's image and label, so errors do not suggest them."""
 
 
 def find(root: Folder, names: list[str], settings: TarSource, *, labelled: bool = True) -> Contents:
@@ -146,9 +56,10 @@ def find(root: Folder, names: list[str], settings: TarSource, *, labelled: bool 
 
 
 def _with_classes(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[Entry | LeftOut]:
-    """Yield the entries; UserError at the end if a class is below several folders which may be the classes, as in
-    `<class>/images/<image>` and `<class>/2019/<image>`; not below `part-0` and `part-1`, which differ in numbers only. Also if one
-    class is deeper than another, as in `<class>/<image>` and `<class>/2019/<image>`."""
+    """Yield the entries; raise UserError at the end if outer folders may be the classes instead of the images' own folders.
+
+    This is so if one class is below several folders, as in `<class>/images/<image>`, unless these differ in numbers only (`part-0`,
+    `part-1`) and there are other classes; and if classes are at two depths: `<class>/<image>` and `<class>/2019/<image>`."""
     first_of, depths, folders, twice = dict[str, str](), dict[int, str](), set[str](), list[str]()
     for entry in entries:
         folder = entry.name.partition("/")[2].rpartition("/")[0] if isinstance(entry, Entry) else ""
@@ -171,15 +82,15 @@ def _with_classes(entries: Iterable[Entry | LeftOut], root: Folder) -> Iterator[
 
 
 def _without_numbers(folder: str) -> str:
-    """Return what is around a folder, without digits."""
+    """Return the path of a folder's parent, without digits."""
     return re.sub(r"\d+", "", folder.rpartition("/")[0])
 
 
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
-    """Return the images' bytes by one range read; all entries are `near` the first. StorageError if it is too short."""
+    """Return the images' bytes by one range read; all entries must be `near` the first. StorageError if the tar is too short."""
     first, last = entries[0].location[0], max(sum(entry.location) for entry in entries)
     if len(entries) == 1:
-        last = min(last, first + IMAGE_BYTES + 1)  # enough to be refused as an image
+        last = min(last, first + IMAGE_BYTES + 1)  # one byte too many, so that decoding refuses it
     data = root.read(entries[0].file, first, last) if last > first else b""
     if len(data) != last - first:
         raise StorageError(
@@ -190,7 +101,7 @@ def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
 
 
 def near(first: Entry, entry: Entry) -> bool:
-    """Return whether one read returns both `first` and `entry`, which is listed after it, but may be before it in its tar."""
+    """Return whether one read returns both entries. `entry` is listed after `first`, but may be before it in the tar."""
     start = first.location[0]
     return first.file == entry.file and start <= entry.location[0] and sum(entry.location) - start <= SPAN_BYTES
 
@@ -220,7 +131,7 @@ COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b
 EXTENDED = {
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 }  # fmt: skip
-"""Types of headers with more about the member after them."""
+"""Types of headers that extend the header of the next member."""
 
 
 _DIGITS = re.compile(rb"\d{100}")
@@ -228,18 +139,18 @@ _LENGTH, _RECORD = re.compile(rb"\d{1,20}"), re.compile(rb"\d{1,20} [^=]+=.*\n",
 
 
 class _Member(tarfile.TarInfo):
-    """A member of one tar, of which no long headers are read."""
+    """A member of a tar. Refuses headers that are too long to read."""
 
     where = ""
     extended_bytes = 0
-    """Of extended headers since the last member; a subclass for each tar counts its own."""
+    """Bytes of extended headers since the last member. Each tar has a subclass of its own to count them."""
     global_bytes = 0
-    """Of those for all members after them, which are kept."""
+    """Bytes of global headers so far, which `tarfile` keeps for all later members."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Return the member of a header; ReadError for extended headers that would fill the memory, and for a size below 0, which
-        would go back to an earlier header for ever."""
+        """Return the member of a header. ReadError if extended headers would fill the memory. ReadError also for a negative size,
+        with which `tarfile` would return to an earlier header for ever."""
         member = super().frombuf(buf, encoding, errors)
         if member.size < 0:
             raise tarfile.ReadError(f"a member of {member.size:,} bytes")
@@ -254,10 +165,8 @@ class _Member(tarfile.TarInfo):
         return member
 
     def _proc_pax(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        """Read an extended header; ReadError for one over which `tarfile` of Python 3.11 takes hours or any memory.
-
-        That is CVE-2024-6232. Also for one that gives the next member a size below 0.
-        """
+        """Read an extended header. ReadError for one that costs `tarfile` of Python 3.11 hours or unbounded memory (CVE-2024-6232).
+        ReadError also if it gives the next member a negative size."""
         assert tar.fileobj is not None
         first = tar.fileobj.tell()
         header = tar.fileobj.read(self.size)
@@ -271,7 +180,7 @@ class _Member(tarfile.TarInfo):
         return member
 
     def _refuse_holes(self, of: object = None, *_: object) -> Self:
-        """StorageError before `tarfile` reads the map of the holes, which may be of any length."""
+        """Raise StorageError before `tarfile` reads the map of the holes, whose length has no bound."""
         name = of.name if isinstance(of, tarfile.TarInfo) else self.name
         raise StorageError(f"{self.where}: {printable(name)} has holes that are left out: write it without --sparse")
 
@@ -279,7 +188,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _require_records(header: bytes) -> None:
-    """ReadError unless each record ends where it says: `tarfile` takes as its name all up to any later `=`, for each record."""
+    """Raise ReadError unless each record has the length that it states: `tarfile` takes all up to any later `=` as its name."""
     first = 0
     while first < len(header) and header[first]:  # zeros fill the rest
         length = _LENGTH.match(header, first)
@@ -290,7 +199,7 @@ def _require_records(header: bytes) -> None:
 
 
 class _InTar(NamedTuple):
-    """A member that is no folder: its path when unpacked, where its bytes are, and these if it may hold a label."""
+    """A member that is no folder: its path when unpacked, the location of its bytes, and the bytes if it may hold a label."""
 
     name: str
     start: int
@@ -301,9 +210,9 @@ class _InTar(NamedTuple):
 
 
 def _last(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
-    """Yield the members; of a file that the tar has again the last one, in the place of the first, as if the tar was unpacked.
+    """Yield the members as if the tar was unpacked: of those with one name the last, in the place of the first.
 
-    StorageError if their labels, which are in memory together, are too large.
+    The others get a reason to leave them out. StorageError if the labels, which are in memory together, are too large.
     """
     final, replaced, held_bytes = dict[str, _InTar](), list[_InTar](), 0
     for member in members:
@@ -324,8 +233,8 @@ def _last(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
 
 
 def _each_once(members: Iterable[_InTar], where: str, *, masks: bool) -> Iterator[_InTar]:
-    """Yield the members of a large tar as they come; UserError at the end if it has one again, or, with `masks`, an image that
-    differs from another one in its ending only. Hashes: it may have ten million."""
+    """Yield the members of a large tar as they come; raise UserError at the end if two have one name, or, with `masks`, if two
+    images differ in their endings only. Keeps hashes of the names: there may be ten million members."""
     names, roots, images = array("q"), array("q"), array("q")
     for member in members:
         if not member.why:
@@ -349,19 +258,19 @@ def _each_once(members: Iterable[_InTar], where: str, *, masks: bool) -> Iterato
 
 
 def _kind(name: str) -> str:
-    """Return a file's ending as WebDataset takes it, all after the first dot; capitals are no other kind."""
+    """Return a file's ending as WebDataset defines it, all after the first dot; in lower case."""
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
-    """Yield the members but folders; of those of the ending `label` also their bytes, if any."""
+    """Yield all members except folders; those with the ending `label`, if it is not empty, with their bytes."""
     with tarfile.open(fileobj=file, mode="r:", tarinfo=type("_Member", (_Member,), {"where": where})) as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
             _require_possible(member)
             if member.isdir():
                 continue
-            if member.issparse():  # in a form that is not known yet
+            if member.issparse():  # in a format that `tarfile` may add later
                 member._refuse_holes()  # type: ignore[attr-defined]
             name = posixpath.normpath(member.name)  # ./1.png and 1.cls are one sample
             if member.islnk() and posixpath.normpath(member.linkname) == name:
@@ -382,7 +291,7 @@ def _members(file: BinaryIO, where: str, label: str) -> Iterator[_InTar]:
 
 
 def _require_possible(member: tarfile.TarInfo) -> None:
-    """ReadError for a size or a name of the extended headers, which `tarfile` takes after `frombuf` has looked."""
+    """Raise ReadError for an invalid size or name from an extended header, which `tarfile` applies after `frombuf`'s check."""
     if member.size < 0:
         raise tarfile.ReadError(f"a member of {member.size:,} bytes")
     if len(member.name) > NAME_CHARACTERS:
@@ -390,9 +299,9 @@ def _require_possible(member: tarfile.TarInfo) -> None:
 
 
 def _zeros_at_the_end(tar: tarfile.TarFile, file: BinaryIO) -> int:
-    """Return how many bytes of zeros the tar ends with. ReadError if there is not a block of them, or anything else after it.
+    """Return the number of zero bytes at the end of the tar. ReadError if there is less than a block of them, or anything else.
 
-    `tarfile` accepts a truncated tar, and ends at the first hole or at the first of two tars that were joined.
+    `tarfile` accepts a truncated tar. It stops at the first block of zeros: a hole, or the end of the first of two joined tars.
     """
     file.seek(tar.offset)
     rest = file.read(MOST_ZEROS + 1)
@@ -468,7 +377,7 @@ def _refuse_two(pair: Sequence[_InTar] | None, where: str) -> None:
 
 
 def _without_masks(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
-    """Yield the members; UserError before the first if one is a mask beside an image: tar writes files in any order."""
+    """Yield the members; raise UserError before the first if one is a mask of an image. Files of a tar are in any order."""
     kept = list(members)
     shown = (each for each in kept if not (each.why or hidden(each.name)))
     _refuse_two(_mask_beside([each for each in shown if each.name.lower().endswith(SUFFIXES)]), where)
@@ -476,9 +385,9 @@ def _without_masks(members: Iterable[_InTar], where: str) -> Iterator[_InTar]:
 
 
 def _mask_beside(images: Sequence[_InTar]) -> tuple[_InTar, _InTar] | None:
-    """Return an image and one that is hardly one of its own: of the same name but for a word or another ending.
+    """Return an image and its probable mask: the names differ in an added word or in their endings only. None if there is no mask.
 
-    Such as 1.png, 1.mask.jpg or 1.seg.png beside 1.jpg; not 1.2.jpg, which is another number.
+    Masks of 1.jpg are 1.png, 1.mask.jpg or 1.seg.png; not 1.2.jpg, which is another number.
     """
     first = dict[str, tuple[_InTar, str]]()
     named = [(image, root, kind.lower()) for image in images for root, _, kind in [image.name.rpartition(".")]]

@@ -20,8 +20,8 @@ import pytest
 
 from dis_scale.data import listing, survey
 from dis_scale.data.csv_rows import TAKEN_IN
+from dis_scale.data.matching import UNMATCHED
 from dis_scale.data.sources import open_source
-from dis_scale.data.tars import UNMATCHED
 from dis_scale.process.errors import UndecodableImage, UserError
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep.documents import LatentsManifest

@@ -23,9 +23,9 @@ from PIL import Image
 from dis_scale.data import given as exporting
 from dis_scale.data import layouts, shards
 from dis_scale.data.latents import Latents
+from dis_scale.data.matching import UNMATCHED
 from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import open_source
-from dis_scale.data.tars import UNMATCHED
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Data, LatentShape, reading
 from dis_scale.storage.folder import Folder, open_folder

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from dis_scale.data.csv_rows import EMPTY, TAKEN_IN
+from dis_scale.data.matching import UNMATCHED
 from dis_scale.data.sources import open_source, require_source
 from dis_scale.data.survey import describe, take_survey
-from dis_scale.data.tars import LONG_END, UNMATCHED
+from dis_scale.data.tars import LONG_END
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support import store_requests
