@@ -154,8 +154,8 @@ class Job:
     def killed(self) -> bool:
         """Whether it failed without an error line: its process was killed, or Ray could not start or watch it.
 
-        Also if it ended by an error of no class of ours that may pass (stage.py), such as that of a Ray that was busy at its start;
-        or by a signal that Ray did not send: a stop request goes through Ray, which then reports the job as stopped.
+        Also if it ended by an error that is no DisScaleError and may pass (stage.py), such as that of a Ray that was busy at its
+        start; or by a signal that Ray did not send: a stop request goes through Ray, which then reports the job as stopped.
         """
         code, lost = self._info and self._info.driver_exit_code, self._info and self._info.error_type in RAY_ACCIDENTS
         if code == UNFORESEEN or (code == Preempted.exit_code and self.status == JobStatus.FAILED):

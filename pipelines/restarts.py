@@ -112,7 +112,7 @@ class _Record:
     def add(self, failure: WorkerFailure, stored: int, *, worked: bool) -> None:
         """Record the failure of an attempt that left this much `stored`; DisScaleError or StorageAway if it was the last.
 
-        `worked`: the attempt ran for so long that a storage outage that ended it is a new one.
+        `worked`: the attempt ran long enough to show that the storage outage that ended it, if any, is a new one.
         """
         progress = stored != self.stored
         self.stored, self.nodes = stored, self.nodes | failure.nodes

@@ -38,7 +38,7 @@ from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import dashboards, mlflow, mlflow_copy
 from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
-from pipelines import last_ray, nodes
+from pipelines import last_ray, nodes, page
 from pipelines.cluster import Cluster, in_job, open_cluster, ray_address, require_root
 from pipelines.driver import (
     MOST_FOLLOWED,
@@ -59,9 +59,6 @@ from pipelines.needs import await_nodes, holds, name_needs, require_device, requ
 from pipelines.signals import Stop, obeying_signals
 from pipelines.silence import NotStarted, RayEnded, Unanswered
 
-PAGE_EVERY_S, PAGE_SHARE, PAGE_AT_LEAST_EVERY_S, PAGE_ENDS_S = 30.0, 0.03, 3600.0, 10.0
-"""Least interval at which the page of a running sweep is written, largest share of the time that this takes, longest interval, and
-time to finish a page at the end."""
 REFUSED_S, ASK_REFUSED_EVERY_S = 600.0, 10.0
 """Time for which a job that begins asks again a storage that refuses its key, and the interval."""
 ENDED = "sweep_ended_timestamp_seconds"
@@ -137,7 +134,7 @@ def await_storage(sweep: Folder, console: Console) -> None:
 
 
 def _ask_storage(ask: Callable[[], None], folder: Folder, say: Callable[[str], None]) -> None:
-    """Ask an object store; in a job ask one that refuses the key again for `REFUSED_S`, then UserError. Preempted if stopped.
+    """Ask an object store. In a job, repeat this for `REFUSED_S` if it refuses the key, then UserError. Preempted if stopped.
 
     A job may continue a sweep of weeks, and the service that hands out its key may be away for moments. If a person is at the
     terminal, the error is raised at once.
@@ -178,7 +175,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         require_weights(extractor)
     dashboards.require_installed(sweep.recipe.tracking.also)
     require_starts(sweep, plan)
-    with obeying_signals(driver.stop_requested), showing_a_stop(driver, plan):
+    with obeying_signals(driver.stop_requested), page.showing_a_stop(driver, plan):
         return on_rays(driver, lambda: _on_one_ray(driver, plan, store))
 
 
@@ -208,7 +205,7 @@ def _on_one_ray(driver: Driver, plan: Plan, store: Folder) -> Failures:
 def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) -> Failures:
     sweep, board = driver.sweep, driver.board
     with (
-        showing_a_stop(driver, plan),  # while Ray still shows the gauges of this process
+        page.showing_a_stop(driver, plan),  # while Ray still shows the gauges of this process
         one_at_a_time(driver, cluster),
         seen_alive(driver, exporting(driver, cluster)),
     ):
@@ -218,7 +215,7 @@ def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) ->
         track = partial(begin_tracking, driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         with contextlib.ExitStack() as ends:
             if driver.first:
-                ends.enter_context(writing_page(driver, plan))
+                ends.enter_context(page.writing_page(driver, plan))
                 with board.working("jobs of an earlier command end"):
                     last_ray.end_left_jobs(sweep, board.say, partial(go_on, driver))
             tracked = track()
@@ -244,48 +241,6 @@ def _on_this_ray(driver: Driver, plan: Plan, store: Folder, cluster: Cluster) ->
         if not failures.words():
             driver.gauge(ENDED, time.time())
     return failures
-
-
-@contextlib.contextmanager
-def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
-    """Write the page of the running sweep during the block, at once and then at intervals.
-
-    This takes at most `PAGE_SHARE` of the time, but is done at least each hour: an older page says that the sweep may have stopped.
-    """
-    due_s = 0.0
-
-    def write() -> None:
-        nonlocal due_s
-        if (began_s := time.monotonic()) >= due_s:
-            _write_page(driver, plan)
-            due_s = time.monotonic() + min((time.monotonic() - began_s) / PAGE_SHARE, PAGE_AT_LEAST_EVERY_S)
-
-    driver.sweep.report.delete(report.CSV)  # only a report of all results leaves this file
-    driver.board.say(f"page     {driver.sweep.report}/{report.PAGE}")
-    with repeating(write, PAGE_EVERY_S, "page", PAGE_ENDS_S) as thread:
-        yield
-    thread.join()  # it may still be writing, and the report is written next
-
-
-@contextlib.contextmanager
-def showing_a_stop(driver: Driver, plan: Plan) -> Iterator[None]:
-    """If the block ends by an error, write the page of the stopped sweep, unless an inner block has written it."""
-    try:
-        yield
-    except DisScaleError as error:
-        with contextlib.suppress(DisScaleError):  # storage may be away, and the error's code decides what follows
-            shown = driver.stop_shown or not driver.first  # by the command that was joined
-            if not (shown or isinstance(error, StorageAway | RayEnded)) and driver.sweep.folder.exists(RECIPE):
-                driver.stop_shown = True
-                _write_page(driver, plan)
-        raise
-
-
-def _write_page(driver: Driver, plan: Plan) -> None:
-    try:
-        report.write(driver.sweep, report.collect(driver.sweep, plan), running=True)
-    except Exception as error:  # the sweep continues without its page
-        driver.board.say(f"page     not written: {error}")
 
 
 def require_starts(sweep: Sweep, plan: Plan) -> None:

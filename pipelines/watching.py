@@ -48,8 +48,8 @@ class Watch:
     blame_behind: bool = False
     """Whether a hang counts as a failed device of a node, if only the workers of this node are behind the others."""
     held: Sequence[str] = ()
-    """Ids of the nodes on which the workers already have their places, so that none waits for capacity. If processes do not start
-    on a single node only, this node has failed."""
+    """Ids of the nodes on which the workers already have their places, so that none waits for capacity. If processes fail to
+    start on exactly one node, this node has failed."""
     on_lost: Callable[[], object] = lambda: None
     """Called at once when one of several independent workers is lost."""
     keep_logs: bool = True

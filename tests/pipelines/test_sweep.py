@@ -27,6 +27,7 @@ from dis_scale.storage.lease import Holder
 from dis_scale.sweep import PointName, Sampled, Sweep, state
 from dis_scale.sweep.documents import TrackingIds
 from pipelines import needs
+from pipelines import page as pages
 from pipelines import sweep as pipeline
 from pipelines.stop import stop_sweep
 from pipelines.waiting import Wait
@@ -49,7 +50,7 @@ def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Re
         assert f"joined   process {other.pid} on " in logged(driver)
     with (
         pytest.raises(Held, match=f"leases/sweep: held by process {other.pid} on .*: one writer at a time"),
-        pipeline.showing_a_stop(driver, price_sweep(tiny, LatentShape(4, 8))),
+        pages.showing_a_stop(driver, price_sweep(tiny, LatentShape(4, 8))),
         pipeline.one_at_a_time(driver, cluster("elsewhere")),
     ):
         pass
@@ -93,7 +94,7 @@ def test_a_missing_start_is_refused_before_anything_begins(tmp_path: Path) -> No
 def test_a_running_sweep_has_its_page_from_the_beginning(tiny: Recipe, tmp_path: Path) -> None:
     driver = driver_of(tiny, tmp_path)
     driver.sweep.report.write(report.CSV, b"of fewer models")
-    with pipeline.one_at_a_time(driver, cluster("here")), pipeline.writing_page(driver, price_sweep(tiny, LatentShape(4, 8))):
+    with pipeline.one_at_a_time(driver, cluster("here")), pages.writing_page(driver, price_sweep(tiny, LatentShape(4, 8))):
         wait_until(lambda: driver.sweep.report.exists(report.PAGE))
     page = driver.sweep.report.read(report.PAGE).decode()
     assert not driver.sweep.report.exists(report.CSV), "it would be taken for all results"
@@ -113,8 +114,8 @@ def test_a_page_that_is_being_written_does_not_follow_the_page_of_a_stop(
         time.sleep(0.5)
         written.append("running")
 
-    monkeypatch.setattr(pipeline, "_write_page", write)
-    with pytest.raises(Preempted), pipeline.writing_page(driver, price_sweep(tiny, LatentShape(4, 8))):
+    monkeypatch.setattr(pages, "write_page", write)
+    with pytest.raises(Preempted), pages.writing_page(driver, price_sweep(tiny, LatentShape(4, 8))):
         assert begun.wait(30)
         raise Preempted("stopped")
     assert written == ["running"]
@@ -365,7 +366,7 @@ def test_a_stop_keeps_its_reason_though_storage_is_away(tiny: Recipe, error: Dis
         raise StorageAway("no answer")
 
     driver: Any = SimpleNamespace(first=True, stop_shown=False, sweep=SimpleNamespace(folder=SimpleNamespace(exists=away)))
-    with pytest.raises(type(error)), pipeline.showing_a_stop(driver, price_sweep(tiny, LatentShape(4, 8))):
+    with pytest.raises(type(error)), pages.showing_a_stop(driver, price_sweep(tiny, LatentShape(4, 8))):
         raise error
 
 
