@@ -1,9 +1,9 @@
 """A cache of shards on a node's disk: shared by the node's processes, bounded in bytes, least recently used evicted first.
 
 A file is named by its sha256 and checked against it once by each process. Processes map it, so that a node has one copy in memory,
-and a worker copies only its own samples from it. On a disk that others fill the cache holds what fits, and on a broken one training
-continues without it; but a disk that loses a page of a file that is mapped already ends that worker (SIGBUS), and the next attempt
-checks the file again.
+and a worker copies only its own samples from it. If other programs fill the disk, the cache holds what fits. If the disk is broken,
+training continues without the cache. But if a disk loses a page of a mapped file, the worker ends (SIGBUS); the next attempt checks
+the file again.
 """
 
 import errno
@@ -33,7 +33,7 @@ MOST_FILES = 2**16
 def own_folder() -> Path:
     """Return this user's folder in the system's temporary folder.
 
-    PermissionError if another user has made it, who could change what is trained on, or put links there to files to overwrite.
+    PermissionError if another user has created it: that user could change the shards, or add links to files to be overwritten.
     """
     user = os.getuid()
     folder = Path(tempfile.gettempdir()) / f"dis-scale-{user}"
@@ -93,7 +93,7 @@ class Cache:
                 known = stat.st_ino, stat.st_mtime_ns
                 right = stat.st_size == shard.size_bytes and (
                     self._checked.get(shard.sha256) == known
-                    # read, not mapped: what a disk has lost until now is an error, not a signal
+                    # read, not mapped: a page that the disk has lost by now raises an error, not a signal
                     or hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
                 )
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if right else None
@@ -121,7 +121,7 @@ class Cache:
                 if self._disabled or not held:
                     return
                 try:
-                    # what is used at a second attempt is all that fits, with the new file as well
+                    # if the first attempt fails, the second fits the new file into the bytes that are in use now
                     bound_bytes = self._evict(len(data), bound_bytes)
                     part.write_bytes(data)
                     stat = part.stat()
@@ -150,7 +150,7 @@ class Cache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[bool]:
-        """Hold this node-wide lock, and yield true, unless the cache is disabled or its disk has no room for the lock's file."""
+        """Hold this node-wide lock and yield True; yield False if the cache is disabled or the lock's file cannot be opened."""
         file = None
         try:
             if not self._disabled:
@@ -166,7 +166,7 @@ class Cache:
                 file.close()
 
     def _note(self, error: OSError) -> None:
-        """Use the cache no more after this error, but if the disk is full, which may be emptied."""
+        """Report this error once, and disable the cache, except if the disk is full: space may become free."""
         full = error.errno in FULL
         if not (self._said if full else self._disabled):
             self._said = True

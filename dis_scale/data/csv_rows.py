@@ -22,8 +22,8 @@ _LINE_END = re.compile(r"\r\n?|\n")
 
 
 def entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[Entry | LeftOut]:
-    """Yield the images in column `path`, of the classes in column `label` if given; and each line that is in a quoted value, since
-    a quote that lacks its other one takes in the images of the lines after it."""
+    """Yield the images in column `path`, with their classes from column `label` if given. Also yield the lines within a quoted
+    value, as left out: after an unclosed quote, these may be images."""
     where = printable(f"{root}/{name}")
     try:
         with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
@@ -71,7 +71,7 @@ def _require_columns(columns: Sequence[str], path: str, label: str | None, where
 
 
 def _require_quotes(of_image: str, taken_in: list[str], at: str) -> None:
-    """UserError if the lines that values have after their first are of the path or label, or have an image's name in them."""
+    """Raise UserError if a path or a label has several lines, or if a value's lines after its first have an image's name."""
     if _LINE_END.search(of_image):
         raise UserError(f"{at}: a path or a label of {len(taken_in) + 1} lines: is a quote missing?")
     for field in (field.strip() for line in taken_in for field in line.split(",")):

@@ -1,8 +1,8 @@
 """Images to latent shards: threads read and decode ahead, the VAE encodes, one thread writes finished shards.
 
 A shard's bytes do not depend on the worker: encode batches have a fixed size, end at shard borders, and the last is padded.
-Threads, because Pillow and PyTorch release Python's lock and images need no copy: benchmarks/results/data.md compares them with
-processes, Ray tasks and Ray Data. Read next: shards.py, making.py, pipelines/precompute.py.
+Threads are used because Pillow and PyTorch release Python's lock and images need no copy. benchmarks/results/data.md compares them
+with processes, Ray tasks and Ray Data. Read next: shards.py, making.py, pipelines/precompute.py.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Setup:
         return MixedOrder.of(len(self.source), self.recipe.precompute, encoding_of(self.vae, self.recipe.data, ""))
 
     def begin(self, arrays: Sequence[np.ndarray]) -> Callable[[], Iterable[np.ndarray]]:
-        """Begin to encode images (H, W, 3); the function waits for their moments. Latents of another program are these already."""
+        """Begin to encode images (H, W, 3), or take moments of another program; return a function that waits for the moments."""
         return (lambda: arrays) if self.recipe.data.given else begin_encoding(self.vae, arrays, self.recipe.precompute)
 
 
@@ -61,14 +61,14 @@ class _DecodedRange(NamedTuple):
 
 
 def compute_exactly(*, rounded: bool = False) -> None:
-    """Set PyTorch to one thread, and to no TF32 unless a recipe asks for it, so that every worker computes the same sums."""
+    """Set PyTorch to one thread, and disable TF32 unless `rounded`, so that every worker computes the same sums."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounded
 
 
 @contextlib.contextmanager
 def tf32(*, allowed: bool) -> Iterator[None]:
-    """Let a GPU round the inputs of products to TF32 in the block, or not: PyTorch's default rounds those of convolutions."""
+    """Allow or forbid TF32 for products and convolutions in the block. PyTorch's default allows it for convolutions only."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
     products.allow_tf32 = convolutions.allow_tf32 = allowed
@@ -81,7 +81,7 @@ def tf32(*, allowed: bool) -> Iterator[None]:
 def encoding_of(vae: Vae, data: Data, device: str) -> Encoding:
     """Return the facts of encoding with this VAE in this process, or of copying the latents that another program made with it."""
     posterior, version = vae.posterior, str(torch.__version__)
-    if data.given:  # copies are the same with any
+    if data.given:  # copies do not depend on PyTorch
         posterior, version = data.given.posterior, ""
     return Encoding(
         identity=vae.identity, posterior=posterior, shift=vae.shift, scale=vae.scale,
@@ -106,10 +106,11 @@ def require_same_hardware(latents: Folder, device: str) -> None:
 
 
 def put_shards(setup: Setup, latents: Folder, numbers: Iterable[int], report: Callable[[int], None]) -> None:
-    """Encode and write the shards of these numbers, which are read from the iterable as decoding needs them.
+    """Encode and write shards by number; takes the next number from the iterable when decoding needs it.
 
-    They are parts to be mixed (staging.py) if the source is not in the mixed order. `report` gets the number of images done since
-    its last call, after each encode batch. If it raises, the work ends. UndecodableImage if the recipe says `undecodable: refuse`.
+    If the source is not in the mixed order, writes parts to be mixed (staging.py) by number instead. After each encode batch,
+    `report` gets the number of images done since its last call; if it raises, the work ends. UndecodableImage if the recipe says
+    `undecodable: refuse`.
     """
     mixer = setup.mixer
     if setup.source.mixed:
@@ -139,9 +140,9 @@ def encode_mixed(
 ) -> Iterator[EncodedShard | StorageError]:
     """Yield shards of a set that was mixed after encoding: each batch with one of their samples is encoded again.
 
-    As many shards at a time as memory holds, since a shard has samples of many batches. Of one with an image that cannot be read
-    any more, the error. `refused` are the names of the set's refused images, as `printable`, which were in no batch. `report` gets
-    the number of ranges of the source, as long as a shard, that are done and of all.
+    Encodes as many shards at a time as fit in memory, since a shard has samples of many batches. Yields the error in place of a
+    shard with an image that cannot be read any more. `refused` are the printable names of the set's refused images, which were in
+    no batch. `report` gets the number of source ranges done, each as long as a shard, and their total.
     """
     mixer, settings, names = setup.mixer, setup.recipe.precompute, setup.source.names
     at_once = batched(numbers, max(1, staging.GROUP_BYTES // mixer.shard_bytes))
@@ -171,7 +172,7 @@ def encode_mixed(
 
 
 def _read_again(setup: Setup, positions: Sequence[int]) -> list[np.ndarray]:
-    """Return the images at rising positions of a batch; those between them are read with them."""
+    """Return the images at rising positions of a batch. The images between these positions are read as well."""
     every, resolution = range(positions[0], positions[-1] + 1), setup.recipe.data.resolution
     ranges = setup.source.read_ranges(every, READ_IMAGES)
     decoded = in_order(ranges, lambda each: setup.source.decoded(each, resolution), DECODERS)
@@ -237,8 +238,8 @@ def _samples(setup: Setup, positions: Iterable[int], batch_moments: Iterable[np.
 
 
 def begin_encoding(vae: Vae, pixels: Sequence[np.ndarray], settings: Precompute) -> Callable[[], np.ndarray]:
-    """Begin to encode at most `encode_images` images (H, W, 3) and their horizontal flips; the function waits for their moments,
-    float16 (B, 2, 2C or C, h, w).
+    """Begin to encode at most `encode_images` images (H, W, 3) and their horizontal flips; return a function that waits for their
+    moments, float16 (B, 2, 2C or C, h, w).
 
     The network always gets `encode_images` images, the last one repeated; TF32 is set by `compute_exactly`.
     """

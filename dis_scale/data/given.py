@@ -1,4 +1,4 @@
-"""Latents of another program beside the sweep's autoencoder: are they its own, unscaled latents? And written in its layouts.
+"""Latents of other programs: a check that they are unscaled latents of the sweep's autoencoder; and export in their layouts.
 
 The layouts themselves are in layouts.py.
 """
@@ -28,11 +28,11 @@ from dis_scale.sweep.documents import LatentsManifest, ListingManifest
 from dis_scale.vae import Vae
 
 CHECKED, DECODED = 64, 8
-"""Latents whose deviation is compared with the autoencoder's scale; and that are decoded and encoded again."""
+"""Number of latents whose deviation is compared with the autoencoder's scale; number that are decoded and encoded again."""
 MOST_APART = 3.0
-"""Difference of the posteriors' mean log-variance from that of the decoded images: a factor of 20 in the variance."""
+"""Most difference of the posteriors' mean log-variance from that of the decoded images: a factor of 20 in the variance."""
 LEAST, MOST = 0.4, 2.5
-"""Deviation of scaled latents, which is near 1 for the autoencoder's own images."""
+"""Bounds of the deviation of scaled latents, which is near 1 for the autoencoder's own images."""
 WRITES_AT_ONCE = 16
 """Files that an export writes at a time."""
 SOURCE = TypeAdapter[SourceSettings](SourceSettings)
@@ -88,7 +88,7 @@ def _encoded_again(vae: Vae, means_BCHW: np.ndarray) -> np.ndarray:
 
 
 def _apart(given_BCHW: np.ndarray, own_BCHW: np.ndarray) -> float:
-    """Return the difference of two mean log-variances; 0 if one has none, as latents that were stored without."""
+    """Return the difference of two mean log-variances; 0 if one side has no variance, such as latents stored without it."""
     if not (given_BCHW.size and own_BCHW.size) or given_BCHW.max() <= layouts.LEAST_LOG_VARIANCE:
         return 0.0
     given, own = (each.astype(np.float64).clip(layouts.LEAST_LOG_VARIANCE).mean() for each in (given_BCHW, own_BCHW))
@@ -117,8 +117,8 @@ def as_images(source: Source, vae: Vae) -> Source:
 def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) -> int:
     """Write the unflipped latents of a complete set in another program's layout; return their number.
 
-    One that was cut off is refused as a source, and begins again in its folder. UserError if the folder has other files. An
-    image's place in the source is the number in its file's name.
+    An interrupted export is refused as a source; a rerun into the same folder begins again. UserError if the folder has other
+    files. The number in a file's name is the image's place in the source.
     """
     manifest = LatentsManifest.require(latents)
     write = _write_tar if layout == "webdataset" else _write_files
@@ -147,7 +147,7 @@ def export(latents: Folder, layout: Exported, out: Folder, report: ReportShare) 
 
 
 def _require_paired(latents: Folder, manifest: LatentsManifest) -> None:
-    """UserError unless REPA's code pairs the latents with the images, which it lists by Pillow's endings, also hidden ones."""
+    """Raise UserError unless REPA's code pairs each latent with its image. It lists files by Pillow's endings, also hidden ones."""
     source = manifest.made_from.source
     if manifest.refused or source["kind"] in ("tar", "parquet", "csv", "latents"):
         raise UserError(
@@ -174,7 +174,7 @@ def _require_paired(latents: Folder, manifest: LatentsManifest) -> None:
 
 
 def _places(manifest: LatentsManifest) -> np.ndarray:
-    """Return the place in the source, sorted as its kind lists it, of each position."""
+    """Return for each position the place in the source, in the order in which its kind lists images before mixing."""
     source, images = SOURCE.validate_python(manifest.made_from.source, strict=False), manifest.made_from.images
     return mixing.permutation(images) if lists_mixed(source) else np.arange(images)
 

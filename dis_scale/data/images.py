@@ -1,6 +1,6 @@
-"""One image: its file's bytes to a square uint8 array, made upright, then exactly as ADM and DiT do. An undecodable image is named.
+"""Decodes one image: from its file's bytes to an upright, square uint8 array, exactly as ADM and DiT do. Errors name the image.
 
-Bytes only: sources.py reads them, so unavailable storage is never reported as a broken image.
+Functions here take bytes, which sources.py reads, so unavailable storage is never reported as a broken image.
 """
 
 import contextlib
@@ -20,22 +20,22 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", 
 """Endings of the files that are taken for images."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
-"""Pillow's names of the formats that are decoded, whatever a file is called: for others it starts programs, such as Ghostscript."""
+"""Pillow's names of the decoded formats, whatever a file is called. For others Pillow starts programs, such as Ghostscript."""
 MOST_IN_AN_ENDING = 10
-"""Characters of a file's ending; what is longer is a part of its name."""
+"""Most characters of a file's ending; longer text after a dot is a part of the name."""
 _TURNS: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""What makes an image of each orientation upright, by EXIF's number. `ImageOps.exif_transpose` also rewrites all other metadata."""
+"""Operation that makes an image upright, by EXIF's orientation. `ImageOps.exif_transpose` also rewrites all other metadata."""
 SYSTEM = ("__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information")
 """Folders that macOS adds to archives, and Linux, Synology and Windows to disks."""
 IMAGE_BYTES = 2**30
-"""Most bytes of an image's file; no more are read. The most pixels that Pillow decodes have half as many, uncompressed."""
+"""Most bytes of an image's file; no more are read. The largest image that Pillow decodes has half as many, uncompressed."""
 
 
 class InFlight:
-    """Pixels that threads of a process decode at a time. An image larger than `most` is decoded alone."""
+    """Bound on the pixels that threads of a process decode at a time. An image larger than `most` is decoded on its own."""
 
     def __init__(self, most: int = 2**28) -> None:
         self._most = self._left = most
@@ -43,7 +43,7 @@ class InFlight:
 
     @contextlib.contextmanager
     def take(self, pixels: int) -> Iterator[None]:
-        """Wait until as many pixels are free, and hold them for the block. One waits at a time: small images pass no large one."""
+        """Wait until this many pixels are free, and hold them for the block. Small images do not overtake a waiting large one."""
         pixels = min(pixels, self._most)
         with self._first, self._changed:
             self._changed.wait_for(lambda: self._left >= pixels)
@@ -100,7 +100,7 @@ def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T], in_flight:
 
 @contextlib.contextmanager
 def undecodable(what: str) -> Iterator[None]:
-    """Raise what the block raises as UndecodableImage: on damaged bytes Pillow and `pickle` raise many kinds."""
+    """Raise the block's errors as UndecodableImage: on damaged bytes, Pillow and `pickle` raise errors of many kinds."""
     try:
         yield
     except MemoryError:
@@ -108,7 +108,7 @@ def undecodable(what: str) -> Iterator[None]:
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            why = "it is in none of the formats that are read"  # Pillow names an address in memory
+            why = "it is in none of the formats that are read"  # Pillow's message has an address in memory
         raise UndecodableImage(f"{what}: {why}; repair or remove it, or --set data.undecodable=skip", why) from error
 
 
@@ -134,7 +134,7 @@ def square(image: Image.Image, resolution: int, crop: Crop | None = None) -> np.
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Rotate as its metadata say, and convert to RGB. Metadata that cannot be read say nothing: the pixels are good."""
+    """Rotate an image by its metadata, and convert it to RGB. Unreadable metadata are ignored, since the pixels are good."""
     image.load()  # metadata may be after the pixels
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -157,7 +157,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_of_tiff(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
-    """Convert grey of up to 16 bits to 8 bits, by the file's own range: Pillow gives its numbers, also of 12 bits or a negative."""
+    """Convert grey of up to 16 bits to 8 bits by the file's own range. Pillow neither scales 12 bits nor inverts a negative."""
     most = 2 ** image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
     grey = _eight_bits(np.asarray(image).clip(0, most), most)
     return Image.fromarray(255 - grey if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else grey)
@@ -166,7 +166,7 @@ def _grey_of_tiff(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
 def _scaled(image: Image.Image) -> Image.Image:
     """Convert 16-bit grey to 8 bits; 65535 is white. Pillow's `convert` would clip at 255, so nearly all would be white.
 
-    Of PPM, Pillow gives 16 bits as 32, scaled to 65535. Other numbers of 32 bits have no range.
+    Pillow returns a PPM of 16 bits in 32 bits, scaled to 65535. Other images of 32 bits have no known range: ValueError.
     """
     if not image.mode.startswith("I;16") and (image.mode, image.format) != ("I", "PPM"):
         raise ValueError(f"its pixels (mode {image.mode}) have no range that defines white: save it in 8 or 16 bits")

@@ -38,7 +38,7 @@ _NOISE = ThreadPoolExecutor(1, "noise")
 T = TypeVar("T")
 _END: Any = object()
 SWITCH_S = 5e-4
-"""Time after which a thread that waits for another's Python asks for its turn; Python's own is 5 ms. A batch needs several."""
+"""Seconds after which a thread that waits for Python's lock requests it; Python's default is 5 ms. A batch needs several turns."""
 
 
 class Latents:
@@ -54,14 +54,14 @@ class Latents:
         counts = [shard.count for shard in self.manifest.shards]
         self.order = Order(counts, seed, held_out=held_out, order_seed=order_seed)
         self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all=keep_all)
-        # The disk of a file that is evicted is not free while it is mapped.
+        # An evicted file keeps its space on the disk while it is mapped.
         self._copy = keep_all and cache is not None and cache.bound_bytes < self.manifest.size_bytes
         self._checked: set[str] = set()
         """Hashes of the files on a local path that this process has checked."""
 
     @property
     def identity(self) -> str:
-        """Hash of what decides which latent is at each position: listing, mixed order, autoencoder, the shards' counts."""
+        """Hash of all that decides the latent at each position: listing, mixed order, autoencoder, the shards' counts."""
         made_from, counts = self.manifest.made_from, [shard.count for shard in self.manifest.shards]
         facts = [made_from.listing, made_from.order, made_from.encoding.identity, counts]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -109,9 +109,9 @@ class Latents:
 def open_latents(
     folder: Folder, recipe: Recipe, workers: int, say: Callable[[str], None], order_seed: int | None = None
 ) -> tuple[Latents, list[str]]:
-    """Return the reader for one of `workers`, and lines about how it reads and is mixed; `say` is called if its cache fails.
+    """Return the reader for one of `workers`, and lines about its reading and mixing; `say` is called if its cache fails.
 
-    `order_seed` is that of a model with a seed of its own: the held-out images are the sweep's.
+    `order_seed` is the seed of a model that has its own. The held-out images are always those of the sweep's seed.
     """
     manifest = LatentsManifest.require(folder)
     require_allowed(folder, recipe.data)
@@ -137,7 +137,7 @@ def open_latents(
 def fits_in_memory(reader: Reader, set_bytes: int, workers: int, models: int, free_bytes: int) -> tuple[bool, str]:
     """Return whether a worker keeps the complete set in memory, and a line with the choice and its reason.
 
-    `free_bytes` is what is free on the node. Other models of the sweep may train there, too, and fill their share later.
+    `free_bytes` is the node's free memory. Other models of the sweep may train there as well, and fill their share later.
     """
     if reader.memory_gib is None:
         limit = free_bytes // 2 // (workers * models)
@@ -200,7 +200,7 @@ def sample_posterior(moments_BCHW: np.ndarray, rng: np.random.Generator) -> np.n
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
     """Yield the same items, made by a thread up to two ahead. An exception of the thread is raised in its item's place.
 
-    From then on threads of this process take turns after `SWITCH_S`: a step's launches are Python that hardly lets the thread in.
+    Sets the switch interval of this process's threads to `SWITCH_S`: a step launches kernels in Python, and hardly lets others run.
     """
     sys.setswitchinterval(SWITCH_S)
     ahead = in_order(repeat(items), lambda each: next(each, _END), threads=1)

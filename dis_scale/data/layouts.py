@@ -40,11 +40,11 @@ from dis_scale.storage.folder import Folder
 LABELS = "dataset.json"
 REPA_FOLDER = "vae-sd"
 UNFINISHED = ".unfinished"
-"""A file of an export that is not complete; it holds the set that is exported."""
+"""A file in the folder of an incomplete export; it names the layout and the exported set."""
 NO_VARIANCE = float(np.finfo(np.float16).min)
-"""That of vae/interface.py, which imports PyTorch."""
+"""The same value as in vae/interface.py, which imports PyTorch."""
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
-"""Bounds that Stable Diffusion's autoencoder, and each program that samples from stored moments, puts on them."""
+"""Bounds of a log-variance in Stable Diffusion's autoencoder and in each program that samples from stored moments."""
 HEADER_BYTES = 2**26
 """Most bytes of a safetensors file's header."""
 _LOCAL_HEADER = 30
@@ -62,14 +62,14 @@ class InFiles(NamedTuple):
 
 
 def root_of(source: LatentsSource, url: Folder) -> Folder:
-    """Return the folder of the latents: REPA's is beside that of its images. UserError if the URL is that folder itself."""
+    """Return the folder of the latents: for REPA, `vae-sd` beside its images. UserError if the URL is `vae-sd` itself."""
     if source.layout == "repa" and url.name == REPA_FOLDER:
         raise UserError(f"data.source.url: {url} has the latents: layout repa expects the folder above {REPA_FOLDER}")
     return url / REPA_FOLDER if source.layout == "repa" else url
 
 
 def many_in_a_file(source: LatentsSource, *, mirror: bool, labelled: bool) -> InFiles | None:
-    """Return how to read a layout with many latents in a file; None if each has a file of its own."""
+    """Return the functions that read a layout with many latents in a file; None if each latent has a file of its own."""
     match source.layout:
         case "webdataset":
             settings = TarSource(kind="tar", url=source.url, image=tars.LATENT, label="cls")
@@ -87,12 +87,12 @@ def many_in_a_file(source: LatentsSource, *, mirror: bool, labelled: bool) -> In
 
 
 def has_numbered_folders(root: Folder, folders: Sequence[str]) -> bool:
-    """Whether a folder of images is as EDM's `dataset_tool.py` writes it, a thousand images a folder in their order."""
+    """Return whether a folder is in the layout of EDM's `dataset_tool.py`: numbered folders of a thousand images each."""
     return bool(folders) and all(re.fullmatch(r"\d{5,}", name) for name in folders) and root.exists(LABELS)
 
 
 def require_finished(root: Folder) -> None:
-    """UserError for a folder into which an export was cut off: it looks complete."""
+    """Raise UserError for the folder of an interrupted export, which otherwise looks complete."""
     if root.exists(UNFINISHED):
         raise UserError(f"{root}: an export was cut off, and latents are missing: run its dis-scale data export again")
 
@@ -110,9 +110,9 @@ def find_files(root: Folder, *, labelled: bool) -> Iterator[Entry | LeftOut]:
 
 
 def moments(source: LatentsSource, data: bytes, name: str, *, mirror: bool) -> np.ndarray:
-    """Return a latent's moments as shards have them, float16 (1, 2C, h, w), or (2, C, h, w) with a mirror image and no variance.
+    """Return a latent's moments as shards have them, float16 (1, 2C, h, w).
 
-    UndecodableImage if the bytes are no latent.
+    Layout safetensors has no variance: (1, C, h, w), or (2, C, h, w) with `mirror`. UndecodableImage if the bytes are no latent.
     """
     with undecodable(f"latent {printable(name)} cannot be read"):
         match source.layout:
@@ -167,7 +167,7 @@ def _of_mean_and_log_variance(stored: np.ndarray) -> np.ndarray:
 
 
 def _halves(stored: np.ndarray) -> list[np.ndarray]:
-    """Return the halves of an array (2C, h, w) in float64; axes of one element before it are dropped."""
+    """Return the halves of an array (2C, h, w) in float64; leading axes of one element are dropped."""
     if stored.ndim < 3 or stored.dtype.kind != "f" or int(np.prod(stored.shape[:-3])) != 1 or stored.shape[-3] % 2:
         raise ValueError(f"an array of {stored.dtype}, {stored.shape}; expected floating point (2C, h, w)")
     return np.split(stored.reshape(stored.shape[-3:]).astype(np.float64), 2)
@@ -182,7 +182,7 @@ def _finite(moments: np.ndarray) -> np.ndarray:
 
 
 class _Pickled:
-    """What a pickle says of an array or of its type: the arguments of the function that would make it, and its state."""
+    """Pickled facts of an array or of its type: the arguments of the function that would create it, and its state."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments, self.state = arguments, tuple[Any, ...]()
@@ -196,14 +196,14 @@ class _FromBuffer(_Pickled):
 
 
 _PICKLED: dict[tuple[str, str], Any] = {("numpy", "ndarray"): None, ("numpy", "dtype"): _Pickled}
-for _core in ("numpy.core", "numpy._core"):  # of both versions of NumPy, and of all protocols
+for _core in ("numpy.core", "numpy._core"):  # for NumPy 1 and 2, and all protocols of pickle
     _PICKLED |= {(f"{_core}.multiarray", "_reconstruct"): _Pickled, (f"{_core}.numeric", "_frombuffer"): _FromBuffer}
 
 
 class _Unpickler(pickle._Unpickler):
-    """Reads what makes an array, and calls nothing: a pickle may name any function, and NumPy's own trust what they are given.
+    """Reads the facts of an array and calls no function: a pickle may name any, and NumPy's own trust their arguments.
 
-    The one in Python: that in C makes a table as long as a damaged byte says.
+    Based on the unpickler in Python: the one in C allocates a table of a length that a damaged byte states.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -218,7 +218,7 @@ class _Unpickler(pickle._Unpickler):
         return _PICKLED[module, name]
 
     def _encode(self, text: str, _: str) -> bytes:
-        """Return a text as bytes; UnpicklingError if it has the same one again and again, each time in other memory."""
+        """Return a text as bytes. UnpicklingError if a pickle repeats a text until the copies are longer than the pickle."""
         self._left -= len(text)
         if self._left < 0:
             raise pickle.UnpicklingError("a pickle of more bytes than it has")
@@ -228,7 +228,7 @@ class _Unpickler(pickle._Unpickler):
 def _unpickled(data: bytes) -> np.ndarray:
     """Return the array in a pickle; ValueError or TypeError if it is anything else."""
     for _ in pickletools.genops(data):
-        pass  # ValueError for a length that goes beyond the data, before memory is taken for it
+        pass  # ValueError for a length beyond the data, before memory is allocated for it
     found = _Unpickler(data).load()
     if isinstance(found, _FromBuffer):
         values, kind, shape, order = found.arguments
@@ -267,7 +267,7 @@ def _labels(read: Callable[[], bytes], where: str) -> dict[str, int]:
 def _labelled(
     files: Iterable[tuple[str, str, tuple[int, int]]], labels: dict[str, int] | None, where: str
 ) -> Iterator[Entry | LeftOut]:
-    """Yield the latents among files, each a name, the file with its bytes, and where it is there, with their classes."""
+    """Yield the latents among files, with their classes. Each file is a name, the file with its bytes, and the location there."""
     left = dict(labels or ())
     for name, file, location in files:
         if hidden(name) or not name.endswith(".npy"):
@@ -285,7 +285,7 @@ def _labelled(
 
 
 def _in_zip(root: Folder, name: str, *, labelled: bool) -> Iterator[Entry | LeftOut]:
-    """Yield the latents of a zip; each is stored as it is, between its own header and the next member's."""
+    """Yield the latents of a zip, which must be uncompressed. A location is from the member's header to the next member's."""
     where = f"{root}/{name}"
     try:
         with root.open(name) as file, npy.open_zip(file) as opened:
@@ -307,7 +307,7 @@ def _in_zip(root: Folder, name: str, *, labelled: bool) -> Iterator[Entry | Left
 
 
 def _unzipped(member: bytes) -> bytes:
-    """Return the file of a zip's member, which may have its CRC after its bytes; ValueError if it is damaged."""
+    """Return the file in a zip's member; ValueError if it is damaged. The CRC is in the header or after the file."""
     if member[:4] != b"PK\3\4":
         raise ValueError("its header in the zip is damaged")
     flags, name, extra = struct.unpack("<6xH18xHH", member[:_LOCAL_HEADER])
@@ -343,8 +343,10 @@ class _Tensor(NamedTuple):
 
 
 def _tensors(root: Folder, file: str, *, mirror: bool) -> dict[str, _Tensor]:
-    """Return a safetensors file's latents, labels if any, and latents of mirror images if wanted, by their header: its length, then
-    JSON. UserError for other tensors; StorageError if the header is damaged, or the file shorter than it says.
+    """Return a safetensors file's latents, its labels if any, and with `mirror` the latents of mirror images.
+
+    Reads the header only: its length, then JSON. UserError if a tensor is missing or of an unexpected type or shape; StorageError
+    if the header is damaged, or if the file is shorter than it states.
     """
     where, found, wanted = printable(f"{root}/{file}"), dict[str, _Tensor](), ["latents", "latents_flip"][: 1 + mirror]
     try:
@@ -361,7 +363,7 @@ def _tensors(root: Folder, file: str, *, mirror: bool) -> dict[str, _Tensor]:
             if name != "labels" and "F" not in kind:
                 raise UserError(f"{where}: {name} is {kind}, expected floating point")
             tensor = _Tensor(kind, shape, 8 + length + start)
-            if min(shape[:1], default=0) < 0 or min(shape[1:], default=1) < 1:  # 10^12 rows of nothing are in any file
+            if min(shape[:1], default=0) < 0 or min(shape[1:], default=1) < 1:  # any file has 10^12 rows of no bytes
                 raise ValueError(f"{name} is of shape {shape}")
             if end - start != math.prod(shape) * tensor.dtype.itemsize or 8 + length + end > size:
                 raise ValueError(f"{name} is not within the file")
@@ -392,7 +394,7 @@ def _rows(root: Folder, name: str, *, labelled: bool, mirror: bool) -> Iterator[
 
 
 class _Safetensors:
-    """Lists and reads rows of safetensors files; to read, a file's header once."""
+    """Lists and reads rows of safetensors files. Reading parses the header of each file once."""
 
     def __init__(self, *, mirror: bool, labelled: bool) -> None:
         self._mirror, self._labelled = mirror, labelled

@@ -1,8 +1,8 @@
-"""Listings: the entries of a source in its own order or the mixed one, compact, in parts of bounded size, each made once.
+"""Listings: the entries of a source, in its own order or the mixed one, stored compactly in parts of bounded size.
 
 The first process that needs a declared source (its settings, including `version`) lists it. All later stages, workers and sweeps
-of that store read the same listing, part by part. A listing exists when its manifest does; the first manifest counts.
-kinds.py has the kinds of source.
+of that store read the same listing, part by part. A listing exists when its manifest exists; if two are written, the first counts.
+The kinds of source are in kinds.py.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ from dis_scale.sweep.documents import LeftOutByReason, ListingManifest
 PART = 2**17
 """Entries in a part: about 20 MB in memory while it is read. ImageNet has ten parts."""
 PART_BYTES = 2**30
-"""Most bytes of an unpacked part: its entries with names of 4,096 bytes, a path's limit, have half as many."""
+"""Most bytes of an unpacked part. A part of names of 4,096 bytes, the limit of a path, takes half of it."""
 CLASS_CHARACTERS = 4096
-"""Most of a class's name, which the log, the manifests and the weights' facts repeat."""
+"""Most characters of a class's name, which the log, the manifests and the weights' facts repeat."""
 MOST_REASONS = 20
-"""Kinds of files that are distinguished among what is left out."""
+"""Most reasons to leave a file out that are counted separately."""
 REPORT_EVERY = 1000
 FILES_AT_ONCE = 8
 LISTINGS = "listings"
@@ -45,10 +45,10 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """An image: its name, its class as the source writes it, and where its bytes are.
+    """An image: its name, its class as the source writes it, and the location of its bytes.
 
-    `file` is empty if the name is the file. `location` is (byte offset, length) in a tar, (row group, row) in Parquet, (line, 0)
-    of a CSV. `version` is that of `file` (`Folder.version`) when it was listed.
+    `file` is empty if `name` is the image's own file. `location` is (byte offset, length) in a tar, (row group, row) in Parquet,
+    (line, 0) in a CSV. `version` is the version of `file` (`Folder.version`) when it was listed.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Entry(NamedTuple):
 
 
 HIDDEN, OF_OTHER_KINDS = "hidden", "of other kinds"
-"""Reasons behind which anything may be."""
+"""Reasons that do not tell what the files are."""
 WITHOUT_IMAGES = "classes without images"
 ABSENT = {"", "#N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
-"""Words that a program has written for a label where there was none: those that pandas reads so, but for some of old systems."""
+"""Texts that programs write for a missing label: those that pandas reads as missing, except for some of old systems."""
 
 
 class LeftOut(NamedTuple):
@@ -75,7 +75,8 @@ class LeftOut(NamedTuple):
 class Contents(NamedTuple):
     """A source's entries in order, its class names if known before listing, and whether to list the entries in the mixed order.
 
-    Between the entries is what is left out. `missing` is the message if there are no entries; `where` names the source in messages.
+    `entries` also has the files that are left out. `missing` is the message if there are no entries; `where` names the source in
+    messages.
     """
 
     entries: Iterable[Entry | LeftOut]
@@ -84,16 +85,16 @@ class Contents(NamedTuple):
     missing: str = ""
     where: str = ""
     version: str = ""
-    """Of the file that has the labels, if it is not that of the images."""
+    """Version of the file that has the labels, if the images are in other files."""
 
     def without_images(self, left_out: LeftOutByReason) -> UserError:
-        """Return the error of a source without entries; it says what is there."""
+        """Return the error for a source without entries; it names the source's other contents."""
         there = f"; there are {words_of(left_out)}" if left_out else ""
         return UserError(f"data.source.url: {self.missing}{there or missing(open_folder(self.where))}")
 
 
 class Numeral(str):
-    """A class in digits: a number. It is kept as written, so that `01` and `1` are not one class by mistake."""
+    """A class that is written as a number. Its text is kept, so that `01` and `1` are not one class by mistake."""
 
 
 def of_files(
@@ -101,8 +102,8 @@ def of_files(
 ) -> Iterator[Entry | LeftOut]:
     """Yield the entries of files in the order of `names`, each with the version that its file has before it is read.
 
-    The first is read alone, for whoever looks for one image only; then several at once, and those over `large_bytes` are streamed.
-    UserError if a store does not state versions.
+    The first file is read on its own, for callers that need one image only; the others are read several at a time. Files over
+    `large_bytes` are streamed. UserError if a store does not state versions.
     """
 
     def versioned(name: str) -> Iterator[Entry | LeftOut]:
@@ -123,7 +124,7 @@ def of_files(
 
 
 def number_or_name(text: str) -> str:
-    """Parse a written class: digits are a number, a word for none is empty, any other text is a name."""
+    """Parse the text of a class: digits become a `Numeral`, a text in `ABSENT` becomes '', any other text is a name."""
     if (text := text.strip()) in ABSENT:
         return ""
     return Numeral(text) if text.isascii() and text.isdigit() else text
@@ -185,9 +186,9 @@ class Column(Sequence[T], Generic[T]):
 
 
 def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportDone) -> ListingManifest:
-    """Pass each part's bytes to `put` as the entries stream by; return a manifest without files. UserError for invalid labels.
+    """Pass each part's number and bytes to `put`; return a manifest without files. UserError for invalid labels.
 
-    In the mixed order the parts wait, compact, for the last entry: 75 MB for ImageNet.
+    Entries are streamed. For the mixed order, all are held in memory first, in compact form: 75 MB for ImageNet.
     """
     labels, total, count, parts = _Labels(contents.where, contents.label_names), hashlib.sha256(), 0, list[_Part]()
     left_out = LeftOutByReason()
@@ -233,7 +234,7 @@ def folder_of(store: Folder, key: Any) -> Folder:
 def stored(store: Folder, key: Any, find: Callable[[], Contents], check: Callable[[Listing], None], report: ReportDone) -> Listing:
     """Return the store's listing of the source that `key` declares; if none, build it and store it once `check` accepts it.
 
-    A damaged listing is made again; a damaged part only of a source that has not changed, by the same versions of packages.
+    A damaged listing is rebuilt. A damaged part can be rebuilt only if the source and the versions of packages are unchanged.
 
     If two processes list at once, both use the first manifest. Parts are named by their content, so neither damages the other's.
     """
@@ -265,7 +266,7 @@ def stored(store: Folder, key: Any, find: Callable[[], Contents], check: Callabl
 
 
 def _open(target: Folder, manifest: ListingManifest, make: Callable[[], None]) -> Listing:
-    """Return the listing of this manifest. `make` writes all its parts again: those of an unchanged source have the same names."""
+    """Return the listing of this manifest. If a part is damaged, `make` rebuilds all: an unchanged source gives equal names."""
     names = list(manifest.files)
 
     def read(number: int) -> bytes:
@@ -286,7 +287,7 @@ def _open(target: Folder, manifest: ListingManifest, make: Callable[[], None]) -
 
 
 class _Labels:
-    """Classes in the order of the entries: numbers stay, names are numbered as first seen and sorted at the end."""
+    """Classes of the entries. Numbers stay; names get ids in the order of their first entries, and are sorted at the end."""
 
     def __init__(self, where: str, names: list[str] | None) -> None:
         self._where, self._known = where, names
@@ -303,7 +304,7 @@ class _Labels:
                 raise UserError(
                     f"{self._where}: image {printable(entry.name)} has no label: it is empty, or a word for that such as NA or None"
                 )
-            # 10.0 would be sorted before 2.0; pandas writes so where a label is missing. Many sets have -1 for none
+            # 10.0 would be sorted before 2.0; pandas writes floats if a label is missing. Many sets write -1 for a missing one.
             if re.fullmatch(r"[+-]?\d+\.\d*|[+-]\d+", label):
                 raise UserError(
                     f"{self._where}: image {printable(entry.name)}: label {label!r:.99}: write whole numbers from 0, or names"
@@ -345,7 +346,7 @@ class _Labels:
         return names, [rank[name] for name in self._ids], len(names) - 1
 
     def name_missing(self, left_out: LeftOutByReason) -> None:
-        """Count the classes that no image has: of those with known names, or the numbers below the largest."""
+        """Count the classes without images, among the known names or the numbers below the largest."""
         count = len(self._known) if self._known else max(self._numbers, default=-1) + 1
         if self._numbers and (missing := count - len(self._numbers)):
             first = next(number for number in range(count) if number not in self._numbers)
@@ -407,7 +408,7 @@ def _joined(words: Iterable[str]) -> np.ndarray:
 
 
 def kept(entries: Iterable[Entry | LeftOut], left_out: LeftOutByReason) -> Iterator[Entry]:
-    """Yield the entries; count what is left out by reason, with the first name of each."""
+    """Yield the entries; count the others in `left_out` by reason, with the first name of each."""
     for entry in entries:
         if isinstance(entry, Entry):
             yield entry
@@ -418,7 +419,7 @@ def kept(entries: Iterable[Entry | LeftOut], left_out: LeftOutByReason) -> Itera
 
 
 def words_of(left_out: LeftOutByReason) -> str:
-    """Say what a source has beside its images: how many of each kind, and the first."""
+    """Return the other contents of a source in words: the number for each reason, and the first name."""
     one = {why: re.sub(r"^(?:(class)es|([\w-]+)s)\b", r"\1\2", why) for why in left_out}
     return ", ".join(f"{count:,} {one[why] if count == 1 else why} ({first})" for why, (count, first) in left_out.items())
 

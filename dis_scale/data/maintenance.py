@@ -41,9 +41,9 @@ def locate_latents(url: str) -> tuple[Folder | None, Folder]:
 
 
 def verify(latents: Folder, *, fast: bool, report: ReportShare) -> dict[str, str]:
-    """Return the damage by shard, in order: against the manifest's hashes, or only its sizes if `fast`, which reports nothing.
+    """Compare the shards with the manifest's hashes, or only its sizes if `fast`; return the damage by shard, in order.
 
-    StorageError if storage refuses to read a shard: that is no damage.
+    `fast` does not call `report`. StorageError if storage refuses to read a shard: that is no damage.
     """
     entries = LatentsManifest.require(latents).shards
     if fast:
@@ -56,7 +56,7 @@ def verify(latents: Folder, *, fast: bool, report: ReportShare) -> dict[str, str
                 damaged[entries[i].name] = damage
             report(i + 1, len(entries))
     if damaged:
-        LatentsManifest.require(latents)  # of a folder that is gone, such as an unmounted disk's, no shard is damaged
+        LatentsManifest.require(latents)  # raises if the folder is gone, as on an unmounted disk: that is no damage
     return damaged
 
 
@@ -72,8 +72,8 @@ def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | 
 def repair(url: str, verified: ReportShare, rebuilt: ReportShare, listed: ReportDone) -> list[str]:
     """Rebuild the damaged shards of a sweep's latents; return their names.
 
-    UserError if another setup encoded them; StorageError, after all others, for shards that cannot be rebuilt: those with an image
-    that cannot be read, or with another hash, which are not written.
+    UserError if another setup encoded them. StorageError, after all other shards are rebuilt, if an image of a shard cannot be
+    read, or if a rebuilt shard has another hash; such a shard is not written.
     """
     sweep, latents = locate_latents(url)
     if sweep is None:
@@ -102,7 +102,7 @@ def repair(url: str, verified: ReportShare, rebuilt: ReportShare, listed: Report
 
 
 def _encode_each(setup: Setup, numbers: Sequence[int], report: ReportShare) -> Iterator[EncodedShard | DisScaleError]:
-    """Yield shards of a source that is listed in the mixed order; of one with images that cannot be read any more, the error."""
+    """Yield shards of a source that is listed in the mixed order; the error in place of a shard whose images cannot be read."""
     for done, number in enumerate(numbers, 1):
         try:
             yield from encode_shards(setup, [number], lambda _: None)
@@ -149,7 +149,7 @@ def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae
 
 
 class Examples(NamedTuple):
-    """Positions in the listing (N), classes (N), if any, and images as their latents are decoded, uint8 (N, H, W, 3)."""
+    """Positions in the listing (N), names of the classes (N), if any, and the decoded images, uint8 (N, H, W, 3)."""
 
     positions: list[int]
     names: list[str]
@@ -163,7 +163,7 @@ class Examples(NamedTuple):
         return np.stack([source.pixels(i, sweep.recipe.data.resolution) for i in self.positions])
 
     def error_words(self, originals: np.ndarray) -> str:
-        """Return how far the decoded images are from the originals: in all pixels, and in the mean colour of an image."""
+        """Return the error of the decoded images in words: over all pixels, and in the mean colour of an image."""
         difference = self.decoded.astype(np.float64) - originals
         colour = np.abs(difference.mean((1, 2))).mean()
         with np.errstate(divide="ignore"):  # of equal images it is infinite
@@ -210,7 +210,7 @@ def _wrong_size(latents: Folder, entry: ShardEntry, size: int | None) -> str | N
 
 
 def _prepare_rebuild(sweep: Sweep, latents: Folder, manifest: LatentsManifest, listed: ReportDone) -> Setup:
-    """Open what encoded the set, and set PyTorch as it was; UserError if something differs, since the bytes would."""
+    """Open the source and the VAE of the set, and set PyTorch as it was. UserError if a rebuilt shard would have other bytes."""
     setup = Setup(open_source(sweep.recipe.data, sweep.store, listed), vae.load(sweep), sweep.recipe)
     made_from, encoding = manifest.made_from, manifest.encoding
     compared = {

@@ -1,4 +1,4 @@
-"""A set of latents from its begin to its manifest. Whoever calls this hands in what encodes and mixes the shards.
+"""A set of latents from its begin to its manifest. The caller passes the functions that encode and mix the shards.
 
 A set may be continued by any later run, and by several runs at the same time. The manifest is written last. Read next: encode.py.
 """
@@ -21,7 +21,7 @@ Retry = Callable[[Callable[[], None], Callable[[], int]], None]
 
 
 class MissingShards(DisScaleError):
-    """What makes the shards has ended, and some are missing."""
+    """Shards or parts are missing after the function that makes them has ended."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ _LIMITS = {
     "": ("memory.max", "memory.current", "memory.stat"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
 }
-"""Limit and use of a control group's memory, and what the use consists of, versions 2 and 1: by its folder below `CGROUPS`."""
+"""Files with a control group's memory limit, its use and the parts of the use, by folder below `CGROUPS`: versions 2 and 1."""
 
 _FILES = {"": r"^(?:active|inactive)_file (\d+)$", "memory": r"^total_(?:active|inactive)_file (\d+)$"}
-"""Bytes of files in a group and those within it, as its use counts."""
+"""Lines with the bytes of cached files in a group and its sub-groups, which its use includes."""
 
 
 class MemoryBuffer:
@@ -64,7 +64,7 @@ class MemoryBuffer:
 
 
 def free_memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
-    """Return the free memory of this machine, container or job. What the kernel keeps of files is free.
+    """Return the free memory of this machine, container or job. Files that the kernel caches count as free.
 
     A job of Slurm or systemd has a control group within others, and the least of their limits holds.
     """
@@ -82,7 +82,7 @@ def free_memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
 
 
 def _own_groups(own: Path) -> list[tuple[str, Path]]:
-    """Return this process's control groups: which of `_LIMITS`, and the path. A container that hides its path has the root's."""
+    """Return this process's control groups, each a key of `_LIMITS` and a path; also the root, for containers without a path."""
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:  # a kernel or a sandbox without control groups

@@ -19,7 +19,7 @@ BATCHES = (128, 256, 1024)
 
 
 def permutation(count: int) -> np.ndarray:
-    """Return the source's entry at each place of the mixed order: a function of their number alone."""
+    """Return the source's entry at each place of the mixed order. It depends on the number of entries only."""
     return seeds.generator("mixed order", count).permutation(count)
 
 
@@ -31,7 +31,7 @@ def order_hash(entries: np.ndarray) -> str:
 class LabelCounts:
     """Images by label: of the set, and of each block of `BLOCK_SHARDS` shards, among which training draws a batch.
 
-    A larger batch takes as many blocks as hold it; one that is larger than the set is measured as the set.
+    A batch that is larger than a block is measured over several blocks; one that is larger than the set, over the set.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The order of data: which sample is at which position of the endless sequence, for any rank and any start.
 
 Epoch e is a two-level permutation from (seed, e): shards permuted, then samples permuted within blocks of K shards. So each image
-comes once an epoch and a shard is needed in one block only. Memory is bounded by a block; any position is found in O(shards).
+is used once an epoch, and a shard is needed in one block only. Memory is bounded by a block; any position is found in O(shards).
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ from dis_scale.process.errors import UserError
 
 
 class Locations(NamedTuple):
-    """Samples, one an entry: the shard's index in the manifest, and the row in the shard."""
+    """Locations of samples: for each, its shard's index in the manifest, and its row in the shard."""
 
     shards: np.ndarray
     rows: np.ndarray
@@ -30,7 +30,7 @@ def require_some_to_train(held_out: int, images: int) -> None:
 class Order:
     """The endless sequence of samples, without the held-out ones; position p is in epoch p // `total`.
 
-    `seed` chooses the held-out ones, and the order unless it has a seed of its own.
+    `seed` chooses the held-out samples, and also the order unless `order_seed` is given.
     Memory: a few numbers for each shard and held-out sample, and the tables of the last four blocks.
     """
 
@@ -73,7 +73,7 @@ class Order:
             position = epoch * self.total + int(starts[block] + self.counts[inside].sum())
 
     def _hold_out(self, count: int) -> Locations:
-        """Choose held-out samples by the seed alone: complete shards, each a random sample, and the first rows of the last one."""
+        """Choose held-out samples by the seed only: complete shards, each a random sample, and the first rows of the last one."""
         total = int(self.sizes.sum())
         require_some_to_train(count, total)
         shards = seeds.generator("held out shards", self.seed).permutation(len(self.sizes))

@@ -20,17 +20,17 @@ from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
 
 LARGE_BYTES = 2**30
-"""A larger file is listed on its own: Hugging Face's have half of that, and this one may have a million rows."""
+"""A larger file is listed on its own, since it may have a million rows. Hugging Face's files have half of this size."""
 BATCH_ROWS, BATCH_BYTES = 4096, 2**28
-"""Most rows that are decoded at a time, and their bytes if they are alike."""
+"""Most rows that are decoded at a time, and most of their bytes if all rows have the same size."""
 GROUP_BYTES = 8 * 2**30
 """Most bytes of a row group's column; larger ones are not read. Hugging Face's groups of images have 100 MB to 1 GB."""
 KEPT_GROUPS, KEPT_BYTES, LOADED_AT_ONCE = 64, 2**30, 2
-"""Row groups that a reader keeps, and their bytes if they are more than two; those that it loads at the same time."""
+"""Most row groups that a reader keeps, most bytes of them if they are more than two, and most groups that it loads at a time."""
 
 
 def find(root: Folder, names: list[str], settings: ParquetSource, *, labelled: bool = True) -> Contents:
-    """List every row of the files, sorted by file name. Only the label column is read, and none of unlabelled images.
+    """List every row of the files, sorted by file name. Reads the label column only; for unlabelled images, no column.
 
     Several files are listed at once, since each row group's labels are a request; the rows of a large one are streamed.
     """
@@ -48,15 +48,15 @@ class _Group:
         self.column: pa.ChunkedArray | None = None
 
     def nbytes(self) -> int:
-        """Return what it takes: nothing before it is read."""
+        """Return the bytes of the images in memory: 0 before they are read."""
         return 0 if self.column is None else self.column.nbytes
 
 
 class ParquetReader:
-    """Reads images by (row group, row), each row group once if many threads read one after the other in order.
+    """Reads images by (row group, row). Each row group is read once if many threads read the groups in order.
 
-    It keeps the groups that were asked for last; threads that wait for others keep these themselves. Two are not enough for
-    small groups: a thread that begins late asks for one that others have passed long ago.
+    Keeps the groups that were requested last; a thread that waits for another group keeps it itself. Two groups are not enough if
+    groups are small: a thread that begins late requests one that others have passed long ago.
     """
 
     def __init__(self, settings: ParquetSource, require_unchanged: Callable[[Entry], None]) -> None:

@@ -17,7 +17,7 @@ SPLITS = (
 """Words in the names of files and folders that hold one part of a set, and the part."""
 IMAGES = ("image", "images", "img", "imgs", "jpegimages")
 MASKS = ("mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentationclass", "groundtruth", "gt")
-"""Names of folders beside each other of which one has images and the other pictures of their classes by pixel."""
+"""Names of neighbouring folders of which one has images and the other their masks: pictures of the classes by pixel."""
 PART_COLUMNS = ("split", "partition")
 """Names of a CSV's column whose words are parts of a set, whatever they are: CelebA's are 0, 1 and 2."""
 MOST_PARTS = 20
@@ -25,17 +25,17 @@ MOST_PARTS = 20
 
 
 MOST_LACKING = 100_000
-"""Most names of files that are lacking: the total may be a date."""
+"""Most missing files that are named, since the total in a file's name may be a date."""
 _NUMBERED = re.compile(r"(.*)-(\d{3,})-of-(\d{3,})(?:-[0-9a-f]{16})?(\..*)?")
-"""Name of one of several files of a part, as the Hugging Face hub has them, older ones with a hash."""
+"""Name of one of several files of a part, as on the Hugging Face hub; older files have a hash in the name."""
 _COUNTED = re.compile(r"(.*?)(\d{1,18})(\D*)")
 """Name of a file whose last digits are its number."""
 
 
 def numbered(names: Iterable[str], every: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Return the parts that the names of numbered files begin with, and the files of these that are not among `every` one.
+    """Return the parts that the names of numbered files begin with, and the files of these parts that are missing in `every`.
 
-    They count from 0, or from 1. UserError for files of two such series of one part: a newer version of the set beside an older.
+    Numbers count from 0 or from 1. UserError if one part has two series of files: a newer version of the set beside an older one.
     """
     there, chosen, lacking = _numbers(every), _numbers(names), list[str]()
     _require_one_series(names)
@@ -71,12 +71,12 @@ def _numbers(names: Iterable[str]) -> Mapping[tuple[str, str, str], set[int]]:
 
 
 def skipped(names: Iterable[str]) -> Iterator[str]:
-    """Yield the files, by name, whose numbers are between those of other files; none if more are skipped than there are.
+    """Yield the names of missing files, whose numbers are between those of other files; none if more are missing than exist.
 
-    Such as `a-001.tar` beside `a-000.tar` and `a-002.tar`; positions of first images, and most years, skip more.
+    For example `a-001.tar` beside `a-000.tar` and `a-002.tar`. Numbers that are positions of first images, or years, skip more.
     """
     alike = defaultdict[tuple[str, str], dict[int, int]](dict)
-    for found in (_COUNTED.fullmatch(name) for name in names if not _NUMBERED.fullmatch(name)):  # those state how many there are
+    for found in (_COUNTED.fullmatch(name) for name in names if not _NUMBERED.fullmatch(name)):  # those names state the total
         if found:
             before, number, after = found.groups()
             alike[before, after][int(number)] = len(number)
@@ -87,18 +87,19 @@ def skipped(names: Iterable[str]) -> Iterator[str]:
 
 
 def with_hash(name: str) -> str:
-    """Return a numbered file's name as an older one, with some hash."""
+    """Return a numbered file's name in the older form, with an arbitrary hash."""
     return re.sub(r"-of-\d{3,}", rf"\g<0>-{0:016x}", name)
 
 
 def splits_in(names: Iterable[str]) -> set[str]:
-    """Return the parts of a set that the names speak of: words between other characters than letters."""
+    """Return the parts of a set that words of the names state. Words end at other characters, or by case as in `trainSet`."""
     return {SPLITS[word] for name in names for word in _words(name) if word in SPLITS}
 
 
 def parts_of(names: Iterable[str]) -> set[str]:
-    """Return the parts of a set that files hold; a name with two words is of both. Those whose names speak of none are one more
-    beside a part that is held out."""
+    """Return the parts of a set that files hold, by their names; the words for two parts in one name are a part of their own.
+
+    If there is a part other than train, files whose names state no part are one more."""
     each = ["-".join(sorted(splits_in([name]))) for name in names]
     parts = {*each} - {""}
     return parts | ({"others"} if parts - {"train"} and not all(each) else set())
@@ -107,8 +108,8 @@ def parts_of(names: Iterable[str]) -> set[str]:
 def of_one_set(entries: Iterable[Entry | LeftOut], where: str) -> Iterator[Entry | LeftOut]:
     """Yield the entries; UserError if two folders around images, at any depth, are parts of a set, or if one has the other's masks.
 
-    They are in one folder, and their names differ in the word for the part and in numbers only: `seg_train` and `seg_test`,
-    `train2017` and `val2017`. A tar has its own folders.
+    Two parts are in one folder, and their names differ in the word for the part and in numbers only: `seg_train` and `seg_test`,
+    `train2017` and `val2017`. For a tar, folders are those in the tar.
     """
     seen, first_of, pictures = {""}, dict[tuple[str, ...], str](), dict[tuple[str, bool], str]()
     for entry in entries:
@@ -135,7 +136,7 @@ class PartColumns:
                 del self._lines[column]
 
     def require_one(self, where: str) -> None:
-        """UserError if a column has the words of two parts; of a column that is called so, any two words."""
+        """Raise UserError if a column has the words of two parts, or if one of the `PART_COLUMNS` has any two words."""
         for column, lines in self._lines.items():
             first_of = {SPLITS[word]: (line, word) for word, line in lines.items() if word in SPLITS}
             two = list(lines) if column.strip().lower() in PART_COLUMNS else [word for _, word in first_of.values()]
@@ -148,7 +149,7 @@ class PartColumns:
 
 
 def _require_same_part(first_of: dict[tuple[str, ...], str], path: str, where: str) -> None:
-    """UserError if the folder is another part than the first of those that are like it; it may be that first one."""
+    """Raise UserError if the folder is of another part than the first folder with a similar name, which may be this one."""
     around, _, name = path.rpartition("/")
     if not (part := splits_in([name])):
         return
@@ -162,7 +163,7 @@ def _require_same_part(first_of: dict[tuple[str, ...], str], path: str, where: s
 
 
 def _require_no_masks(pictures: dict[tuple[str, bool], str], path: str, where: str) -> None:
-    """UserError if the folder is called as if it had the images of which one beside it has the masks, or these."""
+    """Raise UserError if, by their names, one of this folder and a neighbour has images and the other their masks."""
     around, _, name = path.rpartition("/")
     if (word := name.lower()) in (*IMAGES, *MASKS):
         pictures[around, word in IMAGES] = path

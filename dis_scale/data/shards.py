@@ -34,7 +34,7 @@ SHARD = re.compile(r"\d{6,}\.(tar|json)")
 READS_AT_ONCE = 8
 """Shards or sidecars that one process reads at a time."""
 _BLOCK, _KEY = 512, 12
-"""Bytes of a tar's unit, and of a key."""
+"""Bytes of a tar's block, and of a key."""
 _VARIES = np.r_[0:_KEY, 124:136, 148:156, _BLOCK : 2 * _BLOCK + _KEY, 2 * _BLOCK + 148 : 2 * _BLOCK + 156]
 """Bytes that differ between samples: key, size and checksum of the label, the label, key and checksum of the moments."""
 
@@ -43,7 +43,7 @@ _VARIES = np.r_[0:_KEY, 124:136, 148:156, _BLOCK : 2 * _BLOCK + _KEY, 2 * _BLOCK
 class Sample:
     """One image's posterior: `moments` is float16 (2, 2C, h, w), mean and log-variance of the image and of its horizontal flip.
 
-    Without a posterior, it is (2, C, h, w), the latents. Latents of another program may lack the flip's: (1, ...).
+    Without a posterior, `moments` are the latents, (2, C, h, w). Latents of another program may have no flip: (1, ...).
     """
 
     position: int
@@ -112,7 +112,7 @@ def shard_name(number: int) -> str:
 
 def pack(samples: list[Sample]) -> bytes:
     """Return the shard's tar, byte by byte as WebDataset's writer makes it; the same samples always give the same bytes."""
-    pieces, size = list[bytes | memoryview](), 2 * _BLOCK  # which are zero, at its end
+    pieces, size = list[bytes | memoryview](), 2 * _BLOCK  # the zeros at the tar's end
     for sample in samples:
         key = b"%012d" % sample.position
         label = json.dumps({"label": sample.label, "name": sample.name}).encode()
@@ -126,7 +126,7 @@ def pack(samples: list[Sample]) -> bytes:
 
 
 def _header(key: bytes, ending: str, size: int) -> bytes:
-    """Return a member's header: one of `tarfile` with this key, size and checksum, because `tarfile` takes 40 us for each."""
+    """Return a member's header: a cached one of `tarfile` with this key, size and checksum. `tarfile` takes 40 us for each."""
     start, middle, end, total = _header_parts(ending)
     digits = b"%011o" % size
     return b"%b%b%b%b%06o%b" % (key, start, digits, middle, total + sum(key) + sum(digits), end)
@@ -134,7 +134,7 @@ def _header(key: bytes, ending: str, size: int) -> bytes:
 
 @cache
 def _header_parts(ending: str) -> tuple[bytes, bytes, bytes, int]:
-    """Return what is between key, size and checksum in the headers of files with this ending, and the sum of its bytes."""
+    """Return the parts around key, size and checksum in the headers of files with this ending, and the sum of their bytes."""
     member = tarfile.TarInfo("0" * _KEY + ending)
     member.mode, member.uname, member.gname = 0o444, "dis-scale", "dis-scale"
     header = member.tobuf()
@@ -215,9 +215,9 @@ def _parsed(data: bytes | mmap, where: str) -> Shard:
 def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str], *, sealed: bool = False) -> None:
     """Write a shard, then its sidecar: digest, count, images by label, and sums of the moments for the statistics.
 
-    If another encoder has finished it with other bytes, its shard stays: the set may be sealed with it, unless it is known to be
-    `sealed` with this one. If that one finishes meanwhile, both files are written again, so that they belong together; a set that
-    was sealed in between has the other's digest, which `dis-scale data verify` finds and `data repair` mends.
+    A shard that another encoder has finished with other bytes stays, since the set may be sealed with it. If `sealed`, the set is
+    sealed with this one, which replaces it. If the other encoder finishes meanwhile, both files are written again, so that they
+    match. A set that was sealed in between has the other's digest: `dis-scale data verify` finds it, `data repair` repairs it.
     """
     tar, name, data = f"{shard_name(number)}.tar", f"{shard_name(number)}.json", pack(samples)
     labels = {str(label): count for label, count in sorted(Counter(s.label for s in samples).items())}
@@ -234,7 +234,7 @@ def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list
 
 
 def finished(latents: Folder, numbers: range) -> set[int]:
-    """Return the finished shards: the tar has the size that its sidecar says.
+    """Return the numbers of the finished shards: those whose tar has the size in its sidecar.
 
     The tar is not read: it was written atomically before its sidecar, and `dis-scale data verify` compares hashes.
     """
@@ -245,7 +245,7 @@ def finished(latents: Folder, numbers: range) -> set[int]:
 
 
 def clear_strays(latents: Folder, numbers: range) -> list[str]:
-    """Delete tars and sidecars with a number beyond the set, and what writers that were killed left; return their names."""
+    """Delete tars and sidecars with a number beyond the set, and files left by killed writers; return their names."""
     ours = {f"{shard_name(n)}.{kind}" for n in numbers for kind in ("tar", "json")}
     strays = [name for name in latents.list() if SHARD.fullmatch(name) and name not in ours] + latents.abandoned()
     for name in strays:
@@ -297,7 +297,7 @@ def _sums(samples: list[Sample]) -> ChannelSums:
     channels = samples[0].moments.shape[1] // (1 + samples[0].posterior)
     values = np.stack([sample.moments[0, :channels] for sample in samples], dtype=np.float64)
     mean = values.mean((0, 2, 3), keepdims=True)
-    values -= mean  # in place, as below: new memory takes longer than the sums
+    values -= mean  # in place, as below: allocating memory takes longer than the sums
     values *= values
     count, m2 = values[:, 0].size, values.mean((0, 2, 3))
     variance = np.zeros(channels)

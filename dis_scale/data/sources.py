@@ -28,9 +28,9 @@ from dis_scale.sweep.documents import LeftOutByReason
 
 NOT_THERE = "there is no such file; correct the link or the CSV that names it, or --set data.undecodable=skip"
 FEW = 8
-"""Images that may be missing of a shard, or of others that are read together, whatever their share."""
+"""Most images of a shard, or of another group that is read together, that may be missing whatever their share."""
 LOOKED_AT = 32
-"""Further reads, of several images each, that tell whether the first missing image is one of many."""
+"""Further reads, of several images each, after the first missing image: they show whether many are missing."""
 READERS = 16
 """Threads that read and decode images one by one: more than cores, since each waits for its reads."""
 MOST_IMAGES = 8192
@@ -40,19 +40,20 @@ random if it is not in the mixed order."""
 
 @dataclass(frozen=True)
 class Source:
-    """Images, or latents; position i of the dataset is `names[i]`, of class `labels[i]`: 0 in all, without `label_names`, if
-    unconditional."""
+    """Images, or latents, by position: the one at position i is `names[i]`, of class `labels[i]`.
+
+    If unconditional, all labels are 0, and `label_names` is empty."""
 
     listing: Listing
     label_names: list[str]
     read: Callable[[Sequence[Entry]], list[bytes | None]]
-    """Reads the bytes of entries that are `near` each other; None for a file that a CSV or a link names and that is not there."""
+    """Reads the bytes of entries that are `near` each other; None for a missing file that a CSV or a link names."""
     near: Callable[[Entry, Entry], bool]
     """True if both entries, the second after the first, belong in one call of `read`."""
     mixed: bool
     """Whether positions are in the mixed order; otherwise latents are mixed after encoding (staging.py)."""
     decode: Callable[[bytes, str, int], np.ndarray]
-    """Makes an array of a file's bytes, its name and the resolution: an image, or a latent's moments; UndecodableImage."""
+    """Decodes a file, given its bytes, its name and the resolution, to an image or a latent's moments; UndecodableImage."""
     in_flight: images.InFlight
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ class Source:
 
     @property
     def left_out(self) -> str:
-        """What is beside the images, in words, and how many classes have none; empty if nothing is."""
+        """Other contents of the source in words, and the number of classes without images; empty if there are neither."""
         manifest = self.listing.manifest
         beyond = range(manifest.largest + 1, len(self.label_names) if manifest.label_names is None else 0)
         above: LeftOutByReason = {f"{listing.WITHOUT_IMAGES}, above the largest": (len(beyond), str(beyond[0]))} if beyond else {}
@@ -90,7 +91,7 @@ class Source:
         return image
 
     def decoded(self, positions: range, resolution: int) -> list[np.ndarray | UndecodableImage]:
-        """Return the images of one of `read_ranges`, by one call of `read`; an undecodable image is replaced by its error."""
+        """Return the images of a range of `read_ranges`, by one call of `read`; an undecodable image is replaced by its error."""
         entries = self.listing[positions.start : positions.stop]
         try:
             files = self.read(entries)
@@ -138,10 +139,10 @@ def select_decodable(
 def on_this_node(
     source: Source, data: Data, ranges: Iterable[tuple[Sequence[int], Sequence[np.ndarray | UndecodableImage]]], what: str
 ) -> Iterator[tuple[Sequence[int], list[tuple[int, np.ndarray]], list[int]]]:
-    """Yield the positions of each range with those that `select_decodable` tells apart.
+    """Yield for each range its positions, and its decodable images and skipped positions as of `select_decodable`.
 
-    BrokenDevice at the end if more than half of all images are not there: this node lacks what their links or lines lead to. What
-    is not at its URL is there for no node.
+    BrokenDevice, at the end or at the first missing image, if more than half of the images are missing: this node lacks the targets
+    of their links or lines. Images that are missing at a URL do not count, since no node has them.
     """
     count, lost, folder, ranges = 0, 0, getattr(data.source, "url", ""), iter(ranges)
 
@@ -167,7 +168,7 @@ def on_this_node(
         try:
             yield (positions, *select_decodable(positions, read, data.undecodable))
         except UndecodableImage as error:
-            if error.why == NOT_THERE and lost:  # the first of how many?
+            if error.why == NOT_THERE and lost:  # see whether many are missing
                 for rest in islice(ranges, LOOKED_AT):
                     look(*rest)
                 require()
@@ -176,8 +177,8 @@ def on_this_node(
 
 
 def load_subset(source: Source, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Return up to `MOST_IMAGES` images, uint8 (N, R, R, 3), and their labels, int64 (N), in an order that the source's has no part
-    in: every sixth may be held out."""
+    """Return up to `MOST_IMAGES` images, uint8 (N, R, R, 3), and their labels, int64 (N). Their order does not depend on the
+    source's own, so a caller may hold out every sixth."""
     if source.mixed:
         order: Sequence[int] = range(0, len(source), -(-len(source) // MOST_IMAGES))
     else:
@@ -226,9 +227,9 @@ def lists_mixed(source: SourceSettings) -> bool:
 
 
 def require_source(data: Data, store: Folder) -> None:
-    """UserError if the recipe's source is missing or empty; nothing is read if the store has its listing.
+    """Raise UserError if the recipe's source is missing or empty; nothing is read if the store has its listing.
 
-    Of many images in a file, only whether there are such files: before the first image a whole tar is read.
+    If files hold many images each, only checks that there are files: the first image of a tar needs a read of the complete tar.
     """
     if not listing.folder_of(store, data.declared).exists(manifest.NAME):
         kind, left_out = open_kind(data), LeftOutByReason()

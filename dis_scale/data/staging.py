@@ -1,11 +1,11 @@
 """Mixing after encoding, for sources whose neighbours are read together: tars by byte ranges, Parquet by row groups.
 
-They are encoded in the source's order into parts of several shards. A part has a run for each group of destination shards: its
-entries of that group, sorted by their place in the mixed order. A worker reads its run from each part into memory and writes the
-shards of its group. So a latent is written twice and read once; the parts are deleted at the end.
+Their images are encoded in the source's order into parts of several shards. A part has a run for each group of destination shards:
+its entries of that group, sorted by their place in the mixed order. A worker reads its group's run from each part into memory and
+writes the shards of the group. So a latent is written twice and read once; the parts are deleted at the end.
 
-Part and group hold as many shards as memory allows, because a set is mixed by (parts x groups) reads. A run has its own sha256, and
-names and labels, because reading them from the listing would take (parts of the listing x groups) reads too.
+Parts and groups hold as many shards as memory allows, because mixing takes (parts x groups) reads. A run has its own sha256, and
+the names and labels of its entries: reading these from the listing would take (parts of the listing x groups) more reads.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ from dis_scale.sweep.documents import Encoding
 STAGED = "staged"
 """Folder of the parts, below that of the set."""
 GROUP_BYTES = 2 * 2**30
-"""Latents of a group of shards, which a worker that mixes has in memory."""
+"""Most bytes of latents in a group of shards, unless one shard has more. A worker that mixes holds a group in memory."""
 PART_BYTES = 2**30
-"""Most latents of a part, unless one shard has more. An encoder has up to three parts in memory: two, and the bytes of one."""
+"""Most bytes of latents in a part, unless one shard has more. An encoder holds up to three: two parts, and one as packed bytes."""
 PARTS_TO_ROOT = 8
-"""A part has sqrt(shards) / 8 shards, rounded up: of ImageNet five, so that 64 encoders have four parts each."""
+"""A part has sqrt(shards) / 8 shards, rounded up: for ImageNet five, so that 64 encoders have four parts each."""
 READS_AT_ONCE, WRITES_AT_ONCE = 16, 4
 """Runs and shards that a worker reads and writes at a time; fewer if these would have more than 1/16 of a group's bytes."""
 SHARD_COPIES = 3
-"""A shard of another network's large latents may have 0.8 GB: its samples packed, written, and in float64 for the sums."""
+"""Copies of a shard that is written: packed, written, and in float64 for the sums. A shard of large latents may have 0.8 GB."""
 OTHER_BYTES = 3 * 2**29
-"""Memory of a worker that mixes beside its group: the process, indexes, and runs and shards at work."""
+"""Memory of a worker that mixes, besides its group: the process, indexes, and the runs and shards in progress."""
 _DIGEST, _LENGTH = 32, 8
 """Bytes of a sha256, and of the length of a run's facts."""
 _Fact = tuple[int, str, int | None]
@@ -78,7 +78,7 @@ class MixedOrder:
 
     @cached_property
     def shard_bytes(self) -> int:
-        """Latents of a shard."""
+        """Bytes of the latents of a full shard."""
         return 2 * int(np.prod(self.moments_shape)) * self.settings.shard_images
 
     @cached_property
@@ -126,7 +126,7 @@ class MixedOrder:
         return shard_numbers(self.images, self.settings)[part * self.part_shards :][: self.part_shards]
 
     def runs(self, part: int) -> list[np.ndarray]:
-        """Return the entries of a part by group, each run by place."""
+        """Return the runs of a part: for each group, the part's entries of that group, sorted by place."""
         entries = self.part(part)
         places = self.places[entries.start : entries.stop]
         by_place = np.argsort(places)
@@ -134,7 +134,7 @@ class MixedOrder:
         return np.split(entries.start + by_place, ends[:-1])
 
     def places_by_part(self, group: int) -> list[np.ndarray]:
-        """Return the places of a group, counted from its first, by the part that has their entries: the runs of all parts."""
+        """Return for each part the places of its run in a group, counted from the group's first place."""
         inside = self.group(group)
         parts = self.order[inside.start : inside.stop] // self.part_images
         ends = np.cumsum(np.bincount(parts, minlength=len(self.parts)))
@@ -148,10 +148,10 @@ def parts_left(latents: Folder, mixer: MixedOrder) -> list[int]:
 
 
 def put_part(latents: Folder, mixer: MixedOrder, number: int, shards: list[EncodedShard]) -> None:
-    """Write a part: an index with the end of each run, uint64; then the runs. Each has its sha256 first.
+    """Write a part: an index with the end of each run, uint64, then the runs. The index and each run begin with their sha256.
 
-    A run has the length of its facts, uint64, the facts as JSON, (entry, name, label) of each entry, and the moments of the entries
-    that have a label: refused images have none.
+    A run has the length of its facts, uint64; the facts as JSON, (entry, name, label) of each entry; and the moments of the entries
+    that have a label. Refused images have no label.
     """
     facts, moments = dict[int, _Fact](), dict[int, memoryview]()
     for shard in shards:
@@ -162,7 +162,7 @@ def put_part(latents: Folder, mixer: MixedOrder, number: int, shards: list[Encod
     ends, pieces = [_DIGEST + 8 * (len(mixer.groups) + 1)], list[bytes | memoryview]()
     for run in (entries.tolist() for entries in mixer.runs(number)):
         text = json.dumps([facts[n] for n in run]).encode()
-        text += b" " * (-len(text) % _LENGTH)  # moments are aligned
+        text += b" " * (-len(text) % _LENGTH)  # aligns the moments
         body: list[bytes | memoryview] = [len(text).to_bytes(_LENGTH, "little"), text]
         body += [moments[n] for n in run if n in moments]
         pieces += [_digest(*body), *body]
@@ -177,7 +177,7 @@ def put_part(latents: Folder, mixer: MixedOrder, number: int, shards: list[Encod
 
 
 def delete_parts(latents: Folder) -> None:
-    """Delete the parts of a finished set, which another process may delete, too. StorageAway: no later stage would delete them."""
+    """Delete the parts of a finished set; another process may do so as well. StorageAway is raised: no later stage deletes them."""
     with contextlib.suppress(StorageError):
         (latents / STAGED).delete()
 
@@ -193,7 +193,7 @@ class Mixing:
     mixer: MixedOrder
     report: Callable[[int], None]
     _ends: dict[int, np.ndarray] = field(default_factory=dict)
-    """Where the runs of each part end."""
+    """Ends of the runs of each part, in bytes."""
 
     def mix(self, group: int) -> None:
         """Write the shards of a group from the runs of all parts.
@@ -241,13 +241,13 @@ class Mixing:
 
     @cached_property
     def _moments(self) -> np.ndarray:
-        """Latents of a group, of one group after the other: new memory takes longer than to copy them."""
+        """Buffer for the latents of a group. It is reused: allocating memory takes longer than copying the latents."""
         return np.empty((min(self.mixer.images, self.mixer.group_images), *self.mixer.moments_shape), np.float16)
 
     def _read_run(self, part: int, group: int, entries: list[int]) -> tuple[list[_Fact], np.ndarray] | None:
         """Return a run: the facts of its entries, and the moments of those with a label.
 
-        None if its part is gone, or if it is damaged or of another order, which another NumPy may have, and is now deleted.
+        None if its part is gone. Deletes the part and returns None if it is damaged or of another order, such as another NumPy's.
         """
         staged, name = self.latents / STAGED, _name(part)
         where = f"{staged}/{name}"
@@ -273,7 +273,7 @@ def _name(part: int) -> str:
 
 
 def _verified(data: bytes, where: str) -> memoryview:
-    """Return what follows the sha256 in `data` of the file at `where`; Damaged if it has another."""
+    """Return the bytes after the sha256 at the beginning of `data`; Damaged, naming `where`, if they have another sha256."""
     body = memoryview(data)[_DIGEST:]
     if _digest(body) != data[:_DIGEST]:
         raise Damaged(where, "its sha256 differs from the one at its beginning")

@@ -37,13 +37,13 @@ class Survey:
     sides: Counter[int]
     """Decodable images by their shorter side in pixels."""
     broken: list[Broken]
-    """By name."""
+    """Images that cannot be decoded, sorted by name."""
     beside: int
     """Images that are in no class folder, though others are: a sweep with classes does not read them."""
     left_out: str = ""
-    """What else is in the folder, in words."""
+    """Other contents of the folder, in words."""
     nested: str = ""
-    """The innermost folder around all images, if these are in several folders of it: they may be the classes."""
+    """The innermost folder around all images, if they are in several of its sub-folders: these may be the classes."""
 
     @property
     def count(self) -> int:
@@ -128,7 +128,7 @@ def describe(found: Survey) -> list[str]:
 
 
 def _nested(names: Iterable[str]) -> str:
-    """Return the innermost folder around all images of folders, if these are in at least two folders of it; else empty."""
+    """Return the innermost folder around all images in folders, if they are in at least two of its sub-folders; else empty."""
     folders = {name.rpartition("/")[0] for name in names if "/" in name}
     return "" if not folders or (around := posixpath.commonpath(folders)) in folders else around
 

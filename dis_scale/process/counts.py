@@ -25,7 +25,7 @@ def add(name: str) -> None:
 
 
 def add_seconds(name: str, began_s: float) -> None:
-    """Add the time since `began_s` (monotonic), without what other threads have added of it."""
+    """Add the time since `began_s` (monotonic), without the part that other threads have already added."""
     with _lock:
         now_s = time.monotonic()
         _totals[name] += now_s - max(began_s, _until[name])

@@ -14,15 +14,15 @@ from typing import TextIO
 from dis_scale.process.redaction import redact
 
 UNFORESEEN = 70
-"""Exit code of an error of no class below (EX_SOFTWARE of sysexits.h): a mistake of ours, or an accident that nobody thought of.
-Schedulers try it again, a limited number of times."""
+"""Exit code of an error of no class below (EX_SOFTWARE of sysexits.h): a bug, or an accident that nobody thought of. Schedulers
+try again, a limited number of times."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a full disk, or of a used up quota."""
 
 
 @contextlib.contextmanager
 def losing_lines() -> Iterator[None]:
-    """Lose what is printed to a log on a full disk: for want of a line nothing that runs for weeks may end."""
+    """Ignore errors of prints to a log on a full disk: a process that runs for weeks must not end because of a lost line."""
     try:
         yield
     except OSError as error:
@@ -31,7 +31,7 @@ def losing_lines() -> Iterator[None]:
 
 
 def drop_unwritten() -> None:
-    """Drop what a full disk has not taken of the output: Python would end with 120 instead of the command's exit code."""
+    """Drop output that a full disk has not taken: otherwise Python would end with 120 instead of the command's exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -74,7 +74,7 @@ class StorageError(DisScaleError):
 class StorageAway(DisScaleError):
     """Storage did not answer after all retries; no object is at fault. A later attempt may succeed."""
 
-    exit_code = 74  # EX_IOERR of sysexits.h; apart from Held, which a new cluster would only repeat
+    exit_code = 74  # EX_IOERR of sysexits.h; not that of Held, which Slurm retries less often
 
 
 class Damaged(StorageError):
@@ -95,7 +95,7 @@ class StorageFull(StorageError):
 
 
 class Held(DisScaleError):
-    """Another live process, of a command on the Ray `cluster`, holds the lease: `process`, in words."""
+    """Another live process holds the lease: `process`, in words, of a command on the Ray `cluster`."""
 
     exit_code = 69  # EX_UNAVAILABLE of sysexits.h
 
@@ -107,7 +107,7 @@ class Held(DisScaleError):
 class OutOfMemory(DisScaleError):
     """A device's memory is too small for the settings; another attempt would fail in the same way.
 
-    Known of a training: the images done, and the seconds since the last one.
+    Facts of a training: the images done, and the seconds since the last one.
     """
 
     def __init__(self, words: str, done: int = 0, silent_s: float = 0.0) -> None:
@@ -123,7 +123,7 @@ class NotFinite(DisScaleError):
     """Samples that are not finite: the model's training has diverged, or the device that they were made on fails."""
 
     block = 0
-    """The block that they are of."""
+    """Number of the block that has these samples."""
 
 
 class WrongKernel(DisScaleError):
@@ -131,7 +131,7 @@ class WrongKernel(DisScaleError):
 
 
 class UndecodableImage(StorageError):
-    """A file that was read but is not an image, or is damaged; `why` has the reason alone."""
+    """A file that was read but is not an image, or is damaged; `why` has only the reason."""
 
     def __init__(self, words: str, why: str = "") -> None:
         super().__init__(words)

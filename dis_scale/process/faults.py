@@ -19,7 +19,8 @@ happened, for all processes of the machine that share the plan, so that a restar
 
 Points: `step` and `loss` (training/loop.py), `check` (a training worker's and an evaluator's check of its device), `poll` (a
 stage's driver, once per second; `path` is the stage), each storage verb before it, `written` after a write. `path` is a part of
-the path, in which `*` matches anything. `until` is a file in `<file>.spent/`: `1.0` of a fault, or another one that a drill makes.
+the path, in which `*` matches anything. `until` is a file in `<file>.spent/`: `1.0` appears when the second fault happens for the
+first time, and a drill may make others.
 """
 
 import errno
@@ -59,7 +60,7 @@ class Fault:
     """Name of the file that ends a wait before its `seconds`; without `seconds` a wait has no other end."""
 
     def fits(self, point: str, where: dict[str, Any]) -> bool:
-        """Whether the conditions hold here; `nth` and `times` are checked elsewhere."""
+        """Return whether the conditions hold here; `nth` and `times` are checked elsewhere."""
         pattern = ".*".join(map(re.escape, self.path.split("*")))
         here = point == self.point and bool(re.search(pattern, str(where.get("path", ""))))
         mine = self.rank is None or self.rank == int(os.environ.get("RANK", -1))

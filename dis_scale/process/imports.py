@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def hidden(*modules: str) -> Iterator[None]:
-    """Make the import of these modules fail in this block, unless one is imported already: for optional ones, to start sooner.
+    """Make imports of these optional modules fail in the block, to start sooner. Modules that are imported already stay.
 
-    Holds for all threads. Libraries that look for a module while they are imported treat it as missing from then on.
+    This holds for all threads. Libraries that look for a module while they are imported treat it as missing from then on.
     """
     absent = [module for module in modules if module not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
@@ -28,7 +28,7 @@ def hidden(*modules: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Import libraries in this block that tell PyTorch's compiler what to skip, without importing it. Holds for all threads."""
+    """Let the block import libraries that tell PyTorch's compiler what to skip, without the compiler. Holds for all threads."""
     if "torch._dynamo" in sys.modules:
         yield
         return

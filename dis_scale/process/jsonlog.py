@@ -17,7 +17,7 @@ VARIABLE = "DIS_SCALE_LOG"
 
 
 def wanted() -> bool:
-    """Whether the terminal gets JSON; UserError for a setting that is neither `json` nor `lines`, the default."""
+    """Return whether the terminal gets JSON; UserError for a setting that is neither `json` nor `lines`, the default."""
     setting = os.environ.get(VARIABLE, "lines")
     if setting not in ("json", "lines"):
         raise UserError(f"{VARIABLE}={setting}: expected json, or lines (the default)")

@@ -1,4 +1,4 @@
-"""What machine this is. Imports the standard library only: a bare machine's benchmarks record it, too."""
+"""Facts about this machine. Imports only the standard library: benchmarks of a bare machine also record them."""
 
 import contextlib
 import errno
@@ -15,11 +15,11 @@ def processor() -> str:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Return ports of an address of this machine, "" for all of them, that are free now.
+    """Return ports that are free now at an address of this machine; "" for all its addresses.
 
-    They are below those that the kernel gives to outgoing connections (32768 on): one of these could take a port before its program
-    listens there. Kubernetes' own are from 30000 on, and Ray's workers have those below 20000. cluster/slurm.sh takes some of these
-    for itself, before its programs ask for others.
+    The kernel gives ports from 32768 on to outgoing connections: such a connection could take a port before its program listens
+    there. Kubernetes uses ports from 30000 on, and Ray's workers use ports below 20000. The returned ports are between these.
+    cluster/slurm.sh takes some of them for itself, before its programs ask for others.
     """
     found = list[int]()
     with contextlib.ExitStack() as stack:

@@ -26,9 +26,9 @@ ReportShare = Callable[[int, int], None]
 
 PLAIN_EVERY_S = 7.0
 QUIET_S = 9.0
-"""Interval of lines that say that something works which shows nothing else."""
+"""Time without output after which a line shows that the work continues."""
 STARTS_S = 120.0
-"""How long a stage is said to work each time: later it may wait for machines, for days."""
+"""Time after a stage's start in which this line is repeated. Later the stage may wait for machines, for days."""
 LOG_EVERY_S = 5.0
 RATE_OVER_S = 300.0
 MOST_BAR = 40
@@ -38,7 +38,7 @@ MOST_BAR = 40
 def rate_words(per_second: float, unit: str) -> str:
     """Return a rate in words: `12.3 images/s`, or `41 s per block` if one unit takes longer than a second.
 
-    Of a unit such as `steps of the judge` it has the first word only.
+    Of a unit such as `steps of the judge` only the first word is used.
     """
     unit = unit.partition(" of ")[0]
     if per_second >= 1:
@@ -55,7 +55,7 @@ def time_words(seconds: float) -> str:
 
 
 def some(words: list[str]) -> str:
-    """Return the first ten words in a list, as they can be shown, and how many there are besides."""
+    """Return the first ten words in one line, as they can be shown, and the number of the others."""
     return ", ".join(map(printable, words[:10])) + (f", ... ({len(words) - 10} more)" if len(words) > 10 else "")
 
 
@@ -102,9 +102,9 @@ class Board:
         self._shown_s = self._clock()
 
     def at_work(self, name: str) -> None:
-        """Say that the stage `name` works if nothing is shown for a while: processes start, or a step is the first.
+        """Show that the stage `name` is at work if nothing was shown for a while, as when processes start or in a first step.
 
-        Each time in its first two minutes, in which its first attempt begins, later once in each silence.
+        The line is repeated in the stage's first two minutes, in which its first attempt begins; later it is shown once a silence.
         """
         now_s = self._clock()
         began_s = self._began_s.setdefault(name, now_s)
@@ -115,7 +115,7 @@ class Board:
 
     @contextmanager
     def working(self, name: str) -> Iterator[None]:
-        """Say during the block, whenever nothing is shown for a while, that `name` works, and since when."""
+        """Show during the block, whenever nothing else is shown for a while, that `name` is at work, and for how long."""
         began_s = self._shown_s = self._clock()
 
         def say_so() -> None:
@@ -126,12 +126,12 @@ class Board:
             yield
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
-        """Set the progress of the stage `name`, which never goes back; each unit has its own."""
+        """Set the progress of the stage `name`, which never goes back; each unit has its own progress."""
         if (name, unit) not in self._tasks:
             self._tasks[name, unit] = self._bars.add_task(escape(name), start=False, total=total, unit=unit)
         task = self._bars.tasks[self._bars.task_ids.index(self._tasks[name, unit])]
         if done and not task.started:
-            self._bars.start_task(task.id)  # imports, a build or the compilation in a first step come once
+            self._bars.start_task(task.id)  # the rate leaves out imports, builds and the compilation in a first step
         self._bars.update(task.id, completed=max(done, task.completed), total=total)
         if self.console.is_interactive:
             self._shown_s = self._clock()

@@ -15,9 +15,9 @@ _NAMES = re.compile(
 )
 """Parts of the names of environment variables whose values are secret."""
 _FILES = re.compile("(_FILE|_PATH|_DIR)$", re.IGNORECASE)
-"""Ends of the names of variables that name a file, such as RAY_AUTH_TOKEN_PATH; errors must be able to name it, too."""
+"""Ends of the names of variables that name a file, such as RAY_AUTH_TOKEN_PATH: errors must be able to name the file."""
 _SHORTEST = 8
-"""Characters of a secret value; shorter ones, such as `false`, are words of any text."""
+"""Least number of characters of a secret value; shorter values, such as `false`, are words of any text."""
 _PASSWORD = r"[^\s/?#:@'\"]{0,1000}:(?!\d+/)[^\s'\"]{0,4000}"
 """User and password of a URL; a password may have any character, but `host:5000/` has none. Bounded for long lines."""
 _IN_URLS = re.compile(rf"(?:(?<=://){_PASSWORD}|(?:(?<=http://)|(?<=https://))[^\s/@'\"]+)(?=@)")

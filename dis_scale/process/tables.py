@@ -1,4 +1,4 @@
-"""Tables whose columns are numbers but for those that are named."""
+"""Tables of numbers, with text in the columns that are named."""
 
 from collections.abc import Collection
 from functools import partial
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def table(*columns: str, left: Collection[str] = ("model",), no_wrap: bool = False, **style: Any) -> Table:
-    """Return an empty table of rich's `style`, with columns of numbers, on the right, but for `left`."""
+    """Return an empty table in rich's `style`. Its columns are aligned to the right, as numbers are, except those in `left`."""
     out = Table(**style)
     for column in columns:
         out.add_column(column, justify="left" if column in left else "right", no_wrap=no_wrap)

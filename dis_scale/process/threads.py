@@ -33,7 +33,7 @@ def in_order(items: Iterable[T], work: Callable[[T], R], threads: int = 32) -> I
 
 @contextlib.contextmanager
 def repeating(action: Callable[[], object], every_s: float, name: str, ends_s: float = 0.0) -> Iterator[Thread]:
-    """Call `action` during the block, at once and then at this interval, in a thread of its own; what it raises is left out.
+    """Call `action` during the block, at once and then at this interval, in a thread of its own; its errors are ignored.
 
     The block's end waits `ends_s` for a call that has begun.
     """
@@ -69,7 +69,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield each item when the one after it has been taken."""
+    """Yield each item after the next one has been taken from `items`."""
     iterator = iter(items)
     for item in islice(iterator, 1):
         for following in iterator:

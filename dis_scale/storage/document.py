@@ -19,11 +19,11 @@ LARGEST_BYTES = 256 * 2**20
 
 
 class Document(BaseModel):
-    """One JSON file. Unknown keys and other types than the fields' are damage; a field that is None is not written."""
+    """One JSON file. Unknown keys and values of other types count as damage. A field that is None is not written."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     NAME: ClassVar[str] = ""
-    """Name of the file in its folder; a document with several names is read and written with one."""
+    """Name of the file in its folder. Documents that can have several names get one when they are read and written."""
     format: Literal[1] = FORMAT
 
     @classmethod
@@ -58,7 +58,7 @@ class Document(BaseModel):
 
     @classmethod
     def find_intact(cls, folder: Folder, name: str = "") -> Self | None:
-        """Return the document, None if it is missing or damaged: for what can be missing. Damage is logged."""
+        """Return the document, None if it is missing or damaged, for documents that may be missing. Damage is logged."""
         try:
             return cls.find(folder, name)
         except Damaged as error:
@@ -70,11 +70,11 @@ class Document(BaseModel):
         return folder.exists(cls.NAME)
 
     def write(self, folder: Folder, name: str = "") -> None:
-        """Write the document; StorageError if it is larger than what is read."""
+        """Write the document; StorageError if it is too large to be read."""
         folder.write(name or self.NAME, self._readable(f"{folder}/{name or self.NAME}"))
 
     def create(self, folder: Folder, name: str = "") -> bool:
-        """As `write`, unless it exists; return False if another process was first."""
+        """Write the document unless it exists; return False if another process was first. Errors as in `write`."""
         return folder.create(name or self.NAME, self._readable(f"{folder}/{name or self.NAME}"))
 
     def _readable(self, where: str) -> bytes:
@@ -95,7 +95,7 @@ class Document(BaseModel):
 
 
 def _require_format(data: bytes, where: str) -> None:
-    """StorageError for a file of another format."""
+    """Raise StorageError for a file of another format."""
     try:
         version = json.loads(data).get("format")
     except (AttributeError, ValueError, RecursionError):

@@ -49,14 +49,14 @@ _INCOMPLETE = re.compile(re.escape(local.TEMPORARY) + "[0-9a-f]{32}$")
 WEB = ("http://", "https://")
 """Beginnings of URLs of web servers, which list no folders."""
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-"""Errors of a path at which nothing is, or of a link that leads nowhere."""
+"""Errors of a path that does not exist, or of a broken link."""
 _VERSIONS = (
     "md5Hash", "generation", "Content-MD5", "Digest", "blob_id", "xet_hash", "sha", "hex", "ETag", "etag", "mtime",
     "last_modified", "Last-Modified", "LastModified", "updated", "modificationTime", "modify", "modified",
 )  # fmt: skip
 """Keys of an object's hash or time in fsspec's file systems: S3, Google, Azure, Hugging Face, HTTP, GitHub, git, HDFS, FTP.
 
-Those of the content are first: Google's `etag` changes with the metadata, and a composed object has no `md5Hash`.
+Hashes of the content come first: Google's `etag` changes with the metadata, and a composed object has no `md5Hash`.
 """
 UNKNOWN = "of unknown time"
 """End of the version of an object whose store states neither hash nor time."""
@@ -103,20 +103,20 @@ class Folder:
         return data
 
     def read_sized(self, path: str, size_bytes: int) -> bytes:
-        """Return an object that should have this size; a longer one up to a byte more.
+        """Return an object that should have this size; a longer one may be cut after one byte more.
 
-        A large one comes from S3 by ranges, each with retries of its own: among the 448 ranges of 7 GB there is often one that is
-        answered "slow down", and s3fs would begin again with the first.
+        A large object is read from S3 by ranges, each with retries of its own: among the 448 ranges of 7 GB there is often one that
+        is answered "slow down", and s3fs would begin again with the first.
         """
         if not self.url.startswith("s3://") or size_bytes <= s3.RANGE_BYTES:
             return self.read(path)
         starts = range(0, size_bytes, s3.RANGE_BYTES)
         ranges = [(start, min(start + s3.RANGE_BYTES, size_bytes)) for start in starts]
-        ranges[-1] = ranges[-1][0], size_bytes + 1  # not a range of its own, which an object of the right size would not have
+        ranges[-1] = ranges[-1][0], size_bytes + 1  # no range for this byte only: an object of the right size lacks it
         return b"".join(in_order(ranges, lambda each: self._range(path, *each), s3.RANGES_AT_ONCE))
 
     def read_up_to(self, path: str, most: int) -> bytes:
-        """Return the object; of one with more than `most` bytes the first `most` + 1. One request, also where sizes cost one."""
+        """Return the object, or its first `most` + 1 bytes if it is longer than `most`. One request, without one for the size."""
         if self.local:
             try:
                 large = (self.local / path).stat().st_size > most
@@ -126,7 +126,7 @@ class Folder:
         return self._range(path, 0, most + 1)
 
     def _range(self, path: str, start: int, end: int) -> bytes:
-        """Return the object's bytes [start, end); none if it ends before."""
+        """Return the object's bytes [start, end); none if it ends before `start`."""
         try:
             return self.read(path, start, end)
         except StorageError as error:
@@ -170,10 +170,10 @@ class Folder:
         return True
 
     def exists(self, path: str) -> bool:
-        """Whether there is an object, or a folder.
+        """Return whether there is an object or a folder.
 
-        By `info`, since `exists` of most file systems takes any error for a no, and a resume point would count as none. S3's tells
-        them apart, and a web server may refuse what is not there.
+        This asks `info`: after any error `exists` of most file systems returns false, and a resume point would count as missing. S3
+        and web servers are asked by `exists`. That of S3 tells errors apart, and a web server may refuse what does not exist.
         """
 
         def look(fs: Any, full: str) -> bool:
@@ -191,7 +191,7 @@ class Folder:
     def time_s(self) -> float:
         """Return the Unix time by the clock of the store, or of a file system's server, to a second.
 
-        By this machine's for a folder in which nothing can be written, and a store that tells no times.
+        By this machine's clock for a folder that cannot be written, and for a store that reports no times.
         """
         if self.url.startswith("s3://"):
             return self._do("list", "", s3.time_s)
@@ -205,7 +205,7 @@ class Folder:
         return sorted({name for name, is_folder in self._children(path) if is_folder} - {""})
 
     def files(self) -> Iterator[str]:
-        """Yield the names of the files directly in the folder, also of links to files and to nowhere; none if it is not there."""
+        """Yield the names of the files directly in the folder, links to files and broken links included; none if it is missing."""
         return (name for name, is_folder in self._children("") if not is_folder)
 
     def _children(self, path: str) -> Iterable[tuple[str, bool]]:
@@ -219,13 +219,13 @@ class Folder:
         return ((_base(e["name"]), e["type"] == "directory") for e in self._entries(path, detail=True))
 
     def abandoned(self) -> list[str]:
-        """Return the incomplete files directly below it that nothing was written to for a day: their writers were killed."""
+        """Return the incomplete files directly in the folder that were not written to for a day: their writers were killed."""
         found = [entry for entry in self._entries("", detail=True) if _INCOMPLETE.search(entry["name"])] if self.local else []
         now_s = self.time_s() if found else 0.0
         return sorted(_base(entry["name"]) for entry in found if now_s - entry["mtime"] > ABANDONED_S)
 
     def list(self, path: str = "", *, incomplete: bool = False) -> list[str]:
-        """Return the sorted names directly below `path`, none if it does not exist; of `incomplete` files only if wanted."""
+        """Return the sorted names directly below `path`, none if it does not exist; `incomplete` files only if wanted."""
         if self.url.startswith("s3://"):  # names only: s3fs would keep some kB for each
             names = [key for key, _ in s3.children(self._pages(path, Delimiter="/"))]
         else:
@@ -235,13 +235,13 @@ class Folder:
     def walk(self, path: str = "") -> Iterator[str]:
         """Yield the paths, relative to `path`, of all files at any depth below it, in the order of their UTF-8; links are followed.
 
-        From S3 page by page, so that a million names are never in memory. Broken links are yielded; reading one names it. A link
-        to a folder that it is in is yielded as a file, and not followed.
+        From S3 page by page, so that a million names are never in memory. Broken links are yielded; the error of reading one names
+        it. A link to a folder that contains the link is yielded as a file, and not followed.
         """
         return (name for name, _ in self.walk_with_links(path))
 
     def walk_with_links(self, path: str = "") -> Iterator[tuple[str, bool]]:
-        """Yield the paths as `walk`, each with whether it is a link to a file on a local disk: its folder's list tells that."""
+        """Yield the paths as `walk`, each with whether it is a link on a local disk, as the listing of its folder shows."""
         if self.local:
             root = self.local / path
             return self._walk_local(path, "", frozenset([local.identity(root.stat())] if root.exists() else ()))
@@ -290,7 +290,7 @@ class Folder:
     def tree(self, *, behind_links: bool = False) -> dict[str, int]:
         """Return the paths of all files below the folder, incomplete ones included, each with its size in bytes.
 
-        A link is one file, unless those `behind_links` are wanted. What is deleted meanwhile is left out.
+        A link counts as one file, unless the files `behind_links` are wanted. Files that are deleted meanwhile are left out.
         """
         if self.local:
             return dict(self._sizes_below("", frozenset(), behind_links=behind_links))
@@ -345,7 +345,7 @@ class Folder:
                     self._do("delete", path, partial(s3.delete, keys=keys))
 
     def require_usable(self) -> None:
-        """UserError if the folder cannot be written and read, lists what was there before, or cannot create only if absent.
+        """Raise UserError if the folder cannot be written and read, returns old listings, or cannot create only if absent.
 
         StorageAway if it does not answer.
         """
@@ -363,7 +363,7 @@ class Folder:
             with contextlib.suppress(DisScaleError, OSError):
                 self.delete(probe)
             raise UserError(f"storage {self.url} cannot be used: {cause_of(error)}") from error
-        # fsspec's own `create` looks first and writes then, so that two processes may both have written.
+        # fsspec's own `create` first checks and then writes, so that two processes may both write.
         own = getattr(_client(self.url)[0].pipe_file, "__func__", None)
         looks_first = self.local is None and own is AbstractFileSystem.pipe_file
         if second or not same or looks_first:
@@ -415,7 +415,7 @@ class _Ranges(AbstractBufferedFile):  # type: ignore[misc]
         return self._folder.read(self.path, start, min(end, self.size))
 
     def seek(self, loc: int, whence: int = io.SEEK_SET) -> int:
-        """OSError for a place before the start, as of a file: `zipfile` asks so for the end of an empty one."""
+        """Seek as in a file, with OSError for a position before the start: `zipfile` seeks there for the end of an empty file."""
         try:
             return int(super().seek(loc, whence))
         except ValueError as error:
@@ -433,7 +433,7 @@ def open_folder(url: str | os.PathLike[str]) -> Folder:
 
 
 def missing(folder: Folder) -> str:
-    """Return words on the first part of a path or URL that is not there, with the nearest name beside it; '' if all are there."""
+    """Return words on the first missing part of a path or URL, with the nearest name beside it; '' if no part is missing."""
     start, mark, path = folder.url.rpartition("://")
     parts = path.split("/")
     above = [start + mark + ("/".join(parts[:depth]) or "/") for depth in range(1, len(parts) + 1)]  # from the root or bucket on
@@ -458,7 +458,7 @@ def _base(entry: str) -> str:
 
 
 def _shown(entry: str, path: str, *, incomplete: bool = False) -> bool:
-    """Whether to list an entry: not the folder's own marker, and an incomplete file only if wanted."""
+    """Return whether to list an entry: not the folder's own marker, and an incomplete file only if wanted."""
     return not entry.endswith(f"/{path}/") and (incomplete or not _INCOMPLETE.search(entry))
 
 
@@ -472,14 +472,14 @@ def _time_of_a_write(fs: Any, full: str) -> float:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """Options of fsspec: no cache of listings, since other processes write, too."""
+    """Return the options of fsspec: no cache of listings, since other processes also write."""
     on_s3 = url.startswith("s3://")
     cached = {"use_listings_cache": False} if on_s3 or url.startswith(LISTING_CACHES) else {}
     return cached | (s3.options() if on_s3 else {})
 
 
 def _client(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL and the path there. UserError for `::`, of which fsspec makes a chain of file systems."""
+    """Return the file system of a URL and the path there. UserError for `::`, which fsspec takes for a chain of file systems."""
     if "::" in url:
         raise UserError(f"storage {url}: got '::' in the path of a folder, and it separates two stores: rename the folder")
     if url.startswith("hf://"):

@@ -29,11 +29,11 @@ from dis_scale.storage.folder import Folder
 BEAT_S = 5.0
 """Time between two heartbeats."""
 CLOCK_BEATS = 720
-"""Heartbeats, an hour, after which the difference between this machine's clock and the store's is asked for again."""
+"""Heartbeats (an hour of them) after which the difference between this machine's clock and the store's is measured again."""
 STILL_S = 20.0
 """Time without a heartbeat after which a holder on another machine counts as dead."""
 MOST_STILL_S = 300.0
-"""The same while storage answers slowly."""
+"""Time in which this wait begins again while storage answers slowly."""
 JOINED_S = 10.0
 """Longest wait for a heartbeat that is on its way when the holder ends."""
 BEATLESS_S = 60.0
@@ -53,22 +53,22 @@ class Lease:
     number: int
 
     def held(self) -> bool:
-        """Whether no other process has taken over."""
+        """Return whether no other process has taken over."""
         return _highest(self.folder.list()) == self.number
 
     def require_held(self) -> None:
-        """Held if another process has taken over; asked before each document that it would also write."""
+        """Raise Held if another process has taken over. Called before each document that both would write."""
         if not self.held():
             raise Held(f"{self.folder}: another process has taken over from this one (number {self.number}), which stops")
 
     def stop_requested(self) -> bool:
-        """Whether another process has requested this one to stop, by `request_stop`, or has taken over."""
+        """Return whether another process has requested this one to stop, by `request_stop`, or has taken over."""
         names = self.folder.list()
         return _stop_request(self.number) in names or _highest(names) > self.number
 
 
 class Holder(Document):
-    """The process that holds a lease. Of a damaged file, no process."""
+    """The process that holds a lease. Without values it is used for a damaged file."""
 
     host: str = ""
     boot: str = ""
@@ -135,17 +135,17 @@ class Holding:
         return self.holder.pid != os.getpid() and not self.gone if self.holder.is_here else None
 
     def works(self, now: float) -> bool:
-        """Whether it holds the lease and is alive at the time `now` of the store's clock, as far as its heartbeats tell."""
+        """Return whether it holds the lease and is alive at the time `now` of the store's clock, as its heartbeats show."""
         beats = self.beat is None or now - self.beat < BEATLESS_S
         return self.end is None and not self.gone and beats
 
 
 @contextlib.contextmanager
 def hold(folder: Folder, cluster: str = "", *, aside: bool = False) -> Iterator[Lease]:
-    """Hold the lease, with a heartbeat, for the block; Held names the other holder and its cluster.
+    """Hold the lease, with a heartbeat, for the block. Held, with the holder and its cluster, if another process holds it.
 
-    `aside` is for a command beside the work that the lease is for: what it refuses is no failure of that work, and the reason of an
-    end before it stays.
+    `aside` is for a command beside the work that the lease protects: a UserError or Held of the command is no failure of that work.
+    The reason of the work's last end is then kept.
     """
     before = last_holding(folder)
     taken_over = before is not None and before.end is None
@@ -172,13 +172,13 @@ def hold(folder: Folder, cluster: str = "", *, aside: bool = False) -> Iterator[
         raise
     finally:
         ended.set()
-        heartbeats.join(JOINED_S)  # one on its way would come after the end, also into a folder that is deleted then
+        heartbeats.join(JOINED_S)  # one on its way would arrive after the end, perhaps in a folder that is then deleted
         with contextlib.suppress(*[DisScaleError] if failed else []):  # the error that ended the block is the one to raise
             End(at=time.time(), why=why).write(folder, f"{_name(lease.number)}.end")
 
 
 def require_free_here(folder: Folder) -> None:
-    """Held if another process of this machine holds the lease: that is known at once, of other machines only heartbeats tell."""
+    """Raise Held if another process of this machine holds the lease: this needs no wait for heartbeats, as other machines do."""
     before = last_holding(folder)
     if before and before.end is None and before.alive:
         raise _held_by(before)
@@ -197,14 +197,14 @@ def _why(error: BaseException) -> str:
 
 
 def live_holders(folders: Iterable[Folder]) -> dict[Folder, Holder]:
-    """Return the live process that holds each lease, without leases that none holds; takes up to STILL_S for all."""
+    """Return the live holder of each lease, without leases that no live process holds; takes up to STILL_S for all together."""
     last = in_order(folders, last_holding)
     holdings = [holding for holding in last if holding and holding.end is None]
     return {each.folder: each.holder for each, alive in zip(holdings, _living(holdings), strict=True) if alive}
 
 
 def earlier(names: Collection[str]) -> list[str]:
-    """Return those of a lease's files that belong to another holder than the last, and the first: it shows when the work began."""
+    """Return the files of a lease's earlier holders, except the first holder's own file, which shows when the work began."""
     latest, first = _highest(names), _first(names)
     return [name for name in names if (number := name.partition(".")[0]).isdigit() and int(number) < latest and name != first]
 
@@ -284,9 +284,9 @@ def _first(names: Iterable[str]) -> str | None:
 
 
 def _living(holdings: Sequence[Holding]) -> list[bool]:
-    """Return whether each is alive; STILL_S for the heartbeats of all. Clocks of two machines are never compared.
+    """Return whether each is alive, after STILL_S for the heartbeats of all. Clocks of two machines are never compared.
 
-    If storage takes longer to answer than heartbeats are apart, the time begins again: holders may not have reached it either.
+    If storage takes longer to answer than heartbeats are apart, the wait begins again: the holders may not have reached it either.
     """
     alive = [holding.alive for holding in holdings]
 
@@ -316,7 +316,7 @@ def _heartbeat(holding: Holding) -> bytes:
 
 
 def _hidden(pid: int) -> bool:
-    """Whether a process lives that this user may not see: another user's, if /proc is mounted with hidepid."""
+    """Return whether a process lives that this user may not see: another user's, if /proc is mounted with hidepid."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -327,7 +327,7 @@ def _hidden(pid: int) -> bool:
 
 
 def began(pid: int) -> float | None:
-    """Return when a process began, None if there is none, or only a zombie: in a container often nobody reaps it."""
+    """Return when a process began; None if there is no process, or only a zombie, which a container often does not reap."""
     try:
         if (process := Path(f"/proc/{pid}/stat")).exists():
             fields = process.read_text().rpartition(")")[2].split()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dis_scale.process.errors import UserError
 
 TEMPORARY = ".part-"
-"""Beginning of the end of a name of a file that is being written; 32 hexadecimal digits follow."""
+"""Mark in the name of a file that is being written, after its final name; 32 hexadecimal digits follow."""
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of file systems without hard links."""
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
@@ -29,7 +29,7 @@ class Scanned(NamedTuple):
 
 
 def scan(path: str) -> list[Scanned]:
-    """Return what is in a folder."""
+    """Return the entries of a folder."""
     return [Scanned(entry.name, _folder(entry), entry.is_symlink()) for entry in os.scandir(path)]
 
 
@@ -39,7 +39,7 @@ def identity(found: os.stat_result) -> tuple[int, int]:
 
 
 def _folder(entry: "os.DirEntry[str]") -> tuple[int, int] | None:
-    """Return the identity of a folder, or of that which a link leads to; None for anything else, such as a link to itself."""
+    """Return the identity of a folder, or of a link's folder; None for anything else, such as a link to itself."""
     try:
         return identity(entry.stat()) if entry.is_dir() else None
     except FileNotFoundError as error:
@@ -57,7 +57,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def create(path: Path, data: bytes) -> None:
-    """Write a file; FileExistsError if there is one. A hard link: no other call is atomic and exclusive on every file system."""
+    """Write a file by a hard link; FileExistsError if it exists. No other call is atomic and exclusive on every file system."""
     with _written(path, data) as part:
         try:
             os.link(part, path)
@@ -72,9 +72,9 @@ def create(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _written(path: Path, data: bytes) -> Iterator[Path]:
-    """Write the data next to `path` under a name that listings hide, and give that path for the block, which gives it its name.
+    """Write the data beside `path` under a name that listings hide, and yield that name; the block gives the file its final name.
 
-    File and names are on the disk afterwards; if anything fails, nothing is left.
+    Afterwards the file and the names of its folder are on the disk. If anything fails, nothing is left.
     """
     new = list(takewhile(lambda folder: not folder.exists(), path.parents))
     path.parent.mkdir(parents=True, exist_ok=True)

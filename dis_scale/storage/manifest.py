@@ -33,7 +33,7 @@ class Digest:
 def read_verified(folder: Folder, name: str, expected: Digest, *, hashed: bool = True) -> bytes:
     """Return one file after comparing it with its digest; Damaged names a missing, short or damaged one.
 
-    With `hashed=False`, for a file that was compared before, only its size is.
+    With `hashed=False`, for a file that was verified before, only its size is compared.
     """
     try:
         data = folder.read_sized(name, expected.size_bytes)
@@ -61,16 +61,16 @@ class Sealed(Document):
 
 
 class Manifest(Sealed):
-    """The files of a folder, by name; types of manifests add what is known of them."""
+    """The files of a folder, by name; subclasses add facts about them."""
 
     files: dict[str, Digest]
     below: str | None = None
     """Folder of the files within that of the manifest; None if they are beside it."""
 
     def put(self, folder: Folder, files: Mapping[str, bytes]) -> Self:
-        """Write the files, then this manifest unless there is one; return the manifest that counts, which is the first.
+        """Write the files, then this manifest unless one exists; return the manifest that counts, which is the first.
 
-        The files are in a folder with the hash of what they hold: a writer that has lost its lease never writes over another's.
+        The files are in a folder named by the hash of their contents: a writer without its lease never overwrites another's files.
         """
         digests = {name: Digest.of(data) for name, data in sorted(files.items())}
         contents = "".join(name + digest.sha256 for name, digest in digests.items())

@@ -1,6 +1,7 @@
-"""Arrays in NumPy's format, read by threads. `numpy.load` parses their headers by `ast`, which in Python 3.11.7 now and then fails.
+"""Arrays in NumPy's format, read by threads.
 
-It does when another thread parses too: "AST constructor recursion depth mismatch" (python/cpython issue 106905).
+`numpy.load` parses their headers by `ast`. In Python 3.11.7 this sometimes fails while another thread parses: "AST constructor
+recursion depth mismatch" (python/cpython issue 106905).
 """
 
 import hashlib
@@ -42,7 +43,7 @@ class Header(NamedTuple):
 
 
 def header(data: bytes | memoryview | mmap) -> Header:
-    """Return the header of an array's file; ValueError if it is none, or not of numbers or text."""
+    """Return the header of an array's file; ValueError for another file, or for an array of neither numbers nor text."""
     start = bytes(data[:12])
     if len(start) < 8 or start[:6] != MAGIC:
         raise ValueError("not an array in NumPy's format" if start else "it is empty (0 bytes)")
@@ -68,7 +69,7 @@ def to_bytes(array: np.ndarray) -> bytes:
 
 
 def read(data: bytes | memoryview) -> np.ndarray:
-    """Return the array of a file, as a read-only view of it; ValueError as `header`, or if its length is another."""
+    """Return the array of a file, as a read-only view of it; ValueError as `header`, or if its length is wrong."""
     dtype, shape, order, first = header(data)
     return np.frombuffer(data, dtype, offset=first).reshape(shape, order=order)
 
@@ -93,7 +94,7 @@ def member(file: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
 
 
 def open_zip(file: Any) -> zipfile.ZipFile:
-    """Open a zip; one of `MALFORMED` if it is invalid, or lists files that are not before its list, as without its first bytes."""
+    """Open a zip; one of `MALFORMED` if it is invalid, or lists files outside of it, as a zip without its first bytes does."""
     opened = zipfile.ZipFile(file)
     if outside := next((m for m in opened.infolist() if not 0 <= m.header_offset < opened.start_dir), None):
         raise zipfile.BadZipFile(f"{printable(outside.filename)} would begin outside of it")
@@ -109,7 +110,7 @@ def open_member(file: zipfile.ZipFile, name: str) -> IO[bytes]:
 
 
 def sealed(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return an `.npz` followed by the 32 bytes of its sha256, so that a damaged file is detected. NumPy reads it, too."""
+    """Return an `.npz` followed by the 32 bytes of its sha256, so that a damaged file is detected. NumPy can also read it."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     data = buffer.getvalue()

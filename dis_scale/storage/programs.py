@@ -8,7 +8,7 @@ from dis_scale.storage.folder import locate
 
 
 def read_programs(paths: Sequence[str], sha256: str | None, key: str) -> list[bytes]:
-    """Return the files at paths or URLs; UserError, with their hash, if one is missing or `sha256` is not that of all in a row."""
+    """Return the files at paths or URLs; UserError if one is missing, or if `sha256` is not the hash of all in a row."""
     files = [_read(path, key) for path in paths]
     what, digest = f"{key}: {' and '.join(paths)}", _hash(files)
     if sha256 is None:
@@ -21,7 +21,7 @@ def read_programs(paths: Sequence[str], sha256: str | None, key: str) -> list[by
 
 
 def hash_of(paths: Sequence[str], key: str) -> str:
-    """Return the hash of files that a user names on the command line, and trusts by that."""
+    """Return the hash of files that a user names on the command line, and thereby trusts."""
     return _hash([_read(path, key) for path in paths])
 
 

@@ -23,7 +23,7 @@ TRIES = 5
 PATIENT_TRIES = 9
 """As `TRIES`, for about a minute: long enough for a server to restart."""
 SLOW_S = 30.0
-"""A try that fails after a longer time is named: a store that accepts and does not answer has minutes of them."""
+"""Time from which a failed try is logged: with a store that accepts requests and does not answer, tries take minutes."""
 _FIRST_PAUSE_S = 0.2
 _MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 """Errors of botocore that no retry changes."""
@@ -40,15 +40,15 @@ _BUSY = {
 }  # fmt: skip
 """Error codes that botocore's standard retries repeat, whatever the status (botocore/retries/standard.py); some come with 400.
 
-And that of an object in parts whose last answer was lost: s3fs aborts its upload, which has ended, and hides the cause.
+`NoSuchUpload` is that of a multipart upload whose last answer was lost: s3fs aborts the ended upload, and hides the cause.
 """
 _allowed_at: dict[tuple[str, str], float] = {}
 """Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
 
 
 def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[str, str] | None = None) -> T:
-    """Return the action's result. A refusal by a `store` is temporary if it allowed the same before, or the start of this sweep
-    has: keys expire and are rotated, and services that hand them out are away for moments."""
+    """Return the action's result. A refusal by a `store` is temporary if it allowed the same before, in this process or at the
+    sweep's start: keys expire and are rotated, and services that hand them out are away for moments."""
     for attempt in range(tries):
         began_s = time.monotonic()
         try:
@@ -78,7 +78,7 @@ def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[st
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a retry can help: not for a wrong key, a full disk or a bug."""
+    """Return whether a retry can help: not for a wrong key, a full disk or a bug."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if type(error).__name__ in _MISTAKES:
@@ -93,7 +93,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
-    """Say so if a store refuses what it allowed before, and forget its clients, so that the next one reads its key; else empty."""
+    """Return words if a store refuses what it allowed before, and forget its clients, so that a new one reads the key; else ''."""
     if store is None or not (store in _allowed_at or context.VARIABLE in os.environ) or not _denied(error):
         return ""
     forget_clients(store[0])
@@ -103,7 +103,7 @@ def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
 
 
 def refused(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is that a store refused the key, or that no key is found."""
+    """Return whether an error or one of its causes is that a store refused the key, or that no key was found."""
     while error and not (isinstance(error, Exception) and _denied(error)):
         error = error.__cause__
     return error is not None
@@ -116,7 +116,7 @@ def forget_clients(url: str) -> None:
 
 
 def _denied(error: Exception) -> bool:
-    """Whether a store refused the key, or no key is found.
+    """Return whether a store refused the key, or no key was found.
 
     S3 answers a HEAD request whose token has expired with 400 and no code.
     """
@@ -132,13 +132,13 @@ def _s3_code(error: Exception) -> str | None:
 
 
 def http_status(error: BaseException) -> int | None:
-    """Return the status of the store's answer: of botocore, requests, Azure's client, gcsfs and aiohttp; None if none came."""
+    """Return the store's HTTP status from an error of botocore, requests, Azure's client, gcsfs or aiohttp; None if none came."""
     for link in (error, error.__cause__):
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             http: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return http
-        # aiohttp's errors of a body that ends early have a `code`, too: 400, which no store has answered.
+        # aiohttp's errors of a body that ends early also have a `code`: 400, which no store has answered.
         own = getattr(link, "code" if type(link).__module__.startswith("gcsfs") else "status", None)
         for status in (getattr(response, "status_code", None), own):
             if isinstance(status, int):

@@ -42,7 +42,7 @@ def page(fs: Any, full: str, **how: str | int) -> Any:
 
 
 def pages(ask: Callable[[Callable[[Any, str], Page]], Page], **how: str) -> Iterator[Page]:
-    """Yield the pages of a folder's listing, in UTF-8 order; `ask` gives `page` the folder, and retries it."""
+    """Yield the pages of a folder's listing, in UTF-8 order; `ask` calls `page` with the folder, with retries."""
     more = dict[str, str]()
     while True:
         one = ask(partial(page, **how, **more))
@@ -77,9 +77,9 @@ def time_s(fs: Any, full: str) -> float:
 
 
 def own_key(fs: Any, full: str) -> list[str]:
-    """Return the key of an object, if there is one, and not those of the folder of its name."""
+    """Return the key of an object, if it exists, without the keys below the folder of the same name."""
     bucket, key, _ = fs.split_path(full)
-    first = keys(fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1))  # in their order it is the first
+    first = keys(fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1))  # in their order it comes first
     return [key] if key in first else []
 
 

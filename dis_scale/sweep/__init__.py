@@ -32,12 +32,12 @@ ABLATION = "vary"
 
 
 def images_name(images_seen: int) -> str:
-    """Return an image count as it stands in names: twelve digits, so that names sort as counts."""
+    """Return an image count as it is written in names: with twelve digits, so that names sort as counts."""
     return f"{images_seen:012d}"
 
 
 COPIED = 0
-"""Attempt in the name of a resume point that no attempt of its run wrote: a fork has it from its origin."""
+"""Attempt number in the name of a resume point that a fork has from its origin: no attempt of the fork's run wrote it."""
 
 
 class PointName(NamedTuple):
@@ -84,7 +84,7 @@ def _named_parts(recipe: Recipe) -> dict[str, Settings]:
 
 
 def folder_around(folder: Folder) -> Folder | None:
-    """Return the folder of the sweep that a folder is in, or is; None if it is in none."""
+    """Return the sweep's folder that a folder is, or is in; None if it is in no sweep."""
     start, mark, path = folder.url.rpartition("://")
     parts = path.split("/")
     above = (replace(folder, url=start + mark + "/".join(parts[:depth])) for depth in range(len(parts), 1, -1))
@@ -92,7 +92,7 @@ def folder_around(folder: Folder) -> Folder | None:
 
 
 def _job_name(stage: str, model: str | None) -> str:
-    """Return the name of a stage's job, of training for one model, in the sweep's folders."""
+    """Return the name of a stage's job in the sweep's folders; training has one job for each model."""
     return f"{stage}-{model}" if model else stage
 
 
@@ -117,9 +117,9 @@ class Run:
 
     folder: Folder
     resume = _Below("resume")
-    """Resume points: full state, private to training, the last K."""
+    """Resume points: full state, private to training. The last K are kept, and some spread over the training."""
     published = _Below("published")
-    """Averaged weights at the recipe's image counts, kept."""
+    """Averaged weights at the recipe's image counts, never deleted."""
     log = _Below("log")
     """Metric rows."""
     lease = _Below("lease")
@@ -194,7 +194,7 @@ class Sweep:
         return str(self.folder)
 
     def save_recipe(self) -> None:
-        """Store the recipe. Models and variants of the one before that this one lacks are kept: their files are, too."""
+        """Store the recipe. Models and variants that only the previous recipe has are stored in `EARLIER`: their files are kept."""
         if self.folder.exists(RECIPE):
             before, now = _named_parts(Sweep.open(self.folder.url).recipe), _named_parts(self.recipe)
             for name in before.keys() - now.keys():
@@ -204,7 +204,7 @@ class Sweep:
     def differences(self) -> list[str]:
         """Return a line for each setting in which the sweep of this name was begun with another recipe; none before it is stored.
 
-        A model or a variant that was removed may come back only as it was: what is stored of it is taken for its own.
+        A removed model or variant may come back only unchanged: the files that are stored under its name count as its own.
         """
         if not self.folder.exists(RECIPE):
             return []
@@ -230,19 +230,19 @@ class Sweep:
         return store_of(self.folder)
 
     def extractor(self, name: str) -> Folder:
-        """Classifier that the sweep trained: an extractor, or the judge."""
+        """Return the folder of a classifier that the sweep trained: an extractor, or the judge."""
         return self.folder / "extractors" / name
 
     def lease(self, name: str) -> Folder:
-        """Lease of the sweep itself or of a stage; a run's own is `Run.lease`."""
+        """Return the lease of the sweep itself or of a stage; that of a run is `Run.lease`."""
         return self.leases / name
 
     def logs(self, stage: str, model: str | None = None) -> Folder:
-        """Logs of the attempts of a stage, of training for one model."""
+        """Return the folder of the logs of a stage's attempts; training has one for each model."""
         return self.all_logs / _job_name(stage, model)
 
     def failed_nodes(self, stage: str, model: str | None = None) -> Folder:
-        """Where a stage's job counts failures of nodes: jobs that run at the same time would overwrite each other's in one file."""
+        """Return the folder of a job's count of node failures: jobs that run at the same time would overwrite a common file."""
         return self.all_failed_nodes / _job_name(stage, model)
 
     def run(self, model: str) -> Run:
@@ -261,5 +261,5 @@ class Sweep:
         return main / sampled.variant if sampled.variant else main
 
     def evaluations(self, model: str) -> Folder:
-        """All evaluations of a model, by image count."""
+        """Return the folder of all evaluations of a model, by image count."""
         return self.folder / "evaluation" / model

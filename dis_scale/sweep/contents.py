@@ -57,7 +57,7 @@ class Stored:
 
 
 def walk(sweep: Folder, *, behind_links: bool = False) -> list[Stored]:
-    """Return the folders of a sweep that have files, by path; those behind links only if wanted."""
+    """Return the folders of a sweep that have files, by path; folders behind links only if wanted."""
     sizes: dict[str, dict[str, int]] = defaultdict(dict)
     for path, size in sweep.tree(behind_links=behind_links).items():
         sizes[str(PurePosixPath(path).parent)][PurePosixPath(path).name] = size

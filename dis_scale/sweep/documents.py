@@ -17,11 +17,11 @@ from dis_scale.storage.manifest import Digest, Manifest, Sealed
 NUMBERS = float | tuple[float, ...]
 """One number, or one for each channel."""
 Tables = dict[str, dict[str, tuple[int, int]]]
-"""By file: the segment, (start, end), of each parameter."""
+"""Segment (start, end) of each parameter, by file."""
 
 
 class Fields(BaseModel):
-    """Base of what documents are made of."""
+    """Base of the parts of documents."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,7 +61,7 @@ class LastRay(Document):
 
 
 class StageProgress(Document):
-    """How far the stage is that ran last, other than training: `done` of `total` units, of when (Unix seconds)."""
+    """Progress of the last stage other than training: `done` of `total` units at a time (Unix seconds)."""
 
     NAME: ClassVar[str] = "progress.json"
     stage: str
@@ -127,14 +127,14 @@ class FailedNodes(Document):
 
 
 class TimeSpent(Fields):
-    """Sums from which the next attempt counts its goodput; seconds, `_at` in Unix time."""
+    """Sums from which the next attempt continues to count goodput, in seconds; `_at` is a Unix time."""
 
     first_at: float
     """When the run's first attempt was requested."""
     lasting_s: float = 0.0
     """Time in lasting steps."""
     worker_s: float = 0.0
-    """The same of all workers, for a branch with its trunk's."""
+    """Time of all workers in lasting steps; for a branch with its trunk's."""
 
 
 class RunCost(Fields):
@@ -226,13 +226,13 @@ class BadStepManifest(Manifest):
 
 
 class BadStep(Document):
-    """What one rank knows of it; its batch and weights are beside this file."""
+    """Facts of one rank about such a step; the rank's batch and weights are beside this file."""
 
     loss_by_pass: tuple[float, ...]
     """Mean loss of each forward pass."""
     gradient_norm: float
     weights: dict[str, tuple[int, int]]
-    """The elements of each weight that this rank has, from and to."""
+    """Elements (start, end) of each weight that this rank has."""
     weights_not_finite: tuple[str, ...]
 
 
@@ -255,7 +255,7 @@ class Metrics(Document):
     metrics: tuple[str, ...]
     values: dict[str, float]
     left_out: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    """By metric of a jackknife: its values without each group of samples, for the errors of differences."""
+    """Values of a jackknife by metric, each without one group of samples, for the errors of differences."""
     weights: dict[str, str] = Field(default_factory=dict)
     """Identity of each extractor's weights."""
     notes: tuple[str, ...] = ()
@@ -275,7 +275,7 @@ class FloorMetrics(Document):
     time: float = 0.0
     values: dict[str, dict[str, float]]
     missing: dict[str, str] = Field(default_factory=dict)
-    """Why a metric has none."""
+    """Reason for each metric without a value."""
 
 
 class Skipped(Document):
@@ -337,7 +337,7 @@ class ShardSidecar(Document):
     """One latent shard: facts with their own hash, since no manifest has it before the set is complete."""
 
     size_bytes: int
-    """Of the tar."""
+    """Size of the tar."""
     facts_sha256: str = ""
     count: int
     sha256: str
@@ -402,7 +402,7 @@ class LatentsManifest(Sealed):
 
     made_from: MadeFrom
     mixing: dict[str, float]
-    """By images of a batch: its distinct labels, relative to those of independent draws."""
+    """Distinct labels of a batch, relative to those of independent images, by the number of images in the batch."""
     count: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -422,7 +422,7 @@ class LatentsManifest(Sealed):
 
 
 LeftOutByReason = dict[str, tuple[int, str]]
-"""By reason how many files of a source are not images of the set, and the name of the first."""
+"""Number of a source's files that are not images of the set, and the name of the first one, by reason."""
 
 
 class ListingManifest(Manifest):
@@ -436,9 +436,9 @@ class ListingManifest(Manifest):
     """Hash of the mixed order, if its entries are in it."""
     label_names: tuple[str, ...] | None = None
     final_labels: tuple[int, ...] | None = None
-    """Label of each id, None if it is the id."""
+    """Label of each id; None if each label is its id."""
     largest: int
     left_out: LeftOutByReason = Field(default_factory=dict)
-    """What the source has beside its images."""
+    """Files that the source has beside its images."""
     version: str = ""
-    """Of the file that has the labels, if it is not that of the images."""
+    """Version of the file that has the labels, if this is not the file of the images."""

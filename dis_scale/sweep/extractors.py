@@ -22,12 +22,12 @@ def weights_identity(sweep: Sweep, extractor: ExtractorSettings) -> str:
     if isinstance(extractor, TrainedExtractor):
         return StoredClassifier.require(sweep.extractor(extractor.name)).files[WEIGHTS_FILE].sha256
     size = str(extractor.size) if extractor.size else ""
-    read_extractor(extractor)  # it is there, and has the recipe's hash
+    read_extractor(extractor)  # checks that it exists and has the recipe's hash
     return f"{extractor.sha256}{size}"
 
 
 def read_extractor(extractor: ExportedExtractor) -> bytes:
-    """Return a program; UserError if it is missing or the recipe has not its hash."""
+    """Return a program; UserError if it is missing or the recipe does not have its hash."""
     (data,) = read_programs([extractor.path], extractor.sha256, f"extractor {extractor.name}")
     return data
 
@@ -50,7 +50,7 @@ def part_positions(number: int, images: int) -> range:
 
 
 def part_count(images: int) -> int:
-    """Number of parts of a reference from this many images."""
+    """Return the number of parts of a reference from this many images."""
     return -(-images // _part_images(images))
 
 

@@ -28,8 +28,8 @@ from dis_scale.sweep.documents import (
 from dis_scale.sweep.extractors import part_count, reference_file, reference_part, weights_identity
 
 MOST_NODE_FAILURES, KEPT_NODE_FAILURES = 2, 20
-"""Failures of a node's devices in one sweep after which its training and evaluation avoid the node; and the most that a job keeps:
-one that has no other node may fail on it for weeks, and all jobs read them each minute."""
+"""Failures of a node's devices in one sweep after which its training and evaluation avoid the node; and most failures that a job
+keeps: a job without another node may fail on it for weeks, and all jobs read the failures each minute."""
 T = TypeVar("T")
 
 
@@ -44,13 +44,13 @@ def _counts(folder: Folder) -> list[int]:
 
 
 def prepared(sweep: Sweep) -> bool:
-    """Whether the sweep has everything that the prepare stage makes."""
+    """Return whether the sweep has everything that the prepare stage makes."""
     made = not vae_missing(sweep) and not classifiers_missing(sweep) and not references_missing(sweep)
     return made and not sweep.reference_parts.list()
 
 
 def vae_missing(sweep: Sweep) -> bool:
-    """Whether the autoencoder is still to be trained; false if the recipe trains none."""
+    """Return whether the autoencoder is still to be trained; false if the recipe trains none."""
     return isinstance(sweep.recipe.vae, TrainedVae) and Manifest.find(sweep.vae) is None
 
 
@@ -116,7 +116,7 @@ def latents_vae(sweep: Sweep) -> str | None:
 
 
 def require_same_vae(where: Folder, latents_vae: str, given_vae: str) -> None:
-    """UserError if the latents were made with another VAE than the given one, both by their identity."""
+    """Raise UserError if the latents were made with another VAE than the given one; both VAEs are given by their identities."""
     if latents_vae != given_vae:
         raise UserError(
             f"{where}: latents of another VAE: theirs is {latents_vae[:12]}, this one is {given_vae[:12]}; "
@@ -132,7 +132,7 @@ def published_counts(run: Run, known: Collection[int] = ()) -> list[int]:
 
 
 def published_at(sweep: Sweep, model: str, images: int | None) -> int:
-    """Return the image count at which a model is published, the newest by default; UserError if it is not."""
+    """Return `images` (default: the newest published count) if the model is published there; UserError if it is not."""
     counts = published_counts(sweep.run(model))
     if not counts:
         raise UserError(f"{model} of {sweep} has published nothing yet")
@@ -142,7 +142,7 @@ def published_at(sweep: Sweep, model: str, images: int | None) -> int:
 
 
 def missing_published(sweep: Sweep) -> dict[str, list[int]]:
-    """Return the image counts by model that training has passed, and whose published weights are not there any more; no copies."""
+    """Return by model the image counts that training has passed and whose published weights no longer exist, without copies."""
     missing, copied = {}, copied_to(sweep, origins(sweep))
     for model in sweep.recipe.models:
         run = sweep.run(model)
@@ -169,7 +169,7 @@ def point_names(run: Run) -> list[PointName]:
 
 
 def complete_points(run: Run, names: Iterable[PointName]) -> Iterator[PointName]:
-    """Yield those of `names` that have a manifest; storage is asked one by one."""
+    """Yield the resume points among `names` that have a manifest; storage is asked for them one by one."""
     return (name for name in names if run.resume_point(name).exists(manifest.NAME))
 
 
@@ -180,7 +180,7 @@ def point_at(run: Run, images_seen: int) -> PointName | None:
 
 
 def may_begin(sweep: Sweep, model: str) -> bool:
-    """Whether a model can be trained now: a branch needs its trunk's resume point, unless it has saved one of its own."""
+    """Return whether a model can be trained now: a branch needs its trunk's resume point, unless it has saved one of its own."""
     branch, run = sweep.recipe.models[model].branch, sweep.run(model)
     return branch is None or point_at(sweep.run(branch.of), branch.at) is not None or newest_complete(run) is not None
 
@@ -204,20 +204,20 @@ def origins(sweep: Sweep, models: Sequence[str] = ()) -> dict[str, Origin | None
 
 
 def copied_to(sweep: Sweep, found: Mapping[str, Origin | None]) -> dict[str, int]:
-    """Return the count up to which a fork's published weights equal its origin's, which is evaluated for both, by their `origins`.
+    """Return by model the count up to which a fork's published weights equal its origin's, which is evaluated for both.
 
-    -1 for a model that is no fork of one of the sweep.
+    `found` are the models' `origins`. The count is -1 for a model that is no fork of a model of the sweep.
     """
     return {model: each.images if each and each.model in sweep.recipe.models else -1 for model, each in found.items()}
 
 
 def due_counts(sweep: Sweep, model: str, copied: int) -> list[int]:
-    """Return the counts that a model publishes beyond those that are `copied_to` it: of these its origin is evaluated."""
+    """Return the counts that a model publishes after the last one that is `copied_to` it: for copies its origin is evaluated."""
     return [n for n in sweep.recipe.train_of(model).publish_images if n > copied]
 
 
 def trained(sweep: Sweep, model: str) -> bool:
-    """Whether a model has published its last count."""
+    """Return whether a model has published its last count."""
     return sweep.run(model).published_at(sweep.recipe.train_of(model).images).exists(manifest.NAME)
 
 
@@ -243,7 +243,7 @@ def last_device(run: Run) -> str | None:
 
 
 def require_device(sweep: Sweep, device: str, why: str) -> None:
-    """UserError if one of the sweep's runs last trained on GPUs and the CPU is not named by the recipe."""
+    """Raise UserError if `device` is the CPU, the recipe does not name it, and one of the sweep's runs last trained on GPUs."""
     if sweep.recipe.device == "auto" and device == "cpu" and "cuda" in map(last_device, map(sweep.run, sweep.recipe.models)):
         raise UserError(
             f"{sweep}: last trained on GPUs, and would continue on the CPU ({why}): "
@@ -252,7 +252,7 @@ def require_device(sweep: Sweep, device: str, why: str) -> None:
 
 
 def record_node_failure(folder: Folder, node: str, why: str) -> None:
-    """Add a device's failure on a node to the file, which placement reads, in the folder of a job: `Sweep.failed_nodes`."""
+    """Add a device's failure on a node to the file in a job's folder (`Sweep.failed_nodes`), which placement reads."""
     failures = _node_failures(folder)
     FailedNodes(failures=failures | {node: (*failures.get(node, ()), why)[-KEPT_NODE_FAILURES:]}).write(folder)
 
@@ -264,7 +264,7 @@ def node_failures(sweep: Sweep) -> Counter[str]:
 
 
 def excluded_nodes(sweep: Sweep) -> list[str]:
-    """Return the names of the nodes that had so many failures that they are avoided, whether they are alive or not."""
+    """Return the names of the nodes, alive or not, that are avoided because of their failures."""
     return sorted(name for name, failures in node_failures(sweep).items() if failures >= MOST_NODE_FAILURES)
 
 
@@ -291,7 +291,7 @@ def _node_failures(folder: Folder) -> dict[str, tuple[str, ...]]:
 
 
 def training_over(sweep: Sweep) -> bool:
-    """Whether each model has published its last count or has ended early: nothing more will be published."""
+    """Return whether each model has published its last count or has ended early: nothing more will be published."""
     return not in_training(sweep)
 
 
@@ -361,7 +361,7 @@ def _metrics(sweep: Sweep, model: str, variant: str) -> dict[int, Metrics | None
 
 
 def floor_settled(sweep: Sweep) -> bool:
-    """Whether the floor is measured, is known to be impossible to measure, or is not wanted."""
+    """Return whether the floor is measured, is known to be impossible to measure, or is not wanted."""
     return (
         not sweep.recipe.evaluate.measures_floor or bool(FloorMetrics.find_intact(sweep.floor)) or sweep.floor.exists(Skipped.NAME)
     )
@@ -375,11 +375,11 @@ def floor_skipped(sweep: Sweep) -> str | None:
 
 @dataclass
 class Backlog:
-    """The evaluations that are due, for a process that asks again and again: it asks storage only for what it has not found yet."""
+    """The evaluations that are due, for a process that asks repeatedly: storage is asked only about what was not found before."""
 
     sweep: Sweep
     models: tuple[str, ...] = ()
-    """By default all models of the recipe."""
+    """Models whose evaluations count, by default all models of the recipe."""
     _published: set[Sampled] = field(default_factory=set)
     _evaluated: set[Sampled] = field(default_factory=set)
     _guides: set[Sampled] = field(default_factory=set)
@@ -390,16 +390,16 @@ class Backlog:
 
     @property
     def published(self) -> list[int]:
-        """Image counts that were published when `left` was asked last, of all models, rising; without copies."""
+        """Image counts of all models that were published when `left` was last called, rising; without copies."""
         return sorted(each.images_seen for each in self._published if each.images_seen > self._copied.get(each.model, -1))
 
     @property
     def evaluated(self) -> list[int]:
-        """Those that were evaluated under the main settings."""
+        """Image counts of all models that were evaluated under the main settings by then, rising."""
         return sorted(each.images_seen for each in self._evaluated if each.variant == MAIN)
 
     def left(self) -> list[Sampled]:
-        """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
+        """Return the remaining evaluations of published checkpoints: main settings before variants, then in the recipe's order."""
         sweep = self.sweep
         for model in self.models:
             known = [each.images_seen for each in self._published if each.model == model]
@@ -419,7 +419,7 @@ class Backlog:
         )
 
     def _guide_is_there(self, guide: Autoguidance | None) -> bool:
-        """Whether the model that guides, if any, is published; or will never be: then to sample fails, with a reason."""
+        """Return whether the guiding checkpoint, if any, is published, or never will be: then sampling fails, with a reason."""
         if guide is None or (at := Sampled(guide.by, guide.images)) in self._published | self._guides:
             return True
         there = self.sweep.run(guide.by).published_at(guide.images).exists(manifest.NAME)
@@ -440,7 +440,7 @@ def outdated(sweep: Sweep) -> dict[Sampled, str]:
 
 
 def outdated_by(metrics: Metrics | None, settings: Evaluate) -> str:
-    """Return why an evaluation is to be measured again, of which these metrics are intact; empty if it is complete."""
+    """Return why an evaluation with these metrics (None if damaged) is to be measured again; empty if it is complete."""
     if metrics is None:
         return f"its {Metrics.NAME} is damaged"
     added = sorted(set(settings.metrics) - set(metrics.metrics))
@@ -459,13 +459,13 @@ def skipped(sweep: Sweep) -> dict[Sampled, str]:
 
 
 def why_skipped(sweep: Sweep, every: Sequence[Sampled]) -> dict[Sampled, str]:
-    """Return those of some evaluations that were skipped, each with the reason."""
+    """Return the evaluations among `every` that were skipped, each with the reason."""
     reasons = in_order(every, lambda sampled: Skipped.find_intact(sweep.evaluation(sampled)))
     return {sampled: reason.why for sampled, reason in zip(every, reasons, strict=True) if reason}
 
 
 def all_evaluated(sweep: Sweep) -> bool:
-    """Whether every model is evaluated at every published count under all sampling settings."""
+    """Return whether every model is evaluated at every published count under all sampling settings."""
     copied = copied_to(sweep, origins(sweep))
     return all(
         set(due_counts(sweep, model, copied[model])) <= set(evaluated_counts(sweep, model, variant))

@@ -1,8 +1,8 @@
 """Logs of each attempt's processes in storage: readable when the pods that wrote them are gone.
 
-A process copies the output files of its own, standard output and error, so what C++ libraries and crash handlers write is
-there, too. `<begun>-<process>.log` is one object, written again when there is something new: its first and its last lines.
-Nothing here ever stops a process: a log that cannot be written is tried again.
+A process copies the files of its standard output and error, which also have the output of C++ libraries and crash handlers.
+`<begun>-<process>.log` is one object with their first and last lines, written again when there are new lines.
+Errors here never stop a process: writing a log is retried.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ CLOSE_S = 10.0
 HEAD_BYTES, TAIL_BYTES = 64 * 2**10, 192 * 2**10
 """Size of the first and of the last lines that are kept of one output file."""
 SEARCHED_BYTES = 4 * 2**20
-"""End of the file that is searched for these last lines: a driver's has a line of progress every few seconds."""
+"""Bytes at the end of a file that are searched for these last lines: a driver writes a line of progress every few seconds."""
 ATTEMPTS_KEPT = 20
 DRIVER = "driver"
 _FOR_PROGRAMS = re.compile(
     r':(job_id|actor_name|task_name):|{"kind": "event"|Running entrypoint for job |\S+ \S+\s+INFO job_manager\.py'
 )
-"""Beginnings of lines of Ray and of ours that have no words for a reader."""
+"""Beginnings of lines that are for programs only, written by Ray and by this project."""
 
 
 class LogName(NamedTuple):
@@ -76,7 +76,7 @@ def excerpt(path: Path, without: tuple[bytes, ...] = ()) -> str:
 
 
 def last_lines(data: bytes) -> bytes:
-    """Return the last lines in at most `TAIL_BYTES`, all of them complete: half of a secret would not be recognised."""
+    """Return the last complete lines, at most `TAIL_BYTES`: redaction would not recognise a part of a secret."""
     if len(data) <= TAIL_BYTES:
         return data
     return b"".join(data[-TAIL_BYTES:].splitlines(keepends=True)[1:])
@@ -87,7 +87,7 @@ def _lines_without(data: bytes, beginnings: tuple[bytes, ...]) -> bytes:
 
 
 def output_files() -> list[Path]:
-    """Return the files that this process's standard output and error go to: none for a terminal or a pipe, one if they are one."""
+    """Return the files of this process's standard output and error: none for a terminal or a pipe, one if both are the same."""
     paths = []
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
@@ -104,7 +104,7 @@ class KeptLog:
         self._context, self._without, self._files = context, without, output_files()
         self._over, self._lock = threading.Event(), threading.Lock()
         self._written: list[int | None] = []
-        """Sizes of the files that the object was last written from, and the rank that it named."""
+        """Sizes of the output files at the last write, and the rank that was written."""
         self._thread = threading.Thread(target=self._run, daemon=True, name="attempt log")
         self._thread.start()
 
@@ -151,7 +151,7 @@ def in_words(text: str) -> str:
 
 
 def prune(folder: Folder) -> None:
-    """Delete the logs of all but the newest attempts and drivers; what fails is done at the next time."""
+    """Delete the logs of all but the newest attempts and drivers. Errors are ignored: the next call retries."""
     with contextlib.suppress(Exception):
         names = listed(folder)
         drivers = [name for name in names if name.process == DRIVER]
@@ -181,10 +181,10 @@ def overview(sweep: Sweep) -> list[str]:
 
 
 def read_attempt(folder: Folder, begun: str | None) -> dict[LogName, str]:
-    """Return the texts of the logs of the attempt that began then, by default of the newest; UserError if none."""
+    """Return the logs of the attempt that began at `begun`, by default of the newest; UserError if there are none."""
     names = listed(folder)
     at = begun or max((name.begun for name in names), default="")
-    drivers = [name for name in names if name.process == DRIVER and name.begun <= at]  # it may have begun before
+    drivers = [name for name in names if name.process == DRIVER and name.begun <= at]  # a driver may have begun earlier
     wanted = drivers[-1:] + [name for name in names if name.begun == at and name.process != DRIVER]
     if not names:
         raise UserError(f"{folder}: no logs yet: no attempt has begun")

@@ -1,7 +1,7 @@
 """Copies of a sweep's rows for TensorBoard or Weights & Biases, beside MLflow's: written by the sweep's command, from storage.
 
-A copy lies on the command's machine and holds, in one file, how far it has come. Each row is written once; if the folder is lost,
-all are written again. The copy of a sweep that was deleted is set aside when another one of its name begins.
+A copy is a folder on the command's machine. One file in it records the progress, so that each row is written once; if the folder is
+lost, all rows are written again. The copy of a deleted sweep is renamed when another sweep of its name begins.
 """
 
 import secrets
@@ -28,9 +28,9 @@ Dashboard = Literal["tensorboard", "wandb"]
 Send = Callable[[list[Row]], None]
 EVERY_S = 60.0
 WAIT_S = 60.0
-"""Most time that Weights & Biases is waited for, at the start and at the end of each model's run."""
+"""Most seconds of waiting for Weights & Biases, at the start and at the end of each model's run."""
 ENDS_S = 10.0
-"""Time for the last rows at a stop, which has other things to do."""
+"""Most seconds for the last rows at a stop, which has other work to finish."""
 
 
 def require_installed(dashboards: Iterable[Dashboard]) -> None:
@@ -45,8 +45,8 @@ def require_installed(dashboards: Iterable[Dashboard]) -> None:
 
 @contextmanager
 def copying(sweep: Sweep, root: Folder, say: Callable[[str], None]) -> Iterator[None]:
-    """Write the copies of `tracking.also` during the block, and what is left when it ends, also by a stop. One that fails stops
-    alone; UserError at the start if Weights & Biases has no login."""
+    """Write the copies of `tracking.also` during the block, and the last rows when it ends, also by a stop. A copy that fails does
+    not stop the others. UserError at the start if Weights & Biases has no login."""
     with ExitStack() as ends:
         for name in sweep.recipe.tracking.also:
             ends.enter_context(_copying(Copy(name, folder_of(name, root, sweep.folder.name), sweep), say))
@@ -99,9 +99,9 @@ class Copied(Document):
     NAME = "copied.json"
     id: str = Field(default_factory=lambda: secrets.token_hex(4))
     images: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """By model and name of a row of training: the images seen of the last one that is copied."""
+    """Images seen of the last copied row of training, by model and name of the row."""
     evaluations: dict[str, dict[str, list[str]]] = Field(default_factory=dict)
-    """By model and evaluation: the names of the values that are copied, to which metrics may be added."""
+    """Names of the copied values, by model and evaluation. Metrics may be added to an evaluation later."""
 
 
 @dataclass
@@ -115,10 +115,10 @@ class Copy:
     _readers: dict[str, RowReader] = field(default_factory=dict)
     _sends: dict[str, Send] = field(default_factory=dict)
     ends: ExitStack = field(default_factory=ExitStack)
-    """To be closed last: it writes what is left."""
+    """To be closed last: this writes the remaining rows."""
 
     def open(self) -> None:
-        """Open what is there, or begin. UserError if Weights & Biases has no login."""
+        """Open the existing copy, or begin a new one. UserError if Weights & Biases has no login."""
         earlier = Copied.find_intact(open_folder(self.folder))
         if earlier and not self._lost(earlier):
             self._copied = earlier
@@ -135,7 +135,7 @@ class Copy:
             self._readers[model] = RowReader(self.sweep.run(model).log, self._copied.images.setdefault(model, {}))
 
     def _lost(self, earlier: Copied) -> bool:
-        """Whether storage has nothing of what was copied: a sweep of this name was deleted, and this is another one."""
+        """Return whether storage has none of the copied rows: the sweep was deleted, and this is another one of its name."""
         values = earlier.evaluations
         copied = [model for model in self.sweep.recipe.models if earlier.images.get(model) or values.get(model)]
         return bool(copied) and not any(
@@ -144,7 +144,7 @@ class Copy:
         )
 
     def update(self, *, again: bool = False) -> None:
-        """Copy the rows and evaluations that storage has and the copy has not; `again` also values that were added to those."""
+        """Copy the rows and evaluations that the copy lacks; with `again`, also values added to copied evaluations."""
         if not self._sends:  # storage was away
             self.open()
         for model, send in self._sends.items():
@@ -159,7 +159,7 @@ class Copy:
         self._copied.write(open_folder(self.folder))
 
     def _new(self, model: str, copied: Container[str]) -> Iterator[Sampled]:
-        """Yield the model's evaluations that are not copied, without ablations: each pass would ask for thousands again."""
+        """Yield the model's evaluations that are not copied, without ablations: each pass would query thousands of them."""
         for variant in self.sweep.recipe.evaluate.samplings:
             for images in state.evaluated_counts(self.sweep, model, variant, lambda sampled: str(sampled) in copied):
                 yield Sampled(model, images, variant)
@@ -183,7 +183,7 @@ def _tensorboard(folder: Path, ends: ExitStack) -> Send:
 
 
 def _wandb(folder: Path, sweep: str, model: str, run_id: str, ends: ExitStack) -> Send:
-    """Rows have no step of W&B's, which must rise, since evaluations come later than their images: the axis is `images`."""
+    """Open a run of Weights & Biases. Its axis is `images`: W&B's own step must rise, and evaluations come after later rows."""
     import wandb
 
     try:

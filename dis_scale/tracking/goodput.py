@@ -29,7 +29,7 @@ class Goodput:
     earlier: TimeSpent
     """Sums of all earlier attempts."""
     before_s: float
-    """From the run's first request until this attempt was ready for its first step."""
+    """Seconds from the run's first request until this attempt was ready for its first step."""
     workers: int = 1
 
     @classmethod

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 """Beginning of the URI of a local database."""
 LIFE, PARENT = "dis_scale.life", "mlflow.parentRunId"
-"""Tags of a sweep's own run, and of its models' runs, with the id of that."""
+"""Tag of a sweep's own run, and tag of its models' runs, which has the id of the sweep's run."""
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 """Colours of the models' curves, in the recipe's order (matplotlib's tab10): MLflow's own, by a run's id, may be alike."""
 
@@ -44,11 +44,11 @@ def open_client(uri: str) -> Any:
 
 
 def _mlflow() -> Any:
-    """Import MLflow, after the settings that it reads then."""
+    """Import MLflow, after setting the environment variables that it reads."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    with hidden("pandas"):  # for tables of runs, which we do not ask for: a second
+    with hidden("pandas"):  # its import takes a second, for tables of runs that are not used
         import mlflow
         import mlflow.store.db.utils
 
@@ -58,7 +58,7 @@ def _mlflow() -> Any:
 
 
 def require_usable(uri: str) -> str:
-    """Return in words what an MLflow is; raises whatever MLflow raises. An SQLite file that is missing is not made."""
+    """Return the state of an MLflow in words; raise whatever MLflow raises. A missing SQLite file is not created."""
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
         return f"{_mlflow().__version__}, {uri} is made by the first sweep"
     experiments = open_client(uri).search_experiments(max_results=1000)
@@ -66,15 +66,15 @@ def require_usable(uri: str) -> str:
 
 
 def fault(error: Exception) -> str:
-    """Return in words what an error of MLflow is: it refuses the user, as of another's sweep of this name, or is away."""
-    code = getattr(error, "error_code", getattr(getattr(error, "response", None), "status_code", None))  # of a file: HTTP's
+    """Return an error of MLflow in words: it refuses this user, such as for another user's sweep of this name, or it is away."""
+    code = getattr(error, "error_code", getattr(getattr(error, "response", None), "status_code", None))  # for a file: HTTP's
     return "refuses this user" if code in ("PERMISSION_DENIED", "UNAUTHENTICATED", 401, 403) else "cannot be reached"
 
 
 def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, object]]) -> TrackingIds:
     """Create what is missing: the experiment, the sweep's run, and one run per model with its parameters; return the ids.
 
-    Runs that MLflow has of the sweep are found by their tags; one that was deleted there is made again. Called by the sweep only.
+    The sweep's existing runs are found by their tags; a run that was deleted in MLflow is created again. Called by the sweep only.
     Raises whatever MLflow raises; the sweep then continues without it. UserError for a URI with credentials, since it is stored.
     """
     if uri.startswith(SQLITE):
@@ -120,10 +120,10 @@ def _create_run(uri: str, experiment: str, name: str, tags: dict[str, str], para
 
 
 def _existing(uri: str) -> str:
-    """Return a URI by which an SQLite file is opened and never made, also if it is deleted now; FileNotFoundError if it is gone.
+    """Return a URI that opens an SQLite file and never creates it, even if it is deleted later; FileNotFoundError if it is gone.
 
-    Several processes that make one at the same time damage it. SQLite's mode `rw` makes none (https://sqlite.org/uri.html); with
-    the driver named, MLflow does not take the rest for a path whose folders it makes. A missing file would be tried for 102 s.
+    Processes that create a file at the same time damage it. SQLite's mode `rw` creates none (https://sqlite.org/uri.html). The URI
+    names the driver, so MLflow does not take the rest for a path and create its folders. It would try a missing file for 102 s.
     """
     if not uri.startswith(SQLITE):
         return uri
@@ -147,9 +147,9 @@ def _experiment_of(uri: str, run: str) -> str | None:
 
 
 def _experiment(uri: str, sweep_name: str, known: str | None = None) -> str:
-    """The id of this sweep's experiment, of that which is `known` or of its name; it is restored if it was deleted.
+    """Return the id of this sweep's experiment: the `known` one, or the one of its name.
 
-    With SQLite its files are stored next to the database.
+    Creates it if missing, and restores it if deleted. With SQLite its files are stored next to the database.
     """
     from mlflow.exceptions import MlflowException
 
@@ -168,7 +168,7 @@ def _experiment(uri: str, sweep_name: str, known: str | None = None) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or not (made := client.get_experiment_by_name(name)):
             raise
-        return str(made.experiment_id)  # MLflow's client asks again if an answer is late: it was made the first time
+        return str(made.experiment_id)  # created by a first request, which MLflow's client repeats if its answer is late
 
 
 @dataclass
@@ -182,11 +182,11 @@ class RunCopy:
     model: str | None
     away: bool = False
     _sent: dict[str, set[int]] = field(default_factory=dict)
-    """By metric: the image counts at which MLflow has it. Numbers alone, since the rows of weeks are a million."""
+    """Image counts at which MLflow has a metric, by its name. Only the counts, since weeks of training write a million rows."""
     _waiting: list[Row] = field(default_factory=list)
 
     def send(self, rows: Iterable[Row], *, ask: bool = True) -> bool:
-        """Send rows, and those that wait; return whether none waits any more. They only wait if MLflow is not to be asked."""
+        """Send these rows and the waiting ones; return whether no row waits. Without `ask`, rows are only added to the waiting."""
         self._waiting += rows
         if sent := not self._waiting or (ask and self._try(lambda client, run: self._send(client, run, self._waiting))):
             self._waiting = []
@@ -210,7 +210,7 @@ class RunCopy:
         try:
             ids = TrackingIds.find(self.sweep.folder)
             run = ids and (ids.models.get(self.model) if self.model else ids.sweep)
-            if not (ids and run):  # MLflow was away when the sweep began, or the model was added, which said so
+            if not (ids and run):  # MLflow was away when the sweep began or the model was added; logged then
                 self.away, self._waiting = True, []  # `dis-scale mlflow sync` takes them from storage
                 return False
             action(open_client(_existing(ids.uri)), run)

@@ -17,14 +17,14 @@ from dis_scale.tracking.rows import Row, RowReader
 
 log = logging.getLogger(__name__)
 LAST = "metrics"
-"""The part of an evaluation whose seconds are its last row, which is sent after the grid: a run that has it has all."""
+"""Part of an evaluation whose seconds are its last row, sent after the grid: a run with that row has the full evaluation."""
 
 
 def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None) -> bool:
     """Copy one evaluation's grid, values, and the seconds that they took; return whether MLflow has them.
 
-    `copy` is that of the model; one for many evaluations asks MLflow once what it has. What is missing or damaged in storage is
-    logged and left out.
+    `copy` is the copy of the model's run. If many evaluations share it, MLflow is queried once for what it has. Files that are
+    missing or damaged in storage are logged and left out.
     """
     folder, copy, sent = sweep.evaluation(sampled), copy or RunCopy(sweep, sampled.model), True
     try:
@@ -37,7 +37,7 @@ def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None)
     except Damaged as error:
         log.warning("%s; MLflow does not get this evaluation", error)
         return sent
-    last = _seconds(LAST, sampled.variant)  # a store of files that refuses them keeps back no number
+    last = _seconds(LAST, sampled.variant)  # all other rows are sent even if MLflow refuses files
     return copy.send(row for row in rows if sent or row.name != last) and sent
 
 
@@ -74,14 +74,14 @@ def _suffix(variant: str) -> str:
 
 
 def _seconds(part: str, variant: str) -> str:
-    """Return the name of a row of seconds: MLflow shows `system/NAME` below the curves, and a further slash above them."""
+    """Return the name of a row of seconds. MLflow shows `system/NAME` below the curves, but above them if it has another slash."""
     return "_".join(["system/evaluation", part, *([variant.replace("/", "_")] if variant else [])])
 
 
 def copy_report(sweep: Sweep, status: str | None) -> bool:
     """Copy the report's files and, if the sweep has ended, its status; return whether MLflow has them.
 
-    The status first: an MLflow that hangs takes half a minute to say no, and a report has twenty files.
+    The status is sent first: an MLflow that hangs takes half a minute to fail, and a report has twenty files.
     """
     copy = RunCopy(sweep, None)
     if status and not copy.finish(status):

@@ -1,8 +1,8 @@
 """Metric rows in storage: written by one attempt after the other, read as they come, each (name, images) once.
 
-Rows in storage are the truth; MLflow holds a copy. The newest file of an attempt, `<attempt>-<number>.jsonl`, is written again with
-what came in some seconds, until it has a segment's size: files only grow, and those before the newest stay as they are. A line
-holds the values of one step. Read next: goodput.py, mlflow.py.
+Rows in storage are the truth; MLflow holds a copy. Every few seconds, an attempt writes its newest file again with the new rows,
+`<attempt>-<number>.jsonl`, until the file has a segment's size. Files only grow, and earlier files do not change. A line holds the
+values of one step. Read next: goodput.py, mlflow.py.
 """
 
 import json
@@ -24,10 +24,10 @@ EVERY_STEPS = 10
 """Steps between two rows of training."""
 FLUSH_EVERY_S = 10.0
 SEGMENT_BYTES = 2**20
-"""Size of a file from which on the next rows are in another one; the newest is written again every ten seconds."""
+"""Size of a file at which the next rows begin another one: the newest file is written again every ten seconds."""
 AT_ONCE = 16
 _NAME = re.compile(r"\d+-\d+(?:-\d+)?\.jsonl")
-"""Attempt and number, and the last number of a file that holds several, as there were once."""
+"""Name of a file: attempt and number. Earlier versions also wrote files of several numbers, with the last one in the name."""
 
 
 class Row(NamedTuple):
@@ -59,9 +59,9 @@ class RowWriter:
     writes: bool = True
     """Whether this process writes at all: one rank of a training does."""
     _lines: list[str] = field(default_factory=list)
-    """Those of the newest file, and those that are not written yet."""
+    """Lines of the newest file, then the lines that are not written yet."""
     _stored: int = 0
-    """How many of these are in storage."""
+    """Number of these lines that are in storage."""
     _files: int = 0
     _flushed_s: float = field(default_factory=time.monotonic)
     _writing: Future[None] | None = None
@@ -108,18 +108,18 @@ class RowWriter:
 
 @dataclass
 class RowReader:
-    """Reads the rows of a run as they come. Of rows of one name, those of images seen before are repeats and left out.
+    """Reads the new rows of a run. Leaves out repeats: rows whose images seen do not exceed those of the last row of their name.
 
-    So if a later attempt repeats steps of an earlier one, the first one's rows count. With `only`, the rows of that name.
+    So if a later attempt repeats steps of an earlier one, the earlier rows count. With `only`, reads only the rows of that name.
     """
 
     folder: Folder
     images: dict[str, int] = field(default_factory=dict)
-    """By name: the images seen of the last row."""
+    """Images seen of the last row, by name."""
     _read: dict[str, int] = field(default_factory=dict)
-    """By name of a file: the bytes that were read of it."""
+    """Bytes that were read of each file, by the file's name."""
     newest: dict[str, Row] = field(default_factory=dict)
-    """By name: the last row that was read, a repeat or not: what the run does now."""
+    """Last row that was read, by name, repeats included: the present state of the run."""
     only: str = ""
 
     def new(self) -> list[Row]:
@@ -127,7 +127,7 @@ class RowReader:
         return [row for rows in self.batches() for row in rows]
 
     def batches(self) -> Iterator[list[Row]]:
-        """Yield the rows that came since the last call, file by file: those of weeks are many."""
+        """Yield the rows that came since the last call, file by file, since weeks of training write many."""
         grown = [(name, size) for name, size in _sizes(self.folder).items() if size > self._read.get(name, 0)]
         parts = in_order(grown, lambda file: self.folder.read(file[0], self._read.get(file[0], 0), file[1]), AT_ONCE)
         for (name, size), data in zip(grown, parts, strict=True):
@@ -166,6 +166,6 @@ def newest(folder: Folder) -> dict[str, Row]:
 
 
 def _sizes(folder: Folder) -> dict[str, int]:
-    """Return the bytes of each file, in the order of what they hold."""
+    """Return the size of each file in bytes, in the order of attempts and numbers."""
     sizes = {name: size for name, size in folder.sizes().items() if _NAME.fullmatch(name)}
     return dict(sorted(sizes.items(), key=lambda file: [int(number) for number in re.findall(r"\d+", file[0])]))

@@ -1,6 +1,6 @@
-"""What a recipe needs of this machine, each part tried: good, bad with its cure, or not needed. Behind `dis-scale doctor`.
+"""Checks of this machine for a recipe: each part is good, bad with its cure, or not needed. Behind `dis-scale doctor`.
 
-The checks are those that a sweep makes itself. Heavy libraries are imported in the checks, so a missing one is a finding.
+A sweep makes the same checks itself. Heavy libraries are imported in the checks, so that a missing one is a finding.
 """
 
 import os
@@ -54,7 +54,7 @@ def _scan_problem(name: str, device: str) -> DisScaleError | None:
 
 @dataclass(frozen=True)
 class Here:
-    """This machine, as far as it is asked and not tried."""
+    """Facts of this machine that are queried, not tried."""
 
     gpus: Callable[[], tuple[int, str]] = usable_gpus
     gpu_bytes: Callable[[], int] = smallest_gpu_bytes
@@ -94,8 +94,8 @@ def checks() -> dict[str, Check]:
 
 
 def tried(part: str, check: Check, needs: Needs) -> Finding:
-    """Return the finding of a check, which deletes again what it writes; after any error the part is bad. Errors of ours name their
-    cure."""
+    """Return the finding of a check. After any error the part is bad; this project's errors name their cure. A check deletes the
+    files that it writes."""
     try:
         words, needed = check(needs)
     except Exception as error:
@@ -114,7 +114,7 @@ def packages(needs: Needs) -> Result:
     from packaging.requirements import Requirement
 
     allowed = [Requirement(line) for line in metadata.requires("dis-scale") or []]
-    allowed = [each for each in allowed if not each.marker]  # those of extras have one
+    allowed = [each for each in allowed if not each.marker]  # requirements of extras have one
     other = []
     for each in allowed:
         try:
@@ -156,7 +156,7 @@ def _gpus(needs: Needs) -> Result:
 
 
 def _models_on(needs: Needs, name: str) -> list[str]:
-    """Return the models that run this backend on the recipe's device: the one that it names, or that `auto` should take."""
+    """Return the models that use this backend: the recipe names it, or `auto` should select it on the recipe's device."""
     best, wanted = {"cpu": "native", "cuda": "triton"}[needs.device], needs.recipe.train.scan
     if name != (best if wanted == "auto" else wanted):
         return []
@@ -164,7 +164,7 @@ def _models_on(needs: Needs, name: str) -> list[str]:
 
 
 def scan(name: str, needs: Needs) -> Result:
-    """Compare a backend with the reference where it can run: on a GPU at the sizes of the recipe's models, otherwise small."""
+    """Compare a backend with the reference, if it can run here: on a GPU at the sizes of the recipe's models, otherwise small."""
     import torch
 
     from dis_scale.scan import GPU_BACKENDS, selftest
@@ -187,9 +187,9 @@ def scan(name: str, needs: Needs) -> Result:
 
 
 def _verify_on_gpu(needs: Needs, model: str) -> None:
-    """Compare the kernels that a model's training, on the most workers, and its sampling select on this machine's smallest GPU.
+    """Verify the kernels that a model's training on the most workers, and its sampling, select on this machine's smallest GPU.
 
-    Triton keeps what it compiles here for the sweep.
+    Triton caches the kernels that it compiles here, so the sweep reuses them.
     """
     import torch
 
@@ -224,7 +224,7 @@ def _deepspeed(needs: Needs) -> Result:
 
 
 def storage(needs: Needs) -> Result:
-    """Try all that a sweep asks of storage, then time an object of 16 MiB and a listing."""
+    """Try every operation that a sweep needs of storage, then time an object of 16 MiB and a listing."""
     needs.store.require_usable()
     probe, data, times_s = needs.store / f".probe-{uuid.uuid4().hex}", os.urandom(PROBE_BYTES), []
     try:

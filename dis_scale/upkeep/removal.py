@@ -27,7 +27,7 @@ class Removal:
 
     sweep: Sweep
     own: list[Unneeded]
-    """Files in the sweep's folder, by the folder in it."""
+    """Files in the sweep's folder, grouped by its sub-folders."""
     unshared: list[Unneeded]
     """Latents and listing that no other sweep uses."""
     notes: list[Note]
@@ -56,14 +56,14 @@ def find(sweep: Sweep) -> Removal:
 
 
 def _is_around_us(folder: Folder) -> bool:
-    """Whether this process is in the folder, which could not be deleted then."""
-    with contextlib.suppress(FileNotFoundError):  # of a shell whose folder is gone
+    """Return whether this process's working folder is in the folder, which could not be deleted then."""
+    with contextlib.suppress(FileNotFoundError):  # if the working folder is gone
         return bool(folder.local) and Path(folder.url).resolve() in (Path.cwd(), *Path.cwd().parents)
     return False
 
 
 def delete(removal: Removal) -> None:
-    """Delete it while holding the sweep's lease; Held if it was started meanwhile. A rerun continues an interrupted one."""
+    """Delete a sweep while holding its lease; Held if it was started meanwhile. A rerun continues an interrupted deletion."""
     sweep = removal.sweep
     with lease.hold(command_lease(sweep.folder), aside=True) as held:
         require_stopped(sweep, but=command_lease(sweep.folder))
@@ -79,14 +79,14 @@ def delete(removal: Removal) -> None:
 
 
 def require_stopped(sweep: Sweep, but: Folder | None = None) -> None:
-    """Held if a lease of the sweep is held, `but` this one."""
+    """Raise Held if any lease of the sweep except `but` is held."""
     leases = [sweep.lease(name) for name in sweep.leases.folders()] + [run.lease for run in sweep.all_runs()]
     for folder, holder in lease.live_holders(folder for folder in leases if folder != but).items():
         raise Held(f"{sweep} is running: process {holder} holds {folder}: to stop it, dis-scale stop {sweep}")
 
 
 def _own(folder: Folder) -> list[Unneeded]:
-    """Return the files of a sweep's folder, by the folder in it; those of the folder itself come last."""
+    """Return the files of a sweep's folder, grouped by its sub-folders; files of the folder itself come last."""
     parts: dict[str, dict[str, int]] = {}
     for part in walk(folder):
         first, _, rest = part.folder.url.removeprefix(folder.url).strip("/").partition("/")

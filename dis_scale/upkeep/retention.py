@@ -1,8 +1,8 @@
-"""What no result of a sweep needs any more, with its size. Behind `dis-scale gc`.
+"""Files that no result of a sweep needs any more, with their sizes. Behind `dis-scale gc`.
 
-Of the sweep: samples of finished evaluations, leases of earlier attempts, dumps of failed steps of trained models, weights of
-attempts that died before they had published them. Of its storage root: latents and listings that no sweep there uses. What is
-needed to continue, fork, evaluate or report stays.
+In the sweep: samples of finished evaluations, leases of earlier attempts, dumps of failed steps of trained models, weights of
+attempts that died before they had published them. In its storage root: latents and listings that no sweep there uses. All files
+that are needed to continue, fork, evaluate or report stay.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,7 +31,7 @@ class Unneeded(NamedTuple):
     sizes: dict[str, int]
     """Bytes by file."""
     require_unused: Callable[[], None] = lambda: None
-    """Asked right before the deletion; UserError if a sweep has begun to need the files since they were listed."""
+    """Called right before the deletion; UserError if a sweep has begun to need the files since they were listed."""
 
     @property
     def size_bytes(self) -> int:
@@ -42,7 +42,7 @@ class Unneeded(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What stays, or who will miss what goes."""
+    """A note on a part that stays, or on a user of a part that is deleted."""
 
     kind: str
     words: str
@@ -79,8 +79,8 @@ def find_unneeded(sweep: Sweep) -> list[Unneeded]:
 
 
 def _spare(part: Stored) -> dict[str, int]:
-    """Return the samples of an evaluation that has metrics, since damaged ones are made again from them; of published weights what
-    their manifest does not name."""
+    """Return the files of a part that can be deleted: of published weights, files that their manifest does not name; of an
+    evaluation, its samples if its metrics are intact, since damaged metrics are rebuilt from the samples."""
     if part.kind.name == "published":
         published = PublishedManifest.find_intact(part.folder) if part.exists else None
         named = {MANIFEST, *(published.files if published else part.sizes)}
@@ -102,7 +102,7 @@ def find_unused(store: Folder, except_for: Folder | None = None) -> list[Unneede
     commands = {command_lease(folder): folder for folder in sweeps_below(store) if folder != except_for}
     for command, process in lease.live_holders(commands).items():
         raise UserError(f"{KEPT}: {commands[command]} is running (process {process})")
-    used = _used(store, except_for)  # that took seconds: what has begun meanwhile has no latents yet, or names them
+    used = _used(store, except_for)  # after those seconds: a sweep that began meanwhile has no latents yet, or names them
     folders = [(kind, store / kind / name) for kind in used for name in store.folders(kind) if name not in used[kind]]
     sizes = in_order(folders, lambda each: each[1].sizes())
     found = zip(folders, sizes, strict=True)
@@ -117,7 +117,7 @@ def _require_unused(store: Folder, except_for: Folder | None, kind: str, folder:
 def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
     """Return the names of the latents and of the listings that the other sweeps use.
 
-    UserError if what one uses is not known: it cannot be read, or has no latents yet.
+    UserError if a sweep's use is not known: the sweep cannot be read, or has no latents yet.
     """
     all_of_it = sweeps_below(store)
     if store.local and (store.local / SWEEPS).is_symlink() and not all_of_it:
@@ -134,10 +134,10 @@ def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
 
 
 def delete(unneeded: Iterable[Unneeded]) -> None:
-    """Delete the files; manifests first, then the accounts of shards, so that a folder that is only partly deleted does not exist,
-    and that nothing takes shards for complete which are deleted next.
+    """Delete the files: first a folder's manifest, so that a partly deleted folder does not count as existing; then the sidecars
+    of shards, so that no shard counts as finished while the shards are deleted.
 
-    UserError if a sweep needs some of them by now: those before are deleted, and its own manifest is written again.
+    UserError if a sweep needs a folder by now: folders before it are deleted, and its own manifest is written again.
     """
     for each in unneeded:
         each.require_unused()

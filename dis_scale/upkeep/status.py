@@ -1,6 +1,6 @@
-"""What a sweep is doing, from its storage alone: on any machine, also when its cluster is gone.
+"""Status of a sweep, read from its storage only: on any machine, also after its cluster is gone.
 
-Reads listings, the newest of everything, and no history, so it takes seconds for any sweep.
+Reads listings of folders and the newest files, and no history, so it takes seconds for any sweep.
 """
 
 import logging
@@ -27,11 +27,11 @@ from dis_scale.tracking import rows
 
 Doing = Literal["waiting", "training", "silent", "stopped", "failed", "trained"]
 IN_STAGES = ("preparing", "encoding latents", "evaluating")
-"""What a sweep is doing while a stage runs alone, other than training."""
+"""Values of `Status.doing` while only a stage other than training runs."""
 QUIET_S = 300.0
-"""Least time without a new metric row after which a run counts as silent; with steps of over 15 s, the time of 20 of them."""
+"""Seconds without a new metric row after which a run counts as silent; with steps of over 15 s, the time of 20 steps."""
 STAGE_QUIET_S = 5400.0
-"""Time without progress after which another stage does, as in the alert: its own watch has not helped."""
+"""Seconds without progress after which another stage counts as silent, as in the alert: its own watch has not helped."""
 ENDS = 3
 """Number of a run's last attempts whose errors are shown."""
 T = TypeVar("T")
@@ -73,9 +73,9 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A sweep; `wrong` are lines that name what is wrong and what to do, `known` what it continues without.
+    """Status of a sweep. `wrong` has a line for each problem and its cure, `known` a line for each loss that it continues without.
 
-    Once no command continues, what has failed for good is wrong.
+    Models and evaluations that failed for good are in `known` while a sweep command runs, in `wrong` otherwise.
     """
 
     sweep: str
@@ -101,14 +101,14 @@ class Status:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads a sweep's files, as seen at the time `now`; names each damaged one."""
+    """Reads a sweep's files as of the time `now`; collects a line for each that cannot be read in `damaged`."""
 
     sweep: Sweep
     now: float
     damaged: list[str] = field(default_factory=list)
 
     def read(self, what: str, read: Callable[[], T]) -> T | None:
-        """Return what `read` returns, None if a file is damaged."""
+        """Return the result of `read`; None if a file is missing, damaged or refused by storage."""
         try:
             return read()
         except (StorageError, FileNotFoundError) as error:
@@ -157,14 +157,14 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
         wrong.append(f"no sweep command runs, and its jobs do: {how}")
     skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
     progress = reader.read("the progress of a stage", lambda: StageProgress.find_intact(sweep.folder))
-    idle = {"precompute": progress and progress.stage == "prepare", "evaluate": not left}  # the former waits for its nodes
+    idle = {"precompute": progress and progress.stage == "prepare", "evaluate": not left}  # precompute waits for its nodes then
     for stage, holding, alive in zip(STAGES, held[1:], working[1:], strict=True):
         if alive and holding and not idle.get(stage):
             wrong += _silent(sweep, stage, holding, progress, now)
     excluded = reader.read("the failures of nodes", lambda: state.excluded_nodes(sweep)) or []
     known = [f"{node}: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md" for node in excluded]
     ages_s = [run.row_age_s for run in runs if run.row_age_s is not None]
-    before = progress.at if progress and progress.stage != "evaluate" else 0.0  # which continues beside training
+    before = progress.at if progress and progress.stage != "evaluate" else 0.0  # evaluation continues beside training
     idle_s = min([now - (since or now), now - before, *ages_s])
     trains = doing in ("training", "ready to train") and any(run.doing not in ("trained", "failed") for run in runs)
     if excluded and trains and idle_s > STAGE_QUIET_S:
@@ -181,7 +181,7 @@ def _collect(reader: _Reader, warnings: Sequence[logging.LogRecord]) -> Status:
 
 
 def _silent(sweep: Sweep, stage: str, holding: Holding, progress: StageProgress | None, now: float) -> list[str]:
-    """Return a line if a stage that works has made no progress for too long, since its holder began."""
+    """Return a line if a running stage has made no progress for `STAGE_QUIET_S`; time before its holder began does not count."""
     quiet_s = now - max(holding.holder.at or 0.0, progress.at if progress else 0.0)
     if quiet_s < STAGE_QUIET_S:
         return []
@@ -210,7 +210,9 @@ def _no_heartbeat(holder: str, age_s: float | None) -> str:
 
 
 def _run(reader: _Reader, model: str, since: float | None) -> tuple[RunStatus, list[Sampled]]:
-    """Return a model's status and its evaluations that are due. `since`: time of the command that will train it in its turn."""
+    """Return a model's status and its due evaluations. `since` is when the sweep command that runs, if any, began.
+
+    That command trains each model in its turn: one whose last attempt has ended, or began before `since`, is waiting."""
     sweep, now = reader.sweep, reader.now
     run, settings = sweep.run(model), sweep.recipe.train_of(model)
     images = settings.images
@@ -274,7 +276,7 @@ def _doing(sweep: Sweep, runs: list[RunStatus], backlog: int) -> str:
 
 
 def _wrong(runs: list[RunStatus]) -> list[str]:
-    """Return what is wrong with the models, the most urgent first."""
+    """Return a line for each model that is silent or stopped."""
     lines = []
     for run in runs:
         if run.doing == "silent":
@@ -289,7 +291,7 @@ def _wrong(runs: list[RunStatus]) -> list[str]:
 
 
 def table(status: Status) -> Group:
-    """Return what a sweep does, one row per model, and what is wrong: as wide as the terminal, since commands are copied."""
+    """Return a table with one row per model, and the problems below it as text, from which commands can be copied."""
     how = f"stopped ({status.doing})" if status.stopped else status.doing
     how += f": {status.stage}" if status.stage else ""
     held = {run.model: [f"attempt {run.attempts} held by {run.holder}"] if run.holder else [] for run in status.runs}
@@ -311,7 +313,7 @@ def table(status: Status) -> Group:
 
 
 def _share(seen: int, images: int) -> str:
-    """All of nothing, if only the initial weights are published."""
+    """Return the share of images that were seen; 100% of 0 images, if only initial weights are published."""
     return f"{seen / images if images else 1:.0%}"
 
 
@@ -320,7 +322,7 @@ def _count(images: int) -> str:
 
 
 def overview(found: Sequence[Status]) -> Group:
-    """Return one row per sweep, each by its name below the folder that has all of them."""
+    """Return one row per sweep. If one folder has all sweeps, it is named once, above the table."""
     folders = {status.sweep.rpartition("/")[0] for status in found}
     above = f"{folders.pop()}/" if len(folders) == 1 else ""
     out = narrow_table(
@@ -343,9 +345,9 @@ def _span(seconds: float | None, after: str = "") -> str:
 
 
 def watch(sweep: Sweep, every_s: float, console: Console) -> None:
-    """Show the status again and again until it is interrupted, of models that are added, too; storage that is away is asked again.
+    """Show the status every `every_s` seconds until interrupted, with models that are added; retry if storage is away.
 
-    It stays in place on a terminal; another output receives all of them.
+    A terminal shows the newest status in place; another output receives all of them.
     """
     from rich.live import Live
 

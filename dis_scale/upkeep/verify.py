@@ -24,17 +24,17 @@ class Check(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """A line for each damaged or missing file, with its cure; and for each that storage refuses to read, which may be good."""
+    """Lines for damaged or missing files, each with its cure; and for files that storage refuses to read, which may be intact."""
 
     damaged: list[str]
     refused: list[str]
 
 
 def verify_sweep(sweep: Sweep, report: ReportShare) -> Verified:
-    """Return what is wrong; `report` gets the files read so far, and their number.
+    """Return the damaged and the unreadable files; `report` gets the number of files read so far, and of all files.
 
-    These are latents, autoencoder, classifiers, reference statistics, resume points, published weights, kept samples and metrics.
-    StorageError for a manifest that storage refuses to read, StorageAway without an answer.
+    Reads latents, autoencoder, classifiers, reference statistics, resume points, published weights, kept samples and metrics.
+    StorageError for a manifest that storage refuses to read, StorageAway if storage does not answer.
     """
     of_parts = in_order(_checks(sweep), lambda some: list(some()), READING_THREADS)
     checks, found = [check for some in of_parts for check in some], Verified([], [])
@@ -70,7 +70,7 @@ _SAMPLES = "delete it: it is sampled again if a metric needs it"
 
 
 def _checks(sweep: Sweep) -> Iterator[Callable[[], Iterator[Check]]]:
-    """Yield, for each part of a sweep, what gives the checks of its files: it reads its manifest.
+    """Yield for each part of a sweep a function that reads the part's manifest and yields the checks of its files.
 
     A damaged or missing manifest is itself a check that fails.
     """
@@ -103,7 +103,7 @@ def _cure(sweep: Sweep, part: Stored) -> str:
 
 
 def _missing(sweep: Sweep, parts: list[Stored], *, encoded: bool) -> Iterator[Check]:
-    """Yield a check that fails for each thing that does not exist, and that something else shows to have existed."""
+    """Yield checks that fail for missing parts which other parts of the sweep show to have existed."""
     if encoded and isinstance(sweep.recipe.vae, TrainedVae) and not Manifest.exists(sweep.vae):
         yield Check(partial(Manifest.require, sweep.vae), _CURES["autoencoder"])
     if any(part.folder == sweep.references for part in parts):
@@ -172,7 +172,7 @@ def _fail(error: Exception) -> None:
 
 
 def _require_references(sweep: Sweep) -> None:
-    """Damaged if the statistics of the real images are missing under an extractor. Those that are lost have checks of their own."""
+    """Raise Damaged if an extractor's statistics of the real images are missing. Lost classifiers have checks of their own."""
     try:
         missing = state.references_missing(sweep)
     except Damaged:

@@ -38,7 +38,7 @@ __all__ = [
 ]  # fmt: skip
 
 HUB = {"stabilityai/sd-vae-ft-ema": (4, 8), "stabilityai/sd-vae-ft-mse": (4, 8)}
-"""Latent channels, and pixels of a position's side, of Stable Diffusion's autoencoders on the hub."""
+"""Latent channels, and pixels of a position's width and height, of Stable Diffusion's autoencoders on the hub."""
 
 
 def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
@@ -56,7 +56,7 @@ def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
 
 
 def planned_shape(settings: VaeSettings, resolution: int) -> LatentShape:
-    """Return the latents' shape as `latent_shape` does; of an autoencoder in HUB without asking the hub."""
+    """Return the latents' shape as `latent_shape` does; for an autoencoder in `HUB`, without a request to the hub."""
     return fitted(*HUB[settings.path], resolution) if _on_hub(settings) else latent_shape(settings, resolution)
 
 
@@ -100,7 +100,7 @@ def has_programs(folder: Folder) -> bool:
 def from_path(path: str, encoder: EncodedBy | None = None) -> Vae:
     """Load the VAE that a command's option names: `none` for pixels, a sweep's `vae/`, a folder or hub id.
 
-    The encoder of the latents has what exported programs do not tell: posterior, shift and scale.
+    `encoder` has the facts of the latents that exported programs lack: posterior, shift and scale.
     """
     if path == "none":
         return PixelVae()
@@ -130,7 +130,7 @@ def decoder_of(path: str | None, sweep: Sweep | None, encoder: EncodedBy | None)
 
 
 def for_samples(sweep: Sweep, decoder: Vae) -> Vae:
-    """Return the decoder of the sweep's samples, which `data.normalise` scales; by channel, it needs the sweep's latents."""
+    """Return the decoder of the sweep's samples, scaled by `data.normalise`. Scaling by channel needs the sweep's latents."""
     if sweep.recipe.data.normalise == "vae":
         return decoder
     latents = LatentsManifest.require(state.require_latents(sweep.folder))

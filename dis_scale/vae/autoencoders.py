@@ -58,7 +58,7 @@ class DiffusersVae(Vae):
         """sha256 over the weights and the settings that differ from diffusers' defaults, which grow with its releases."""
         defaults = _defaults(type(self.net))
         config = {k: v for k, v in sorted(self.net.config.items()) if k[0] != "_" and _plain(v) != _plain(defaults.get(k))}
-        if (name := type(self.net).__name__) != "AutoencoderKL":  # whose latents were made when it was the only class
+        if (name := type(self.net).__name__) != "AutoencoderKL":  # it was the only class when its first latents were made
             config["_class_name"] = name
         total = hashlib.sha256(json.dumps(config, default=str).encode())
         for name, tensor in sorted(self.net.state_dict().items()):
@@ -66,7 +66,7 @@ class DiffusersVae(Vae):
         return total.hexdigest()
 
     def _of_channels(self, key: str) -> list[float]:
-        """Return `latents_mean` or `latents_std`, which SDXL's pipeline uses if the config has both; otherwise none."""
+        """Return `latents_mean` or `latents_std`, which SDXL's pipeline uses if the config has both; otherwise an empty list."""
         values = {name: self.net.config.get(f"latents_{name}") for name in ("mean", "std")}
         return list(values[key]) if all(values.values()) else []
 
@@ -81,7 +81,7 @@ class DiffusersVae(Vae):
 
 @dataclass(frozen=True)
 class RepresentationVae(DiffusersVae):
-    """diffusers' AutoencoderRAE (arXiv 2510.11690): of images in [0, 1], latents normalised by itself, no posterior."""
+    """diffusers' AutoencoderRAE (arXiv 2510.11690). Takes images in [0, 1], normalises its latents itself, has no posterior."""
 
     @property
     def scale(self) -> float:
@@ -114,7 +114,7 @@ def _diffusers(name: str) -> Any:
 def import_without_others() -> None:
     """Import diffusers without the packages that only its other models need, which takes a third of the time.
 
-    For our own processes that open a sweep's autoencoder: for diffusers, these packages are missing from then on.
+    For processes that use diffusers only to open a sweep's autoencoder: diffusers takes these packages as missing from then on.
     """
     if "diffusers" not in sys.modules:
         with hidden("transformers", "torchvision", "scipy", "peft", "xformers"), without_compiler():
@@ -144,7 +144,7 @@ def shape_of(kind: type, config: Mapping[str, Any], resolution: int) -> LatentSh
 
 
 def fitted(channels: int, factor: int, resolution: int) -> LatentShape:
-    """Return the latents' shape at `factor` pixels a position, a side; UserError if the images do not fit."""
+    """Return the latents' shape if a position is `factor` pixels wide and high; UserError if the images do not fit."""
     if resolution % factor:
         raise UserError(f"data.resolution: {resolution} is not a multiple of the VAE's factor {factor}")
     return LatentShape(channels, resolution // factor)
@@ -179,7 +179,7 @@ def load_stored(folder: Folder) -> Vae:
 
 
 def load_pretrained(settings: PretrainedVae) -> Vae:
-    """Load a published VAE from a local folder or hub id; UserError if there is none, or none of the `SUPPORTED` classes."""
+    """Load a published VAE from a local folder or hub id; UserError if it is missing or not of a `SUPPORTED` class."""
     kind, _ = published(settings)
     try:
         # low memory would need accelerate; without `use_safetensors` diffusers falls back to pickled weights
@@ -208,7 +208,7 @@ def published(settings: PretrainedVae) -> tuple[Any, dict[str, Any]]:
 
 
 def _hub_away(error: BaseException | None) -> str:
-    """Return why the hub gave no answer or will give another one later; empty if it has answered. Diffusers' own words hide it."""
+    """Return why the hub failed for now; empty if its answer is final. The messages of diffusers hide the reason."""
     while error := error and (error.__cause__ or error.__context__):
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if type(error).__name__ == "OfflineModeIsEnabled":  # a setting, though it is a ConnectionError

@@ -1,4 +1,4 @@
-"""Networks of one's own as programs of `torch.export`: autoencoders and extractors of features, without their code."""
+"""Networks that a user provides as programs of `torch.export`, without their code: autoencoders and feature extractors."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ from dis_scale.vae.interface import Vae
 AUTOENCODER = ("encode", "decode")
 """Programs of an autoencoder, in files of its folder that end in `.pt2`."""
 _ONE_AT_A_TIME = threading.Lock()
-"""torch.export keeps the program that it reads in a variable of its module."""
+"""Lock for reading programs: torch.export keeps the one that it reads in a variable of its module."""
 
 
 class Programs(nn.Module):
@@ -34,7 +34,7 @@ class Programs(nn.Module):
         self._build()
 
     def to(self, device: torch.device | str) -> Self:  # type: ignore[override]
-        """Move the programs, with the constants that they create: those would stay on the device of the export."""
+        """Move the programs and the constants that they create, which would otherwise stay on the device of the export."""
         from torch.export.passes import move_to_device_pass
 
         self._exported = {name: move_to_device_pass(each, device) for name, each in self._exported.items()}
@@ -67,7 +67,7 @@ def _loaded(data: bytes, name: str, where: str) -> Any:
 
 @dataclass(frozen=True)
 class ProgramVae(Vae):
-    """The two programs of an autoencoder, and the settings that they do not tell."""
+    """The two programs of an autoencoder, and the settings that the programs lack."""
 
     settings: ExportedVae
 
@@ -85,12 +85,12 @@ class ProgramVae(Vae):
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over that of the programs and the settings that the latents depend on."""
+        """sha256 over the sha256 of the programs and the settings that the latents depend on."""
         key = [self.settings.sha256, self.settings.posterior, self.scale, self.shift]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     def latent(self, resolution: int) -> LatentShape:
-        """Return the latents' shape, by two images of noise.
+        """Return the latents' shape, found by encoding and decoding two images of noise.
 
         UserError if the encoder samples or depends on the batch, or if the programs do not fit the images or each other.
         """

@@ -81,9 +81,9 @@ class Vae(ABC):
 
     @torch.no_grad()
     def begin(self, pixels_BHWC: np.ndarray, precision: str = "fp32") -> Callable[[], np.ndarray]:
-        """Begin to encode uint8 images and their horizontal flips; the function waits for moments, float16 (B, 2, 2C or C, h, w).
+        """Begin to encode uint8 images and their horizontal flips; return a function that waits for the moments.
 
-        A GPU gets bytes and computes the rest; until the function is called nothing waits for it.
+        Moments are float16 (B, 2, 2C or C, h, w). A GPU gets bytes and computes the rest; only that function waits for it.
         """
         images_BCHW = to_unit(pixels_BHWC, self.device, pinned=self.device.type == "cuda")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -135,7 +135,7 @@ class PixelVae(Vae):
 
 
 def to_unit(pixels_BHWC: np.ndarray, device: torch.device | None = None, *, pinned: bool = False) -> torch.Tensor:
-    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1], on the device; a copy from pinned memory waits for nothing."""
+    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1], on the device. If `pinned`, the copy is asynchronous."""
     pixels = torch.from_numpy(np.ascontiguousarray(pixels_BHWC))
     if pinned:
         pixels = pixels.pin_memory()

@@ -36,7 +36,7 @@ class Scaling:
         return cls(latents.mean, (1 / deviations).tolist())
 
     def is_close(self, other: "Scaling") -> bool:
-        """Whether both scale alike, within what the statistics of the same images differ between kinds of devices."""
+        """Return whether both scale alike, within the differences between kinds of devices for the same images."""
         return bool(np.allclose(self.shift, other.shift, 0.01, 0.01) and np.allclose(self.scale, other.scale, 0.01))
 
     def apply(self, latents_BCHW: np.ndarray) -> np.ndarray:
@@ -46,12 +46,12 @@ class Scaling:
         return latents_BCHW
 
     def undo(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
-        """Return the autoencoder's latents of scaled ones."""
+        """Return the autoencoder's latents for scaled latents."""
         shift, scale = (_by_channel(value, latents_BCHW.device) for value in (self.shift, self.scale))
         return latents_BCHW / scale + shift
 
 
 def _by_channel(value: float | Sequence[float], device: torch.device | None = None) -> torch.Tensor:
-    """Return float32: (), which stays on the CPU, as PyTorch treats it as a number; or (C, 1, 1) on the device."""
+    """Return a float32 tensor: (C, 1, 1) on the device, or () on the CPU, which PyTorch treats as a number."""
     tensor = torch.tensor(value, dtype=torch.float32)
     return tensor[:, None, None].to(device) if tensor.ndim else tensor

@@ -26,11 +26,11 @@ HALVES = 2
 
 
 def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: ReportDone) -> "AutoencoderKL":
-    """Train an autoencoder: mean squared error and a little KL, as Stable Diffusion. Two CPU threads take half of each batch.
+    """Train an autoencoder with mean squared error and a little KL, as in Stable Diffusion, on two CPU threads.
 
-    Each computes its half alone: two threads that share layers of this size need 1.7 to 3.8 times the CPU time, and wait for each
-    other beside a busy core. The net's scale gives the posterior means deviation 1; samples of the posteriors deviate by a little
-    more.
+    Each thread computes half of a batch: two threads that share layers of this size need 1.7 to 3.8 times the CPU time, and wait
+    for each other if a core is busy. The net's scale gives the posterior means deviation 1; samples of the posteriors deviate by a
+    little more.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seeds.seed("vae", seed) % 2**63)
