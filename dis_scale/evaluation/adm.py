@@ -23,11 +23,11 @@ IMAGES = "arr_0"
 ARRAY_BYTES = 256 * 2**20
 """Most bytes of an array of statistics, unpacked; a covariance of Inception's 2,048 features has 32 MiB."""
 MOST_SIDE = 2048
-"""Most pixels of an image's side: as many images as are measured together are in memory."""
+"""Most pixels of an image's side. It bounds memory, which holds all images that are measured together."""
 MOST_PACKED = 1032
-"""Times that `deflate` can shorten bytes."""
+"""Largest compression ratio of `deflate`."""
 READ_BYTES = 16 * 2**20
-"""Bytes of a request for a file that is not on a disk."""
+"""Bytes of one request for a file that is not on a disk."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Adm:
             dtype, shape, _, _ = self._header(stream)
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
             raise UserError(f"{self.url}: {IMAGES} holds {dtype} of shape {shape}, expected uint8 (N, R, R, 3)")
-        if not 1 <= shape[1] <= MOST_SIDE:  # zeros of any size are small in a file
+        if not 1 <= shape[1] <= MOST_SIDE:  # zeros of any size compress to a small file
             raise UserError(f"{self.url}: {IMAGES} holds images of side {shape[1]:,}, expected 1 to {MOST_SIDE:,}")
         info = self.file.getinfo(f"{IMAGES}.npy")
         most_bytes = min(info.file_size, MOST_PACKED * min(info.compress_size, self.file.start_dir))
@@ -80,9 +80,9 @@ class Adm:
                 yield np.frombuffer(stream.read(int(np.prod(part))), np.uint8).reshape(part)
 
     def _header(self, stream: IO[bytes]) -> npy.Header:
-        """Read the header of the images, after which their bytes follow."""
+        """Read the header of the images; the next bytes of the stream are the first image."""
         start = stream.read(10)
-        if start[:6] == npy.MAGIC and start[6:8] != b"\x01\x00":  # others state up to 4 GiB of header
+        if start[:6] == npy.MAGIC and start[6:8] != b"\x01\x00":  # later versions allow 4 GiB of header
             raise ValueError(f"{IMAGES} is an array of version {tuple(start[6:8])}, expected (1, 0)")
         header = npy.header(start + stream.read(int.from_bytes(start[8:], "little")))
         if header.order == "F":

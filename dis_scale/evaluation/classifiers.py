@@ -45,7 +45,7 @@ def train_classifier(
     held = np.arange(len(images)) % HELD_OUT == 0
     optimizer = adamw()(net.parameters(), 2e-3, weight_decay=1e-2)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    inputs, tested = (np.flatnonzero(chosen) for chosen in (~held, held))  # bytes: floats of all would take four times as much
+    inputs, tested = (np.flatnonzero(chosen) for chosen in (~held, held))  # images stay bytes: as floats they take 4 x as much
     for step in range(steps):
         rows = inputs[seeds.generator(f"{kind} batch", seed, step).integers(0, len(inputs), 64)]
         loss = F.cross_entropy(net(_jitter(to_unit(images[rows]), kind, seed, step)), torch.from_numpy(labels[rows]))

@@ -69,7 +69,7 @@ def load_extractor(settings: ExtractorSettings, sweep: Sweep, device: torch.devi
 
 
 def require_weights(settings: ExtractorSettings) -> None:
-    """UserError if weights that the recipe names are missing or have another hash; cheap enough for the start."""
+    """Raise UserError if weights that the recipe names are missing or have another hash. Cheap enough for the start of a sweep."""
     if isinstance(settings, InceptionExtractor) and settings.weights:
         inception.read_weights(settings.weights)
     elif isinstance(settings, ExportedExtractor):
@@ -86,7 +86,7 @@ def _load_net(settings: ExtractorSettings, sweep: Sweep, device: torch.device) -
 
 
 def _load_exported(settings: ExportedExtractor, device: torch.device, resolution: int) -> Net:
-    """Load a program; UserError if it does not take one image as well as two: the last batch of a block may be of any number."""
+    """Load a program; UserError if it does not take both two images and one: a block's last batch may have any size."""
     programs = Programs({"features": read_extractor(settings)}, settings.path).to(device)
 
     def run(x_BCHW: Tensor) -> tuple[Tensor]:

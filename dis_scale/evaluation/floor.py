@@ -1,8 +1,8 @@
-"""The floor of a sweep's distances: that of real images which the reference lacks, and that of the autoencoder's reconstructions.
+"""The floor of a sweep's distances: the distance of real images outside the reference, and of their reconstructions.
 
-As many real images as samples are taken out of the reference, since a distance falls with the number of images, and the distance is
-scaled to its complete size. They are weighted to the shares of the samples' labels, which are a part of a perfect model's distance.
-Blocks as in sampling.py.
+As many real images as samples are removed from the reference, since a distance falls with the number of images. The distance is
+then scaled to the complete reference. The images are weighted to the class shares of the samples' labels, because these shares are
+a part of a perfect model's distance. Blocks as in sampling.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,19 +25,19 @@ from dis_scale.storage import npy
 from dis_scale.vae import PixelVae, Vae
 
 COUNTED = 2
-"""Images without weights, for each feature, that weighted ones must be worth: with fewer, their covariance is too uncertain."""
+"""Least effective number of weighted images per feature. With fewer, their covariance is too uncertain."""
 EVEN = 0.9
-"""From this share of its images on a weighted set is as good as without weights."""
+"""Least effective share of its images for a weighted set to count as well as an unweighted one."""
 HALF = ", which are half of the source's images and evaluate.samples at most"
 LOST = 0.01
-"""Most samples of classes that have no chosen image, as a share: their part of the distance is missing."""
+"""Largest share of samples whose classes have no chosen image. Their part of the distance is missing."""
 REAL, RECONSTRUCTED = "real", "reconstructed"
 READERS, PARQUET_READERS = 32, 2
 """Threads that read and decode images: at 30 ms a request, about 1,000 images/s. Parquet's reader keeps two row groups."""
 
 
 class FloorBlock(NamedTuple):
-    """Images of one block: the number of each among the chosen ones (N), and features by kind and extractor."""
+    """One block of real images: their numbers among the chosen images (N), and their features by kind and extractor."""
 
     numbers: np.ndarray
     features: Mapping[str, Mapping[str, Features]]
@@ -62,9 +62,9 @@ class FloorBlock(NamedTuple):
 
 
 def chosen_images(labels_M: np.ndarray, samples: int) -> np.ndarray:
-    """Return the positions of random images, one for each sample, half of all M at most; each class has its share of them.
+    """Return the positions of random images: as many as samples, but at most half of all M. Each class has its share.
 
-    So the images that are left have the same shares, and the reference without the chosen ones is like the complete one.
+    The remaining images have the same class shares, so the reference without the chosen images is like the complete one.
     """
     images = len(labels_M)
     order = seeds.generator("floor", images).permutation(images)
@@ -75,9 +75,9 @@ def chosen_images(labels_M: np.ndarray, samples: int) -> np.ndarray:
 
 
 def sample_weights(classes_N: np.ndarray, labels_S: np.ndarray) -> np.ndarray:
-    """Return the weight (N) of each chosen image, with which the classes have their shares of the samples' labels; 1 on average.
+    """Return the weights (N) that give the classes of the chosen images their shares of the samples' labels; 1 on average.
 
-    DisScaleError if classes of the samples have none. Without classes all labels are 0.
+    Raises DisScaleError if over `LOST` of the samples are of classes without a chosen image. Without classes all labels are 0.
     """
     wanted = np.bincount(labels_S, minlength=classes_N.max() + 1)
     lacking = np.bincount(classes_N, minlength=len(wanted)) == 0
@@ -92,7 +92,7 @@ def sample_weights(classes_N: np.ndarray, labels_S: np.ndarray) -> np.ndarray:
 
 
 def _occurrence(labels_S: np.ndarray) -> np.ndarray:
-    """Return for each label how often it occurs before."""
+    """Return, for each label, the number of its earlier occurrences."""
     order = np.argsort(labels_S, kind="stable")
     occurrence = np.empty_like(order)
     occurrence[order] = np.arange(len(order)) - np.searchsorted(labels_S[order], labels_S[order])
@@ -100,15 +100,15 @@ def _occurrence(labels_S: np.ndarray) -> np.ndarray:
 
 
 def require_enough(images: int, references: Mapping[str, Reference]) -> None:
-    """DisScaleError if the images are too few for the covariance of any extractor's features."""
+    """Raise DisScaleError if the images are too few for a covariance under every extractor."""
     features = min((len(reference.pooled.mean) for reference in references.values()), default=0)
     require_samples(images, features, "images", cure=HALF)
 
 
 def make_block(sampler: BlockSampler, source: Source, chosen: np.ndarray, number: int) -> FloorBlock:
-    """Read the images of a block of the chosen ones, and return their features and those of their reconstructions.
+    """Read one block of the chosen images; return their features and the features of their reconstructions.
 
-    Blocks follow the source's order, so that images which are stored together are read together.
+    Blocks follow the source's order, so that images that are stored together are read together.
     """
     settings, data = sampler.recipe.evaluate, sampler.recipe.data
     numbers = np.argsort(chosen)[number * settings.block_images : (number + 1) * settings.block_images]
@@ -126,7 +126,7 @@ def make_block(sampler: BlockSampler, source: Source, chosen: np.ndarray, number
 
 
 def _reconstruct(vae: Vae, pixels_NHWC: np.ndarray, batch: int, block: int) -> np.ndarray:
-    """Return the decoded samples of the images' posteriors: what a model without any error would generate."""
+    """Return the decoded samples of the images' posteriors: the output of a model without any error."""
     parts = []
     for first in range(0, len(pixels_NHWC), batch):
         moments = vae.encode(pixels_NHWC[first : first + batch]).half().cpu().numpy()
@@ -139,10 +139,10 @@ def _reconstruct(vae: Vae, pixels_NHWC: np.ndarray, batch: int, block: int) -> n
 def measure_floor(
     blocks: Iterable[FloorBlock], references: Mapping[str, Reference], settings: Evaluate, weights_N: np.ndarray
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Return the distances of the N chosen images by kind and metric, each with its `<metric>_error` if it can be estimated.
+    """Return the distances of the N chosen images by kind and metric, and the reason for each metric without a distance.
 
-    And the reason for each metric without a distance. StorageError if a block has features of other weights than the reference;
-    DisScaleError for too few images under every extractor.
+    Each distance has its `<metric>_error` if it can be estimated. Raises StorageError if a block has features of other weights than
+    the reference, and DisScaleError if the images are too few under every extractor.
     """
     images = len(weights_N)
     groups: dict[str, dict[str, Groups]] = {}
@@ -176,13 +176,13 @@ def measure_floor(
 def _distances(
     by_kind: Mapping[str, Groups], chosen: Groups, reference: MeanCovariance, settings: Evaluate, extractor: str, counted: float
 ) -> dict[str, tuple[float, float | None]]:
-    """Return each kind's distance and standard error at the size of the samples and of the complete reference.
+    """Return each kind's distance and standard error, scaled to the number of samples and to the complete reference.
 
     The part of a distance that comes from finite sets is proportional to 1/n + 1/m for n and m images (Chong and Forsyth 2020).
     The distance of the chosen images without weights has no other part. With weights they have the noise of only `counted` images
-    (Kish 1965, section 11.7). Images cannot be removed from an ADM reference. Its number of images may be unknown and then counts
-    as infinite, and the distance is that at the number of chosen images. If that number is far below the reference's, the error is
-    up to 1.4 times too large.
+    (Kish 1965, section 11.7). Images cannot be removed from an ADM reference: the distance is then scaled to the number of chosen
+    images. An unknown number of images of the reference counts as infinite. If the number of chosen images is far below the
+    reference's, the error is up to 1.4 times too large.
     """
     real, d = chosen.total(), len(reference.mean)
     require_samples(real.count, d, "images", cure=HALF)

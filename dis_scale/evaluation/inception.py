@@ -96,7 +96,7 @@ def _downloaded() -> str:
         try:
             torch.hub.download_url_to_file(PUBLISHED.url, str(path), PUBLISHED.sha256[:8], progress=False)
         except (OSError, RuntimeError) as error:
-            status = getattr(error, "code", 0)  # without one no answer came, as where nodes have no way to the internet
+            status = getattr(error, "code", 0)  # 0: no answer came, for example on a node without internet access
             raise (StorageAway if status == 429 or status >= 500 else UserError)(
                 f"Inception weights cannot be downloaded ({error}); "
                 f"get {PUBLISHED.url} and give its path as evaluate.extractor.weights, or as --weights to dis-scale measure"

@@ -1,4 +1,4 @@
-"""Blocks of features to metrics: one pass in block order, in bounded memory except for metrics that need all features.
+"""Computes metrics from blocks of features: one pass in block order, in bounded memory except for metrics of all features.
 
 The result is bit-equal for any workers and order of sampling. Each metric's mathematics is in its own file: metrics.py (distances),
 score.py, sets.py.
@@ -21,7 +21,7 @@ from dis_scale.recipe.evaluate import INCEPTION_METRICS
 
 
 class Measured(NamedTuple):
-    """Metrics by name, each with its `<name>_error` if it can be estimated; and those of a jackknife without each group."""
+    """Metrics by name, each with its `<name>_error` if it can be estimated, and their values without each jackknife group."""
 
     values: dict[str, float]
     left_out: dict[str, tuple[float, ...]]

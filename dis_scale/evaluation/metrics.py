@@ -19,7 +19,8 @@ FOLDS = 20
 INFINITY_POINTS = 15
 """Points of the regression, as in Chong and Forsyth."""
 INFINITY_SHARE, INFINITY_RATIO = 0.1, INFINITY_SAMPLES_PER_FEATURE / 2
-"""The regression's smallest set: a tenth of the samples and 2.5 times the features, as their 5,000 of 50,000 under Inception."""
+"""Size of the regression's smallest subset: the larger of a tenth of the samples and 2.5 times the features. Chong and Forsyth take
+5,000 of 50,000 under Inception."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ class Frechet:
 
 
 class Groups:
-    """`Sums` over `FOLDS` even groups of `samples` samples, consecutive ones together, for the jackknife."""
+    """`Sums` over `FOLDS` even groups of consecutive samples, `samples` in all, for the jackknife."""
 
     def __init__(self, samples: int) -> None:
         self.samples, self._seen = samples, 0
         self._groups = [Sums() for _ in range(FOLDS)]
 
     def add(self, features_ND: np.ndarray, numbers_N: np.ndarray | None = None, weights_N: np.ndarray | None = None) -> None:
-        """Add samples of these numbers, by default the next ones; DisScaleError names the first that is not finite."""
+        """Add samples with the given numbers, by default the next ones; DisScaleError names the first that is not finite."""
         numbers_N = self._seen + np.arange(len(features_ND)) if numbers_N is None else numbers_N
         require_finite(features_ND, numbers_N)
         group = numbers_N * FOLDS // self.samples
@@ -135,13 +136,13 @@ class Groups:
 def jackknife_error(left_out: np.ndarray) -> float:
     """Return the standard error of a value from its values without each group (Efron and Tibshirani 1993, chapter 11).
 
-    The error of a difference of two values is that of the differences of their lists, if the groups of both share their noise.
+    For the difference of two values, pass the differences of their lists, if the groups of both share their noise.
     """
     return float(np.sqrt((FOLDS - 1) / FOLDS * ((left_out - left_out.mean()) ** 2).sum()))
 
 
 def require_finite(features_ND: np.ndarray, numbers_N: np.ndarray) -> None:
-    """DisScaleError names the first sample, of these numbers, that is not finite."""
+    """Raise DisScaleError if a sample is not finite; it names the first by its number in `numbers_N`."""
     bad = np.flatnonzero(~np.isfinite(features_ND).all(1))
     if len(bad):
         raise DisScaleError(f"features of sample {numbers_N[bad[0]]} are not finite: the images or the extractor are damaged")
@@ -151,7 +152,7 @@ def require_samples(
     count: float, features: int, noun: str = "samples", where: str = "", cure: str = "; raise evaluate.samples",
     kind: type[DisScaleError] = DisScaleError,
 ) -> None:  # fmt: skip
-    """Raise an error of a kind if the samples, or what `noun` says, are too few for a covariance of this many features."""
+    """Raise an error of class `kind` if `count` samples are too few for a covariance of this many features."""
     if count <= features:
         raise kind(
             f"{where}{count:,.0f} {noun} are too few for the covariance of {features:,} features: expected at least "
@@ -167,10 +168,10 @@ def has_error(samples: float, features: int) -> bool:
 def infinity(features_ND: np.ndarray, frechet: Frechet, seed: int) -> Estimate:
     """Return FID-infinity, the intercept of the distance over 1/N (Chong and Forsyth 2020), with its jackknife.
 
-    Least squares over `INFINITY_POINTS` subsets of rising size, without replacement. Each is spread evenly over the samples: of
-    balanced labels it has nearly the classes' shares, as all of them have. By random subsets the intercept would be too low.
-    Subsets overlap, so the residuals of the line say nothing about other samples: each group is left out of all subsets.
-    DisScaleError if there are too few samples.
+    Least squares over `INFINITY_POINTS` subsets of rising size, without replacement. Each subset is spread evenly over the samples,
+    so with balanced labels it has nearly the class shares of all samples. With random subsets the intercept would be too low.
+    Subsets overlap, so the residuals of the line give no error: the jackknife leaves each group out of all subsets.
+    Raises DisScaleError if there are too few samples.
     """
     samples, d = features_ND.shape
     sizes = np.linspace(require_infinity(samples, d), samples, INFINITY_POINTS).astype(int)

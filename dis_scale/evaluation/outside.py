@@ -1,6 +1,6 @@
-"""Any samples against any reference: ADM's evaluator (FID, sFID, Inception Score, precision, recall), without a sweep.
+"""Measures any samples against any reference like ADM's evaluator (FID, sFID, Inception Score, precision, recall), without a sweep.
 
-Samples are an `.npz` of ADM's (`arr_0`), a folder of images or a tar; a reference is one of these, or has ADM's statistics.
+Samples are an ADM `.npz` (`arr_0`), a folder of images or a tar. A reference is one of these, or an `.npz` with ADM's statistics.
 """
 
 import contextlib
@@ -29,19 +29,19 @@ from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Data, Evaluate
 
 METRICS = ("distance", "sfid", "precision_recall")
-"""Beside the Inception Scores, whose splits follow the samples' own order."""
+"""Metrics besides the Inception Scores, whose splits follow the samples' own order."""
 SCORES = {"is": shuffled_splits, "is_adm": adm_splits}
 NAME = "measure"
 ENDINGS = (".npz", ".tar")
 SETTINGS = Evaluate.model_validate(
     {"samples": 50_000, "sampler": "ddpm", "steps": 1, "extractor": {"kind": "inception"}}, strict=False
 )
-"""Those of a sweep, of which only the number of samples and the metrics matter here."""
+"""Settings as of a sweep; only the number of samples and the metrics matter here."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of one size: where they are, their number, their side in pixels, and a function that yields them all, uint8
+    """Pictures of one size: their location, their number, their side in pixels, and a function that yields them all, uint8
     (B, R, R, 3).
     """
 
@@ -75,7 +75,7 @@ def opened(where: str) -> Iterator[Pictures]:
                 f"{NAME}: {where}: {printable(entry.name)} cannot be read ({error.why}): repair or remove it"
             ) from error
 
-    # A folder is listed in a mixed order, in packed parts: each entry in the order of names would unpack one.
+    # All entries are listed first: a listing has packed parts in a mixed order, and access by name would unpack one per entry.
     entries = sorted(source.listing, key=lambda entry: entry.name)
     first = read(entries[0])
 
@@ -104,10 +104,11 @@ def _pictures_of(adm: Adm) -> Pictures:
 def measured(
     samples: str, reference: str, load: Callable[[], Extractor], report: ReportShare, say: Callable[[str], None]
 ) -> measure.Measured:
-    """Return all of `METRICS` and both Inception Scores by name, with errors; `report` gets the samples that are measured.
+    """Return the `METRICS` that the reference allows and both Inception Scores by name, with errors.
 
-    The extractor is loaded once both are opened. Keeps the features of distances, 16 KB a sample: the jackknife's groups are of a
-    mixed order, since samples are often sorted by class. `say` gets what is measured, and what differs from ADM's evaluator.
+    The extractor is loaded after samples and reference are opened. Memory holds the features for distances, 16 KB a sample, in a
+    mixed order: samples are often sorted by class, and the jackknife needs mixed groups. `report` gets the number of measured
+    samples. `say` gets a line before the measurement, and differences from ADM's evaluator.
     """
     with opened(samples) as pictures, _opened_reference(reference, pictures.side) as theirs:
         count, extractor = pictures.count, load()
@@ -156,7 +157,7 @@ def _features(pictures: Pictures, extractor: Extractor, report: ReportShare) -> 
 
 @contextlib.contextmanager
 def _opened_reference(where: str, side: int) -> Iterator[Pictures | Adm]:
-    """Open a reference of pictures of a side, or the file of one with ADM's statistics; UserError for another side."""
+    """Open a reference: pictures, or a file with ADM's statistics. UserError if pictures have another side than `side`."""
     with contextlib.ExitStack() as open_files:
         if _is_file(where, ".npz"):
             adm = open_files.enter_context(contextlib.closing(open_reference(where, NAME)))

@@ -1,4 +1,4 @@
-"""Statistics of the real images in parts of fixed size, so that many workers compute them and a lost worker costs its part.
+"""Statistics of the real images in parts of fixed size, so that many workers compute them and a lost worker costs one part.
 
 A part is complete when its file exists. Parts are merged in their order, so any number of workers, with or without restarts,
 gives bit-equal statistics. Read next: reference.py, which stores the result.
@@ -24,9 +24,9 @@ from dis_scale.sweep.extractors import part_count, part_positions, reference_fac
 KEPT = 10_000
 """Most images whose features are kept, as many as ADM's references hold; chosen by a fixed seed."""
 SPANS = 64, 4
-"""Most images of one read, and threads that read and decode ahead, of tars and Parquet: a read is one request for many images."""
+"""Most images of one read, and threads that read and decode ahead, for tars and Parquet. A read is one request for many images."""
 FILES = 8, 32
-"""The same if each image is a file: at 30 ms a request, 32 threads read up to 1,067 images/s, four would read 133."""
+"""The same for images that are files: at 30 ms a request, 32 threads read up to 1,067 images/s, four would read 133."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Statistics:
         return np.concatenate(self._kept) if self._kept else np.zeros((0, 0), np.float32)
 
     def add(self, batch: Features, kept_B: np.ndarray) -> None:
-        """Add features of images, of which some are kept."""
+        """Add features of images; also keep the features that `kept_B` marks."""
         self.pooled = self.pooled.plus(batch.pooled)
         if batch.spatial is not None:
             self.spatial = self.spatial.plus(batch.spatial)
@@ -86,7 +86,7 @@ def merged(
 
 
 def make(sweep: Sweep, source: Source, extractors: list[Extractor], number: int, report: ReportDone) -> dict[str, Statistics]:
-    """Compute one part, and keep it unless it is the only one; return its statistics by extractor."""
+    """Compute one part; return its statistics by extractor. Store it unless it is the only part."""
     positions = part_positions(number, len(source))
     images = _images(source, sweep.recipe.data, positions, report)
     part = compute(batched(images, 2 * BATCH_IMAGES), len(source), extractors)
@@ -99,7 +99,7 @@ def make(sweep: Sweep, source: Source, extractors: list[Extractor], number: int,
 
 
 def compute(batches: Iterable[list[tuple[int, np.ndarray]]], count: int, extractors: list[Extractor]) -> dict[str, Statistics]:
-    """Compute statistics in bounded memory, of images with their positions among `count`."""
+    """Compute statistics in bounded memory, from batches of (position, image); positions are below `count`."""
     statistics = {e.name: Statistics() for e in extractors}
     keep = np.zeros(count, bool)
     keep[choose_kept(count)] = True
@@ -111,7 +111,7 @@ def compute(batches: Iterable[list[tuple[int, np.ndarray]]], count: int, extract
 
 
 def choose_kept(count: int) -> np.ndarray:
-    """Return the positions, of `count` images, whose features are kept."""
+    """Return the positions, among `count` images, of the images whose features are kept."""
     return np.sort(seeds.generator("kept reference", count).permutation(count)[:KEPT])
 
 

@@ -38,7 +38,7 @@ class Reference:
     """Features (M, d) of up to `parts.KEPT` images, float32."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return what is known, under the names of the stored file."""
+        """Return the available statistics, under their names in the stored file."""
         kept = {} if self.kept is None else {"kept": self.kept}
         ends = {"": self.pooled} | ({"_s": self.spatial} if self.spatial else {})
         return kept | {
@@ -49,12 +49,12 @@ class Reference:
 
     @cached_property
     def frechet(self) -> Frechet:
-        """The distance to the images, made once for all checkpoints: its root takes seconds."""
+        """The distance to the images, built once for all checkpoints: the matrix root takes seconds."""
         return Frechet(self.pooled)
 
     @cached_property
     def spatial_frechet(self) -> Frechet | None:
-        """The same of spatial features; None without these."""
+        """The same distance for spatial features; None without these."""
         return Frechet(self.spatial) if self.spatial else None
 
     @classmethod
@@ -77,15 +77,15 @@ def prepare(
     say: Callable[[str], None] = lambda _: None,
     require_held: Callable[[], None] = lambda: None,
 ) -> None:
-    """Store the missing references from the kept parts, which are then deleted; compute the missing and damaged parts first.
+    """Store the missing references: compute missing and damaged parts, merge all parts, then delete them.
 
-    All extractors see the images in one pass; `report` gets the images done, `say` the names of damaged parts;
+    All extractors see the images in one pass. `report` gets the number of images done, `say` the names of damaged parts.
     `require_held` is called before each reference is written.
     """
     recipe, left = sweep.recipe, references_missing(sweep)
     missing = [e for e in extractors if e.name in left]
     of_images, references = [e for e in missing if e.name in recipe.evaluate.of_images], dict[str, Reference]()
-    for extractor in missing:  # before the images are, since a wrong URL is soon known
+    for extractor in missing:  # before the images are read, so that a wrong URL fails early
         if url := recipe.evaluate.reference_of(extractor.name):
             with closing(open_reference(url)) as adm:
                 references[extractor.name] = read_adm(adm, recipe.data.resolution, extractor, report)
@@ -121,7 +121,7 @@ def read_adm(adm: Adm, resolution: int, extractor: Extractor, report: ReportDone
 
 
 def require(name: str, reference: Reference, recipe: Recipe) -> None:
-    """StorageError if the reference under extractor `name` lacks what the recipe's metrics need; called before sampling."""
+    """Raise StorageError if the reference under extractor `name` lacks data for the recipe's metrics. Called before sampling."""
     where, samples = recipe.evaluate.reference_of(name) or f"reference under {name}", recipe.evaluate.samples
     d, kept = len(reference.pooled.mean), reference.kept
     require_samples(samples, d)

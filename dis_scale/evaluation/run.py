@@ -1,7 +1,7 @@
-"""Evaluation of one sweep: samples what is missing of a published checkpoint, measures its blocks, writes grid and metrics.
+"""Evaluates one sweep: samples the missing blocks of a published checkpoint, measures all blocks, writes grid and metrics.
 
-Blocks of samples are the unit of work and are kept, so an evaluation that was killed continues where it was. Whoever calls this
-hands in the evaluators, which make blocks. PyTorch is imported where it is used: evaluators start first, and all load it at once.
+Blocks of samples are the unit of work and are stored, so a killed evaluation continues where it was. The caller passes the
+evaluators, which make blocks. PyTorch is imported where it is used: evaluators start first, and all load it at the same time.
 """
 
 import time
@@ -65,13 +65,14 @@ class Evaluation:
     _drawn: bool = False
 
     def evaluate(self, sampled: Sampled) -> dict[str, float]:
-        """Sample what is missing of one published checkpoint, and measure it."""
+        """Sample the missing blocks of one published checkpoint, and measure it; return the metrics."""
         return self.sample(sampled)()
 
     def sample(self, sampled: Sampled) -> Callable[[], dict[str, float]]:
-        """Sample what is missing of one published checkpoint; return what measures it, which needs no evaluators.
+        """Sample the missing blocks of one published checkpoint; return a function that measures it without evaluators.
 
-        That writes its grid and, last, its metrics, and returns these. It may run in a thread, while the next one is sampled.
+        The function writes the grid, then the metrics, and returns the metrics. It may run in a thread while the next checkpoint is
+        sampled.
         """
         settings = self.samplings[sampled.variant]
         spent = self._sample(sampled, settings)
@@ -96,14 +97,14 @@ class Evaluation:
             cost=self._cost_of_training(sampled),
         )  # fmt: skip
         self.require_held()
-        folder.delete(Skipped.NAME)  # before: a process may be killed between both
+        folder.delete(Skipped.NAME)  # before the metrics: a process may be killed in between
         metrics.write(folder)
         with suppress(DisScaleError, OSError):  # the metrics are stored; at the next start all are copied
             mlflow_copy.copy_evaluation(self.sweep, sampled)
         return metrics.values
 
     def _sample(self, sampled: Sampled, settings: Evaluate) -> list[Spent]:
-        """Sample the missing blocks; at the first call those of the grid before the others, for something to look at early."""
+        """Sample the missing blocks. The first call samples the grid's blocks first, so that a grid is available early."""
         from dis_scale.evaluation.sampling import grid_numbers
 
         folder, spent = self.sweep.evaluation(sampled), list[Spent]()
@@ -120,14 +121,14 @@ class Evaluation:
         return spent
 
     def _draw(self, folder: Folder, pictures: list[np.ndarray]) -> None:
-        """Write the grid, of the pictures of the blocks that it shows."""
+        """Write the grid from the pictures of its blocks."""
         from dis_scale.evaluation.sampling import arrange, column_names, grid, grid_numbers
 
         arranged = arrange(np.concatenate(pictures), self.labels)
         folder.write(GRID, grid(arranged, grid_numbers(self.labels).shape[1], column_names(self.sweep, self.labels)))
 
     def floor(self) -> None:
-        """Measure what is missing of the floor; write its metrics last."""
+        """Compute the missing blocks of the floor, and measure it; write its metrics last."""
         from dis_scale.data.sources import open_source
         from dis_scale.evaluation import floor
 
@@ -146,7 +147,7 @@ class Evaluation:
         def blocks() -> Iterator[floor.FloorBlock]:
             return (floor.FloorBlock.from_bytes(folder.read(name), f"{folder}/{name}") for name in map(block_name, range(count)))
 
-        if recipe.data.undecodable == "skip":  # then the blocks may lack some, of some classes more than of others
+        if recipe.data.undecodable == "skip":  # blocks may lack images, of some classes more than of others
             decoded = np.concatenate([block.numbers for block in blocks()])
             weights, images = np.zeros(images), len(decoded)
             weights[decoded] = floor.sample_weights(classes[decoded], labels)
@@ -158,14 +159,14 @@ class Evaluation:
         self.say(f"floor: {'; '.join([*(f'{kind}: {values_in_words(each)}' for kind, each in values.items()), *lacking])}")
 
     def _missing(self, folder: Folder, count: int, parse: Callable[[bytes, str], Any]) -> list[int]:
-        """Return the numbers of the blocks that no earlier evaluation left complete; a damaged one is logged."""
+        """Return the numbers of the blocks that are missing or damaged in storage; log the damaged ones."""
         there = set(folder.list())
         names = [block_name(number) for number in range(count)]
         return [n for n, name in enumerate(names) if name not in there or not self._kept(folder, name, parse)]
 
     def _kept(self, folder: Folder, name: str, parse: Callable[[bytes, str], Any]) -> bool:
         try:
-            data = folder.read(name)  # a block that storage refuses to read may be good: no reason to make it again
+            data = folder.read(name)  # other errors of storage are raised: the block may be intact
         except FileNotFoundError:
             return False
         try:
@@ -176,9 +177,9 @@ class Evaluation:
         return True
 
     def _held_out(self, sampled: Sampled) -> dict[str, float]:
-        """The held-out loss; empty for a variant, since it is measured once per checkpoint, under the main settings.
+        """Return the held-out loss; empty for a variant, since it is measured once per checkpoint, under the main settings.
 
-        A checkpoint that is measured again, for another metric, has it: its weights are not loaded for it.
+        If an earlier evaluation has stored the loss, it is returned without loading the weights.
         """
         if sampled.variant or not self.sweep.recipe.data.held_out_images:
             return {}
@@ -187,12 +188,12 @@ class Evaluation:
         return kept or self.evaluators.held_out(sampled)
 
     def _cost_of_training(self, sampled: Sampled) -> RunCost:
-        """Cost of the run up to this checkpoint; empty at its beginning."""
+        """Return the cost of the run up to this checkpoint; empty at its beginning."""
         published = PublishedManifest.require(self.sweep.run(sampled.model).published_at(sampled.images_seen))
         return published.cost if sampled.images_seen else RunCost()
 
     def _average_note(self, sampled: Sampled, settings: Evaluate) -> list[str]:
-        """A note on the error of the rebuilt averaging profile; empty without `ema_width`."""
+        """Return a note on the error of the rebuilt averaging profile; empty without `ema_width`."""
         from dis_scale.weights import ema
         from dis_scale.weights.published import snapshots
 
@@ -203,7 +204,7 @@ class Evaluation:
         return [f"{sampled}: the average of width {settings.ema_width:g} was rebuilt to within {misfit:.0%}"]
 
     def _measure(self, folder: Folder, settings: Evaluate) -> tuple["Measured", list[np.ndarray]]:
-        """All metrics, and each block's pictures of the grid. Some metrics keep all features."""
+        """Return all metrics, and each block's pictures for the grid. Some metrics hold all features in memory."""
         from dis_scale.evaluation import measure
 
         pictures = list[np.ndarray]()
@@ -216,12 +217,12 @@ class Evaluation:
         return measure.measure_blocks(blocks, self.references, settings), pictures  # reads all blocks
 
     def _blocks(self, folder: Folder, count: int) -> Iterator["SampleBlock"]:
-        """Yield the first blocks, of which few are in memory."""
+        """Yield the first `count` blocks; memory holds a few at a time."""
         return in_order(range(count), lambda n: parse_block(folder.read(name := block_name(n)), f"{folder}/{name}"), AT_ONCE)
 
 
 def stored_blocks(sweep: Sweep) -> int:
-    """Return the blocks in storage, with one more for each finished evaluation: the progress of an evaluation."""
+    """Return the progress of the evaluation: the number of stored blocks, plus one for each finished checkpoint."""
     samplings, left = sweep.recipe.evaluate.samplings, state.Backlog(sweep).left()
     finished = [
         (block_count(settings) + 1) * len(state.evaluated_counts(sweep, model, variant))
@@ -234,12 +235,12 @@ def stored_blocks(sweep: Sweep) -> int:
 
 
 def block_name(block: int) -> str:
-    """Name of a block's file."""
+    """Return the name of a block's file."""
     return f"block-{block:05d}.npz"
 
 
 def block_count(settings: Evaluate) -> int:
-    """Number of blocks of an evaluation; the last may be smaller."""
+    """Return the number of blocks of an evaluation; the last may be smaller."""
     return -(-settings.samples // settings.block_images)
 
 
@@ -251,14 +252,14 @@ def parse_block(data: bytes, where: str) -> "SampleBlock":
 
 
 def values_in_words(values: dict[str, float]) -> str:
-    """Metrics for a log line, each with its error, without those of single noise levels."""
+    """Return the metrics for a log line, each with its error, without the losses of single noise levels."""
     named = {name: value for name, value in values.items() if "/" not in name and not name.endswith("_error")}
     errors = {name: f" ± {values[f'{name}_error']:.2g}" for name in named if f"{name}_error" in values}
     return ", ".join(f"{name} {value:.4g}{errors.get(name, '')}" for name, value in named.items())
 
 
 def cost_of_samples(spent: list[Spent], folder: Folder) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Return the machines that sampled, and their seconds; those of the last evaluation if all blocks were kept."""
+    """Return the machines that sampled, and their seconds and rates; those of the last evaluation if nothing was sampled."""
     images = sum(each.images for each in spent)
     if not images:
         before = Metrics.find_intact(folder)

@@ -43,7 +43,7 @@ COLUMNS, ROWS = 10, 10
 REAL_ROWS = 2
 """Rows of real images."""
 TRIED = 20
-"""Most images that are tried for a column of real ones."""
+"""Most images that are tried for a column of real images."""
 NEIGHBOURS = 2048
 """Entries of a listing at each of `COLUMNS` positions, among which real images are chosen."""
 PARTS = ("sampling", "decoding", "features")
@@ -52,7 +52,7 @@ GOLDEN = (5**0.5 - 1) / 2
 FONT = str(distribution("matplotlib").locate_file("matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"))
 """A file of matplotlib: Pillow's own font has no letters beyond English."""
 OTHER_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "PingFang.ttc", "Arial Unicode.ttf")
-"""Fonts of the system for letters that it lacks, such as Chinese ones."""
+"""Fonts of the system for letters that `FONT` lacks, such as Chinese ones."""
 SMALLEST = 9
 """Pixels of the smallest letters of a name."""
 COLUMN_NAMES = "columns"
@@ -86,7 +86,7 @@ class SampleBlock:
 
 @dataclass
 class BlockSampler:
-    """Samples blocks. Decoder, extractors and judge are loaded once a worker; `seconds` is the time spent by part."""
+    """Samples blocks. Decoder, extractors and judge are loaded once per worker; `seconds` is the time spent by part."""
 
     sweep: Sweep
     vae: Vae
@@ -97,14 +97,14 @@ class BlockSampler:
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     _guides: dict[tuple[str, int, str], Backbone] = field(default_factory=dict)
-    """The last model that guided, at a precision: it guides other checkpoints too."""
+    """The last guiding model, by name, images and precision. It may also guide the next checkpoints."""
 
     @property
     def recipe(self) -> Recipe:
         return self.sweep.recipe
 
     def guide(self, settings: Evaluate) -> Backbone | None:
-        """Load the model that guides, if any: its exponential average; StorageError if it is not published, or damaged."""
+        """Load the exponential average of the guiding model, if any; StorageError if it is not published, or damaged."""
         if settings.guide is None:
             return None
         by, average = settings.guide, settings.model_copy(update={"ema_width": None})
@@ -178,7 +178,7 @@ def open_sampler(sweep: Sweep, decoder: Vae, device: torch.device) -> BlockSampl
 
 
 def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
-    """NotFinite names the samples that are not finite: as pixels they would be black."""
+    """Raise NotFinite if samples are not finite: as pixels they would be black."""
     bad = [numbers[i] for i in (~latents_BCHW.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()]
     if bad:
         what = f"samples that are not finite: {len(bad)}, the first number {bad[0]}"
@@ -209,7 +209,7 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
 
 
 def labels_of(sweep: Sweep) -> np.ndarray:
-    """Return the label of each of the sweep's samples; without classes its column in the grid, in turn."""
+    """Return the label of each of the sweep's samples. Without classes, return the grid's columns in turn."""
     classes = sweep.recipe.data.num_classes
     if classes is None:
         return np.arange(sweep.recipe.evaluate.samples) % COLUMNS
@@ -218,7 +218,7 @@ def labels_of(sweep: Sweep) -> np.ndarray:
 
 
 def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
-    """Return labels (samples) as frequent as in the training set's `counts`, or equally so; more samples only append labels.
+    """Return labels (samples) as frequent as in the training set's `counts`, or uniform ones; more samples only append labels.
 
     Balanced labels follow steps of the golden ratio (a Kronecker sequence), so any range of samples has nearly the right shares:
     random labels add noise to every distance.
@@ -233,7 +233,7 @@ def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
 def grid_numbers(labels: np.ndarray) -> np.ndarray:
     """Return the numbers of the samples in the grid (rows, columns): a column for each shown class, only complete rows.
 
-    A class with less than half of the most samples that a column holds has no column, since it would cut all others.
+    A class with fewer samples than half of the longest possible column has no column, since it would shorten all columns.
     """
     present, counts = np.unique(labels, return_counts=True)
     many = 2 * counts >= min(ROWS, counts.max())
@@ -257,9 +257,9 @@ def column_names(sweep: Sweep, labels: np.ndarray) -> list[str]:
 
 
 def real_grid(source: Source, resolution: int) -> bytes:
-    """Return a grid of the source's images as `grid` makes it, a column for each class, without those that cannot be decoded.
+    """Return a PNG of the source's images from `grid`, a column for each class, without images that cannot be decoded.
 
-    A place for which all of `TRIED` images are such is white.
+    Each column tries at most `TRIED` images; a cell without an image is white.
     """
     starts = np.linspace(0, max(0, len(source) - NEIGHBOURS), COLUMNS).astype(int).tolist()
     positions = sorted({i for start in starts for i in range(start, min(start + NEIGHBOURS, len(source)))})
@@ -285,10 +285,11 @@ def cell_pixels(size: int) -> int:
 
 
 def grid(pictures: np.ndarray, columns: int, names: Sequence[str] = ()) -> bytes:
-    """Return a PNG of uint8 pictures (N, H, W, 3), row by row, under their names: those of the columns or of all pictures, if any.
+    """Return a PNG of uint8 pictures (N, H, W, 3), row by row. `names` are the names of the columns or of all pictures, if any.
 
-    Names that all rows repeat are above the first row only. A row of names adds a quarter of a cell to the height. The names are
-    in the PNG's text `COLUMN_NAMES`, as JSON. Of one for whose letters no font is there its place among them is drawn, from 0.
+    Names are above the pictures; names that all rows repeat are above the first row only. A row of names adds a quarter of a cell
+    to the height. The PNG's text `COLUMN_NAMES` has the names as JSON. If no font has the letters of a name, its number among the
+    distinct names is drawn, from 0.
     """
     n, height, width, _ = pictures.shape
     cell = cell_pixels(height)
@@ -321,7 +322,7 @@ def _font_for(name: str, pixels: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _write_name(draw: ImageDraw.ImageDraw, name: str, number: str, middle: tuple[float, float], wide: int) -> None:
-    """Write a name in a width, without the letters that have no space there; its number if no font has its letters."""
+    """Write a name, shortened to the width; write its number if no font has its letters."""
     pixels = max(SMALLEST, wide // 12)
     if (font := _font_for(name, pixels)) is None:
         name, font = number, ImageFont.truetype(FONT, pixels)

@@ -1,4 +1,4 @@
-"""Metrics of two complete sets of features: by torch-fidelity the Kernel Inception Distance, precision and recall; copies."""
+"""Metrics of two complete sets of features: Kernel Inception Distance, precision and recall by torch-fidelity; copies."""
 
 import numpy as np
 import torch
@@ -47,9 +47,10 @@ def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray, rows: int = 
 
 
 def nearest_ratios(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (N) distances to the nearest real image over those to the second nearest, 0 is a copy, and (N) the nearest's numbers.
+    """Return (N) distances to the nearest real image over those to the second nearest, and (N) the numbers of the nearest.
 
-    The two are found by products and measured again by differences, since products lose the distance of a copy to rounding.
+    A ratio of 0 is a copy. Both images are found by products, and their distances are computed by differences, since products
+    lose the distance of a copy to rounding.
     """
     centre, ratios, nearest = real_MD.mean(0, dtype=np.float64).astype(np.float32), list[Tensor](), list[Tensor]()
     real = torch.from_numpy(real_MD - centre)
@@ -63,10 +64,10 @@ def nearest_ratios(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[np.nd
 
 
 def copy_rate(ratios_N: np.ndarray, nearest_N: np.ndarray, known: int, images: float) -> tuple[float, float]:
-    """Return the share of samples that copy one of so many training images, of which only `known` were compared; and its error.
+    """Return the share of samples that copy one of `images` training images, of which `known` were compared; and its error.
 
-    A copied image is among those with the probability known / images, and with it all its copies: the error is that of the number
-    of images found, each with its copies. One sample found, or none, has the error of one.
+    A copied image is among the compared ones with probability known / images, and all its copies are found with it. So the error
+    is that of the number of copied images found, each weighted by its copies. With no copy found, it is the error of one.
     """
     scale = images / known / len(ratios_N)
     _, copies = np.unique(nearest_N[ratios_N < COPY_RATIO], return_counts=True)

@@ -30,8 +30,8 @@ MOSTLY = 0.9
 MOST_AS_PIXELS = 64
 """Largest resolution at which GPUs train models without an autoencoder."""
 CHOSEN_ON_A_CPU, MOST_ON_A_CPU = 32, 128
-"""Resolution that is chosen without a GPU, where shapes are visible after minutes, and the largest at which the sweep trains an
-autoencoder there: one for larger images takes seconds for each."""
+"""Largest resolution that is chosen without a GPU: shapes are visible after minutes. And the largest at which the sweep then trains
+an autoencoder: for larger images, that takes seconds per image."""
 MOST_TOKENS_ON_A_CPU = 256
 SMALL_VAE = "widths: [8, 16, 32], norm_groups: 1, steps: 4000, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3"
 VAES_ON_A_CPU = {
@@ -43,7 +43,7 @@ COLOURS = "# More steps give truer colours. The autoencoder cannot change after 
 HUB_VAE = "stabilityai/sd-vae-ft-ema"
 VAE_CHANNELS, VAE_FACTOR = HUB[HUB_VAE]
 SMALL_FACTOR = 4
-"""Pixels of a position's side in the latents of images up to `MOST_AS_PIXELS` on a CPU."""
+"""Side in pixels of one latent position, for images up to `MOST_AS_PIXELS` on a CPU."""
 LEAST_STEPS, MOST_EPOCHS = 1600, 1000
 """A small model samples the requested digit after 1,500 steps at a rate of 3e-3. DiS saw CIFAR-10 for 1,000 epochs."""
 CORE_FLOPS = 8e9
@@ -51,15 +51,15 @@ CORE_FLOPS = 8e9
 UNKNOWN_TFLOPS = 100.0
 """Assumed peak of a GPU that is not in DATASHEET_TFLOPS."""
 LEAST_IMAGES = 20
-"""Images that are worth a model."""
+"""Least number of images for a recipe."""
 HELD_OUT_SHARE = 10
-"""One image in so many is held out where only the held-out loss tells models apart."""
+"""One image in this many is held out if only the held-out loss compares models."""
 INCEPTION, TRAINED = FEATURE_DIMENSIONS["inception"], FEATURE_DIMENSIONS["trained"]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What training can use."""
+    """Cores, memory and GPUs that training can use."""
 
     cores: int
     memory_bytes: int
@@ -95,13 +95,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between CPUs and GPUs: candidates, lengths, and training settings in a recipe's words."""
+    """Choices that differ between CPUs and GPUs: candidates, lengths, and training settings in a recipe's words."""
 
     models: dict[str, str]
     """Models by name, the smallest first."""
     batch_images: int
     least_steps: int
-    """One more model is chosen if all models can train for as many steps within `hours`."""
+    """A further model is chosen only if all models can then train for this many steps within `hours`."""
     hours: float
     first_steps: int | None
     """Steps of the first published weights; None for an eighth of all."""
@@ -139,7 +139,7 @@ def resolution_of(survey: Survey, machine: Machine) -> int:
 
 
 def require_resolution(resolution: int) -> None:
-    """UserError for another resolution than `RESOLUTIONS`."""
+    """Raise UserError for a resolution that is not in `RESOLUTIONS`."""
     if resolution not in RESOLUTIONS:
         raise UserError(f"--resolution {resolution}: expected one of {', '.join(map(str, RESOLUTIONS))}")
 
@@ -175,7 +175,7 @@ class _Draft:
 
     @property
     def name(self) -> str:
-        """Name of the sweep: the folder's, as far as a sweep's name can have it."""
+        """Name of the sweep: the folder's, reduced to the characters that a sweep's name allows."""
         folder = self.survey.url.rstrip("/").rpartition("/")[2].lower()
         return re.sub(r"[^a-z0-9]+", "-", folder).strip("-")[:40].strip("-") or "images"
 
@@ -196,12 +196,12 @@ class _Draft:
 
     @property
     def workers(self) -> int:
-        """One on each GPU; otherwise the largest power of two up to the cores, at most eight."""
+        """Number of workers: one per GPU; otherwise the largest power of two up to the cores, at most eight."""
         return self.machine.gpus or max(n for n in (1, 2, 4, 8) if n <= max(1, self.machine.cores))
 
     @property
     def lanes(self) -> int:
-        """The least that divide a batch, 32 or more on GPUs, among which are all workers."""
+        """Least number of lanes that divides a batch and gives each worker one; at least 32 on GPUs."""
         least = max(32, self.workers) if self.machine.gpus else self.workers
         return next((n for n in range(least, self.scale.batch_images + 1) if self.scale.batch_images % n == 0), least)
 
@@ -233,7 +233,7 @@ class _Draft:
 
 
 def _header(draft: _Draft, plan: Plan) -> str:
-    """Return the first lines: what it is, how to run it, and its price."""
+    """Return the first lines: the recipe's images and machine, its command, and its price."""
     survey, (unit, exponent) = draft.survey, draft.scale.unit
     classes = f"in {counted(len(survey.classes), 'class')}" if survey.classes else "without labels"
     lines = [
@@ -312,7 +312,7 @@ evaluate:
 
 
 MIDDLE = 1.5
-"""Ratio from which on a count is worth an evaluation beside one before."""
+"""Least ratio of a count to the one before at which its evaluation is worth the price."""
 
 
 def _published(scale: Scale, steps: int) -> list[int]:

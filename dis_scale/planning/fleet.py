@@ -22,16 +22,16 @@ ASSUMED_MFU = 0.15
 """Share of a GPU's peak that training reaches. DiS-L/2 reached 0.163 on an H100 and 0.187 on an H200, whose kernels' instructions
 allow 0.31 in a step."""
 HOST_S, GRAPHS_HOST_S, STEP_S = 3.6e-3, 1.6e-3, 0.025
-"""Python's time for a block's forward and backward pass, the same by graphs, and for DeepSpeed's optimizer, which waits for the GPU
-and lets it wait.
+"""Python's time for a block's forward and backward pass, the same with graphs, and for DeepSpeed's optimizer. The optimizer and the
+GPU wait for each other.
 
-Of DiS on the host of an H200 at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); a fast core takes a third. By
-graphs: of S/2's 66 ms a step, for which the reader's thread may have been waited. With a parameter for each weight; with few it is
-less, which no GPU has measured. All else is taken to need as much, so it is a lower bound at ZeRO 3, where blocks are recomputed,
-and for state-space duality, of which a block took 7.7 ms without graphs.
+Measured for DiS on the host of an H200 at ZeRO 1, nothing recomputed (benchmarks/results/kernels.md#host-time); a fast core takes a
+third. The time with graphs follows from S/2's 66 ms a step, which may include a wait for the reader's thread. Each weight was one
+parameter; joined weights take less, which was not measured on a GPU. Other models and settings are assumed to take the same times.
+So the times are lower bounds at ZeRO 3, with recomputed blocks, and for state-space duality (7.7 ms a block without graphs).
 """
 OPTIMIZER_BYTES, MEMORY_GB_S = 100, 2000.0
-"""A parameter's bytes that the copies, the norm, Adam and an average move, and 10^9 bytes/s of the slowest GPU's memory in GPUS."""
+"""Bytes per parameter that the copies, the norm, Adam and an average move, and 10^9 bytes/s of the slowest memory in GPUS."""
 
 
 class Gpu(NamedTuple):
@@ -58,15 +58,15 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Fleet:
-    """GPUs and what is assumed of them."""
+    """GPUs and the assumptions about them."""
 
     gpu: str
     """One of GPUS."""
     count: int
     price: float | None = None
-    """Of one GPU for an hour."""
+    """Price of one GPU for an hour."""
     preemptions_per_day: float = 0.0
-    """Of the fleet; each stops a training that uses all of it."""
+    """Preemptions of the fleet; each stops a training that uses the complete fleet."""
     mfu: float = ASSUMED_MFU
     """Share of the peak that training and sampling reach."""
     host_gb_s: float = 5.0
@@ -85,7 +85,7 @@ class Fleet:
         return 1e12 * self.mfu * float(getattr(GPUS[self.gpu], precision))
 
     def sending_s(self, sent_bytes: float, world: int) -> float:
-        """Return the seconds in which each of `world` GPUs sends so many bytes.
+        """Return the seconds that each of `world` GPUs takes to send this many bytes.
 
         Rings between nodes use the network cards of all GPUs of a node: an eighth of a GPU's bytes leave through its own.
         """
@@ -99,18 +99,18 @@ class Forecast:
     """A model's training on a fleet. Times and prices are infinite if preemptions leave nothing."""
 
     gpus: int
-    """Workers: at most one a lane."""
+    """Number of workers: at most one per lane."""
     fits: bool
     """Whether one lane's images fit, as the recipe is set."""
     micro_images: int
     """Most images that fit in a forward pass; 0 if none do."""
     memory_bytes: dict[str, int]
-    """Of a worker, by ZeRO stage and checkpointing."""
+    """Memory of a worker, by ZeRO stage and checkpointing."""
     wire_bytes: float
     """Bytes that a GPU sends in a step."""
     steps_per_s: float
     days: float
-    """Without preemption."""
+    """Days without preemption."""
     loss: float
     """Share of the time that is lost to preemption."""
     expected_days: float
@@ -122,9 +122,9 @@ class Forecast:
     resume_every_images: int | None
     evaluation_gpu_hours: float = 0.0
     stored_bytes: int = 0
-    """Of its resume points and published averages."""
+    """Bytes of its resume points and published averages."""
     price: float | None = None
-    """None if that of a GPU is not known."""
+    """Price of all GPU hours; None if the price of a GPU is not known."""
 
     @property
     def gpu_hours(self) -> float:
@@ -134,8 +134,8 @@ class Forecast:
 def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Forecast:
     """Return the training of `own_images` with these settings on a fleet.
 
-    The slowest worker's lanes set the time of a step, or the network or Python if they are slower: products, messages and launches
-    overlap. The optimizer comes in addition.
+    Products, messages and launches overlap, so the slowest of them sets the time of a step: the lanes of the slowest worker, the
+    network, or Python. The optimizer's time is added.
     """
     world = min(fleet.count, settings.lanes)
     share = largest_share(settings.lanes, world)
@@ -168,7 +168,7 @@ def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Fore
 
 
 def host_of_block_s(settings: Train, world: int, passes: int) -> float:
-    """Return Python's time for a block's pass; training makes graphs only if the passes of all workers have as many images."""
+    """Return Python's time for a block's pass; training uses graphs only if all workers' passes have equally many images."""
     alike = len(image_counts_of_all(settings.lanes, world, passes, settings.lane_images)) == 1
     return GRAPHS_HOST_S if settings.graphs and alike else HOST_S
 

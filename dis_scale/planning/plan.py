@@ -36,17 +36,17 @@ class Plan:
     costs: dict[str, Cost]
 
     def training_flops(self, model: str) -> float:
-        """FLOPs of training on one image, two for each multiply-add, without recomputation."""
+        """Return the FLOPs of training on one image, two for each multiply-add, without recomputation."""
         return self.costs[model].training_flops(self.recipe.train_of(model).lane_images)
 
     def own_flops(self, model: str) -> float:
-        """FLOPs of a model's own training: a branch's begins at its trunk's resume point."""
+        """Return the FLOPs of a model's own training: a branch's training begins at its trunk's resume point."""
         branch = self.recipe.models[model].branch
         return self.training_flops(model) * (self.recipe.train_of(model).images - (branch.at if branch else 0))
 
     def sampling_flops(self, model: str, settings: Evaluate | None = None) -> float:
-        """FLOPs of the samples of one evaluation, by default under the main settings: guidance adds a pass, its own or that
-        of the model that guides, and some samplers evaluate the model twice a step."""
+        """Return the FLOPs of the samples of one evaluation, by default under the main settings. Guidance adds a pass of the model
+        or of its guiding model, and some samplers evaluate the model twice a step."""
         settings = settings or self.recipe.evaluate
         times_K = pass_times(diffusion.build(self.recipe.diffusion, self.shape), settings.sampler, settings.steps)
         low, high = settings.guidance_interval or (-math.inf, math.inf)
@@ -55,12 +55,12 @@ class Plan:
         return 2e9 * float(len(times_K) * self.costs[model].gmacs_forward + guided * guide) * settings.samples
 
     def evaluation_s(self, model: str, fleet: Fleet) -> float:
-        """Seconds of one GPU for the samples of all evaluations of a model."""
+        """Return the seconds of one GPU for the samples of all evaluations of a model."""
         counts, samplings = len(self.recipe.train_of(model).publish_images), self.recipe.evaluate.samplings.values()
         return counts * sum(self.sampling_flops(model, each) / fleet.flops(each.precision) for each in samplings)
 
     def stored_bytes(self, model: str) -> int:
-        """Bytes that stay of a trained model: its resume points and its published averages."""
+        """Return the bytes that a trained model keeps in storage: its resume points and its published averages."""
         train, one = self.recipe.train_of(model), 4 * self.costs[model].parameters
         points = train.keep_resume + train.keep_spaced + len(self.recipe.branches_at(model))
         resume = points * len(kinds(train))
@@ -80,7 +80,7 @@ class Plan:
 
 
 def price_reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
-    """Return, in a line, the size of the latents, how much of them a node's cache holds, and what is read in an epoch."""
+    """Return a line on the size of the latents, the share that a node's cache holds, and the bytes read in an epoch."""
     settings, set_bytes = recipe.reader, images * _latent_bytes(recipe, shape)
     size = f"{images:,} images, {set_bytes / 1e9:,.2f} GB of latents"
     if settings.memory_gib is not None and set_bytes <= settings.memory_gib * GIB:
@@ -109,7 +109,7 @@ def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:
 
 @cache
 def _price(alone: Model, shape: LatentShape, num_classes: int | None) -> Cost:
-    """Price a model without settings of its training: a study prices its sizes again with each of their branches."""
+    """Price a model without its training settings, so that a size and all its branches in a study share one cached price."""
     return price_model(alone, shape, num_classes)
 
 
@@ -126,9 +126,9 @@ class ModelNumbers:
     """None if the source's images are unknown."""
     steps_between_resume_points: int
     training_flops: float
-    """Of the model's own training."""
+    """FLOPs of the model's own training."""
     sampling_flops: float
-    """Of one evaluation."""
+    """FLOPs of the samples of one evaluation."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Numbers:
     latent: LatentShape
     source_images: int | None
     source_unknown: str
-    """Why they are unknown, empty if they are not."""
+    """Reason why `source_images` is unknown; empty if it is known."""
     latent_bytes: int | None
     lane_images: int
     world_sizes: Sequence[int]
@@ -149,9 +149,9 @@ class Numbers:
 
 
 def derive(plan: Plan, source_images: int | None, source_unknown: str) -> Numbers:
-    """Return all numbers that follow from a recipe; without those that need the number of the source's images, if unknown.
+    """Return all numbers that follow from a recipe; those that need `source_images` are None if it is unknown.
 
-    UserError if all of them are held out.
+    Raises UserError if all images of the source are held out.
     """
     recipe, shape, models = plan.recipe, plan.shape, dict[str, ModelNumbers]()
     if source_images is not None:
@@ -181,7 +181,7 @@ FLEETS = (1, 8, 64, 256, MOST_GPUS)
 
 @dataclass(frozen=True)
 class Total:
-    """A sweep on this number of GPUs: models train side by side if one leaves GPUs free, but none faster than alone."""
+    """A sweep on this number of GPUs. Models train side by side if one leaves GPUs free, but none faster than by itself."""
 
     gpus: int
     days: float
@@ -194,7 +194,7 @@ class Total:
 
 @dataclass(frozen=True)
 class FleetForecast:
-    """A sweep on a fleet, and in all on so many GPUs and on other numbers of them, each of which is preempted as often."""
+    """A sweep on a fleet by model, and in total for several numbers of GPUs, with equally many preemptions per GPU."""
 
     assumed: Fleet
     usable_bytes: int
@@ -237,7 +237,7 @@ def _total(plan: Plan, fleet: Fleet) -> Total:
 
 
 def _days_until(plan: Plan, models: Mapping[str, Forecast], name: str, images: int) -> float:
-    """Return the days until a model has seen so many images: a branch begins when its trunk has seen those of the branch."""
+    """Return the days until a model has seen this many images. A branch begins when its trunk reaches the branch's count."""
     branch = plan.recipe.models[name].branch
     begin = branch.at if branch else 0
     share = (images - begin) / max(1, plan.recipe.train_of(name).images - begin)
@@ -284,7 +284,7 @@ def _size(count: float) -> str:
 
 
 def _transfers(recipe: Recipe) -> Iterator[str]:
-    """Yield the change of the learning rate of each model that has a base width, and of each whose rate never gets there."""
+    """Yield a line for each model whose warm-up is longer than its training, and for each with a base width, on its rates."""
     for name, model in recipe.models.items():
         if (train := recipe.train_of(name)).warmup_images > train.images:
             share = train.images / train.warmup_images
@@ -294,7 +294,7 @@ def _transfers(recipe: Recipe) -> Iterator[str]:
 
 
 def _lengths(recipe: Recipe) -> str:
-    """Return images and steps of each training, those of one length together; a branch has its count in its name."""
+    """Return images and steps of the trainings, grouped by length; without branches, whose names contain their counts."""
     names = defaultdict[tuple[int, int], list[str]](list)
     for name in [name for name, model in recipe.models.items() if not model.branch]:
         train = recipe.train_of(name)

@@ -29,7 +29,7 @@ class Difference(Change):
     a: Point
     b: Point
     shared: bool = False
-    """Whether noise and labels that the samples of both share are left out of the errors."""
+    """Whether the errors leave out the noise and the labels that the samples of both points share."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the difference with plain values."""
@@ -49,7 +49,7 @@ class Difference(Change):
 
 
 def by_name(a: Report, b: Report) -> dict[str, str]:
-    """Return the pairs of models that have one name."""
+    """Return the pairs of models that have the same name."""
     theirs = {p.group for p in b.points}
     return {p.group: p.group for p in a.points if p.group in theirs}
 
@@ -77,9 +77,9 @@ def _end(report: Report, p: Point) -> int | None:
 
 
 def differences(a: Report, b: Report, pairs: Mapping[str, str]) -> list[Difference]:
-    """Return the points of both sweeps, of the pairs of their models' names.
+    """Return the differences between points of both sweeps, for these pairs of models' names.
 
-    UserError if what they measure differs, or if they have no common point.
+    Raises UserError if the sweeps measure different quantities, lack a named model, or have no common point.
     """
     _require_comparable(a, b)
     for name, report in [(x, a) for x in pairs] + [(y, b) for y in pairs.values()]:
@@ -99,8 +99,8 @@ def differences(a: Report, b: Report, pairs: Mapping[str, str]) -> list[Differen
 def _difference(a: Report, p: Point, b: Report, q: Point) -> Difference:
     """Return a difference with its errors.
 
-    Where the samples of both share noise and labels, which move both alike, these are the spreads over the seeds, and the paired
-    jackknife of the means: the samples of one model's trainings may be more alike than those of two models.
+    If the samples of both points share noise and labels, which move both alike, the errors are the spreads over the seeds and the
+    paired jackknife of the means: the samples of one model's trainings may be more alike than those of two models.
     """
     change = b.distance(q) - a.distance(p)
     if p == q:
@@ -116,7 +116,7 @@ def _difference(a: Report, p: Point, b: Report, q: Point) -> Difference:
 
 
 def _parts(p: Point, error: float) -> tuple[Error, Error]:
-    """Return the parts of a point's error: the spread over its seeds, and of sampling, which more values tell."""
+    """Return the parts of a point's error: the spread over its seeds, and the error of sampling, from `FOLDS` values."""
     spread = p.spread or 0.0
     return Error(spread, p.seeds), Error(math.sqrt(max(error**2 - spread**2, 0)), FOLDS)
 
@@ -135,7 +135,7 @@ def paired_error(a: Metrics, b: Metrics, metric: str) -> float | None:
 
 
 def _require_comparable(a: Report, b: Report) -> None:
-    """UserError if a distance of one sweep is another quantity than that of the other."""
+    """Raise UserError if the distances of the two sweeps are different quantities."""
     if a.metric != b.metric:
         raise UserError(f"{a.sweep} was measured by {a.metric}, {b.sweep} by {b.metric}: these cannot be compared")
     images, others, one, other = a.recipe.data, b.recipe.data, a.recipe.evaluate, b.recipe.evaluate
@@ -145,9 +145,9 @@ def _require_comparable(a: Report, b: Report) -> None:
         ("evaluate.reference", *(each.reference_of(each.extractor.name) for each in (one, other))),
         *((f"evaluate.extractor.{key}", x, y) for key, x, y in differing(one.extractor, other.extractor)),
     ]
-    if one.reference_of(one.extractor.name) is None:  # it is made from these
+    if one.reference_of(one.extractor.name) is None:  # the reference is computed from these
         facts += [("data.source", images.source, others.source), ("data.crop", images.crop, others.crop)]
-    if a.metric == HELD_OUT:  # it is of these latents and this process; flows share one, whatever they predict
+    if a.metric == HELD_OUT:  # the loss depends on latents and process; flows share one, whatever they predict
         facts += [("VAE", a.vae, b.vae), ("diffusion.kind", a.recipe.diffusion.kind, b.recipe.diffusion.kind)]
         facts.append(("seed", a.recipe.seed, b.recipe.seed))  # it chooses the held-out images and their noise, among the shards
         facts.append(("precompute.shard_images", a.recipe.precompute.shard_images, b.recipe.precompute.shard_images))

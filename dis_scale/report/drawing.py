@@ -1,8 +1,8 @@
-"""How figures are drawn. A model has one colour, a family one marker and one line, in all of them; lines are named at their ends,
-or in a legend.
+"""Draws figures. In all figures, a model has one colour, and a family has one marker and one line style; lines are named at their
+ends, or in a legend.
 
-Text is text and what is not a model is black, so that a page can show the SVGs in its own font and in dark. Each point is a link
-whose target is its words, which a page shows when it is touched. Read next: figures.py for which figures there are.
+SVGs contain text as text, and everything but the models is black, so that a page can show them in its own font and in dark. Each
+point is a link whose target is its words, which a page shows when the point is touched. Read next: figures.py for the figures.
 """
 
 import io
@@ -37,14 +37,14 @@ FLOOR_LINES = ":", (0, (5, 3))
 FLOOR_WORDS = 0.01, 0.2, 0.4, 0.6
 """Shares of the width at which a floor's words may begin."""
 QUIET = "grey"
-"""Of what is no model: visible on white and on black."""
+"""Colour of everything but the models: visible on white and on black."""
 WIDE, SIZE = SIZES = (9.0, 4.8), (5.0, 3.8)
 """Inches of a figure for a page, and for half a page or a phone."""
 COLOURS = (
     "#2d6996", "#d2870f", "#4ba596", "#782dff", "#8787ff", "#875a2d",
     "#fa2875", "#b58b46", "#5c53d8", "#1a7458", "#ee1dba", "#4596d5",
 )  # fmt: skip
-"""Of the models: apart for colour-blind eyes, too, the first six most, and visible on white and on black; more take shades."""
+"""Colours of models: distinct also for colour-blind eyes, the first six most; visible on white and black. More take `shades`."""
 LIGHT = 0.13, 0.29
 """Luminance, relative to white, between which a colour has a contrast of 3 with a white and a dark page (WCAG 2.2)."""
 LUMINANCE = 0.2126, 0.7152, 0.0722
@@ -54,17 +54,17 @@ NEAR = 5
 SEGMENT = 50
 """Points of each segment of a line. A name that would cover more points is in the legend instead, if it names a line."""
 LEAST_TICKS = 3
-"""Fewest numbers of a logarithmic axis; one with fewer gets a linear one's."""
+"""Fewest numbers of a logarithmic axis; an axis with fewer is numbered like a linear one."""
 MOST_IN_LEGEND, IN_A_COLUMN = 24, 8
 """Most names in a legend, and in one of its columns."""
 MOST_OF_A_LINE = 40
-"""Most points of a model's line: with hundreds nobody tells them apart, and a page has megabytes of them."""
+"""Most points of a model's line: hundreds cannot be distinguished, and take megabytes of a page."""
 LETTER = 7
 """Pixels of a letter of a name."""
 BESIDE = [(x, y) for y in (-3, 8, -14, 19, -25, 30, -36) for x in (7, -7)]
 """Positions of a name beside its point in points, the best first; at a negative x it ends there."""
 NEAREST = 6
-"""How many of these are so near that a name without a colour cannot be taken for another point's."""
+"""Number of these positions that are near enough that a name without a colour cannot seem to belong to another point."""
 FORMATS = ("png", "svg")
 
 
@@ -88,15 +88,15 @@ def log_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def number_axes(axes: Axes, decades: float = 2.3) -> None:
-    """Number both axes at `LEAST_TICKS` places or more; those of the first one, which may be long, so rarely that none touch.
+    """Number both axes at `LEAST_TICKS` places or more. The numbers of the x axis may be long, and must not touch.
 
-    That has one number a decade if it has more than `decades`.
+    So the x axis has one number a decade if it has more than `decades` decades.
     """
     for axis, steps in ((axes.xaxis, [(1, 2, 5)]), (axes.yaxis, [(1, 2, 5), range(1, 10)])):
         low, high = axis.get_view_interval()
         powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)))
         locators: list[Locator] = [LogLocator()] if axis is axes.xaxis and high > low * 10**decades else []  # or the numbers touch
-        # Not a logarithmic one with too few: matplotlib then numbers the axis as a linear one, however long the numbers are.
+        # No logarithmic locator with too few numbers: matplotlib then numbers the axis as a linear one, however long they are.
         locators += [
             LogLocator(subs=each) for each in steps if sum(low <= x <= high for x in np.outer(powers, each).flat) >= LEAST_TICKS
         ]
@@ -104,7 +104,7 @@ def number_axes(axes: Axes, decades: float = 2.3) -> None:
 
 
 class Name(NamedTuple):
-    """Words to write beside a point; with the `kind` of a curve, in a legend if they have no space there."""
+    """Words to write beside a point. With the `kind` of a curve, they are in a legend if the point has no space for them."""
 
     words: str
     x: float
@@ -146,7 +146,7 @@ def key(kind: str, label: str = "", colour: str = QUIET) -> Line2D:
 
 
 def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name]:
-    """Write each name once, where it covers no point, no other text and as little of the lines as can be; return the others."""
+    """Write each name once, where it covers no point, no other text and as little of the lines as possible; return the rest."""
     low, high = axes.get_xlim()
     longest = max((len(name.words) for name in names), default=0) * LETTER
     axes.set_xlim(low, high * (high / low) ** (longest / axes.bbox.width))  # for the names of the last points
@@ -195,7 +195,7 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> list[Name
 
 
 def _overlaps(box: Bbox, taken: np.ndarray) -> bool:
-    """Whether a box overlaps one of those taken, shape (n, 4)."""
+    """Return whether a box overlaps one of those taken, shape (n, 4)."""
     x0, y0, x1, y1 = taken.T
     return bool(((x0 < box.x1) & (x1 > box.x0) & (y0 < box.y1) & (y1 > box.y0)).any())
 
@@ -204,7 +204,7 @@ def _bars(axes: Axes) -> Iterator[np.ndarray]:
     """Yield the error bars as points (n, 2) in pixels."""
     for lines in axes.collections:
         if isinstance(lines, LineCollection):
-            for ends in filter(len, lines.get_segments()):  # of a point without an error, nothing
+            for ends in filter(len, lines.get_segments()):  # a point without an error has none
                 begin, end = axes.transData.transform(ends)
                 yield np.linspace(begin, end, SEGMENT)
 
@@ -244,7 +244,7 @@ def draw_lines(axes: Axes, report: Report, points: list[Point], along: str) -> l
 def draw_line(axes: Axes, report: Report, points: list[Point], along: str, colour: str = "", label: str = "") -> None:
     """Plot points with their errors, if known, as one line, which is grey without a colour of its own.
 
-    Markers of unfinished schedules are hollow. An error is drawn down to half of the value: one as large would be the whole axis.
+    Markers of unfinished schedules are hollow. An error bar ends at half of the value at the latest: a longer one fills the axis.
     """
     family, x = families.of_curve(points[0].kind), [getattr(p, along) for p in points]
     colours = {} if colour else colours_of(report.recipe)
@@ -283,7 +283,7 @@ def _line_of(p: Point) -> str:
 
 
 def colours_of(recipe: Recipe) -> dict[str, str]:
-    """Return the colour of each model, in the recipe's order; seeds and branches of one model have its own."""
+    """Return the colour of each model, in the recipe's order; seeds and branches have their model's colour."""
     groups, branches = recipe.seed_groups(), {name: settings.branch for name, settings in recipe.models.items()}
     trunks = {name: groups[branch.of if branch else name] for name, branch in branches.items()}
     order = list(dict.fromkeys(trunks.values()))
@@ -305,7 +305,7 @@ def ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def render(figure: Figure, name: str = "", formats: Sequence[str] = FORMATS) -> dict[str, bytes]:
-    """Render PNG and SVG, by file ending; the same figure gives the same bytes. SVGs of other names share no id of a part."""
+    """Render PNG and SVG, by file ending; the same figure gives the same bytes. SVGs of different names share no id."""
     files = {}
     with rc_context({"svg.hashsalt": name or "dis-scale", "svg.fonttype": "none"}):
         for ending in formats:

@@ -1,10 +1,11 @@
 """One family of backbones against another at equal cost, in one sweep.
 
-The points of one family are compared with the curve of the other: a line through its sizes in logarithms of cost and value. Their
-mean distance from it is a sum of logarithms with known factors. Its error follows from the jackknife of that sum, in which noise
-that all samples share cancels; from the spread over the seeds, if there are several; and from how the sizes of each family leave
-its line, which is taken to be alike in both. The last holds the other two as far as these differ between the sizes of a family:
-only what it does not hold is added. Each size is a training of its own, so it holds the spread between trainings with one seed.
+The points of one family are compared with the curve of the other: a line through its sizes in logarithms of cost and value. The
+points' mean distance from the curve is a sum of logarithms with known factors. Its error has three sources: the jackknife of that
+sum, in which noise that all samples share cancels; the spread over the seeds, if there are several; and the scatter of each
+family's sizes about its line, which is assumed to be alike in both. The scatter contains the other two sources as far as they
+differ between the sizes of a family, so only the rest of them is added. Each size is a training of its own, so the scatter contains
+the spread between trainings also with one seed.
 """
 
 import math
@@ -60,7 +61,7 @@ class Gap(Change):
 
 
 def gap(ours: list[Size], theirs: list[Size]) -> Gap | None:
-    """Return the mean gap of our sizes to the curve of theirs; None if that has too few sizes, or none of ours is within them."""
+    """Return the mean gap of our sizes to their curve; None if it has too few sizes, or none of our sizes is within its costs."""
     costs = np.array([size.cost for size in theirs])
     if len(theirs) < LEAST_SIZES or np.ptp(costs) == 0:
         return None
@@ -84,7 +85,7 @@ def _line(sizes: list[Size]) -> np.ndarray:
 
 
 def _off_lines(ours: list[Size], theirs: list[Size]) -> np.ndarray:
-    """Return the projection of all logarithms on what leaves the line of each family; zeros for fewer sizes than tell that."""
+    """Return the projection of all logarithms on the residuals from each family's line; zeros for a family of too few sizes."""
     projection = np.zeros((len(ours) + len(theirs),) * 2)
     for family, first in ((ours, 0), (theirs, len(ours))):
         part, design = slice(first, first + len(family)), _line(family)
@@ -94,10 +95,10 @@ def _off_lines(ours: list[Size], theirs: list[Size]) -> np.ndarray:
 
 
 def _errors(sizes: list[Size], factors: np.ndarray, off_line: np.ndarray) -> tuple[Error, ...]:
-    """Return the errors of a sum of logarithms: how they leave their lines, and of the known ones what that does not hold.
+    """Return the errors of a sum of logarithms: the scatter about the lines, and the part of known errors outside the scatter.
 
-    Known are that of sampling, if all sizes have it, and that over the seeds, if one has several: the spread of a logarithm over
-    the seeds is taken to be that of all sizes with several. Without these nothing is known.
+    Known are the error of sampling, if all sizes have it, and that over the seeds, if a size has several. The spread over the seeds
+    is assumed to be equal for all sizes, and is estimated from those with several. If neither is known, no error is returned.
     """
     logs, trainings, freedom = np.array([s.log for s in sizes]), np.array([len(s.values) for s in sizes]), np.trace(off_line)
     each, known = float(factors @ factors / freedom), list[tuple[np.ndarray, int]]()
@@ -117,7 +118,7 @@ def _apart(change: float) -> str:
 
 
 def _around(found: Change) -> str:
-    """Return the error of what `_apart` says of a known one, from the logarithm's: that of the ratio, to first order."""
+    """Return the error of the ratio that `_apart` states, from the logarithm's error, to first order."""
     return f"± {math.exp(found.change) * (found.error or 0):.1%}"
 
 
@@ -136,11 +137,11 @@ class Comparison:
     images: int
     found: Gap | None
     unknown: str = ""
-    """Why nothing is found, or what was not known of some trainings, which are left out."""
+    """Reason why nothing is found, or a note on trainings that are left out because a value is not known."""
 
     @property
     def sentence(self) -> str:
-        """What the data say, or why they do not."""
+        """Result in words, or the reason why there is no result."""
         start = f"{self.metric} at equal {self.cost}"
         if self.found is None:
             return f"{start}: {self.ours} and {self.theirs} cannot be compared: {self.unknown}"
@@ -185,7 +186,7 @@ class AtBudget(Change):
     lowest: tuple[float, float]
     """Logarithms of both values."""
     sizes: dict[str, tuple[float, ...]]
-    """Value of each seed, by the model, of every size of both at the budget."""
+    """Values of all seeds, by model, for every size of both families at the budget."""
 
     @property
     def sentence(self) -> str:
@@ -250,7 +251,7 @@ def _at_budgets(report: Report, metric: str, ours: str, theirs: str) -> list[AtB
 
 
 def _seeds(report: Report, metric: str, budget: float, kinds: tuple[str, str]) -> dict[str, tuple[float, ...]]:
-    """Return the values of each model of some families that a study's budget trains, by its name."""
+    """Return the values of all seeds, by model, for the models of these families at a study's budget."""
     found = defaultdict[str, tuple[float, ...]](tuple)
     for kind in kinds:
         for p in report.points:
@@ -307,7 +308,7 @@ def sentences(report: Report) -> list[str]:
 
 
 def _either_way(report: Report, first: str, other: str) -> Comparison:
-    """Return the first family against the curve of the other, or that against the curve of the first if only this is one."""
+    """Return the first family against the other's curve; if only the first has a curve, return the other against it."""
     ours, theirs = (_comparison(report, report.metric, "Gflops", *pair) for pair in ((first, other), (other, first)))
     return theirs if ours.found is None and theirs.found else ours
 

@@ -1,4 +1,4 @@
-"""The figures of a report: which there are, and what each shows. Read next: drawing.py for how they are drawn."""
+"""The figures of a report, and the values that each shows. Read next: drawing.py for their style."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +61,7 @@ def gflops_distance(report: Report, *, published: bool = False, size: tuple[floa
         for kind in report.families:
             if family := report.family(kind, images):
                 drawing.draw_line(axes, report, family, "gmacs")
-                of_study = report.recipe.isoflop and len(family) == 1  # there almost each point has a count of its own
+                of_study = report.recipe.isoflop and len(family) == 1  # almost each point of a study has its own count
                 if not of_study and (len(family) > 1 or kind == report.families[0]):
                     last = family[-1].gmacs, report.distance(family[-1])
                     ends.append(drawing.Name(f"{images:,} images", *last))
@@ -73,9 +73,9 @@ def gflops_distance(report: Report, *, published: bool = False, size: tuple[floa
 
 
 def drawn_counts(report: Report, *, published: bool = False) -> list[int]:
-    """Return the image counts at which the main figure has a line: few, each training's last one, and the published ones'.
+    """Return the image counts at which the main figure has a line: a few, each training's last, and that of published results.
 
-    All of a study, in which each model has its own.
+    For a study, return all counts, since each model has its own.
     """
     lasts = {p.model: p.images_seen for p in sorted(report.main, key=lambda p: p.images_seen)}
     wanted = {*evenly(report.counts, MOST_COUNTS), *lasts.values(), *([PUBLISHED_IMAGES] if published else [])}
@@ -83,7 +83,7 @@ def drawn_counts(report: Report, *, published: bool = False) -> list[int]:
 
 
 def both(a: Report, b: Report, size: tuple[float, float] = drawing.WIDE) -> Figure:
-    """Plot Gflops against distance of two sweeps at the last count of each: a colour for each. Floors are drawn that both have."""
+    """Plot Gflops against distance of two sweeps at the last count of each: one colour per sweep, and the floors that both have."""
     figure, axes = drawing.new_axes(a, GFLOPS, size)
     ends, keys = list[drawing.Name](), []
     for report, colour in ((a, drawing.COLOURS[0]), (b, drawing.COLOURS[1])):
@@ -100,7 +100,7 @@ def both(a: Report, b: Report, size: tuple[float, float] = drawing.WIDE) -> Figu
 def compute_distance(report: Report) -> Figure:
     """Plot training compute against distance: a line for each model and for its cooled-down points, and the lower hull.
 
-    The hull has the points alone whose schedule has ended.
+    The hull contains only points whose schedule has ended.
     """
     figure, axes = drawing.new_axes(report, COMPUTE)
     trained = [p for p in report.main if p.images_seen]
@@ -116,7 +116,7 @@ def compute_distance(report: Report) -> Figure:
 
 
 def compute_loss(report: Report) -> Figure | None:
-    """Plot training compute against the held-out loss: a line for each model; None where no point has it beside a distance."""
+    """Plot training compute against the held-out loss: a line for each model; None if no point has it besides a distance."""
     loss = replace(report, metric=HELD_OUT, points=[p for p in report.points if HELD_OUT in p.values], floors=[])
     trained = [p for p in loss.main if p.images_seen]
     if not trained or report.metric == HELD_OUT:
@@ -301,7 +301,7 @@ def correlations(report: Report) -> list[str]:
 
 
 def _laws(report: Report) -> list[tuple[str, fits.PowerLaw]]:
-    """Fit each family with enough points at the last count, above what a model without any error has, if that is measured."""
+    """Fit each family with enough points at the last count, above the floor of a model without any error, if measured."""
     floor, laws = report.visible_floors[-1].distance if report.visible_floors else 0.0, []
     for kind in report.families if report.counts else []:
         points = report.family(kind, report.counts[-1])

@@ -21,10 +21,10 @@ SAMPLES = "samples.html"
 
 
 def write(sweep: Sweep, report: Report, *, published: bool = False, running: bool = False) -> dict[str, bytes]:
-    """Write the figures, the pages and, last, the CSV below `report/`, of a `running` sweep the pages only; return them by name.
+    """Write the figures, the pages and, last, the CSV below `report/`, for a `running` sweep only the pages; return them by name.
 
-    `published` adds published results to the plot; UserError if the sweep measures another quantity. Beside the real images are
-    samples of the best point, of the newest while the sweep is at work, or its first ones if none is measured yet.
+    `published` adds published results to the plot; UserError if the sweep measures another quantity. The page shows real images and
+    samples: of the best point, of the newest while the sweep is at work, or the first samples if none is measured yet.
     """
     if published:
         require_published_protocol(report)
@@ -71,7 +71,7 @@ def compare_page(sweeps: tuple[Sweep, Sweep], reports: tuple[Report, Report], ta
 
 
 def _facts(sweep: Sweep, report: Report, losses: Mapping[str, Sequence[Row]]) -> "Facts":
-    """Return what the head of the page tells."""
+    """Return the facts for the head of the page."""
     from dis_scale.report.page import Facts
 
     now = sweep.folder.time_s()

@@ -57,10 +57,10 @@ class PowerLaw:
 
 
 def power_law(costs: Sequence[float], distances: Sequence[float], floor: float = 0.0) -> PowerLaw | None:
-    """Fit the logarithms of what is above the floor by least squares, with Student's interval: none if they bend.
+    """Fit the logarithms of the distances above the floor by least squares, with Student's interval; without it if they bend.
 
     The interval is that of the mean slope over these costs: if the models have a limit above the floor, the exponent falls with
-    the cost, which few points do not tell. None for fewer than 4 points, one cost, or a distance that is not above the floor.
+    the cost, which few points do not show. Return None for fewer than 4 points, one cost, or a distance not above the floor.
     """
     if len(costs) < 4 or np.ptp(costs) == 0 or min(distances) <= floor:
         return None
@@ -74,7 +74,7 @@ def power_law(costs: Sequence[float], distances: Sequence[float], floor: float =
 
 
 def _bends(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether Student's test refuses, at 5 %, that a line has no square term; two different costs cannot tell."""
+    """Return whether Student's test finds a square term beside the line, at 5 %; False for fewer than three different costs."""
     if len(np.unique(x)) < 3:
         return False
     design = np.stack([np.ones_like(x), x - x.mean(), (x - x.mean()) ** 2], 1)
@@ -108,9 +108,9 @@ def limited_law(costs_C: np.ndarray, values_CS: np.ndarray) -> np.ndarray:
 
 
 def lack_of_fit(residuals: np.ndarray, coefficients: int, variance: float, freedom: int) -> bool:
-    """Whether an F test refuses, at 5 %, that a law's relative residuals are noise of this variance.
+    """Return whether an F test rejects, at 5 %, that a law's relative residuals are noise of this variance.
 
-    The variance is an estimate with so many degrees of freedom. As many values as coefficients are always on the law.
+    The variance is an estimate with `freedom` degrees of freedom. A law always fits as many values as it has coefficients.
     """
     over = len(residuals) - coefficients
     if not over:
@@ -129,16 +129,16 @@ def student_margin(x: np.ndarray, residuals: np.ndarray) -> float:
 
 
 def bootstrap_tail(freedom: int, drawn: int | None = None) -> float:
-    """Return the share below the percentile interval's lower end, smaller for few degrees of freedom, where plain percentiles are
-    too narrow (the expanded percentile interval of Hesterberg 2015).
+    """Return the share below the percentile interval's lower end: smaller for few degrees of freedom, for which plain percentiles
+    give too narrow an interval (the expanded percentile interval of Hesterberg 2015).
 
-    They are narrower still where so many values themselves were `drawn` with replacement, not scaled residuals.
+    `drawn` is the number of values if values, not scaled residuals, were drawn with replacement: plain intervals are then narrower.
     """
     return float(ndtr(math.sqrt(drawn / freedom if drawn else 1) * stdtrit(freedom, (1 - CONFIDENCE) / 2)))
 
 
 def welch_margin(errors: Sequence[Error]) -> float:
-    """Return half of Welch's interval, at 95 %, of a change with errors; infinite without an error, or for one of one value."""
+    """Return half of Welch's interval, at 95 %, of a change with errors; infinite without an error, or for one from one value."""
     squares = [error.size**2 for error in errors]
     if not sum(squares) or any(error.size and error.of < 2 for error in errors):
         return math.inf

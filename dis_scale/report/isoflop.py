@@ -26,7 +26,7 @@ REACH = 4.0
 LEAST_BUDGETS = 3
 """Budgets with a minimum that a law needs."""
 LEAST_WITH_LIMIT = 4
-"""Those that a law with a limit needs: one more than it has coefficients."""
+"""Budgets with a minimum that a law with a limit needs: one more than it has coefficients."""
 RESAMPLES = 2000
 NO_LAW = (
     f"no law of all runs: it needs {loss_law.LEAST_RUNS} of them, {loss_law.LEAST_APART} budgets and sizes, and losses that "
@@ -103,7 +103,7 @@ class Profile:
         return Minimum(at + self.sizes.mean(), a * at**2 + b * at + c, inside)
 
     def images_at(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the logarithm of the images that the budget gives a size, between its neighbours by interpolation."""
+        """Return the logarithms of the images that the budget gives these sizes, interpolated between neighbouring runs."""
         order = np.argsort(self.sizes)
         images: np.ndarray = np.interp(sizes, self.sizes[order], np.log(self.images[order]))
         return images
@@ -116,9 +116,9 @@ class Laws:
     parameters: PowerLaw
     images: PowerLaw
     local: list[PowerLaw]
-    """Of the value between neighbouring budgets: a loss has a part that no compute removes, so its exponent falls with compute."""
+    """Laws of the value between neighbouring budgets: no compute removes a part of a loss, so its exponent falls with compute."""
     value: PowerLaw | None
-    """With such a limit, from four budgets on, if they determine it."""
+    """Law of the value with such a limit, for four budgets or more, if they determine it."""
     at_edge: float
     """Share of resamples with a minimum at an end of the sizes."""
 
@@ -150,9 +150,9 @@ def profiles_of(runs: Runs) -> list[Profile]:
 
 
 def laws(family: list[Profile], resamples: int = RESAMPLES) -> Laws | None:
-    """Fit power laws to the minima of one family's profiles; None for fewer than three budgets that have one.
+    """Fit power laws to the minima of one family's profiles; None for fewer than three budgets with a minimum.
 
-    Their bootstrap: residuals of all parabolas, scaled for the fitted coefficients, are sampled with replacement and added to the
+    Bootstrap: residuals of all parabolas, scaled for the fitted coefficients, are sampled with replacement and added to the
     parabolas. A resampled minimum beyond the sizes counts as the nearest size.
     """
     inner = [profile for profile in family if profile.minimum.inside]
@@ -222,7 +222,7 @@ class _Minima:
     def law(self) -> PowerLaw:
         """Fit logarithms by least squares.
 
-        The interval holds two: the bootstrap's knows the runs' spread, Student's how the minima leave the law.
+        The interval covers two: the bootstrap's, from the runs' spread, and Student's, from the minima's scatter about the law.
         """
         x = np.log(self.budgets)
         exponent, factor = (float(each) for each in np.polyfit(x, self.logs, 1))
@@ -345,7 +345,7 @@ def refuted(law: LossLaw, parabolas: Laws) -> str:
 
 
 def prediction_words(runs: Runs, family: list[Profile], budget: float) -> list[str]:
-    """Return what smaller budgets predict of one, beside what was measured there."""
+    """Return in words the prediction for a budget by the smaller ones, and the measurement at that budget."""
     if not (law := loss_law.fit(runs.of(runs.budgets < budget))):
         return []
     best, start = law.lowest(budget), f"{budget:g} FLOPs, predicted by the law of the smaller budgets:"

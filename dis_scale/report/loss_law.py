@@ -17,18 +17,18 @@ from dis_scale.report.fits import Interval, bootstrap_tail
 LEAST_RUNS = 10
 """Runs that a fit needs: two for each coefficient."""
 LEAST_APART = 3
-"""Different budgets, and different sizes, that it needs."""
+"""Number of different budgets, and of different sizes, that a fit needs."""
 REPEATS = np.array([np.inf, *2.0 ** np.arange(9)])
-"""Constants of repetition that are tried: the times after which a further one is worth 1/e of a new image."""
+"""Constants of repetition that are tried: the repetitions after which a further one is worth 1/e of a new image."""
 HALF_APART = 2**0.5
-"""Half the distance of neighbours among them, as a factor."""
+"""Half the distance between neighbouring constants, as a factor."""
 ROBUST = 1.345
-"""Residuals beyond as many standard deviations count less (Huber's loss, with 95 % of the efficiency of least squares)."""
+"""Residuals beyond this many standard deviations count less (Huber's loss, with 95 % of the efficiency of least squares)."""
 OF_TRUNKS = 3
 """Coefficients that runs of one trunk do not determine between them: E, A and a."""
 RESAMPLES = 400
 STEPS = 60
-"""Of the descent; most fits take about 20."""
+"""Steps of the descent; most fits take about 20."""
 LEAST_COEFFICIENTS, MOST_COEFFICIENTS = np.array([-30, -30, -30, 0.01, 0.01]), np.array([30, 30, 30, 3, 3])
 NOTHING = 1e-6
 """A smaller limit is zero: the term of the sum has vanished."""
@@ -37,9 +37,9 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of one family: parameters, images seen, budgets and values, each of the shape (runs,); `unique` images are different.
+    """Runs of one family: parameters, images seen, budgets and values, each of the shape (runs,); `unique` counts different images.
 
-    `trunks` has a number for each trunk, which its branches share; by default each run is complete.
+    `trunks` has a number for each trunk, which its branches share; by default each run is a training of its own.
     """
 
     parameters: np.ndarray
@@ -56,7 +56,7 @@ class Runs:
 
     @property
     def independent(self) -> np.ndarray:
-        """For each run the number of its trunk, from 0."""
+        """Number of each run's trunk, from 0."""
         runs: np.ndarray = np.arange(len(self.values))
         return runs if self.trunks is None else np.unique(self.trunks, return_inverse=True)[1]
 
@@ -65,7 +65,7 @@ class Runs:
         return self.unique is not None and bool(self.images.max() > self.unique)
 
     def images_at(self, sizes: np.ndarray, budget: float) -> np.ndarray:
-        """Return the images that a budget gives sizes, from the operations for an image of the nearest ones."""
+        """Return the images that a budget gives these sizes; operations per image are interpolated between the runs."""
         order = np.argsort(self.parameters)
         flops = np.log(self.budgets / self.images)[order]
         images: np.ndarray = budget / np.exp(np.interp(np.log(sizes), np.log(self.parameters)[order], flops))
@@ -112,7 +112,7 @@ class LossLaw:
         return self._exponent(3), self._exponent(4)
 
     def _exponent(self, k: int) -> Interval:
-        """Of resamples at a limit of those tried, which do not determine it, it may be anything beyond."""
+        """Return an exponent. A resample at a limit of the tried exponents may be any value beyond that limit."""
         sample, least, most = self.coefficients[:, k], LEAST_COEFFICIENTS[k], MOST_COEFFICIENTS[k]
         return self.estimate(np.where(sample >= most, np.inf, np.where(sample <= least, 0, sample)))
 
@@ -149,7 +149,7 @@ class Best(NamedTuple):
 
 
 def fit(runs: Runs, resamples: int = RESAMPLES) -> LossLaw | None:
-    """Fit the law by Huber's loss of log losses, from 27 starts, and to trunks that are drawn with replacement, all runs of each.
+    """Fit the law by Huber's loss of log losses, from 27 starts, and again to trunks drawn with replacement, with all their runs.
 
     None for too few runs, budgets, sizes or trunks, and if the runs do not determine it: an exponent is at a limit of those tried.
     """

@@ -26,7 +26,7 @@ RELOAD_S = 60
 
 
 class Plot(NamedTuple):
-    """A figure as SVG, `wide` if it needs the width of the page; `narrow` is the same for a phone, if there is one."""
+    """A figure as SVG, `wide` if it needs the width of the page; `narrow` is the same for a phone, if any."""
 
     caption: str
     svg: bytes
@@ -35,9 +35,9 @@ class Plot(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """How far a sweep is at a time, and the times of its first command and of the last value measured, or now while it is at work.
+    """Progress of a sweep at the time `now`, and the `times` of its first command and of its last measured value.
 
-    All times are Unix times.
+    The latter is `now` while the sweep is at work. All times are Unix times.
     """
 
     status: Status
@@ -89,7 +89,7 @@ def render_samples(report: Report, strips: list[Strip]) -> bytes:
 
 
 def _metric(report: Report) -> str:
-    """Return what the distance is, in words."""
+    """Return the definition of the metric in words."""
     settings = report.recipe.evaluate
     if not settings.extractors:
         held_out = report.recipe.data.held_out_images
@@ -116,7 +116,7 @@ def _best(report: Report) -> tuple[str, str]:
 
 
 def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
-    """Return the best model, what was trained on what, when and how long: each by its title, a short value and more words."""
+    """Return the best model, the images, the models and the time: by title, each with a short value and more words."""
     recipe, (status, _, times) = report.recipe, facts
     source, classes = recipe.data.source, recipe.data.num_classes
     kinds = sorted({model.kind for model in recipe.models.values()})
@@ -148,7 +148,7 @@ def _list(facts: dict[str, tuple[str, str]]) -> str:
 
 
 def _progress(facts: Facts) -> str:
-    """Return how far a sweep and its models are."""
+    """Return the progress of a sweep and its models."""
     rows = []
     for run in facts.status.runs:
         left = "" if run.left_s is None else f"{time_words(run.left_s)} left"
@@ -188,7 +188,7 @@ def _svg(svg: bytes, alt: str) -> str:
 
 
 def _section(title: str, pictures: Sequence[Picture], turning: int = 0) -> str:
-    """Return pictures with the names of their columns; of the first `turning` a slider shows one at a time."""
+    """Return pictures with the names of their columns; a slider shows one of the first `turning` at a time."""
     figures = []
     for i, each in enumerate(pictures):
         words, names = escape(each.words), "".join(f"<span>{escape(name)}</span>" for name in each.names)

@@ -55,7 +55,7 @@ class Change:
 
 
 class Findings(NamedTuple):
-    """What a sweep or a study shows, a line each: `said` in sentences that one may quote, and the `details`."""
+    """Findings of a sweep or a study, a line each: `said` has sentences that one may quote, `details` the others."""
 
     said: list[str]
     details: list[str]
@@ -67,7 +67,7 @@ class Point:
 
     model: str
     kind: str
-    """The curve that it lies on: the model's kind, with options that make it another backbone (`FamilySettings.curve`)."""
+    """The curve that it belongs to: the model's kind, with options that make it another backbone (`FamilySettings.curve`)."""
     variant: str
     images_seen: int
     cost: "Cost"
@@ -76,9 +76,9 @@ class Point:
     forked_from: str
     """The run and the count whose training it continues; empty for no fork."""
     sampled_from: str
-    """The model whose samples are stored: of a mean over seeds the first that is measured."""
+    """The model whose samples are stored; for a mean over seeds, the first that is measured."""
     group: str
-    """The first of the models that differ in their seeds alone."""
+    """The first of the models that differ in their seeds only."""
     trunk: str
     """The model whose training it is: itself, or the one that it branches from."""
     eflops: float
@@ -92,7 +92,7 @@ class Point:
     seeds: int = 1
     """Number of trainings whose mean this is."""
     spread: float | None = None
-    """Standard error of that mean over the trainings, without what the noise of their samples has in common; None for one."""
+    """Standard error of that mean over the trainings, without the noise that their samples share; None for one training."""
 
     @property
     def gmacs(self) -> float:
@@ -143,20 +143,20 @@ class Report:
     vae: str | None
     """Identity of the VAE that made the latents, None without latents."""
     floors: list[Floor]
-    """Of real images, then of their reconstructions; empty if they are not measured."""
+    """Floors of real images, then of their reconstructions; empty if they are not measured."""
     no_floor: str | None
-    """The reason why they could not be measured."""
+    """The reason why floors are missing, if known."""
     images: int | None = None
     """Images of the latents, without flips; None if these were deleted."""
 
     @property
     def quantity(self) -> str:
-        """What the metric is, in a word."""
+        """Kind of the metric in words."""
         return "held-out loss" if self.metric == HELD_OUT else "distance"
 
     @property
     def visible_floors(self) -> list[Floor]:
-        """Those that logarithmic axes can show: of few images one may be below 0."""
+        """Floors that logarithmic axes can show: the floor of few images may be below 0."""
         return [floor for floor in self.floors if floor.distance > 0]
 
     @property
@@ -203,8 +203,8 @@ class Report:
     def family(self, kind: str, images_seen: int) -> list[Point]:
         """Return a family's points at one count of images seen, by rising cost.
 
-        Of a model whose rate has not fallen there, with a branch that ends there at a fallen one, the branch's, measured or not:
-        the trunk's is no match.
+        If a model's learning rate has not fallen there, and a branch of it ends there with a fallen rate, the trunk's point is left
+        out, whether the branch is measured or not: the trunk is no match.
         """
         recipe, points = self.recipe, [p for p in self.main if (p.kind, p.images_seen) == (kind, images_seen)]
         ending = [name for name in recipe.models if recipe.train_of(name).images == images_seen]
@@ -218,16 +218,16 @@ class Report:
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:
-    """Return at most so many of the items, evenly, with the first and the last."""
+    """Return at most `most` of the items, evenly spaced, with the first and the last."""
     chosen = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
     return [items[i] for i in chosen]
 
 
 def _mean(points: list[Point], metric: str) -> Point:
-    """Return the mean of a model's trainings, with its error: that of a mean over seeds, and that of sampling.
+    """Return the mean of a model's trainings, with its error, which combines the spread over seeds and the error of sampling.
 
-    The latter does not fall with the seeds, which share the noise and the labels of their samples. The error of the held-out
-    loss, of the same images and noise in all trainings, is over seeds alone.
+    The latter does not fall with the number of seeds, which share the noise and the labels of their samples. The held-out loss is
+    of the same images and noise in all trainings, so its error is over seeds only.
     """
     first = replace(points[0], model=points[0].group)
     if len(points) == 1:
@@ -243,8 +243,8 @@ def _mean(points: list[Point], metric: str) -> Point:
 
 
 def _mean_evaluation(points: list[Point]) -> Metrics:
-    """Return the evaluation of the first, with the mean of the known costs and of the values without each group of samples, and all
-    machines' names.
+    """Return the evaluation of the first point, with the means of all known costs and of the values without each group of samples,
+    and the names of all machines.
     """
     first, costs, lists = (points[0].evaluation, [p.evaluation.cost for p in points], [p.evaluation.left_out for p in points])
     common = [name for name in first.left_out if all(name in each for each in lists)]
@@ -325,7 +325,7 @@ def _random_share(recipe: Recipe, model: str, images_seen: int, origins: Mapping
     branch = recipe.models[model].branch
     origin = origins[model]
     of, at = (origin.model, origin.images) if origin else (branch.of, branch.at) if branch else ("", 0)
-    if of not in origins:  # random from the start, or from a run that is no more in the recipe
+    if of not in origins:  # random from the start, or from a run that is no longer in the recipe
         return start_share(recipe.train_of(model), images_seen)
     since = min(at, images_seen)
     return _random_share(recipe, of, since, origins) * start_share(recipe.train_of(model), images_seen, since)

@@ -21,9 +21,9 @@ class Published(NamedTuple):
 BATCH = 256
 IMAGES = 400_000 * BATCH
 STEPS = 250
-"""Sampling steps of all of them."""
+"""Sampling steps of all published results."""
 REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
-"""ADM's statistics of ImageNet, which all of them are compared with."""
+"""ADM's statistics of ImageNet, the reference of all published results."""
 MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
 SAMPLERS = {"DiT": "ddpm", "SiT": "euler_maruyama", "DiG": "ddpm"}
 """Our name of each family's sampler."""
@@ -46,7 +46,7 @@ PUBLISHED = [
 
 
 def require_published_protocol(report: Report) -> None:
-    """UserError if the sweep has no point whose images, reference and samples are those of the published ones."""
+    """Raise UserError unless the sweep's images, reference, image counts and sampling match the published results."""
     data, evaluate, made = report.recipe.data, report.recipe.evaluate, [p.evaluation for p in report.main]
     unlike = [] if report.metric == "fid" else [report.metric]
     if (data.resolution, data.num_classes) != (256, 1000):

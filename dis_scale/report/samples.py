@@ -29,9 +29,9 @@ CELL = 64
 AT_ONCE = 16
 """Pictures that are read at the same time."""
 AT_WORK = 2
-"""Checkpoints that evaluation has at work: one is measured while the next is sampled."""
+"""Checkpoints that evaluation works on at a time: one is measured while the next is sampled."""
 QUALITY = 90
-"""Of the pictures, from 0 to 100: they take a fifth of a PNG's bytes."""
+"""WebP quality of the pictures, from 0 to 100: they take a fifth of a PNG's bytes."""
 GAP = 3
 """Pixels between pictures."""
 
@@ -75,7 +75,7 @@ def _of(sweep: Sweep, sampled: Sampled, model: str, more: str = "") -> list[Pict
 
 
 def strips(sweep: Sweep, report: Report) -> list[Strip]:
-    """Return the models at their last counts, then each with several counts over its training: of many models some, evenly."""
+    """Return the models at their last counts, then each with several counts over its training; evenly chosen if there are many."""
     points = defaultdict[str, list[Point]](list)
     for p in report.main:
         points[p.model].append(p)

@@ -26,7 +26,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.headers["Host"] not in {f"{name}:{self._port}" for name in (LOOPBACK, "localhost")}:
-            return self.send_error(HTTPStatus.MISDIRECTED_REQUEST)  # a page elsewhere whose name was pointed here
+            return self.send_error(HTTPStatus.MISDIRECTED_REQUEST)  # another site, whose host name points here
         name = unquote(self.path.partition("?")[0]).removeprefix("/") or PAGE
         try:
             data = self._folder.read(name) if name in self._folder.list() else None

@@ -16,7 +16,7 @@ WIDTH = 78
 UNFINISHED = " *"
 """Mark of a point taken before its schedule has ended."""
 NOTED_START = 0.01
-"""Share of the random start in the average from which on it is noted."""
+"""Share of the random start in the average above which a footnote names it."""
 
 
 class TableColumn(NamedTuple):
@@ -173,7 +173,7 @@ def to_csv(report: Report) -> bytes:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Return the same with nested values and sampling settings, and what is missing."""
+    """Return the records with nested values and sampling settings, and the lines on missing points."""
     points = [_fields(COST, p) | {"values": p.values, "sampling": _fields(SAMPLING, p)} for p in report.points]
     return {"sweep": report.sweep, "metric": report.metric, "points": points, "missing": missing(report)}
 

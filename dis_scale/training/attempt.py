@@ -1,4 +1,4 @@
-"""One attempt at a model's training: what it is given, and what it opens before its first step.
+"""One attempt at a model's training: its inputs, and the parts that it opens before its first step.
 
 Runs on every rank of a process group. Read next: loop.py, which takes the steps.
 """
@@ -60,17 +60,17 @@ class Attempt:
     require_held: Callable[[], None]
     """Raises Held if this attempt no longer owns the run."""
     stop_by: Callable[[], float | None]
-    """Time of this process's monotonic clock by which it must have saved and stopped: infinity if it stops to move to more
-    workers, None while no stop is requested."""
+    """Returns the time on this process's monotonic clock by which it must have saved and stopped. Infinity if the stop moves the
+    run to more workers; None while no stop is requested."""
     report: Callable[[int], None]
-    """Called with the images seen after every step, on every rank."""
+    """Called on every rank after every step, with the images seen."""
     log: Callable[[str], None]
     emit: Callable[..., None]
     """Called with the name and the facts of an event."""
     shared: float = 0.0
     """Fraction of each GPU's memory that evaluators may take."""
     short: int = 0
-    """How often a GPU's memory was too small, for the planned forward passes and then for smaller ones."""
+    """Number of times that a GPU's memory was too small: first for the planned forward passes, then for smaller ones."""
 
     @property
     def recipe(self) -> Recipe:
@@ -83,15 +83,15 @@ class Attempt:
 
 
 class Started(NamedTuple):
-    """The model and its engine where an attempt begins."""
+    """The model and its engine at the beginning of an attempt."""
 
     state: Engine
     model: Backbone
     images_seen: int
     resumed: bool
-    """Whether it continues from a resume point of this model; otherwise from the beginning, or as a branch."""
+    """Whether training continues from a resume point of this model. If not, it starts from the beginning or as a branch."""
     earlier: RunState | None
-    """State at the resume point; for a branch what its trunk has spent, None at the beginning."""
+    """Run state at the resume point. For a branch, derived from its trunk's (`as_branch`); None at the beginning."""
 
 
 class Opened(NamedTuple):
@@ -157,7 +157,7 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> St
     read = point.read if point else resume.fresh(model)
     if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others
         _load_weights(model, read)
-    # Also passes that only other ranks have: a kernel that is wrong for these must be so on all ranks, or a device is blamed.
+    # Every rank verifies the passes of all ranks: a kernel that fails on some ranks only would be blamed on their devices.
     every = image_counts_of_all(settings.lanes, dist.get_world_size(), passes, settings.lane_images)
     scan = _verified_scan(attempt, model, every)
     images_seen, adam_step = (point.manifest.images, point.manifest.progress.adam_step) if point else (0, 0)
@@ -174,7 +174,7 @@ def start(attempt: Attempt, latents: Latents, passes: int, *, keeps: bool) -> St
 
 
 def _built(attempt: Attempt, latents: Latents, *, keeps: bool) -> Backbone:
-    """Return the model with its seed's weights, on the CPU."""
+    """Return the model on the CPU, with weights initialised from its seed."""
     settings, recipe = attempt.recipe.train, attempt.recipe
     model = models.build(
         recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
@@ -190,7 +190,7 @@ def _built(attempt: Attempt, latents: Latents, *, keeps: bool) -> Backbone:
 
 
 def _verified_scan(attempt: Attempt, model: Backbone, images: set[int]) -> str:
-    """Verify the model's kernels on all ranks, for passes of so many `images`; return the scan in words, "" if it has none."""
+    """Verify the model's kernels on all ranks, for passes with these `images`; return the scan in words, "" if it has none."""
     settings, words = attempt.recipe.train, ""
     if settings.scan in families.find(attempt.recipe.models[attempt.model].kind).scans:
         check_on_all_ranks(lambda: choose(settings.scan, attempt.device))
@@ -214,9 +214,9 @@ def _say_start(attempt: Attempt, model: Backbone, point: ResumePoint | None, sca
 
 
 def require_one_scan(chosen: Choice) -> None:
-    """BrokenDevice on a rank whose scan falls back to PyTorch's operations though that of others does not; collective.
+    """Raise BrokenDevice on a rank whose scan falls back to PyTorch's operations while other ranks' scans do not; collective.
 
-    All would wait for it, for weeks, and its sums are others.
+    All ranks would wait for the slow one for the whole training, and its sums would differ.
     """
     every: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(every, chosen.name, group=dist.new_group(backend="gloo"))
@@ -231,9 +231,10 @@ def _load_weights(model: Backbone, read: engine.Read) -> None:
 
 
 def _graphed(attempt: Attempt, model: Backbone, weights: Weights, images: set[int], passes: int) -> str:
-    """Let the model's blocks run as CUDA graphs where that is possible; return what came of it. Collective.
+    """Run the model's blocks as CUDA graphs if possible; return the outcome in words. Collective.
 
-    `images` are those of all ranks' passes: all ranks decide alike, or a rank that need not try would blame another's device.
+    `images` are the image counts of all ranks' passes, so that all ranks decide alike. If only some ranks captured graphs, a
+    failure would be blamed on their devices.
     """
     if attempt.device.type != "cuda":
         return "train.graphs changes nothing on a CPU"
@@ -247,13 +248,13 @@ def _graphed(attempt: Attempt, model: Backbone, weights: Weights, images: set[in
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
-    """Rank 0 finds and checks the newest resume point, for a new branch its trunk's; all ranks use it."""
+    """Return the newest resume point, for a new branch its trunk's. Rank 0 finds and verifies it; all ranks use it."""
     point, branch = None, attempt.recipe.models[attempt.model].branch
     if dist.get_rank() == 0:
         begin, start_over = branch.at if branch else 0, attempt.recipe.train.start_over
         point = resume.newest_point(attempt.run, attempt.log, start_over=start_over, begin=begin)
         if point is None and branch:
             point = resume.branch_point(attempt.sweep, branch)
-    others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read
+    others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without the files read
     dist.broadcast_object_list(others, group=dist.new_group(backend="gloo"))  # the others sleep while rank 0 reads
     return point or others[0]

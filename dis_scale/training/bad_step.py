@@ -18,9 +18,9 @@ from dis_scale.training.engine import WEIGHTS, Engine
 
 
 def dump_step(run: Run, name: PointName, inputs: Sequence[Any], losses: Sequence[torch.Tensor], engine: Engine) -> Folder:
-    """Write this rank's part of the step that ended at `name.images_seen`; rank 0 the manifest. Collective.
+    """Write this rank's part of the dump of the step that ended at `name.images_seen`; rank 0 also writes the manifest. Collective.
 
-    `inputs` are those of this rank's forward passes, `losses` their mean losses. Returns the folder.
+    `inputs` are the inputs of this rank's forward passes, `losses` their mean losses. Returns the folder.
     """
     folder, rank, segments = run.bad_step(name), dist.get_rank(), engine.segments(WEIGHTS)
     files = {

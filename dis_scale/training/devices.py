@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SIDE = {"cpu": 64, "cuda": 1024}
 """Rows and columns of the matrices that are multiplied as a check."""
 SUMMED = {"cpu": 2**16, "cuda": 2**24}
-"""Numbers that are summed over a group as a check: as many as gradients, since a link may pass a few kilobytes and no more."""
+"""Numbers that are summed over a group as a check: as many as gradients, since a bad link may pass only a few kilobytes."""
 
 PCI = Path("/sys/bus/pci/devices")
 """The kernel lists the machine's devices here, with a driver or without."""
@@ -30,34 +30,35 @@ MEMORY = re.compile(
     r"OutOfMemoryError|(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory|Cuda failure \d+ 'out of memory'|"
     r"_STATUS_ALLOC_FAILED|NVML_SUCCESS == r INTERNAL ASSERT"
 )
-"""Parts of the errors of a GPU whose memory is too small: PyTorch's, of segments that grow, of Triton, NCCL and cuBLAS; and where
-NVML does not say who holds it, which PyTorch asks for its message."""
+"""Parts of the errors of a GPU whose memory is too small: from PyTorch, its expandable segments, Triton, NCCL and cuBLAS. The last
+part is PyTorch's error if NVML, which it asks for its message, does not report which process holds the memory."""
 UNSUPPORTED = re.compile(r"driver on your system is too old|no kernel image is available")
 """Parts of the errors of a driver or a GPU that this PyTorch does not support."""
 REJECTED = re.compile(
     r"(CUDA (driver )?error|Triton Error \[CUDA\]): (device-side assert triggered|invalid |no kernel image|device kernel image"
     r" is invalid)|_STATUS_INVALID_VALUE"
 )
-"""Parts of the errors of a GPU that refuses what a program asks: every device would."""
+"""Parts of the errors of a GPU that rejects a program's request. Every device would reject it."""
 NODE = re.compile("std::bad_alloc|can't start new thread|unable to mmap|Cannot allocate memory|Too many open files")
 """Parts of the errors of a node that is short of memory, processes or files."""
 FOREIGN = 0.25
-"""Fraction of a GPU's memory, beyond what is shared on purpose, that others must hold to be blamed for what does not fit."""
+"""Fraction of a GPU's memory, beyond the evaluators' share. Other processes that hold more are blamed for a lack of memory."""
 REMEDY = "this PyTorch needs the NVIDIA driver R580 or newer, and a GPU newer than Volta"
 
 
 def check_on_all_ranks(check: Callable[[], object]) -> None:
     """Run the same check of the device on all ranks; collective.
 
-    BrokenDevice on a rank whose check fails though it passes on others, which have the same program and the same case; WrongKernel
-    where it fails on all ranks and these are on several nodes; its own error where it lacks memory, or all ranks are on one node.
+    On a rank whose check fails, raises BrokenDevice if the check passes on others, which run the same program on the same case.
+    Raises WrongKernel if it fails on all ranks and these are on several nodes. Raises the check's own error if memory is too small,
+    or if all ranks are on one node.
     """
     import torch.distributed as dist
 
     failure: Exception | None = None
     try:
         check()
-    except Exception as error:  # also of Triton's compiler, of CUDA, of a kernel that does not fit: the others wait for an answer
+    except Exception as error:  # any error, also of Triton's compiler or of CUDA: the other ranks wait for an answer
         failure = error
     passed = [False] * dist.get_world_size()
     dist.all_gather_object(passed, failure is None, group=dist.new_group(backend="gloo"))
@@ -65,7 +66,7 @@ def check_on_all_ranks(check: Callable[[], object]) -> None:
         raise BrokenDevice(f"this device fails where those of {sum(passed)} other ranks do not: {failure}") from failure
     several_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     if several_nodes and isinstance(failure, RuntimeError) and not lacks_memory(failure) and not NODE.search(str(failure)):
-        # CUDA's words for it are those of a failed device: each node in turn would be excluded for it
+        # CUDA's message is that of a failed device: without this error, one node after another would be excluded
         words = f"the kernels fail on all {len(passed)} ranks ({failure}): set train.scan, or train.graphs: false"
         raise WrongKernel(words) from failure
     if failure:
@@ -73,7 +74,7 @@ def check_on_all_ranks(check: Callable[[], object]) -> None:
 
 
 def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
-    """Return (device, reason) on a cluster of `gpus` GPUs: `auto` uses them if the smallest world size gets one a worker."""
+    """Return (device, reason) on a cluster of `gpus` GPUs. `auto` uses them if they suffice for the smallest world size."""
     workers = recipe.train.world_sizes[-1]
     if recipe.device != "auto":
         return recipe.device, "the recipe names it"
@@ -82,9 +83,9 @@ def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
 
 
 def usable_gpus(cuda: Any = None, pci: Path = PCI) -> tuple[int, str]:
-    """Return the number of this machine's GPUs that PyTorch can use; if there are only others, also the reason and the remedy.
+    """Return the number of this machine's GPUs that PyTorch can use; if it can use none of them, also the reason and the remedy.
 
-    `cuda` is `torch.cuda`, or what a test puts in its place; `pci` lists the machine's devices.
+    `cuda` is `torch.cuda`, or a test's replacement; `pci` lists the machine's devices.
     """
     import torch
 
@@ -114,7 +115,7 @@ def smallest_gpu_bytes() -> int:
 def _has_kernels(names: list[str], capability: tuple[int, int]) -> bool:
     """Whether a PyTorch built for these architectures supports a GPU of this compute capability.
 
-    A binary (`sm_`) runs on GPUs of its major version, not older ones; PTX (`compute_`) is compiled for any that is not older.
+    A binary (`sm_`) runs on GPUs of its major version that are not older; PTX (`compute_`) is compiled for any GPU not older.
     """
     built = [match.groups() for name in names if (match := re.match(r"(sm|compute)_(\d+)", name))]
     versions = [(kind, divmod(int(version), 10)) for kind, version in built]
@@ -139,7 +140,10 @@ def torch_device(device: str) -> "torch.device":
 
 
 def hide_others(number: int) -> None:
-    """Leave one of the visible GPUs to this process, before CUDA starts: it is `cuda` then, in each thread. UserError if hidden."""
+    """Hide all visible GPUs but GPU `number` from this process, so that it is `cuda` in each thread. Call before CUDA starts.
+
+    Raises UserError if that GPU is itself hidden.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(number)] if visible is None else visible.split(",")[number : number + 1]
     if not names or not names[0]:
@@ -148,14 +152,14 @@ def hide_others(number: int) -> None:
 
 
 def check_device(device: "torch.device") -> None:
-    """BrokenDevice unless the device allocates memory and multiplies two matrices of small integers exactly.
+    """Raise BrokenDevice unless the device allocates memory and multiplies two matrices of small integers exactly.
 
-    UserError with the remedy if this PyTorch does not support the device or its driver.
+    Raises UserError with the remedy if this PyTorch does not support the device or its driver.
     """
     import torch
 
     side = SIDE[device.type]
-    u = torch.arange(side) % 7 - 3.0  # exact in TF32, too
+    u = torch.arange(side) % 7 - 3.0  # exact also in TF32
     try:
         faults.at("check")
         product = u.to(device)[:, None].repeat(1, side) @ u.to(device)[None].repeat(side, 1)
@@ -168,10 +172,10 @@ def check_device(device: "torch.device") -> None:
 
 
 def check_on_node(device: "torch.device", shared: float = 0.0) -> None:
-    """Check a device, for a worker that may run on another node.
+    """Check the device of a worker that could also run on another node.
 
-    BrokenDevice also if this PyTorch does not support the device or its driver, if the device does not start, as without a fabric
-    manager, or if other processes hold all its memory, unless it is shared.
+    Raises BrokenDevice also in these cases: this PyTorch does not support the device or its driver; the device does not start, for
+    example without a fabric manager; other processes hold all its memory, and it is not shared.
     """
     try:
         check_device(device)
@@ -187,16 +191,16 @@ def check_on_node(device: "torch.device", shared: float = 0.0) -> None:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU's memory is too small. It has several classes, so its text decides."""
+    """Return whether an error reports that a GPU's memory is too small. Such errors have several classes, so the text decides."""
     return isinstance(error, RuntimeError) and bool(MEMORY.search(f"{type(error).__name__}: {error}"))
 
 
 @contextmanager
 def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None) -> Iterator[None]:
-    """Raise BrokenDevice where memory was too small because other processes hold the GPU's: strangers, or some that do not end.
+    """Raise BrokenDevice if GPU memory is too small because other processes hold it: foreign ones, or ones that do not end.
 
-    What PyTorch's compiler wraps is raised as it was: a full disk is no mistake, and no driver can unpickle the wrapper.
-    Evaluators may hold the fraction `shared`. `cuda` is `torch.cuda`, or what a test puts in its place.
+    An error that PyTorch's compiler wraps is raised unwrapped: a full disk is no mistake, and no driver can unpickle the wrapper.
+    Evaluators may hold the fraction `shared`. `cuda` is `torch.cuda`, or a test's replacement.
     """
     import torch
 
@@ -217,9 +221,9 @@ def blaming_others(device: "torch.device", shared: float = 0.0, cuda: Any = None
 
 
 def check_group(device: "torch.device") -> None:
-    """DistBackendError unless the sum over all ranks of the process group is right; collective.
+    """Raise DistBackendError unless the sum over all ranks of the process group is right; collective.
 
-    No worker is to blame: a wrong sum has passed through all of them, and each has multiplied right.
+    No worker is blamed: a wrong sum has passed through all workers, and the matrix product of each was right.
     """
     import torch
     import torch.distributed as dist
@@ -233,7 +237,7 @@ def check_group(device: "torch.device") -> None:
 
 
 def require_sum(total: "torch.Tensor", world: int) -> None:
-    """DistBackendError unless each element is the sum of 1 to `world`."""
+    """Raise DistBackendError unless each element is the sum of 1 to `world`."""
     import torch.distributed as dist
 
     if bool((total != world * (world + 1) / 2).any()):
@@ -243,7 +247,7 @@ def require_sum(total: "torch.Tensor", world: int) -> None:
 
 
 def flight_record() -> str:
-    """Return the collectives that this process has begun and not ended, a line each, as PyTorch's flight recorder has them."""
+    """Return this process's groups and unfinished collectives, one line each, as recorded by PyTorch's flight recorder."""
     import torch._C._distributed_c10d as c10d
 
     described = []

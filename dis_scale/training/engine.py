@@ -70,7 +70,7 @@ class Engine:
     table: list[Segment]
     shapes: dict[str, torch.Size]
     hosts: Any = None
-    """Process group between the hosts (gloo), for what must not go through a GPU's memory."""
+    """Process group between the hosts (gloo), for tensors that must not pass through a GPU's memory."""
     weights: Weights = field(default_factory=dict)
 
     def micro_step(self, loss: torch.Tensor) -> None:
@@ -147,7 +147,7 @@ class Engine:
     def fill(self, read: Read, adam_step: int) -> None:
         """Overwrite this rank's part of the moments and averages with stored ones, read by range: any world size and ZeRO stage.
 
-        The weights came through DeepSpeed. Each must be where the table says; a DisScaleError names the first that is not.
+        The weights came through DeepSpeed and are only compared. DisScaleError names the first that is not where the table says.
         """
         for flat in self.flats:
             step = torch.tensor(float(adam_step), device=flat.device)  # fused AdamW reads it there, unchecked
@@ -173,10 +173,10 @@ def _require_equal(here: torch.Tensor, stored: torch.Tensor, s: Segment) -> None
 def connect(device: torch.device, waits_s: float = 1800.0) -> None:
     """Join the process group that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-    A collective of it, or of any later group, fails after `waits_s`.
+    A collective of this group, or of any later one, fails after `waits_s` seconds.
     """
     deepspeed, timeout = _deepspeed(device), timedelta(seconds=waits_s)
-    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # that of DeepSpeed's own group
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # timeout of DeepSpeed's own group
         setattr(dist.distributed_c10d, default, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
@@ -189,9 +189,9 @@ def start(model: Backbone, settings: Train, device: torch.device, read: Read, ad
     """
     groups, shapes = parameter_groups(model, settings), {name: p.shape for name, p in model.named_parameters()}
     parameters = sum(shape.numel() for shape in shapes.values())
-    # Stage 3 frees a parameter after each use, but not what views of it hold; a compiled block must not set attributes; one of
-    # another package may read its weights anywhere. What exceeds a bucket is reduced in memory of its own, which may be used again
-    # too early.
+    # Weights are not joined in three cases. Stage 3 frees a parameter after each use, but not the memory that its views hold. A
+    # compiled block must not set attributes. A block of another package may read its weights anywhere.
+    # A joined parameter fits in a bucket: DeepSpeed reduces a larger one in separate memory, which may be reused too early.
     apart = settings.zero_stage == 3 or settings.compile or bool(model.settings.needed_code)
     weights = weights_of(model) if apart else join_blocks(model, groups, bucket(parameters))
     optimizer = adamw()(groups, settings.learning_rate, settings.betas, fused=True)
@@ -210,7 +210,7 @@ def start(model: Backbone, settings: Train, device: torch.device, read: Read, ad
 
 
 def parameter_groups(model: Backbone, settings: Train) -> Groups:
-    """Return the optimizer's groups: the parameters of one weight decay and one factor of the learning rate, `rate`, together.
+    """Return the optimizer's groups. Parameters of one group share their weight decay and `rate`, a factor of the learning rate.
 
     With a base width, a step decays weights by the same share at each width, as Yang et al.'s package `mup` does.
     """
@@ -262,7 +262,7 @@ def _config(settings: Train, parameters: int, passes: int) -> dict[str, Any]:
 
 
 def _table_of_stages_1_and_2(zero: Any, weights: Weights) -> Iterator[Segment]:
-    """Parameters are stored end to end in one flat buffer, which is split into equal parts, one per rank."""
+    """Yield this rank's segments. Parameters are stored end to end in one flat buffer, split into equal parts, one per rank."""
     rank = dist.get_rank()
     for flat, (group, part) in enumerate(zip(zero.round_robin_bit16_groups, zero.partition_size, strict=True)):
         first, last = rank * part, (rank + 1) * part
@@ -275,7 +275,7 @@ def _table_of_stages_1_and_2(zero: Any, weights: Weights) -> Iterator[Segment]:
 
 
 def _table_of_stage_3(zero: Any, weights: Weights) -> Iterator[Segment]:
-    """Each parameter is split into equal parts, padded at the end; a rank stores its parts of all parameters end to end."""
+    """Yield this rank's segments. Each parameter is split into equal parts, padded at the end; parts of a rank are end to end."""
     rank = dist.get_rank()
     for flat, group in enumerate(zero.fp16_groups):
         offset = 0

@@ -18,14 +18,14 @@ from dis_scale.sweep.documents import Origin, PublishedManifest, ResumePointMani
 
 
 def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequence[str] = ()) -> Run:
-    """Start the run `new` of a sweep where `model` had seen `images_seen` images; return it.
+    """Start the run `new` of a sweep at the resume point where `model` had seen `images_seen` images; return the run.
 
-    `settings` (`a=value`) change its training from there on. Published weights up to there are copied, without damaged ones. A
-    rerun does only what is left. UserError if it cannot be done; Held while a command runs the sweep, whose recipe would change
-    under it.
+    `settings` (`a=value`) change its training from there on. Published weights up to there are copied, except damaged ones. A
+    rerun completes an interrupted fork. Raises UserError if the fork is not possible. Raises Held while a command runs the sweep,
+    since the fork changes the sweep's recipe.
     """
     with lease.hold(command_lease(sweep.folder), aside=True) as held:
-        # opened now, since another may have forked meanwhile
+        # opened under the lease, since another fork may have changed the recipe meanwhile
         return _fork(Sweep.open(sweep.folder.url), model, images_seen, new, settings, held)
 
 
@@ -37,13 +37,13 @@ def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequen
         raise UserError(f"--as {new}: this sweep has a model of that name, with other settings: choose another name")
     target = grown.run(new)
     _require_free(sweep, target, origin, new)
-    copied = target.resume_point(PointName(images_seen, COPIED))  # the last that is copied
+    copied = target.resume_point(PointName(images_seen, COPIED))  # copied last
     if not ResumePointManifest.exists(copied):
         if name is None:
             raise _no_point(run, model, images_seen)
         _require_possible(sweep, grown, model, images_seen, new)
         manifest = ResumePointManifest.require(point := run.resume_point(name))
-        manifest.read_files(point)  # damage is named before anything is written; not kept, since it may be larger than memory
+        manifest.read_files(point)  # raises on damage before anything is written; keeps no data, which may exceed memory
         origin.write(target.folder)
         for count in [n for n in state.published_counts(run) if n <= images_seen]:
             published = run.published_at(count)
@@ -58,13 +58,13 @@ def _fork(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequen
 
 
 def _outside_studies(model: Model) -> Model:
-    """A fork ends at no budget of a study: its training is another."""
+    """Return the model without its branch's study budget: a fork is trained differently, so it belongs to no study."""
     branch = model.branch and model.branch.model_copy(update={"budget": None})
     return model.model_copy(update={"branch": branch})
 
 
 def _require_possible(sweep: Sweep, grown: Sweep, model: str, images_seen: int, new: str) -> None:
-    """UserError if the fork's settings fit neither its beginning nor what `model` has published."""
+    """Raise UserError if the fork's settings do not fit its beginning, or the weights that `model` has published."""
     settings = grown.recipe.train_of(new)
     if images_seen % settings.batch_images:
         raise UserError(f"--at {images_seen}: not a multiple of the new run's batch_images {settings.batch_images}")
@@ -81,7 +81,7 @@ def _require_possible(sweep: Sweep, grown: Sweep, model: str, images_seen: int, 
 
 
 def _require_free(sweep: Sweep, target: Run, origin: Origin, new: str) -> None:
-    """The name is not in use, unless the same fork was begun before; another that was begun, and never trained, is deleted."""
+    """Raise UserError if the name is in use, except by the same untrained fork. Delete another untrained one outside the recipe."""
     begun = Origin.find_intact(target.folder)
     if begun and not target.lease.list():
         if (begun.model, begun.images) == (origin.model, origin.images):
@@ -103,7 +103,7 @@ def _no_point(run: Run, model: str, images_seen: int) -> UserError:
 
 
 def _copy(manifest: ResumePointManifest | PublishedManifest, source: Folder, target: Folder, model: str, held: Lease) -> None:
-    """Copy files with their manifest, which is written last and names the new run's model, unless it is there."""
+    """Copy files, then their manifest, changed to name the new run's model. Do nothing if the manifest exists already."""
     if manifest.exists(target):
         return
     for name in manifest.files:

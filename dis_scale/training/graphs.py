@@ -1,7 +1,7 @@
 """Each block's forward and backward pass as two CUDA graphs: two launches instead of some forty that Python makes one by one.
 
 For models whose blocks are so short that Python sets the pace (benchmarks/results/kernels.md#host-time). Everything around the
-blocks runs as it does without. Called by attempt.py after DeepSpeed has moved the weights to where they stay.
+blocks runs as without graphs. Called by attempt.py after DeepSpeed has moved the weights to where they stay.
 """
 
 import math
@@ -20,7 +20,8 @@ from dis_scale.training.devices import lacks_memory
 from dis_scale.training.joined import Weights
 
 CLOSE = 1e-3
-"""Largest relative difference of a weight's gradient by graphs, or of as small a share of all: attention adds in no fixed order."""
+"""Largest difference of a weight's gradient by graphs, relative to its norm or, if that is larger, to CLOSE times the norm of all
+gradients. Gradients may differ because attention adds in no fixed order."""
 
 Inputs = tuple[Tensor | None, ...]
 MakeGraphs = Callable[..., tuple[Callable[..., Any], ...]]
@@ -32,11 +33,11 @@ def graph_blocks(
     model: Backbone, weights: Weights, images: int, *, adds_up: bool,
     make_graphs: MakeGraphs = torch.cuda.make_graphed_callables,
 ) -> str:  # fmt: skip
-    """Let the blocks of a model on a GPU run as graphs in passes of this many images; return a line that says so.
+    """Run the blocks of a model on a GPU as graphs in passes of this many images; return a line for the log.
 
-    `weights` are those that each of its parameters holds: each weight's gradient is compared.
-    `adds_up`: the gradients of several passes are added up in `.grad`. UserError if PyTorch cannot capture the blocks, or if their
-    graphs compute other numbers; OutOfMemoryError if memory lacks. A failed capture leaves CUDA unusable for this process.
+    `weights` lists the weights that each parameter holds: gradients are compared by weight. `adds_up`: the gradients of several
+    passes are added up in `.grad`. Raises UserError if PyTorch cannot capture the blocks, or if their graphs compute other numbers.
+    Raises OutOfMemoryError if memory is too small. A failed capture leaves CUDA unusable for this process.
     """
     assert isinstance(model.blocks, nn.ModuleList)
     blocks, inputs = list(model.blocks), _random_inputs(model, images)
@@ -73,7 +74,7 @@ def _random_inputs(model: Backbone, images: int) -> Inputs:
 
 
 def _results(model: Backbone, weights: Weights, inputs: Inputs) -> Results:
-    """The output, and the gradients of the weights that it depends on."""
+    """Return the output, and the gradients of the weights that it depends on."""
     out_BCHW, parameters = model(*inputs), list(model.parameters())
     found = torch.autograd.grad(out_BCHW.float().square().mean(), parameters, allow_unused=True)
     sizes = ([weight.size for weight in weights[parameter]] for parameter in parameters)
@@ -81,7 +82,7 @@ def _results(model: Backbone, weights: Weights, inputs: Inputs) -> Results:
 
 
 def _record(blocks: list[nn.Module], model: Backbone, weights: Weights, inputs: Inputs) -> tuple[list[Inputs], Results]:
-    """Return each block's inputs in a pass, as tensors of their own that need gradients if the inputs did, and its results."""
+    """Return copies of each block's inputs in a pass, which need gradients if the inputs did, and the results of the pass."""
     calls: dict[nn.Module, Inputs] = {}
 
     def keep(block: nn.Module, given: Inputs) -> None:
@@ -104,8 +105,8 @@ def capture(
 ) -> None:
     """Replace the blocks' `forward`, for training with this many images, by graphs that share memory in the order of a pass.
 
-    They are captured with aliases of the weights as inputs: the weights' own nodes of autograd, which DeepSpeed holds, belong to
-    the stream that made them, and a capture must not wait for another stream.
+    The graphs are captured with aliases of the weights as inputs. The weights' own autograd nodes, which DeepSpeed holds, belong to
+    the stream that created them, and a capture must not wait for another stream.
     """
     present = [[x is not None for x in inputs] for inputs in calls]
     functions = tuple(_of_tensors(block, there, keeps_states=keeps_states) for block, there in zip(blocks, present, strict=True))
@@ -119,9 +120,9 @@ def capture(
 
 
 def _of_tensors(block: nn.Module, present: list[bool], *, keeps_states: bool) -> Callable[..., Any]:
-    """A block as a function of the tensors among its inputs, those that `present` names, and of its weights."""
+    """Return a block as a function of its weights and of those inputs that are tensors, which `present` marks."""
     names, count = [name for name, _ in block.named_parameters()], sum(present)
-    plain = copy(block)  # whose `forward` stays
+    plain = copy(block)  # keeps the original `forward`
 
     def function(*tensors: Tensor) -> Any:
         given, weights = iter(tensors[:count]), dict(zip(names, tensors[count:], strict=True))
@@ -137,7 +138,7 @@ def _of_tensors(block: nn.Module, present: list[bool], *, keeps_states: bool) ->
 def _either(
     graph: Callable[..., Any], plain: Callable[..., Any], weights: list[nn.Parameter], images: int, present: list[bool]
 ) -> Callable[..., Any]:
-    """The graph for inputs as it was captured with, where gradients are needed; otherwise the block as it is."""
+    """Return a `forward` that runs the graph if gradients are needed and the inputs fit it, otherwise the block's own one."""
 
     def forward(*inputs: Tensor | None) -> Any:
         tensors = [x for x in inputs if x is not None]
@@ -149,7 +150,7 @@ def _either(
 
 
 def _difference(found: Results, expected: Results) -> str:
-    """What differs; empty if nothing does. NaN differs."""
+    """Return the name of the part that differs; empty if none. NaN differs from NaN."""
     if not torch.equal(found[0], expected[0]):
         return "output"
     if len(found[1]) != len(expected[1]):

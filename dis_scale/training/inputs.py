@@ -36,7 +36,7 @@ def step_inputs(
 ) -> Iterator[StepInput]:
     """Yield this rank's inputs from `images_seen` on, in order: one per forward pass and step, pinned for a GPU.
 
-    `seed` is that of the model's training, `rates` are those of its drop path.
+    `seed` is the seed of the model's training, `rates` are the rates of its drop path.
     """
     settings, process = recipe.train, diffusion.build(recipe.diffusion, latents.shape)
 
@@ -55,7 +55,7 @@ def step_inputs(
 
 
 def _together(parts: Sequence[StepInput]) -> StepInput:
-    """The inputs of several lanes as those of one forward pass."""
+    """Return the inputs of several lanes as the input of one forward pass."""
     if len(parts) == 1:
         return parts[0]
     micro = Micro(*map(_joined, zip(*[part.micro for part in parts], strict=True)))
@@ -64,13 +64,13 @@ def _together(parts: Sequence[StepInput]) -> StepInput:
 
 
 def _joined(parts: Sequence[torch.Tensor | None], dim: int = 0) -> Any:
-    """The parts as one tensor; None if the lanes have none."""
+    """Return the parts as one tensor; None if all parts are None."""
     present = [part for part in parts if part is not None]
     return torch.cat(present, dim) if present else None
 
 
 def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor | None:
-    """Multipliers of drop path (branches, n): 0, or 1 / (1 - rate); None if nothing is dropped."""
+    """Return the multipliers of drop path (branches, n): 0, or 1 / (1 - rate); None if nothing is dropped."""
     if not any(rates):
         return None
     keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None]
@@ -78,7 +78,7 @@ def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor |
 
 
 def _pinned(host_input: StepInput, device: torch.device) -> StepInput:
-    """In pinned memory if the device is a GPU, so that copies overlap with computation."""
+    """Return the input in pinned memory if the device is a GPU, so that copies overlap with computation."""
     if device.type != "cuda":
         return host_input
     pinned: StepInput = tree_map_only(torch.Tensor, torch.Tensor.pin_memory, host_input)

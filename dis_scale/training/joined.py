@@ -1,7 +1,7 @@
-"""The weights of a block as few parameters while it is trained: DeepSpeed and autograd take Python's time for each parameter.
+"""Joins the weights of each block into few parameters for training: DeepSpeed and autograd spend Python time on each parameter.
 
-A block of DiS has seven or nine, and a hook of DeepSpeed takes 23 to 33 us (benchmarks/results/kernels.md#host-time). Here they are
-views of one parameter while the block's `forward` runs, and their gradients come as one tensor. What is stored keeps the weights'
+A DiS block has seven or nine weights, and a DeepSpeed hook takes 23 to 33 us (benchmarks/results/kernels.md#host-time). Joined
+weights are views of one parameter while the block's `forward` runs, and their gradients are one tensor. Stored weights keep their
 own names and shapes. Called by engine.py.
 """
 
@@ -36,15 +36,15 @@ class _Place(NamedTuple):
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Return the weight that each parameter of the model is."""
+    """Return the table of a model whose weights are not joined: each parameter holds one weight."""
     return {p: [Weight(name, p.numel())] for name, p in model.named_parameters()}
 
 
 def join_blocks(model: Backbone, groups: Groups, most: int) -> Weights:
-    """Join each block's weights of one of the optimizer's groups, here and in the group, to parameters of `most` elements each.
+    """Join the weights of each block that one optimizer group holds into parameters of at most `most` elements.
 
-    Returns what each parameter holds. A block has its weights while its `forward` runs: not before, in hooks, or in its backward
-    pass. No two modules may share one.
+    Changes the model and the groups. Returns the weights that each parameter holds. A block has its weights only while its
+    `forward` runs: not before, in hooks or in its backward pass. No two modules may share a weight.
     """
     held = weights_of(model)
     assert isinstance(model.blocks, nn.ModuleList)
@@ -65,7 +65,7 @@ def join_blocks(model: Backbone, groups: Groups, most: int) -> Weights:
 
 
 def _parts(weights: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
-    """Yield weights that follow one another and have at most `most` elements together; not those that are alone."""
+    """Yield groups of two or more consecutive weights that have at most `most` elements together."""
     part, size = list[nn.Parameter](), 0
     for weight in weights:
         if size + weight.numel() > most:
@@ -79,13 +79,13 @@ def _parts(weights: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Param
 
 
 def _taken(module: nn.Module, name: str, weight: nn.Parameter) -> _Place:
-    """Take a weight from its module."""
+    """Remove a weight from its module; return its place."""
     delattr(module, name)
     return _Place(module, name, weight.shape)
 
 
 def _with_weights(block: nn.Module, plain: Callable[..., Any], joined: list[tuple[str, list[_Place]]]) -> Callable[..., Any]:
-    """The block's `forward`, for which its weights are views of its parameters."""
+    """Return a `forward` during which the block's weights are views of its joined parameters."""
     split = [(name, [place.shape.numel() for place in places], places) for name, places in joined]
 
     def forward(*inputs: Any) -> Any:

@@ -1,6 +1,6 @@
-"""How a rank computes its lanes of a step: in forward passes of one or of several lanes.
+"""Distributes the lanes of a step over ranks and their forward passes of one or several lanes.
 
-Lanes fix the images, noise and times of a step, whatever the world size. How many of them share a forward pass is free: it changes
+Lanes fix the images, noise and times of a step, whatever the world size. The number of lanes per forward pass is free: it changes
 the speed, the memory and the rounding. Read next: loop.py, memory.py.
 """
 
@@ -13,14 +13,14 @@ class ForwardPass(NamedTuple):
 
     lanes: range
     weight: float
-    """Such that the mean over all passes of all ranks, which DeepSpeed takes, is the mean over all lanes; 1 for equal shares.
+    """Factor that turns DeepSpeed's mean over all passes of all ranks into the mean over all lanes; 1 for equal shares.
     0 for a repeated lane: it keeps this rank in step with ranks that have more lanes."""
 
 
 def forward_passes(lanes: int, rank: int, world: int, passes: int) -> list[ForwardPass]:
-    """Return a rank's forward passes of a step, as many as on each other rank; their lanes differ by one at most.
+    """Return a rank's forward passes of a step. Their number is `passes` on each rank; their lanes differ by one at most.
 
-    So do the shares of two ranks. There are at least as many lanes as ranks.
+    The lanes of two ranks also differ by one at most. There are at least as many lanes as ranks.
     """
     first, end = rank * lanes // world, (rank + 1) * lanes // world
     own = end - first
@@ -39,5 +39,5 @@ def image_counts_of_all(lanes: int, world: int, passes: int, lane_images: int) -
 
 
 def largest_share(lanes: int, world: int) -> int:
-    """Return the lanes of the rank that has most."""
+    """Return the largest number of lanes of a rank."""
     return -(-lanes // world)

@@ -42,7 +42,7 @@ def train_model(attempt: Attempt) -> int:
     """Train from the newest complete resume point to the last published count, or to an agreed step if a stop is requested.
 
     Returns the images seen. The weights are bit-equal to those of an uninterrupted run with the same world size, ZeRO stage,
-    images in a forward pass, with kept states or without, kind of device, number of threads and package versions.
+    images in a forward pass, choice to keep scan states or not, kind of device, number of threads and package versions.
     """
     training = begin(attempt)
     opened, started, records, settings = training.opened, training.started, training.records, attempt.recipe.train
@@ -73,8 +73,8 @@ def train_model(attempt: Attempt) -> int:
                 row |= {"skipped": float(training.skipped), "paused": training.saver.paused_s / training.own_s}
             records.add(images_seen, row)
 
-            # Save and publish. A resume point never exists without the rows before it, nor a published count where branches begin
-            # without the resume point there: a trunk that has published its last one is trained, and they need that point.
+            # Save and publish. A resume point never exists without the metric rows before it. Where branches begin, a resume
+            # point is saved before the count is published: a trunk is trained once its last count is, and branches need the point.
             publish_due = images_seen in settings.publish_images
             save_due = images_seen % settings.resume_every_images < settings.batch_images or images_seen in branches
             training.saver.raise_failed()
@@ -91,7 +91,7 @@ def train_model(attempt: Attempt) -> int:
 
 @dataclass
 class Training:
-    """One attempt's training: what its steps use, and its records."""
+    """One attempt's training: the parts that its steps use, and its records."""
 
     attempt: Attempt
     opened: Opened
@@ -103,7 +103,7 @@ class Training:
     saved_images: int
     """Images seen at the last resume point, or at the start."""
     skipped: int = 0
-    """Steps of the run that were skipped, by all attempts."""
+    """Skipped steps of the run, over all attempts."""
 
     def inputs(self) -> Iterator[StepInput]:
         """Yield the inputs of each forward pass from here on."""
@@ -166,7 +166,7 @@ def begin(attempt: Attempt) -> Training:
 
 
 def end(training: Training, images_seen: int, agreement: StopAgreement) -> None:
-    """Save the last step, if there is time, and end the log."""
+    """Save a resume point of the last step, if it has none and there is time, and end the log."""
     attempt, saver, records = training.attempt, training.saver, training.records
     saver.finish()
     if images_seen != training.saved_images and agreement.time_left(saver.took_s):
@@ -216,7 +216,7 @@ def _handle_bad_step(
 
 
 def _loss(sharded: Any, process: Process, micro: Micro, t_B: torch.Tensor, drop: Any) -> torch.Tensor:
-    """Mean loss of a micro-batch through DeepSpeed's module."""
+    """Return the mean loss of a micro-batch through DeepSpeed's module."""
 
     def model_fn(x_BCHW: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         out_BCHW: torch.Tensor = sharded(x_BCHW, t_B, micro.y_B, drop)
@@ -226,7 +226,7 @@ def _loss(sharded: Any, process: Process, micro: Micro, t_B: torch.Tensor, drop:
 
 
 def _first_step(attempt: Attempt) -> dict[str, float]:
-    """Start-up time, or restart and detection time, as metric rows; a restart is also logged."""
+    """Return the start-up time, or the restart and detection time, as metrics; log a restart."""
     seconds = time.time() - attempt.start.requested_at
     if attempt.start.silent_s is None:
         return {"start_s": seconds}
@@ -262,7 +262,7 @@ def _adam_step(state: Engine) -> int:
 
 
 def _step_row(state: Engine, inputs: Sequence[StepInput], losses: list[torch.Tensor]) -> dict[str, float]:
-    """Metrics of the last step, its loss averaged over all lanes of all ranks; `learning_rate` is the next step's. Collective."""
+    """Return metrics of the last step: the loss over all lanes of all ranks; `learning_rate` is the next step's. Collective."""
     total = torch.stack([loss * of.weight for loss, of in zip(losses, inputs, strict=True)]).sum()
     dist.all_reduce(total)
     return {

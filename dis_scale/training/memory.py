@@ -1,6 +1,6 @@
-"""Memory of a GPU that trains, by arithmetic: what holds states, and what grows with the images of a forward pass.
+"""Computes a worker's GPU memory by arithmetic: its states, and the part that grows with the images of a forward pass.
 
-Read next: models/cost.py for the activations, lanes.py for what is done with the answer.
+Plans the forward passes with it. Read next: models/cost.py for the activations, lanes.py for the passes.
 """
 
 import contextlib
@@ -26,8 +26,9 @@ CURES: tuple[Mapping[str, object], ...] = (
 USABLE = 0.85
 """Share of a GPU's memory that may be planned with; CUDA's context, temporary tensors and fragments need the rest."""
 BUSY_BYTES = 0.33e9
-"""A block's kept states in a forward pass from which on the GPU takes longer than Python, one number for all sizes: those of
-DiS-L/2 at 62 images and of H/2 at 42, where on the host of an H200 it does from 55 and 31 on (docs/performance.md)."""
+"""Bytes of a block's kept states in a forward pass above which the GPU takes longer than Python. One number serves all sizes:
+DiS-L/2 reaches it at 62 images and H/2 at 42. On the host of an H200, the GPU takes longer from 55 and 31 images on
+(docs/performance.md)."""
 
 
 class PassPlan(NamedTuple):
@@ -36,12 +37,12 @@ class PassPlan(NamedTuple):
     passes: int
     """Forward passes, which share the lanes evenly."""
     keeps_states: bool
-    """Whether scans keep their states for the backward pass, which then computes nothing again."""
+    """Whether scans keep their states for the backward pass, which then recomputes nothing."""
 
     def smaller(self, share: int, times: int = 1) -> "PassPlan":
-        """Return the plan of a worker with `share` lanes whose memory was too small for this one, and then for smaller ones.
+        """Return the plan of a worker with `share` lanes whose memory was too small `times` times.
 
-        Without states, or with a lane less in the largest pass; the second time with one lane in each.
+        The first time: without kept states or, if there were none, with one lane less in the largest pass. Then: one lane a pass.
         """
         lanes = max(1, -(-share // self.passes) - (not self.keeps_states)) if times == 1 else 1
         return PassPlan(-(-share // lanes), keeps_states=False)
@@ -50,9 +51,9 @@ class PassPlan(NamedTuple):
 def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
     """Return the bytes of a worker's states by part; independent of the images in a forward pass.
 
-    At stage 1 a rank holds all gradients until they are reduced; at stages 2 and 3 its part, and at 2 the rest of up to two blocks,
-    which is not counted. DeepSpeed keeps two buckets of
-    gradients at any world size, and at stage 3 a bucket of gathered weights and one of those that come next.
+    At stage 1 a rank holds all gradients until they are reduced, at stages 2 and 3 its part. At stage 2 it also holds the rest of
+    up to two blocks, which is not counted. DeepSpeed keeps two buckets of gradients at any world size. At stage 3 it also keeps a
+    bucket of gathered weights and one of prefetched weights.
     """
     one = 4 * cost.parameters
     part = -(-one // world)
@@ -63,17 +64,17 @@ def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
         "averages": len(ema.names(settings)) * part,
         "buckets": (4 if settings.zero_stage == 3 else 2) * 4 * bucket(cost.parameters),
     }
-    if settings.precision == "bf16":  # kept for the backward pass, unless it is computed again
+    if settings.precision == "bf16":  # kept for the backward pass, unless recomputed
         blocks = len(cost.kept.blocks) if recompute_every(settings.checkpointing) == 1 else 1
         parts["rounded weights"] = one // 2 // blocks
     return parts
 
 
 def worker_bytes(cost: Cost, settings: Train, world: int, images: int) -> int:
-    """Return a worker's bytes at their peak, with `images` in a forward pass.
+    """Return a worker's peak bytes, with `images` in a forward pass.
 
-    Activations are gone when the step joins this worker's reduced gradients in one more tensor; those of graphs stay, and are
-    counted with what capturing them takes.
+    Activations are freed before the step joins this worker's reduced gradients in one more tensor. Activations of graphs stay;
+    they are counted together with the memory that the capture takes.
     """
     image, fixed = _pass_bytes(cost, settings)
     activations = images * image + fixed
@@ -88,10 +89,10 @@ def most_images(cost: Cost, settings: Train, world: int, usable_bytes: float) ->
 
 
 def _pass_bytes(cost: Cost, settings: Train) -> tuple[int, int]:
-    """Return what a forward pass keeps, in bytes: of an image, and besides.
+    """Return the bytes that a forward pass keeps: for each image, and independent of the images.
 
-    Graphs of the blocks have gradients of inputs, outputs and weights of their own. On an H200 0.93 to 0.99 of a worker's bytes
-    were measured, by one worker at ZeRO 1: the peak, which is while they are captured.
+    Graphs of the blocks have their own gradients of inputs, outputs and weights. On an H200, one worker's peak at ZeRO 1 was
+    measured as 0.93 to 0.99 of `worker_bytes`; the peak is during the capture.
     """
     image, fixed = cost.activation_bytes(settings.checkpointing, settings.precision), cost.kept.fixed_bytes(settings.checkpointing)
     if settings.graphs:
@@ -101,10 +102,10 @@ def _pass_bytes(cost: Cost, settings: Train) -> tuple[int, int]:
 
 
 def plan_passes(model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0) -> PassPlan:
-    """Return the forward passes of a worker with a GPU of this many bytes, of which the fraction `shared` is evaluation's.
+    """Return the forward passes of a worker with a GPU of this many bytes, of which evaluation uses the fraction `shared`.
 
-    As few as `lanes_at_once` allows; more if the states of their scans then fit, nothing is recomputed, and each keeps the GPU
-    busy. No setting: the loss is the same but for rounding.
+    The passes are as few as `lanes_at_once` allows. They are more if the states of their scans then fit, nothing is recomputed, and
+    each pass keeps the GPU busy. There is no setting for it: the loss is the same but for rounding.
     """
     share, usable = largest_share(settings.lanes, world), USABLE * (1 - shared) * (gpu_bytes or 0)
     fewest = -(-share // lanes_at_once(model, cost, settings, world, gpu_bytes, shared))
@@ -120,10 +121,10 @@ def plan_passes(model: str, cost: Cost, settings: Train, world: int, gpu_bytes: 
 
 
 def lanes_at_once(model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0) -> int:
-    """Return how many lanes share a forward pass: as the recipe says, or as many as a GPU of `gpu_bytes` holds.
+    """Return the number of lanes in a forward pass: the recipe's, otherwise as many as a GPU of `gpu_bytes` holds.
 
-    None: a CPU, one lane. The fraction `shared` of the GPU is evaluation's. UserError if the GPU is too small, with settings that
-    fit.
+    On a CPU (`gpu_bytes` is None), it is one lane unless the recipe sets it. Evaluation uses the fraction `shared` of the GPU.
+    Raises UserError if the GPU is too small; the message names settings that fit.
     """
     share = largest_share(settings.lanes, world)
     wanted = settings.micro_images and min(share, settings.micro_images // settings.lane_images)

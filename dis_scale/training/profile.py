@@ -48,7 +48,7 @@ def one_share(recipe: Recipe, model: str) -> Recipe:
 def profile_training(sweep: Sweep, model: str, steps: int, trace: Path | None, log: Callable[[str], None]) -> dict[str, float]:
     """Return the rates of `steps` timed steps; with `trace`, one more step goes into a Chrome trace.
 
-    UserError for an unknown model, or a sweep without latents.
+    Raises UserError for an unknown model, a sweep without latents, or more steps than the training has.
     """
     sweep.run(model)
     recipe, latents = one_share(sweep.recipe, model), require_latents(sweep.folder)
@@ -101,7 +101,7 @@ def _profiled(take_step: Callable[[], None], device: torch.device, trace: Path) 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """A process group with this process alone."""
+    """Join a process group of this process only, and leave it at the end."""
     (port,) = free_ports(1)
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     before = dict(os.environ)
@@ -112,7 +112,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.distributed.destroy_process_group()
-    finally:  # what this process starts next, such as a Ray, is no part of the group
+    finally:  # processes started later, such as Ray's, are no part of the group
         for name in place:
             os.environ.pop(name, None)
         os.environ.update({name: before[name] for name in place if name in before})

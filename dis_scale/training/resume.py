@@ -38,7 +38,7 @@ class ResumePoint:
     _files: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def require_latents(self, latents: Latents) -> None:
-        """UserError if the run was trained on other latents up to here."""
+        """Raise UserError if the run was trained on other latents up to this resume point."""
         if (theirs := self.manifest.progress.latents) != latents.identity:
             raise UserError(
                 f"{self.folder}: trained on latents {theirs}, {latents.folder} is {latents.identity}, with other images at its "
@@ -46,7 +46,7 @@ class ResumePoint:
             )
 
     def verify(self) -> None:
-        """Read all files back, some at once, and keep the weights; StorageError names the first that differs from the manifest."""
+        """Read all files, several at once, and keep the weights; StorageError names the first that differs from the manifest."""
 
         def keep(name: str, data: bytes) -> None:
             if name.startswith(f"{WEIGHTS}-"):
@@ -55,7 +55,7 @@ class ResumePoint:
         self.manifest.read_files(self.folder, keep)
 
     def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor:
-        """Return elements [start, end) of one of `engine.kinds` of the parameter `name`, whichever ranks wrote them."""
+        """Return elements [start, end) of the parameter `name`, in one of `engine.kinds`, whichever ranks wrote them."""
         out, filled = torch.empty(end - start), 0
         for file, table in self.manifest.tables.items():
             if not file.startswith(f"{kind}-") or name not in table:
@@ -87,8 +87,8 @@ def find_point(run: Run, name: PointName) -> ResumePoint | None:
 def newest_point(run: Run, log: Callable[[str], None], *, start_over: bool = False, begin: int = 0) -> ResumePoint | None:
     """Return the newest complete resume point, None for a run that has saved nothing yet.
 
-    A damaged one is logged and the one before is used. StorageError if one cannot be read for another reason, such as missing
-    rights. UserError if the run was further than at its `begin` and all is lost, unless it may `start_over`.
+    A damaged one is logged, and the one before is used. Raises StorageError if one cannot be read for another reason, such as
+    missing rights. Raises UserError if no resume point is usable though the run was further than `begin`, unless `start_over`.
     """
     names, damaged = state.point_names(run), 0
     for name in reversed(names):
@@ -102,7 +102,7 @@ def newest_point(run: Run, log: Callable[[str], None], *, start_over: bool = Fal
             damaged += 1
             continue
         return point
-    # Before its first complete resume point, where it begins, a run saves and publishes nothing at a later count.
+    # A run completes a resume point where it begins before it saves or publishes anything at a later count.
     was_further = damaged or any(name.images_seen > begin for name in names) or any(state.published_counts(run))
     if was_further and not start_over:
         raise UserError(
@@ -125,12 +125,12 @@ def branch_point(sweep: Sweep, branch: Branch) -> ResumePoint:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which complete resume points of a training stay."""
+    """The rule for which complete resume points of a training are kept."""
 
     last: int
-    """Number of the newest ones."""
+    """Number of the newest resume points."""
     spaced: int
-    """Number of those kept besides, spread evenly over the training."""
+    """Number of further resume points, spread evenly over the training."""
     images: int
     """Images of the complete training."""
     branches: frozenset[int]
@@ -142,7 +142,7 @@ class Keep:
         return cls(settings.keep_resume, settings.keep_spaced, settings.images, frozenset(recipe.branches_at(model)))
 
     def of(self, complete: Sequence[PointName]) -> set[PointName]:
-        """Return those of all complete resume points, oldest first, that stay; of one count the newest attempt's."""
+        """Return the resume points to keep of all complete ones, given oldest first; at one count, the newest attempt's."""
         complete = list({name.images_seen: name for name in complete}.values())
         apart = max(1.0, self.images / (self.spaced + 1))
         spaced = {int(name.images_seen // apart): name for name in reversed(complete) if name.images_seen >= apart}
@@ -154,7 +154,7 @@ class Keep:
 class Saver:
     """Writes one run's resume points and published weights next to training, one at a time.
 
-    `require_held` is called before each manifest; Held, which ends saving, if this attempt no longer owns the run.
+    `require_held` is called before each manifest. It raises Held, which ends saving, if this attempt no longer owns the run.
     """
 
     run: Run
@@ -173,7 +173,7 @@ class Saver:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "save"))
     _saving: Future[None] | None = None
     _stay: bool = False
-    """Whether it was said that old resume points cannot be deleted."""
+    """Whether a failure to delete old resume points was logged."""
 
     def save(self, engine: Engine, images_seen: int, progress: RunState) -> None:
         """Start a resume point of this step boundary; training waits for the clone and for a save in progress."""
@@ -221,8 +221,8 @@ class Saver:
     def _seal(
         self, folder: Folder, weights: dict[str, dict[str, torch.Tensor]], description: str, images_seen: int, progress: RunState
     ) -> None:
-        # A folder of published weights belongs to all attempts. Names carry the attempt, so one that has lost the run, and writes
-        # late, never writes over the files of its successor. The first manifest counts: evaluation may have read it.
+        # All attempts share a folder of published weights. File names contain the attempt, so an attempt that has lost the run and
+        # writes late never overwrites its successor's files. The first manifest counts: evaluation may have read it.
         files = dict[str, Digest]()
         for average, tensors in weights.items():
             data = safetensors.torch.save(tensors, {"dis_scale": description})
@@ -246,7 +246,7 @@ class Saver:
             self._write_manifest(folder, images_seen, progress)
             try:
                 self._prune(images_seen)
-            except (StorageError, StorageAway) as error:  # what stays needs space, and the next one deletes it
+            except (StorageError, StorageAway) as error:  # costs only space; the next save deletes the rest
                 if not self._stay:
                     self.log(f"warning: resume points that are not needed stay: {error}")
                 self._stay = True
@@ -265,8 +265,8 @@ class Saver:
     def _prune(self, images_seen: int) -> None:
         """Delete the resume points up to `images_seen` that are incomplete or not to be kept.
 
-        A faster rank may already write a later one, which stays, as do those of a later attempt: this one may have lost the run
-        while it wrote. The manifest is deleted first, so that a resume point that is only partly deleted is never loaded.
+        Later resume points stay, since a faster rank may already be writing one. Those of later attempts stay, since this attempt
+        may have lost the run while it wrote. Manifests are deleted first, so a partly deleted resume point is never loaded.
         """
         self.require_held()
         names = state.point_names(self.run)
@@ -281,7 +281,7 @@ class Saver:
 
 
 def fresh(model: torch.nn.Module) -> Callable[[str, str, int, int], torch.Tensor]:
-    """Return what `ResumePoint.read` is for a new run: the model's initial weights, zero moments."""
+    """Return the counterpart of `ResumePoint.read` for a new run: the model's initial weights, zero moments."""
     flat = {name: p.detach().float().clone().flatten() for name, p in model.named_parameters()}
     return lambda kind, name, start, end: torch.zeros(end - start) if kind in MOMENTS else flat[name][start:end]
 
@@ -291,7 +291,7 @@ def _sidecar(rank: int) -> str:
 
 
 def await_sidecar(folder: Folder, rank: int, wait_s: float = SIDECAR_WAIT_S) -> Segments:
-    """Return a rank's sidecar once it is written; StorageAway if it is not in time: that rank's storage is slow or away."""
+    """Return a rank's sidecar once it is written; StorageAway after `wait_s`, if that rank's storage is slow or away."""
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         if sidecar := Segments.find(folder, _sidecar(rank)):

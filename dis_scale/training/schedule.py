@@ -22,7 +22,7 @@ def learning_rate(settings: Train, images_seen: int) -> float:
 
 
 def require_no_rise(recipe: Recipe, name: str, branch: Branch) -> None:
-    """UserError if the rate of a branch begins above that of its trunk, which has decayed by then."""
+    """Raise UserError if the rate of a branch begins above its trunk's rate, which has decayed by then."""
     own, trunks = (learning_rate(train, branch.at) / train.learning_rate for train in map(recipe.train_of, (name, branch.of)))
     if own > trunks * 1.001:
         raise UserError(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 class StopAgreement:
     """All ranks stop at the same step. The all-reduce started in one step is read in the next, so no rank waits for it.
 
-    On gloo (CPU): reading a GPU tensor would wait for all queued kernels.
+    It uses gloo (CPU), since reading a GPU tensor would wait for all queued kernels.
     """
 
     def __init__(self, stop_by: Callable[[], float | None]) -> None:
@@ -20,14 +20,14 @@ class StopAgreement:
         self._group = dist.new_group(backend="gloo")
 
     def time_left(self, seconds: float) -> bool:
-        """Whether every rank has `seconds` left before it must have stopped; true if no stop was requested. Collective."""
+        """Return whether every rank has `seconds` left before it must have stopped; true if no stop was requested. Collective."""
         stop_by = self._stop_by()
         left = torch.tensor([math.inf if stop_by is None else stop_by - time.monotonic() - seconds])
         dist.all_reduce(left, dist.ReduceOp.MIN, self._group)
         return left.item() > 0
 
     def stop(self) -> bool:
-        """Whether any rank had a stop request one call ago; called once per step on every rank."""
+        """Return whether any rank had a stop request at the previous call. Every rank calls this once per step."""
         requested = self._stop_by() is not None
         if self._work is not None:
             self._work.wait()

@@ -74,13 +74,13 @@ def peak_flops(device: torch.device, precision: str, machine: str) -> tuple[floa
 
 
 def datasheet_tflops(machine: str) -> tuple[float, float] | None:
-    """Return a GPU's peaks in `DATASHEET_TFLOPS`; None for another one, a slice of one (MIG), or one of less power (NVL)."""
+    """Return a GPU's peaks in `DATASHEET_TFLOPS`; None for another GPU, a slice (MIG) or a variant of less power (NVL)."""
     whole = "MIG" not in machine and "NVL" not in machine
     return next((peaks for known, peaks in DATASHEET_TFLOPS.items() if whole and known in machine), None)
 
 
 def _product_s(device: torch.device, precision: str, side: int) -> float:
-    """The shortest of some timings, in seconds."""
+    """Return the shortest of five timings of a product, in seconds."""
     a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     times = []
     for _ in range(5):

@@ -19,7 +19,7 @@ from dis_scale.sweep.documents import WEIGHTS_FILE, LatentsManifest, PublishedMa
 PIPELINE_WEIGHTS = "backbone/diffusion_pytorch_model.safetensors"
 """Weights in an exported folder, by diffusers' name."""
 MOST_HEADER_BYTES = 100_000_000
-"""Of a safetensors file, by its format."""
+"""Largest header of a safetensors file, by its format."""
 
 
 class _Names(BaseModel):
@@ -39,7 +39,7 @@ class Located:
 
     @property
     def published(self) -> Sampled | None:
-        """Its model and images seen, if it is a published folder of its sweep."""
+        """Model and images seen of the checkpoint, if it is a published folder of its sweep."""
         if self.sweep is None:
             return None
         runs = {model: self.sweep.run(model) for model in self.sweep.recipe.models}
@@ -48,12 +48,12 @@ class Located:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, of its sweep's images or as its file has them; empty without names, or if it cannot be read."""
+        """Names of the classes, from its sweep's images or else from its file; empty without names or if it is unreadable."""
         return (class_names(self.sweep) if self.sweep else ()) or _names_in(self.folder, self.name)
 
     @contextmanager
     def fetched(self) -> Iterator[Path]:
-        """Give the file as a local path: itself, or a temporary copy; Damaged if it differs from the folder's manifest."""
+        """Yield a local path of the file: its own, or a temporary copy's; Damaged if it differs from the folder's manifest."""
         manifest = None if _has_query(str(self)) else PublishedManifest.find(self.folder)
         data = manifest.read_file(self.folder, self.name) if manifest and self.name in manifest.files else None
         if self.folder.local:
@@ -66,7 +66,7 @@ class Located:
 
 
 def find_checkpoint(at: str) -> Located:
-    """Return the checkpoint at a path or URL, the newest of a run's folder; UserError if there is none."""
+    """Return the checkpoint at a path or URL, for a run's folder its newest; UserError if it does not exist."""
     folder = open_folder(at)
     a_file = not folder.local.is_dir() if folder.local else _has_query(at)  # a server answers also for what is behind it
     if not a_file and (counts := state.published_counts(Run(folder))):
@@ -96,7 +96,7 @@ def _has_query(url: str) -> bool:
 
 
 def _has_files(folder: Folder) -> bool:
-    """Whether a URL is that of a folder: a file has at most itself. A web server would send all of it to show that."""
+    """Return whether a URL is a folder's: a file lists at most itself. False for web servers, which would send the file."""
     return not folder.url.startswith("http") and bool({*folder.list()} - {folder.name})
 
 
@@ -109,10 +109,10 @@ def _published_in(folder: Folder) -> str:
 
 
 def _names_in(folder: Folder, name: str) -> tuple[str, ...]:
-    """Return the names of the classes in a safetensors file, from its header alone: eight bytes of its length, then JSON."""
+    """Return the names of the classes in a safetensors file, from its header only: eight bytes for its length, then JSON."""
     if not _without_query(name).endswith(".safetensors"):
         return ()
-    # What is wrong is said when it is opened; a server may give no ranges.
+    # Errors are reported when the file is opened; a server may support no ranges.
     with suppress(StorageError, ValueError, LookupError, TypeError, RecursionError):
         length = min(int.from_bytes(folder.read(name, 0, 8), "little"), MOST_HEADER_BYTES)
         description = json.loads(json.loads(folder.read(name, 8, 8 + length))["__metadata__"]["dis_scale"])
@@ -127,9 +127,9 @@ def class_names(sweep: Sweep) -> tuple[str, ...]:
 
 
 def labels_in_words(names: Sequence[str], words: str | Sequence[str]) -> list[int]:
-    """Return the labels of words, or of a text with commas between them, each a label or one of the classes' names, which win.
+    """Return the labels of words, or of a text with commas between its words.
 
-    A name with a comma is in double quotes. UserError for others.
+    Each word is a class name or a label; a name takes precedence. A name with a comma is in double quotes. UserError for others.
     """
     labels = list[int]()
     if isinstance(words, str):
@@ -140,7 +140,7 @@ def labels_in_words(names: Sequence[str], words: str | Sequence[str]) -> list[in
             known = f", or names: {some(list(names))}" if names else ", for example 1,7"
             raise UserError(f"classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}")
         label = names.index(word) if word in names else int(word)
-        if names and label > len(names):  # the one behind the last is that of no class
+        if names and label > len(names):  # the label after the last one is that of no class
             raise UserError(f"classes: got {word}, expected a label from 0 to {len(names) - 1}, or names: {some(list(names))}")
         labels.append(label)
     return labels

@@ -2,8 +2,8 @@
 
 Training tracks a few power-function averages. From their snapshots at the published counts, the average of any other relative
 width can be rebuilt after training (Karras et al. 2023, arXiv 2312.02696, section 3). A relative width is the standard deviation
-of the averaging profile, divided by the length of training so far. Training counts time in optimizer steps; profiles depend on
-ratios of times alone, and are rebuilt by images, which go on where a fork changes the size of its steps. Read next: engine.py,
+of the averaging profile, divided by the length of training so far. Training counts time in optimizer steps. Profiles depend on
+ratios of times only, so they are rebuilt by images, whose count stays continuous if a fork changes the batch. Read next: engine.py,
 published.py.
 """
 
@@ -33,14 +33,14 @@ def names(settings: Train) -> tuple[str, ...]:
 
 
 def power_name(width: float) -> str:
-    """Name of a power-function average."""
+    """Return the name of a power-function average."""
     return f"power-{width:.3f}"
 
 
 def decays(settings: Train, step: int) -> dict[str, float]:
     """Return the decay of each average at step number `step`, counted from 1 (power functions: equation 127).
 
-    With a ramp, the exponential one's half-life is at most that share of the steps (Karras et al. 2022, arXiv 2206.00364, their
+    With a ramp, the exponential average's half-life is at most that share of the steps (Karras et al. 2022, arXiv 2206.00364, their
     code's `ema_rampup_ratio`).
     """
     powers = {power_name(width): (1 - 1 / step) ** (exponent(width) + 1) for width in settings.power_ema or ()}
@@ -48,7 +48,7 @@ def decays(settings: Train, step: int) -> dict[str, float]:
 
 
 def start_share(settings: Train, images_seen: int, since: int = 0) -> float:
-    """Return the share that the average of `since` images, at first the initial weights, has in the exponential average."""
+    """Return the share that the average at `since` images, at 0 the initial weights, has in the one at `images_seen`."""
     steps = np.arange(since // settings.batch_images + 1, images_seen // settings.batch_images + 1)
     return float(np.exp(np.log(_exponential(settings, steps)).sum()))
 
@@ -77,7 +77,7 @@ def coefficients(snapshots: Sequence[Snapshot], wanted: Snapshot) -> np.ndarray:
     """
     n = len(snapshots)
     system = np.ones((n + 1, n + 1))
-    system[:n, :n], system[n, n] = _grams(snapshots) * wanted.images, 0  # of the size of the ones beside them
+    system[:n, :n], system[n, n] = _grams(snapshots) * wanted.images, 0  # scaled to the size of the ones beside them
     right = np.array([*(_inner(a, wanted) * wanted.images for a in snapshots), 1])
     shares: np.ndarray = np.linalg.lstsq(system, right)[0][:n]
     return shares

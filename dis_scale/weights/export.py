@@ -100,7 +100,7 @@ class DisScalePipeline(DiffusionPipeline):
 
 @dataclass(frozen=True)
 class SamplingFacts:
-    """The facts that sampling needs beside the weights; stored in a published file, so that it can leave its sweep."""
+    """The facts that sampling needs besides the weights; stored in a published file, for its use outside the sweep."""
 
     diffusion: Gaussian | Flow
     vae: EncodedBy
@@ -110,7 +110,7 @@ class SamplingFacts:
     label_names: tuple[str, ...] = ()
     """Names of the classes by label; empty without names."""
     label_dropout: float = 0.1
-    """Share of the images that were trained on without their label, as guidance without another model needs."""
+    """Share of the images that were trained on without their label; guidance without a guiding model needs such images."""
 
     @property
     def scales_by(self) -> Scaling:
@@ -135,14 +135,14 @@ class SamplingFacts:
 
 
 def trained_for(model: Backbone, facts: SamplingFacts | None) -> Gaussian | Flow:
-    """Return the process that a model was trained for; of a public one, which has no facts, as published."""
+    """Return the process that a model was trained for: by its facts, or as published for a public model, which has none."""
     if facts:
         return facts.diffusion
     return Flow(kind="flow") if model.process == "flow" else Gaussian(kind="gaussian")
 
 
 def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:
-    """Settings, shape and number of classes as plain data, the input of `from_description`; and the sampling facts, if known."""
+    """Return settings, shape and number of classes as plain data for `from_description`; with the sampling facts, if known."""
     if model.as_ours() is not model:
         raise UserError(f"a public {type(model).__name__} is not described by settings of ours: sample from its own file")
     sampling = {} if facts is None else {"sampling": TypeAdapter(SamplingFacts).dump_python(facts, mode="json")}
@@ -169,7 +169,7 @@ def save(model: Backbone, path: str | Path, facts: SamplingFacts | None = None) 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """Open a file of `save`: its description, None without one, and its weights. UserError if the block cannot read it."""
+    """Open a file of `save`; yield its description, None without one, and the file. UserError if the block cannot read it."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield json.loads((file.metadata() or {}).get("dis_scale", "null")), file
@@ -236,7 +236,7 @@ def save_pipeline(
 
     `guidance` has `guidance_channels` and `guidance_interval` of `Sampling`, which every call of the pipeline then uses.
     `vae` is the decoder of the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
-    With its `facts`, dis-scale's own commands open the folder, too.
+    With its `facts`, dis-scale's own commands can also open the folder.
     """
     if not isinstance(vae, DiffusersVae | PixelVae | None) or isinstance(vae, RepresentationVae):
         raise UserError(
@@ -275,15 +275,15 @@ def save_pipeline(
 
 
 def scaling_of(settings: dict[str, Any]) -> Scaling:
-    """The scaling of the latents of an exported folder."""
+    """Return the scaling of the latents of an exported folder."""
     return Scaling(**settings)
 
 
 def process_of(settings: dict[str, Any], shape: LatentShape) -> Any:
-    """The diffusion process of an exported folder."""
+    """Return the diffusion process of an exported folder."""
     return diffusion.build(TypeAdapter[Any](Gaussian | Flow).validate_json(json.dumps(settings)), shape)
 
 
 def sampler_for(process: Any) -> str:
-    """The sampler of an exported folder unless another one is named."""
+    """Return the default sampler of an exported folder."""
     return "heun" if process.settings.kind == "flow" else "ddpm"

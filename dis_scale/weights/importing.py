@@ -32,7 +32,7 @@ class Imported(NamedTuple):
     images_seen: int
     parameters: int
     notes: Sequence[str]
-    """Lines on what differs from the recipe."""
+    """Lines on differences from the recipe."""
 
 
 def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> Imported:

@@ -44,11 +44,11 @@ class OpenCheckpoint:
     process: Gaussian | Flow
     decoder: Vae
     sampling: Sampling
-    """How its sweep samples; otherwise as published."""
+    """Sampling settings of its sweep, otherwise of its file, otherwise of the papers."""
     notes: list[str]
-    """Lines on what is assumed or differs."""
+    """Lines on assumptions and differences."""
     recipe: Recipe | None
-    """That of its sweep, None outside one."""
+    """Recipe of its sweep; None outside a sweep."""
     encoder: str
     """Identity of the autoencoder of its latents; the decoder may be another one."""
     located: Located
@@ -57,11 +57,11 @@ class OpenCheckpoint:
     class_names: tuple[str, ...] = ()
     """Names of the classes by label; empty without names."""
     facts: SamplingFacts | None = None
-    """What is known of how it was trained; None of a public file outside a sweep."""
+    """Known facts about its training; None for a public file outside a sweep."""
 
     @cached_property
     def guide(self) -> Backbone | None:
-        """The model that guides it; UserError if it is not there, or of other latents, classes, process or prediction."""
+        """The model that guides it; UserError if it is missing, or has other latents, classes, process or prediction."""
         if self.guide_at is None:
             return None
         try:
@@ -77,9 +77,9 @@ class OpenCheckpoint:
         guidance: float | None = None,
         guidance_channels: int | None = None,
     ) -> Sampling:
-        """Return its sampling settings with other values for those that are not None; `guidance` is the scale, whatever guides.
+        """Return its sampling settings, changed by the arguments that are not None.
 
-        UserError if the model cannot be guided by their scale.
+        `guidance` is the scale, with or without a guiding model. UserError for invalid values, and for a scale that does not fit.
         """
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise UserError(f"steps: got {steps!r}, expected a whole number from 1 on")
@@ -105,8 +105,8 @@ def open_for_sampling(
     """Open the model at a path or URL. Outside a sweep, it needs `vae_path`, unless its latents are pixels.
 
     The process and the scaling of latents come from the file. If it has none, they come from its sweep, otherwise
-    they are assumed. `guide_at` is a worse model's path, by default that of the sweep's own guidance. UserError if the sweep's
-    VAE did not encode the latents; for another one at `vae_path`, a note.
+    they are assumed. `guide_at` is the path of a worse model that guides, by default the one of the sweep's own guidance. Raises
+    UserError if the sweep's VAE did not encode the latents. Another VAE at `vae_path` only adds a note.
     """
     located = at if isinstance(at, Located) else find_checkpoint(str(at))
     with located.fetched() as file:
@@ -137,7 +137,7 @@ def open_for_sampling(
 
 
 def _vae_notes(located: Located, model: Backbone, decoder: Vae, vae_path: str | None, facts: SamplingFacts | None) -> list[str]:
-    """Return a line if another VAE than `vae_path` encoded the latents; UserError if it does not fit, or the sweep's did not."""
+    """Return a line if the VAE at `vae_path` did not encode the latents; UserError if it does not fit, or a sweep's did not."""
     if vae_path is not None:
         _require_fit(model, decoder, vae_path)
     if facts is None or facts.vae.identity == decoder.identity:
@@ -151,7 +151,7 @@ def _vae_notes(located: Located, model: Backbone, decoder: Vae, vae_path: str | 
 
 
 def _assumed(model: Backbone, process: Gaussian | Flow, decoder: Vae) -> str:
-    """Return the line on what is assumed of a public file."""
+    """Return the line on the assumptions about a public file."""
     if process.kind == "flow":
         how = f"linear flow: its variance is zero, as in {type(model).__name__}"
     else:
@@ -160,7 +160,7 @@ def _assumed(model: Backbone, process: Gaussian | Flow, decoder: Vae) -> str:
 
 
 def _sampling_of(process: Gaussian | Flow, facts: SamplingFacts | None, sweep: Sweep | None) -> Sampling:
-    """Return the sampling settings of its sweep, else of the file, else those of the papers."""
+    """Return the sampling settings of the sweep, otherwise of the file, otherwise of the papers."""
     if sweep:
         return sweep.recipe.evaluate.sampling
     if facts:
@@ -175,7 +175,7 @@ def _averages(sweep: Sweep) -> list[str]:
 
 
 def has_sweeps_vae(located: Located) -> bool:
-    """Whether the checkpoint's VAE was trained by a sweep: by its own, or one that stored it beside the weights."""
+    """Return whether a sweep trained the checkpoint's VAE: its own sweep, or one that stored the VAE beside the weights."""
     if located.sweep:
         return isinstance(located.sweep.recipe.vae, TrainedVae)
     return Manifest.exists(located.folder / BESIDE)
@@ -216,7 +216,7 @@ def _opened_guide(at: str | Path, guided: OpenCheckpoint) -> Backbone:
 
 
 def _require_alike(located: Located, theirs: SamplingFacts, ours: SamplingFacts) -> None:
-    """UserError unless a guide's latents are scaled as the model's, and its classes have the same names in the same order."""
+    """Raise UserError unless a guide's latents have the model's scaling, and its classes the same names in the same order."""
     if not theirs.scales_by.is_close(ours.scales_by):
         raise UserError(f"{located} cannot guide: its latents are scaled by {theirs.scales_by}, expected {ours.scales_by}")
     differ = [names for names in zip(theirs.label_names, ours.label_names, strict=False) if names[0] != names[1]]
@@ -240,7 +240,7 @@ def _decoder(located: Located, vae_path: str | None, facts: SamplingFacts | None
 
 
 def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
-    """UserError unless the VAE decodes latents of the model's shape to images."""
+    """Raise UserError unless the VAE decodes latents of the model's shape to images."""
     channels, size = model.shape
     try:
         pictures = decoder.decode(torch.zeros(1, channels, size, size))
@@ -252,9 +252,9 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
 
 
 def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int) -> list[int] | int:
-    """Return labels for `count` samples: these classes in turn, by default all; the count for a model without classes.
+    """Return labels for `count` samples: these classes in turn, by default all. Return `count` for a model without classes.
 
-    UserError for invalid classes.
+    Raises UserError for invalid classes.
     """
     known = opened.model.num_classes
     if known is None:
@@ -280,7 +280,7 @@ def image_names(opened: OpenCheckpoint, labels: Sequence[int] | int) -> list[str
 def labels_of_all(opened: OpenCheckpoint, how: Literal["balanced", "uniform"], count: int, seed: int) -> list[int] | int:
     """Return labels for `count` samples: each class equally often, or independent of each other and equally likely.
 
-    The count for a model without classes.
+    Return `count` for a model without classes.
     """
     known = opened.model.num_classes
     if known is None or how == "balanced":

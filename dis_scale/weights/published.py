@@ -1,4 +1,4 @@
-"""Published weights: averaged weights at the recipe's image counts, kept for ever; what evaluation and sampling read.
+"""Published weights: averaged weights at the recipe's image counts, kept for ever and read by evaluation and sampling.
 
 training/resume.py writes them. Read next: ema.py for the averages, opening.py for sampling from them.
 """
@@ -41,7 +41,7 @@ def load_average(run: Run, images_seen: int, train: Train, width: float) -> dict
     shares = ema.coefficients(known, Snapshot(images_seen, width))
     total: dict[str, torch.Tensor] = {}
     for snapshot, share in zip(known, shares.tolist(), strict=True):
-        if abs(share) < NEGLIGIBLE:  # all but one of a width that was tracked: each is a file of the model's size
+        if abs(share) < NEGLIGIBLE:  # a tracked width needs one snapshot; each is a file of the model's size
             continue
         folder = run.published_at(snapshot.images)
         for name, tensor in _load(folder, average_file(ema.power_name(snapshot.width))).items():

@@ -1,7 +1,7 @@
 """Warm start: a training that begins at 0 images with weights from a file or from another sweep (`models.<name>.start`).
 
-What depends on the number of pixels or classes is fitted; all else must be equal. Moments are new, and averages begin at these
-weights. Attempts read them until the first resume point is complete. Read next: export.py, training/loop.py.
+Weights that depend on the number of pixels or classes are fitted; all else must be equal. Moments are new, and averages begin at
+these weights. Attempts read the weights until the first resume point is complete. Read next: export.py, training/loop.py.
 """
 
 import tempfile
@@ -29,15 +29,15 @@ from dis_scale.weights.published import load_published
 
 
 class StartWeights(NamedTuple):
-    """Weights by our names, the settings of the model that they belong to, and lines on what differs besides the model."""
+    """Weights by our names, the settings of their model, and lines on other differences from the recipe."""
 
     settings: FamilySettings
     weights: dict[str, Tensor]
     process: Gaussian | Flow
-    """That for which they were trained."""
+    """Process that they were trained for."""
     notes: list[str]
     facts: SamplingFacts | None = None
-    """Those of a file that has them, or of a sweep that has its latents."""
+    """Facts of the file, if it has them, or of the sweep, if it has its latents."""
 
 
 def load_into(model: Backbone, sweep: Sweep, name: str, log: Callable[[str], None]) -> None:
@@ -82,7 +82,8 @@ def read_source(recipe: Recipe, name: str) -> StartWeights:
 def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Flow, where: str) -> StartWeights:
     """Return the weights of a file for a model of these settings and process.
 
-    UserError if it cannot be read, or predicts velocities and the process is no flow.
+    Raises UserError if the file cannot be read, if its model predicts velocities and the process is no flow, or if it predicts
+    another quantity of the same kind of process.
     """
     (data,) = read_programs([start.path], start.sha256, where)
     with tempfile.TemporaryDirectory() as folder:
@@ -108,20 +109,20 @@ def _other_process(theirs: Gaussian | Flow, ours: Gaussian | Flow) -> list[str]:
 
 
 def in_words(process: Gaussian | Flow) -> str:
-    """Return a process as a recipe has it."""
+    """Return a process as written in a recipe."""
     return f"{{{', '.join(f'{name}: {value}' for name, value in process)}}}"
 
 
 def _require_prediction(theirs: Gaussian | Flow, ours: Gaussian | Flow, where: str) -> None:
-    """UserError if both processes are of one kind, and the models predict different things."""
+    """Raise UserError if both processes are of one kind, and the models predict different quantities."""
     if theirs.kind == ours.kind and theirs.prediction != ours.prediction:
         raise UserError(f"{where} predicts the {theirs.prediction}: set diffusion.predicts to it, got {ours.prediction}")
 
 
 def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
-    """Return in words on which other latents than the sweep's the start's weights were trained; empty if on the same.
+    """Return in words how the latents that weights were trained on differ from the sweep's; empty if they do not.
 
-    A sweep without latents is compared by its recipe, which does not have the numbers of a scaling by channel.
+    A sweep without latents is compared by its recipe, which lacks the numbers of a scaling by channel.
     """
     latents, normalise = state.find_latents(sweep.folder), sweep.recipe.data.normalise
     their_vae = f"latents of autoencoder {theirs.vae.identity[:12]}"
@@ -157,10 +158,10 @@ def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
 
 
 def fit(source: StartWeights, model: Backbone, where: str) -> StartWeights:
-    """Return the source with weights in the shapes of `model`, whose own weights fill what is new, and a note on each of these.
+    """Return the source with weights in the shapes of `model`, and a note on each weight that was changed.
 
     Learned positions of another number of patches are interpolated (bicubic with antialiasing, as `timm` does); fixed ones are no
-    weights. A table of another number of classes is the model's own. UserError for anything else that differs.
+    weights. A table of another number of classes is replaced by the model's own. Raises UserError for any other difference.
     """
     theirs, ours = source.settings.sizes, model.settings.sizes
     for key in sorted((theirs.keys() | ours.keys()) - model.settings.only_initial, key=lambda key: (key != "kind", key)):
