@@ -1,7 +1,7 @@
 """Flow matching on the linear path: x_t = (1 - t) x_0 + t eps, velocity v = eps - x_0 (SiT, arXiv 2401.08740).
 
-Data at t = 0, noise at t = 1. The model's input is 1000 t. Of its 2C output channels the first half is the velocity, as in
-SiT with a backbone that learns a variance; or the image or the noise, from which the velocity follows.
+Data is at t = 0, noise at t = 1. The model's input time is 1000 t. The first half of its 2C output channels is the velocity, as in
+SiT with a backbone that learns a variance; or it is the image or the noise, from which the velocity follows.
 
 Axes: B samples, C channels, H W height and width. Read next: samplers.py.
 """
@@ -20,15 +20,16 @@ SHIFTED_FROM = 4096
 """Values of a latent for which `shift: auto` is 1: 4 x 32 x 32 (RAE, arXiv 2510.11690)."""
 
 LEAST_DIVISOR = 0.05
-"""Of a prediction's conversion to a velocity, which would multiply its error without limit. Nearer to the end than this an exact
-prediction has a loss, whose least is where sampling, by the same conversion, is exact; JiT bounds the target's divisor too."""
+"""Least divisor in the conversion of a prediction to a velocity; a smaller one would amplify the prediction's error without limit.
+Nearer to the end than this, even an exact prediction has a loss. The loss is least where sampling, which uses the same conversion,
+is exact. JiT also bounds the target's divisor."""
 
 
 class FlowMatching:
     """Times and loss of training, and the time grid of the samplers."""
 
     num_steps = 0
-    """Time is continuous."""
+    """Number of discrete times: 0, since time is continuous."""
 
     def __init__(self, settings: Flow, shape: LatentShape):
         self.settings = settings
@@ -44,10 +45,10 @@ class FlowMatching:
         return torch.from_numpy(self._shift(t)).float()
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
-        """Mean squared error by sample: of what `loss` says, and as `mse` of the velocity."""
+        """Return mean squared errors by sample: `total` of the quantity that the setting `loss` names, `mse` of the velocity."""
         t = t_B.reshape(-1, *[1] * (x0_BCHW.ndim - 1)).to(torch.promote_types(x0_BCHW.dtype, torch.float32))
         xt_BCHW = (1 - t) * x0_BCHW + t * noise_BCHW
-        v_BCHW = self._velocity(_output(model_fn, xt_BCHW, t_B), xt_BCHW, t)  # of which sampling makes its steps
+        v_BCHW = self._velocity(_output(model_fn, xt_BCHW, t_B), xt_BCHW, t)  # the velocity of sampling's steps
         mse_B = mean_flat((v_BCHW - (noise_BCHW - x0_BCHW)).square())
         loss = self.settings.loss
         if loss == "velocity":
@@ -57,7 +58,7 @@ class FlowMatching:
         return Losses(mean_flat((ours_BCHW - exact_BCHW).square()), mse_B, torch.zeros_like(mse_B))
 
     def velocity(self, model_fn: ModelFn, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """The model's velocity at a time that all samples share, on the host; in the dtype of the images."""
+        """Return the model's velocity in the dtype of the images. All samples have the same time, given on the host."""
         return self._velocity(_output(model_fn, xt_BCHW, t_B), xt_BCHW, t_B[0])
 
     def _velocity(self, out_BCHW: Tensor, xt_BCHW: Tensor, t: Tensor) -> Tensor:
@@ -70,11 +71,11 @@ class FlowMatching:
                 return (out_BCHW - xt_BCHW) / (1 - t).clamp(min=LEAST_DIVISOR)
 
     def times(self, steps: int) -> NDArray[np.float32]:
-        """Return the model's times from which a sampler's steps go."""
+        """Return the model's times at the beginnings of a sampler's steps."""
         return 1000 * self.grid(steps)[:-1].astype(np.float32)
 
     def grid(self, steps: int) -> NDArray[np.float64]:
-        """Times from 1 to 0 in `steps` steps, equally spaced before the shift."""
+        """Return times from 1 to 0 in `steps` steps, equally spaced before the shift."""
         return self._shift(np.linspace(1.0, 0.0, steps + 1))
 
     def _shift(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -83,5 +84,5 @@ class FlowMatching:
 
 
 def _output(model_fn: ModelFn, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """The first half of the model's channels, in the dtype of the images."""
+    """Return the first half of the model's channels, in the dtype of the images."""
     return model_fn(xt_BCHW, 1000 * t_B).to(xt_BCHW.dtype).chunk(2, dim=1)[0]

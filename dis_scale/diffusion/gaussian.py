@@ -64,7 +64,7 @@ class Chain:
         return len(self.times_K)
 
     def at(self, k_B: Tensor, like_BCHW: Tensor) -> Coefficients:
-        """Coefficients of the steps `k_B`, on the images' device and in their dtype, float32 at least."""
+        """Return the coefficients of the steps `k_B`, on the images' device and in their dtype, float32 at least."""
         dtype = torch.promote_types(like_BCHW.dtype, torch.float32)
         values = (
             self._tables_on(like_BCHW.device)[:-1, k_B]
@@ -78,7 +78,7 @@ class Chain:
         return self._tables_on(k_B.device)[-1, k_B].float()
 
     def _tables_on(self, device: torch.device) -> Tensor:
-        """The tables on the device, copied once: a copy at each step would stall it."""
+        """Return the tables on the device. They are copied once: a copy at each step would stall the device."""
         if self._tables.device != device:
             self._tables = self._tables.to(device)
         return self._tables
@@ -110,7 +110,7 @@ class GaussianDiffusion:
         return torch.from_numpy(rng.integers(self.num_steps, size=n))
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
-        """MSE of the noise plus the bound in bits per dimension, which trains the variance only."""
+        """Return the MSE of the noise plus the bound in bits per dimension. The bound trains only the variance."""
         c = self.chain.at(t_B, x0_BCHW)
         xt_BCHW = c.signal * x0_BCHW + c.sigma * noise_BCHW
         eps_BCHW, v_BCHW = model_fn(xt_BCHW, self.chain.model_times(t_B)).to(xt_BCHW.dtype).chunk(2, dim=1)
@@ -119,11 +119,11 @@ class GaussianDiffusion:
         return Losses(mse_B + vb_B, mse_B, vb_B)
 
     def times(self, steps: int) -> Table:
-        """Return the model's times from which a sampler's steps go."""
+        """Return the model's times in a sampler's chain of this many steps."""
         return self.respaced(steps).times_K
 
     def respaced(self, count: int) -> Chain:
-        """A chain of `count` of the steps, including both ends, as ADM's SpacedDiffusion."""
+        """Return a chain of `count` of the steps, including both ends, as ADM's SpacedDiffusion does."""
         used = spaced_times(self.num_steps, count)
         return Chain(self.chain.times_K[used], self.chain.alpha_bars_K[used])
 
@@ -141,7 +141,7 @@ def cosine_betas(steps: int) -> Table:
 
 
 def spaced_times(steps: int, count: int) -> list[int]:
-    """`count` equally spaced times of `steps`, both ends among them, rounded as by ADM's `space_timesteps`; one is the noisiest."""
+    """Return `count` equally spaced times of `steps` with both ends, rounded like ADM's `space_timesteps`; for 1 the noisiest."""
     if not 1 <= count <= steps:
         raise UserError(f"steps {count}: expected 1 to {steps}, the length of the chain")
     if count == 1:
@@ -157,7 +157,7 @@ def spaced_times(steps: int, count: int) -> list[int]:
 def variational_bound(
     c: Coefficients, x0_BCHW: Tensor, xt_BCHW: Tensor, eps_BCHW: Tensor, v_BCHW: Tensor, first_B: Tensor
 ) -> Tensor:
-    """KL divergence of the posterior from the model's step, in bits per dimension; at the first step the decoder's likelihood.
+    """Return the KL divergence of the posterior from the model's step, in bits per dimension; at the first step the decoder's NLL.
 
     Pass the noise detached, so that the bound trains only the variance (Nichol and Dhariwal's L_hybrid).
     """
@@ -173,10 +173,10 @@ def variational_bound(
 
 
 def discretised_log_likelihood(x_BCHW: Tensor, error_BCHW: Tensor, log_scale_BCHW: Tensor) -> Tensor:
-    """Log-probability of the bin of width 2 / 255 around x, open at -1 and 1, under a normal at x - error.
+    """Return the log-probability of the bin of width 2 / 255 around x, open at -1 and 1, under a normal at x - error.
 
     Ho et al., equation 13, with ADM's approximation of the normal's integral. The bins are those of 8-bit images;
-    ADM, DiT and DiS use them for latents too.
+    ADM, DiT and DiS also use them for latents.
     """
     inverse = (-log_scale_BCHW).exp()
     below_upper = _normal_cdf(inverse * (error_BCHW + 1 / 255))

@@ -26,7 +26,7 @@ class Generator(Labelled, Protocol):
 
 
 class SampleNoise:
-    """Noise source of the samples `numbers`: a function of (seed, number, step) only, generated on the CPU."""
+    """Noise source of the samples `numbers`. The noise depends only on (seed, number, step) and is generated on the CPU."""
 
     def __init__(self, seed: int, numbers: Sequence[int]):
         self.seed, self.numbers = seed, numbers
@@ -62,15 +62,15 @@ def generate(
 ) -> Tensor:
     """Generate latents (B, C, H, W), float32, of the samples with these numbers and labels (None for a model without classes).
 
-    `guide` is a worse model that guides instead of the model without labels. Noise is bit-equal for any split of the numbers into
-    batches; the model's sums may differ in the last digits. UserError for invalid labels, steps or sampler, before any
-    computation. Exported pipelines import this function by name.
+    `guide` is a worse model that guides in place of the model without labels. The noise is bit-equal for any split of the numbers
+    into batches; the model's sums may differ in the last digits. Raises a UserError for invalid labels, steps or sampler before
+    any computation. Exported pipelines import this function by name.
     """
     check_sampler(sampling.sampler, process)
     noise = SampleNoise(seed, numbers)
     y_B = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
     if y_B is not None and model.num_classes is not None:
-        check_labels(y_B, model.num_classes)  # on the host: the answer of a GPU would stall it
+        check_labels(y_B, model.num_classes)  # on the host: a check on the GPU would stall it
     model_fn = guided(model, None if y_B is None else y_B.to(device), sampling, guide)
     x_T = noise.start((len(numbers), model.shape.channels, model.shape.size, model.shape.size)).to(device)
     return sample(model_fn, process, sampling.sampler, sampling.steps, x_T, noise, progress)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022): one doubled batch, with and without labels. Or guidance by a worse model.
+"""Classifier-free guidance (Ho and Salimans 2022) by one doubled batch, with and without labels; or guidance by a worse model.
 
 Axes: B samples, C channels, H W height and width.
 """
@@ -27,9 +27,9 @@ def guided(model: Labelled, y_B: Tensor | None, sampling: Sampling, guide: Label
 
     c is the model; u the model without labels, or `guide`, a worse model with the same labels or without (Karras et al. 2024,
     arXiv 2406.02507, equation 5). Scale 1 is the conditional model. An interval limits guidance to model times low <= t <= high
-    (Kynkaanniemi et al. 2024). The variance channels are those of the conditional model. The times are on the host, so that no
-    step asks a GPU for one, and the same for all samples. UserError if labels and model do not fit, or if an unconditional model
-    is to be guided by nothing else.
+    (Kynkaanniemi et al. 2024). The variance channels are those of the conditional model. The times are the same for all samples;
+    they are on the host, so that no step waits for a GPU to read one. UserError if labels and model do not fit, or if an
+    unconditional model has a scale other than 1 and no `guide`.
     """
     scale, interval = sampling.scale, sampling.guidance_interval
     if sampling.guide and guide is None:
@@ -62,13 +62,13 @@ def guided(model: Labelled, y_B: Tensor | None, sampling: Sampling, guide: Label
 
 
 def _filled(t_B: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return the times on the device of the images; to fill a tensor there needs no copy, which could wait for a GPU."""
+    """Return the times on the device of the images. Filling a tensor there avoids a copy, which could wait for the GPU."""
     return t_B.new_full(t_B.shape, float(t_B[0]), device=x_BCHW.device)
 
 
 def forward_images(batches: Collection[int], sampling: Sampling, *, by_model: bool = False) -> set[int]:
-    """Return the image counts of the model's calls for batches of these sizes: guidance without labels doubles them inside of its
-    interval."""
+    """Return the image counts of the model's calls for batches of these sizes. Classifier-free guidance doubles them within its
+    interval; guidance by a model does not."""
     if sampling.scale == 1 or by_model:
         return set(batches)
     factors = (2,) if sampling.guidance_interval is None else (1, 2)

@@ -1,4 +1,4 @@
-"""What gaussian.py and flow.py share: the model as a function, and the losses of training.
+"""Common parts of gaussian.py and flow.py: the model as a function, and the losses of training.
 
 Axes: B samples, C channels, H W height and width, K steps. A model function maps noisy images
 and the model's input times (0 to 1000) to (B, 2C, H, W).

@@ -45,10 +45,10 @@ def sample(
     noise: NoiseSource,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Sample latents (B, C, H, W) from the noise `x_T`, in its dtype and on its device; the model function gets times on the host.
+    """Sample latents (B, C, H, W) from the noise `x_T`, in its dtype and on its device. The model function gets times on the host.
 
-    `steps` is a number of steps, or for a Gaussian process the caller's chain. UserError for a sampler that does not fit, or a
-    wrong number of steps, before any computation.
+    `steps` is a number of steps; a Gaussian process also takes a chain. Raises a UserError before any computation for a sampler
+    that does not fit, or a wrong number of steps.
     """
     check_sampler(name, process)
     if isinstance(steps, int) and steps < 1:
@@ -63,7 +63,7 @@ def sample(
 
 
 def pass_times(process: GaussianDiffusion | FlowMatching, name: str, steps: int) -> NDArray[np.floating]:
-    """Return the model's time of each pass of a sampler, those at the steps' ends after the others."""
+    """Return the model's time of each pass of a sampler: first the beginnings of all steps, then the ends that need a pass."""
     times_K = process.times(steps)
     return np.array([*times_K, *(end for end in (*times_K[1:], 0.0) if _has_second_pass(process, name, end))])
 
@@ -91,7 +91,7 @@ def _gaussian(model_fn: ModelFn, chain: Chain, name: str, x_T: Tensor, noise: No
 
 
 def _ddpm(c: Coefficients, x: Tensor, x0: Tensor, v: Tensor, noise: NoiseSource, step: int, *, last: bool) -> Tensor:
-    """Ancestral step with the learned variance; no noise in the last step (Ho et al., algorithm 2)."""
+    """Take an ancestral step with the learned variance; no noise in the last step (Ho et al., algorithm 2)."""
     mean = c.x0 * x0 + c.xt * x
     if last:
         return mean
@@ -99,10 +99,10 @@ def _ddpm(c: Coefficients, x: Tensor, x0: Tensor, v: Tensor, noise: NoiseSource,
 
 
 def _dpm_solver(chain: Chain, k: int, x: Tensor, x0: Tensor, x0_before: Tensor | None) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the first step is of first order; returns x0 if no noise is left.
+    """Take a step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); the first is of first order. Return x0 if no noise is left.
 
-    The step to the first time of training is of first order, too. Of 20 steps it is four times as long in log-SNR as the one
-    before it, from which algorithm 2 would extrapolate: Gaussian data would deviate by a quarter too much.
+    The step to the first time of training is also of first order. With 20 steps it is four times as long in log-SNR as the step
+    before it, from which algorithm 2 would extrapolate: the deviation of Gaussian data would be a quarter too large.
     """
     now, after = float(chain.alpha_bars_K[k]), float(chain.before_K[k])
     if after == 1.0:
@@ -141,12 +141,12 @@ def _flow(
 
 
 def _has_second_pass(process: GaussianDiffusion | FlowMatching, name: str, after: float) -> bool:
-    """Whether the model is evaluated at a step's end, too: an image has no velocity at 0."""
+    """Return whether the model is also evaluated at a step's end. At time 0 a predicted image gives no velocity."""
     return name == "heun" and isinstance(process, FlowMatching) and (after > 0 or process.settings.predicts != "image")
 
 
 def _euler_maruyama(x: Tensor, v: Tensor, now: float, after: float, noise: NoiseSource, step: int) -> Tensor:
-    """The reverse SDE with diffusion w(t) = t (SiT, equation 5, "sigma"); no noise in the last step.
+    """Take a step of the reverse SDE with diffusion w(t) = t (SiT, equation 5, "sigma"); no noise in the last step.
 
     The score is -(x + (1 - t) v) / t, since eps = x + (1 - t) v. Multiplied by w(t) it has no pole at t = 0.
     """

@@ -1,6 +1,6 @@
 """The backbones: `build` creates one from its settings.
 
-No heavy import at once, since recipes are made of the families' settings. Read next: family.py (what a family is), dis/, dit/ and
+Heavy imports are deferred, since recipes consist of the families' settings. Read next: family.py (what a family is), dis/, dit/ and
 diffussm/ (the built-in ones), checkpointing.py (activation memory), cost.py (parameters, operations and bytes).
 """
 
@@ -45,7 +45,7 @@ def build(
 def construct(
     settings: FamilySettings, shape: LatentShape, num_classes: int | None, *, scan: str = "auto", checkpointing: str = "none"
 ) -> "Backbone":
-    """Like `build`, on the current device and from the current generator. Needs no memory on the meta device."""
+    """Return a model on the current device, with weights from its current generator. Needs no memory on the meta device."""
     from dis_scale.models.checkpointing import require_known
 
     require_known(checkpointing)
@@ -53,10 +53,10 @@ def construct(
 
 
 def verify_kernels(model: "Backbone", device: "torch.device", images: Collection[int], *, training: bool) -> None:
-    """Compare the GPU kernels that a model runs with the reference, at its sizes; DisScaleError names another backend to set.
+    """Compare a model's GPU kernels with the reference, at the model's sizes. A DisScaleError names another backend to set.
 
-    `images` are the image counts of its forward passes, which select kernels. Sampling needs no backward pass. Nothing to do on a
-    CPU, whose kernels the tests have run.
+    `images` are the image counts of the model's forward passes; they select the kernels. `training` includes the backward pass.
+    On a CPU the function does nothing: the tests cover those kernels.
     """
     if device.type == "cuda":
         model.verify_kernels(device, images, training=training)

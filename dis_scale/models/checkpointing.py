@@ -1,11 +1,11 @@
-"""Activation checkpointing: what each block keeps for its backward pass, and what is recomputed.
+"""Activation checkpointing: which activations each block keeps for its backward pass, and which it recomputes.
 
     none        keep everything
     block       keep each block's inputs; every block runs twice (Chen et al. 2016, arXiv 1604.06174)
     every_<k>   the same for every k-th block; the other blocks keep everything
     selective   keep inputs, attention and expensive products; norms, convolutions and scans run twice
 
-Losses do not depend on the mode, but for rounding with Triton's scan in half precision. Read next: cost.py for the bytes.
+Losses do not depend on the mode, except for the rounding of Triton's scan in half precision. Read next: cost.py for the bytes.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from dis_scale.scan.backend import KeepingStates
 from dis_scale.scan.counts import active
 
 WORTH_KEEPING_MACS = 128
-"""Least multiply-adds per output number for a product to be kept. The scan's time step, of rank width / 16, has fewer."""
+"""Least multiply-adds per output number of a kept product. The product of the scan's time step, of rank width / 16, has fewer."""
 
 _aten = torch.ops.aten
 _INNER: dict[Any, Callable[..., int]] = {
@@ -59,7 +59,7 @@ def run_block(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor
             return block(*inputs)
     if mode == "none" or number % recompute_every(mode) or not torch.is_grad_enabled():
         return block(*inputs)
-    # Triton's scan keeps more when it is recomputed than at first: PyTorch would take other shapes for a mistake.
+    # Triton's scan keeps more when recomputed than in the first pass. PyTorch's check would report the other shapes as an error.
     return checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none",
         context_fn=partial(_contexts, selective=mode == "selective"),
@@ -67,7 +67,7 @@ def run_block(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor
 
 
 def _contexts(*, selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Contexts of a block's first and second forward pass."""
+    """Return the contexts of a block's first and second forward pass."""
     first, second = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
     return first, KeepingStates(second)
 
@@ -77,5 +77,5 @@ def _policy(_: Any, op: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
 
 
 def worth_keeping(op: Any, *arguments: Any) -> bool:
-    """Whether selective checkpointing keeps the output of an operation."""
+    """Return whether selective checkpointing keeps the output of an operation."""
     return op in _ATTENTION or (op in _INNER and _INNER[op](*arguments) >= WORTH_KEEPING_MACS)

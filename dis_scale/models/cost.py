@@ -1,8 +1,8 @@
 """Cost of a model: parameters, multiply-adds and activation bytes of one image, counted in a forward pass that computes nothing.
 
-Counting rules: products and convolutions exactly; attention its two products; a real FFT of n points 2.5 n log2 n FLOPs; the scan
-and S4D report their own (scan/counts.py). Two FLOPs are one multiply-add. Norms, activations and sums count as zero. Read next:
-counter.py.
+Counting rules: products and convolutions count exactly, attention as its two products, a real FFT of n points as 2.5 n log2 n
+FLOPs. The scan and S4D report their own counts (scan/counts.py). One multiply-add is two FLOPs. Norms, activations and sums count
+as zero. Read next: counter.py.
 """
 
 import re
@@ -23,14 +23,15 @@ from dis_scale.process.errors import UserError
 from dis_scale.process.settings import LatentShape, Precision
 
 IMAGES = (2, 3)
-"""Images of the two passes. Not one: an axis of length one is a view where others are copied."""
+"""Image counts of the two passes. Not 1: with an axis of length one, some operations return a view instead of a copy."""
 
 
 @dataclass(frozen=True)
 class Part:
     """Multiply-adds of one kind of operation in one forward pass; training needs `passes` times as many.
 
-    A backward pass needs one product for the weights and one for the input. The model's input needs no gradient (passes 2).
+    The backward pass of a product needs one product for the weights' gradient and one for the input's. The model's input needs
+    no gradient (passes 2).
     """
 
     name: str
@@ -40,33 +41,33 @@ class Part:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes kept for the backward pass: of each storage, those of each image and those of each forward pass."""
+    """Bytes kept for the backward pass, by storage: `image` for each image, `fixed` for each forward pass."""
 
     outside: Saved
     blocks: list[Saved]
     image: list[int]
     fixed: list[int]
     states: int
-    """Bytes of an image that all scans keep besides, if there is memory for them."""
+    """Bytes of an image in the states of all scans, which are kept in addition if memory allows."""
 
     def image_bytes(self, checkpointing: str) -> int:
-        """Return the bytes of an image at the peak, when one recomputed block is in memory besides."""
+        """Return the bytes of an image at the peak: those kept by the forward pass, and those of one recomputed block."""
         return self._peak(checkpointing, self.image)
 
     def inputs_bytes(self) -> int:
-        """Return the bytes of an image in all inputs of blocks, counted for each block."""
+        """Return the bytes of an image in the inputs of all blocks. An input of several blocks counts for each of them."""
         return sum(self.image[i] for block in self.blocks for i in block.inputs)
 
     def fixed_bytes(self, checkpointing: str) -> int:
-        """Return the bytes that do not depend on the images of a forward pass, at the peak."""
+        """Return the bytes at the peak that do not depend on the number of images."""
         return self._peak(checkpointing, self.fixed)
 
     def left_bytes(self, checkpointing: str) -> int:
-        """Return the bytes of an image that a forward pass leaves."""
+        """Return the bytes of an image that remain after the forward pass."""
         return sum(self.image[i] for i in self._left(checkpointing))
 
     def _left(self, checkpointing: str) -> set[int]:
-        """Storages that a forward pass leaves: of a recomputed block its inputs, and its products if `selective`."""
+        """Return the storages that remain after a forward pass: of a recomputed block its inputs, and products if `selective`."""
         left, k = set(self.outside.kept), recompute_every(checkpointing)
         for number, block in enumerate(self.blocks):
             if not k or number % k:
@@ -94,9 +95,9 @@ class Cost:
     parts: tuple[Part, ...]
     kept: Kept
     kernel_gmacs: float = 0.0
-    """Work per micro-batch, independent of its size: S4D's kernels."""
+    """10^9 multiply-adds of S4D's kernels for a micro-batch of any size."""
     thop_gflops: float | None = None
-    """As the DiS paper counts, see `Family`."""
+    """Gflops as the DiS paper counts them, or None; see `Family`."""
 
     @property
     def parameters(self) -> int:
@@ -114,27 +115,27 @@ class Cost:
         return sum(part.macs * part.passes for part in self.parts) / 1e9
 
     def training_flops(self, micro_images: int) -> float:
-        """FLOPs of an image's forward and backward pass, including its share of the micro-batch's kernels."""
+        """Return the FLOPs of an image's forward and backward pass, including its share of the micro-batch's S4D kernels."""
         return 2e9 * (self.gmacs_training + 3 * self.kernel_gmacs / micro_images)
 
     def activation_bytes(self, checkpointing: str = "none", precision: Precision = "fp32") -> int:
-        """Bytes kept for the backward pass of one image: those of PyTorch's kernels on the CPU, within 10 % on a GPU."""
+        """Return the bytes that PyTorch's CPU kernels keep for the backward pass of one image; within 10 % on a GPU."""
         return self.kept_in(precision).image_bytes(checkpointing)
 
     def kept_in(self, precision: Precision) -> Kept:
-        """Return what is kept for the backward pass."""
+        """Return the bytes kept for the backward pass in this precision."""
         return self.kept if precision == "fp32" else self._narrow
 
     @cached_property
     def _narrow(self) -> Kept:
-        """In bfloat16, counted if asked for."""
+        """Bytes kept in bfloat16, counted at the first access."""
         model = _uninitialised(self.settings, self.shape, self.num_classes)
         model.precision = "bf16"
         return _kept(*(_count(model, images) for images in IMAGES))
 
 
 def price_model(settings: FamilySettings, shape: LatentShape, num_classes: int | None) -> Cost:
-    """Return the cost of one image: the difference of two passes. The rest does not depend on their images."""
+    """Return the cost of one image: the difference of two passes. The remainder is the cost of a pass with any number of images."""
     model = _uninitialised(settings, shape, num_classes)
     less, more = (_count(model, images) for images in IMAGES)
     parameters = _by_part((name, weight.numel()) for name, weight in model.named_parameters())
@@ -154,7 +155,7 @@ def _uninitialised(settings: FamilySettings, shape: LatentShape, num_classes: in
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Skips in-place functions, which set the initial weights: the system gives memory only when it is written."""
+    """Mode that skips the in-place functions which set initial weights. The system allocates memory only when it is written."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -164,7 +165,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def _count(model: Backbone, images: int) -> CountedPass:
-    """Run a forward pass of so many images."""
+    """Count a forward pass of this many images. UserError for an operation that cannot be counted."""
     x_BCHW, t_B = torch.zeros(images, model.shape.channels, model.shape.size, model.shape.size), torch.zeros(images)
     y_B = None if model.num_classes is None else torch.zeros(images, dtype=torch.int64)
     with CountedPass([(_part(name), weight) for name, weight in model.named_parameters()]) as counter:
@@ -182,7 +183,7 @@ def _kept(less: CountedPass, more: CountedPass) -> Kept:
 
 
 def _by_part(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Parameters by name, summed over the blocks: `blocks.3.mixer.in_proj` counts under `mixer.in_proj`."""
+    """Return parameter counts by name, summed over the blocks: `blocks.3.mixer.in_proj` counts under `mixer.in_proj`."""
     parts: dict[str, int] = {}
     for name, count in counts:
         parts[_part(name)] = parts.get(_part(name), 0) + count

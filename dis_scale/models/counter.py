@@ -1,7 +1,7 @@
-"""One forward pass of a network that computes nothing: what it would compute, and what it would keep for a backward pass.
+"""Counts of a forward pass that computes nothing: its operations, and the memory that it would keep for a backward pass.
 
-Operations below autograd return uninitialised memory, which the system gives only when it is written. The meta device would need
-no address space either, but imports torch._dynamo: 0.8 s of CPU time. Read next: cost.py.
+Operations below autograd return uninitialised memory, which the system allocates only when it is written. The meta device would
+not even need address space, but it imports torch._dynamo, which takes 0.8 s of CPU time. Read next: cost.py.
 """
 
 import math
@@ -21,14 +21,14 @@ from dis_scale.scan.counts import active
 
 aten = torch.ops.aten
 Storage = int
-"""Number of a storage, in the order in which the pass met them."""
+"""Number of a storage, in the order of first use in the pass."""
 
 
 @dataclass
 class Operation:
     """Multiply-adds of one kind of operation in one forward pass; training needs `passes` times as many.
 
-    A product needs one more for each factor that has a gradient, an FFT one more."""
+    The backward pass of a product adds one pass for each factor with a gradient; that of an FFT adds one."""
 
     passes: int
     macs: float = 0.0
@@ -36,7 +36,7 @@ class Operation:
 
 @dataclass
 class Saved:
-    """Storages that a block, or what is outside of all blocks, needs for its backward pass."""
+    """Storages needed for the backward pass of one block, or of the code outside all blocks."""
 
     inputs: set[Storage] = field(default_factory=set)
     kept: set[Storage] = field(default_factory=set)
@@ -50,19 +50,19 @@ class CountedPass(TorchDispatchMode):
     def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__()
         self.operations: dict[tuple[str, bool], Operation] = {}
-        """By name, and whether it is within the blocks."""
+        """Operations by (name, inside a block)."""
         self.outside, self.blocks = Saved(), list[Saved]()
         self.states = 0
         self.bytes: list[int] = []
         """Size of each storage."""
         self._names = {_address(weight): name for name, weight in parameters}
         self._storages: dict[int, Storage] = {}
-        self._alive: list[Any] = []  # an address is not reused
+        self._alive: list[Any] = []  # holds the storages, so that no address is reused
         self._current, self._silent = self.outside, False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Not to wrap `__torch_dispatch__`, which would import the compiler."""
+        """Return False, so that PyTorch does not wrap `__torch_dispatch__`: the wrapper would import the compiler."""
         return False
 
     def __enter__(self) -> "CountedPass":
@@ -130,7 +130,7 @@ class CountedPass(TorchDispatchMode):
             self._current = self.outside
 
     def _product(self, left: Tensor, right: Tensor, macs: int) -> None:
-        """The backward pass has a product for each factor that needs a gradient."""
+        """Add a product. Its backward pass has one product for each factor that needs a gradient."""
         name = self._names.get(_address(right)) or self._names.get(_address(left), "product")
         self.add(name, macs * (4 if left.is_complex() else 1), 1 + left.requires_grad + right.requires_grad)
 
@@ -142,7 +142,7 @@ class CountedPass(TorchDispatchMode):
         return out, q_BHTd.new_empty(B, H, T, dtype=torch.float32)
 
     def _pack(self, tensor: Tensor) -> None:
-        """Note what autograd saves; to return the tensor itself would make a cycle that is never freed."""
+        """Record a tensor that autograd saves. Returning the tensor would make a reference cycle that is never freed."""
         if _address(tensor) not in self._names:
             self._current.kept.add(self._number(tensor))
 
@@ -156,7 +156,7 @@ class CountedPass(TorchDispatchMode):
 
 
 def _require_counted(op: Any, args: Any) -> None:
-    """UserError for an operation of products that no rule here counts, and for operators of other libraries."""
+    """Raise a UserError for a product operation without a counting rule, and for operators of other libraries."""
     transposed = op is aten.convolution.default and args[6]
     if transposed or op.overloadpacket in _UNCOUNTED or op.namespace not in ("aten", "prim", "prims"):
         words = f"{'transposed ' if transposed else ''}{op.namespace}.{op.overloadpacket.__name__}"
@@ -171,7 +171,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _pointwise(op: Any, args: Any, kwargs: Any) -> Tensor:
-    """The output of an operation on each element: its type is that of the operation on one element."""
+    """Return the uninitialised output of an elementwise operation, whose type is found by running it on one element."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     one: Tensor = op(*(x.new_ones(()) if isinstance(x, Tensor) else x for x in args), **kwargs)
     axes = zip_longest(*(reversed(x.shape) for x in tensors), fillvalue=1)  # torch.broadcast_shapes would import sympy
@@ -241,13 +241,13 @@ _SHAPES: dict[Any, Callable[..., Any]] = {
     aten.mean.dim: _reduced,
     aten.sum.dim_IntList: _reduced,
 }
-"""Outputs of operations that would write much memory; others run."""
+"""Uninitialised outputs of the operations that would write much memory; other operations run."""
 _PRODUCTS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2)}
-"""Positions of the factors."""
+"""Positions of the two factors in the arguments of each product operation."""
 _UNCOUNTED = {
     aten.mv, aten.dot, aten.vdot, aten.addmv, aten.addmv_, aten.addr, aten.addbmm, aten.addbmm_, aten.addmm_, aten.baddbmm_,
     aten._fft_c2c, aten._trilinear, aten._cdist_forward, aten.mkldnn_rnn_layer, aten._thnn_fused_lstm_cell,
     aten._thnn_fused_gru_cell,
 }  # fmt: skip
-"""Operations of products without a rule."""
+"""Product operations without a counting rule."""
 _FFT: dict[Any, Callable[..., tuple[Tensor, int]]] = {aten._fft_r2c.default: _spectrum, aten._fft_c2r.default: _signal}

@@ -1,8 +1,8 @@
-"""The families of backbones that exist, by the `kind` of their settings; the only list of the built-in ones.
+"""Registry of the families of backbones, by the `kind` of their settings. The built-in families are listed only here.
 
-Another package brings one by an entry point of the group `dis_scale.families`, whose name is the kind. A kind `file.py:FAMILY`
-is a file below the working folder, for a trial: its sha256 stands for a version. A recipe from storage never selects another file
-than the one that its sweep began with.
+Another package adds a family by an entry point of the group `dis_scale.families`, whose name is the kind. For a trial, the kind
+`file.py:FAMILY` names a variable in a file below the working folder; the file's sha256 serves as the version. A recipe from
+storage never selects a file other than the one with which its sweep began.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ GROUP = "dis_scale.families"
 
 @cache
 def known() -> dict[str, Family]:
-    """Return all families by kind, the default one first; those of files once they are used."""
+    """Return all families by kind, the default family first. A family from a file is included after its first use."""
     families: dict[str, Family] = {}
     packaged = (_packaged(entry) for entry in metadata.entry_points(group=GROUP))
     for family in (dis.FAMILY, diffussm.FAMILY, dit.FAMILY, *packaged):
@@ -48,7 +48,7 @@ def of_curve(curve: str) -> Family:
 
 
 def find(kind: str, code: str = "") -> Family:
-    """Return a family. NoFamily if it is not here, or is not of this package and version or of a file with this hash.
+    """Return the family of a kind. NoFamily if it is not on this machine, or if its package version or file hash is not `code`.
 
     UserError with the nearest name for an unknown kind.
     """
@@ -65,14 +65,14 @@ def find(kind: str, code: str = "") -> Family:
 
 
 def is_file(kind: str) -> bool:
-    """Whether a kind names a file and a variable in it."""
+    """Return whether a kind names a file and a variable in it."""
     return ".py:" in kind
 
 
 def code_of(kind: str) -> str | None:
-    """Return the package and version, or the hash of the file, that a family is from; empty for a built-in one.
+    """Return the origin of a family: its package and version, or the hash of its file; empty for a built-in family.
 
-    None for an unknown kind; NoFamily for a file that is not below the working folder. Runs nothing of a file.
+    None for an unknown kind. NoFamily for a file that is unreadable or not below the working folder. Does not run the file.
     """
     if not is_file(kind):
         return known()[kind].code if kind in known() else None
@@ -114,7 +114,7 @@ def _packaged(entry: metadata.EntryPoint) -> Family:
 
 
 def _from_file(kind: str, code: str) -> Family:
-    """Run a file and return its family, whose kind is then the file's."""
+    """Run a file and return its family, renamed to `kind`."""
     path, _, variable = kind.rpartition(":")
     try:
         family = _family(getattr(_run(path, code), variable), kind)
@@ -141,7 +141,7 @@ def _hash(source: bytes) -> str:
 
 
 def _renamed(settings: type[FamilySettings], kind: str) -> type[FamilySettings]:
-    """Return the settings with another kind."""
+    """Return a subclass of the settings with another kind."""
     names: Mapping[str, Any] = {
         "__module__": settings.__module__, "__doc__": settings.__doc__, "__annotations__": {"kind": Literal[kind]},
     }  # fmt: skip

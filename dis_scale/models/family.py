@@ -1,7 +1,7 @@
-"""A family of backbones as one value: its settings, its network, and all that other parts ask of it.
+"""A family of backbones as one value: its settings, its network, and everything else that the package needs from it.
 
-No heavy import: reading a recipe needs the settings only. Read next: families.py (which families exist), tokens.py (the
-interface of a network), dis/ (a room).
+No heavy import: reading a recipe needs only the settings. Read next: families.py (the registry of families), tokens.py (the
+interface of a network), dis/ (an example).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 
 
 class PublicLayout(Protocol):
-    """Names and shapes of the weights that the authors of a family released; a module has these functions."""
+    """Names and shapes of the weights that a family's authors released. A module with these functions implements it."""
 
     def recognises(self, state_dict: "Mapping[str, Tensor]") -> bool:
-        """Whether a public file is of this family."""
+        """Return whether a public file is of this family."""
         ...
 
     def model(self, state_dict: "Mapping[str, Tensor]", heads: int | None = None) -> "Backbone":
-        """Return a model of a public file's sizes, without weights. UserError names what is missing or misshapen."""
+        """Return a model of a public file's sizes, without weights. UserError names a missing or misshapen weight."""
         ...
 
     def weights(self, ours: str, model: "Backbone") -> "list[PublicWeight]":
-        """Return the public weights that one of the model's holds. UserError for options that the public code lacks."""
+        """Return the public weights in the model's weight `ours`. UserError for options that the public code lacks."""
         ...
 
     def added(self, model: "Backbone", weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
-        """Return what a public file has beside the model's renamed weights. UserError for a model that has no public form."""
+        """Return the tensors of a public file that are no weights of the model. UserError for a model without a public form."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A family of backbones. What needs PyTorch is a function, which imports when it is called."""
+    """A family of backbones. Attributes that need PyTorch are functions, which import it when called."""
 
     settings: type[FamilySettings]
     """Class of its settings; its `kind` is the family's name in a recipe."""
     network: Callable[..., "Backbone"]
-    """Makes the network: `network(settings, shape, num_classes, scan, checkpointing)`."""
+    """Function that returns the network: `network(settings, shape, num_classes, scan, checkpointing)`."""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Published sizes by name."""
     ladder: tuple[str, ...] = ()
@@ -57,15 +57,15 @@ class Family:
     line: str = ":"
     """matplotlib's style of its lines."""
     scans: frozenset[str] = frozenset()
-    """Values of `train.scan` under which it runs the backend that they select."""
+    """Values of `train.scan` with which the network runs the selected backend; empty if it runs none."""
     thop_gflops: Callable[[Any, LatentShape, int | None], float | None] = lambda *_: None
-    """Returns Gflops as the DiS paper counts them for settings, latent shape and number of classes: thop x 2, which leaves out the
-    mixers. Of any size, also of those that the paper has not; None for a family that is not counted so."""
+    """Function from settings, latent shape and number of classes to Gflops as the DiS paper counts them: thop x 2, without the
+    mixers. It accepts sizes that the paper does not have. It returns None for models to which this count does not apply."""
     public: Callable[[], PublicLayout] | None = None
-    """Returns the layout of its public weights, if any were released."""
+    """Function that returns the layout of the public weights; None if none were released."""
 
     code: str = ""
-    """Package and version, or hash of the file, that it is from; set by families.py, and empty for a built-in one."""
+    """Origin of the family: package and version, or hash of its file. Set by families.py; empty for a built-in family."""
 
     @property
     def kind(self) -> str:

@@ -1,6 +1,6 @@
-"""Public files of weights to models and back, by the layout of the model's family.
+"""Conversion of public weight files to models and back, by the layout of the model's family.
 
-A round trip is bit-equal if the parts that make one weight of ours have one type, and that is float32 or better.
+A round trip is bit-equal if the public parts of each of our weights share one dtype, and this dtype is float32 or better.
 
 Read next: dis/public.py, dit/public.py.
 """
@@ -37,7 +37,7 @@ def to_official(model: Backbone) -> dict[str, Tensor]:
 
 
 def read_public(state_dict: StateDict, heads: int | None = None) -> Backbone:
-    """Return the model of a public state dict, which its names tell, in float32 or better. UserError names what does not fit."""
+    """Return the model of a public state dict, in float32 or better. Its names select the family. UserError names a mismatch."""
     layouts = [family.public() for family in families.known().values() if family.public]
     public = next((each for each in layouts if each.recognises(state_dict)), layouts[0])
     try:
@@ -50,7 +50,7 @@ def read_public(state_dict: StateDict, heads: int | None = None) -> Backbone:
 
 
 def _public(ours: str, model: Backbone) -> list[PublicWeight]:
-    """The patches' product is a strided convolution in all layouts."""
+    """Return the public weights in `ours`. In all layouts the patches' product is a strided convolution."""
     parts = layout_of(model).weights(ours, model)
     if ours != "patches.weight":
         return parts
@@ -73,7 +73,7 @@ def _load(model: Backbone, state_dict: StateDict) -> None:
         raise UserError(f"not a {type(model).__name__} in the public layout: {'; '.join(faults[:3])}{more}")
     weights = {}
     for ours, parts in public.items():
-        # A decay in half precision is another one; what is to be computed in fewer bits is up to whoever samples.
+        # Not in half precision, which would change a decay. The caller of the sampler may choose fewer bits for computing.
         dtype = torch.float64 if torch.float64 in {state_dict[each.name].dtype for each in parts} else torch.float32
         weights[ours] = torch.empty(empty[ours].shape, dtype=dtype)
         for name, view in parts:

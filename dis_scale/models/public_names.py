@@ -1,4 +1,4 @@
-"""What the families' public layouts share: names of weights, their places in ours, and sizes that are read from their shapes."""
+"""Common parts of the families' public layouts: names of weights, their positions in our weights, sizes read from shapes."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -11,12 +11,12 @@ StateDict = Mapping[str, Tensor]
 
 
 def whole(ours: Tensor) -> Tensor:
-    """A public weight that is all of ours."""
+    """Return our weight unchanged: the view of a public weight that is all of it."""
     return ours
 
 
 class PublicWeight(NamedTuple):
-    """A weight's public name, and the view of our weight that it is. Those of a weight of ours cover all of it."""
+    """Public name of a weight, and the view of our weight that equals it. The views of one of our weights cover all of it."""
 
     name: str
     view: Callable[[Tensor], Tensor] = whole
@@ -31,7 +31,7 @@ def renamed(ours: str, names: Mapping[str, str]) -> str:
 
 
 def sized(state_dict: StateDict, name: str, axes: int) -> Tensor:
-    """Return the weight `name`, from whose shape a size is read. UserError if it is missing or has other axes."""
+    """Return the weight `name`, from whose shape a size is read. UserError if it is missing or has another number of axes."""
     if name not in state_dict:
         raise UserError(f"not a state dict in the public layout: {name} is missing")
     if state_dict[name].ndim != axes:

@@ -37,16 +37,16 @@ class Backbone(nn.Module):
     process: ClassVar[Literal["gaussian", "flow"]] = "gaussian"
     """Process that public weights of this network were trained for."""
     dynamics: ClassVar[frozenset[str]] = frozenset()
-    """Last part of the names of parameters of a scan's dynamics: trained at a rate of their own, without weight decay."""
+    """Last name parts of the parameters of a scan's dynamics. They have a separate learning rate and no weight decay."""
     vectors: ClassVar[frozenset[str]] = frozenset({"bias"})
-    """Last part of the names of parameters with several axes that are vectors to an optimizer, as those with one axis are."""
+    """Last name parts of parameters with several axes that an optimizer treats as vectors, like parameters with one axis."""
     undecayed: ClassVar[frozenset[str]] = frozenset({"bias", "position"})
-    """Last part of the names of other parameters with several axes that weight decay would spoil."""
+    """Last name parts of other parameters with several axes that get no weight decay, which would spoil them."""
     precision: Precision = "fp32"
-    """`bf16`: products compute in bfloat16. Weights and the dynamics of the scans stay float32, and so does the residual stream."""
+    """Precision of the products; `bf16` is bfloat16. Weights, the scans' dynamics and the residual stream stay float32."""
     drop_rates: tuple[float, ...] = ()
     keeps_states: bool = False
-    """Whether scans keep their states for the backward pass, which then repeats none of them; with Triton's only."""
+    """Whether scans keep their states for the backward pass, so that it recomputes none; has an effect only with Triton."""
 
     def __init__(
         self, settings: FamilySettings, shape: LatentShape, num_classes: int | None, scan: str = "auto", checkpointing: str = "none"
@@ -69,34 +69,35 @@ class Backbone(nn.Module):
         return (self.shape.size // self.patch) ** 2
 
     def condition(self, t_B: Tensor, y_B: Tensor | None) -> Tensor:
-        """Sum of the embeddings of time and label (B, D), in the type of the products."""
+        """Return the sum of the embeddings of time and label (B, D), in the type of the products."""
         c_BD: Tensor = self.time(t_B, self.compute_dtype)
         return c_BD if self.label is None or y_B is None else c_BD + self.label(y_B).to(c_BD.dtype)
 
     def decays(self, name: str, parameter: Tensor) -> bool:
-        """Whether weight decay applies: not to the scans' dynamics, norms, biases and positions (as in Mamba and S4)."""
+        """Return whether weight decay applies: not to scans' dynamics, norms, biases and positions (as in Mamba and S4)."""
         return parameter.ndim > 1 and name.rpartition(".")[2] not in self.dynamics | self.undecayed
 
     def rate_group(self, name: str, parameter: Tensor) -> str:
-        """Return the kind of a parameter, by which rates transfer over widths: output, product, or own (tables and vectors)."""
+        """Return a parameter's kind for learning-rate transfer over widths: output, product, or own (tables and vectors)."""
         if name.startswith(TABLES) or parameter.ndim < 2 or name.rpartition(".")[2] in self.dynamics | self.vectors:
             return "own"
         return "output" if name.startswith("final.") else "product"
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:
-        """Scale initial weights in place that do not follow the rules of models/transfer.py, besides those of the output."""
+        """Scale in place the initial weights that break the rules of models/transfer.py, which scales the output's itself."""
 
     def resized(self, name: str, weight: Tensor) -> tuple[Tensor, str] | None:
-        """Return a weight of another number of patches in this model's shape, and the change in words; None if it has no such."""
+        """Return a weight for another number of patches in this model's shape, and a description of the change; None if there is
+        no such conversion."""
         del name, weight
         return None
 
     def as_ours(self) -> "Backbone":
-        """Return the model that computes the same by our settings; another one if it has the time or sign of a public model."""
+        """Return an equivalent model with our conventions: this one, or a new one if its time or sign is that of a public model."""
         return self
 
     def verify_kernels(self, device: torch.device, images: Collection[int], *, training: bool) -> None:
-        """Compare the GPU kernels that the model runs with the reference, as `models.verify_kernels` says."""
+        """Compare the GPU kernels that the model runs with the reference; see `models.verify_kernels`."""
 
     def compile_blocks(self) -> None:
         """Compile each block at its first run. Blocks of one shape share the compiled code."""
@@ -125,19 +126,19 @@ def check_labels(y_B: Tensor, num_classes: int) -> None:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32 or better: for values that must not be rounded to the weights' dtype."""
+    """Return x in float32 or better: for values that must not be rounded to the weights' dtype."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def stream_norm(x_BTD: Tensor, dtype: torch.dtype, weight_D: Tensor | None = None) -> Tensor:
-    """Layer norm of a float32 stream without parameters, or the RMS norm with a weight, in the type of the products."""
+    """Return the layer norm of a float32 stream without parameters, or the RMS norm if given a weight, in `dtype`."""
     if weight_D is None:
         return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6).to(dtype)
     return F.rms_norm(x_BTD, weight_D.shape, weight_D.to(x_BTD.dtype), 1e-6).to(dtype)
 
 
 def time_features(t_B: Tensor, dim: int) -> Tensor:
-    """Sinusoidal features (B, dim) of times that may be fractional: cosines first, max period 10,000 (GLIDE)."""
+    """Return sinusoidal features (B, dim) of times, which may be fractional: cosines first, max period 10,000 (GLIDE)."""
     t_B, half = wide(t_B), dim // 2
     frequencies = torch.arange(half, dtype=t_B.dtype, device=t_B.device).mul(-math.log(10000.0) / half).exp()
     angles = t_B[:, None] * frequencies
@@ -146,12 +147,12 @@ def time_features(t_B: Tensor, dim: int) -> Tensor:
 
 
 def uniform(*shape: int, bound: float) -> nn.Parameter:
-    """A parameter, uniform in [-bound, bound]. PyTorch's default for a product or a convolution is 1 / sqrt(fan_in)."""
+    """Return a parameter, uniform in [-bound, bound]. PyTorch's default for a product or a convolution is 1 / sqrt(fan_in)."""
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 def product(x_BLI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x W^T in x's type. The weights are rounded to it at each use, never in place."""
+    """Return x W^T in x's type. The weights are rounded to it at each use, never in place."""
     return F.linear(x_BLI, weight_OI.to(x_BLI.dtype))
 
 
@@ -189,14 +190,14 @@ class PatchEmbed(Linear):
 
 
 def patchify(x_BCHW: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) to (B, T, C p p), with values in the order of a convolution's weight."""
+    """Reshape (B, C, H, W) to (B, T, C p p), with values in the order of a convolution's weight."""
     B, C, H, W = x_BCHW.shape
     x = x_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
 
 
 def unpatchify(x_BTP: Tensor, patch: int) -> Tensor:
-    """(B, T, p p C) of a square image to (B, C, H, W); a patch's values are ordered by row, column, channel, as in DiT."""
+    """Reshape (B, T, p p C) of a square image to (B, C, H, W); a patch's values are ordered by row, column, channel, as in DiT."""
     B, T, P = x_BTP.shape
     side, C = math.isqrt(T), P // (patch * patch)
     x = x_BTP.reshape(B, side, side, patch, patch, C)
@@ -204,7 +205,7 @@ def unpatchify(x_BTP: Tensor, patch: int) -> Tensor:
 
 
 def position_table(side: int, width: int) -> Tensor:
-    """Fixed sine-cosine table (1, side^2, width): half for the column, half for the row, sines first (MAE)."""
+    """Return the fixed sine-cosine table (1, side^2, width): half for the column, half for the row, sines first (MAE)."""
     quarter = torch.arange(width // 4, dtype=torch.float64)
     place = torch.arange(side, dtype=torch.float64)
     angles = place[:, None] * 10000.0 ** (-quarter / (width / 4))
@@ -214,7 +215,7 @@ def position_table(side: int, width: int) -> Tensor:
 
 
 def axial_angles(side: int, size: int) -> Tensor:
-    """Return the angles (side^2, size / 2) of a head's pairs: the first half turn with the row, the others with the column.
+    """Return the angles (side^2, size / 2) of a head's channel pairs: the first half depends on the row, the rest on the column.
 
     Axial rotary positions as in EVA-02 (arXiv 2303.11331).
     """
@@ -227,7 +228,7 @@ def axial_angles(side: int, size: int) -> Tensor:
 def rotate(x_BLHd: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn each pair of neighbouring channels of a head by its token's angles, whose cosines and sines are (L, d / 2).
 
-    Attention's output has the layout of its queries: heads last but one, it need not be copied.
+    Attention's output has the memory layout of its queries. With heads as the last axis but one, it need not be copied.
     """
     a, b = x_BLHd.unflatten(-1, (-1, 2)).unbind(-1)
     cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
@@ -235,7 +236,7 @@ def rotate(x_BLHd: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def modulate(x_BLD: Tensor, shift_BD: Tensor | None, scale_BD: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part (DiT): x (1 + scale) + shift."""
+    """Apply adaptive layer norm's affine part (DiT): x (1 + scale) + shift."""
     if shift_BD is None:
         return x_BLD * (1 + scale_BD).unsqueeze(1)
     return torch.addcmul(shift_BD.unsqueeze(1), x_BLD, (1 + scale_BD).unsqueeze(1))

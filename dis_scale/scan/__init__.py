@@ -43,7 +43,7 @@ GPU_BACKENDS = {
 
 
 FALLBACK = "chunked"
-"""What runs anywhere, by PyTorch's operations."""
+"""Backend that runs anywhere, by PyTorch's operations."""
 
 
 class Choice(NamedTuple):
@@ -80,7 +80,7 @@ def selective_scan(
 
 @outside_graphs
 def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, backend: str = "auto") -> Tensor:
-    """(scan of `forward` + reversed scan of `backward`) * SiLU(z), or the sum alone if z is None."""
+    """Return (scan of `forward` + reversed scan of `backward`) * SiLU(z), or only the sum if z is None."""
     _check_direction("two_way_scan, forward", forward)
     _check_direction("two_way_scan, backward", backward)
     shape, device = forward.u_BLE.shape, forward.u_BLE.device

@@ -26,9 +26,9 @@ remainder of these lengths; a small remainder would cost nearly as much as a ful
 
 
 def differentiable_once(kernel: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Return a decorator of a `backward` that refuses a second derivative, which would lack terms, by the kernel's name.
+    """Return a decorator of a `backward` that refuses a second derivative, which would lack terms. The error names the kernel.
 
-    PyTorch's `once_differentiable` notices it only where the incoming gradient has one.
+    PyTorch's `once_differentiable` detects a second derivative only if the incoming gradient has a gradient.
     """
 
     def decorate(backward: Callable[..., T]) -> Callable[..., T]:
@@ -46,21 +46,21 @@ def differentiable_once(kernel: str) -> Callable[[Callable[..., T]], Callable[..
 
 
 def refuse_float64(backend: str, *tensors: Tensor | None) -> None:
-    """UserError if a tensor would be narrowed."""
+    """Raise a UserError if a tensor is float64, which the backend would round to float32."""
     if any(x is not None and x.dtype == torch.float64 for x in tensors):
         raise UserError(f"the {backend} scan computes in float32, got float64: convert, or set the backend to chunked")
 
 
 _keeping = ContextVar("keeping", default=0)
-"""How many are entered in this thread."""
+"""Number of `KeepingStates` entered in this thread."""
 
 
 class KeepingStates:
-    """Let a scan keep whatever shortens its backward pass: in a block that is recomputed for it, or in all if memory allows.
+    """Context in which a scan keeps what shortens its backward pass: for a block being recomputed, or for all if memory allows.
 
-    Triton's keeps its states, as many float32 numbers as its input has for up to 16 states, and otherwise none.
+    Triton's scan keeps its states only within this context: for up to 16 states as many float32 numbers as its input has.
 
-    It may be entered again, as PyTorch does for each backward pass through a block. It enters and leaves the context `within`, too.
+    It may be entered repeatedly, as PyTorch does for each backward pass through a block. It also enters and leaves `within`.
     """
 
     def __init__(self, within: AbstractContextManager[Any] | None = None) -> None:

@@ -1,8 +1,8 @@
-"""Counts of operations: a function that computes something else than products reports its own multiply-adds here.
+"""Counts of operations: a function whose work is not in products reports its multiply-adds here.
 
-Nothing happens unless a network is being priced (models/cost.py), which then runs no kernel. Rules: the scan 9 FLOPs per channel,
-state, token and direction; the skip D u and the gate, wherever it is applied, one multiply-add per element and direction. Two
-FLOPs are one multiply-add.
+Nothing happens unless a network is being priced (models/cost.py), which then runs no kernel. Rules: the scan counts 9 FLOPs per
+channel, state, token and direction. The skip D u and the gate, wherever it is applied, each count one multiply-add per element and
+direction. One multiply-add is two FLOPs.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,21 +20,21 @@ SCAN_MACS = 4.5
 
 
 class Counter(Protocol):
-    """What a network that is priced reports to."""
+    """Receiver of the counts of a network that is being priced."""
 
     states: int
-    """Bytes that scans and state-space duality keep besides where they may (`KeepingStates`)."""
+    """Bytes that scans and state-space duality keep in addition within `KeepingStates`."""
 
     def add(self, name: str, macs: float, passes: int = 3) -> None:
         """Count multiply-adds of a forward pass; training needs `passes` times as many."""
         ...
 
     def alone(self, name: str, macs: float) -> AbstractContextManager[None]:
-        """A context whose only operations are these."""
+        """Return a context for which only these multiply-adds count."""
         ...
 
     def block(self, inputs: tuple[Tensor | None, ...]) -> AbstractContextManager[None]:
-        """The context of a block of the network, with its inputs."""
+        """Return the context of a block of the network, with its inputs."""
         ...
 
 
@@ -50,7 +50,7 @@ def report(name: str, macs: float) -> None:
 
 @contextmanager
 def reporting(name: str, macs: float) -> Iterator[None]:
-    """Report the operations of this block, whose products are not counted besides."""
+    """Report the multiply-adds of this context; its products are not counted in addition."""
     if counter := active.get():
         with counter.alone(name, macs):
             yield
@@ -70,13 +70,13 @@ class _Keeping(torch.autograd.Function):
 
 
 def keeping(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Return a function's output, of which a backward pass keeps the inputs alone: as `checkpoint` does, and kernels."""
+    """Return a function's output, for which a backward pass keeps only the inputs, as with `checkpoint` and kernels."""
     out: Tensor = _Keeping.apply(function, *inputs)
     return out
 
 
 def fused(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Return a function's output; one kernel computes it on a GPU, and keeps its inputs alone."""
+    """Return a function's output. On a GPU one kernel computes it and keeps only its inputs."""
     # A compiler cannot trace the look-up.
     return keeping(function, *inputs) if not torch.compiler.is_compiling() and active.get() else function(*inputs)
 

@@ -1,8 +1,8 @@
 """State-space duality (SSD, Mamba-2; Dao and Gu, arXiv 2405.21060) in both directions: each head forgets by one factor a token.
 
-So a chunk of tokens is mixed by products of matrices, where the selective scan goes from token to token. Each pair of tokens
-belongs to one direction: the earlier tokens of a token to `earlier`, the later ones to `later`. `own` is the token's weight on
-itself: both directions of Hydra (Hwang et al., arXiv 2407.09941) are one matrix for each head.
+So matrix products mix a chunk of tokens, where the selective scan goes from token to token. Each pair of tokens belongs to one
+direction: `earlier` mixes the tokens before a token into it, `later` those after it. `own` is a token's weight on itself. So both
+directions of Hydra (Hwang et al., arXiv 2407.09941) are one matrix for each head.
 
 Axes: B batch, L tokens, H heads, P channels of a head, N states, K chunks, Q tokens of a chunk. Read next: ../models/dis/ssd.py.
 """
@@ -25,17 +25,17 @@ from dis_scale.scan.graphs import outside_graphs
 CHUNK = 64
 """Most tokens of a chunk: as many as a head has channels and states, so that its products cost no more than its state's."""
 GPU_CHUNKS = {2: CHUNK, 4: 32}
-"""The same on a GPU by the bytes of a number: its pairs of tokens are in registers."""
+"""Most tokens of a chunk on a GPU, by the bytes of a number: the chunk's pairs of tokens are in registers."""
 MACS = 2.5
 """Multiply-adds per channel, state, token and direction, as a recurrence: 5 FLOPs."""
 LEAST_STEP = 1e-30
-"""Its logarithm is finite."""
+"""Lower limit of a step, so that its logarithm is finite."""
 
 Form = Callable[[Tensor, Tensor, "Way | None", "Way | None", bool], Tensor]
 
 
 class Way(NamedTuple):
-    """What one direction mixes by: the positive step, the negative A, and the heads' common B and C."""
+    """Inputs of one direction: the positive step, the negative A, and the B and C that all heads share."""
 
     step_BLH: Tensor
     A_H: Tensor
@@ -47,11 +47,11 @@ class Way(NamedTuple):
 def ssd(
     x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """y_BLHP: for each token own_i x_i + C_i . S_i, with the state S_i of the tokens before it, plus the same of those after it.
+    """Return y_BLHP: for token i own_i x_i + C_i . S_i, with the state S_i of the tokens before it, plus C_i . S_i of those after.
 
-    S_i = a_i (S_{i-1} + step_{i-1} B_{i-1} x_{i-1}) with a_i = exp(step_i A): what is earlier has decayed by the token's own
-    factor, as in Mamba-2. `exclusive` leaves that factor out, as Hydra, which shifts outputs by one. float32, or float64 if x
-    is. The `reference` backend is the recurrence, all others compute in chunks.
+    S_i = a_i (S_{i-1} + step_{i-1} B_{i-1} x_{i-1}) with a_i = exp(step_i A): earlier tokens have decayed by the token's own
+    factor, as in Mamba-2. `exclusive` omits that factor, as in Hydra, which shifts outputs by one. Computes in float32, or in
+    float64 if x is float64. The `reference` backend is the recurrence, all others compute in chunks.
     """
     ways = [way for way in (earlier, later) if way]
     _check(x_BLHP, own_BLH, ways)
@@ -98,7 +98,7 @@ def _one_way(x_BLHP: Tensor, way: Way, exclusive: bool) -> Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
-    """`chunked`, of which a backward pass keeps only the inputs: all pairs of tokens would take many times as much."""
+    """`chunked`, which keeps only the inputs for the backward pass: all pairs of tokens would take many times the memory."""
 
     @staticmethod
     def forward(ctx: Any, present: tuple[bool, bool], exclusive: bool, *inputs: Tensor) -> Tensor:
@@ -128,9 +128,9 @@ def ways_of(tensors: Sequence[Tensor]) -> list[Way]:
 
 
 def chunked(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool, most: int = CHUNK) -> Tensor:
-    """Products within chunks of equal length, at most `most` tokens, and a state from chunk to chunk.
+    """Compute products within chunks of equal length, at most `most` tokens, and pass a state from chunk to chunk.
 
-    Exponents are differences of sums over tokens, which have float64: those of large sums would lose their digits.
+    Exponents are differences of sums over tokens. The sums are float64: in float32, differences of large sums would lose digits.
     """
     L = x_BLHP.shape[1]
     K = math.ceil(L / most)
@@ -160,12 +160,12 @@ def cut(x: Tensor, K: int, Q: int) -> Tensor:
 
 
 class Exponents(NamedTuple):
-    """Token i takes exp(reach_i + leave_j) of token j of its chunk, and exp(reach_i) of the state that entered the chunk."""
+    """Exponents of a chunk: token i has the weight exp(reach_i + leave_j) on token j, and exp(reach_i) on the entering state."""
 
     reach_BKHQ: Tensor
     leave_BKHQ: Tensor
     total_BKH: Tensor
-    """Of the whole chunk, by which the state that entered it decays."""
+    """Exponent of the complete chunk, by which the entering state decays."""
 
     @classmethod
     def of(cls, step_BKQH: Tensor, A_H: Tensor, exclusive: bool, reverse: bool) -> "Exponents":
@@ -177,7 +177,7 @@ class Exponents(NamedTuple):
 
 
 def _passed(x_BKQHP: Tensor, one: Exponents, B_BKQN: Tensor, C_BKQN: Tensor, reverse: bool) -> Tensor:
-    """What the tokens of each chunk take of the states that enter it; none enters the first one, and the last one's is not used."""
+    """Return the outputs of each chunk's tokens from the entering state. None enters the first chunk; the last's is not used."""
     H, P = x_BKQHP.shape[-2:]
     givers, takers = (slice(1, None), slice(-1)) if reverse else (slice(-1), slice(1, None))
     weight_BKQH = (one.total_BKH[..., None] + one.leave_BKHQ)[:, givers].to(x_BKQHP).exp().transpose(2, 3)

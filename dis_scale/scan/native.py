@@ -2,8 +2,8 @@
 
 * It computes in float32. float16 and bfloat16 inputs are converted (a copy), outputs converted back; float64 is refused.
 * Inputs may be views with a contiguous last axis, such as chunks and splits of a product. Anything else costs a copy.
-* With a gate the output is kept, and the backward pass divides it by the gate to get y: a smaller |z| than 1e-30 counts as
-  1e-30, and the output must not be changed in place.
+* With a gate the output is kept, and the backward pass divides it by the gate to get y. So a |z| below 1e-30 counts as 1e-30,
+  and the output must not be changed in place.
 * Results are bit-equal at any number of threads.
 """
 
@@ -19,7 +19,7 @@ from dis_scale.scan.backend import NATIVE_CHUNK, Backend, Direction, differentia
 from dis_scale.scan.native_build import GROUP_CHANNELS, MOST_STATES, MOST_TAPS, library
 
 GROUP_STEPS = 128
-"""The least that share one partial sum of A's gradient: these take at most 1/7 of u's memory at 16 states."""
+"""Least steps that share one partial sum of A's gradient: these sums take at most 1/7 of u's memory at 16 states."""
 
 
 class _View(ctypes.Structure):

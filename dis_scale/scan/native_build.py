@@ -29,7 +29,7 @@ SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "kernels.in
 MOST_STATES, MOST_TAPS = 256, 16
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 GROUP_CHANNELS = 192
-"""That share one partial sum of dB and dC: these take 1/6 of u's memory at 16 states."""
+"""Channels that share one partial sum of dB and dC: these sums take 1/6 of u's memory at 16 states."""
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += [f"-DMOST_STATES={MOST_STATES}", f"-DMOST_TAPS={MOST_TAPS}"]
 FLAGS += [f"-DNATIVE_CHUNK={NATIVE_CHUNK}", f"-DGROUP_CHANNELS={GROUP_CHANNELS}"]
@@ -74,7 +74,7 @@ def cached_library(flags: Sequence[str] = tuple(FLAGS)) -> Path:
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:  # a container's user without a name; a folder of everyone's is no place for programs
+    except RuntimeError as error:  # a container's user without a name; a shared folder is unsafe for programs
         raise UserError("the native scan is built in a cache, and this user has no home folder: set XDG_CACHE_HOME") from error
     return Path(home) / "dis_scale" / f"native-{key}.so"
 

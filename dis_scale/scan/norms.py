@@ -1,4 +1,4 @@
-"""Root-mean-square norms with what precedes them: a gate, as in Mamba-2's mixer, or the sum of the residual stream.
+"""Root-mean-square norms joined with the preceding operation: a gate, as in Mamba-2's mixer, or the sum of the residual stream.
 
 Read next: triton_norm.py.
 """
@@ -17,8 +17,8 @@ EPS = 1e-5
 
 @outside_graphs
 def gated_rms_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor, backend: str = "auto") -> Tensor:
-    """The normalised y_BLE SiLU(z), computed in float32 or better, in y's type (Mamba-2's RMSNormGated, gate first)."""
-    if counts.active.get() and y_BLE.dtype != torch.float32:  # as on a GPU, whose kernel keeps its inputs alone
+    """Return the normalised y_BLE SiLU(z), computed in float32 or better, in y's type (Mamba-2's RMSNormGated, gate first)."""
+    if counts.active.get() and y_BLE.dtype != torch.float32:  # as on a GPU, whose kernel keeps only its inputs
         return counts.keeping(by_definition, y_BLE, z_BLE, weight_E)
     if by_triton(y_BLE, backend):
         from dis_scale.scan import triton_norm  # here: Triton comes only with PyTorch's builds for Linux
@@ -28,7 +28,7 @@ def gated_rms_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor, backend: str 
 
 
 def by_definition(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
-    """By PyTorch's operations."""
+    """Compute `gated_rms_norm` by PyTorch's operations."""
     wide = torch.promote_types(y_BLE.dtype, torch.float32)
     gated_BLE = y_BLE.to(wide) * F.silu(z_BLE.to(wide))
     return rms_norm(gated_BLE, weight_E).to(y_BLE.dtype)
@@ -39,9 +39,10 @@ def added_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return the stream r + h, in float32 or better, and its norm in h's type.
 
-    `places` are two permutations (L): h has token l of the stream at the first one's [l], the norm has there the second one's [l].
+    `places` are two permutations (place, order), each (L): token l of the stream is h's token place[l]; the norm's token l is the
+    stream's token order[l].
     """
-    if h_BLD.is_cuda or backend == "triton":  # elsewhere torch.compile joins the sum and the norm to what is around them
+    if h_BLD.is_cuda or backend == "triton":  # elsewhere torch.compile fuses the sum and the norm with their neighbours
         both = _added_by_triton(r_BLD, h_BLD, weight_D, backend, places)
         if both is not None:
             return both
@@ -54,7 +55,7 @@ def added_rms_norm(
 
 
 def reordered(x_BLD: Tensor, order_L: Tensor | None) -> Tensor:
-    """x with its token order[l] at l; x itself without an order."""
+    """Return x with its token order[l] at position l; x itself if there is no order."""
     if order_L is None:
         return x_BLD
     out_BLD: Tensor = _Reordered.apply(x_BLD, order_L)
@@ -62,7 +63,7 @@ def reordered(x_BLD: Tensor, order_L: Tensor | None) -> Tensor:
 
 
 class _Reordered(torch.autograd.Function):
-    """Its gradient is copied to its places; that of PyTorch's gather would be added to zeros."""
+    """`reordered` with a gradient that is copied to its positions; PyTorch's gather would add its gradient to zeros."""
 
     @staticmethod
     def forward(ctx: Any, x_BLD: Tensor, order_L: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def _added_by_triton(
 
 
 def by_triton(x: Tensor, backend: str) -> bool:
-    """Whether Triton computes with x: a network that is priced is computed by PyTorch's operations."""
+    """Return whether Triton computes with x. While a network is priced, PyTorch's operations are used."""
     return not counts.active.get() and choose(backend, x.device).name == "triton"
 
 
@@ -96,5 +97,5 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def normalised(r_BLD: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm of the stream, in the type of the products; priced as GPUs' fused kernel if that is bfloat16."""
+    """Return the norm of the stream in `dtype`, the type of the products; priced as one kernel if it is not the stream's type."""
     return rms_norm(r_BLD, weight_D) if dtype == r_BLD.dtype else counts.fused(rms_norm, r_BLD, weight_D).to(dtype)

@@ -23,13 +23,13 @@ TAPS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2**-5}
 """Largest error by the type of the products, relative to a tensor's largest number.
 
-Ten times what the tests allow in float32, and in bfloat16 twice the four roundings of mamba-ssm (2^-8 each): a wrong kernel
-is off by much more, and an approximate exponential multiplies its error over a long sequence.
+In float32 it is ten times the tests' tolerance, in bfloat16 twice the four roundings of mamba-ssm (2^-8 each). A wrong kernel is
+off by much more, and over a long sequence an approximate exponential multiplies its error.
 """
 
 
 class Case(NamedTuple):
-    """A pass through a model's scan and convolution, by all that selects kernels beside the types. The defaults are small."""
+    """A pass through a model's scan and convolution: everything that selects kernels, except the types. The defaults are small."""
 
     L: int = 35
     E: int = 40
@@ -38,9 +38,9 @@ class Case(NamedTuple):
     directions: int = 2
     """1: `selective_scan` and `causal_conv_silu` instead of the two-way functions."""
     gradients: bool = True
-    """Compute the backward pass too; sampling has none."""
+    """Whether there is a backward pass; sampling has none."""
     keeping: bool = False
-    """As in the second forward pass of a recomputed block."""
+    """Whether scans keep their states, as in the second forward pass of a recomputed block."""
 
     def __str__(self) -> str:
         ways = "one way" if self.directions == 1 else "two-way"
@@ -73,12 +73,12 @@ def require_small(
 
 
 def distinct(name: str, device: torch.device, cases: Iterable[Case]) -> list[Case]:
-    """Return one case, that of the most images, for all that run the same compiled kernels of a backend."""
+    """Return one case, the one with the most images, for each set of cases with the same compiled kernels of a backend."""
     return list({_kernels(name, device, case): case for case in sorted(cases)}.values())
 
 
 def _kernels(name: str, device: torch.device, case: Case) -> tuple[Any, ...]:
-    """A case without its images, and the lanes that Triton selects by them. The other backends keep no states."""
+    """Return the case without its images, and the lanes that Triton selects for them. The other backends keep no states."""
     if name != "triton":
         return case._replace(images=0, keeping=False)
     fill = filling_of(device, case)
@@ -105,9 +105,10 @@ def errors(name: str, device: torch.device, dtype: torch.dtype, case: Case) -> d
 
 
 def largest_error(x: Tensor, exact: Tensor) -> float:
-    """Relative to the largest number; x may have the images of `exact` several times in turn. Few are float64 at a time."""
+    """Return the largest error of x relative to the largest number of `exact`. x may repeat the images of `exact` in turn; only
+    one repetition at a time is converted to float64."""
     largest = [(part.double() - exact[: len(part)]).abs().max() for part in x.split(len(exact))]
-    least = torch.finfo(torch.float64).tiny  # where all numbers are exactly 0, nothing else is right
+    least = torch.finfo(torch.float64).tiny  # if `exact` is all zeros, any other number is an error
     return (torch.stack(largest).max() / exact.abs().max().clamp(min=least)).item()
 
 

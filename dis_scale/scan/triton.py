@@ -1,20 +1,20 @@
 """The Triton backend for NVIDIA GPUs: the two-way scan and the two-way convolution.
 
 It takes float16, bfloat16 and float32, and refuses float64. The state is float32; outputs are rounded once. An input's last axis
-must be contiguous, its batch rows evenly spaced, as in chunks and splits of a product, and its first number at a multiple of 16
-bytes (not for B and C). Any other input is copied. No sum is atomic: partial gradients of B and C (over groups of channels) and of
-the parameters (over batch rows) are stored in a buffer and then summed, so every run gives the same bits. `TRITON_INTERPRET=1`, set
-before Triton is imported, runs everything on the CPU, slowly.
+must be contiguous, and its batch rows evenly spaced, as in chunks and splits of a product. Its first number, except that of B and
+C, must be at a multiple of 16 bytes. Any other input is copied. No sum is atomic: partial gradients of B and C (over groups of
+channels) and of the parameters (over batch rows) are stored in a buffer and then summed, so every run gives the same bits.
+`TRITON_INTERPRET=1`, set before Triton is imported, runs everything on the CPU, slowly.
 
-A scan's first kernel brings B and C into the layout of the others. Then there is one kernel per direction. The first direction
-stores its y in float32; the second adds its own, applies the gate and writes the output, so nothing is flipped. The forward pass
-keeps only its inputs, and B and C in the new layout. The backward pass repeats the scan and stores the states of every 16th step
-where the gradients of u and delta will be written later, so it needs almost no memory of its own. With more than 16 states both
-directions have buffers, which no plan counts: with 64 they are a third of the activations that a recomputed DiS-L/2 keeps. If a
-block is recomputed for its own backward pass, or if memory is left for all states (`KeepingStates`), the forward pass stores the
-states and the y before the gate, and nothing is repeated. Then the backward pass computes the gradients of each direction
-separately. Each direction recomputes the gradient of y before the gate: storing it would move as many bytes as reading z and dy
-again, in bf16 twice as many. The convolution's values before SiLU are recomputed as well.
+A scan's first kernel converts B and C to the layout of the other kernels. Then there is one kernel per direction. The first
+direction stores its y in float32; the second adds its own, applies the gate and writes the output, so nothing is flipped. The
+forward pass keeps only its inputs, and B and C in the new layout. The backward pass repeats the scan. It stores the states of every
+16th step in the memory where the gradients of u and delta are written later, so it needs almost no additional memory. With more
+than 16 states both directions have separate buffers, which no plan counts: with 64 states they are a third of the activations that
+a recomputed DiS-L/2 keeps. If a block is recomputed for its own backward pass, or if memory is left for all states
+(`KeepingStates`), the forward pass stores the states and the y before the gate, and the scan is not repeated. Then the backward
+pass computes the gradients of each direction separately. Each direction recomputes the gradient of y before the gate: storing it
+would move as many bytes as reading z and dy again, in bf16 twice as many. The convolution's values before SiLU are recomputed also.
 
 Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_tiles.py, triton_numbers.py.
 """
@@ -78,7 +78,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def compiler() -> str | None:
-    """The compiler that Triton takes."""
+    """Return the C compiler that Triton uses, or None."""
     return shutil.which(os.environ["CC"]) if "CC" in os.environ else shutil.which("gcc") or shutil.which("clang")
 
 
@@ -122,7 +122,7 @@ class _Scan(torch.autograd.Function):
         ]
         with torch.cuda.device_of(inputs[0]):
             out, ctx.kind, operands, kept = run_scan(None if z is None else rowwise(z), directions, keep, reverse)
-        # Without memory if nothing is kept: a recomputed block must save as many tensors as it did at first.
+        # Empty tensors if nothing is kept: a recomputed block must save as many tensors as in its first pass.
         ctx.save_for_backward(z, kept.y, *kept.states, *[x for direction in operands for x in direction])
         return out
 
@@ -162,7 +162,7 @@ def _filling(inputs: Sequence[Direction]) -> Filling:
 def run_scan(
     z: Tensor | None, directions: Sequence[Direction], keep: bool, reverse: bool = False
 ) -> tuple[Tensor, ScanKind, list[Operands], KeptStates]:
-    """Launch a forward pass for tensors as the kernels take them; `keep`: the states for the backward pass."""
+    """Launch a forward pass for tensors as the kernels take them. `keep` stores the states for the backward pass."""
     kind = _kind(reverse, z, directions, _filling(directions))
     launches = numbers.scan_forward(kind, keep)
     if kind.device.type == "cuda" and launches.by_state.is_new:
@@ -187,7 +187,7 @@ class BackwardPass(NamedTuple):
 
 
 def run_scan_backward(kind: ScanKind, given: BackwardPass) -> None:
-    """Launch a backward pass. A recomputed block has `kind` from its first forward pass, `kept` from its second."""
+    """Launch a backward pass. For a recomputed block, `kind` is from the first forward pass and `kept` from the second."""
     rows, z = tuple([(x.u.stride(1), x.delta.stride(1)) for x in given.operands]), given.z
     kind = kind._replace(rows=rows, A=given.operands[0].A.stride(), z=None if z is None else (z.dtype, z.stride(1)))
     launches = given.launches(kind)
@@ -223,8 +223,8 @@ def _forward(
 
 
 def _by_state(launch: Launch, kind: ScanKind, directions: Sequence[Direction]) -> list[Tensor]:
-    """B and C of each direction as (B, 2, L / 4, N, 4) in float32, padded with zeros to complete chunks: a load takes four
-    steps of a state, and those of the states that a channel's lanes compute at a time are neighbours."""
+    """Return B and C of each direction as (B, 2, L / 4, N, 4) in float32, padded with zeros to complete chunks. One load takes
+    four steps of a state. States that a channel's lanes compute at the same time are neighbours in memory."""
     shape = kind.B, 2, padded(kind.L) // 4, kind.N, 4
     outs = [directions[0].u_BLE.new_empty(shape, dtype=torch.float32) for _ in directions]
     launch(*directions[0][3:5], *directions[-1][3:5], tuple(outs))
@@ -254,8 +254,8 @@ def _repeat_forward(
     launches: Sequence[Launch], gate: Tensor, directions: Sequence[Operands], dy: Tensor, out: Tensor,
     memories: Sequence[Gradients],
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Store the states of each direction in the memory of its gradients. The first direction stores its output in that of
-    the last one's gradients, which reads it there and writes dz."""
+    """Store the states of each direction in the memory of its gradients. The first direction stores its output in the memory of
+    the last direction's gradients; the last direction reads it there and writes dz."""
     states = [memory.state_buffer(x.A.shape[1]) for x, memory in zip(directions, memories, strict=True)]
     for launch, operands, pair in zip(launches, directions, states, strict=True):
         launch(operands, gate, dy, out, memories[-1].halves(), pair, out)
@@ -294,8 +294,8 @@ def _plain_weights(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def run_conv(x: Tensor, weights: Sequence[Tensor | None], outs: Sequence[Tensor | None], ahead: int = 0) -> None:
-    """Launch a forward pass for tensors as the kernels take them; None for a skipped direction. Outputs of the first one
-    alone also see as many steps `ahead` of their own, and as many fewer of those before."""
+    """Launch a forward pass for tensors as the kernels take them; None for a skipped direction. If only the first direction is
+    computed, its outputs may read `ahead` later steps, and as many fewer earlier ones."""
     numbers.conv_forward(_conv_kind(x, weights, ahead))(x, _both(weights[::2]), _both(weights[1::2]), _both(outs))
 
 
@@ -307,7 +307,7 @@ def run_conv_backward(
     gradients: Sequence[Tensor | None],
     ahead: int = 0,
 ) -> None:
-    """Launch a backward pass; the gradients of the weights lie as they do."""
+    """Launch a backward pass. The gradients of the weights have the weights' strides."""
     kind, rows = _conv_kind(x, weights, ahead), [each.stride(1) for each in (*dys, dx)]
     launches = numbers.conv_backward(kind, *rows)
     given = x, weights, dys, dx, gradients
@@ -341,7 +341,7 @@ def _conv_backward(
 
 
 def _both(tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """A tensor for each direction. The other direction's takes the place of a skipped one's, which is never used."""
+    """Return a tensor for each direction. A skipped direction gets the other direction's tensor, which is then never used."""
     present = [x for x in tensors if x is not None]
     return present[0], present[-1]
 

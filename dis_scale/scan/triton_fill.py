@@ -1,7 +1,7 @@
-"""How the scan fills a GPU if there are few images or channels: `filling`, a function of the shape and the GPU alone.
+"""How the scan fills a GPU if there are few images or channels: `filling` depends only on the shape and the GPU.
 
-A program computes 128 channels of an image, so a small batch has fewer programs than a GPU has capacity. Two ways give more,
-and neither computes an exponential twice:
+A program computes 128 channels of an image, so a small batch has fewer programs than a GPU can run. Two methods give more
+programs, and neither computes an exponential twice:
 
     lanes       a channel's states are distributed over 2, 4 or 8 lanes; a program has fewer channels
     both        the backward pass computes both directions in one launch
@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 FORWARD = {1: 1.9, 2: 1.9, 4: 0.0, 8: 0.0}
 BACKWARD = {1: 1.5, 2: 0.35, 4: 0.0, 8: 0.0}
-"""Programs of a multiprocessor with one lane, above which so many lanes are enough: the fastest measured on an H100
-(tests/scan/test_scan_fill.py), but that the forward pass's last version was not measured with one lane between 1 and 2.9 programs.
-Forward two lanes were never the fastest, and eight in neither pass."""
+"""Programs per multiprocessor, counted with one lane, above which this many lanes are enough: the fastest on an H100
+(tests/scan/test_scan_fill.py). The forward pass's last version was not measured with one lane between 1 and 2.9 programs. In the
+forward pass two lanes were never the fastest; eight lanes were the fastest in neither pass."""
 MOST_STATES = 16
 """States of a lane: with 64 a thread needs more registers than it has, and the compiler a minute and a half."""
 

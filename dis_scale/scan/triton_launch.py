@@ -25,7 +25,7 @@ WARPS = 4
 CHUNK = LANES // 2
 """Steps between stored states, limited by registers. Each step has one lane for B's gradient and one for C's."""
 ALIGNMENT = 16
-"""Bytes, of which each pointer is a multiple: a load takes so many. PyTorch's own memory is aligned."""
+"""Bytes of which each pointer is a multiple, since one load takes this many. PyTorch's own memory is aligned."""
 MOST_PROGRAMS = 65_535
 """Largest grid of a kernel on its second axis (the batch) and on its third (the convolution's groups of steps)."""
 
@@ -34,7 +34,7 @@ class Launch:
     """A kernel with its grid and its numbers, for tensors of one kind: device, types, and pointers at multiples of ALIGNMENT.
 
     A call takes tensors, tuples of tensors and tuples of such tuples; for the meta device it only compiles. Triton compiles for
-    types, alignment and constants, so that from the second call on its own look-up, which takes longer than the rest, is skipped.
+    types, alignment and constants, which do not change: from the second call on Triton's look-up, the slowest part, is skipped.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], **numbers: Any):
@@ -72,7 +72,7 @@ def rowwise(x_BLX: Tensor, align: bool = True) -> Tensor:
 
 
 def of_training(x: Tensor, weights: Sequence[Tensor], *starts: int) -> bool:
-    """Whether types are those of training, and numbers of x's type at these `starts` of an aligned tensor's rows are aligned."""
+    """Return whether the types are those of training, and the columns `starts` of an aligned tensor of x's type are aligned."""
     aligned = not any(start % (ALIGNMENT // min(x.element_size(), 4)) for start in starts)
     return aligned and x.dtype != torch.float64 and all(weight.dtype == torch.float32 for weight in weights)
 
@@ -154,8 +154,8 @@ def multiprocessors(device: torch.device) -> int:
 def compile_together(launches: Callable[[], object]) -> None:
     """Compile the kernels of launches for tensors without memory, in threads: Triton's compiler runs outside of Python's lock.
 
-    One after the other, a scan's take half a minute. A kernel that cannot be compiled is an error at its first launch: an error
-    here would leave Triton in this mode.
+    One after the other, a scan's kernels would take half a minute. A kernel that cannot be compiled raises its error at the first
+    launch: an error here would leave Triton in this mode.
     """
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         launches()

@@ -15,7 +15,7 @@ class Gradients(NamedTuple):
     ddelta: Tensor
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """Memory for one float32 number per channel and step: one of them, or 16 bits in each if they are 16 bits wide."""
+        """Return memory for one float32 number per channel and step: one gradient's, or 16 bits in each if both are that wide."""
         for x in self:
             if x.dtype == torch.float32:
                 return x, x
@@ -27,7 +27,7 @@ class Gradients(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """Where a direction's gradients go: rows of B's and C's are evenly spaced, A's lies as A does."""
+    """Memory for a direction's gradients. Rows of dB and dC are evenly spaced; dA has A's strides."""
 
     memory: Gradients
     dA: Tensor
@@ -38,7 +38,7 @@ class ScanGradients(NamedTuple):
 
 
 class KeptStates(NamedTuple):
-    """What a forward pass keeps beside its inputs: each direction's states, and y before the gate if there is one."""
+    """Tensors that a forward pass keeps besides its inputs: each direction's states, and y before the gate, if any."""
 
     states: list[Tensor]
     y: Tensor

@@ -1,8 +1,8 @@
 """The norms behind a gate and behind a sum on NVIDIA GPUs: a program has one row after the other, all channels, in float32.
 
 E channels, in tiles of SIZE; `first_row`, `second_row`, `dout_row` and `dz_row` are the distances between two rows of both inputs,
-of the output's gradient and of the gate's. `parts` has the weight's gradient of each program's rows. Of L tokens in an image, the
-norm's token i is token order[i] of the stream, which h has at place[order[i]]; L is 0 if all lie alike. Read next: norms.py.
+of the output's gradient and of the gate's. `parts` has the weight's gradient of each program's rows. An image has L tokens. The
+norm's token i is token order[i] of the stream, and h's token place[order[i]]; L is 0 if all have one order. Read next: norms.py.
 """
 
 import triton
@@ -95,7 +95,7 @@ def added_norm_backward(
     first_row: tl.constexpr, second_row: tl.constexpr, dout_row: tl.constexpr, E: tl.constexpr, L: tl.constexpr,
     ROWS: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of r and h, which differ in type alone, and the rows' part of the weight's."""
+    """Store the gradients of r and h, equal but for type and order, and the rows' part of the weight's gradient."""
     program, e = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     weight_E = tl.load(weight + e, mask=e < E, other=0.0)
     part_E = tl.zeros((SIZE,), tl.float32)

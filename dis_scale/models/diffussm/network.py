@@ -1,6 +1,6 @@
 """DiffuSSM as specified here: gated bidirectional S4D with hourglass layers (after Yan, Gu and Rush, arXiv 2311.18257).
 
-No code was released; W4, the depths of S and L, and the zero-initialised final layer are ours. Axes: B samples, C
+No code was released: W4, the depths of S and L, and the zero-initialised final layer are our choice. Axes: B samples, C
 channels, L pixels of the latent (or patches) in raster order, G = L / M groups of M pixels, D width, S = 2D both directions.
 """
 
@@ -61,7 +61,7 @@ class SlotLinear(nn.Module):
 
 
 class DiffuSSMBlock(nn.Module):
-    """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours. The stream is float32."""
+    """Hourglass up, both scans at full length, hourglass down, gate. Names are the paper's, except W4. The stream is float32."""
 
     def __init__(self, settings: DiffuSsm, *, skip: bool):
         super().__init__()
@@ -93,7 +93,7 @@ class DiffuSSMBlock(nn.Module):
 
 
 class DiffuSSM(Backbone):
-    """The model. Outside the scan it works on groups of M neighbours in raster order; as published it has no patches."""
+    """The model. Outside the scan it works on groups of M neighbours in raster order. The published model has no patches."""
 
     settings: DiffuSsm
     dynamics = frozenset({"log_dt", "log_neg_re", "im", "B"})

@@ -19,12 +19,12 @@ from dis_scale.scan.counts import active, keeping, report, reporting
 INITIAL_STEPS = (1e-3, 1e-1)
 """Least and largest initial time step of a channel."""
 CHUNK = 2**24
-"""Complex numbers of a chunk of the Vandermonde product, 128 MB, of which about three are in memory at once; all of it at 1152
-channels and 4096 taps is 1.2 GB."""
+"""Complex numbers in a chunk of the Vandermonde product: 128 MB. About three chunks are in memory at once. The complete product at
+1152 channels and 4096 taps has 1.2 GB."""
 
 
 def initial_modes(init: str, N: int) -> tuple[Tensor, Tensor]:
-    """A and B (M,), complex128, of the initialisations lin, inv and legs of the S4D paper.
+    """Return A and B (M,), complex128, of the initialisations lin, inv and legs of the S4D paper.
 
     legs: eigenvalues of the normal part of HiPPO-LegS. B's phases are omitted, since those of C are random.
     """
@@ -62,7 +62,7 @@ class S4D(nn.Module):
         self.D = nn.Parameter(torch.randn(H))
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
-        """The spectrum (L + 1, H) of the kernel padded to 2L, and the skip D (H)."""
+        """Return the spectrum (L + 1, H) of the kernel padded to 2L, and the skip D (H)."""
         kernel_HL = self.kernel(length)
         return torch.fft.rfft(kernel_HL, n=2 * length).T, wide(self.D)
 
@@ -79,20 +79,20 @@ class S4D(nn.Module):
         size = max(1, self.chunk // (H * length))
         if size >= M:
             return _vandermonde(weights_HM, dtA_HM, taps_L)
-        # All chunks kept for the backward pass would need the full memory: each is recomputed there.
+        # Keeping all chunks for the backward pass would need the full memory, so the backward pass recomputes each chunk.
         pairs = zip(weights_HM.split(size, 1), dtA_HM.split(size, 1), strict=True)
         recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         run = keeping if active.get() else recomputed
         return functools.reduce(torch.add, (run(_vandermonde, w, a, taps_L) for w, a in pairs))  # keeps no term
 
     def discrete(self) -> tuple[Tensor, Tensor]:
-        """dt A and B's zero-order hold, (H, M) complex."""
+        """Return dt A and the zero-order hold of B, (H, M) complex."""
         A_HM = torch.complex(-wide(self.log_neg_re).exp(), wide(self.im))
         dtA_HM = wide(self.log_dt).exp()[:, None] * A_HM
         return dtA_HM, _complex(self.B) * _expm1(dtA_HM) / A_HM
 
     def recurrence(self, u_BLH: Tensor) -> Tensor:
-        """y (B, L, H), step by step: x <- dA x + dB u; y = 2 Re(C x) + D u, read from the updated state."""
+        """Return y (B, L, H), computed step by step: x <- dA x + dB u; y = 2 Re(C x) + D u, read from the updated state."""
         dtA_HM, dB_HM = self.discrete()
         dA_HM, C_HM = dtA_HM.exp(), _complex(self.C)
         x_BHM, ys = torch.zeros_like(dB_HM).expand(len(u_BLH), -1, -1), []

@@ -17,9 +17,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "DiS-L": {"width": 1024, "depth": 48},
     "DiS-H": {"width": 1536, "depth": 48},
 }
-"""Published sizes. DiS-S has the width that the paper states, DiS-S368 that of its results, its Gflops column and its code."""
+"""Published sizes. DiS-S has the width that the paper states, DiS-S368 that of the paper's results, Gflops column and code."""
 SSD_DEPTHS = {"S": 24, "B": 24, "M": 50, "L": 50, "H": 50}
-"""Blocks with which the mixer `ssd` has DiS's parameters: within 0.6 %, S 2.6 % and B 3.7 % fewer, where a block is 4 %."""
+"""Blocks that give the mixer `ssd` DiS's parameters within 0.6 %; S has 2.6 % and B 3.7 % fewer, where one block is 4 %."""
 SIZES |= {
     f"DiS2-{size}": SIZES[f"DiS-{size}"] | {"depth": depth, "mixer": "ssd", "combine": "hydra", "state_size": 64}
     for size, depth in SSD_DEPTHS.items()
@@ -39,7 +39,7 @@ def _public() -> PublicLayout:
 
 
 def _thop_gflops(settings: Dis, shape: LatentShape, num_classes: int | None) -> float | None:
-    """thop x 2 on the public code: it counts module calls only (no mixer), and 2 per element for a layer norm."""
+    """Return thop x 2 on the public code. thop counts only calls of modules (no mixer), and 2 per element for a layer norm."""
     if settings.unpublished:
         return None
     D, P, T = settings.width, shape.channels * settings.patch**2, (shape.size // settings.patch) ** 2

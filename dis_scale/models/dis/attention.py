@@ -1,4 +1,4 @@
-"""Attention in place of a block's scans: how much of it does a state-space backbone need?"""
+"""Attention in place of a block's scans, to measure how much attention a state-space backbone needs."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Attention of all tokens; queries and keys are normalised, and those of a patch rotate with its row and column.
+    """Attention of all tokens. Queries and keys are normalised; those of a patch are rotated by its row and column.
 
     The first `extras` tokens, label and time, do not rotate. Normalised queries and keys as in ViT-22B (arXiv 2302.05442).
     """

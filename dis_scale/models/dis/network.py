@@ -36,8 +36,8 @@ MIXERS = {"s6": Mixer, "ssd": SsdMixer}
 class DiSBlock(nn.Module):
     """One block: add to the stream, normalise, mix. Maps (branch h, stream r) to (branch h, stream r); no MLP.
 
-    The mixer gets the tokens in the block's own order, and leaves the branch in it: the next norm reads each where it lies. Given
-    `attention`, it is the mixer.
+    The mixer gets the tokens in the block's own order. The branch stays in this order: the next block's norm reads each token at
+    its position there. `attention`, if given, is the mixer.
     """
 
     order: Tensor | None
@@ -86,7 +86,7 @@ def _buffer(order_L: np.ndarray | None) -> Tensor | None:
 
 
 def dropped(h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:
-    """A branch whose samples are multiplied by `drop_B` (drop path)."""
+    """Return the branch with its samples multiplied by `drop_B` (drop path)."""
     return h_BLD if drop_B is None else h_BLD * drop_B.to(h_BLD.dtype)[:, None, None]
 
 
@@ -96,7 +96,7 @@ def _zero_bias(layer: nn.Linear) -> nn.Linear:
 
 
 class _Kernels(NamedTuple):
-    """A set of compiled kernels: its backend, the type of its products, its case, and whether norms read and write at places."""
+    """A set of compiled kernels: backend, type of the products, case, and whether its norms change the order of tokens."""
 
     scan: str
     dtype: torch.dtype
@@ -105,7 +105,7 @@ class _Kernels(NamedTuple):
 
 
 class DiS(Backbone):
-    """depth / 2 in-blocks, a middle block, depth / 2 out-blocks. An out-block takes in an in-block's branch: last in, first out."""
+    """depth / 2 in-blocks, a middle block, depth / 2 out-blocks. Each out-block gets an in-block's branch: last in, first out."""
 
     settings: Dis
     dynamics = frozenset({"dynamics", "A_log", "dt_bias"})
@@ -171,7 +171,7 @@ class DiS(Backbone):
         return self.length
 
     def verify_kernels(self, device: torch.device, images: Collection[int], *, training: bool) -> None:
-        """A block, once for each set of compiled kernels."""
+        """Verify one block for each set of compiled kernels, once per process."""
         for each in self.kernel_cases(device, images, training=training):
             _verify_once(self.settings, device, each)
 
@@ -182,13 +182,13 @@ class DiS(Backbone):
         return [_Kernels(name, self.compute_dtype, *each) for each in itertools.product(cases, self._kinds_of_norms())]
 
     def _kinds_of_norms(self) -> list[bool]:
-        """Whether norms read and write at places: all, none, or some. The first block's adds nothing."""
+        """Return whether norms change the order of tokens: of all blocks, none, or some (both values). Skips the first block, whose
+        norm adds no branch."""
         return sorted({isinstance(block, DiSBlock) and block.place is not None for block in [*self.blocks][1:]})
 
     def _cases(self, images: Collection[int], *, training: bool) -> list[Case]:
-        """All passes of these image counts. A recomputed block's second forward pass keeps states; the first has no backward.
-
-        Kernels of state-space duality depend on all sizes but these.
+        """Return all passes of these image counts. A recomputed block keeps states in its second forward pass only, which is also
+        the only one with a backward pass. Kernels of state-space duality and attention do not depend on the image counts.
         """
         sizes = self.length, inner_width(self.settings.width), self.settings.state_size
         if self.settings.mixer == "ssd" or self.settings.attention_every == 1:
@@ -199,13 +199,13 @@ class DiS(Backbone):
         return [Case(*sizes, count, self.settings.ways, *each) for count in images for each in passes]
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:  # noqa: ARG002
-        """B and C have as many values at each width."""
+        """Scale the projections to B and C, which have the same number of values at each width."""
         for name, weight in weights.items():
             if name.endswith("x_proj"):
                 weight[:, -2 * self.settings.state_size :].mul_(growth[name] ** -0.5)
 
     def resized(self, name: str, weight: Tensor) -> tuple[Tensor, str] | None:
-        """Learned positions, interpolated."""
+        """Return learned positions, interpolated; None for other weights."""
         if name != "position":
             return None
         patches = self.length - self.extras
@@ -225,7 +225,7 @@ class DiS(Backbone):
         return h_BLD, r_BLD
 
     def _image(self, r_BLD: Tensor, c_BD: Tensor, dtype: torch.dtype) -> Tensor:
-        """The stream to (B, 2C, H, W): both norms, the final modulation if the model has classes, one product."""
+        """Map the stream to (B, 2C, H, W): both norms, the final modulation if the model has classes, one product."""
         x_BTD = normalised(r_BLD[:, self.extras :], self.norm, dtype)
         x_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
         if self.modulation is not None:
@@ -248,7 +248,7 @@ def _verify_once(settings: Dis, device: torch.device, kernels: _Kernels) -> None
 
 
 def _token_orders(settings: Dis, extras: int, side: int) -> list[np.ndarray | None]:
-    """Return the orders of all tokens that blocks take in turn: label and time first, then the patches; None for theirs."""
+    """Return the orders of all tokens that blocks use in turn: label and time, then the patches; None for the stream's order."""
     raster = np.arange(side**2)
     patches = orders_of(settings.order, side, alternate=settings.directions == "alternate")
     every = [np.concatenate([np.arange(extras), extras + order]) for order in patches]
@@ -256,7 +256,7 @@ def _token_orders(settings: Dis, extras: int, side: int) -> list[np.ndarray | No
 
 
 def resized_positions(position_1LD: Tensor, extras: int, patches: int) -> Tensor:
-    """Return learned positions of `patches` patches of a square image; those of the `extras` first tokens stay."""
+    """Return learned positions for `patches` patches of a square image; the first `extras` positions do not change."""
     first, grid_1TD = position_1LD[:, :extras], position_1LD[:, extras:]
     before, after = math.isqrt(grid_1TD.shape[1]), math.isqrt(patches)
     grid_1DHW = grid_1TD.float().unflatten(1, (before, before)).permute(0, 3, 1, 2)

@@ -1,6 +1,6 @@
 """Orders in which blocks scan the patches of a square image: permutations of its row-major positions.
 
-Neighbouring rows are a whole row apart for a scan by rows. Blocks that scan by turns in other orders make them neighbours too.
+In a scan by rows, vertical neighbours are a complete row apart. In other orders, which blocks use in turn, they are adjacent.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from dis_scale.process.errors import UserError
 
 
 class Orders(NamedTuple):
-    """Orders of tokens, permutations (L): a block's own, of the branch that it gets, and of the skip; None for the stream's."""
+    """Orders of tokens as permutations (L): of the block, of its input branch, and of its skip; None is the stream's order."""
 
     own: np.ndarray | None = None
     branch: np.ndarray | None = None
@@ -19,14 +19,14 @@ class Orders(NamedTuple):
 
     @property
     def places(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Where the branch has each token of the stream, and the block's own order; None if both are the stream's."""
+        """Position in the branch of each token of the stream, and the block's order; None if both are in the stream's order."""
         if self.own is None and self.branch is None:
             return None
         return _given(self.branch, self.own).argsort(), _given(self.own, self.branch)
 
     @property
     def of_skip(self) -> np.ndarray | None:
-        """Where the skip has the tokens of the branch; None if both have the same order."""
+        """Position in the skip of each token of the branch; None if both have the same order."""
         if self.skip is None and self.branch is None:
             return None
         skip, branch = _given(self.skip, self.branch), _given(self.branch, self.skip)
@@ -34,7 +34,7 @@ class Orders(NamedTuple):
 
 
 def _given(order_L: np.ndarray | None, other_L: np.ndarray | None) -> np.ndarray:
-    """An order, or the stream's, which is as long as the other one."""
+    """Return the order, or if it is None the stream's order, with the length of the other one."""
     if order_L is not None:
         return order_L
     assert other_L is not None
@@ -42,9 +42,9 @@ def _given(order_L: np.ndarray | None, other_L: np.ndarray | None) -> np.ndarray
 
 
 def orders_of(names: tuple[str, ...], side: int, *, alternate: bool) -> list[np.ndarray]:
-    """Return the permutations (side^2) that blocks take in turn; with `alternate` all of them, and then all of them reversed.
+    """Return the permutations (side^2) that blocks use in turn; with `alternate` followed by the same permutations reversed.
 
-    UserError for a Hilbert curve whose side is no power of two.
+    UserError for a Hilbert curve whose side is not a power of two.
     """
     grid = np.arange(side * side).reshape(side, side)
     paths = [path for name in names for path in _paths(name, grid)]
@@ -76,21 +76,21 @@ def _rows(grid: np.ndarray) -> np.ndarray:
 
 
 def _zigzag(grid: np.ndarray) -> np.ndarray:
-    """Row after row, every second one backwards, so that each step goes to a neighbour (ZigMa, arXiv 2403.13802)."""
+    """Return the path row by row, every second row backwards: each step goes to a neighbour (ZigMa, arXiv 2403.13802)."""
     turned = grid.copy()
     turned[1::2] = turned[1::2, ::-1]
     return turned.ravel()
 
 
 def _diagonals(grid: np.ndarray) -> np.ndarray:
-    """Diagonal after diagonal, up and down by turns, as JPEG orders its coefficients (DiMSUM, arXiv 2411.04168)."""
+    """Return the path by diagonals, up and down in turn, as JPEG orders its coefficients (DiMSUM, arXiv 2411.04168)."""
     side = len(grid)
     rising = [grid[::-1].diagonal(place) for place in range(1 - side, side)]
     return np.concatenate([diagonal[:: -1 if number % 2 else 1] for number, diagonal in enumerate(rising)])
 
 
 def _hilbert(side: int) -> np.ndarray:
-    """Return the place of each patch on Hilbert's curve: four curves of half the side, the first and the last of them turned."""
+    """Return each patch's position on Hilbert's curve: four curves of half the side, of which the first and last are turned."""
     if side == 1:
         return np.zeros((1, 1), int)
     half = _hilbert(side // 2)

@@ -36,16 +36,16 @@ DIRECTIONS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
     "mixer.dt_proj": {"dt_proj{}.weight": whole},
     "mixer.dynamics": {"A{}_log": lambda rows: rows[:-2].T, "D{}": lambda rows: rows[-2], "dt_proj{}.bias": lambda rows: rows[-1]},
 }
-"""What the public code has of each direction, as views of a direction's part of our weight."""
+"""Public weights of each direction, as views of the direction's part of our weight."""
 
 
 def recognises(state_dict: StateDict) -> bool:
-    """Whether a public file is of this family."""
+    """Return whether a public file is of this family."""
     return "patch_embed.proj.weight" in state_dict
 
 
 def model(state_dict: StateDict, heads: int | None = None) -> DiS:
-    """Return a DiS of the sizes of the public code's state dict, without weights. UserError names what is missing or misshapen."""
+    """Return a DiS with the sizes of a public state dict, without weights. UserError names a missing or misshapen weight."""
     del heads
     patch_weight, norm = sized(state_dict, "patch_embed.proj.weight", 4), sized(state_dict, "norm_f.weight", 1)
     position = sized(state_dict, "pos_embed", 3)
@@ -64,7 +64,7 @@ def model(state_dict: StateDict, heads: int | None = None) -> DiS:
 
 
 def weights(ours: str, model: Backbone) -> list[PublicWeight]:
-    """Return the public weights that one of ours holds. UserError for options that the public code lacks."""
+    """Return the public weights in our weight `ours`. UserError for options that the public code lacks."""
     assert isinstance(model, DiS)
     if unlike := model.settings.unpublished:
         raise UserError(f"the public layout of DiS has no {unlike}: {getattr(model.settings, unlike)}: export another way")
@@ -77,12 +77,12 @@ def weights(ours: str, model: Backbone) -> list[PublicWeight]:
 
 
 def added(model: Backbone, public: StateDict) -> dict[str, Tensor]:  # noqa: ARG001
-    """Nothing: each public weight is one of ours."""
+    """Return nothing: each public weight belongs to one of our weights."""
     return {}
 
 
 def _of_block(rest: str) -> list[PublicWeight]:
-    """A block's weight. Both directions share ours (see s6.Mixer); the public code has its own of each."""
+    """Return the public weights in a block's weight. Ours holds both directions (see s6.Mixer), a public weight holds one."""
     if rest not in DIRECTIONS:
         return [PublicWeight(renamed(rest, BLOCK))]
     return [

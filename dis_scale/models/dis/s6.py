@@ -30,9 +30,9 @@ def log_uniform_steps(E: int) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """The bidirectional mixer ("bimamba v2"): (s_f + s_b) SiLU(z) between two products; the sum is not averaged. Or s_f SiLU(z).
+    """The bidirectional mixer ("bimamba v2"): (s_f + s_b) SiLU(z) between two products, not averaged. With one way s_f SiLU(z).
 
-    Both directions share parameters, the forward direction's first: the kernels read both, and each parameter takes Python's time.
+    A parameter holds both directions, forward first: the kernels read both, and each parameter costs time in Python.
 
         conv        (ways, W + 1, E)    a row for each tap, the current token's last, and the bias
         x_proj      (ways, R + 2 N, E)  from the convolved u to the step, B and C (Gu and Dao 2023, Algorithm 2)
@@ -83,7 +83,7 @@ class Mixer(nn.Module):
         return product(y_BLE, self.out_proj)
 
     def free_dynamics(self) -> Tensor:
-        """`dynamics` with a row for each state."""
+        """Return `dynamics` with a row for each state."""
         if self.log_rates_N1 is None:
             return self.dynamics
         return torch.cat([self.dynamics[:, :1] + self.log_rates_N1, self.dynamics[:, 1:]], dim=1)
@@ -100,7 +100,7 @@ class Mixer(nn.Module):
 
 
 def conv_parameters(channels: int, ways: int, taps: int = TAPS) -> nn.Parameter:
-    """Return the convolutions of each channel (ways, taps + 1, channels), the bias last, at PyTorch's default."""
+    """Return the convolutions of each channel (ways, taps + 1, channels), the bias last, with PyTorch's default initial values."""
     rows = []
     for _ in range(ways):
         weight, bias = uniform(channels, taps, bound=taps**-0.5), uniform(channels, bound=taps**-0.5)
@@ -109,5 +109,5 @@ def conv_parameters(channels: int, ways: int, taps: int = TAPS) -> nn.Parameter:
 
 
 def taps_and_bias(rows_XE: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (E, W) and bias (E) of a convolution from their rows."""
+    """Return the weight (E, W) and the bias (E) of a convolution from its rows."""
     return rows_XE[:-1].T, rows_XE[-1]

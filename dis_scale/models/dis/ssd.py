@@ -1,6 +1,6 @@
 """The mixer of state-space duality (Mamba-2; Dao and Gu, arXiv 2405.21060) in both directions. Read next: ../../scan/duality.py.
 
-One product gives all inputs of both directions. Short convolutions see x, B and C. The output is normalised behind its gate.
+One product gives all inputs of both directions. Short convolutions apply to x, B and C. The norm of the output follows its gate.
 
 Axes: B samples, L tokens, D width, E = 2D inner width, H heads, P channels of a head, N states.
 """
@@ -18,14 +18,14 @@ from dis_scale.scan.mixer import fused_ssd_mixer
 from dis_scale.scan.norms import gated_rms_norm
 
 AROUND = 7
-"""Taps of Hydra's convolution, which is centred on a token; in one direction alone it ends there."""
+"""Taps of Hydra's convolution. Its window is centred on the token; with only one direction it ends at the token."""
 
 
 class SsdMixer(nn.Module):
     """norm((y_f + y_b) SiLU(z)) between two products, or norm(y_f SiLU(z)).
 
-    `sum`: each direction has its own convolution, and a token's weight on itself is step C . B + D. `hydra`: both share one
-    convolution, and that weight is a product of x and D, so that the directions need only mix the other tokens.
+    `sum`: each direction has its own convolution, and a token's weight on itself is step C . B + D. `hydra`: both directions share
+    one convolution. A token's weight on itself comes from a product of x, plus D, so the directions mix only the other tokens.
     """
 
     def __init__(self, settings: Dis, scan: str):
@@ -35,13 +35,13 @@ class SsdMixer(nn.Module):
         self.ahead = 0 if settings.directions == 1 else AROUND // 2
         H = E // self.head
         self.mixed = [N, N, E, N, N][: 2 * ways + 1]
-        """B and C of the forward direction, x, B and C of the backward direction."""
+        """Widths of: B and C of the forward direction, x, B and C of the backward direction."""
         self.sizes = [sum(self.mixed), E, ways * H]
         self.in_proj = uniform(sum(self.sizes), D, bound=D**-0.5)
         convolved = sum(self.mixed) if self.hydra else E + 2 * N
         self.conv = conv_parameters(convolved, *((1, AROUND) if self.hydra else (ways, TAPS)))
         self.own_proj = uniform(H, E, bound=E**-0.5) if self.hydra else None
-        # Of both directions, in one axis: vectors to an optimizer.
+        # Both directions share one axis, so that an optimizer treats these parameters as vectors.
         self.dt_bias = nn.Parameter(log_uniform_steps(ways * H))
         self.A_log = nn.Parameter(torch.empty(ways * H).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(H if self.hydra else ways * H))
@@ -61,7 +61,7 @@ class SsdMixer(nn.Module):
         return product(gated_rms_norm(y_BLE, z_BLE, self.norm, self.scan), self.out_proj)
 
     def _sum(self, mixed_BLX: Tensor, steps: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> Tensor:
-        """Sum of both directions, each of its own convolution of x, B and C."""
+        """Return the sum of both directions, each with its own convolution of x, B and C."""
         ys, D_of = [], self.D.chunk(self.ways)
         for i, rows_XE in enumerate(self.conv.unbind()):
             sizes = self.mixed[2 * i : 2 * i + 3]
@@ -75,7 +75,7 @@ class SsdMixer(nn.Module):
         return sum(ys[1:], ys[0])
 
     def _hydra(self, mixed_BLX: Tensor, steps: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> Tensor:
-        """Hydra's matrix: a token takes from each direction what its neighbour there would."""
+        """Apply Hydra's matrix: in each direction a token uses the C of its neighbour on that side."""
         convolved_BLX = _conv_silu(mixed_BLX, *taps_and_bias(self.conv[0]), self.ahead, self.scan)
         B_BLN, C_BLN, x_BLE, *back = convolved_BLX.split(self.mixed, dim=-1)
         earlier = Way(steps[0], decays[0], B_BLN, F.pad(C_BLN[:, :-1], (0, 0, 1, 0)))
@@ -89,7 +89,7 @@ class SsdMixer(nn.Module):
 
 
 def _conv_silu(x_BLX: Tensor, weight_XW: Tensor, bias_X: Tensor, ahead: int, scan: str) -> Tensor:
-    """As `causal_conv_silu`, of a window that ends so many tokens ahead."""
+    """Return `causal_conv_silu` with a window that ends `ahead` tokens after each token."""
     if counts.active.get() and x_BLX.dtype != torch.float32:  # as on a GPU, whose mixer looks ahead without a copy
         return causal_conv_silu(x_BLX, weight_XW, bias_X, backend=scan)
     return causal_conv_silu(F.pad(x_BLX, (0, 0, 0, ahead)), weight_XW, bias_X, backend=scan)[:, ahead:]

@@ -1,4 +1,4 @@
-"""Comparison of a block with itself by PyTorch's operations, on the device where it will run. Read next: ../../scan/selftest.py.
+"""Comparison of a block's kernels with PyTorch's operations, on the device where it will run. Read next: ../../scan/selftest.py.
 
 Axes: B samples, L tokens, D width.
 """
@@ -14,12 +14,12 @@ from dis_scale.scan.backend import KeepingStates
 from dis_scale.scan.selftest import TOLERANCE, Case, largest_error, require_small
 
 ROUNDINGS = 2
-"""Times the tolerance of a scan alone: a block rounds its products too. Wrong kernels are off by ten times as much."""
+"""Tolerance of a block as a multiple of a scan's: a block also rounds its products. Wrong kernels are off by ten times as much."""
 CANCELLING = 4
-"""By how much an error beyond the tolerance may exceed that of PyTorch's operations in the same types.
+"""Factor by which an error beyond the tolerance may exceed the error of PyTorch's operations in the same types.
 
-So large are errors of sums over all tokens in which most cancels; of a single head of state-space duality nearly all, since the
-norm behind the gate cancels its scale.
+Sums over all tokens have such large errors if their terms mostly cancel. With a single head of state-space duality they cancel
+nearly completely, since the norm behind the gate cancels the head's scale.
 """
 
 
@@ -28,7 +28,7 @@ def verify_block(
 ) -> None:
     """Compare `make(scan)`, a block of a residual stream, with its definition in float64; WrongKernel if they differ.
 
-    `dtype` is that of the products. After the cases of a model, training and sampling compile nothing.
+    `dtype` is that of the products. Once all cases of a model are verified, training and sampling compile nothing.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -57,7 +57,7 @@ def verify_block(
 def as_trained(block: nn.Module) -> nn.Module:
     """Change a block's initial weights so that its output depends on all of them: some decays near 1, some near 0.
 
-    At first D u hides the rest: in bfloat16 a scan without any recurrence would pass.
+    With the initial weights D u hides the other terms: in bfloat16 a scan without any recurrence would pass.
     """
     weights = {name.rpartition(".")[2]: weight for name, weight in block.named_parameters()}
     for name in {"dynamics", "A_log", "dt_bias", "D"} & weights.keys():
@@ -70,9 +70,9 @@ def as_trained(block: nn.Module) -> nn.Module:
 
 
 def _results(block: nn.Module, inputs: list[Tensor], images: Tensor, dtype: torch.dtype, case: Case) -> dict[str, Tensor]:
-    """The outputs, and the gradients of both inputs and of each parameter; in float64 of each of two images once.
+    """Return the outputs, and the gradients of both inputs and of each parameter. float64 computes each of the two images once.
 
-    A gradient counts an image as often as it is among `images`.
+    A gradient counts an image as often as it occurs in `images`.
     """
     stream = torch.float64 if dtype == torch.float64 else torch.float32
     counts, rows = torch.ones_like(images), images

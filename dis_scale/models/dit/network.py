@@ -1,7 +1,7 @@
 """DiT, the baseline: attention with adaLN-Zero (Peebles and Xie, arXiv 2212.09748), as in the first release of its code.
 
-That release leaves the patches' bias at PyTorch's uniform default, as here; a later one starts it at zero. `modern` adds parts of
-LightningDiT (Yao, Yang and Wang, arXiv 2501.01423).
+That release initialises the patches' bias by PyTorch's uniform default, as does this module; a later release starts it at zero.
+`modern` adds parts of LightningDiT (Yao, Yang and Wang, arXiv 2501.01423).
 
 Axes: B samples, C channels, T patches, D width. Read next: public.py for the published weights' layout.
 """
@@ -87,7 +87,7 @@ class DiTBlock(nn.Module):
 
 
 def _head_norm(settings: Dit, *, rms: bool) -> nn.RMSNorm | nn.LayerNorm:
-    """LightningDiT's norm of a head's channels, with weights."""
+    """Return LightningDiT's norm of a head's channels, with weights."""
     return nn.RMSNorm(settings.head_size, eps=1e-6) if rms else nn.LayerNorm(settings.head_size)
 
 
@@ -137,7 +137,8 @@ class DiT(Backbone):
         return unpatchify(self.final(modulate(stream_norm(x_BTD, dtype, self.norm), shift_BD, scale_BD)), self.patch)
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:
-        """Xavier's deviation of the patches falls with the width; that of the time's second product does not."""
+        """Scale the patches' weight, whose Xavier deviation falls with the width, and the time's second product, whose deviation
+        does not."""
         inputs = weights["patches.weight"].shape[1]
         weights["patches.weight"].mul_(((inputs + self.settings.width) / (inputs + base_width)) ** 0.5)
         weights["time.down.weight"].mul_(growth["time.down.weight"] ** -0.5)

@@ -48,9 +48,9 @@ def recognises(state_dict: StateDict) -> bool:
 
 
 def model(state_dict: StateDict, heads: int | None = None) -> DiT:
-    """Return a DiT, or a SiT, of the sizes of the published state dict, without weights.
+    """Return a DiT, or a SiT, with the sizes of a public state dict, without weights.
 
-    The weights do not determine `heads`: by default the published number.
+    The weights do not determine `heads`; the default is the published number for the width.
     """
     patch_weight = sized(state_dict, "x_embedder.proj.weight", 4)
     position, label = sized(state_dict, "pos_embed", 3), sized(state_dict, "y_embedder.embedding_table.weight", 2)
@@ -72,7 +72,7 @@ def model(state_dict: StateDict, heads: int | None = None) -> DiT:
 
 
 def weights(ours: str, model: Backbone) -> list[PublicWeight]:
-    """Return the public weight that is one of ours. UserError for a model with parts that the public code lacks."""
+    """Return the public weight that equals our weight `ours`. UserError for a model with parts that the public code lacks."""
     assert isinstance(model, DiT)
     if model.settings.modern:
         raise UserError(f"the public layout of DiT has no modern: [{', '.join(model.settings.modern)}]: export another way")
@@ -85,7 +85,7 @@ def weights(ours: str, model: Backbone) -> list[PublicWeight]:
 def added(model: Backbone, public: StateDict) -> dict[str, Tensor]:
     """Return the table of positions. UserError for a DiT trained as a flow.
 
-    Readers know a SiT, whose time runs the other way, by a variance that is still zero.
+    Readers recognise a SiT by a variance that is still zero, and a SiT's time runs the other way.
     """
     if not isinstance(model, SiT) and _is_sit(public, model.shape.channels):
         raise UserError(
@@ -97,8 +97,8 @@ def added(model: Backbone, public: StateDict) -> dict[str, Tensor]:
 def as_flow(model: SiT) -> DiT:
     """Return a DiT that computes what the SiT computes as our flow, to the rounding of float32.
 
-    The sign moves into the last product. SiT's frequencies are 1,000 times ours: its features of 1 - t / 1000 are sums of ours of
-    t, to 1e-13, and the time's first product takes them up.
+    The last product absorbs the sign. SiT's frequencies are 1,000 times ours: its features of 1 - t / 1000 are linear combinations
+    of our features of t, to 1e-13, and the time's first product absorbs them.
     """
     t_T = torch.arange(0, 1000.5, 0.5, dtype=torch.float64)
     ours_TF, theirs_TF = (time_features(times, model.time.features) for times in (t_T, 1 - t_T / 1000))
@@ -114,7 +114,7 @@ def as_flow(model: SiT) -> DiT:
 
 
 def _is_sit(state_dict: StateDict, channels: int) -> bool:
-    """Whether these are weights of a SiT: trained, with a variance that is still zero, since SiT's loss does not use it."""
+    """Return whether the weights are a trained SiT's: the variance is still zero, since SiT's loss does not use it."""
     rows_OI = sized(state_dict, "final_layer.linear.weight", 2)
     if len(rows_OI) % (2 * channels):
         return False
