@@ -1,8 +1,8 @@
 """The Triton backend's scan: the kernel scan_backward, which triton.py launches. Read first: triton_tiles.py.
 
-It computes a chunk's states again (`_recompute_states`), then goes through the chunk's steps in reverse order and accumulates
-gradients (`_backpropagate_states`), as chunked.py and kernels.inl do. Threads exchange data only for the gradients of B and C,
-and between the lanes of a channel.
+For each chunk, the kernel computes the states again (`_recompute_states`). Then it goes through the chunk's steps in reverse order
+and accumulates gradients (`_backpropagate_states`). chunked.py and kernels.inl do the same. Threads exchange data only for the
+gradients of B and C, and between the lanes of a channel.
 """
 
 import triton
@@ -36,7 +36,7 @@ from dis_scale.scan.triton_tiles import (
 
 @triton.jit
 def _recompute_states(h_e, A_e, B_t, deltas, delta_us):
-    """Compute one state's decays in a chunk again, and its values before each step and after the last one."""
+    """Recompute one state's decays in a chunk, and its values before each step and after the last step."""
     decays, states = (), (h_e,)
     for j in tl.static_range(len(deltas)):
         decays += (tl.exp2(deltas[j] * A_e),)
@@ -49,9 +49,12 @@ def _backpropagate_states(
     carry_e, dA_e, A_e, B_t, C_t, deltas, delta_us, dys, decays, states, d_delta_us, d_deltas,
     SPLIT: tl.constexpr, REVERSE: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """Go through the same steps in reverse order. Returns the gradient for the chunk before, A's gradient, the sums of
-    delta u and delta with this state's part added, and B's and C's gradients by row, summed over half of the channels, or
-    each in turn and not yet summed if PRODUCTS is set."""
+    """Go through one state's steps in reverse order.
+
+    Return the state's gradient for the chunk before, A's gradient, the sums for delta u and delta with this state's part added, and
+    the gradients of B and C by row. These are summed over pairs of channels: half of the lanes have B's sums, the other half C's.
+    If PRODUCTS, they are not yet summed, and B's and C's are separate values.
+    """
     HALF: tl.constexpr = carry_e.shape[0] // SPLIT // 2
     parts, sums_delta_u, sums_delta = (), (), ()
     for j in tl.static_range(len(deltas) - 1, -1, -1):
@@ -69,13 +72,13 @@ def _backpropagate_states(
 
 @triton.jit
 def _sum_over_lanes(parts, SPLIT: tl.constexpr):
-    """Sum over the other half of the channels: each lane gets SPLIT rows."""
+    """Sum over the channels that `_backpropagate_states` has not summed over: each lane gets SPLIT rows."""
     return sum_over_bits(parts, 1, parts[0].shape[0] // SPLIT // 2)
 
 
 @triton.jit
 def add_product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
-    """c + a b on a warp's tensor cores, for matrices a (16, 8), b (8, 8) and c (16, 8) in the layout of PTX's mma.m16n8k8.
+    """Return c + a b by tensor cores, for a warp's matrices a (16, 8), b (8, 8) and c (16, 8) in the layout of PTX's mma.m16n8k8.
 
     With g = lane // 4 and t = lane % 4 a lane has a[g, t], a[g + 8, t], a[g, t + 4], a[g + 8, t + 4]; b[t, g], b[t + 4, g];
     c[g, 2 t], c[g, 2 t + 1], c[g + 8, 2 t], c[g + 8, 2 t + 1]. a and b are truncated to 11 bits (tf32).
@@ -89,8 +92,11 @@ def add_product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
 
 @triton.jit
 def _sum_by_products(parts, SPLIT: tl.constexpr):
-    """Sum over a warp's channels by products with matrices of zeros and ones, each of which sums four values over four lanes
-    and stores them in columns of their own; then over the groups of four lanes by shuffles. Each lane gets SPLIT sums."""
+    """Sum over a warp's channels, first by products with matrices of zeros and ones, then by shuffles.
+
+    Each product sums four values over four lanes, and puts the sums in their own columns. The shuffles sum over the groups of four
+    lanes. Each lane gets SPLIT sums.
+    """
     group = lane_of(parts[0]) // 4
     sums = ()
     for half in tl.static_range(2):
@@ -105,7 +111,7 @@ def _sum_by_products(parts, SPLIT: tl.constexpr):
 
 @triton.jit
 def _store_products(warp_sums, n, sums, WARPS: tl.constexpr, SPLIT: tl.constexpr):
-    """Store a state's sums over a warp's channels as `_store_warp_sums` does."""
+    """Store a state's sums over a warp's channels, from `_sum_by_products`, in the order of `_store_warp_sums`."""
     lane, warp = lane_of(sums[0]), tl.arange(0, WARPS)[None, :]
     LANES: tl.constexpr = lane.shape[0]
     GROUPS: tl.constexpr = LANES // SPLIT // 4
@@ -131,7 +137,7 @@ def _store_warp_sums(warp_sums, n, parts, e, WARPS: tl.constexpr, SPLIT: tl.cons
 def _store_parts(
     warp_sums, n, parts, e, WARPS: tl.constexpr, SPLIT: tl.constexpr, PRODUCTS: tl.constexpr
 ):  # fmt: skip
-    """Store a warp's parts of the gradients of B and C, summed over its lanes: by products or by shuffles."""
+    """Sum a warp's parts of the gradients of B and C over its channels, by products or by shuffles, and store the sums."""
     if PRODUCTS:
         _store_products(warp_sums, n, _sum_by_products(parts, SPLIT), WARPS, SPLIT)
     else:
@@ -143,7 +149,8 @@ def _load_state(
     A, h_high, h_low, dA, n, first, e, inside, A_channel: tl.constexpr, A_state: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Load what one state needs in a chunk: A, its value, the gradient from the next chunk, the sum for A's gradient."""
+    """Load one state's data for a chunk: A / ln 2, the value before the chunk, the gradient from the next chunk, and the sum for
+    A's gradient."""
     at, after = n * E + e, inside & (first + CHUNK < L)
     start = state_row(first // CHUNK - 1, n, L, STATE_ROWS, CHUNK, REVERSE) * E + e
     return (
@@ -175,14 +182,14 @@ def _store_gradients(
     u, delta, u_row, delta_row, bias_e, D_e, du, ddelta, deltas, dys, d_delta_us, d_deltas, own, e, inside,
     E: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of u and delta at a lane's own steps; return their parts of D's and the bias's."""
+    """Store the gradients of u and delta at a lane's own steps; return these steps' parts of the gradients of D and the bias."""
     dD_e, dbias_e = tl.zeros_like(D_e), tl.zeros_like(D_e)
     CHUNK: tl.constexpr = len(deltas) * SPLIT
     raws = _load_own(delta, delta_row, own, e, inside, L, CHUNK, SPLIT, REVERSE)
     us = _load_own(u, u_row, own, e, inside, L, CHUNK, SPLIT, REVERSE)
     for j in tl.static_range(len(deltas)):
         step, raw_e, u_e = j * SPLIT, raws[j] + bias_e, us[j]
-        d_delta_e = d_deltas[j] * 0.6931471805599453 + d_delta_us[j] * u_e  # A is A / ln 2
+        d_delta_e = d_deltas[j] * 0.6931471805599453 + d_delta_us[j] * u_e  # ln 2: the sums used A / ln 2
         slope_e = tl.exp2((raw_e - deltas[j]) * 1.4426950408889634)  # softplus' derivative, exp(x - softplus(x))
         d_raw_e = tl.where(inside & (own + step < L), d_delta_e * slope_e, 0.0)
         store(ddelta, E, own, step, e, d_raw_e, inside, L, REVERSE)
@@ -194,7 +201,7 @@ def _store_gradients(
 
 @triton.jit
 def _store_vector_gradients(at, E: tl.constexpr, dD_e, dbias_e, share, inside, SPLIT: tl.constexpr):
-    """Store the gradients of D and, behind them, of the bias: each channel's from one of its lanes."""
+    """Store the gradients of D, and after them those of the bias. One lane of each channel stores them."""
     once = inside if SPLIT == 1 else inside & (share == 0)
     tl.store(at, sum_over_channel(dD_e, SPLIT), mask=once)
     tl.store(at + E, sum_over_channel(dbias_e, SPLIT), mask=once)
@@ -204,7 +211,7 @@ def _store_vector_gradients(at, E: tl.constexpr, dD_e, dbias_e, share, inside, S
 def _through_gate(
     dys, zs, ys, dz, dz_row: tl.constexpr, own, e, inside, L: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """Return the gradients of the scan's output before the gate SiLU(z); store the gate's own, for outputs `ys`, if there are."""
+    """Return the gradients of the scan's output before the gate SiLU(z). If `ys` has this output, also store z's gradients."""
     before = ()
     for j in tl.static_range(len(dys)):
         gate_e = sigmoid(zs[j])
@@ -230,12 +237,12 @@ def _touch_chunk(
     N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, GATE_GRADIENT: tl.constexpr, STATE_ROWS: tl.constexpr,
     SPLIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Touch what a chunk loads, and the states at its start."""
+    """Touch the inputs that a chunk loads, and the states at its start."""
     LENGTH: tl.constexpr = (L + CHUNK - 1) // CHUNK * CHUNK
     ROWS: tl.constexpr = buffer_rows(L, STATE_ROWS, CHUNK)
     first, state = chunk * CHUNK, tl.maximum(chunk - 1, 0) * STATE_ROWS
     touched = touch_by_state(BC, first, e, LENGTH, N, CHUNK, REVERSE)
-    if SPLIT != 2:  # two lanes have no registers left for these: the kernel would spill
+    if SPLIT != 2:  # with two lanes per channel, the kernel has no registers left for these loads, and would spill
         touched += touch_halves(h_high, h_low, E, state, e, E, ROWS, N, SPLIT, REVERSE)
         touched += touch_steps(u, u_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
         touched += touch_steps(delta, delta_row, first, e, E, L, CHUNK, SPLIT, REVERSE)
@@ -312,7 +319,7 @@ def _one_way_gradients(
         )  # fmt: skip
         for i in range(HELD):
             n, later_n = i * SPLIT + share, min(i + 2, HELD - 1) * SPLIT + share
-            A_e, h_e, carry_e, dA_e = prefetched  # those of the next two states are loaded while this one is computed
+            A_e, h_e, carry_e, dA_e = prefetched  # the data of the next two states is loaded while this one is computed
             prefetched = then
             then = _load_state(
                 A, h_high, h_low, dA, later_n, first, e, inside, A_channel, A_state, E, L, N, REVERSE, STATE_ROWS, CHUNK
@@ -348,7 +355,7 @@ def scan_backward(
     GATE_GRADIENT: tl.constexpr, PRODUCTS: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of one direction, or of both at once (axis 2), after scan_forward has stored the states."""
+    """Compute the gradients of one direction, or of both directions at once (axis 2). scan_forward must have stored the states."""
     for way in tl.static_range(len(inputs)):
         if tl.program_id(2) == way:
             _one_way_gradients(

@@ -1,8 +1,8 @@
 """The Triton backend's convolution: the kernels conv_forward and conv_backward, which triton.py launches.
 
-A thread computes one channel and reads only its own values: no data is exchanged. It computes ROWS steps at a time. Values in
-tuples are in registers, one per step. A step's output needs the HALO steps before it or after it, so a group of steps loads
-ROWS + 2 HALO steps of x. A tap is one number of a channel's weight; `taps` are a weight's and its bias.
+A thread computes one channel and reads only its own values: threads exchange no data. It computes a group of ROWS steps at a time.
+Values in tuples are in registers, one per step. A step's output needs the HALO steps before it or after it. So a group loads
+ROWS + 2 HALO steps of x. A tap is one number of a channel's weight. `taps` are the taps of a weight, and last its bias.
 
 Names end in their axes: e channels, t time. Sizes and flags, all compile-time constants:
 
@@ -18,7 +18,7 @@ Names end in their axes: e channels, t time. Sizes and flags, all compile-time c
     SEGMENT         steps of a program of conv_backward, a multiple of ROWS
     TAPS, HALO      taps of a weight; TAPS - 1
 
-Pointers, (batch, time, channels) unless given otherwise. A kernel takes those of both directions in tuples.
+Pointers, (batch, time, channels) unless given otherwise. A kernel takes the pointers of both directions in tuples.
 
     x, dx           the input and its gradient
     weight, bias    (E, TAPS) and (E)
@@ -43,7 +43,7 @@ def _load_taps(weight, bias, e, inside, w_channel: tl.constexpr, w_tap: tl.const
 
 @triton.jit
 def _load_steps(x, row: tl.constexpr, first, e, inside, L: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr):
-    """Load the steps from first + BEGIN to first + END, END excluded; zeros outside of the sequence."""
+    """Load the steps from first + BEGIN to first + END - 1; zeros outside of the sequence."""
     x_t = ()
     for j in tl.static_range(BEGIN, END):
         valid = inside & (first + j >= 0) & (first + j < L)
@@ -58,7 +58,7 @@ def _store_step(out, row: tl.constexpr, first, j, e, value_e, inside, L: tl.cons
 
 @triton.jit
 def _convolved(x_t, taps, i, SIGN: tl.constexpr):
-    """The convolution before SiLU at the step of x_t[i]."""
+    """Compute the convolution, before SiLU, at the step of x_t[i]."""
     HALO: tl.constexpr = len(taps) - 2
     total_e = taps[HALO + 1]
     for k in tl.static_range(HALO + 1):
@@ -68,7 +68,7 @@ def _convolved(x_t, taps, i, SIGN: tl.constexpr):
 
 @triton.jit
 def _store_outputs(x_t, taps, out, first, e, inside, E: tl.constexpr, L: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr):
-    """Convolution and SiLU of one direction."""
+    """Store one direction's convolution after SiLU, at a group of steps."""
     for j in tl.static_range(ROWS):
         total_e = _convolved(x_t, taps, j + len(taps) - 2, SIGN)
         _store_step(out, E, first, j, e, total_e * sigmoid(total_e), inside, L)
@@ -80,13 +80,13 @@ def conv_forward(
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Convolution and SiLU of one group of steps, in one or both directions."""
+    """Compute convolution and SiLU at one group of steps, in one direction or in both."""
     e, rows = tl.program_id(0) * LANES + tl.arange(0, LANES), tl.program_id(1).to(tl.int64) * L
     inside, first = e < E, tl.program_id(2) * ROWS
     taps0 = _load_taps(weights[0], biases[0], e, inside, w_channel, w_tap, TAPS)
     taps1 = _load_taps(
         weights[1], biases[1], e, inside, w_channel, w_tap, TAPS
-    )  # before the first store, which a load would wait for
+    )  # loaded before the first store: a later load would wait for that store
     x_t = _load_steps(x + rows * x_row, x_row, first + AHEAD, e, inside, L, 1 - TAPS, ROWS + TAPS - 1)
     if FORWARD:
         _store_outputs(x_t, taps0, outs[0] + rows * E, first, e, inside, E, L, 1, ROWS)
@@ -99,12 +99,14 @@ def _add_gradients(
     dx_t, sums, x_t, taps, dy, dy_row: tl.constexpr, first, e, inside,
     L: tl.constexpr, SIGN: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add one direction's part to dx, and to the sums over time for the weight and the bias. The output at a step is the gradient's
-    row AHEAD steps before it."""
+    """Add one direction's part to dx, and to the sums over time for the weight and the bias. Return both.
+
+    The gradient of the output at step t is row t - AHEAD of dy.
+    """
     HALO: tl.constexpr = len(taps) - 2
-    BEGIN: tl.constexpr = 0 if SIGN == 1 else -HALO  # dx of a group needs the gradients of HALO more steps
+    BEGIN: tl.constexpr = 0 if SIGN == 1 else -HALO  # a group's dx needs the gradients of HALO more outputs
     dy_t = _load_steps(dy, dy_row, first - AHEAD, e, inside, L, BEGIN, BEGIN + ROWS + HALO)
-    g_t = ()  # gradients before SiLU
+    g_t = ()  # gradients of the values before SiLU
     for i in tl.static_range(ROWS + HALO):
         total_e = _convolved(x_t, taps, i + BEGIN + HALO, SIGN)
         gate_e = sigmoid(total_e)
@@ -144,15 +146,15 @@ def conv_backward(
     E: tl.constexpr, L: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, AHEAD: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one segment of a batch row. The values before SiLU are computed again."""
+    """Compute the gradients of one segment of a batch row. The values before SiLU are computed again."""
     e, batch = tl.program_id(0) * LANES + tl.arange(0, LANES), tl.program_id(1).to(tl.int64)
     inside, rows, first = e < E, batch * L, tl.program_id(2) * SEGMENT
-    end = min(first + SEGMENT, L + AHEAD)  # the last outputs are those of steps behind the sequence
+    end = min(first + SEGMENT, L + AHEAD)  # the last AHEAD outputs belong to steps after the sequence
     part = batch * tl.num_programs(2) + tl.program_id(2)
     taps0 = _load_taps(weights[0], biases[0], e, inside, w_channel, w_tap, TAPS)
     taps1 = _load_taps(weights[1], biases[1], e, inside, w_channel, w_tap, TAPS)
     sums0, sums1 = _zeros(e, TAPS + 1), _zeros(e, TAPS + 1)
-    while first < end:  # the interpreter's `range` takes no tensor
+    while first < end:  # the interpreter's `range` does not accept a tensor
         x_t = _load_steps(x + rows * x_row, x_row, first, e, inside, L, 1 - TAPS, ROWS + TAPS - 1)
         dx_t = _zeros(e, ROWS)
         if FORWARD:

@@ -1,20 +1,20 @@
 """The Triton backend's small kernels before and after the scan and the convolution, which triton.py launches.
 
-`by_state` brings B and C into the layout of the scan's kernels. `sum_scan` and `sum_conv` sum what the backward passes stored
-in parts, always in the same order, and write the gradients in the inputs' types and layouts. One program computes SIZE numbers.
-Names are those of triton_tiles.py and triton_conv.py.
+`by_state` copies B and C into the layout of the scan's kernels. `sum_scan` and `sum_conv` sum the parts of gradients that the
+backward passes stored, always in the same order. They write the gradients in the inputs' types and layouts, and each of their
+programs computes SIZE numbers. Names are those of triton_tiles.py and triton_conv.py.
 """
 
 import triton
 import triton.language as tl
 
 TOGETHER = tl.constexpr(8)
-"""Parts that are loaded at the same time."""
+"""Number of parts loaded at the same time."""
 
 
 @triton.jit
 def _padding(L: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr):
-    """Position of the first step in a padded sequence: the padding is where the direction ends."""
+    """Return the position of row 0 in a padded sequence. The padding is where the direction ends: before row 0 if REVERSE."""
     return LENGTH - L if REVERSE else 0
 
 
@@ -25,8 +25,8 @@ def by_state(
 ):  # fmt: skip
     """Copy (batch, L, N) to (batch, 2, LENGTH / 4, N, 4) in float32, padded with zeros: B and C of each direction.
 
-    B and C are the first direction's, `rows` the distances between the rows of all that are used. They are columns of a product,
-    so they need not be aligned. `outs` has a tensor per direction. REVERSE is the first direction's.
+    B and C are the first direction's, and so is REVERSE. `rows` has the row distances of the inputs that are used: two for each
+    direction. The inputs are columns of a product, so they need not be aligned. `outs` has one tensor per direction.
     """
     inputs = (B, C, other_B, other_C)
     step, n = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[None, :], tl.arange(0, STATES)[:, None]
@@ -44,10 +44,10 @@ def by_state(
 def _sum_parts(parts, i, inside, count, size):
     """Sum the numbers at `i` of `count` parts, which are `size` numbers apart."""
     total, k = tl.zeros(i.shape, tl.float32), 0
-    while k < count:  # the interpreter's `range` takes no tensor
+    while k < count:  # the interpreter's `range` does not accept a tensor
         for j in tl.static_range(TOGETHER):
             total += tl.load(parts + j * size + i, mask=inside & (k + j < count), other=0.0)
-        parts, k = parts + TOGETHER * size, k + TOGETHER  # a pointer has 64 bits
+        parts, k = parts + TOGETHER * size, k + TOGETHER  # the pointer has 64 bits, k * size may have 32
     return total
 
 
@@ -62,9 +62,9 @@ def sum_scan(
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr, PARTS: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Sum one direction's gradients of B and C over PARTS programs (axis 1: 0), and of the parameters over the batch (1).
+    """Sum one direction's gradients: those of B and C over PARTS programs, those of the parameters over the batch.
 
-    BC_row is the distance between two rows of B's and C's gradients.
+    Axis 1 selects the sums: 0 for B and C, 1 for the parameters. BC_row is the distance between two rows of dB and of dC.
     """
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     if tl.program_id(1) == 0:
@@ -88,7 +88,7 @@ def sum_conv(
     sums, dweights, dbiases, parts, w_channel: tl.constexpr, w_tap: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradients of weights and biases over parts, for each direction (axis 1)."""
+    """Sum the gradients of weights and biases over their parts. Axis 1 is the direction."""
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     for way in tl.static_range(len(sums)):
         if tl.program_id(1) == way:

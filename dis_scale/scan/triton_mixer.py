@@ -1,7 +1,8 @@
-"""DiS's two-way mixer by Triton as one function of autograd, around the launches of triton.py and PyTorch's products.
+"""DiS's two-way mixer by Triton: one autograd function around the launches of triton.py and PyTorch's products.
 
-Against one function for each part: both directions' products are one, gradients of x and z are halves of one tensor, u's second
-gradient is added by its product, and each weight is rounded once. Python launches two thirds as much, and the GPU copies less.
+Compared with one function for each part, Python launches two thirds as much, and the GPU copies less. One batched product computes
+both directions. The gradients of x and z are halves of one tensor. u has two gradients: the product that computes the second one
+adds it to the first. Each weight is rounded once.
 
 Axes: B batch, L time, D width, E channels, N states, R rank of the time step, X rows of a parameter. Read first: triton.py.
 """
@@ -19,14 +20,14 @@ from dis_scale.scan.triton_memory import Gradients, KeptStates, ScanGradients
 
 
 def takes(h_BLD: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether all directions' and halves' first numbers are aligned, and types are those of training."""
+    """Return whether `mixer` supports these tensors: all directions and halves begin aligned, and types are those of training."""
     in_proj, conv, _, _, dynamics, _ = weights
     aligned = not (conv.data_ptr() | dynamics.data_ptr()) % ALIGNMENT
     return aligned and of_training(h_BLD, weights, in_proj.shape[0] // 2)
 
 
 def mixer(h_BLD: Tensor, *weights: Tensor) -> Tensor:
-    """The mixer's output; `weights` are in_proj, conv, x_proj, dt_proj, dynamics and out_proj, as s6.Mixer has them."""
+    """Compute the mixer's output. `weights` are s6.Mixer's in_proj, conv, x_proj, dt_proj, dynamics and out_proj."""
     out_BLD: Tensor = _Mixer.apply(h_BLD, *weights)
     return out_BLD
 
@@ -86,7 +87,7 @@ class _Mixer(torch.autograd.Function):
             x_BLE, z_BLE = xz_BLE.chunk(2, -1)
             dx_BLE, dz_BLE = dxz_BLE.chunk(2, -1)
             run_scan_backward(ctx.kind, BackwardPass(z_BLE, operands, dy_TE.view(B, L, E), kept, dz_BLE, into))
-            ddynamics_2XE[:, :-2].mul_(A_2NE)  # from A's to that of log(-A)
+            ddynamics_2XE[:, :-2].mul_(A_2NE)  # from the gradient of A to that of log(-A)
             du_2TE, ddelta_2TE, u_2TE = (x.view(2, B * L, E) for x in (du_2BLE, ddelta_2BLE, u_2BLE))
             dprojected_2TP[..., :R] = torch.bmm(ddelta_2TE, rounded[2])
             du_2TE.baddbmm_(dprojected_2TP, rounded[1])
@@ -104,20 +105,20 @@ class _Mixer(torch.autograd.Function):
 
 
 def _taps(conv_2XE: Tensor) -> list[Tensor]:
-    """Weight (E, W) and bias (E) of each direction."""
+    """Return the convolution's weight (E, W) and bias (E) of each direction, W taps."""
     return [x for pair in _by_direction(conv_2XE[:, :-1].mT, conv_2XE[:, -1]) for x in pair]
 
 
 def _by_direction(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The forward direction's part of each tensor, and the backward direction's."""
+    """Return the forward direction's part of each tensor, and the backward direction's parts."""
     return list(zip(*[x.unbind() for x in tensors], strict=True))
 
 
 def _vectors(dynamics_2XE: Tensor) -> tuple[Tensor, Tensor]:
-    """D and the step's bias of both directions."""
+    """Return both directions' D, and both directions' bias of the step."""
     return dynamics_2XE[:, -2], dynamics_2XE[:, -1]
 
 
 def _columns(projected_2TP: Tensor, B: int, R: int) -> tuple[Tensor, ...]:
-    """B and C of both directions, (2, B, L, N), from columns behind those of the step."""
+    """Return both directions' B and both directions' C, each (2, B, L, N), from the columns after those of the step."""
     return projected_2TP.view(2, B, -1, projected_2TP.shape[2])[..., R:].chunk(2, -1)

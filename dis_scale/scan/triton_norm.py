@@ -1,5 +1,5 @@
-"""The norms of norms.py by Triton: one kernel for each pass, which keeps its inputs, or their sum, which it
-gives. Every run has the same bits.
+"""The norms of norms.py by Triton, with one kernel for each pass. For the backward pass, the gated norm keeps its inputs, and the
+added norm keeps their sum, which is one of its outputs. All runs give the same bits.
 
 Axes: B batch, L time, E or D channels, G groups of rows. Read next: triton_norm_kernels.py.
 """
@@ -16,11 +16,11 @@ from dis_scale.scan.norms import EPS
 from dis_scale.scan.triton_launch import Launch, ceil_div, empty_like, next_power_of_2, plain, rowwise
 
 ROWS = 16
-"""Of a program of the backward pass, which adds up their part of the weight's gradient."""
+"""Rows of a program of the backward pass. The program sums their part of the weight's gradient."""
 
 
 def gated_rms_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
-    """`norms.gated_rms_norm` with sums in float32."""
+    """Compute `norms.gated_rms_norm` with sums in float32."""
     refuse_float64("triton", y_BLE)
     out_BLE: Tensor = _GatedNorm.apply(y_BLE, z_BLE.to(y_BLE.dtype), weight_E.float())
     return out_BLE
@@ -29,13 +29,13 @@ def gated_rms_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
 def added_rms_norm(
     r_BLD: Tensor, h_BLD: Tensor, weight_D: Tensor, places: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`norms.added_rms_norm` of a float32 stream. The kernels read and write at the places, so that these move nothing more."""
+    """Compute `norms.added_rms_norm` of a float32 stream. The kernels read and write at the places, so these move no more data."""
     both: tuple[Tensor, Tensor] = _AddedNorm.apply(r_BLD, h_BLD, weight_D.float(), *(places or (None, None)))
     return both
 
 
 class NormKind(NamedTuple):
-    """All that distinguishes one call's launches from another's: `distances` are between the rows of each tensor that is read."""
+    """Properties of a call that determine its launches. `distances` are the row distances of the tensors that the kernel reads."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
@@ -46,7 +46,7 @@ class NormKind(NamedTuple):
 
     @classmethod
     def of(cls, *read_BLE: Tensor) -> "NormKind":
-        """Of both inputs, and of the output's gradient in the backward pass."""
+        """Return the kind of a call that reads these tensors: both inputs, and in a backward pass also the output's gradient."""
         (B, L, E), device = read_BLE[0].shape, read_BLE[0].device
         return cls(device, tuple([x.dtype for x in read_BLE]), B * L, E, tuple([x.stride(1) for x in read_BLE]))
 
@@ -69,7 +69,7 @@ class _GatedNorm(torch.autograd.Function):
 
 
 def run_gated_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
-    """Launch a forward pass for tensors as the kernel takes them."""
+    """Launch a forward pass for inputs in the kernel's layout; return the output."""
     out_BLE = empty_like(y_BLE)
     _forward(kernels.gated_norm, NormKind.of(y_BLE, z_BLE))(y_BLE, z_BLE, weight_E, out_BLE)
     return out_BLE
@@ -78,7 +78,7 @@ def run_gated_norm(y_BLE: Tensor, z_BLE: Tensor, weight_E: Tensor) -> Tensor:
 def run_gated_norm_backward(
     y_BLE: Tensor, z_BLE: Tensor, dout_BLE: Tensor, weight_E: Tensor, dz_BLE: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Store the gate's gradient; return those of y and of the weight."""
+    """Store the gate's gradient in `dz_BLE`; return the gradients of y and of the weight."""
     launch = _backward(kernels.gated_norm_backward, NormKind.of(y_BLE, z_BLE, dout_BLE), dz_row=dz_BLE.stride(1))
     parts_GE, dy_BLE = weight_E.new_empty(launch.grid[0], len(weight_E)), empty_like(y_BLE)
     launch(y_BLE, z_BLE, dout_BLE, weight_E, dy_BLE, dz_BLE, parts_GE)
@@ -113,13 +113,13 @@ class _AddedNorm(torch.autograd.Function):
 
 
 def _tokens(order_L: Tensor | None) -> int:
-    """Tokens of an image that has an order; 0 without."""
+    """Return the number of tokens of an image if there is an order, otherwise 0."""
     return 0 if order_L is None else len(order_L)
 
 
 @functools.cache
 def _forward(kernel: Any, kind: NormKind, **numbers: int) -> Launch:
-    """With a program for each row."""
+    """Return the launch of a forward pass, with one program per row."""
     return _launch(kernel, kind, kind.rows, **numbers)
 
 

@@ -1,4 +1,4 @@
-"""The grids and numbers of the Triton backend's launches, computed once for each kind of call; triton.py passes the tensors."""
+"""Grids and numbers of the Triton backend's launches, computed once for each kind of call. triton.py passes the tensors."""
 
 import functools
 from typing import NamedTuple
@@ -11,19 +11,19 @@ from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS, Launch, ceil_div, 
 from dis_scale.scan.triton_memory import state_rows
 
 ROWS = 16
-"""Steps that a thread of the convolution computes at a time, limited by registers: the halo of a group is computed twice."""
+"""Steps that a thread of the convolution computes at a time, limited by registers. The halo of each group is computed twice."""
 SEGMENT = 6 * ROWS
-"""Steps of a program of the convolution's backward pass, which has one part of the weights' gradients per segment."""
+"""Steps of a program of the convolution's backward pass. Each segment has one part of the weights' gradients."""
 STEPS, SIZE = 32, 256
-"""Steps, and numbers, of a program of triton_layout.py."""
+"""Steps of a program of `by_state`, and numbers of a program of `sum_scan` and `sum_conv` (triton_layout.py)."""
 
 
 class ScanKind(NamedTuple):
-    """All that distinguishes one scan's launches from another's.
+    """Properties of a scan that determine its launches.
 
-    `types` are those of the inputs; rows are the distances between the rows of each direction's u and delta, and of each
-    direction's B and C; A has those between its channels and between its states, z the gate's type and its row, if there is one.
-    `reverse` is the first direction's.
+    `types` are the inputs' types. `rows` are the distances between rows of each direction's u and delta, `BC_rows` those of its B
+    and C. `A` has the distances between A's channels and between its states. `z` has the gate's type and row distance, if any.
+    `reverse`: the first direction runs from the end of the sequence to its start.
     """
 
     device: torch.device
@@ -41,23 +41,23 @@ class ScanKind(NamedTuple):
 
     @property
     def products(self) -> bool:
-        """Whether tensor cores sum the gradients of B and C over channels: they truncate each term to 11 bits, and bfloat16 has 8.
+        """Choice to sum the gradients of B and C over channels on tensor cores, if B and C are bfloat16.
 
-        Not on a CPU: the interpreter has none.
+        Tensor cores truncate each term to 11 bits, and bfloat16 has only 8. The interpreter, on a CPU, has no tensor cores.
         """
         types = [self.types[7 * i + j] for i in range(len(self.rows)) for j in (3, 4)]
         return self.device.type != "cpu" and all(dtype == torch.bfloat16 for dtype in types)
 
 
 class ScanForward(NamedTuple):
-    """The launches of a forward pass; `scans` has one per direction."""
+    """Launches of a forward pass; `scans` has one per direction."""
 
     by_state: Launch
     scans: tuple[Launch, ...]
 
 
 class ScanBackward(NamedTuple):
-    """The launches of a backward pass: `repeat` and `sums` have one per direction, `scans` one, or one for both directions."""
+    """Launches of a backward pass: `repeat` and `sums` have one per direction, `scans` one per direction or one for both."""
 
     repeat: tuple[Launch, ...]
     scans: tuple[Launch, ...]
@@ -66,7 +66,7 @@ class ScanBackward(NamedTuple):
 
 @functools.cache
 def scan_forward(kind: ScanKind, keep: bool) -> ScanForward:
-    """`keep`: the states for the backward pass, and y before the gate."""
+    """Return the launches of a forward pass. With `keep`, they store the states and y before the gate for the backward pass."""
     length = padded(kind.L)
     by_state = Launch(
         triton_layout.by_state, (ceil_div(length, STEPS), kind.B, len(kind.BC_rows)), rows=kind.BC_rows, L=kind.L, N=kind.N,
@@ -79,7 +79,8 @@ def scan_forward(kind: ScanKind, keep: bool) -> ScanForward:
 
 @functools.cache
 def scan_backward(kind: ScanKind, kept: bool, dy_row: int, dz_row: int, dBC_row: int) -> ScanBackward:
-    """For gradients of y, the gate, and B and C with rows at these distances; `kept`: the forward pass stored states and y."""
+    """Return the launches of a backward pass. `kept`: the forward pass stored the states and y before the gate. `dy_row`, `dz_row`
+    and `dBC_row` are the distances between rows of the gradients of y, of the gate, and of B and C."""
     gated, count, lanes = kind.z is not None, len(kind.rows), kind.fill.backward
     repeat = [_one_forward(kind, i, dy_row, dz_row, gated and i + 1 < count, gated and i > 0, False) for i in range(count)]
     ways = [range(count)] if kind.fill.both and count == 2 else [range(i, i + 1) for i in range(count)]
@@ -98,7 +99,7 @@ def scan_backward(kind: ScanKind, kept: bool, dy_row: int, dz_row: int, dBC_row:
 
 
 def _one_forward(kind: ScanKind, i: int, dy_row: int | None, out_row: int, first: bool, second: bool, keep: bool) -> Launch:
-    """A direction's forward kernel; with `dy_row` as it is repeated for the backward pass."""
+    """Return the launch of one direction's forward kernel. With `dy_row`, it is the repetition for the backward pass."""
     (u_row, delta_row), lanes = kind.rows[i], kind.fill.forward
     return Launch(
         triton_scan.scan_forward, grid(kind.B, kind.L, kind.E, lanes=lanes), u_row=u_row, delta_row=delta_row,
@@ -108,7 +109,7 @@ def _one_forward(kind: ScanKind, i: int, dy_row: int | None, out_row: int, first
 
 
 def _sizes(kind: ScanKind, lanes: int, dy_row: int | None) -> dict[str, int]:
-    """If there is no gate, dy takes its place, or u in the forward pass, where the gate takes dy's."""
+    """Return sizes and row distances. An absent gate gets dy's row distance, or else u's; an absent dy the gate's, or else u's."""
     z_row, u_row = None if kind.z is None else kind.z[1], kind.rows[0][0]
     rows = {
         "z_row": next(row for row in (z_row, dy_row, u_row) if row is not None),
@@ -120,7 +121,7 @@ def _sizes(kind: ScanKind, lanes: int, dy_row: int | None) -> dict[str, int]:
 
 
 def _sum_scan(kind: ScanKind, i: int, parts: int, dBC_row: int) -> Launch:
-    """A direction's gradients of A, B, C, D and the bias; B's and C's have so many parts."""
+    """Return the launch that sums one direction's gradients of A, B, C, D and the bias; `parts` counts the parts of B's and C's."""
     B, L, E, N, length = kind.B, kind.L, kind.E, kind.N, padded(kind.L)
     blocks = ceil_div(max(2 * B * N * length, (N + 2) * E), SIZE)
     return Launch(
@@ -131,8 +132,11 @@ def _sum_scan(kind: ScanKind, i: int, parts: int, dBC_row: int) -> Launch:
 
 
 class ConvKind(NamedTuple):
-    """All that distinguishes one convolution's launches from another's: types of input and weights, sizes, the distances between
-    the input's rows and between a weight's channels and its taps, the directions, and how far the first one looks ahead."""
+    """Properties of a convolution that determine its launches.
+
+    `types` are the types of the input and the weights. `x_row` is the distance between the input's rows. `weight` has the distances
+    between a weight's channels and between its taps. `ahead` is the number of steps that the first direction looks ahead.
+    """
 
     device: torch.device
     types: tuple[torch.dtype | None, ...]
@@ -150,7 +154,7 @@ class ConvKind(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Steps whose values before SiLU a backward pass computes."""
+        """Steps for which a backward pass computes the values before SiLU."""
         return self.L + self.ahead
 
     @property
@@ -160,7 +164,7 @@ class ConvKind(NamedTuple):
 
 
 class ConvBackward(NamedTuple):
-    """The launches of a backward pass."""
+    """Launches of a backward pass: the gradients, and the sums over their parts."""
 
     conv: Launch
     sums: Launch
@@ -168,13 +172,13 @@ class ConvBackward(NamedTuple):
 
 @functools.cache
 def conv_forward(kind: ConvKind) -> Launch:
-    """The launch of a forward pass."""
+    """Return the launch of a forward pass."""
     return Launch(triton_conv.conv_forward, grid(kind.B, kind.L, kind.E, ROWS), **_conv(kind))
 
 
 @functools.cache
 def conv_backward(kind: ConvKind, dy0_row: int, dy1_row: int, dx_row: int) -> ConvBackward:
-    """For gradients of the outputs and of the input with rows at these distances."""
+    """Return the launches of a backward pass; the arguments are row distances of the gradients of both outputs and of the input."""
     B, E, taps, directions = kind.B, kind.E, kind.taps, sum(kind.directions)
     rows, blocks = {"dy0_row": dy0_row, "dy1_row": dy1_row, "dx_row": dx_row}, ceil_div((taps + 1) * E, SIZE)
     return ConvBackward(

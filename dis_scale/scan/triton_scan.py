@@ -30,7 +30,7 @@ from dis_scale.scan.triton_tiles import (
 def _initial_states(
     A, e, inside, A_channel: tl.constexpr, A_state: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip
-    """A lane's states, which are zero, and their A / ln 2."""
+    """Return a lane's initial states, which are zero, and A / ln 2 for each of them."""
     h, A_n = (), ()
     for n in tl.static_range(0, N, SPLIT):
         h += (tl.zeros(e.shape, tl.float32),)
@@ -43,7 +43,7 @@ def _advance(
     h, A_n, BC, D_e, own_deltas, us, first, e, LENGTH: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
     REVERSE: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """Advance a lane's states by some steps; compute y of its own steps if OUTPUT is set."""
+    """Advance a lane's states by a group of steps. If OUTPUT, also compute y at the lane's own steps."""
     states, ys, own_delta_us = (), (), ()
     for j in tl.static_range(len(us)):
         own_delta_us += (own_deltas[j] * us[j],)
@@ -76,8 +76,8 @@ def _load_group(
     STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr, SECOND: tl.constexpr, GATE: tl.constexpr,
     FOR_BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Load what a lane's steps of a group need: raw delta, u, and for the output the first direction's y, z, and dy for z's
-    gradient."""
+    """Load the inputs of a lane's own steps in a group: raw delta and u, the first direction's y if SECOND, z if GATE, and also dy,
+    for z's gradient, if FOR_BACKWARD."""
     raws, us, ys, zs, dys = (), (), (), (), ()
     for j in tl.static_range(0, STEPS, SPLIT):
         raws += (load(delta, delta_row, first, j, e, inside, L, REVERSE),)
@@ -98,7 +98,7 @@ def _touch_inputs(
     LENGTH: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
     SECOND: tl.constexpr, GATE: tl.constexpr, FOR_BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Touch what `_load_group` and `_advance` load for the steps from step `first`."""
+    """Touch the numbers that `_load_group` and `_advance` load for the group of steps from `first`."""
     touched = touch_by_state(BC, first, e, LENGTH, N, STEPS, REVERSE)
     touched += touch_steps(u, u_row, first, e, E, L, STEPS, SPLIT, REVERSE)
     touched += touch_steps(delta, delta_row, first, e, E, L, STEPS, SPLIT, REVERSE)
@@ -117,7 +117,8 @@ def _store_output(
     SPLIT: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, GATE: tl.constexpr,
     FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Store y for the second direction; or add the first direction's y, gate it, and store y or z's gradient."""
+    """Store y for the second direction if FIRST. Otherwise add the first direction's y, if any, apply the gate, if any, and store y
+    or z's gradient."""
     for j in tl.static_range(len(ys)):
         y_e, step = ys[j], j * SPLIT
         if SECOND:
@@ -146,7 +147,8 @@ def scan_forward(
     GATED: tl.constexpr, FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Scan one direction: y, or what the backward pass needs (FOR_BACKWARD)."""
+    """Scan one direction and store y. With FOR_BACKWARD, store the states instead and, if GATED, y for the second direction or the
+    gradient of z."""
     e, batch = channels_of(LANES, WARPS, SPLIT), tl.program_id(1).to(tl.int64)
     inside, rows = e < E, batch * L  # the only 64-bit number: within a batch row, distances fit 32 bits
     CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK

@@ -1,7 +1,7 @@
-"""State-space duality by the Triton backend: kernels for all but the scores of a chunk's pairs of tokens, which are products.
+"""State-space duality by the Triton backend. PyTorch's products compute the scores of a chunk's pairs of tokens, kernels the rest.
 
-A forward pass keeps its inputs, and within `KeepingStates` the states that enter the chunks. The backward pass computes the
-exponents and the scores again. Every run has the same bits.
+A forward pass keeps its inputs. Within `KeepingStates` it also keeps the states that enter the chunks. The backward pass computes
+the exponents and the scores again. All runs give the same bits.
 
 Axes: as in duality.py. Read next: triton_ssd_kernels.py, triton_ssd_mixer.py.
 """
@@ -20,17 +20,17 @@ from dis_scale.scan.duality import GPU_CHUNKS, Way, ways_of
 from dis_scale.scan.triton_launch import Launch, ceil_div, empty_like, next_power_of_2, plain, rowwise
 
 HEADS = 8
-"""Most heads of a program: fewer give more programs, and more parts of the gradients that heads share."""
+"""Maximum number of heads of a program. Fewer heads give more programs, and more parts of the gradients that heads share."""
 WARPS = 8
-"""Of a program: with fewer, tiles spill registers."""
+"""Warps of a program. With fewer warps, tiles spill registers."""
 LEAST_TILE = 16
-"""Of a product on tensor cores."""
+"""Smallest tile size of a product on tensor cores."""
 EXPONENTS, EXPONENTS_WARPS = 16, 4
-"""Most heads of a program that sums decays, and its warps: of 64 tokens a thread has 8 numbers."""
+"""Maximum number of heads, and number of warps, of a program that sums decays: with 64 tokens, a thread has 8 numbers."""
 
 
 class CutWay(NamedTuple):
-    """What the kernels get of a direction: steps with even rows, A, and B and C in chunks, contiguous (`SsdKind.cut`)."""
+    """One direction's inputs for the kernels. The steps have evenly spaced rows; B and C are contiguous chunks (`SsdKind.cut`)."""
 
     step_BLH: Tensor
     A_H: Tensor
@@ -39,8 +39,11 @@ class CutWay(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """What the chunks of one direction mix by, contiguous: the exponents of a pair of tokens, what a token takes of the state
-    that enters and adds to the one that leaves, and the state's decay in a chunk."""
+    """One direction's factors in each chunk, contiguous.
+
+    `reach` and `leave` are the exponents of pairs of tokens. `taken` is a token's weight on the state that enters the chunk.
+    `weight` is its weight in the state that leaves the chunk. `decay` is the state's decay in the chunk.
+    """
 
     reach_BKHQ: Tensor
     leave_BKHQ: Tensor
@@ -52,7 +55,7 @@ class Mixed(NamedTuple):
 
 
 class SsdKind(NamedTuple):
-    """All that distinguishes one call's launches from another's."""
+    """Properties of a call that determine its launches."""
 
     device: torch.device
     dtype: torch.dtype
@@ -71,27 +74,27 @@ class SsdKind(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of a chunk."""
+        """Tokens of a chunk."""
         return ceil_div(self.L, self.chunks)
 
     @property
     def heads(self) -> int:
-        """Of a program."""
+        """Heads of a program: the largest divisor of H up to HEADS."""
         return max(heads for heads in range(1, HEADS + 1) if self.H % heads == 0)
 
     @property
     def programs(self) -> int:
-        """Of a chunk."""
+        """Programs of a chunk."""
         return self.H // self.heads
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Programs for some heads of a chunk."""
+        """Grid of the kernels whose programs compute some heads of a chunk."""
         return self.B * self.chunks, self.programs, 1
 
     @property
     def reverse(self) -> list[bool]:
-        """Of each direction that is present, whether it is the later tokens'."""
+        """Flag for each direction that is present: true for the direction of the later tokens."""
         return [late for late in (False, True) if self.present[late]]
 
     @property
@@ -105,12 +108,12 @@ class SsdKind(NamedTuple):
         return {"EARLIER": self.present[0], "LATER": self.present[1]}
 
     def cut(self, x_BLN: Tensor, shift: int = 0) -> Tensor:
-        """B or C in chunks, padded by zeros. With a shift, token i gets what token i - shift has."""
+        """Return B or C in chunks, padded with zeros. With a shift, token i gets the values of token i - shift."""
         behind = self.chunks * self.tokens - self.L - shift
         return plain(F.pad(x_BLN, (0, 0, shift, behind)).unflatten(1, (self.chunks, self.tokens)))
 
     def join(self, d_BKQN: Tensor, into_BLN: Tensor, shift: int = 0) -> Tensor:
-        """Store the gradient of what was `cut`; return it."""
+        """Store in `into_BLN` the gradient of the input of `cut`, from the gradient of its output; return `into_BLN`."""
         first, last = max(shift, 0), self.L + min(shift, 0)
         into_BLN[:, first - shift : last - shift] = d_BKQN.flatten(1, 2)[:, first:last]
         if shift:
@@ -119,7 +122,7 @@ class SsdKind(NamedTuple):
 
 
 def ssd(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
-    """`duality.ssd` of checked inputs, with B and C in x's type, and all else in float32."""
+    """Compute `duality.ssd` of checked inputs. B and C are rounded to x's type; the steps, A and own are float32."""
     refuse_float64("triton", x_BLHP, own_BLH, *(earlier or ()), *(later or ()))
     ways = list[Tensor]()
     for way in filter(None, (earlier, later)):
@@ -130,7 +133,7 @@ def ssd(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None,
 
 
 class _Ssd(torch.autograd.Function):
-    """`ways` are the tensors of the directions that are present."""
+    """Autograd function of `ssd`; its `ways` are the tensors of the directions that are present."""
 
     @staticmethod
     def forward(ctx: Any, present: tuple[bool, bool], exclusive: bool, x_BLHP: Tensor, own_BLH: Tensor, *ways: Tensor) -> Tensor:
@@ -167,7 +170,10 @@ def _inputs(
 
 
 def _mixed(kind: SsdKind, ways: Sequence[CutWay]) -> tuple[list[Mixed], Tensor]:
-    """What each direction mixes by, and C . B of each pair of a chunk's tokens: of the earlier direction below the diagonal."""
+    """Return each direction's factors, and the scores C . B of each chunk's pairs of tokens.
+
+    With both directions, scores of the earlier one are below the diagonal, those of the later one above it.
+    """
     mixed = list[Mixed]()
     for way, reverse in zip(ways, kind.reverse, strict=True):
         exponents = way.A_H.new_empty(4, kind.B, kind.chunks, kind.H, kind.tokens).unbind()
@@ -182,13 +188,13 @@ def _mixed(kind: SsdKind, ways: Sequence[CutWay]) -> tuple[list[Mixed], Tensor]:
 
 
 def _entering_states(kind: SsdKind, x_BLE: Tensor, mixed: Sequence[Mixed]) -> list[Tensor]:
-    """For each direction the state that enters each chunk but its first (B, K - 1, H, N, P), in x's type."""
+    """Return for each direction the states that enter its chunks, except its first chunk: (B, K - 1, H, N, P), in x's type."""
     ways = [(each.B_BKQN, each.weight_BKHQ, each.decay_BKH) for each in mixed]
     return _passed(kind, x_BLE, ways, backward=False)
 
 
 def _passed(kind: SsdKind, v_BLE: Tensor, ways: Sequence[tuple[Tensor, Tensor, Tensor]], backward: bool) -> list[Tensor]:
-    """The states of v by what each direction adds up; of one chunk tensors that are not used."""
+    """Return the states that each direction (U, weight, decay) sums from v. With one chunk, return tensors that are not used."""
     if kind.chunks == 1:
         return [v_BLE] * len(ways)
     states = v_BLE.new_empty(len(ways), kind.B, kind.chunks - 1, kind.H, kind.N, kind.P).unbind()
@@ -198,9 +204,9 @@ def _passed(kind: SsdKind, v_BLE: Tensor, ways: Sequence[tuple[Tensor, Tensor, T
 
 
 def run_ssd(kind: SsdKind, x_BLE: Tensor, own_BLH: Tensor, ways: Sequence[CutWay]) -> tuple[Tensor, list[Tensor]]:
-    """y (B, L, E) for tensors as the kernels take them, and for each direction the states that enter the chunks, if they are kept.
+    """Return y (B, L, E), and for each direction the states that enter the chunks. The inputs are in the kernels' layout.
 
-    Without them a tensor of nothing: a recomputed block must save as many tensors as it did at first.
+    States that are not kept are empty tensors: a recomputed block must save as many tensors as in its first pass.
     """
     (mixed, scores), y_BLE = _mixed(kind, ways), empty_like(x_BLE)
     states = _entering_states(kind, x_BLE, mixed)
@@ -220,9 +226,10 @@ def run_ssd_backward(
     dx_BLE: Tensor,
     dsteps: Sequence[Tensor],
 ) -> tuple[Tensor, list[CutWay]]:
-    """Store the gradients of x and, for each direction, of its steps; return that of own, and those of the directions.
+    """Store the gradients of x and of each direction's steps; return the gradient of own and those of each direction's inputs.
 
-    States of the forward pass that were not kept are computed again. The gradients of B and C are float32.
+    If the forward pass did not keep its states, they are computed again. The gradients of B and C are float32, or of x's type
+    if an image has one chunk.
     """
     (mixed, scores), down_BLH = _mixed(kind, ways), torch.empty_like(own_BLH)
     pairs, of_states = _backward_launches(kind, dy_BLE.stride(1), dx_BLE.stride(1))
@@ -255,18 +262,18 @@ def run_ssd_backward(
 
 
 def _parts(kind: SsdKind, x: Tensor) -> Tensor:
-    """Memory for the gradient of a tensor that heads share, a part of each program of a chunk."""
+    """Return memory for the gradient of a tensor that heads share: one part per program of a chunk."""
     return x.new_empty(kind.programs, *x.shape, dtype=torch.float32)
 
 
 def _both(ways: Sequence[Any]) -> tuple[Any, Any]:
-    """A value for each direction: of an absent one the other's, which is not used."""
+    """Return a value for each direction. An absent direction gets the other's value, which is not used."""
     return ways[0], ways[-1]
 
 
 @functools.cache
 def _states_launch(kind: SsdKind, v_row: int, backward: bool) -> Launch:
-    """With a program for each direction of a head of an image."""
+    """Return the launch of `ssd_states`, with one program per image, head and direction."""
     programs = kind.B * kind.H * sum(kind.present)
     return _launch(kind, kernels.ssd_states, (programs, 1, 1), v_row=v_row, BACKWARD=backward, **kind.ways)
 
@@ -278,7 +285,7 @@ def _outputs_launch(kind: SsdKind) -> Launch:
 
 @functools.cache
 def _backward_launches(kind: SsdKind, dy_row: int, dx_row: int) -> tuple[Launch, Launch]:
-    """Of pairs of tokens, and of states."""
+    """Return the launches of `ssd_pairs_backward` and of `ssd_states_backward`."""
     rows = {"HEADS": kind.heads, "x_row": kind.x_row, "dy_row": dy_row, **kind.ways}
     pairs = _launch(kind, kernels.ssd_pairs_backward, kind.grid, **rows, dx_row=dx_row)
     directions = kind.B * kind.chunks * sum(kind.present), kind.programs, 1
@@ -296,12 +303,12 @@ def _exponents_backward_launch(kind: SsdKind, step_row: int, dstep_row: int, rev
 
 
 def _of_exponents(kind: SsdKind, kernel: Any, reverse: bool, **rows: int) -> Launch:
-    """With a program for some heads of a chunk."""
+    """Return a launch of one direction's exponents, whose programs compute some heads of a chunk."""
     heads, sizes = min(EXPONENTS, next_power_of_2(kind.H)), {name: kind.sizes[name] for name in ("L", "H", "K", "Q", "TOKENS")}
     flags = {"REVERSE": reverse, "EXCLUSIVE": kind.exclusive, "HEADS": heads, "num_warps": EXPONENTS_WARPS}
     return Launch(kernel, (kind.B * kind.chunks, ceil_div(kind.H, heads), 1), **sizes, **rows, **flags)
 
 
 def _launch(kind: SsdKind, kernel: Any, grid: tuple[int, int, int], **numbers: int) -> Launch:
-    """Without stages: a pipeline of loads would take most of the shared memory, and so leave one program to a multiprocessor."""
+    """Return a launch without pipelined loads, which would use most shared memory and leave one program per multiprocessor."""
     return Launch(kernel, grid, **kind.sizes, **numbers, num_warps=WARPS, num_stages=1)

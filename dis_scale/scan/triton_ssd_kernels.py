@@ -1,11 +1,12 @@
-"""State-space duality on NVIDIA GPUs: what the chunks of duality.py mix, by Triton kernels.
+"""State-space duality on NVIDIA GPUs: Triton kernels for the chunks of duality.py.
 
-`ssd_exponents` and its backward pass are of one direction. The others are of both directions.
+`ssd_exponents` and `ssd_exponents_backward` compute one direction. The other kernels compute both directions.
 
-A program has a chunk and some of its heads. All heads share the scores C . B of the chunk's pairs of tokens: those of the earlier
-direction are below the diagonal, those of the later one above it. So one product for each head mixes both directions. Factors of
-products are rounded to x's type. Exponents, sums, and the states from chunk to chunk are float32; stored states have x's type. No
-sum is atomic: the heads' parts of shared gradients are stored, and then summed.
+A program computes some heads of a chunk; in `ssd_states` it computes one head of an image. All heads share the scores C . B of the
+chunk's pairs of tokens. Scores of the earlier direction are below the diagonal, those of the later direction above it. So one
+product per head mixes both directions. Factors of products are rounded to x's type. Exponents and sums are float32, and so is the
+state that passes from chunk to chunk. Stored states have x's type. No sum is atomic: programs store their parts of the gradients
+that heads share, and the parts are summed afterwards.
 
 Pointers, for images of K chunks of Q tokens; "chunks" are those of all images:
 
@@ -19,11 +20,12 @@ Pointers, for images of K chunks of Q tokens; "chunks" are those of all images:
     states, dstates (image, K - 1 chunks, head, state, channel): the state that enters a chunk, none of the first in the direction's
                     order, and the gradient of the one that leaves it, none of the last
 
-Sizes and flags, all compile-time constants: L, H, P, N, K and Q as in duality.py; `x_row`, `v_row`, `dy_row`, `dx_row`, `step_row`
-and `dstep_row` the distance between two tokens; HEADS of a program; EARLIER and LATER the directions that are present; REVERSE that
-the direction is the later tokens'; EXCLUSIVE as in duality.ssd; BACKWARD that states are gradients, which go from the last chunk to
-the first of the earlier tokens' direction; TOKENS, CHANNELS and STATES tiles of Q, P and N. A direction's pointers are tuples; the
-other one's take the place of those of an absent one, and are not used. Read next: duality.py.
+Sizes and flags are compile-time constants. L, H, P, N, K and Q are as in duality.py. `x_row`, `v_row`, `dy_row`, `dx_row`,
+`step_row` and `dstep_row` are the distances between two tokens. HEADS counts the heads of a program. EARLIER and LATER: this
+direction is present. REVERSE: the direction is that of the later tokens. EXCLUSIVE is as in duality.ssd. BACKWARD: the states are
+gradients; those of the earlier direction pass from the last chunk to the first. TOKENS, CHANNELS and STATES are the tile sizes for
+Q, P and N. Each direction's pointers are a tuple. For an absent direction the kernels get the other direction's tuple, and do not
+use it. Read next: duality.py.
 """
 
 import triton
@@ -31,26 +33,26 @@ import triton.language as tl
 
 LOG2_OF_E = tl.constexpr(1.4426950408889634)
 LEAST_STEP = tl.constexpr(1e-30)
-"""As in duality.py."""
+"""Lower limit of a step, as in duality.py."""
 
 
 @triton.jit
 def _tokens(chunk, K: tl.constexpr, L: tl.constexpr, Q: tl.constexpr, TOKENS: tl.constexpr):
-    """A tile's tokens; the row of the first one in (image, time); whether they are tokens of the chunk, and of the image."""
+    """Return a tile's tokens, the row of its first token in (image, time), and masks: tokens of the chunk, tokens of the image."""
     i, first = tl.arange(0, TOKENS), chunk % K * Q
     return i, chunk // K * L + first, i < Q, (i < Q) & (i < (L - first).to(tl.int32))
 
 
 @triton.jit
 def _matrix(pointer, rows, columns, row, inside_rows, inside_columns):
-    """A tile of a matrix whose rows have this distance; zeros outside. Within a tile, distances fit 32 bits."""
+    """Load a tile of a matrix whose rows are `row` numbers apart; zeros outside. Within a tile, offsets fit 32 bits."""
     at = pointer + (rows[:, None] * row + columns[None, :])
     return tl.load(at, mask=inside_rows[:, None] & inside_columns[None, :], other=0.0)
 
 
 @triton.jit
 def _factors(early, late, at, i, inside, EARLIER: tl.constexpr, LATER: tl.constexpr):
-    """exp(reach_i + leave_j) of all pairs of tokens, each of its direction; 0 on the diagonal and outside of the chunk."""
+    """Return exp(reach_i + leave_j) for all pairs of tokens, each by its direction; 0 on the diagonal and outside of the chunk."""
     exponent = tl.full((i.shape[0], i.shape[0]), float("-inf"), tl.float32)
     if EARLIER:
         reach = tl.load(early[0] + at + i, mask=inside, other=float("-inf")) * LOG2_OF_E
@@ -65,7 +67,7 @@ def _factors(early, late, at, i, inside, EARLIER: tl.constexpr, LATER: tl.conste
 
 @triton.jit
 def _state(states, chunk, head, n, p, not_first, H, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    """The state of a chunk; zeros of the one that has none: an image's first (`not_first`), or its last."""
+    """Load the state of a chunk. One chunk of an image has none, and gets zeros: the first if `not_first`, otherwise the last."""
     k = chunk % K
     if not_first:
         number, exists = k - 1, k > 0
@@ -79,7 +81,7 @@ def _state(states, chunk, head, n, p, not_first, H, P: tl.constexpr, N: tl.const
 def _through_state(
     way, chunk, head, i, n, p, inside, not_first, H, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr
 ):  # fmt: skip
-    """weight_i (U_i . state) for each token of the chunk and each channel; `way` is U, weight, states."""
+    """Return weight_i (U_i . state) for each token of the chunk and each channel; `way` is U, weight, states."""
     U, weight, states = way
     u_QN = _matrix(U + chunk * Q * N, i, n, N, inside, n < N)
     state_NP = _state(states, chunk, head, n, p, not_first, H, P, N, K)
@@ -89,8 +91,8 @@ def _through_state(
 
 @triton.jit
 def _at_heads(L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """The chunk; its tokens, its first row, which tokens are the image's; the heads; where a tile of (token, head) lies, and what
-    of it is inside."""
+    """Return the program's chunk, the chunk's tokens, its first row, the mask of the image's tokens, the heads, and for a tile of
+    (token, head) the offsets and the mask of what is inside."""
     chunk, h = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
     return chunk, i, row, present, h, chunk * H * Q + h[None, :] * Q + i[:, None], inside[:, None] & (h < H)[None, :]
@@ -102,7 +104,8 @@ def ssd_exponents(
     L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, step_row: tl.constexpr,
     REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """What tokens take and leave by the sums of their decays (`Exponents` of duality.py), and the powers of e of these."""
+    """Store reach and leave, the exponents from the sums of decays (`Exponents` of duality.py), and taken, weight and decay, which
+    are powers of e."""
     chunk, i, row, present, h, at, inside = _at_heads(L, H, K, Q, TOKENS, HEADS)
     step_QH = _matrix(step + row * step_row, i, h, step_row, present, h < H)
     decay_QH = step_QH * tl.load(A + h, mask=h < H, other=0.0)[None, :]
@@ -123,7 +126,7 @@ def ssd_exponents_backward(
     L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, step_row: tl.constexpr, dstep_row: tl.constexpr,
     REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of step and A by those of what `ssd_exponents` stores; dtaken, dweight and ddecay are read if K > 1."""
+    """Store the gradients of step and A, from those of the outputs of `ssd_exponents`. Reads dtaken, dweight, ddecay if K > 1."""
     chunk, i, row, present, h, at, inside = _at_heads(L, H, K, Q, TOKENS, HEADS)
     step_QH = _matrix(step + row * step_row, i, h, step_row, present, h < H)
     dreach_QH = tl.load(dreach + at, mask=inside, other=0.0)
@@ -149,13 +152,13 @@ def ssd_exponents_backward(
 
 @triton.jit
 def _way_of(program, EARLIER: tl.constexpr, LATER: tl.constexpr):
-    """The number that both directions' programs share, which are neighbours, and whether the program's is the later tokens'.
+    """Return a program's number within its direction, and whether its direction is that of the later tokens.
 
-    So one of them finds in a cache what the other has read.
+    The two directions' programs with one number are neighbours. So one of them finds in a cache the data that the other has read.
     """
     if EARLIER and LATER:
         return program // 2, program % 2 == 1
-    return program, program < 0 if EARLIER else program >= 0  # tensors: each kernel chooses of both tuples
+    return program, program < 0 if EARLIER else program >= 0  # tensors: each kernel has both tuples, and chooses one
 
 
 @triton.jit
@@ -165,9 +168,9 @@ def ssd_states(
     v_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters each chunk of a head, and after it is decay state + sum of weight_i U_i v_i over its tokens.
+    """Store the state that enters each chunk of a head. After a chunk it is decay state + sum of weight_i U_i v_i over its tokens.
 
-    `early` is U, weight, decay, states. In a BACKWARD pass U is C and weight is taken, and chunks are in the other order.
+    `early` is U, weight, decay, states. In a BACKWARD pass U is C, weight is `taken`, and the order of the chunks is reversed.
     """
     number, of_late = _way_of(tl.program_id(0).to(tl.int64), EARLIER, LATER)
     image, head = number // H, number % H
@@ -186,7 +189,7 @@ def ssd_states(
         weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
         weighted_QP = (v_QP * weight_Q[:, None]).to(v_QP.dtype)
         state_NP = tl.load(decay + at) * state_NP + tl.dot(tl.trans(u_QN), weighted_QP, input_precision="tf32x3")
-        number = image * (K - 1) + tl.where(reverse, K - 2 - step, step)  # of the next chunk in this order
+        number = image * (K - 1) + tl.where(reverse, K - 2 - step, step)  # the next chunk's state in this order
         into = states + (number * H + head) * N * P + (n[:, None] * P + p[None, :])
         tl.store(into, state_NP.to(states.dtype.element_ty), mask=(n < N)[:, None] & (p < P)[None, :])
 
@@ -198,8 +201,10 @@ def ssd_outputs(
     x_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """y: what the pairs of a chunk mix, and what its tokens take of the states that enter it. `early` is reach and leave,
-    `early_state` is C, taken and states."""
+    """Store y: own x, the products over a chunk's pairs of tokens, and the parts of the states that enter the chunk.
+
+    `early` is reach and leave; `early_state` is C, taken and states.
+    """
     chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
     n, p = tl.arange(0, STATES), tl.arange(0, CHANNELS)
@@ -225,7 +230,7 @@ def ssd_pairs_backward(
     x_row: tl.constexpr, dy_row: tl.constexpr, dx_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of x, own, scores, reach and leave. `early_state` is B, weight and dstates, `d_early` dreach and dleave."""
+    """Store the gradients of x, own, scores, reach and leave. `early_state` is B, weight, dstates; `d_early` is dreach, dleave."""
     chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
     n, p = tl.arange(0, STATES), tl.arange(0, CHANNELS)
@@ -270,7 +275,7 @@ def _factor_gradient(
     v, v_row, U, weight, state_NP, dweight, chunk, head, row, i, n, p, inside, present, H, P: tl.constexpr, N: tl.constexpr,
     Q: tl.constexpr,
 ):  # fmt: skip
-    """A head's part of the gradient of U, and the gradient of weight, of products weight_i U_i . (state v_i)."""
+    """Return a head's part of the gradient of U, and store that of weight, for the products weight_i U_i . (state v_i)."""
     at = chunk * H + head
     v_QP = _matrix(v + row * v_row + head * P, i, p, v_row, present, p < P)
     weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
@@ -287,8 +292,10 @@ def ssd_states_backward(
     x_row: tl.constexpr, dy_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr, HEADS: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of B, C, taken, weight and decay by the states, without the pairs of tokens. `early` is B, C, taken, weight,
-    states and dstates, `d_early` dtaken, dweight, ddecay, dB and dC."""
+    """Store the gradients of B, C, taken, weight and decay through the states; pairs of tokens add theirs to B and C elsewhere.
+
+    `early` is B, C, taken, weight, states and dstates; `d_early` is dtaken, dweight, ddecay, dB and dC.
+    """
     chunk, of_late = _way_of(tl.program_id(0).to(tl.int64), EARLIER, LATER)
     first = tl.program_id(1) * HEADS
     B, C, taken, weight, states, dstates = early
@@ -302,7 +309,7 @@ def ssd_states_backward(
     for j in range(HEADS):
         head = first + j
         at = chunk * H + head
-        # Both are read twice, from a cache: tiles that are kept take registers and shared memory.
+        # Both states are loaded twice, the second time from a cache: tiles kept until then would take registers and shared memory.
         both_NP = _state(states, chunk, head, n, p, not of_late, H, P, N, K).to(tl.float32)
         both_NP *= _state(dstates, chunk, head, n, p, of_late, H, P, N, K)
         tl.store(ddecay + at, tl.sum(tl.sum(both_NP, 1), 0))

@@ -1,7 +1,8 @@
-"""Hydra's two-way mixer of state-space duality by Triton as one function of autograd, around kernels and PyTorch's products.
+"""Hydra's two-way mixer of state-space duality by Triton: one autograd function around kernels and PyTorch's products.
 
-It saves copies that one function for each part would make. The gradients of all outputs of a product are in one tensor, and so are
-those of a convolution. The product that gives x's second gradient adds it to the first. The convolution looks ahead without a copy.
+A separate function for each part would make more copies. Here, one tensor holds the gradients of all outputs of in_proj, and one
+those of all outputs of the convolution. x has two gradients: the product that computes the second one adds it to the first. The
+convolution looks ahead without a copy.
 
 Axes: B batch, L tokens, T tokens of all images, D width, E inner width, H heads, N states, W taps of the convolution and its bias,
 X what is convolved (B, C, x, and B and C of the later tokens' direction), S what in_proj gives (X, z of E, and the steps of both
@@ -22,11 +23,11 @@ from dis_scale.scan.triton_norm import run_gated_norm, run_gated_norm_backward
 from dis_scale.scan.triton_ssd import CutWay, SsdKind, run_ssd, run_ssd_backward
 
 SHIFTS = 1, -1
-"""Of C in each direction: a token takes what its neighbour there would."""
+"""Shift of C in each direction, earlier tokens first: token i uses the C of token i - shift."""
 
 
 class Sizes(NamedTuple):
-    """Columns of the parts: N of each B and C, E of x and of z, H of each direction's steps."""
+    """Numbers of columns: each B and each C has N, x and z have E, the steps of one direction have H."""
 
     N: int
     E: int
@@ -34,23 +35,23 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, in_proj: Tensor, dt_bias: Tensor, norm_E: Tensor) -> "Sizes":
-        """Those of a mixer with these weights."""
+        """Return the sizes of a mixer with these weights."""
         E, H = len(norm_E), len(dt_bias) // 2
         return cls((len(in_proj) - 2 * E - 2 * H) // 4, E, H)
 
     def projected(self, all_BLS: Tensor) -> tuple[Tensor, ...]:
-        """What is convolved, z, and the steps of both directions."""
+        """Split in_proj's output: return the convolution's input, z, and the steps of both directions."""
         parts: tuple[Tensor, ...] = all_BLS.split([4 * self.N + self.E, self.E, 2 * self.H], -1)
         return parts
 
     def convolved(self, x_BLX: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """x, as (B, L, E) and as (T, E); B and C of each direction."""
+        """Split the convolution's output: return x as (B, L, E) and as (T, E), both directions' B, and both directions' C."""
         B0_BLN, C0_BLN, x_BLE, B1_BLN, C1_BLN = x_BLX.split([self.N, self.N, self.E, self.N, self.N], -1)
         return x_BLE, x_BLE.view(-1, self.E), [B0_BLN, B1_BLN], [C0_BLN, C1_BLN]
 
 
 def takes(h_BLD: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether all that kernels read begins at an aligned number, and types are those of training."""
+    """Return whether `mixer` supports these tensors: all that the kernels read is aligned, and the types are those of training."""
     in_proj, conv, _, dt_bias, *_, norm_E, _ = weights
     (N, E, H), aligned = Sizes.of(in_proj, dt_bias, norm_E), not (conv.data_ptr() | norm_E.data_ptr()) % ALIGNMENT
     aligned &= H % 4 == 0  # the later direction's steps and A, in float32, begin at head H
@@ -58,7 +59,7 @@ def takes(h_BLD: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def mixer(h_BLD: Tensor, *weights: Tensor) -> Tensor:
-    """The mixer's output; `weights` are in_proj, conv, own_proj, dt_bias, A_log, D, norm and out_proj, as SsdMixer has them."""
+    """Compute the mixer's output. `weights` are SsdMixer's in_proj, conv, own_proj, dt_bias, A_log, D, norm and out_proj."""
     out_BLD: Tensor = _HydraMixer.apply(h_BLD, *weights)
     return out_BLD
 
@@ -129,7 +130,7 @@ class _HydraMixer(torch.autograd.Function):
 
 
 def _inputs(sizes: Sizes, convolved_BLX: Tensor, raw_BLH: Tensor, A_H: Tensor) -> tuple[SsdKind, Tensor, list[CutWay]]:
-    """x and both directions, as `run_ssd` takes them; `raw_BLH` are the steps of both before softplus."""
+    """Return the kind, x and both directions' inputs for `run_ssd`. `raw_BLH` are both directions' steps before softplus."""
     (B, L, _), (x_BLE, _, Bs, Cs) = convolved_BLX.shape, sizes.convolved(convolved_BLX)
     shape = B, L, sizes.H, sizes.E // sizes.H, sizes.N
     kind = SsdKind(x_BLE.device, x_BLE.dtype, *shape, (True, True), exclusive=True, x_row=x_BLE.stride(1))
@@ -140,10 +141,10 @@ def _inputs(sizes: Sizes, convolved_BLX: Tensor, raw_BLH: Tensor, A_H: Tensor) -
 
 
 def _ahead(conv_1WX: Tensor) -> int:
-    """Steps that the convolution, which is centred on a token, sees ahead."""
+    """Return how many later tokens the convolution reads: it is centred on its token."""
     return (conv_1WX.shape[1] - 1) // 2
 
 
 def _taps(conv_1WX: Tensor) -> list[Tensor | None]:
-    """Weight (X, W - 1) and bias (X) of the convolution, and none of a second one."""
+    """Return the convolution's weight (X, W - 1) and bias (X), and None in place of a second direction's."""
     return [conv_1WX[0, :-1].T, conv_1WX[0, -1], None, None]

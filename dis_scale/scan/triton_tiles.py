@@ -1,14 +1,15 @@
 """The Triton backend's scan: tiles of channels, and the parts of the kernels scan_forward and scan_backward.
 
-A thread computes a channel with all its states. If SPLIT is larger than 1, SPLIT lanes of a warp share a channel: lane k has the
-states k, k + SPLIT, ... and computes what is needed once per step at the steps k, k + SPLIT, ...: its own steps. `spread` gives
-their values to the channel's other lanes, `collect` sums over these. A thread reads back only what it wrote itself.
+A thread computes a channel with all its states. If SPLIT is larger than 1, SPLIT lanes of a warp share a channel. Then lane k has
+the states k, k + SPLIT, ... . The steps k, k + SPLIT, ... are its own steps: there it computes what a channel needs once per step.
+`spread` gives the values of own steps to the channel's other lanes; `collect` sums values over the channel's lanes. A thread reads
+back only what it wrote itself.
 
 Values in tuples are in registers, one per step or per state. All sums and states are float32. Distances between rows are
-constants, so that a step is an immediate offset; within a batch row they fit 32 bits.
+constants, so a step is an immediate offset of an instruction. Within a batch row, offsets fit 32 bits.
 
-Names end in their axes: e channels, n states, t time. Channels are a tile (lanes, warps) with the lanes first, or
-`_load_four` would not be one load. triton.py's `_by_state` describes the layout of B and C.
+Names end in their axes: e channels, n states, t time. Channels are a tile (lanes, warps). The lanes come first, because
+`_load_four` would otherwise not be one load. triton.py's `_by_state` describes the layout of B and C.
 
 Sizes and flags, all compile-time constants:
 
@@ -58,14 +59,15 @@ import triton
 import triton.language as tl
 
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
-"""Kernels of the interpreter have no inline assembly."""
+"""Flag of compiled kernels. The interpreter cannot run inline assembly."""
 PIECE = tl.constexpr(32)
 """Bytes that a GPU's caches load at a time."""
 
 
 @triton.jit
 def _softplus(x):
-    """max(x, 0) + log(1 + t). The logarithm is t times a polynomial, the same as `log1p` in kernels.inl, which gives its source."""
+    """Return max(x, 0) + log(1 + t), t = exp(-|x|). The logarithm is t times the polynomial of `log1p` in kernels.inl; see there
+    for its source."""
     t = tl.exp2(tl.abs(x) * -1.4426950408889634)
     p = t * 0.005232630763202906 - 0.029504967853426933
     p = p * t + 0.07822547852993011
@@ -90,7 +92,7 @@ def lane_of(e):
 
 @triton.jit
 def channels_of(LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr):
-    """The program's tile of channels: neighbouring lanes have neighbouring channels."""
+    """Return the program's tile of channels: neighbouring lanes have neighbouring channels."""
     WIDTH: tl.constexpr = LANES // SPLIT
     warp, lane = tl.program_id(0) * WARPS + tl.arange(0, WARPS)[None, :], tl.arange(0, LANES)[:, None]
     return warp * WIDTH + (lane if SPLIT == 1 else lane % WIDTH)
@@ -98,13 +100,13 @@ def channels_of(LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def share_of(e, SPLIT: tl.constexpr):
-    """Number of a lane among the lanes of its channel."""
+    """Return each lane's number among the lanes of its channel."""
     return 0 if SPLIT == 1 else lane_of(e) // (e.shape[0] // SPLIT)
 
 
 @triton.jit
 def exchange(a_e, b_e, BIT: tl.constexpr):
-    """One step of a sum over lanes, for two values at once: lanes without the bit continue with a, the others with b."""
+    """Add a and b over pairs of lanes whose numbers differ in BIT. Lanes without the bit get the sum of a, the others that of b."""
     lane = lane_of(a_e)
     clear = (lane & BIT) == 0
     return tl.where(clear, a_e, b_e) + tl.gather(tl.where(clear, b_e, a_e), lane ^ BIT, axis=0)
@@ -112,7 +114,7 @@ def exchange(a_e, b_e, BIT: tl.constexpr):
 
 @triton.jit
 def spread(values, SPLIT: tl.constexpr):
-    """Values of a lane's own steps to those of all steps, by a shuffle for each step."""
+    """Return the values of all steps from those of each lane's own steps, by one shuffle per step."""
     if SPLIT == 1:
         return values
     else:
@@ -126,8 +128,8 @@ def spread(values, SPLIT: tl.constexpr):
 
 @triton.jit
 def sum_over_bits(values, FROM: tl.constexpr, TO: tl.constexpr):
-    """Sum over the lanes whose numbers differ in the bits FROM, 2 FROM, ... below TO. Each step halves the number of values, so
-    that 32 sums over 32 lanes take 31 shuffles; a single sum takes 5."""
+    """Sum over the lanes whose numbers differ in the bits FROM, 2 FROM, ... below TO. Each stage halves the number of values, so
+    32 sums over 32 lanes take 31 shuffles. Computed one by one, each sum would take 5."""
     for stage in tl.static_range(5):
         if FROM * 2**stage < TO:
             halves = ()
@@ -155,13 +157,13 @@ def sum_over_channel(x_e, SPLIT: tl.constexpr):
 
 @triton.jit
 def _row_of_step(i, L: tl.constexpr, REVERSE: tl.constexpr):
-    """Row of step i of a direction in its batch row."""
+    """Return the row of a direction's step i within its batch row."""
     return L - 1 - i if REVERSE else i
 
 
 @triton.jit
 def address(x, x_row, first, j, e, L: tl.constexpr, REVERSE: tl.constexpr):
-    """Addresses of step first + j. The order of the sum matters: the constant j becomes part of the instruction."""
+    """Return the addresses of step first + j. The constant j is added last, and so becomes part of the instruction."""
     return x + (_row_of_step(first, L, REVERSE) * x_row + e) + (-j * x_row if REVERSE else j * x_row)
 
 
@@ -174,9 +176,9 @@ def load(x, x_row, first, j, e, inside, L: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def _touch(at):
-    """Load the PIECE bytes around each lane's address, which must be valid. Nothing waits for them before `settle`.
+    """Touch the PIECE bytes around each lane's valid address: load them into the cache. No thread waits for them before `settle`.
 
-    Only the first two are asked for: behind a tensor's last number of 16 bits there may be none.
+    The instruction loads only the first 2 of these bytes: after a tensor's last 16-bit number there may be no valid memory.
     """
     if COMPILED:
         aligned = at.to(tl.int64) & -PIECE
@@ -187,7 +189,7 @@ def _touch(at):
 
 @triton.jit
 def settle(touched):
-    """Use what was touched, or the assembler would leave the loads out: one in 2^16 makes its warp sleep for 1 ns."""
+    """Use the touched values, or the assembler would remove their loads. One value in 2^16 makes its warp sleep for 1 ns."""
     if COMPILED:
         for i in tl.static_range(len(touched)):
             tl.inline_asm_elementwise(
@@ -198,7 +200,7 @@ def settle(touched):
 
 @triton.jit
 def _touch_row(x, row, piece, e, E: tl.constexpr, SPLIT: tl.constexpr):
-    """Touch a piece of a warp's channels in the row that begins at this distance."""
+    """Touch a piece of a warp's channels in the row that begins `row` elements after `x`."""
     first = e - lane_of(e) % (e.shape[0] // SPLIT)
     return _touch(x + (row + tl.minimum(first + piece * (PIECE * 8 // x.dtype.element_ty.primitive_bitwidth), E - 1)))
 
@@ -207,7 +209,7 @@ def _touch_row(x, row, piece, e, E: tl.constexpr, SPLIT: tl.constexpr):
 def touch_steps(
     x, x_row, first, e, E: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """Touch a warp's channels at the steps from `first`, so that later loads find them in the multiprocessor's cache."""
+    """Touch a warp's channels at STEPS steps from `first`. Later loads then find them in the multiprocessor's cache."""
     PIECES: tl.constexpr = (e.shape[0] // SPLIT * x.dtype.element_ty.primitive_bitwidth // 8 + PIECE - 1) // PIECE
     touched = ()
     for j in tl.static_range(0, STEPS * PIECES, 32):
@@ -222,7 +224,7 @@ def touch_halves(
     high, low, x_row, first, e, E: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Touch what `load_halves` loads at the steps from `first`."""
+    """Touch the numbers that `load_halves` loads at STEPS steps from `first`."""
     touched = touch_steps(high, x_row, first, e, E, L, STEPS, SPLIT, REVERSE)
     if low.dtype.element_ty != tl.float32:
         touched += touch_steps(low, x_row, first, e, E, L, STEPS, SPLIT, REVERSE)
@@ -233,7 +235,7 @@ def touch_halves(
 def touch_by_state(
     BC, first, e, LENGTH: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """Touch B and C at the steps from `first`."""
+    """Touch B and C at STEPS steps from `first`."""
     FLOATS: tl.constexpr = PIECE // 4
     touched, BC = (), BC + (LENGTH - STEPS - first if REVERSE else first) * N
     for j in tl.static_range(0, (N * STEPS + FLOATS - 1) // FLOATS, 32):
@@ -271,7 +273,7 @@ def load_halves(high, low, inside):
 
 @triton.jit
 def _load_four(x, e, SPLIT: tl.constexpr, REVERSE: tl.constexpr):
-    """Load four neighbouring numbers by one instruction, each as a tile; in reverse order if the direction is reversed."""
+    """Load four neighbouring numbers by one instruction, and return each as a tile; in reverse order if REVERSE."""
     at = tl.broadcast_to(tl.arange(0, 4)[:, None, None], [4, e.shape[0], e.shape[1]])
     if SPLIT > 1:
         at += 4 * share_of(e, SPLIT)[None, :, :]
@@ -311,18 +313,18 @@ def load_scaled(A, n, e, inside, A_channel: tl.constexpr, A_state: tl.constexpr)
 
 @triton.constexpr_function
 def buffer_rows(L, STATE_ROWS, CHUNK):
-    """Rows of an image in a buffer of states."""
+    """Return the number of an image's rows in a buffer of states."""
     return L if STATE_ROWS == CHUNK else (L + CHUNK - 1) // CHUNK * STATE_ROWS
 
 
 @triton.jit
 def state_buffer(high, low, batch, E: tl.constexpr, L: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """The state buffers at this batch row; `state_row` counts rows from here."""
+    """Return both pointers of the state buffer at this batch row; `state_row` counts rows from there."""
     ROWS: tl.constexpr = buffer_rows(L, STATE_ROWS, CHUNK)
     return high + batch * ROWS * E, low + batch * ROWS * E
 
 
 @triton.jit
 def state_row(chunk, n, L: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr):
-    """Row of state n after a chunk: one of the chunk's gradient rows, written later, or one of a separate buffer."""
+    """Return the row of state n after a chunk: one of the chunk's gradient rows, written later, or one of a separate buffer."""
     return _row_of_step(chunk * STATE_ROWS + n, buffer_rows(L, STATE_ROWS, CHUNK), REVERSE)
