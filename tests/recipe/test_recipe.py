@@ -123,7 +123,10 @@ def test_a_cooldown_begins_at_a_complete_step_also_if_its_share_is_rounded() -> 
             "models.dit: hourglass 4 does not divide twice the base_width 7",
         ),
         ("models.dit.branch={of: dis, at: 160}", "models.dit.branch.of: dis has other sizes"),
-        ("models.dit.branch={of: dit, at: 160}", "models.dit.branch.of: got 'dit', expected a model of this recipe that is no"),
+        (
+            "models.dit.branch={of: dit, at: 160}",
+            "models.dit.branch.of: got 'dit', expected a model of this recipe with image counts",
+        ),
         ("train.cooldowns=[320]", "train.cooldowns: got [320], expected image counts and a share"),
         ("train.cooldowns={images: [16]}", "models.dis-at-16.branch.at: got 0"),
         ("models.dit={kind: dit, width: 6, depth: 1, heads: 2, patch: 4}", "needs a width that is a multiple of 4, got 6"),
