@@ -245,7 +245,7 @@ def end_own_job(
     Returns the exit code for this process: 0 after a stop request, since a dashboard that does not answer stops no job.
 
     KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, but none for one that was STOPPED. A stop request
-    is never a failure. If `FINAL` is set, a user's mistake and a finished failure are none either. The others are repeated: storage
+    is never a failure. If `FINAL` is set, neither is a user's mistake or a finished failure. The others are repeated: storage
     that is away may be back by the next attempt; a lease may be free, since the scheduler may take a living head for lost; and an
     unforeseen error may be an accident of this machine.
     """

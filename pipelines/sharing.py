@@ -49,7 +49,7 @@ class _RemoteDeal:
 
 
 def _begin_deal(job: StageJob, numbers: list[int]) -> _RemoteDeal:
-    """Begin a deal by the job's dealer, an actor on this driver's node; start a new dealer if there is none or if it died."""
+    """Begin a deal by the job's dealer, an actor on this driver's node; start a dealer if it is missing or died."""
     if job.dealer is not None:
         with contextlib.suppress(ray.exceptions.RayActorError):
             return _RemoteDeal(job.dealer, numbers)

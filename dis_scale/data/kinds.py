@@ -187,7 +187,7 @@ class _Linked:
         self._known = lru_cache(64)(self._real)
 
     def other_file(self, file: str) -> str:
-        """Return the other path by which the target of a link to an image will be listed; empty if there is none.
+        """Return the other path by which the target of a link to an image will be listed; empty without one.
 
         A target outside the root may be listed twice, as copies may: some stores keep equal files once, and links to them.
         """
@@ -425,7 +425,7 @@ def _hashes(folder: Folder) -> Sequence[int]:
 
 
 def _like(folder: Folder, name: str) -> str:
-    """Return a hint for a missing file, '' if there is none: the path has Windows' separators, or the folder has a file whose name
+    """Return a hint for a missing file, or '': the path has Windows' separators, or the folder has a file whose name
     differs only in case, ending, surrounding blanks or Unicode form."""
     if "\\" in name:
         return "; folders are parted by /, and this path has \\"

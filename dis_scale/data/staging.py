@@ -259,7 +259,7 @@ class Mixing:
             first = _LENGTH + int.from_bytes(run[:_LENGTH], "little")
             facts = json.loads(bytes(run[_LENGTH:first]))
             if [entry for entry, *_ in facts] != entries:
-                raise Damaged(where, "its entries are others")
+                raise Damaged(where, "it has other entries")
         except FileNotFoundError:
             return None
         except Damaged:

@@ -181,7 +181,7 @@ def overview(sweep: Sweep) -> list[str]:
 
 
 def read_attempt(folder: Folder, begun: str | None) -> dict[LogName, str]:
-    """Return the logs of the attempt that began at `begun`, by default of the newest; UserError if there are none."""
+    """Return the logs of the attempt that began at `begun`, by default of the newest; UserError without any."""
     names = listed(folder)
     at = begun or max((name.begun for name in names), default="")
     drivers = [name for name in names if name.process == DRIVER and name.begun <= at]  # a driver may have begun earlier

@@ -125,7 +125,7 @@ def test_a_cooldown_begins_at_a_complete_step_also_if_its_share_is_rounded() -> 
         ("models.dit.branch={of: dis, at: 160}", "models.dit.branch.of: dis has other sizes"),
         (
             "models.dit.branch={of: dit, at: 160}",
-            "models.dit.branch.of: got 'dit', expected a model of this recipe with image counts",
+            "models.dit.branch.of: got 'dit', expected a model of this recipe with image counts that is not a branch",
         ),
         ("train.cooldowns=[320]", "train.cooldowns: got [320], expected image counts and a share"),
         ("train.cooldowns={images: [16]}", "models.dis-at-16.branch.at: got 0"),
